@@ -1,0 +1,1 @@
+"""Unicoder-VL in the Hugging Face way."""
