@@ -1,0 +1,38 @@
+# `make test`, `make demo` and `make check` set up what they need in .venv and may be repeated at will.
+PYTHON ?= python3
+VENV := .venv
+# Written last, so that an interrupted install is done again.
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+# Tiny models and several processes: more threads than this only get in each other's way.
+TEST_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install test check demo clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(INSTALLED)  ## Create .venv with the package, every extra and the development tools
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: run 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	@touch $@
+
+test: $(INSTALLED)  ## Run the tests; ARGS='-k name' goes to pytest
+	OMP_NUM_THREADS=$(TEST_THREADS) $(RUN) -m pytest $(ARGS)
+
+check: $(INSTALLED)  ## Check style, formatting and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+demo: $(INSTALLED)  ## Pre-train a small model on rendered scenes and write demo/
+	$(RUN) examples/run_demo.py
+
+clean:  ## Remove .venv, caches and what the demo wrote
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
