@@ -19,7 +19,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: run 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
 	@rm -f $@
-	$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "'$(PYTHON) -m venv' failed: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Installing the package and what it needs into $(VENV): some minutes the first time"
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
 	@touch $@
 
