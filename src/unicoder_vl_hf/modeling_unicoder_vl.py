@@ -1,0 +1,1027 @@
+# Copyright 2026 The unicoder-vl-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Unicoder-VL model configuration: BERT's fields, and what regions and the three heads need beside them."""
+
+"""Unicoder-VL in PyTorch: one BERT encoder over WordPiece tokens and detected image regions.
+
+Follows Li et al., "Unicoder-VL: A Universal Encoder for Vision and Language by Cross-modal Pre-training" (AAAI 2020): the
+embeddings (section Linguistic and Image Embedding), the three pre-training tasks, and the heads of its two downstream tasks.
+Modules that BERT has keep BERT's names, and the text path equals BERT's. Left out: everything that makes BERT a decoder.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MultipleChoiceModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.bert import BertConfig, BertForPreTraining
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
+from transformers.utils.generic import can_return_tuple, maybe_autocast
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_unicoder_vl import UnicoderVLConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+INPUTS_DOCSTRING = r"""
+    region_features (`torch.Tensor` of shape `(batch_size, num_regions, region_feature_dim)`, *optional*):
+        Detector features of the regions, of any floating dtype (cast to the model's). Needs `region_locations`.
+    region_locations (`torch.Tensor` of shape `(batch_size, num_regions, 5)`, *optional*):
+        Location of each region, `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`, each in `[0, 1]`; zeros where it is unknown.
+    region_attention_mask (`torch.Tensor` of shape `(batch_size, num_regions)`, *optional*):
+        1 for a region, 0 for padding. Defaults to ones.
+    token_region_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+        The region of the row that a token refers to: its embedding is added to the token's (paper, Visual Commonsense
+        Reasoning). An index in `[0, num_regions)`, or -1 for none. Defaults to -1.
+"""
+
+PAIRING_DOCSTRING = r"""
+    caption_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        Row b takes caption `caption_index[b]` of the `num_captions` rows of `input_ids`, so that a caption that several
+        rows share is embedded once. Defaults to row b with caption b.
+    image_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        Row b takes image `image_index[b]` of the `num_images` rows of `region_features`. Defaults to row b with image b.
+"""
+
+
+@dataclass
+class UnicoderVLForPreTrainingOutput(ModelOutput):
+    r"""
+    Output of [`UnicoderVLForPreTraining`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with any label):
+            Sum of the three parts below that were asked for.
+        prediction_logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Masked language modelling. With `config.sparse_prediction` and `labels`: `(num_counted_tokens, vocab_size)`.
+        region_logits (`torch.Tensor` of shape `(batch_size, num_regions, num_region_classes)`, *optional*):
+            Masked object classification; `None` without regions.
+        matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
+            Visual-linguistic matching, index 1 = match.
+        scores (`torch.Tensor` of shape `(batch_size,)`):
+            `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
+        mlm_loss, moc_loss, matching_loss (`torch.Tensor` of shape `()`, *optional*):
+            The parts of the loss, each already divided by all rows of the batch.
+        hidden_states (`tuple(torch.Tensor)`, *optional*):
+            One of shape `(batch_size, sequence_length + num_regions, hidden_size)` for the embeddings and each layer.
+        attentions (`tuple(torch.Tensor)`, *optional*):
+            One of shape `(batch_size, num_heads, sequence_length + num_regions, sequence_length + num_regions)` a layer.
+    """
+
+    loss: torch.Tensor | None = None
+    prediction_logits: torch.Tensor | None = None
+    region_logits: torch.Tensor | None = None
+    matching_logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    mlm_loss: torch.Tensor | None = None
+    moc_loss: torch.Tensor | None = None
+    matching_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
+    r"""
+    Output of [`UnicoderVLForImageTextRetrieval`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+            Hardest-negative triplet loss with `group_ids`, cross-entropy without.
+        matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
+            Index 1 = match.
+        scores (`torch.Tensor` of shape `(batch_size,)`):
+            `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
+        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
+            As in [`UnicoderVLForPreTrainingOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    matching_logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class UnicoderVLRegionEmbeddings(nn.Module):
+    """LayerNorm(FC(feature) + FC(location)): the two are summed first, then one LayerNorm (paper, Image Embeddings)."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.feature_projection = nn.Linear(config.region_feature_dim, config.hidden_size)
+        self.location_projection = nn.Linear(config.region_location_dim, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, region_features: torch.Tensor, region_locations: torch.Tensor) -> torch.Tensor:
+        features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
+        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
+        with maybe_autocast(device_type=region_features.device.type, enabled=False):
+            locations = nn.functional.linear(
+                region_locations.float(), self.location_projection.weight.float(), self.location_projection.bias.float()
+            )
+        return self.LayerNorm((features + locations).to(self.LayerNorm.weight.dtype))
+
+
+class UnicoderVLEmbeddings(nn.Module):
+    """BERT's embeddings of the tokens and the embeddings of the regions, joined into one sequence: text, then regions."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.region_embeddings = UnicoderVLRegionEmbeddings(config)
+        self.image_token_embedding = (
+            nn.Parameter(torch.zeros(config.hidden_size)) if config.use_image_token_embedding else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def embed_text(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.LongTensor | None,
+        position_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if position_ids is None:
+            if attention_mask is None:
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            else:  # Left padding gives what right padding gives.
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        # BERT's own order of the sum: the text path equals BERT's to the bit.
+        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        embeddings = embeddings + self.position_embeddings(position_ids)
+        return self.LayerNorm(embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        caption_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        text = self.embed_text(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        text = _pick_rows(text, caption_index)
+        if region_features is None:
+            return self.dropout(text)
+
+        regions = _pick_rows(self.region_embeddings(region_features, region_locations), image_index)
+        if token_region_ids is not None:
+            region_ids = _pick_rows(token_region_ids, caption_index)[..., None]  # (batch_size, sequence_length, 1)
+            referenced = regions.gather(1, region_ids.clamp(min=0).expand(-1, -1, regions.shape[-1]))
+            text = text + referenced.masked_fill(region_ids < 0, 0.0)
+        if self.image_token_embedding is not None:
+            regions = regions + self.image_token_embedding
+        return self.dropout(torch.cat((text, regions), dim=1))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+class UnicoderVLSelfAttention(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query = self.query(hidden_states).view(hidden_shape).transpose(1, 2)
+        key = self.key(hidden_states).view(hidden_shape).transpose(1, 2)
+        value = self.value(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attn_output.reshape(*input_shape, -1).contiguous(), attn_weights
+
+
+class UnicoderVLResidualOutput(nn.Module):
+    """Closes each half of a layer: project, drop out, add the residual, normalise (after the sum, as in BERT)."""
+
+    def __init__(self, config: UnicoderVLConfig, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class UnicoderVLAttention(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.self = UnicoderVLSelfAttention(config)
+        self.output = UnicoderVLResidualOutput(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self(hidden_states, attention_mask, **kwargs)
+        return self.output(attn_output, hidden_states)
+
+
+class UnicoderVLIntermediate(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(self.dense(hidden_states))
+
+
+class UnicoderVLLayer(GradientCheckpointingLayer):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.attention = UnicoderVLAttention(config)
+        self.intermediate = UnicoderVLIntermediate(config)
+        self.output = UnicoderVLResidualOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output = self.attention(hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(attn_output), attn_output)
+
+
+class UnicoderVLEncoder(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.layer = nn.ModuleList([UnicoderVLLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+
+class UnicoderVLPooler(nn.Module):
+    """BERT's pooler, on the first attended token: `[CLS]`, on whichever side the padding is."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if attention_mask is None:
+            first = hidden_states[:, 0]
+        else:
+            index = attention_mask.long().argmax(-1)[:, None, None]
+            first = hidden_states.gather(1, index.expand(-1, -1, hidden_states.shape[-1]))[:, 0]
+        return self.activation(self.dense(first))
+
+
+class UnicoderVLPredictionHeadTransform(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.act_fn(self.dense(hidden_states)))
+
+
+class UnicoderVLLMPredictionHead(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.transform = UnicoderVLPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))  # BERT's checkpoints hold it under this name.
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+class UnicoderVLOnlyMLMHead(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.predictions = UnicoderVLLMPredictionHead(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.predictions(hidden_states)
+
+
+@dataclass
+class BertLoadingReport:
+    """What [`~UnicoderVLPreTrainedModel.from_bert`] could not take from BERT, and what it left there.
+
+    Args:
+        new (`list[str]`): Parameters of the model that the checkpoint lacks, freshly initialised.
+        unused (`list[str]`): Parameters of the checkpoint that the model lacks.
+    """
+
+    new: list[str]
+    unused: list[str]
+
+
+# Every other key that only one side has is an error: a renamed layer must not pass as "new".
+_NEW_KEYS = re.compile(
+    r"(bert\.)?(embeddings\.region_embeddings|embeddings\.image_token_embedding|pooler)"
+    r"|cls\.predictions|region_head|matching_head|classifier"
+)
+_UNUSED_KEYS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?embeddings\.position_ids$")
+_LAYER_KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.")
+
+
+@auto_docstring
+class UnicoderVLPreTrainedModel(PreTrainedModel):
+    config: UnicoderVLConfig
+    base_model_prefix = "bert"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # The losses are means over rows: Trainer must divide by the accumulation steps itself.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["UnicoderVLEmbeddings", "UnicoderVLLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": UnicoderVLLayer, "attentions": UnicoderVLSelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, UnicoderVLLMPredictionHead):
+            init.zeros_(module.bias)
+        elif isinstance(module, UnicoderVLEmbeddings) and module.image_token_embedding is not None:
+            init.normal_(module.image_token_embedding, mean=0.0, std=self.config.initializer_range)
+
+    @classmethod
+    def from_bert(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        output_loading_info: bool = False,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        revision: str = "main",
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        **config_overrides,
+    ):
+        r"""
+        Builds the model from any BERT checkpoint, as the paper does from BERT-base.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                A folder, or a repository of the Hub, with a BERT of any kind (`BertModel`, with or without heads).
+            output_loading_info (`bool`, *optional*, defaults to `False`):
+                Return `(model, BertLoadingReport)`: the parameters that are new, and those of the checkpoint left unused.
+            dtype, attn_implementation, revision, token, cache_dir, local_files_only:
+                As in [`~PreTrainedModel.from_pretrained`].
+            config_overrides:
+                Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be lower than BERT's: the first layers are taken.
+
+        Raises:
+            `ValueError`: for a checkpoint that is not a BERT, more layers than it has, a field that its weights fix, an
+            unknown field, or a key missing or unexpected beside those that may be (see `BertLoadingReport`).
+        """
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        name = str(pretrained_model_name_or_path)
+        model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type", "bert")
+        if model_type != "bert":
+            raise ValueError(f"{name}: model_type is {model_type!r}, but from_bert reads checkpoints of 'bert' only.")
+        bert_config = BertConfig.from_pretrained(name, **hub)
+        config = cls._config_from_bert(name, bert_config, config_overrides)
+
+        bert_config.num_hidden_layers = config.num_hidden_layers
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # Its report is about BertForPreTraining; ours follows.
+        try:
+            bert, info = BertForPreTraining.from_pretrained(
+                name, config=bert_config, dtype=torch.float32, output_loading_info=True, **hub
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        source = {key: value for key, value in bert.state_dict().items() if key not in info["missing_keys"]}
+        # Index 0 of next sentence prediction means match, and sentences are not images: never a start for matching.
+        unused = sorted(
+            set(info["unexpected_keys"]) | {key for key in source if key.startswith("cls.seq_relationship")}
+        )
+        source = {key: value for key, value in source.items() if key not in unused}
+
+        model = cls._from_config(config, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
+        if cls.base_model_prefix not in model._modules:
+            prefix = f"{cls.base_model_prefix}."
+            source = {key.removeprefix(prefix): value for key, value in source.items()}
+        target = set(model.state_dict())
+        # The decoder is tied to the word embeddings and the head's bias, whatever the checkpoint says.
+        tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+        new = sorted(target - set(source) - tied)
+        unused = sorted({*unused, *(set(source) - target)} - tied)
+
+        wrong = [f"new: {key}" for key in new if not _NEW_KEYS.match(key)]
+        for key in unused:
+            layer = _LAYER_KEY.match(key)
+            if not (_UNUSED_KEYS.match(key) or (layer and int(layer[1]) >= config.num_hidden_layers)):
+                wrong.append(f"unused: {key}")
+        if wrong:
+            raise ValueError(
+                f"{name} does not fit {cls.__name__}. Keys that neither side may lack: {wrong}. Is it a complete BERT "
+                "checkpoint, saved by transformers?"
+            )
+        model.load_state_dict({key: value for key, value in source.items() if key in target - tied}, strict=False)
+        model.tie_weights()
+        logger.warning(
+            f"{cls.__name__} from BERT {name}: new parameters {new}; left unused in the checkpoint {unused}."
+        )
+        return (model, BertLoadingReport(new=new, unused=unused)) if output_loading_info else model
+
+    @classmethod
+    def _config_from_bert(cls, name: str, bert_config: BertConfig, overrides: dict) -> UnicoderVLConfig:
+        fields = set(UnicoderVLConfig.__dataclass_fields__)
+        if unknown := sorted(set(overrides) - fields - {"num_labels"}):
+            raise ValueError(f"from_bert got {unknown}, which are not fields of UnicoderVLConfig: {sorted(fields)}.")
+        bert_fields = bert_config.to_dict()
+        for field in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "type_vocab_size"):
+            if overrides.get(field, bert_fields[field]) != bert_fields[field]:
+                raise ValueError(f"{field}={overrides[field]}, but the weights of {name} have {bert_fields[field]}.")
+        depth = overrides.get("num_hidden_layers", bert_config.num_hidden_layers)
+        if depth > bert_config.num_hidden_layers:
+            raise ValueError(f"num_hidden_layers={depth}, but {name} has {bert_config.num_hidden_layers} layers only.")
+        inherited = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
+            "attention_probs_dropout_prob max_position_embeddings type_vocab_size initializer_range layer_norm_eps pad_token_id"
+        ).split()
+        return UnicoderVLConfig(**{field: bert_fields[field] for field in inherited} | overrides)
+
+
+@auto_docstring(
+    custom_intro="""
+    The bare Unicoder-VL encoder over the sequence of text, then regions. Without regions it is BERT, to the same values.
+    """
+)
+class UnicoderVLModel(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.embeddings = UnicoderVLEmbeddings(config)
+        self.encoder = UnicoderVLEncoder(config)
+        self.pooler = UnicoderVLPooler(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        caption_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        self._check_shapes(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+            region_attention_mask, token_region_ids, caption_index, image_index,
+        )  # fmt: skip
+        hidden_states = self.embeddings(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            token_region_ids=token_region_ids,
+            caption_index=caption_index,
+            image_index=image_index,
+        )
+        text_mask, region_mask = (
+            _pick_rows(attention_mask, caption_index),
+            _pick_rows(region_attention_mask, image_index),
+        )
+        joint_mask = text_mask
+        if region_features is not None and (text_mask is not None or region_mask is not None):
+            batch_size, num_regions = hidden_states.shape[0], region_features.shape[1]
+            ones = hidden_states.new_ones((), dtype=torch.bool)
+            text_part = (
+                ones.expand(batch_size, hidden_states.shape[1] - num_regions) if text_mask is None else text_mask
+            )
+            region_part = ones.expand(batch_size, num_regions) if region_mask is None else region_mask
+            joint_mask = torch.cat((text_part.bool(), region_part.bool()), dim=1)
+        encoder_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=joint_mask
+        )
+        hidden_states = self.encoder(hidden_states, encoder_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, text_mask)
+        )
+
+    def _check_shapes(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+        region_attention_mask, token_region_ids, caption_index, image_index,
+    ):  # fmt: skip
+        """Shapes only: a look at a value would wait for the GPU and break a compiled graph."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch_size, sequence_length).")
+        if inputs_embeds is not None and (
+            inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size
+        ):
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch_size, sequence_length, "
+                f"hidden_size={self.config.hidden_size})."
+            )
+        num_captions, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        if position_ids is None and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The text has {length} tokens, the model {self.config.max_position_embeddings} positions "
+                "(max_position_embeddings): truncate it."
+            )
+        text_shape = (num_captions, length)
+        _check_shape("attention_mask", attention_mask, text_shape)
+        _check_shape("token_type_ids", token_type_ids, text_shape)
+        _check_shape("token_region_ids", token_region_ids, text_shape)
+        if position_ids is not None and tuple(position_ids.shape) != (1, length):
+            _check_shape("position_ids", position_ids, text_shape)
+
+        if region_features is None:
+            for name, value in (
+                ("region_locations", region_locations),
+                ("region_attention_mask", region_attention_mask),
+                ("token_region_ids", token_region_ids),
+                ("image_index", image_index),
+            ):
+                if value is not None:
+                    raise ValueError(f"{name} was given without region_features.")
+            return
+        if region_features.ndim != 3 or region_features.shape[-1] != self.config.region_feature_dim:
+            raise ValueError(
+                f"region_features has shape {tuple(region_features.shape)}, expected (batch_size, num_regions, "
+                f"region_feature_dim={self.config.region_feature_dim}): the features must be those of the detector that "
+                "the model was made for, or set region_feature_dim."
+            )
+        if region_locations is None:
+            raise ValueError("region_features was given without region_locations: give zeros where boxes are unknown.")
+        region_shape = tuple(region_features.shape[:2])
+        _check_shape("region_locations", region_locations, (*region_shape, self.config.region_location_dim))
+        _check_shape("region_attention_mask", region_attention_mask, region_shape)
+        rows = (
+            num_captions if caption_index is None else caption_index.shape[0],
+            region_shape[0] if image_index is None else image_index.shape[0],
+        )
+        if rows[0] != rows[1]:
+            raise ValueError(
+                f"{rows[0]} rows of text but {rows[1]} of regions: give one image for each caption, or caption_index and "
+                "image_index of equal length."
+            )
+
+
+PRETRAINING_LABELS_DOCSTRING = r"""
+    labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+        The token to predict, in `[0, vocab_size)`, or -100 where none is.
+    region_labels (`torch.LongTensor` of shape `(batch_size, num_regions)`, *optional*):
+        The object class to predict, in `[0, num_region_classes)`, or -100 where none is.
+    matching_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        1 = match, 0 = mismatch (its tokens and regions do not count), -100 = unknown (they count, matching does not).
+        Defaults to unknown.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL with the heads of its three pre-training tasks (paper, Pre-training Tasks): masked language modelling, tied to
+    the word embeddings; masked object classification; and visual-linguistic matching.
+    """
+)
+class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForPreTraining"
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.cls = UnicoderVLOnlyMLMHead(config)
+        self.region_head = nn.Linear(config.hidden_size, config.num_region_classes)
+        self.matching_head = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PRETRAINING_LABELS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        region_labels: torch.LongTensor | None = None,
+        matching_labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UnicoderVLForPreTrainingOutput:
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            **kwargs,
+        )
+        num_regions = 0 if region_features is None else region_features.shape[1]
+        text, regions = outputs.last_hidden_state.tensor_split(
+            (outputs.last_hidden_state.shape[1] - num_regions,), dim=1
+        )
+        _check_shape("labels", labels, tuple(text.shape[:2]))
+        _check_shape("region_labels", region_labels, tuple(regions.shape[:2]))
+        _check_shape("matching_labels", matching_labels, (text.shape[0],))
+
+        matching_logits = self.matching_head(outputs.pooler_output).float()
+        region_logits = None if region_features is None else self.region_head(regions)
+        counted = None if matching_labels is None else matching_labels != 0  # rows whose tokens and regions count
+        mlm_loss = moc_loss = matching_loss = None
+        if labels is None:
+            prediction_logits = self.cls(text)
+        elif self.config.sparse_prediction:
+            weights = _target_weights(labels, counted)
+            picked = weights > 0
+            prediction_logits = self.cls(text[picked])
+            token_losses = nn.functional.cross_entropy(prediction_logits.float(), labels[picked], reduction="none")
+            mlm_loss = (token_losses * weights[picked]).sum()
+        else:
+            prediction_logits = self.cls(text)
+            mlm_loss = _masked_prediction_loss(prediction_logits, labels, counted)
+        if region_labels is not None and region_logits is not None:
+            moc_loss = _masked_prediction_loss(region_logits, region_labels, counted)
+        if matching_labels is not None:
+            row_losses = nn.functional.cross_entropy(matching_logits, matching_labels, reduction="none")
+            matching_loss = row_losses.sum() / row_losses.shape[0]
+
+        parts = [part for part in (mlm_loss, moc_loss, matching_loss) if part is not None]
+        return UnicoderVLForPreTrainingOutput(
+            loss=sum(parts) if parts else None,
+            prediction_logits=prediction_logits,
+            region_logits=region_logits,
+            matching_logits=matching_logits,
+            scores=matching_logits[:, 1] - matching_logits[:, 0],
+            mlm_loss=mlm_loss,
+            moc_loss=moc_loss,
+            matching_loss=matching_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+RETRIEVAL_LABELS_DOCSTRING = r"""
+    group_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        The group of each row: a match and its mismatches. Selects the hardest-negative triplet loss; needs
+        `caption_index` and `image_index`, which tell a caption negative (the match's image) from an image negative (its
+        caption).
+    labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        1 = match, 0 = mismatch, -100 = ignored.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for image-text retrieval: the matching head of pre-training, under the same parameter names, so that a
+    pre-trained checkpoint scores pairs without fine-tuning (paper, Image-Text Retrieval, zero-shot).
+    """
+)
+class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        if config.num_labels != 2:
+            raise ValueError(
+                f"num_labels={config.num_labels}, but the matching head always has two logits (0 = mismatch, 1 = match)."
+            )
+        self.bert = UnicoderVLModel(config)
+        self.matching_head = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + RETRIEVAL_LABELS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        caption_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        group_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UnicoderVLForImageTextRetrievalOutput:
+        if region_features is None:
+            raise ValueError("Image-text retrieval needs region_features: a caption is scored with an image.")
+        if group_ids is not None and (caption_index is None or image_index is None):
+            raise ValueError(
+                "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
+            )
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            caption_index=caption_index,
+            image_index=image_index,
+            **kwargs,
+        )
+        matching_logits = self.matching_head(outputs.pooler_output).float()
+        scores = matching_logits[:, 1] - matching_logits[:, 0]
+        _check_shape("labels", labels, tuple(scores.shape))
+        _check_shape("group_ids", group_ids, tuple(scores.shape))
+
+        loss = None
+        if labels is not None and group_ids is not None:
+            loss = hardest_negative_triplet_loss(
+                scores, labels, group_ids, caption_index, image_index, margin=self.config.triplet_margin
+            )
+        elif labels is not None:
+            row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+        return UnicoderVLForImageTextRetrievalOutput(
+            loss=loss,
+            matching_logits=matching_logits,
+            scores=scores,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+MULTIPLE_CHOICE_DOCSTRING = r"""
+    input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`):
+        Indices of the tokens of each choice; every text argument has these two leading dimensions.
+    region_features (`torch.Tensor` of shape `(batch_size, num_choices, num_regions, region_feature_dim)`, *optional*):
+        Or, shared by the choices, `(batch_size, num_regions, region_feature_dim)`; likewise every region argument.
+    labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        The right choice, in `[0, num_choices)`, or -100 = ignored.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for visual commonsense reasoning (paper, Visual Commonsense Reasoning): each choice is passed with the image,
+    a projection of `[CLS]` gives its score, softmax over the choices. An image that the choices share is embedded once.
+    """
+)
+class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForMultipleChoice"
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + MULTIPLE_CHOICE_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.ndim != (3 if inputs_embeds is None else 4):
+            raise ValueError(
+                "Multiple choice needs input_ids (batch_size, num_choices, sequence_length) or inputs_embeds (…, hidden_size), "
+                f"got {None if given is None else tuple(given.shape)}."
+            )
+        batch_size, num_choices = given.shape[:2]
+        image_index = None
+        if region_features is not None and region_features.ndim == 3:
+            if region_features.shape[0] != batch_size:
+                raise ValueError(f"region_features has {region_features.shape[0]} rows, the text {batch_size}.")
+            image_index = torch.arange(batch_size, device=region_features.device).repeat_interleave(num_choices)
+        elif region_features is not None:
+            region_features = _flatten_choices(region_features)
+            region_locations = _flatten_choices(region_locations)
+            region_attention_mask = _flatten_choices(region_attention_mask)
+        outputs = self.bert(
+            input_ids=_flatten_choices(input_ids),
+            attention_mask=_flatten_choices(attention_mask),
+            token_type_ids=_flatten_choices(token_type_ids),
+            position_ids=_flatten_choices(position_ids),
+            inputs_embeds=_flatten_choices(inputs_embeds),
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=_flatten_choices(token_region_ids),
+            image_index=image_index,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch_size, num_choices).float()
+        _check_shape("labels", labels, (batch_size,))
+
+        loss = None
+        if labels is not None:
+            row_losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def hardest_negative_triplet_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+    margin: float,
+) -> torch.Tensor:
+    r"""
+    Mean over the matches of `max(0, margin - s + s_caption) + max(0, margin - s + s_image)`, where `s_caption` is the highest of
+    the group's caption negatives (mismatches with the match's image) and `s_image` of its image negatives (mismatches with its
+    caption), all on `s = sigmoid(score)` (paper, Image-Text Retrieval, after VSE++). A direction without a negative adds 0.
+
+    Args:
+        scores, labels, group_ids, caption_index, image_index (`torch.Tensor` of shape `(batch_size,)`):
+            As in [`UnicoderVLForImageTextRetrieval`].
+        margin (`float`): On the difference of two values in `(0, 1)`.
+    """
+    probabilities = scores.sigmoid()
+    match = labels == 1
+    candidate = (group_ids[:, None] == group_ids[None, :]) & (labels == 0)[None, :]  # (row, its mismatches)
+    loss = scores.new_zeros(())
+    for index in (image_index, caption_index):
+        negative = candidate & (index[:, None] == index[None, :])
+        hardest = probabilities.masked_fill(~negative, float("-inf")).amax(dim=1)
+        loss = loss + ((margin - probabilities + hardest).clamp(min=0) * match).sum()
+    return loss / match.sum().clamp(min=1)
+
+
+def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Weight of each target, `(batch_size, length)`: 1 / (its row's targets * rows of the batch), 0 where none counts."""
+    is_target = labels != -100
+    if counted is not None:
+        is_target = is_target & counted[:, None]
+    per_row = is_target.sum(dim=1, keepdim=True).clamp(min=1)
+    return is_target.float() / (per_row * labels.shape[0])
+
+
+def _masked_prediction_loss(
+    logits: torch.Tensor, labels: torch.LongTensor, counted: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean over the targets of each row, then over ALL rows of the batch; rows without a target or not counted add 0."""
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return (losses.view_as(labels) * _target_weights(labels, counted)).sum()
+
+
+def _pick_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
+    return tensor if tensor is None or index is None else tensor[index]
+
+
+def _flatten_choices(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.flatten(0, 1)
+
+
+def _check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...]):
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}.")
+
+
+__all__ = [
+    "UnicoderVLForImageTextRetrieval",
+    "UnicoderVLForMultipleChoice",
+    "UnicoderVLForPreTraining",
+    "UnicoderVLModel",
+    "UnicoderVLPreTrainedModel",
+]
