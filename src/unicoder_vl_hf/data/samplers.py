@@ -1,0 +1,141 @@
+"""The order of training: which rows an optimiser step takes, and how they fall to processes and micro-batches.
+
+A pure function of (seed, epoch, step): the rows of a step are the same for any number of processes and micro-batches,
+so that a resume on another machine trains on the same steps. Every row occurs exactly once an epoch, and the last
+step of an epoch is smaller.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+SALT = 0x6F7264  # keeps these draws apart from masks and negatives that use the same seed
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The order in which an epoch visits its rows."""
+    return np.random.default_rng([seed, epoch, SALT]).permutation(num_rows) if shuffle else np.arange(num_rows)
+
+
+def step_parts(rows: np.ndarray, num_parts: int) -> list[tuple[list[int], float]]:
+    """
+    Split the rows of one step into parts of nearly equal size, each with its weight: rows of the part / of the step.
+
+    Where there are fewer rows than parts, an empty part holds the step's first row with weight 0: every process runs
+    every micro-step (gradients are summed over all of them, and one that stays away is waited for), and the row
+    counts once.
+
+    Example:
+
+    ```python
+    >>> step_parts(np.array([7, 3, 5]), 2)
+    [([7, 3], 0.6666666666666666), ([5], 0.3333333333333333)]
+    >>> step_parts(np.array([7]), 2)
+    [([7], 1.0), ([7], 0.0)]
+    ```
+    """
+    return [
+        ((part if len(part) else rows[:1]).tolist(), len(part) / len(rows)) for part in np.array_split(rows, num_parts)
+    ]
+
+
+class StepBatchSampler(Sampler[list[int]]):
+    """
+    The micro-batches of one process, for `DataLoader(batch_sampler=…)`: `micro_batches` of them make a step.
+
+    Micro-batches differ in size by a row where the rows do not divide, and at the end of an epoch. Mean losses add up
+    to the mean over the step when each is multiplied by its weight, and by the number of processes where DDP averages
+    gradients:
+
+    ```python
+    sampler.set_epoch(epoch, start_step=step)
+    for batch, weight in zip(loader, sampler.weights(), strict=True):
+        (model(**batch).loss * weight * num_processes).backward()
+    ```
+
+    The sampler splits over processes itself: keep `accelerate` from splitting again (do not `prepare` the loader).
+
+    Args:
+        num_rows (`int`): rows of the epoch.
+        rows_per_step (`int`): rows of one optimiser step, over all processes and micro-batches.
+        micro_batches (`int`, *optional*, defaults to 1): forward passes of one process in a step (gradient
+            accumulation).
+        seed (`int`): at least 0.
+        process_index (`int`, *optional*, defaults to 0): this process.
+        num_processes (`int`, *optional*, defaults to 1): all processes.
+        shuffle (`bool`, *optional*, defaults to `True`): another order each epoch, or else the order of the rows.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        rows_per_step: int,
+        micro_batches: int = 1,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        shuffle: bool = True,
+    ):
+        counts = {
+            "num_rows": num_rows,
+            "rows_per_step": rows_per_step,
+            "micro_batches": micro_batches,
+            "num_processes": num_processes,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name}={count}; expected at least 1.")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"process_index={process_index}; expected 0 to {num_processes - 1}, as num_processes={num_processes}."
+            )
+        if seed < 0:
+            raise ValueError(f"seed={seed}; expected at least 0.")
+        self.num_rows = num_rows
+        self.rows_per_step = rows_per_step
+        self.micro_batches = micro_batches
+        self.seed = seed
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.start_step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_rows // self.rows_per_step)
+
+    def set_epoch(self, epoch: int, start_step: int | None = None) -> None:
+        """Move to an epoch and a step in it: by default its first, or where it stands if it is there already."""
+        if epoch < 0:
+            raise ValueError(f"epoch={epoch}; expected at least 0.")
+        if start_step is None:
+            start_step = self.start_step if epoch == self.epoch else 0
+        self.epoch = epoch
+        self.set_start_step(start_step)
+
+    def set_start_step(self, step: int) -> None:
+        """Begin this epoch at a step (others at their first); what comes before is neither read nor collated."""
+        if not 0 <= step <= self.steps_per_epoch:
+            raise ValueError(f"step={step} is not in the epoch; expected 0 to {self.steps_per_epoch}.")
+        self.start_step = step
+
+    def parts(self) -> Iterator[tuple[list[int], float]]:
+        """The rows of each micro-batch of this process and its weight in its step (0: a filler), from `start_step`."""
+        order = epoch_order(self.num_rows, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
+        mine = slice(self.process_index * self.micro_batches, (self.process_index + 1) * self.micro_batches)
+        for step in range(self.start_step, self.steps_per_epoch):
+            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+            yield from step_parts(rows, self.num_processes * self.micro_batches)[mine]
+
+    def weights(self) -> Iterator[float]:
+        """The weight of each micro-batch that iterating gives."""
+        return (weight for _, weight in self.parts())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows for rows, _ in self.parts())
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.start_step) * self.micro_batches
