@@ -1,16 +1,4 @@
-# Copyright 2026 The unicoder-vl-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """Unicoder-VL model configuration: BERT's fields, and what regions and the three heads need beside them."""
 
 from typing import ClassVar
@@ -27,18 +15,21 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_feature_dim (`int`, *optional*, defaults to 2048):
         Width of a region's feature, as the detector pools it. Any width works.
     region_location_dim (`int`, *optional*, defaults to 5):
-        Width of the location vector `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`, each entry in `[0, 1]` (paper, Image Embeddings).
+        Width of the location vector `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`, each entry in `[0, 1]` (paper, Image
+        Embeddings).
     num_region_classes (`int`, *optional*, defaults to 1600):
         Foreground object classes of the detector, without background: the vocabulary of masked object classification.
     use_image_token_embedding (`bool`, *optional*, defaults to `True`):
-        Whether the paper's `[IMG]` token, one learned vector, is added to every region embedding after its LayerNorm. The
-        paper assigns the token and is silent on how; with `False` its formula for the region embedding holds to the letter.
+        Whether the paper's `[IMG]` token, one learned vector, is added to every region embedding after its LayerNorm.
+        The paper assigns the token and is silent on how; with `False` its formula for the region embedding holds to
+        the letter.
     triplet_margin (`float`, *optional*, defaults to 0.2):
         Margin of the hardest-negative triplet loss, on `sigmoid(score)` in `(0, 1)` (paper, Image-Text Retrieval).
     sparse_prediction (`bool`, *optional*, defaults to `False`):
-        With `labels`, compute the language modelling head on the counted tokens only, those whose label is not -100 in rows
-        that are not mismatches. Same loss and gradients, and faster by the size of the vocabulary; but `prediction_logits` is
-        then `(num_counted_tokens, vocab_size)`, in row-major order, and its shape depends on the data (a break in a compiled graph).
+        With `labels`, compute the language modelling head on the counted tokens only, those whose label is not -100 in
+        rows that are not mismatches. Same loss and gradients, and faster by the size of the vocabulary; but
+        `prediction_logits` is then `(num_counted_tokens, vocab_size)`, in row-major order, and its shape depends on
+        the data (a break in a compiled graph).
 
     Example:
 
@@ -101,7 +92,7 @@ class UnicoderVLConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Saves the configuration with the whole `auto_map`, so that every Auto class finds its class by `trust_remote_code`."""
+        """Saves the configuration with the whole `auto_map`, for `trust_remote_code` by every Auto class."""
         # transformers writes the saved class's own key only: a pre-training checkpoint would not load by AutoModel.
         modeling = "modeling_unicoder_vl"
         self.auto_map = {

@@ -1,3 +1,4 @@
+# Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """
 One image's regions (`RegionRecord`), and how records become padded tensors (`UnicoderVLFeatureExtractor`).
 
@@ -110,6 +111,13 @@ class RegionRecord:
             raise ValueError(f"Image {arrays.get('image_id')!r}: {problem}; the fields of a record are {names}.")
         # An .npz makes 0-d arrays of strings and numbers.
         return cls(**{name: x.item() if isinstance(x, np.ndarray) and not x.ndim else x for name, x in arrays.items()})
+
+    @classmethod
+    def unchecked(cls, values: dict[str, Any]) -> "RegionRecord":
+        """A record of `{field: value}` for every field, without checks or copies: for what was checked when it was stored."""
+        record = cls.__new__(cls)
+        vars(record).update(values)
+        return record
 
     def to_dict(self) -> dict[str, Any]:
         """`{field: value}` of the fields that are not None; arrays are shared, not copied."""
@@ -275,6 +283,7 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
             saved with the rest. See `check_provenance`.
     """
 
+    _auto_class = "AutoFeatureExtractor"
     model_input_names = ["region_features", "region_locations", "region_attention_mask"]
 
     def __init__(

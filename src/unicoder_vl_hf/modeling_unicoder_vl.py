@@ -1,23 +1,10 @@
-# Copyright 2026 The unicoder-vl-hf authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Unicoder-VL model configuration: BERT's fields, and what regions and the three heads need beside them."""
-
+# Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """Unicoder-VL in PyTorch: one BERT encoder over WordPiece tokens and detected image regions.
 
-Follows Li et al., "Unicoder-VL: A Universal Encoder for Vision and Language by Cross-modal Pre-training" (AAAI 2020): the
-embeddings (section Linguistic and Image Embedding), the three pre-training tasks, and the heads of its two downstream tasks.
-Modules that BERT has keep BERT's names, and the text path equals BERT's. Left out: everything that makes BERT a decoder.
+Follows Li et al., "Unicoder-VL: A Universal Encoder for Vision and Language by Cross-modal Pre-training" (AAAI 2020):
+the embeddings (section Linguistic and Image Embedding), the three pre-training tasks, and the heads of its two
+downstream tasks. Modules that BERT has keep BERT's names, and the text path equals BERT's. Left out: everything that
+makes BERT a decoder.
 """
 
 import re
@@ -41,7 +28,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_unicoder_vl import UnicoderVLConfig
 
-
 logger = logging.get_logger(__name__)
 
 
@@ -62,7 +48,8 @@ PAIRING_DOCSTRING = r"""
         Row b takes caption `caption_index[b]` of the `num_captions` rows of `input_ids`, so that a caption that several
         rows share is embedded once. Defaults to row b with caption b.
     image_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-        Row b takes image `image_index[b]` of the `num_images` rows of `region_features`. Defaults to row b with image b.
+        Row b takes image `image_index[b]` of the `num_images` rows of `region_features`. Defaults to row b with image
+        b.
 """
 
 
@@ -87,7 +74,8 @@ class UnicoderVLForPreTrainingOutput(ModelOutput):
         hidden_states (`tuple(torch.Tensor)`, *optional*):
             One of shape `(batch_size, sequence_length + num_regions, hidden_size)` for the embeddings and each layer.
         attentions (`tuple(torch.Tensor)`, *optional*):
-            One of shape `(batch_size, num_heads, sequence_length + num_regions, sequence_length + num_regions)` a layer.
+            One of shape `(batch_size, num_heads, sequence_length + num_regions, sequence_length + num_regions)` a
+            layer.
     """
 
     loss: torch.Tensor | None = None
@@ -145,7 +133,7 @@ class UnicoderVLRegionEmbeddings(nn.Module):
 
 
 class UnicoderVLEmbeddings(nn.Module):
-    """BERT's embeddings of the tokens and the embeddings of the regions, joined into one sequence: text, then regions."""
+    """BERT's embeddings of the tokens and the embeddings of the regions, joined: text, then regions."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
@@ -456,11 +444,13 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path (`str`):
                 A folder, or a repository of the Hub, with a BERT of any kind (`BertModel`, with or without heads).
             output_loading_info (`bool`, *optional*, defaults to `False`):
-                Return `(model, BertLoadingReport)`: the parameters that are new, and those of the checkpoint left unused.
+                Return `(model, BertLoadingReport)`: the parameters that are new, and those of the checkpoint left
+                unused.
             dtype, attn_implementation, revision, token, cache_dir, local_files_only:
                 As in [`~PreTrainedModel.from_pretrained`].
             config_overrides:
-                Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be lower than BERT's: the first layers are taken.
+                Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be lower than BERT's: the first layers are
+                taken.
 
         Raises:
             `ValueError`: for a checkpoint that is not a BERT, more layers than it has, a field that its weights fix, an
@@ -529,16 +519,14 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         depth = overrides.get("num_hidden_layers", bert_config.num_hidden_layers)
         if depth > bert_config.num_hidden_layers:
             raise ValueError(f"num_hidden_layers={depth}, but {name} has {bert_config.num_hidden_layers} layers only.")
-        inherited = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
-            "attention_probs_dropout_prob max_position_embeddings type_vocab_size initializer_range layer_norm_eps pad_token_id"
-        ).split()
-        return UnicoderVLConfig(**{field: bert_fields[field] for field in inherited} | overrides)
+        inherited = {field: bert_fields[field] for field in UnicoderVLConfig.__annotations__ if field in bert_fields}
+        return UnicoderVLConfig(**inherited | overrides)
 
 
 @auto_docstring(
     custom_intro="""
-    The bare Unicoder-VL encoder over the sequence of text, then regions. Without regions it is BERT, to the same values.
+    The bare Unicoder-VL encoder over the sequence of text, then regions. Without regions it is BERT, to the same
+    values.
     """
 )
 class UnicoderVLModel(UnicoderVLPreTrainedModel):
@@ -654,8 +642,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         if region_features.ndim != 3 or region_features.shape[-1] != self.config.region_feature_dim:
             raise ValueError(
                 f"region_features has shape {tuple(region_features.shape)}, expected (batch_size, num_regions, "
-                f"region_feature_dim={self.config.region_feature_dim}): the features must be those of the detector that "
-                "the model was made for, or set region_feature_dim."
+                f"region_feature_dim={self.config.region_feature_dim}): give the features of the detector that the "
+                "model was made for, or set region_feature_dim."
             )
         if region_locations is None:
             raise ValueError("region_features was given without region_locations: give zeros where boxes are unknown.")
@@ -668,8 +656,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         )
         if rows[0] != rows[1]:
             raise ValueError(
-                f"{rows[0]} rows of text but {rows[1]} of regions: give one image for each caption, or caption_index and "
-                "image_index of equal length."
+                f"{rows[0]} rows of text but {rows[1]} of regions: give an image for each caption, or caption_index "
+                "and image_index of equal length."
             )
 
 
@@ -686,8 +674,8 @@ PRETRAINING_LABELS_DOCSTRING = r"""
 
 @auto_docstring(
     custom_intro="""
-    Unicoder-VL with the heads of its three pre-training tasks (paper, Pre-training Tasks): masked language modelling, tied to
-    the word embeddings; masked object classification; and visual-linguistic matching.
+    Unicoder-VL with the heads of its three pre-training tasks (paper, Pre-training Tasks): masked language modelling,
+    tied to the word embeddings; masked object classification; and visual-linguistic matching.
     """
 )
 class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
@@ -809,7 +797,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         super().__init__(config)
         if config.num_labels != 2:
             raise ValueError(
-                f"num_labels={config.num_labels}, but the matching head always has two logits (0 = mismatch, 1 = match)."
+                f"num_labels={config.num_labels}, but the matching head has two logits always (0 mismatch, 1 match)."
             )
         self.bert = UnicoderVLModel(config)
         self.matching_head = nn.Linear(config.hidden_size, 2)
@@ -888,8 +876,9 @@ MULTIPLE_CHOICE_DOCSTRING = r"""
 
 @auto_docstring(
     custom_intro="""
-    Unicoder-VL for visual commonsense reasoning (paper, Visual Commonsense Reasoning): each choice is passed with the image,
-    a projection of `[CLS]` gives its score, softmax over the choices. An image that the choices share is embedded once.
+    Unicoder-VL for visual commonsense reasoning (paper, Visual Commonsense Reasoning): each choice is passed with the
+    image, a projection of `[CLS]` gives its score, softmax over the choices. An image that the choices share is
+    embedded once.
     """
 )
 class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
@@ -921,8 +910,8 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or given.ndim != (3 if inputs_embeds is None else 4):
             raise ValueError(
-                "Multiple choice needs input_ids (batch_size, num_choices, sequence_length) or inputs_embeds (…, hidden_size), "
-                f"got {None if given is None else tuple(given.shape)}."
+                "Multiple choice needs input_ids (batch_size, num_choices, sequence_length), or inputs_embeds likewise"
+                f", got {None if given is None else tuple(given.shape)}."
             )
         batch_size, num_choices = given.shape[:2]
         image_index = None
@@ -968,9 +957,10 @@ def hardest_negative_triplet_loss(
     margin: float,
 ) -> torch.Tensor:
     r"""
-    Mean over the matches of `max(0, margin - s + s_caption) + max(0, margin - s + s_image)`, where `s_caption` is the highest of
-    the group's caption negatives (mismatches with the match's image) and `s_image` of its image negatives (mismatches with its
-    caption), all on `s = sigmoid(score)` (paper, Image-Text Retrieval, after VSE++). A direction without a negative adds 0.
+    Mean over the matches of `max(0, margin - s + s_caption) + max(0, margin - s + s_image)`, where `s_caption` is the
+    highest of the group's caption negatives (mismatches with the match's image) and `s_image` of its image negatives
+    (mismatches with its caption), all on `s = sigmoid(score)` (paper, Image-Text Retrieval, after VSE++). A direction
+    without a negative adds 0.
 
     Args:
         scores, labels, group_ids, caption_index, image_index (`torch.Tensor` of shape `(batch_size,)`):
@@ -989,7 +979,7 @@ def hardest_negative_triplet_loss(
 
 
 def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Weight of each target, `(batch_size, length)`: 1 / (its row's targets * rows of the batch), 0 where none counts."""
+    """Weight of each target, `(batch_size, length)`: 1 / (its row's targets * rows of the batch), or 0."""
     is_target = labels != -100
     if counted is not None:
         is_target = is_target & counted[:, None]
@@ -1000,7 +990,7 @@ def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> t
 def _masked_prediction_loss(
     logits: torch.Tensor, labels: torch.LongTensor, counted: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean over the targets of each row, then over ALL rows of the batch; rows without a target or not counted add 0."""
+    """Mean over the targets of each row, then over ALL rows of the batch; rows without targets add 0."""
     losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return (losses.view_as(labels) * _target_weights(labels, counted)).sum()
 
