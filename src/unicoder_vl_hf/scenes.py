@@ -85,7 +85,7 @@ PLACE_WORDS = {
     "bottom": ("at the bottom",),
     "middle": ("in the middle", "in the centre"),
 }
-GLUE_WORDS = ("a", "an", "the", "and", "with", "there", "is", "on", "scene", "of", ",", ".")
+GLUE_WORDS = ("a", "an", "the", "and", "there", "is", "on", ",", ".")
 
 CLASS_NAMES = (*SHAPE_WORDS, *GROUNDS)
 HELD_OUT = frozenset(
@@ -94,7 +94,10 @@ HELD_OUT = frozenset(
 
 _GRID = 8
 FEATURE_DIM = _GRID * _GRID * 4
-FEATURE_DESCRIPTION = f"pooled pixels: {_GRID} x {_GRID} cells of the box, mean red, green, blue as (v / 255 - 0.5) / 0.25, then edge strength as (e - 0.1) / 0.1"
+FEATURE_DESCRIPTION = (
+    f"pooled pixels: {_GRID} x {_GRID} cells of the box, mean red, green, blue as (v / 255 - 0.5) / 0.25, "
+    "then edge strength as (e - 0.1) / 0.1"
+)
 _SUPERSAMPLING = 3
 _INK = (48, 44, 52)
 # Part of what a finished folder must match: raise it with every change of what is drawn, said or pooled.
@@ -168,7 +171,7 @@ def _place(rng: np.random.Generator, sizes: Sequence[str], gap: int = 5) -> list
 
 
 def _separation(box: Sequence[float], other: Sequence[float]) -> tuple[str, float]:
-    """How `box` lies to `other` along the axis that separates them best, and the pixels between them (negative: they overlap)."""
+    """How `box` lies to `other` along the axis that parts them best, and the pixels between them (< 0: they overlap)."""
     gaps = {
         "left": other[0] - box[2],
         "right": box[0] - other[2],
@@ -181,23 +184,25 @@ def _separation(box: Sequence[float], other: Sequence[float]) -> tuple[str, floa
 
 # Pictures
 
+_Loop = list[tuple[float, float]]
 
-def _round(radius: float = 0.5, steps: int = 48) -> list[tuple[float, float]]:
+
+def _round(radius: float = 0.5, steps: int = 48) -> _Loop:
     angles = [2 * math.pi * step / steps for step in range(steps + 1)]
     return [(0.5 + radius * math.cos(angle), 0.5 + radius * math.sin(angle)) for angle in angles]
 
 
-def _fill_unit_square(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _fill_unit_square(points: _Loop) -> _Loop:
     xs, ys = zip(*points, strict=True)
     return [((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in points]
 
 
-def _star() -> list[tuple[float, float]]:
+def _star() -> _Loop:
     corners = [(0.5 if step % 2 == 0 else 0.2, math.pi * (step / 5 - 0.5)) for step in range(11)]
     return _fill_unit_square([(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in corners])
 
 
-def _heart() -> list[tuple[float, float]]:
+def _heart() -> _Loop:
     angles = [2 * math.pi * step / 48 for step in range(49)]
     curve = [
         (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
@@ -206,13 +211,13 @@ def _heart() -> list[tuple[float, float]]:
     return _fill_unit_square(curve)
 
 
-def _cross(arm: float = 0.32) -> list[tuple[float, float]]:
+def _cross(arm: float = 0.32) -> _Loop:
     a, b = arm, 1 - arm
     return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a), (a, 0)]
 
 
 # Closed loops in the unit square; a second loop is a hole.
-_LOOPS = {
+_LOOPS: dict[str, list[_Loop]] = {
     "circle": [_round()],
     "square": [[(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]],
     "triangle": [[(0.5, 0), (1, 1), (0, 1), (0.5, 0)]],
@@ -266,7 +271,8 @@ def _draw_ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, ground: st
 
 
 def pool_pixels(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
-    """Features of boxes: what their pixels look like on a coarse grid, see `FEATURE_DESCRIPTION`.
+    """
+    Features of boxes: what their pixels look like on a coarse grid, see `FEATURE_DESCRIPTION`.
 
     Args:
         image (`PIL.Image.Image`): An RGB picture.
@@ -289,9 +295,10 @@ def pool_pixels(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
 
 
 def scene_regions(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes, object classes and scores as a detector would give them: each side off by up to 6 %, best first.
+    """
+    Boxes, object classes and scores as a detector would give them: each side off by up to 6 %, best first.
 
-    The score is the overlap (intersection over union) with the tight box, so the order tells nothing about what is where.
+    The score is the overlap with the tight box (intersection over union), so the order tells nothing of what is where.
     """
     rng = _generator(scene.seed, scene.image_id, "regions")
     tight = np.array([(0, 0, scene.width, scene.height), *(thing.box for thing in scene.objects)], dtype=np.float32)
