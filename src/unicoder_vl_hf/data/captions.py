@@ -311,8 +311,8 @@ def _coco(content: dict[str, Any], path: Path) -> Iterator[Entry]:
         image_id = _field(annotation, "image_id", path, where)
         if names and image_id not in names:
             raise ValueError(
-                f"{path}, {where}: image_id {image_id!r} is not among the file's {len(names):,} images; expected the id "
-                "of one of them."
+                f"{path}, {where}: image_id {image_id!r} is not among the file's {len(names):,} images; expected the "
+                "id of one of them."
             )
         row = {"image_id": image_id, "caption": _field(annotation, "caption", path, where)}
         yield where, row | {"caption_id": annotation.get("id")} | ({"file_name": names[image_id]} if names else {})
@@ -342,7 +342,7 @@ def _read_jsonl(path: Path, format: str) -> Iterator[Entry]:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {number}, column {error.colno}: malformed json ({error.msg}); expected one object."
+                f"{path}, line {number}, column {error.colno}: malformed json ({error.msg}); expected an object"
             ) from error
 
 
@@ -361,7 +361,7 @@ def _read_csv(path: Path, format: str) -> Iterator[Entry]:
                     )
                 yield where, row
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: malformed csv ({error}).") from error
+            raise ValueError(f"{path}, line {reader.line_num + 1}: malformed csv ({error}).") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Entry]]] = {

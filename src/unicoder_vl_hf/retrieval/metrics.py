@@ -63,8 +63,8 @@ def retrieval_ranks(scores: ArrayLike, image_of_caption: ArrayLike) -> tuple[np.
     num_captions, num_images = scores.shape
     if image_of_caption.shape != (num_captions,) or image_of_caption.dtype.kind not in "iu":
         raise ValueError(
-            f"image_of_caption is {image_of_caption.dtype} of shape {image_of_caption.shape}; expected integers of shape "
-            f"({num_captions},), one for each row of scores {scores.shape}. Are the scores transposed?"
+            f"image_of_caption is {image_of_caption.dtype} of shape {image_of_caption.shape}; expected integers of "
+            f"shape ({num_captions},), one for each row of scores {scores.shape}. Are the scores transposed?"
         )
     outside = np.flatnonzero((image_of_caption < 0) | (image_of_caption >= num_images))
     if len(outside):

@@ -1,0 +1,135 @@
+import itertools
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from unicoder_vl_hf.data.samplers import StepBatchSampler, epoch_order, step_parts
+
+GRID = list(itertools.product((1, 5, 23, 24), (1, 4, 7, 30), (1, 2, 3), (1, 2, 4)))
+
+
+def sampler(num_rows=23, rows_per_step=7, epoch=0, **options):
+    made = StepBatchSampler(num_rows, rows_per_step=rows_per_step, **({"seed": 5} | options))
+    made.set_epoch(epoch)
+    return made
+
+
+def steps(num_rows, rows_per_step, micro_batches, num_processes, start_step=0):
+    """All parts of each step, over processes and micro-batches: [step][process][micro_batch] -> (rows, weight)."""
+    parts = []
+    for process_index in range(num_processes):
+        mine = sampler(
+            num_rows,
+            rows_per_step,
+            micro_batches=micro_batches,
+            num_processes=num_processes,
+            process_index=process_index,
+        )
+        mine.set_start_step(start_step)
+        parts.append(list(mine.parts()))
+        assert len(mine) == len(parts[-1])
+        assert list(mine) == [rows for rows, _ in parts[-1]]
+        assert list(mine.weights()) == [weight for _, weight in parts[-1]]
+    count = len(parts[0]) // micro_batches
+    return [[mine[s * micro_batches : (s + 1) * micro_batches] for mine in parts] for s in range(count)]
+
+
+def counted(step):
+    """The rows that a step trains on, fillers left out."""
+    return sorted(row for process in step for rows, weight in process for row in rows if weight > 0)
+
+
+def test_order_by_hand():
+    made = StepBatchSampler(7, rows_per_step=4, micro_batches=2, num_processes=1, seed=0, shuffle=False)
+    assert list(made.parts()) == [([0, 1], 0.5), ([2, 3], 0.5), ([4, 5], 2 / 3), ([6], 1 / 3)]
+    first, second = (
+        StepBatchSampler(5, rows_per_step=4, micro_batches=1, num_processes=2, process_index=p, seed=0, shuffle=False)
+        for p in (0, 1)
+    )
+    assert list(first.parts()) == [([0, 1], 0.5), ([4], 1.0)]
+    assert list(second.parts()) == [([2, 3], 0.5), ([4], 0.0)]  # a filler: process 1 takes part, its row counts nothing
+
+
+def test_step_parts_by_hand():
+    assert step_parts(np.array([7, 3, 5]), 2) == [([7, 3], 2 / 3), ([5], 1 / 3)]
+    assert step_parts(np.array([7]), 3) == [([7], 1.0), ([7], 0.0), ([7], 0.0)]
+
+
+@pytest.mark.parametrize("num_rows, rows_per_step, micro_batches, num_processes", GRID)
+def test_every_row_once_and_no_process_alone(num_rows, rows_per_step, micro_batches, num_processes):
+    made = steps(num_rows, rows_per_step, micro_batches, num_processes)
+    assert len(made) == sampler(num_rows, rows_per_step).steps_per_epoch == -(-num_rows // rows_per_step)
+    assert sorted(row for step in made for row in counted(step)) == list(range(num_rows))
+    for step in made:
+        parts = [part for process in step for part in process]
+        assert len(parts) == micro_batches * num_processes
+        assert all(rows for rows, _ in parts)
+        assert sum(weight for _, weight in parts) == pytest.approx(1, abs=1e-12)
+        total = len(counted(step))
+        assert all(weight in (0, len(rows) / total) for rows, weight in parts)
+        sizes = [round(weight * total) for _, weight in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("num_rows, rows_per_step, micro_batches, num_processes", GRID)
+def test_a_step_is_the_same_however_it_is_split(num_rows, rows_per_step, micro_batches, num_processes):
+    whole = [counted(step) for step in steps(num_rows, rows_per_step, 1, 1)]
+    assert [counted(step) for step in steps(num_rows, rows_per_step, micro_batches, num_processes)] == whole
+
+
+@pytest.mark.parametrize("num_rows, rows_per_step, micro_batches, num_processes", GRID)
+def test_resume_is_the_tail(num_rows, rows_per_step, micro_batches, num_processes):
+    whole = steps(num_rows, rows_per_step, micro_batches, num_processes)
+    for start in range(len(whole) + 1):
+        assert steps(num_rows, rows_per_step, micro_batches, num_processes, start) == whole[start:]
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    def order(seed, epoch):
+        return [row for rows in sampler(100, 10, epoch, seed=seed) for row in rows]
+
+    assert order(0, 0) == order(0, 0) == epoch_order(100, seed=0, epoch=0).tolist()
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert order(0, 0) != sorted(order(0, 0))
+
+
+def test_start_step_belongs_to_its_epoch():
+    made = sampler(20, 5)
+    made.set_epoch(3, start_step=2)
+    assert len(made) == 2
+    made.set_epoch(3)  # the same epoch announced again, as accelerate does when a loader starts
+    assert len(made) == 2
+    made.set_epoch(4)
+    assert len(made) == 4
+
+
+def test_feeds_a_loader():
+    made = sampler(23, 7, micro_batches=2)
+    loader = DataLoader(range(23), batch_sampler=made, collate_fn=list)
+    assert len(loader) == len(made) == 8
+    assert list(loader) == list(made)
+    made.set_epoch(0, start_step=3)
+    assert list(loader) == list(made) and len(loader) == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_rows": 0}, "num_rows=0"),
+        ({"rows_per_step": 0}, "rows_per_step=0"),
+        ({"micro_batches": 0}, "micro_batches=0"),
+        ({"num_processes": 2, "process_index": 2}, "process_index=2; expected 0 to 1"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        StepBatchSampler(**({"num_rows": 10, "rows_per_step": 4, "seed": 0} | options))
+
+
+def test_refuses_a_step_outside_the_epoch():
+    with pytest.raises(ValueError, match="step=5 is not in the epoch; expected 0 to 4"):
+        sampler(23, 7).set_start_step(5)
+    with pytest.raises(ValueError, match="epoch=-1"):
+        sampler().set_epoch(-1)
