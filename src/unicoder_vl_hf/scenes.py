@@ -171,7 +171,7 @@ def _place(rng: np.random.Generator, sizes: Sequence[str], gap: int = 5) -> list
 
 
 def _separation(box: Sequence[float], other: Sequence[float]) -> tuple[str, float]:
-    """How `box` lies to `other` along the axis that parts them best, and the pixels between them (< 0: they overlap)."""
+    """How `box` lies to `other` along the axis that parts them best, and the pixels between (< 0: they overlap)."""
     gaps = {
         "left": other[0] - box[2],
         "right": box[0] - other[2],

@@ -1,0 +1,384 @@
+"""
+Pictures of what a model did: training curves (PNG), regions drawn on a photo, and a gallery of retrieval (HTML).
+
+Plain functions over plain data: rows of a log, a record, a list of queries. They know no model and no store. Pillow and
+matplotlib are the extra `unicoder-vl-hf[demo]`. Left out: anything that moves or needs a server.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from .feature_extraction_unicoder_vl import RegionRecord
+
+try:
+    from PIL import Image, ImageDraw, ImageFont
+except ImportError as error:
+    raise ImportError("Pictures are drawn with Pillow: pip install 'unicoder-vl-hf[demo]'") from error
+
+# Told apart by most kinds of colour vision (Okabe and Ito), dark enough for white text and thin lines.
+PALETTE = ("#0072b2", "#d55e00", "#007a5a", "#a8437f", "#5b4ea3", "#8a6100", "#00748c", "#b3262e")
+_EVAL = "eval_"
+
+
+def training_curves(
+    log: str | os.PathLike | Iterable[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    chance: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> Path:
+    """
+    Draws a training log: losses over steps on the left, accuracies on the right, validation as points.
+
+    Args:
+        log (`str`, `os.PathLike` or iterable of `dict`):
+            Rows, or a jsonl file of rows, as `Trainer.state.log_history` has them: each has a `step`; names that end
+            with `loss`, `accuracy` or `auc` are drawn, those that begin with `eval_` as validation.
+        path (`str` or `os.PathLike`): Where the PNG goes.
+        chance (`dict`, *optional*): Value that guessing reaches, by name without `eval_`, for example
+            `{"matching_accuracy": 0.5, "moc_accuracy": 0.21}`; drawn as a dotted line.
+        title (`str`, *optional*): Heading.
+
+    Returns:
+        `Path`: `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: No row has a `step` and something to draw.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Curves are drawn with matplotlib: pip install 'unicoder-vl-hf[demo]'") from error
+    rows = (
+        [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
+        if isinstance(log, str | os.PathLike)
+        else list(log)
+    )
+    losses, accuracies = _series(rows, ("loss",)), _series(rows, ("accuracy", "auc"))
+    panels = [panel for panel in (("loss", losses), ("accuracy", accuracies)) if panel[1]]
+    if not panels:
+        raise ValueError(f"{len(rows)} log rows hold no step with a loss or an accuracy: is this a training log?")
+
+    figure = Figure(figsize=(6.4 * len(panels), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (label, series) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
+        names = list(dict.fromkeys(name.removeprefix(_EVAL) for name in series))
+        for name, colour in zip(names, _cycle(PALETTE, len(names)), strict=True):
+            _draw_series(axes, series, name, colour)
+            if chance and name in chance:
+                axes.axhline(chance[name], color=colour, linestyle=":", linewidth=1.2)
+                axes.annotate(
+                    f"chance {chance[name]:.2f}", (1, chance[name]), xycoords=("axes fraction", "data"), color=colour,
+                    fontsize=8, ha="right", va="bottom",
+                )  # fmt: skip
+        axes.set(xlabel="step", ylabel=label, ylim=(0, 1.02) if label == "accuracy" else (0, None))
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], endings: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(steps, values) of every name in the rows that ends with one of `endings`."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.endswith(endings) and "step" in row and value is not None:
+                found.setdefault(name, []).append((row["step"], value))
+    return {name: tuple(np.array(sorted(points), dtype=float).T) for name, points in found.items()}
+
+
+def _draw_series(axes: Any, series: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str, colour: str) -> None:
+    label = name.replace("_", " ")
+    if name in series:
+        steps, values = series[name]
+        window = max(1, len(values) // 25)
+        if window > 1:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(values, window), color=colour, linewidth=1.6, label=label)
+    if _EVAL + name in series:
+        style = {"linestyle": "--", "linewidth": 0.8} if name in series else {"linewidth": 1.6}
+        axes.plot(
+            *series[_EVAL + name], color=colour, marker="o", markersize=4.5, markeredgecolor="white",
+            label=f"{label}, validation", **style,
+        )  # fmt: skip
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values (fewer at the start)."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _cycle(colours: Sequence[str], count: int) -> list[str]:
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+def draw_regions(
+    image: Image.Image,
+    record: RegionRecord,
+    *,
+    class_names: Sequence[str] | None = None,
+    max_regions: int | None = None,
+    min_width: int = 640,
+) -> Image.Image:
+    """
+    Draws the boxes of a record on its photo, each with its index, class and score.
+
+    Args:
+        image (`PIL.Image.Image`): The photo, of any size: boxes are scaled to it.
+        record (`RegionRecord`): Its regions.
+        class_names (sequence of `str`, *optional*): Name of each object id; without, the id is shown.
+        max_regions (`int`, *optional*): Only the best by score (the first, where there are no scores).
+        min_width (`int`, defaults to 640): Narrower photos are enlarged to it, so that the labels can be read.
+
+    Returns:
+        `PIL.Image.Image`: A new RGB picture.
+
+    Raises:
+        ValueError: The record has no boxes.
+    """
+    if record.boxes is None:
+        raise ValueError(f"Record {record.image_id}: boxes are unknown, so there is nothing to draw.")
+    scale = max(1.0, min_width / image.width)
+    canvas = image.convert("RGB").resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+    )
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=max(12, canvas.width / 45))
+    boxes = record.locations()[:, :4] * ([canvas.width, canvas.height] * 2)
+    order = np.arange(len(boxes))
+    if record.object_scores is not None:
+        order = np.argsort(-record.object_scores, kind="stable")
+    shown = sorted(order[:max_regions].tolist())
+    line = max(2, canvas.width // 250)
+    for index in shown:
+        draw.rectangle(_inside(boxes[index], canvas.size), outline=PALETTE[index % len(PALETTE)], width=line)
+    taken: list[tuple[float, float, float, float]] = []
+    for index in shown:
+        label = _region_label(record, index, class_names)
+        place = _free_place(draw.textbbox((0, 0), label, font=font), boxes[index], canvas.size, taken)
+        taken.append(place)
+        draw.rectangle(place, fill=PALETTE[index % len(PALETTE)])
+        draw.text((place[0] + 3, (place[1] + place[3]) / 2), label, fill="white", font=font, anchor="lm")
+    return canvas
+
+
+def _inside(box: np.ndarray, size: tuple[int, int]) -> tuple[float, ...]:
+    """`box` with its last row and column inside the picture, and never inverted."""
+    x1, y1, x2, y2 = np.clip(box, 0, [size[0] - 1, size[1] - 1] * 2).tolist()
+    return x1, y1, max(x1, x2), max(y1, y2)
+
+
+def _region_label(record: RegionRecord, index: int, class_names: Sequence[str] | None) -> str:
+    parts = [str(index)]
+    if record.object_ids is not None and (object_id := int(record.object_ids[index])) >= 0:
+        parts.append(class_names[object_id] if class_names else f"class {object_id}")
+    if record.object_scores is not None:
+        parts.append(f"{record.object_scores[index]:.2f}")
+    return " ".join(parts)
+
+
+def _free_place(
+    text: tuple[float, float, float, float], box: np.ndarray, size: tuple[int, int], taken: Sequence[tuple[float, ...]]
+) -> tuple[float, float, float, float]:
+    """Where a label goes: above its box, else inside, else below, else further down; over another label only at need."""
+    width, height = text[2] + 6, text[3] + 4
+    left = float(np.clip(box[0], 0, max(0, size[0] - width)))
+    tops = [box[1] - height, box[1], box[3], *np.arange(box[1], size[1], height)]
+    places = [(left, top, left + width, top + height) for top in np.clip(tops, 0, size[1] - height).tolist()]
+    free = (
+        place
+        for place in places
+        if not any(place[0] < t[2] and t[0] < place[2] and place[1] < t[3] and t[1] < place[3] for t in taken)
+    )
+    return next(free, places[0])
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """
+    One caption and the images that scored best for it.
+
+    Args:
+        caption (`str`): The query.
+        image_id (`str`): Its right image.
+        score (`float`): Of the right image; higher = better match.
+        rank (`int`): Of the right image, from 1; a wrong image of the same score ranks before it.
+        best (tuple of `(image_id, score)`): The best images, best first.
+    """
+
+    caption: str
+    image_id: str
+    score: float
+    rank: int
+    best: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def from_scores(cls, caption: str, image_id: str, image_ids: Sequence[str], scores: Any, top_k: int = 5) -> Self:
+        """From the caption's row of the score matrix, of shape `(num_images,)`, with columns named by `image_ids`."""
+        row, right = np.asarray(scores, dtype=np.float32), list(image_ids).index(image_id)
+        order = np.lexsort((np.arange(len(row)) == right, -row))
+        best = tuple((image_ids[column], float(row[column])) for column in order[:top_k].tolist())
+        return cls(caption, image_id, float(row[right]), int(np.flatnonzero(order == right)[0]) + 1, best)
+
+
+def write_gallery(
+    path: str | os.PathLike,
+    items: Iterable[GalleryItem],
+    picture: Callable[[str], Image.Image],
+    *,
+    title: str = "Image retrieval",
+    intro: str = "",
+    metrics: Mapping[str, float] | None = None,
+    chance: Mapping[str, float] | None = None,
+    picture_width: int = 320,
+) -> Path:
+    """
+    Writes one HTML file that needs no other: each caption with its best images, the right one marked.
+
+    Args:
+        path (`str` or `os.PathLike`): Where the HTML goes.
+        items (iterable of `GalleryItem`): The queries, in the order of the page.
+        picture (callable): Picture of an image_id, for example
+            `lambda image_id: Image.open(f"photos/{image_id}.jpg")`.
+        title, intro (`str`): Heading, and a sentence or two beneath; plain text.
+        metrics (`dict`, *optional*): As from `retrieval_metrics`: names `{direction}_recall@{k}` are shown as
+            percentages, others as they are.
+        chance (`dict`, *optional*): What guessing reaches, by the same names.
+        picture_width (`int`, defaults to 320): Wider pictures are embedded at this width.
+
+    Returns:
+        `Path`: `path`.
+    """
+    encoded: dict[str, str] = {}
+
+    def source(image_id: str) -> str:
+        if image_id not in encoded:
+            encoded[image_id] = _data_url(picture(image_id), picture_width)
+        return encoded[image_id]
+
+    page = _PAGE.format(
+        title=html.escape(title),
+        intro=f"<p>{html.escape(intro)}</p>" if intro else "",
+        table=_metrics_table(metrics or {}, chance or {}),
+        items="\n".join(_item_html(item, source) for item in items),
+        style=_STYLE,
+    )
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
+
+
+def _data_url(image: Image.Image, width: int) -> str:
+    """PNG for a small picture, which keeps drawings sharp; JPEG for a photo."""
+    buffer = io.BytesIO()
+    if image.width <= width and image.format != "JPEG":
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image = image.convert("RGB")
+        image.thumbnail((width, 2 * width))
+        image.save(buffer, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:
+    if not metrics:
+        return ""
+
+    def shown(name: str, value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f} %" if "recall@" in name else f"{value:g}"
+
+    names = {name: html.escape(name.replace("_", " ").replace("recall@", "R@")) for name in metrics}
+    rows = "\n".join(
+        f"<tr><th>{label}</th><td>{shown(name, metrics[name])}</td><td>{shown(name, chance.get(name))}</td></tr>"
+        for name, label in names.items()
+    )
+    return f"<table><thead><tr><th></th><th>model</th><th>chance</th></tr></thead><tbody>\n{rows}\n</tbody></table>"
+
+
+def _item_html(item: GalleryItem, source: Callable[[str], str]) -> str:
+    shown = [(rank, image_id, score) for rank, (image_id, score) in enumerate(item.best, start=1)]
+    if all(image_id != item.image_id for image_id, _ in item.best):
+        shown.append((item.rank, item.image_id, item.score))
+    figures = "\n".join(
+        f'<figure class="{_figure_class(item, image_id, rank)}"><img src="{source(image_id)}" '
+        f'alt="{html.escape(image_id)}"><figcaption><b>{rank}</b> <span>{score:+.2f}</span> '
+        f"<small>{'right image' if image_id == item.image_id else html.escape(image_id)}</small></figcaption></figure>"
+        for rank, image_id, score in shown
+    )
+    verdict = "found first" if item.rank == 1 else f"right image at rank {item.rank}"
+    return (
+        f'<section><h2>{html.escape(item.caption)}</h2><p class="{"hit" if item.rank == 1 else "miss"}">{verdict}</p>\n'
+        f'<div class="row">\n{figures}\n</div></section>'
+    )
+
+
+def _figure_class(item: GalleryItem, image_id: str, rank: int) -> str:
+    if image_id != item.image_id:
+        return "wrong"
+    return "right" if rank <= len(item.best) else "right beyond"
+
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1d2330; --soft: #667085; --line: #dfe3ea; --right: #13864a; --miss: #b25a00; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 1180px; background: #fff; color: var(--ink);
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.2; }
+header p { max-width: 44rem; margin: 0 0 1.2rem; color: var(--soft); }
+table { border-collapse: collapse; margin: 0 0 2rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child { text-align: left; font-weight: 500; }
+thead th, td:last-child { color: var(--soft); font-weight: 400; }
+td:nth-child(2) { font-weight: 600; }
+section { padding: 1.3rem 0 1.5rem; border-top: 1px solid var(--line); }
+h2 { display: inline; margin: 0; font-size: 1.12rem; font-weight: 600; }
+h2 + p { display: inline-block; margin: 0 0 .8rem .8rem; font-size: .85rem; font-weight: 600; white-space: nowrap; }
+.hit { color: var(--right); } .miss { color: var(--miss); }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .9rem; }
+figure { margin: 0; padding: 4px; border: 1px solid var(--line); border-radius: 8px; }
+figure img { display: block; width: 100%; height: auto; border-radius: 4px; }
+figure.right { padding: 2px; border: 3px solid var(--right); }
+figure.beyond { border-style: dashed; }
+figcaption { display: flex; gap: .6rem; align-items: baseline; padding: .3rem .25rem 0; font-size: .9rem;
+             font-variant-numeric: tabular-nums; }
+figcaption small { margin-left: auto; overflow: hidden; color: var(--soft); white-space: nowrap;
+                   text-overflow: ellipsis; }
+.right small { color: var(--right); font-weight: 600; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1>
+{intro}
+{table}
+</header>
+{items}
+</body>
+</html>
+"""
