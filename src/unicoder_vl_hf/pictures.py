@@ -60,11 +60,9 @@ def training_curves(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Curves are drawn with matplotlib: pip install 'unicoder-vl-hf[demo]'") from error
-    rows = (
-        [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
-        if isinstance(log, str | os.PathLike)
-        else list(log)
-    )
+    if isinstance(log, str | os.PathLike):
+        log = [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
+    rows = list(log)
     losses, accuracies = _series(rows, ("loss",)), _series(rows, ("accuracy", "auc"))
     panels = [panel for panel in (("loss", losses), ("accuracy", accuracies)) if panel[1]]
     if not panels:
@@ -72,21 +70,21 @@ def training_curves(
 
     figure = Figure(figsize=(6.4 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    colours = _colours([*losses, *accuracies])
     for axes, (label, series) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
-        names = list(dict.fromkeys(name.removeprefix(_EVAL) for name in series))
-        for name, colour in zip(names, _cycle(PALETTE, len(names)), strict=True):
-            _draw_series(axes, series, name, colour)
+        for name in dict.fromkeys(name.removeprefix(_EVAL) for name in series):
+            _draw_series(axes, series, name, colours[name])
             if chance and name in chance:
-                axes.axhline(chance[name], color=colour, linestyle=":", linewidth=1.2)
+                axes.axhline(chance[name], color=colours[name], linestyle=":", linewidth=1.2)
                 axes.annotate(
-                    f"chance {chance[name]:.2f}", (1, chance[name]), xycoords=("axes fraction", "data"), color=colour,
-                    fontsize=8, ha="right", va="bottom",
+                    f"chance {chance[name]:.2f}", (1, chance[name]), xycoords=("axes fraction", "data"),
+                    color=colours[name], fontsize=8, ha="right", va="bottom",
                 )  # fmt: skip
         axes.set(xlabel="step", ylabel=label, ylim=(0, 1.02) if label == "accuracy" else (0, None))
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=130)
@@ -120,15 +118,19 @@ def _draw_series(axes: Any, series: Mapping[str, tuple[np.ndarray, np.ndarray]],
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values (fewer at the start)."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
+    """Mean over `window` values around each (fewer at the ends)."""
+    sums, at = np.cumsum(np.concatenate([[0.0], values])), np.arange(len(values))
+    starts, ends = np.maximum(0, at - window // 2), np.minimum(len(values), at + window // 2 + 1)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _cycle(colours: Sequence[str], count: int) -> list[str]:
-    return [colours[i % len(colours)] for i in range(count)]
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name without `eval_`: the loss and the accuracy of a task share theirs."""
+    colours: dict[str, str] = {}
+    for name in dict.fromkeys(name.removeprefix(_EVAL) for name in names):
+        partner = name.replace("accuracy", "loss")
+        colours[name] = colours[partner] if partner in colours else PALETTE[len(set(colours.values())) % len(PALETTE)]
+    return colours
 
 
 def draw_regions(
@@ -167,7 +169,7 @@ def draw_regions(
     if record.object_scores is not None:
         order = np.argsort(-record.object_scores, kind="stable")
     shown = sorted(order[:max_regions].tolist())
-    line = max(2, canvas.width // 250)
+    line = max(2, canvas.width // 200)
     for index in shown:
         draw.rectangle(_inside(boxes[index], canvas.size), outline=PALETTE[index % len(PALETTE)], width=line)
     taken: list[tuple[float, float, float, float]] = []
@@ -198,7 +200,7 @@ def _region_label(record: RegionRecord, index: int, class_names: Sequence[str] |
 def _free_place(
     text: tuple[float, float, float, float], box: np.ndarray, size: tuple[int, int], taken: Sequence[tuple[float, ...]]
 ) -> tuple[float, float, float, float]:
-    """Where a label goes: above its box, else inside, else below, else further down; over another label only at need."""
+    """Where a label goes: above its box, else inside, else below, else further down; over another label if need be."""
     width, height = text[2] + 6, text[3] + 4
     left = float(np.clip(box[0], 0, max(0, size[0] - width)))
     tops = [box[1] - height, box[1], box[3], *np.arange(box[1], size[1], height)]

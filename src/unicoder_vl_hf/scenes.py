@@ -237,10 +237,12 @@ def render_scene(scene: Scene) -> Image.Image:
     image = Image.new("RGB", size, _tinted(rng, GROUNDS[scene.ground], 6))
     draw = ImageDraw.Draw(image)
     _draw_ground(draw, rng, scene.ground, size)
-    inset = 2  # half the width of an outline, so that it stays inside the box
+    inset = (
+        2  # half the width of an outline, which so stays inside the box; Pillow counts the last pixel in, hence the 1
+    )
     for thing in scene.objects:
         x1, y1, x2, y2 = (edge * scale for edge in thing.box)
-        origin, side = (x1 + inset, y1 + inset), (x2 - x1 - 2 * inset, y2 - y1 - 2 * inset)
+        origin, side = (x1 + inset, y1 + inset), (x2 - x1 - 2 * inset - 1, y2 - y1 - 2 * inset - 1)
         loops = [[(origin[0] + x * side[0], origin[1] + y * side[1]) for x, y in loop] for loop in _LOOPS[thing.shape]]
         # Through all loops and back to the first: what lies between two loops is inside.
         draw.polygon([p for loop in loops for p in loop] + loops[0][:1], fill=_tinted(rng, COLOURS[thing.colour], 8))
