@@ -173,7 +173,8 @@ def join(
         raise ValueError(f"The captions have no column 'image_id'; their columns are {captions.column_names}.")
     if (dtype := captions.features["image_id"].dtype) not in ("string", "large_string"):
         raise ValueError(f"The captions' column 'image_id' holds {dtype}; expected text, as read_captions gives.")
-    ids, codes = encode_column(captions, "image_id")
+    distinct, codes = encode_column(captions, "image_id")
+    ids = distinct.to_pylist()
     found = np.fromiter((image_id in store for image_id in ids), dtype=bool, count=len(ids))
     matched = int(found.sum())
     keep = found[codes]
@@ -210,7 +211,7 @@ def join(
 
 def encode_column(
     rows: datasets.Dataset, name: str, transform: Callable[[str], str] | None = None
-) -> tuple[list[str], np.ndarray]:
+) -> tuple[pa.Array, np.ndarray]:
     """The distinct values of a text column in order of first appearance, and each row's index among them (int32)."""
     column = rows.select_columns([name]).with_format("arrow")
     chunks: list[pa.Array] = []
@@ -222,7 +223,7 @@ def encode_column(
             )
         chunks += [pa.array(map(transform, values.to_pylist()), pa.string())] if transform else values.chunks
     encoded = pa.chunked_array(chunks, pa.string()).dictionary_encode().combine_chunks()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int32)
+    return encoded.dictionary, encoded.indices.to_numpy().astype(np.int32)
 
 
 # The readers: each yields the place and the row for every caption of a file, and knows nothing of splits.

@@ -18,7 +18,7 @@ from .captions import encode_column
 
 SALT = 0x6E6567  # keeps these draws apart from masks and shuffles that use the same seed
 
-_TRIES, _BLOCK = 4, 16
+_TRIES, _BLOCK = 16, 4
 
 
 def fold_caption(text: str) -> str:
@@ -28,7 +28,7 @@ def fold_caption(text: str) -> str:
 
 class MismatchIndex:
     """
-    Which caption text belongs to which image, as sorted integers: about 20 bytes a pair, whatever the texts.
+    Which caption text belongs to which image, as sorted integers: 16 bytes a pair, whatever the texts.
 
     A text belongs to an image where any row pairs the two, case and spacing folded. Thus neither another caption of
     an image nor the same words on another image ever counts as a mismatch.
