@@ -114,7 +114,7 @@ class RegionRecord:
 
     @classmethod
     def unchecked(cls, values: dict[str, Any]) -> "RegionRecord":
-        """A record of `{field: value}` for every field, without checks or copies: for what was checked when it was stored."""
+        """A record of `{field: value}`, all fields given, without checks: they were made when it was stored."""
         record = cls.__new__(cls)
         vars(record).update(values)
         return record
