@@ -131,10 +131,12 @@ class UnicoderVLProcessor(ProcessorMixin):
 
     def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
         """How many of `texts` have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
-        lengths = self.tokenizer(
-            texts, return_length=True, return_attention_mask=False, truncation=False, verbose=False
-        )
-        return sum(length > max_length for length in lengths["length"])
+        count = 0
+        for start in range(0, len(texts), 10_000):
+            batch = list(texts[start : start + 10_000])
+            tokens = self.tokenizer(batch, truncation=False, return_attention_mask=False, verbose=False)
+            count += sum(len(ids) > max_length for ids in tokens["input_ids"])
+        return count
 
     def _load_record(self, region, store: Mapping[str, RegionRecord] | None) -> RegionRecord:
         if is_region_record(region):
@@ -148,7 +150,7 @@ class UnicoderVLProcessor(ProcessorMixin):
         if isinstance(region, Mapping):
             return RegionRecord.from_dict(region)
         raise ValueError(
-            f"regions holds a {type(region).__name__}, expected a RegionRecord, a dict of its fields, an image id (str) "
+            f"regions holds a {type(region).__name__}, expected a RegionRecord, its fields as a dict, an image id (str) "
             "or the path of a saved record (os.PathLike)."
         )
 

@@ -1,0 +1,257 @@
+"""Pre-trains Unicoder-VL with Accelerate: one process or many, any mixed precision, exact resume at any step.
+
+    accelerate launch examples/run_pretraining.py --output_dir runs/scenes
+    accelerate launch examples/run_pretraining.py --output_dir runs/flickr8k \
+        --captions dataset_flickr8k.json --regions regions/ --model_name_or_path google-bert/bert-base-uncased
+
+Without --captions it trains a small model on the rendered scenes; with it, the defaults are the paper's (section
+Pre-training): 10 epochs, AdamW without weight decay, 1e-4 after a linear warm-up over 10 % of the steps, 192 pairs a step
+in 4 micro-steps. Ctrl-C leaves a checkpoint; --resume_from_checkpoint latest goes on as if nothing had happened.
+"""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, get_linear_schedule_with_warmup
+from transformers.utils import logging
+
+from unicoder_vl_hf import UnicoderVLForPreTraining
+from unicoder_vl_hf.data.samplers import StepBatchSampler
+from unicoder_vl_hf.pretraining import PretrainingArguments, evaluate_pretraining, prepare_pretraining
+from unicoder_vl_hf.training import (
+    CheckpointFolder,
+    JsonLog,
+    StopSignal,
+    create_hub_repository,
+    push_folder,
+    resolve_precision,
+    write_model_card,
+)
+
+
+logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
+
+
+@dataclass
+class LoopArguments:
+    output_dir: str = field(metadata={"help": "Checkpoints, the log, and in the end the model."})
+    num_train_epochs: int | None = field(default=None, metadata={"help": "Default: 10, the paper's; scenes: 12."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak. Default: 1e-4, the paper's; scenes: 1e-3."}
+    )
+    train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pairs of an optimiser step over ALL processes. Default: 192, the paper's; scenes: 64."},
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Micro-steps of a step. Default: 4, the paper's; scenes: 1."}
+    )
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW with 0 is the paper's Adam."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
+    max_steps: int = field(default=-1, metadata={"help": "End after so many steps, whatever the epochs."})
+    mixed_precision: str = field(
+        default="auto", metadata={"help": "auto (what the hardware is fast in), no, bf16, fp16."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a third more time."})
+    seed: int = field(default=0, metadata={"help": "Masks, mismatches, order, dropout and new weights follow from it."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and mask."})
+    logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
+    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
+    eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations. Default: every epoch."})
+    eval_on_start: bool = field(default=False, metadata={"help": "Evaluate before the first step too."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint's folder, or 'latest'."})
+    report_to: str = field(default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the model, processor and card in the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Default: the output folder's name."})
+
+    def __post_init__(self):
+        if self.save_steps < 1 or self.logging_steps < 1:
+            raise ValueError("save_steps and logging_steps must be at least 1.")
+
+
+PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
+SCENES = {"num_train_epochs": 12, "learning_rate": 1e-3, "train_batch_size": 64, "gradient_accumulation_steps": 1}
+
+
+def main(argv: list[str] | None = None):
+    data_args, args = HfArgumentParser((PretrainingArguments, LoopArguments)).parse_args_into_dataclasses(argv)
+    for name, default in (SCENES if data_args.on_scenes else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+    output_dir = Path(args.output_dir)
+    checkpoints = CheckpointFolder(output_dir, keep=args.save_total_limit)
+    resume_from = checkpoints.resolve(args.resume_from_checkpoint)
+    accelerator = Accelerator(
+        mixed_precision=resolve_precision(args.mixed_precision, PartialState().device.type),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=str(output_dir),
+    )
+    repo_id = create_hub_repository(args.hub_model_id or output_dir.name) if args.push_to_hub else None
+    set_seed(args.seed)
+    with accelerator.main_process_first():
+        setup = prepare_pretraining(data_args, output_dir, seed=args.seed)
+    processor, collator = setup.processor, setup.collator
+
+    sampler = StepBatchSampler(
+        len(setup.train),
+        rows_per_step=args.train_batch_size,
+        micro_batches=args.gradient_accumulation_steps,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    steps_per_epoch = sampler.steps_per_epoch
+    total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * steps_per_epoch
+    if args.gradient_checkpointing:
+        setup.model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        setup.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
+    scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * total_steps), total_steps)
+    model, optimizer = accelerator.prepare(setup.model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    # The checkpoint's weights are the model's own files, so that from_pretrained reads any checkpoint.
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, folder: accelerator.unwrap_model(models[0]).save_pretrained(
+            folder, state_dict=weights.pop()
+        )
+    )
+    accelerator.register_load_state_pre_hook(
+        lambda models, folder: accelerator.unwrap_model(models.pop()).load_state_dict(
+            UnicoderVLForPreTraining.from_pretrained(folder).state_dict()
+        )
+    )
+
+    # What must be the same for a resumed run to be the same run.
+    identity = {
+        "seed": args.seed,
+        "train_pairs": len(setup.train),
+        "train_batch_size": args.train_batch_size,
+        "total_steps": total_steps,
+    }
+    step = 0
+    if resume_from is None:
+        set_seed(args.seed, device_specific=True)  # another dropout in every process
+    else:
+        step = checkpoints.read_step(resume_from, identity)
+        accelerator.load_state(str(resume_from))
+        logger.warning(f"Resumed from {resume_from} after {step:,} of {total_steps:,} steps.")
+    log = JsonLog(output_dir / "log.jsonl", resume_step=step, enabled=accelerator.is_main_process)
+    if args.report_to != "none":
+        accelerator.init_trackers("pretraining", {**asdict(data_args), **asdict(args)})
+
+    def record(values: dict[str, float]):
+        log.write(step, values)
+        accelerator.log(values, step=step)
+
+    def evaluate() -> dict[str, float]:
+        if setup.validation is None:
+            return {}
+        metrics = evaluate_pretraining(
+            model, setup.validation, collator, accelerator, num_workers=args.dataloader_num_workers
+        )
+        record({f"eval_{name}": value for name, value in metrics.items()})
+        accelerator.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return metrics
+
+    def save():
+        checkpoints.save(step, identity, accelerator, processor)
+
+    metrics = evaluate() if args.eval_on_start and step == 0 else {}
+    model.train()
+    sums = torch.zeros(4, device=accelerator.device)
+    since, rows_since = time.perf_counter(), 0
+    progress = tqdm(
+        total=total_steps, initial=step, unit="step", desc="Pre-training", disable=not accelerator.is_local_main_process
+    )
+    with StopSignal() as stop, progress:
+        while step < total_steps and not stop.requested:
+            epoch, start_step = divmod(step, steps_per_epoch)
+            setup.train.set_epoch(epoch)
+            sampler.set_epoch(epoch, start_step=start_step)
+            loader = DataLoader(
+                setup.train,
+                batch_sampler=sampler,
+                collate_fn=collator,
+                num_workers=args.dataloader_num_workers,
+                generator=torch.Generator(),  # or it would draw from the dropout's
+            )
+            for index, (batch, weight) in enumerate(zip(loader, sampler.weights(), strict=True), start=1):
+                batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+                last = index % args.gradient_accumulation_steps == 0
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    outputs = model(**batch)
+                    # Rows of this micro-batch over the rows of the step; DDP divides by the processes.
+                    accelerator.backward(outputs.loss * (weight * accelerator.num_processes))
+                parts = (outputs.loss, outputs.mlm_loss, outputs.moc_loss, outputs.matching_loss)
+                sums += torch.stack([part.detach() for part in parts]) * weight
+                rows_since += len(batch["matching_labels"])
+                if not last:
+                    continue
+
+                if args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                if not accelerator.optimizer_step_was_skipped:
+                    scheduler.step()
+                optimizer.zero_grad()
+                step += 1
+                progress.update()
+                if step % args.logging_steps == 0:
+                    losses = (accelerator.reduce(sums, reduction="sum") / args.logging_steps).tolist()
+                    now = time.perf_counter()
+                    record(
+                        dict(zip(("loss", "mlm_loss", "moc_loss", "matching_loss"), losses, strict=True))
+                        | {
+                            "learning_rate": scheduler.get_last_lr()[0],
+                            "epoch": step / steps_per_epoch,
+                            "rows_per_second": rows_since * accelerator.num_processes / (now - since),
+                        }
+                    )
+                    progress.set_postfix(loss=f"{losses[0]:.3f}")
+                    sums.zero_()
+                    since, rows_since = now, 0
+                if step % (args.eval_steps or steps_per_epoch) == 0 or step == total_steps:
+                    metrics = evaluate()
+                    since, rows_since = time.perf_counter(), 0
+                if accelerator.num_processes > 1:
+                    if stop.requested:
+                        accelerator.set_trigger()
+                    stop.requested = accelerator.check_trigger()  # all processes stop at the same step
+                if step % args.save_steps == 0 or stop.requested:
+                    save()
+                if step == total_steps or stop.requested:
+                    break
+
+    if step < total_steps:
+        accelerator.print(f"Stopped after {step} of {total_steps} steps: go on with --resume_from_checkpoint latest.")
+    elif accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        write_model_card(
+            output_dir,
+            base_model=data_args.model_name_or_path,
+            data_name=setup.data_name,
+            provenance=setup.processor.feature_extractor.region_provenance,
+            metrics=metrics,
+        )
+        if repo_id is not None:
+            push_folder(repo_id, output_dir)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

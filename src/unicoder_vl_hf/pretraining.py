@@ -1,0 +1,343 @@
+"""What the two pre-training scripts share: their data and model arguments, what these become, and evaluation.
+
+Follows the paper's pre-training tasks; the loops are in `examples/run_pretraining.py` (Accelerate) and
+`examples/run_pretraining_trainer.py` (Trainer).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .configuration_unicoder_vl import UnicoderVLConfig
+from .data.captions import join, read_captions
+from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
+from .data.negatives import PairsWithMismatches
+from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
+from .modeling_unicoder_vl import UnicoderVLForPreTraining
+from .processing_unicoder_vl import UnicoderVLProcessor
+from .regions.conversion import open_store
+from .regions.store import RegionStore
+from .retrieval.metrics import retrieval_metrics, roc_auc
+from .retrieval.scoring import ImageTextScorer
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PretrainingArguments:
+    """Data and model of a pre-training run. Without `captions` it runs on the rendered scenes with a small model."""
+
+    captions: str | None = field(
+        default=None,
+        metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
+    )
+    regions: str | None = field(
+        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none."},
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the captions to train on."})
+    validation_split: str = field(default="val", metadata={"help": "Split of the captions to evaluate on."})
+    max_validation_pairs: int = field(default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none."})
+    skip_missing: bool = field(default=False, metadata={"help": "Leave out captions whose image has no regions."})
+    num_region_classes: int | None = field(
+        default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
+    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "First layers of the BERT to keep."})
+    image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
+    max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
+    max_regions: int = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
+    mask_replace_prob: float = field(default=1.0, metadata={"help": "Of these, the share made [MASK] (BERT: 0.8)."})
+    random_replace_prob: float = field(default=0.0, metadata={"help": "Of these, the share made random (BERT: 0.1)."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Choose whole words."})
+    moc: bool = field(
+        default=True, metadata={"help": "Masked object classification; --no_moc for regions without classes."}
+    )
+    moc_probability: float = field(default=0.15, metadata={"help": "Share of the regions that are predicted."})
+
+    def __post_init__(self):
+        if (self.captions is None) != (self.regions is None):
+            raise ValueError("Give both --captions and --regions, or neither for the rendered scenes.")
+
+    @property
+    def on_scenes(self) -> bool:
+        return self.captions is None
+
+
+@dataclass
+class PretrainingSetup:
+    """What [`prepare_pretraining`] builds."""
+
+    model: UnicoderVLForPreTraining
+    processor: UnicoderVLProcessor
+    collator: DataCollatorForUnicoderVLPreTraining
+    train: PairsWithMismatches
+    validation: PairsWithMismatches | None
+    data_name: str
+
+
+def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path, seed: int) -> PretrainingSetup:
+    """
+    Reads captions and regions, joins them, and builds the model, before any time is spent on training.
+
+    Raises:
+        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, or a fault in a file.
+    """
+    store: RegionStore
+    if arguments.on_scenes:
+        from .scenes import build_scenes
+
+        folder = build_scenes(Path(output_dir) / "scenes")
+        captions_path, store = folder / "captions.jsonl", RegionStore(folder / "regions")
+    else:
+        captions_path = Path(str(arguments.captions))
+        store = open_store(str(arguments.regions), convert_to=Path(output_dir) / "regions")
+
+    captions, report = join(read_captions(captions_path), store, skip_missing=arguments.skip_missing)
+    logger.warning(f"{captions_path} with {store}:\n{report}")
+    train = _split(captions, arguments.train_split, captions_path)
+    validation = None
+    if arguments.max_validation_pairs > 0:
+        validation = _split(captions, arguments.validation_split, captions_path)
+        step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
+        validation = validation.select(range(0, len(validation), step))
+
+    model, tokenizer = _model_and_tokenizer(arguments, store)
+    extractor = UnicoderVLFeatureExtractor(
+        max_regions=arguments.max_regions, feature_dim=store.feature_dim, region_provenance=store.provenance
+    )
+    processor = UnicoderVLProcessor(extractor, tokenizer)
+    cut = processor.count_truncated(train["caption"], arguments.max_length)
+    logger.warning(f"{cut:,} of {len(train):,} training captions exceed {arguments.max_length} tokens and are cut.")
+    collator = DataCollatorForUnicoderVLPreTraining(
+        processor,
+        store,
+        seed=seed,
+        max_length=arguments.max_length,
+        mlm_probability=arguments.mlm_probability,
+        mask_replace_prob=arguments.mask_replace_prob,
+        random_replace_prob=arguments.random_replace_prob,
+        whole_word_mask=arguments.whole_word_mask,
+        moc_probability=arguments.moc_probability if arguments.moc else 0.0,
+        num_region_classes=model.config.num_region_classes,
+    )
+    return PretrainingSetup(
+        model=model,
+        processor=processor,
+        collator=collator,
+        train=PairsWithMismatches(train, seed=seed),
+        validation=None if validation is None else PairsWithMismatches(validation, seed=seed, fixed_epoch=0),
+        data_name="rendered scenes" if arguments.on_scenes else captions_path.stem,
+    )
+
+
+def _split(captions: datasets.Dataset, name: str, path: Path) -> datasets.Dataset:
+    if "split" not in captions.column_names:
+        raise ValueError(
+            f"{path} has no column 'split'. Add one, or pass --train_split and --validation_split files apart."
+        )
+    splits = np.asarray(captions["split"])
+    rows = np.flatnonzero(splits == name)
+    if len(rows) == 0:
+        raise ValueError(
+            f"{path} has no split {name!r}, only {sorted(set(splits))}: see --train_split, --validation_split."
+        )
+    return captions.select(rows)
+
+
+def _model_and_tokenizer(
+    arguments: PretrainingArguments, store: RegionStore
+) -> tuple[UnicoderVLForPreTraining, PreTrainedTokenizerBase]:
+    known = len(store.provenance.get("class_names") or ()) or store.provenance.get("num_classes")
+    regions = {
+        "region_feature_dim": store.feature_dim,
+        "num_region_classes": arguments.num_region_classes or known or UnicoderVLConfig().num_region_classes,
+        "use_image_token_embedding": arguments.image_token,
+    }
+    if arguments.num_hidden_layers is not None:
+        regions["num_hidden_layers"] = arguments.num_hidden_layers
+    name = arguments.model_name_or_path
+    if name is None and arguments.on_scenes:
+        from .scenes import scene_tokenizer
+
+        tokenizer = scene_tokenizer()
+        config = UnicoderVLConfig(**{**SCENES_MODEL, "vocab_size": len(tokenizer), **regions})
+        model = UnicoderVLForPreTraining(config)
+    else:
+        name = name or "google-bert/bert-base-uncased"
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type:
+            model = UnicoderVLForPreTraining.from_pretrained(name)
+            if model.config.region_feature_dim != store.feature_dim:
+                raise ValueError(
+                    f"{name} takes features of width {model.config.region_feature_dim}, {store} has {store.feature_dim}."
+                )
+        else:
+            model = UnicoderVLForPreTraining.from_bert(name, **regions)
+    model.config.sparse_prediction = True
+    return model, tokenizer
+
+
+# A model that learns the scenes in minutes on two cores.
+SCENES_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@torch.no_grad()
+def evaluate_pretraining(
+    model: torch.nn.Module,
+    pairs: PairsWithMismatches,
+    collator: DataCollatorForUnicoderVLPreTraining,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """
+    The three tasks on a validation split, over all processes; nothing larger than a batch is kept.
+
+    Masked tokens and regions are predicted on the matches, masked as in training. Matching is told on the UNMASKED pairs,
+    one match and one mismatch each.
+
+    Args:
+        model: [`UnicoderVLForPreTraining`], prepared by accelerate or not.
+        pairs ([`PairsWithMismatches`]): with `fixed_epoch`, so that each evaluation sees the same masks and mismatches.
+        collator: that of training.
+        accelerator ([`~accelerate.Accelerator`]): of the run.
+        batch_size, num_workers (`int`): of each process.
+
+    Returns:
+        `dict[str, float]`: `mlm_loss` (mean negative log-likelihood a masked token), `mlm_perplexity`, `mlm_accuracy`;
+        `moc_loss`, `moc_accuracy` and `moc_majority_accuracy`, that of naming the commonest class always (without
+        `moc_probability`: none of these); `vlm_loss`, `vlm_accuracy` (chance 0.5) and `vlm_auc`.
+    """
+    was_training = model.training
+    model.eval()
+    mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+
+    def batches(dataset: Any, collate_fn: Any, name: str):
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn, num_workers=num_workers)
+        for batch in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
+            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+            with accelerator.autocast():
+                yield batch, model(**batch)
+
+    # Sums of loss, right predictions, targets: for tokens, then for regions.
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    class_counts = torch.zeros(collator.num_region_classes or 1, dtype=torch.float64)
+    for batch, outputs in batches(_Matches(pairs, mine), collator, "Evaluating masked prediction"):
+        for task, (labels, logits) in enumerate(
+            ((batch["labels"], outputs.prediction_logits), (batch["region_labels"], outputs.region_logits))
+        ):
+            targets = labels[labels != IGNORED]
+            if logits.ndim == 3:  # not sparse
+                logits = logits[labels != IGNORED]
+            sums[task, 0] += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+            sums[task, 1] += (logits.argmax(-1) == targets).sum().item()
+            sums[task, 2] += targets.numel()
+        class_counts += torch.bincount(targets, minlength=len(class_counts)).cpu()
+
+    unmasked = dataclasses.replace(collator, mlm_probability=0.0, moc_probability=0.0)
+    scores: list[float] = []
+    for _, outputs in batches(torch.utils.data.Subset(pairs, mine), unmasked, "Evaluating matching"):
+        half = len(outputs.scores) // 2
+        # (match, mismatch) pair by pair, so that processes may gather in any order.
+        scores += torch.stack((outputs.scores[:half], outputs.scores[half:]), dim=1).flatten().tolist()
+
+    model.train(was_training)
+    sums = accelerator.reduce(sums.to(accelerator.device, torch.float64), reduction="sum").cpu()
+    class_counts = accelerator.reduce(class_counts.to(accelerator.device), reduction="sum").cpu()
+    all_scores = np.asarray(gather_object(scores) if accelerator.num_processes > 1 else scores, dtype=np.float32)
+    matches = np.tile([1, 0], len(all_scores) // 2)
+
+    metrics = {}
+    for name, (loss, right, count) in zip(("mlm", "moc"), sums.tolist(), strict=True):
+        if count > 0:
+            metrics |= {f"{name}_loss": loss / count, f"{name}_accuracy": right / count}
+    if "mlm_loss" in metrics:
+        metrics["mlm_perplexity"] = math.exp(min(metrics["mlm_loss"], 50.0))
+    if "moc_loss" in metrics:
+        metrics["moc_majority_accuracy"] = float(class_counts.max() / class_counts.sum())
+    signed = np.where(matches == 1, all_scores, -all_scores)  # the margin of the right answer
+    metrics |= {
+        "vlm_loss": float(np.logaddexp(0, -signed.astype(np.float64)).mean()),
+        "vlm_accuracy": float((signed > 0).mean()),
+        "vlm_auc": roc_auc(all_scores, matches),
+    }
+    return metrics
+
+
+class _Matches(torch.utils.data.Dataset):
+    """The matches of some rows, without their mismatches."""
+
+    def __init__(self, pairs: PairsWithMismatches, rows: Sequence[int]):
+        self.pairs = pairs
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        row = self.pairs[self.rows[position]]
+        return {key: value for key, value in row.items() if not key.startswith("mismatch")}
+
+
+class ShuffledStore(Mapping[str, RegionRecord]):
+    """A store that gives every image the regions of another: what a model still tells from it, it tells from text alone."""
+
+    def __init__(self, store: Mapping[str, RegionRecord], image_ids: Sequence[str], seed: int = 0):
+        image_ids = sorted(set(image_ids))
+        order = np.random.default_rng(seed).permutation(len(image_ids))
+        # One cycle through all images: none keeps its own regions.
+        self.other = {image_ids[a]: image_ids[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
+        self.store = store
+
+    def __getitem__(self, image_id: str) -> RegionRecord:
+        return dataclasses.replace(self.store[self.other[image_id]], image_id=image_id)
+
+    def __iter__(self):
+        return iter(self.other)
+
+    def __len__(self) -> int:
+        return len(self.other)
+
+
+def zero_shot_retrieval(
+    model: UnicoderVLForPreTraining,
+    processor: UnicoderVLProcessor,
+    store: Mapping[str, RegionRecord],
+    captions: datasets.Dataset,
+    num_images: int | None = None,
+) -> dict[str, float]:
+    """
+    Retrieval by the pre-trained matching head, without fine-tuning: the first `num_images` images of `captions` (rows of
+    `image_id` and `caption`) with all their captions. See [`retrieval_metrics`] for what it returns.
+    """
+    image_ids = list(dict.fromkeys(captions["image_id"]))[:num_images]
+    column = {image_id: index for index, image_id in enumerate(image_ids)}
+    rows = [row for row in captions if row["image_id"] in column]
+    scores = ImageTextScorer(model, processor, store).score([row["caption"] for row in rows], image_ids)
+    return retrieval_metrics(scores, np.array([column[row["image_id"]] for row in rows]))

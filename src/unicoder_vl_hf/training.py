@@ -1,0 +1,284 @@
+"""What every training script needs around its loop: a dtype that the hardware is fast in, an end without loss,
+checkpoints, a log, and the model card.
+"""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import huggingface_hub
+import torch
+from accelerate import Accelerator
+from transformers import ProcessorMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+def fast_precision(device_type: str) -> Precision:
+    """
+    The mixed precision that a device is fast in: bf16 on GPUs and CPUs that compute it, else fp16 on GPUs, else none.
+
+    A CPU without AMX or AVX512-BF16 emulates bf16, measured 150 times slower than fp32; none here is fast in fp16.
+    """
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device_type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        fast = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+        return "bf16" if any(capabilities.get(name) for name in fast) else "no"
+    return "no"
+
+
+def resolve_precision(requested: str, device_type: str) -> Precision:
+    """
+    `requested` (`"auto"`, `"no"`, `"bf16"` or `"fp16"`) as accelerate takes it; warns where the device emulates it.
+
+    Raises:
+        `ValueError`: another word.
+    """
+    if requested not in ("auto", "no", "bf16", "fp16"):
+        raise ValueError(f"mixed precision is {requested!r}, expected auto, no, bf16 or fp16.")
+    fast = fast_precision(device_type)
+    if requested == "auto":
+        logger.warning(f"Mixed precision: {fast}, which this {device_type} is fast in.")
+        return fast
+    if device_type == "cpu" and requested in ("bf16", "fp16") and requested != fast:
+        logger.warning(
+            f"This CPU has no fast path for {requested}, it will be many times slower than fp32: use {fast!r} or 'auto'."
+        )
+    return requested
+
+
+class StopSignal:
+    """
+    Lets a loop end at its next safe point: Ctrl-C or SIGTERM set `requested`, a second one ends it at once.
+
+    ```python
+    with StopSignal() as stop:
+        for step in steps:
+            ...
+            if stop.requested:
+                save_checkpoint()
+                break
+    ```
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.requested = False
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("Stopping after this step, with a checkpoint. Once more to stop at once, without one.")
+
+
+class CheckpointFolder:
+    """
+    The checkpoints `checkpoint-<step>` of a run: written whole or not at all, the oldest removed, resumed exactly.
+
+    Args:
+        output_dir (`Path`): The run's folder.
+        keep (`int`): How many checkpoints stay.
+    """
+
+    STATE = "training_state.json"
+
+    def __init__(self, output_dir: Path, keep: int):
+        if keep < 1:
+            raise ValueError(f"save_total_limit={keep}, expected at least 1 checkpoint to resume from.")
+        self.output_dir = output_dir
+        self.keep = keep
+
+    def list(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[11:]))
+
+    def resolve(self, requested: str | None) -> Path | None:
+        """
+        The checkpoint to resume from: a folder, the newest for `"latest"`, None for None.
+
+        Raises:
+            `ValueError`: there is none, or a run lies in the folder that is not to be resumed.
+        """
+        present = self.list()
+        if requested is None:
+            if present:
+                raise ValueError(
+                    f"{self.output_dir} holds a run, up to {present[-1].name}. Go on with --resume_from_checkpoint latest, "
+                    "or take another --output_dir."
+                )
+            return None
+        path = (present or [self.output_dir / "checkpoint-*"])[-1] if requested == "latest" else Path(requested)
+        if not (path / self.STATE).is_file():
+            raise ValueError(f"{path} is no checkpoint of a run: it has no {self.STATE}.")
+        return path
+
+    def read_step(self, checkpoint: Path, identity: dict[str, Any]) -> int:
+        """
+        The step after which `checkpoint` was saved.
+
+        Raises:
+            `ValueError`: `identity` differs from that of the run, which then could not go on exactly.
+        """
+        state = json.loads((checkpoint / self.STATE).read_text())
+        if state["identity"] != identity:
+            changed = {name: (state["identity"].get(name), value) for name, value in identity.items()}
+            changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+            raise ValueError(
+                f"{checkpoint} is of another run: (then, now) differ in {changed}. Give the same arguments."
+            )
+        return state["step"]
+
+    def save(self, step: int, identity: dict[str, Any], accelerator: Accelerator, processor: ProcessorMixin):
+        """Saves accelerate's state, the processor and the position in the data. Every process calls it."""
+        final = self.output_dir / f"checkpoint-{step}"
+        partial = self.output_dir / f"partial-{step}"
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            processor.save_pretrained(partial)
+            (partial / self.STATE).write_text(json.dumps({"step": step, "identity": identity}))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            for old in self.list()[: -self.keep]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+
+class JsonLog:
+    """
+    One JSON object a line: `step` and the values of that step.
+
+    Args:
+        path (`Path`): The file, made if need be.
+        resume_step (`int`): Lines after this step are dropped: a resumed run writes them again.
+        enabled (`bool`): False in all but one process.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0, enabled: bool = True):
+        self.path = path
+        self.enabled = enabled
+        if enabled:
+            lines = path.read_text().splitlines() if path.exists() and resume_step > 0 else []
+            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, float]):
+        if self.enabled:
+            with self.path.open("a") as file:
+                file.write(
+                    json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
+                )
+
+
+def create_hub_repository(repo_id: str) -> str:
+    """Makes sure, before the training, that the repository can be written to; returns its full name."""
+    return huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
+
+
+def push_folder(repo_id: str, folder: Path):
+    """Uploads a run's model, processor, card and log; not its checkpoints, regions or trackers."""
+    huggingface_hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message="Upload Unicoder-VL",
+        ignore_patterns=["checkpoint-*", "partial-*", "regions/**", "scenes/**", "pretraining/**", "runs/**"],
+    )
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    data_name: str,
+    metrics: dict[str, float],
+    provenance: dict[str, Any] | None,
+    base_model: str | None = None,
+) -> Path:
+    """Writes `README.md`, the model card: tags, base model, data, where the regions come from, and the metrics."""
+    data = huggingface_hub.ModelCardData(
+        library_name="transformers",
+        license="apache-2.0",
+        language="en",
+        tags=["unicoder-vl", "vision-language", "image-text-retrieval", "pre-training", "unicoder-vl-hf"],
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
+        model_name=folder.name,
+        eval_results=[
+            huggingface_hub.EvalResult(
+                task_type="image-text-pre-training",
+                dataset_type="image-text",
+                dataset_name=data_name,
+                metric_type=name,
+                metric_value=round(value, 4),
+            )
+            for name, value in metrics.items()
+        ]
+        or None,
+    )
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| not evaluated | |"
+    regions = "\n".join(
+        f"- {name}: {_short(value)}" for name, value in (provenance or {}).items() if value not in (None, [], {})
+    )
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {folder.name}
+
+Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), pre-trained by masked language modelling, masked
+object classification and visual-linguistic matching with [unicoder-vl-hf](https://pypi.org/project/unicoder-vl-hf/).
+
+- Base model: {base_model or "none, trained from scratch"}
+- Training data: {data_name}
+
+## Regions
+
+The model reads region features of this kind, and no other:
+
+{regions or "- unknown"}
+
+## Evaluation
+
+| metric | validation |
+|---|---|
+{rows}
+
+## Use
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+
+model = AutoModelForSequenceClassification.from_pretrained("{folder.name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{folder.name}", trust_remote_code=True)
+inputs = processor(text="A dog runs.", regions=record, return_tensors="pt")  # the regions of one image
+model(**inputs).scores  # higher = better match
+```
+"""
+    path = folder / "README.md"
+    path.write_text(text)
+    return path
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
