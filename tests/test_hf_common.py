@@ -108,6 +108,7 @@ class CommonTests(modeling_common.ModelTesterMixin):
     additional_model_inputs = (*TEXT_INPUTS[2:], *REGION_INPUTS)
 
     def setUp(self):
+        torch.manual_seed(0)
         self.model_tester = ModelTester(self)
 
 
