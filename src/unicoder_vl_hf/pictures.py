@@ -27,6 +27,7 @@ except ImportError as error:
 # Told apart by most kinds of colour vision (Okabe and Ito), dark enough for white text and thin lines.
 PALETTE = ("#0072b2", "#d55e00", "#007a5a", "#a8437f", "#5b4ea3", "#8a6100", "#00748c", "#b3262e")
 _EVAL = "eval_"
+_MAJORITY = "_majority_accuracy"
 
 
 def training_curves(
@@ -45,7 +46,8 @@ def training_curves(
             with `loss`, `accuracy` or `auc` are drawn, those that begin with `eval_` as validation.
         path (`str` or `os.PathLike`): Where the PNG goes.
         chance (`dict`, *optional*): Value that guessing reaches, by name without `eval_`, for example
-            `{"matching_accuracy": 0.5, "moc_accuracy": 0.21}`; drawn as a dotted line.
+            `{"vlm_accuracy": 0.5}`; drawn as a dotted line. That of `moc_accuracy` is `moc_majority_accuracy` of the
+            log, where it has one; so for every name.
         title (`str`, *optional*): Heading.
 
     Returns:
@@ -64,6 +66,9 @@ def training_curves(
         log = [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
     rows = list(log)
     losses, accuracies = _series(rows, ("loss",)), _series(rows, ("accuracy", "auc"))
+    majorities = [name for name in accuracies if name.endswith(_MAJORITY)]
+    baselines = {name.removeprefix(_EVAL).replace(_MAJORITY, "_accuracy"): accuracies.pop(name) for name in majorities}
+    chance = {name: float(values[-1]) for name, (_, values) in baselines.items()} | dict(chance or {})
     panels = [panel for panel in (("loss", losses), ("accuracy", accuracies)) if panel[1]]
     if not panels:
         raise ValueError(f"{len(rows)} log rows hold no step with a loss or an accuracy: is this a training log?")
@@ -74,7 +79,7 @@ def training_curves(
     for axes, (label, series) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
         for name in dict.fromkeys(name.removeprefix(_EVAL) for name in series):
             _draw_series(axes, series, name, colours[name])
-            if chance and name in chance:
+            if name in chance:
                 axes.axhline(chance[name], color=colours[name], linestyle=":", linewidth=1.2)
                 axes.annotate(
                     f"chance {chance[name]:.2f}", (1, chance[name]), xycoords=("axes fraction", "data"),
@@ -184,7 +189,7 @@ def draw_regions(
 
 def _inside(box: np.ndarray, size: tuple[int, int]) -> tuple[float, ...]:
     """`box` with its last row and column inside the picture, and never inverted."""
-    x1, y1, x2, y2 = np.clip(box, 0, [size[0] - 1, size[1] - 1] * 2).tolist()
+    x1, y1, x2, y2 = np.clip(np.rint(box), 0, [size[0] - 1, size[1] - 1] * 2).tolist()
     return x1, y1, max(x1, x2), max(y1, y2)
 
 
