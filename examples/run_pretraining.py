@@ -5,12 +5,13 @@
         --captions dataset_flickr8k.json --regions regions/ --model_name_or_path google-bert/bert-base-uncased
 
 Without --captions it trains a small model on the rendered scenes; with it, the defaults are the paper's (section
-Pre-training): 10 epochs, AdamW without weight decay, 1e-4 after a linear warm-up over 10 % of the steps, 192 pairs a step
-in 4 micro-steps. Ctrl-C leaves a checkpoint; --resume_from_checkpoint latest goes on as if nothing had happened.
+Pre-training): 10 epochs, AdamW without weight decay, 1e-4 after a linear warm-up over 10 % of the steps, 192 pairs a
+step in 4 micro-steps. Ctrl-C leaves a checkpoint; --resume_from_checkpoint latest goes on as if nothing had happened.
 """
 
 import contextlib
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.utils import logging
 
 from unicoder_vl_hf import UnicoderVLForPreTraining
 from unicoder_vl_hf.data.samplers import StepBatchSampler
-from unicoder_vl_hf.pretraining import PretrainingArguments, evaluate_pretraining, prepare_pretraining
+from unicoder_vl_hf.pretraining import PretrainingArguments, evaluate_pretraining, prepare_pretraining, preset
 from unicoder_vl_hf.training import (
     CheckpointFolder,
     JsonLog,
@@ -36,24 +37,16 @@ from unicoder_vl_hf.training import (
     write_model_card,
 )
 
-
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
 
 
 @dataclass
 class LoopArguments:
     output_dir: str = field(metadata={"help": "Checkpoints, the log, and in the end the model."})
-    num_train_epochs: int | None = field(default=None, metadata={"help": "Default: 10, the paper's; scenes: 12."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak. Default: 1e-4, the paper's; scenes: 1e-3."}
-    )
-    train_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Pairs of an optimiser step over ALL processes. Default: 192, the paper's; scenes: 64."},
-    )
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "Micro-steps of a step. Default: 4, the paper's; scenes: 1."}
-    )
+    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training pairs."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Its peak, after the warm-up."})
+    train_batch_size: int = field(default=192, metadata={"help": "Pairs of an optimiser step over ALL processes."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-steps of an optimiser step."})
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW with 0 is the paper's Adam."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
@@ -79,15 +72,11 @@ class LoopArguments:
             raise ValueError("save_steps and logging_steps must be at least 1.")
 
 
-PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
-SCENES = {"num_train_epochs": 12, "learning_rate": 1e-3, "train_batch_size": 64, "gradient_accumulation_steps": 1}
-
-
 def main(argv: list[str] | None = None):
-    data_args, args = HfArgumentParser((PretrainingArguments, LoopArguments)).parse_args_into_dataclasses(argv)
-    for name, default in (SCENES if data_args.on_scenes else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((PretrainingArguments, LoopArguments))
+    parser.set_defaults(**preset(argv))
+    data_args, args = parser.parse_args_into_dataclasses(argv)
 
     output_dir = Path(args.output_dir)
     checkpoints = CheckpointFolder(output_dir, keep=args.save_total_limit)

@@ -28,11 +28,10 @@ from .data.negatives import PairsWithMismatches
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
 from .processing_unicoder_vl import UnicoderVLProcessor
-from .regions.conversion import open_store
-from .regions.store import RegionStore
-from .retrieval.metrics import retrieval_metrics, roc_auc
+from .regions.conversion import convert
+from .regions.store import MANIFEST, RegionStore
+from .retrieval.metrics import chance_recalls, retrieval_metrics, roc_auc
 from .retrieval.scoring import ImageTextScorer
-
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +80,16 @@ class PretrainingArguments:
         return self.captions is None
 
 
+# The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
+PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
+SCENES = {"num_train_epochs": 12, "learning_rate": 1e-3, "train_batch_size": 64, "gradient_accumulation_steps": 1}
+
+
+def preset(argv: Sequence[str]) -> dict[str, Any]:
+    """The recipe of a command line: the paper's where it names captions, else that of the scenes."""
+    return PAPER if any(word.split("=")[0] == "--captions" for word in argv) else SCENES
+
+
 @dataclass
 class PretrainingSetup:
     """What [`prepare_pretraining`] builds."""
@@ -98,7 +107,8 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
     Reads captions and regions, joins them, and builds the model, before any time is spent on training.
 
     Raises:
-        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, or a fault in a file.
+        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, or a fault in a
+        file.
     """
     store: RegionStore
     if arguments.on_scenes:
@@ -108,7 +118,9 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         captions_path, store = folder / "captions.jsonl", RegionStore(folder / "regions")
     else:
         captions_path = Path(str(arguments.captions))
-        store = open_store(str(arguments.regions), convert_to=Path(output_dir) / "regions")
+        store = _open_or_convert(
+            Path(str(arguments.regions)), Path(output_dir) / "regions", arguments.num_region_classes
+        )
 
     captions, report = join(read_captions(captions_path), store, skip_missing=arguments.skip_missing)
     logger.warning(f"{captions_path} with {store}:\n{report}")
@@ -146,6 +158,15 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         validation=None if validation is None else PairsWithMismatches(validation, seed=seed, fixed_epoch=0),
         data_name="rendered scenes" if arguments.on_scenes else captions_path.stem,
     )
+
+
+def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> RegionStore:
+    """A store as it is; feature files of another format as a store in the output folder, converted once."""
+    if (path / MANIFEST).exists():
+        return RegionStore(path)
+    if not (converted / MANIFEST).exists():
+        convert(path, converted, resume=True, num_classes=num_classes)
+    return RegionStore(converted)
 
 
 def _split(captions: datasets.Dataset, name: str, path: Path) -> datasets.Dataset:
@@ -219,8 +240,8 @@ def evaluate_pretraining(
     """
     The three tasks on a validation split, over all processes; nothing larger than a batch is kept.
 
-    Masked tokens and regions are predicted on the matches, masked as in training. Matching is told on the UNMASKED pairs,
-    one match and one mismatch each.
+    Masked tokens and regions are predicted on the matches, masked as in training. Matching is told on the UNMASKED
+    pairs, one match and one mismatch each.
 
     Args:
         model: [`UnicoderVLForPreTraining`], prepared by accelerate or not.
@@ -230,9 +251,9 @@ def evaluate_pretraining(
         batch_size, num_workers (`int`): of each process.
 
     Returns:
-        `dict[str, float]`: `mlm_loss` (mean negative log-likelihood a masked token), `mlm_perplexity`, `mlm_accuracy`;
-        `moc_loss`, `moc_accuracy` and `moc_majority_accuracy`, that of naming the commonest class always (without
-        `moc_probability`: none of these); `vlm_loss`, `vlm_accuracy` (chance 0.5) and `vlm_auc`.
+        `dict[str, float]`: `mlm_loss` (mean negative log-likelihood of a masked token), `mlm_perplexity`,
+        `mlm_accuracy`, `moc_loss`, `moc_accuracy`, each with `…_majority_accuracy`, that of naming the commonest
+        target always (none of a task whose probability is 0); `vlm_loss`, `vlm_accuracy` and `vlm_auc` (chance 0.5).
     """
     was_training = model.training
     model.eval()
@@ -245,20 +266,19 @@ def evaluate_pretraining(
             with accelerator.autocast():
                 yield batch, model(**batch)
 
-    # Sums of loss, right predictions, targets: for tokens, then for regions.
-    sums = torch.zeros(2, 3, dtype=torch.float64)
-    class_counts = torch.zeros(collator.num_region_classes or 1, dtype=torch.float64)
+    config = accelerator.unwrap_model(model).config
+    tasks = {"mlm": ("labels", config.vocab_size), "moc": ("region_labels", config.num_region_classes)}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in tasks}  # of losses, of right predictions
+    counts = {name: torch.zeros(size, dtype=torch.float64) for name, (_, size) in tasks.items()}  # of each target
     for batch, outputs in batches(_Matches(pairs, mine), collator, "Evaluating masked prediction"):
-        for task, (labels, logits) in enumerate(
-            ((batch["labels"], outputs.prediction_logits), (batch["region_labels"], outputs.region_logits))
-        ):
+        for name, logits in (("mlm", outputs.prediction_logits), ("moc", outputs.region_logits)):
+            labels = batch[tasks[name][0]]
             targets = labels[labels != IGNORED]
             if logits.ndim == 3:  # not sparse
                 logits = logits[labels != IGNORED]
-            sums[task, 0] += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-            sums[task, 1] += (logits.argmax(-1) == targets).sum().item()
-            sums[task, 2] += targets.numel()
-        class_counts += torch.bincount(targets, minlength=len(class_counts)).cpu()
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            sums[name] += torch.stack((losses, (logits.argmax(-1) == targets).sum())).double().cpu()
+            counts[name] += torch.bincount(targets, minlength=len(counts[name])).cpu()
 
     unmasked = dataclasses.replace(collator, mlm_probability=0.0, moc_probability=0.0)
     scores: list[float] = []
@@ -268,19 +288,19 @@ def evaluate_pretraining(
         scores += torch.stack((outputs.scores[:half], outputs.scores[half:]), dim=1).flatten().tolist()
 
     model.train(was_training)
-    sums = accelerator.reduce(sums.to(accelerator.device, torch.float64), reduction="sum").cpu()
-    class_counts = accelerator.reduce(class_counts.to(accelerator.device), reduction="sum").cpu()
     all_scores = np.asarray(gather_object(scores) if accelerator.num_processes > 1 else scores, dtype=np.float32)
     matches = np.tile([1, 0], len(all_scores) // 2)
 
-    metrics = {}
-    for name, (loss, right, count) in zip(("mlm", "moc"), sums.tolist(), strict=True):
-        if count > 0:
-            metrics |= {f"{name}_loss": loss / count, f"{name}_accuracy": right / count}
+    metrics: dict[str, float] = {}
+    for name in tasks:
+        loss, right = accelerator.reduce(sums[name].to(accelerator.device), reduction="sum").tolist()
+        targets_of_class = accelerator.reduce(counts[name].to(accelerator.device), reduction="sum")
+        if (total := targets_of_class.sum().item()) > 0:
+            metrics[f"{name}_loss"] = loss / total
+            metrics[f"{name}_accuracy"] = right / total
+            metrics[f"{name}_majority_accuracy"] = targets_of_class.max().item() / total
     if "mlm_loss" in metrics:
         metrics["mlm_perplexity"] = math.exp(min(metrics["mlm_loss"], 50.0))
-    if "moc_loss" in metrics:
-        metrics["moc_majority_accuracy"] = float(class_counts.max() / class_counts.sum())
     signed = np.where(matches == 1, all_scores, -all_scores)  # the margin of the right answer
     metrics |= {
         "vlm_loss": float(np.logaddexp(0, -signed.astype(np.float64)).mean()),
@@ -325,19 +345,60 @@ class ShuffledStore(Mapping[str, RegionRecord]):
         return len(self.other)
 
 
+@dataclass
+class ZeroShotRetrieval:
+    """
+    Retrieval by the matching head of a pre-trained model, without fine-tuning (paper, Image-Text Retrieval, zero-shot).
+
+    Args:
+        captions (`list[str]`), image_ids (`list[str]`): The C captions and M images.
+        image_of_caption (`np.ndarray` of shape `(C,)`): The index in `image_ids` of each caption's image.
+        scores (`np.ndarray` of shape `(C, M)`): Higher = better match.
+        metrics, chance (`dict[str, float]`): See [`retrieval_metrics`] and [`chance_recalls`].
+    """
+
+    captions: list[str]
+    image_ids: list[str]
+    image_of_caption: np.ndarray
+    scores: np.ndarray
+    metrics: dict[str, float]
+    chance: dict[str, float]
+
+
 def zero_shot_retrieval(
     model: UnicoderVLForPreTraining,
     processor: UnicoderVLProcessor,
     store: Mapping[str, RegionRecord],
     captions: datasets.Dataset,
     num_images: int | None = None,
-) -> dict[str, float]:
-    """
-    Retrieval by the pre-trained matching head, without fine-tuning: the first `num_images` images of `captions` (rows of
-    `image_id` and `caption`) with all their captions. See [`retrieval_metrics`] for what it returns.
-    """
+) -> ZeroShotRetrieval:
+    """Scores the first `num_images` images of `captions` (rows of `image_id` and `caption`) with all their captions."""
     image_ids = list(dict.fromkeys(captions["image_id"]))[:num_images]
     column = {image_id: index for index, image_id in enumerate(image_ids)}
     rows = [row for row in captions if row["image_id"] in column]
-    scores = ImageTextScorer(model, processor, store).score([row["caption"] for row in rows], image_ids)
-    return retrieval_metrics(scores, np.array([column[row["image_id"]] for row in rows]))
+    image_of_caption = np.array([column[row["image_id"]] for row in rows])
+    texts = [row["caption"] for row in rows]
+    scores = ImageTextScorer(model, processor, store).score(texts, image_ids)
+    return ZeroShotRetrieval(
+        captions=texts,
+        image_ids=image_ids,
+        image_of_caption=image_of_caption,
+        scores=scores,
+        metrics=retrieval_metrics(scores, image_of_caption),
+        chance=chance_recalls(image_of_caption),
+    )
+
+
+def metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:
+    """A table of metrics, in percent, with what chance reaches beside each; names without chance are left out."""
+    lines = [f"{'':24}{'model':>8}{'chance':>8}  (percent)"]
+    lines += [f"{name:24}{100 * metrics[name]:8.1f}{100 * value:8.1f}" for name, value in chance.items()]
+    return "\n".join(lines)
+
+
+def pretraining_chance(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What guessing reaches: the commonest target of each masked task, and a coin for matching."""
+    chance = {
+        name.replace("_majority", ""): value for name, value in metrics.items() if name.endswith("_majority_accuracy")
+    }
+    return chance | {"vlm_accuracy": 0.5, "vlm_auc": 0.5}

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-
 logger = logging.get_logger(__name__)
 
 Precision = Literal["no", "bf16", "fp16"]

@@ -1,9 +1,9 @@
 """From rows to model inputs: fetch the regions, mask, and batch.
 
 Follows the paper's pre-training tasks: masked language modelling (15 % of the WordPiece tokens), masked object
-classification (15 % of the regions, the feature zeroed in 90 % of them) and visual-linguistic matching (one mismatch for
-each pair). What is masked is a pure function of (seed, epoch, row index), so that more workers, more processes, another
-micro-batch or a resume change no example. Left out: drawing mismatches, which the rows carry (`negatives.py`).
+classification (15 % of the regions, the feature zeroed in 90 % of them) and visual-linguistic matching (one mismatch
+for each pair). What is masked is a pure function of (seed, epoch, row index), so that more workers, more processes,
+another micro-batch or a resume change no example. Left out: drawing mismatches, which the rows carry (`negatives.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,6 @@ import torch
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
-
 
 SALT = 0x6D61736B  # keeps these draws apart from orders and mismatches that use the same seed
 IGNORED = -100
@@ -42,8 +41,8 @@ class DataCollatorForUnicoderVLPreTraining:
         mlm_probability (`float`, *optional*, defaults to 0.15):
             Share of the tokens that are predicted, in `[0, 1]`; 0 leaves the text as it is.
         mask_replace_prob, random_replace_prob (`float`, *optional*, default to 1.0 and 0.0):
-            Of these, the share replaced by `[MASK]` and by a random token; the rest stays. The paper replaces all; BERT's
-            values are 0.8 and 0.1.
+            Of these, the share replaced by `[MASK]` and by a random token; the rest stays. The paper replaces all;
+            BERT's values are 0.8 and 0.1.
         whole_word_mask (`bool`, *optional*, defaults to `False`):
             Choose whole words, with all of their WordPiece tokens.
         moc_probability (`float`, *optional*, defaults to 0.15):

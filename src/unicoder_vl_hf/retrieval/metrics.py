@@ -4,6 +4,7 @@ Recall@K as the retrieval papers count it: a caption query has one right image, 
 captions is among the top K. Ties count against the system: a right item ranks after all wrong ones of the same score.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +49,24 @@ def retrieval_metrics(
             f"{direction}_mean_rank": float(np.mean(ranks)),
         }
     return metrics
+
+
+def chance_recalls(image_of_caption: ArrayLike, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """
+    The recalls of `retrieval_metrics` that random scores reach on average, by the same names.
+
+    An image query hits unless all of the top K fall on captions of others: a hypergeometric draw for each image.
+    """
+    captions_of_image = np.bincount(np.asarray(image_of_caption))
+    num_captions, num_images = int(captions_of_image.sum()), len(captions_of_image)
+    chance = {f"image_retrieval_recall@{k}": min(k / num_images, 1.0) for k in ks}
+    for k in ks:
+        misses = [
+            math.comb(num_captions - own, k) / math.comb(num_captions, k) if k <= num_captions else 0.0
+            for own in captions_of_image.tolist()
+        ]
+        chance[f"text_retrieval_recall@{k}"] = 1.0 - float(np.mean(misses))
+    return chance
 
 
 def retrieval_ranks(scores: ArrayLike, image_of_caption: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

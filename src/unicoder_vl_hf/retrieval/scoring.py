@@ -1,7 +1,7 @@
 """Scores of N captions with M images by the matching head (paper, Image-Text Retrieval).
 
-Captions and images are sorted by length over the whole job, and each is embedded once a block. Left out for now: packing,
-the `[CLS]`-only last layer, blocks on disk and several processes, which a later issue brings.
+Captions and images are sorted by length over the whole job, and each is embedded once a block. Left out for now:
+packing, the `[CLS]`-only last layer, blocks on disk and several processes, which a later issue brings.
 """
 
 from collections.abc import Mapping, Sequence

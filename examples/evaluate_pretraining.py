@@ -1,0 +1,71 @@
+"""Evaluates a pre-trained checkpoint: the three tasks, and zero-shot image-text retrieval, each beside chance.
+
+    python examples/evaluate_pretraining.py --model runs/flickr8k \
+        --captions dataset_flickr8k.json --regions runs/flickr8k/regions --num_images 200
+
+`--shuffle_regions` gives every image the regions of another. A model that reads the regions falls to chance in
+matching and retrieval; one that does not was never looking.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParser
+
+from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
+from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.data.negatives import PairsWithMismatches
+from unicoder_vl_hf.pretraining import (
+    ShuffledStore,
+    evaluate_pretraining,
+    metrics_table,
+    pretraining_chance,
+    zero_shot_retrieval,
+)
+from unicoder_vl_hf.training import resolve_precision
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
+    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
+    regions: str = field(metadata={"help": "RegionStore."})
+    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    num_images: int | None = field(default=None, metadata={"help": "Retrieval over the first images. Default: all."})
+    shuffle_regions: bool = field(default=False, metadata={"help": "Give every image the regions of another."})
+    mixed_precision: str = field(default="no", metadata={"help": "auto, no, bf16 or fp16."})
+    seed: int = field(default=0, metadata={"help": "Of the masks, the mismatches and the shuffling."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
+
+
+def main(argv: list[str] | None = None):
+    (args,) = HfArgumentParser((EvaluationArguments,)).parse_args_into_dataclasses(argv)
+    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, accelerator.device.type))
+    store = RegionStore(args.regions)
+    captions, _ = join(read_captions(args.captions, split=args.split), store)
+    model = accelerator.prepare(AutoModelForPreTraining.from_pretrained(args.model).eval())
+    processor = AutoProcessor.from_pretrained(args.model)
+    processor.set_store(store)
+    regions = ShuffledStore(store, captions["image_id"], args.seed) if args.shuffle_regions else store
+
+    collator = DataCollatorForUnicoderVLPreTraining(processor, regions, seed=args.seed)
+    pairs = PairsWithMismatches(captions, seed=args.seed, fixed_epoch=0)
+    metrics = evaluate_pretraining(model, pairs, collator, accelerator)
+    print(metrics_table(metrics, pretraining_chance(metrics)))
+
+    with accelerator.autocast():
+        retrieval = zero_shot_retrieval(accelerator.unwrap_model(model), processor, regions, captions, args.num_images)
+    print(f"\nZero-shot retrieval, {len(retrieval.image_ids):,} images x {len(retrieval.captions):,} captions")
+    print(metrics_table(retrieval.metrics, retrieval.chance))
+    if args.output is not None:
+        values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}
+        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
