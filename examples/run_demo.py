@@ -37,15 +37,18 @@ def main() -> int:
         shutil.rmtree(checkpoint)  # of an earlier demo that was stopped
     run_pretraining.main(["--output_dir", str(output_dir), "--seed", str(args.seed)])
 
-    model, processor = AutoModelForPreTraining.from_pretrained(output_dir), AutoProcessor.from_pretrained(output_dir)
+    model = AutoModelForPreTraining.from_pretrained(output_dir)
+    processor = AutoProcessor.from_pretrained(output_dir)
     scenes = output_dir / "scenes"
     captions = read_captions(scenes / "captions.jsonl", split="test")
     retrieval = zero_shot_retrieval(model, processor, RegionStore(scenes / "regions"), captions)
 
     metrics = json.loads((output_dir / "metrics.json").read_text())
     chance = pretraining_chance(metrics)
-    training_curves(output_dir / "log.jsonl", output_dir / "curves.png", chance=chance, title="Pre-training on the
-    scenes") rng = np.random.default_rng(args.seed)
+    training_curves(
+        output_dir / "log.jsonl", output_dir / "curves.png", chance=chance, title="Pre-training on the scenes"
+    )
+    rng = np.random.default_rng(args.seed)
     write_gallery(
         output_dir / "gallery.html",
         [
@@ -69,8 +72,8 @@ def main() -> int:
     print(f"\nValidation scenes\n{metrics_table(metrics, chance)}")
     print(f"\nZero-shot retrieval on {len(retrieval.image_ids)} test scenes x {len(retrieval.captions)} captions")
     print(metrics_table(retrieval.metrics, retrieval.chance))
-    print(f"\n{time.perf_counter() - started:.0f} s. Look at {output_dir / 'curves.png'} and {output_dir /
-    'gallery.html'}.") name = "image_retrieval_recall@1"
+    print(f"\n{time.perf_counter() - started:.0f} s. Look at curves.png and gallery.html in {output_dir}.")
+    name = "image_retrieval_recall@1"
     if retrieval.metrics[name] < 5 * retrieval.chance[name]:
         print(f"{name} is below 5 times chance: the model did not learn.", file=sys.stderr)
         return 1

@@ -208,7 +208,7 @@ def _model_and_tokenizer(
             model = UnicoderVLForPreTraining.from_pretrained(name)
             if model.config.region_feature_dim != store.feature_dim:
                 raise ValueError(
-                    f"{name} takes features of width {model.config.region_feature_dim}, {store} has {store.feature_dim}."
+                    f"{name} takes features of width {model.config.region_feature_dim}, but {store} has others."
                 )
         else:
             model = UnicoderVLForPreTraining.from_bert(name, **regions)
@@ -326,7 +326,7 @@ class _Matches(torch.utils.data.Dataset):
 
 
 class ShuffledStore(Mapping[str, RegionRecord]):
-    """A store that gives every image the regions of another: what a model still tells from it, it tells from text alone."""
+    """A store that gives every image the regions of another: what a model tells from it, it tells from text."""
 
     def __init__(self, store: Mapping[str, RegionRecord], image_ids: Sequence[str], seed: int = 0):
         image_ids = sorted(set(image_ids))

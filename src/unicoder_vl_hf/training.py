@@ -51,7 +51,7 @@ def resolve_precision(requested: str, device_type: str) -> Precision:
         return fast
     if device_type == "cpu" and requested in ("bf16", "fp16") and requested != fast:
         logger.warning(
-            f"This CPU has no fast path for {requested}, it will be many times slower than fp32: use {fast!r} or 'auto'."
+            f"This CPU has no fast path for {requested}, it will be much slower than fp32: use {fast!r} or 'auto'."
         )
     return requested
 
@@ -119,8 +119,8 @@ class CheckpointFolder:
         if requested is None:
             if present:
                 raise ValueError(
-                    f"{self.output_dir} holds a run, up to {present[-1].name}. Go on with --resume_from_checkpoint latest, "
-                    "or take another --output_dir."
+                    f"{self.output_dir} holds a run, up to {present[-1].name}. Go on with --resume_from_checkpoint "
+                    "latest, or take another --output_dir."
                 )
             return None
         path = (present or [self.output_dir / "checkpoint-*"])[-1] if requested == "latest" else Path(requested)
