@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from .. import __version__
 from ..feature_extraction_unicoder_vl import RegionRecord, is_region_record
 from .tensor_files import TensorFile, TensorFileWriter, write_json
 
@@ -50,13 +50,6 @@ def _hash(image_id: str) -> int:
 
 def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"regions-{number:05d}.safetensors"
-
-
-def _package_version() -> str:
-    try:
-        return metadata.version("unicoder-vl-hf")
-    except metadata.PackageNotFoundError:
-        return "unknown"  # run from a source tree
 
 
 class _Shard(TensorFile):
@@ -482,7 +475,7 @@ class RegionStoreWriter:
         provenance = {
             **self._provenance,
             "feature_dim": self._widths["features"],
-            "package_version": _package_version(),
+            "package_version": __version__,
         }
         manifest = {
             "format": "region store of unicoder-vl-hf",

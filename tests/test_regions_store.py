@@ -1,0 +1,465 @@
+"""The store against what went in, against the safetensors library, and against kills, forks and damaged files."""
+
+import copy
+import json
+import os
+import pickle
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
+from unicoder_vl_hf.regions import store as store_module
+from unicoder_vl_hf.regions.conversion import write_store
+from unicoder_vl_hf.regions.tensor_files import TensorFileWriter
+
+FIELDS = list(vars(RegionRecord("x", features=[[1.0]])))
+
+
+def make(number: int, width: int = 8) -> RegionRecord:
+    """Image `number`; which optional fields it has depends on the number, and w != h, n varies."""
+    rng = np.random.default_rng(number)
+    n = 1 + number % 5
+    corners = np.sort(rng.random((n, 2, 2)), axis=1)
+    sized = number % 3 != 0
+    boxes = (corners * ((300, 200) if sized else (1, 1))).reshape(n, 4)
+    return RegionRecord(
+        f"photo_{number}" + "ü" * (number % 4),
+        image_width=300 if sized else None,
+        image_height=200 if sized else None,
+        boxes=boxes if number % 7 else None,
+        features=rng.standard_normal((n, width)).astype(np.float16),
+        object_ids=rng.integers(-1, 9, n) if number % 2 else None,
+        object_scores=rng.random(n) if number % 2 else None,
+        attribute_ids=rng.integers(-1, 4, n) if number % 5 == 1 else None,
+        attribute_scores=rng.random(n) if number % 5 == 2 else None,
+        class_probabilities=rng.random((n, 9)).astype(np.float32 if number % 4 else np.float16)
+        if number % 6 == 1
+        else None,
+    )
+
+
+def assert_same(found: RegionRecord, given: RegionRecord) -> None:
+    for name in FIELDS:
+        a, b = getattr(found, name), getattr(given, name)
+        if isinstance(b, np.ndarray):
+            assert a.shape == b.shape, name
+            assert np.array_equal(a, b), name
+            if name != "class_probabilities":  # a shard widens float16 to the float32 of a neighbour
+                assert a.dtype == b.dtype, name
+        else:
+            assert (a, type(a)) == (b, type(b)), name
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """40 images in several shards."""
+    return write_store(map(make, range(40)), tmp_path / "store", shard_size=1000, detector="d")
+
+
+def test_everything_comes_back_to_the_bit(small):
+    assert len(list(small.path.glob("regions-*.safetensors"))) > 4
+    assert list(small) == [make(number).image_id for number in range(40)]
+    assert len(small) == 40
+    assert small.num_regions == sum(make(number).num_regions for number in range(40))
+    for number in np.random.default_rng(0).permutation(40):
+        assert_same(small[make(number).image_id], make(number))
+    # What comes out is a valid record, locations included.
+    for number, record in enumerate(small.values()):
+        again = RegionRecord.from_dict(record.to_dict())
+        if again.boxes is not None:
+            assert np.array_equal(again.locations(), make(number).locations())
+
+
+def test_get_many_keeps_the_order_asked_for(small):
+    numbers = [33, 2, 2, 17, 0, 39]
+    for number, record in zip(numbers, small.get_many(make(n).image_id for n in numbers), strict=True):
+        assert_same(record, make(number))
+    assert small.get_many([]) == []
+
+
+def test_a_record_is_a_read_only_view(small):
+    record = small[make(1).image_id]
+    with pytest.raises(ValueError, match="read-only"):
+        record.features[0, 0] = 1
+    # It outlives the store and its files.
+    for path in small.path.iterdir():
+        path.unlink()
+    del small
+    assert_same(record, make(1))
+
+
+def test_other_readers_open_the_shards(small):
+    shard = safetensors.numpy.load_file(small.path / "regions-00000.safetensors")
+    count = len(shard["present"])
+    given = [make(number) for number in range(count)]
+    assert np.array_equal(shard["features"], np.concatenate([record.features for record in given]))
+    assert shard["region_offsets"].tolist() == [0, *np.cumsum([record.num_regions for record in given]).tolist()]
+    assert shard["image_sizes"].tolist() == [[r.image_width or 0, r.image_height or 0] for r in given]
+    names = bytes(shard["image_ids"])
+    first, last = shard["image_id_offsets"][:2]
+    assert names[first:last].decode() == given[0].image_id
+    safetensors.torch.load_file(small.path / "regions-00000.safetensors")
+    index = safetensors.numpy.load_file(small.path / "index.safetensors")
+    assert (np.diff(index["hashes"].astype(object)) > 0).all()
+
+
+def test_a_missing_id_names_itself_the_store_and_some_ids(small):
+    with pytest.raises(KeyError) as error:
+        small["photo_1.jpg"]
+    for word in ("'photo_1.jpg'", str(small.path), "'photo_0'", "40"):
+        assert word in str(error.value)
+    with pytest.raises(KeyError, match="photo_1\\.jpg"):
+        small.get_many(["photo_0", "photo_1.jpg"])
+    with pytest.raises(KeyError):
+        small[3]
+    assert "photo_0" in small
+    assert "photo_1.jpg" not in small
+    assert 3 not in small
+    assert small.get("nothing") is None
+
+
+def test_ids_with_equal_hashes_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_hash", lambda image_id: len(image_id) % 2)
+    store = write_store(map(make, range(20)), tmp_path / "store", shard_size=300)
+    for number in range(20):
+        assert_same(store[make(number).image_id], make(number))
+    assert "photo_99" not in store
+
+
+def test_provenance(tmp_path):
+    facts = {
+        "detector": "vg",
+        "detector_revision": "abc",
+        "box_type": "regressed",
+        "thresholds": {"score": 0.2},
+        "class_names": [f"class {k}" for k in range(9)],
+        "source_format": "milvlg-npz",
+    }
+    store = write_store([make(1)], tmp_path / "store", dtype="float32", **facts)
+    found = store.provenance
+    version = found.pop("package_version")
+    assert found == {**facts, "num_classes": 9, "feature_dim": 8, "dtype": "float32"}
+    assert isinstance(version, str)
+    assert json.loads(json.dumps(store.provenance)) == store.provenance
+    store.provenance["detector"] = "changed"
+    store.provenance["thresholds"]["score"] = 1
+    assert store.provenance["detector"] == "vg"
+    assert store.provenance["thresholds"] == {"score": 0.2}
+
+
+@pytest.mark.parametrize(("source", "stored"), [(np.float32, "float32"), (np.float16, "float32")])
+def test_float32_stores_are_exact(source, stored, tmp_path):
+    features = np.random.default_rng(0).standard_normal((3, 5)).astype(source)
+    store = write_store([RegionRecord("a", features=features)], tmp_path / "store", dtype=stored)
+    assert store["a"].features.dtype == np.float32
+    assert np.array_equal(store["a"].features, features)
+
+
+def test_float32_sources_are_rounded_to_float16(tmp_path):
+    features = np.float32([[1 / 3, 65504]])
+    store = write_store([RegionRecord("a", features=features)], tmp_path / "store")
+    assert np.array_equal(store["a"].features, features.astype(np.float16))
+
+
+@pytest.mark.parametrize("value", [65505, -70000])
+def test_what_float16_cannot_hold_is_refused(value, tmp_path):
+    with RegionStoreWriter(tmp_path / "store") as writer:
+        writer.write(make(1, width=2))
+        with pytest.raises(ValueError, match=f"'big': features hold a magnitude of {abs(value)}.*float32"):
+            writer.write(RegionRecord("big", features=np.float32([[1, value]])))
+        assert "big" not in writer
+    assert list(RegionStore(tmp_path / "store")) == [make(1).image_id]
+
+
+def test_refused_records_leave_the_store_as_it_was(tmp_path):
+    with RegionStoreWriter(tmp_path / "store", num_classes=9) as writer:
+        writer.write(make(1))
+        with pytest.raises(ValueError, match=r"'photo_1ü' is in .* already"):
+            writer.write(make(1))
+        with pytest.raises(ValueError, match=r"'photo_2üü': features have width 4, expected 8"):
+            writer.write(make(2, width=4))
+        with pytest.raises(ValueError, match="'other': class_probabilities have width 3, expected 9"):
+            writer.write(RegionRecord("other", features=np.ones((1, 8)), class_probabilities=np.ones((1, 3))))
+        with pytest.raises(ValueError, match="'high': object_ids hold 9, expected ids below"):
+            writer.write(RegionRecord("high", features=np.ones((1, 8)), object_ids=[9]))
+        with pytest.raises(ValueError, match="got a dict"):
+            writer.write({"image_id": "x"})
+        writer.write(make(3))
+        assert len(writer) == 2
+    with pytest.raises(ValueError, match="closed"):
+        writer.write(make(4))
+    assert_same(RegionStore(tmp_path / "store")[make(3).image_id], make(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"shard_size": 0}, "shard_size"),
+        ({"class_names": ["a"], "num_classes": 2}, "num_classes"),
+    ],
+)
+def test_writer_options_are_checked(options, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        RegionStoreWriter(tmp_path / "store", **options)
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="No record was written"), RegionStoreWriter(tmp_path / "store"):
+        pass
+
+
+def test_the_writer_copies_what_the_caller_may_reuse(tmp_path):
+    given, kept = make(1), make(1)
+    with RegionStoreWriter(tmp_path / "store") as writer:
+        writer.write(given)
+        for value in given.to_dict().values():
+            if isinstance(value, np.ndarray):
+                value[:] = 0
+    assert_same(RegionStore(tmp_path / "store")[kept.image_id], kept)
+
+
+def test_opening_what_is_no_finished_store(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no region store"):
+        RegionStore(tmp_path)
+    with RegionStoreWriter(tmp_path / "store") as writer:
+        writer.write(make(1))
+        with pytest.raises(ValueError, match="unfinished"):
+            RegionStore(tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**facts, "format_version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        RegionStore(tmp_path / "store")
+    manifest.write_text(manifest.read_text()[:40])
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        RegionStore(tmp_path / "store")
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 4096, -1])
+def test_a_shard_cut_short_is_named(length, small):
+    path = small.path / "regions-00002.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:length])
+    with pytest.raises(ValueError, match=r"regions-00002\.safetensors"):
+        list(RegionStore(small.path).values())
+
+
+def test_a_whole_shard_of_another_size_is_named(small):
+    sizes = [shard["bytes"] for shard in json.loads((small.path / "manifest.json").read_text())["shards"]]
+    other = next(number for number, size in enumerate(sizes) if size != sizes[2])
+    path = small.path / "regions-00002.safetensors"
+    path.write_bytes((small.path / f"regions-{other:05d}.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=rf"regions-00002\.safetensors has {sizes[other]} bytes, expected {sizes[2]}"):
+        list(RegionStore(small.path).values())
+
+
+@pytest.mark.parametrize("stop", [0, 1, 13, 25, 39])
+def test_a_resumed_store_equals_an_undisturbed_one(stop, small, tmp_path):
+    folder = tmp_path / "resumed"
+    options = {"shard_size": 1000, "detector": "d"}
+
+    def interrupted():
+        for number in range(40):
+            if number == stop:
+                raise KeyboardInterrupt
+            yield make(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(interrupted(), folder, **options)
+    assert not list(folder.glob("*.partial"))
+    with pytest.raises(ValueError, match="unfinished"):
+        RegionStore(folder)
+    with pytest.raises(ValueError, match="an unfinished store: pass resume=True"):
+        RegionStoreWriter(folder, **options)
+    write_store(map(make, range(40)), folder, resume=True, **options)
+    assert files_of(folder) == files_of(small.path)
+
+
+def test_a_killed_writer_resumes(small, tmp_path):
+    """kill -9 at thirty moments of one write, features and shards being written all the time."""
+    folder = tmp_path / "killed"
+    options = {"shard_size": 1000, "detector": "d", "resume": True}
+    records = [make(number) for number in range(40)]
+    before = 0
+    for moment in np.random.default_rng(0).random(30) * 0.03:
+        if (child := os.fork()) == 0:
+            with RegionStoreWriter(folder, **options) as writer:
+                for record in records:
+                    if record.image_id not in writer.resumed:
+                        writer.write(record)
+                        time.sleep(0.001)
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        shards = len(list(folder.glob("regions-*.safetensors")))
+        assert shards >= before
+        before = shards
+    write_store(records, folder, **options)
+    assert files_of(folder) == files_of(small.path)
+
+
+def test_a_finished_store_is_extended_only_when_asked(small):
+    before = files_of(small.path)
+    with pytest.raises(ValueError, match="a finished store"):
+        RegionStoreWriter(small.path, detector="d")
+    write_store(map(make, range(40)), small.path, resume=True, detector="d")
+    assert files_of(small.path) == before
+    old = RegionStore(small.path)
+    grown = write_store(map(make, range(45)), small.path, resume=True, detector="d")
+    assert list(grown) == [make(number).image_id for number in range(45)]
+    assert_same(grown[make(44).image_id], make(44))
+    # A reader of the old manifest sees the old store, even with the new index.
+    assert make(44).image_id not in old
+    assert_same(old[make(3).image_id], make(3))
+
+
+@pytest.mark.parametrize("changes", [{"detector": "other"}, {"dtype": "float32"}, {"thresholds": {"score": 0.1}}])
+def test_resuming_with_other_settings_is_refused(changes, small):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        RegionStoreWriter(small.path, resume=True, **{"detector": "d", **changes})
+
+
+def test_resuming_checks_widths_and_ids(small):
+    with RegionStoreWriter(small.path, resume=True, detector="d") as writer:
+        assert len(writer.resumed) == 40
+        with pytest.raises(ValueError, match="already"):
+            writer.write(make(0))
+        with pytest.raises(ValueError, match="expected 8"):
+            writer.write(make(50, width=3))
+
+
+def test_shards_without_a_manifest_are_not_adopted(small):
+    (small.path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="another folder"):
+        RegionStoreWriter(small.path, resume=True, detector="d")
+
+
+def test_copies_and_pickles_hold_no_maps(small):
+    small[make(1).image_id]
+    for other in (pickle.loads(pickle.dumps(small)), copy.deepcopy(small)):
+        assert not other._shards
+        assert_same(other[make(1).image_id], make(1))
+    assert len(pickle.dumps(small)) < 300
+
+
+def test_many_shards_keep_few_files_open(small, monkeypatch):
+    monkeypatch.setattr(store_module, "MAX_OPEN_SHARDS", 2)
+    for number in range(40):
+        assert_same(small[make(number).image_id], make(number))
+        assert len(small._shards) <= 2
+
+
+class Rows(Dataset):
+    """What a collator does: one look-up a row, in whichever process."""
+
+    def __init__(self, store: RegionStore):
+        self.store, self.ids = store, list(store)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor(self.store[self.ids[row]].features), os.getpid()
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers(context, small):
+    rows = Rows(small)  # has shards open already, which a fork inherits
+    assert small._shards
+    workers = 2 if context == "fork" else 1  # each spawned worker imports torch again
+    seen = list(DataLoader(rows, num_workers=workers, multiprocessing_context=context, batch_size=None))
+    assert len({pid for _, pid in seen} - {os.getpid()}) == workers
+    for number, (features, _) in enumerate(seen):
+        assert np.array_equal(features.numpy(), make(number).features)
+
+
+def in_child(function):
+    """What `function` returns in a forked child."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.write(writer, json.dumps(function()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer)
+
+
+def test_a_fork_opens_its_own_files(small):
+    small[make(1).image_id]
+    inherited = list(small._shards.values())
+
+    def own_files() -> bool:
+        assert_same(small[make(1).image_id], make(1))
+        return not any(shard in inherited for shard in small._shards.values())
+
+    assert in_child(own_files) is True
+
+
+def peak_memory() -> int:
+    """In bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_million_ids_open_at_once(tmp_path):
+    """The index is mapped, not parsed: under a second and 200 MB for a million ids."""
+    folder, count = tmp_path / "store", 1_000_000
+    with pytest.raises(KeyboardInterrupt), RegionStoreWriter(folder):
+        raise KeyboardInterrupt
+    # A shard of a million images of one region, as the writer would have left it.
+    names = [f"COCO_train2014_{number:012d}" for number in range(count)]
+    offsets = np.arange(count + 1)
+    shard = TensorFileWriter(folder / "regions-00000.safetensors")
+    shard.append("image_id_offsets", offsets * len(names[0]))
+    shard.append("region_offsets", offsets)
+    shard.append("image_sizes", np.zeros((count, 2), np.int32))
+    shard.append("features", (np.arange(count) % 1000).astype(np.float16)[:, None])
+    shard.append("present", np.zeros(count, np.uint8))
+    shard.append("image_ids", np.frombuffer("".join(names).encode(), np.uint8))
+    shard.commit()
+    with RegionStoreWriter(folder, resume=True) as writer:
+        assert len(writer) == count
+
+    def cost() -> tuple[float, float]:
+        memory, begin = peak_memory(), time.perf_counter()
+        store = RegionStore(folder)
+        assert len(store) == count
+        assert store["COCO_train2014_000000777777"].features.tolist() == [[777]]
+        assert "nothing" not in store
+        return time.perf_counter() - begin, peak_memory() - memory
+
+    seconds, growth = in_child(cost)
+    assert seconds < 1
+    assert growth < 200e6
+
+
+def test_writing_takes_little_memory(tmp_path):
+    """Features go to disk as they come: a shard larger than the memory allowed is no matter."""
+    features = np.ones((100, 2048), np.float16)
+
+    def growth() -> int:
+        with RegionStoreWriter(tmp_path / "store") as writer:
+            writer.write(RegionRecord("first", features=features))
+            before = peak_memory()
+            for number in range(300):
+                writer.write(RegionRecord(str(number), features=features))
+        return peak_memory() - before
+
+    assert in_child(growth) < 20e6
+    assert (tmp_path / "store" / "regions-00000.safetensors").stat().st_size > 120e6
