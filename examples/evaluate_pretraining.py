@@ -43,7 +43,8 @@ class EvaluationArguments:
 
 
 def main(argv: list[str] | None = None):
-    (args,) = HfArgumentParser((EvaluationArguments,)).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(EvaluationArguments)  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses(argv)
     accelerator = Accelerator()
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, accelerator.device.type))
     store = RegionStore(args.regions)

@@ -31,7 +31,7 @@ class DemoArguments:
 
 
 def main() -> int:
-    (args,) = HfArgumentParser((DemoArguments,)).parse_args_into_dataclasses()
+    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     started, output_dir = time.perf_counter(), Path(args.output_dir)
     for checkpoint in output_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # of an earlier demo that was stopped
@@ -58,7 +58,7 @@ def main() -> int:
                 retrieval.image_ids,
                 retrieval.scores[row],
             )
-            for row in rng.choice(len(retrieval.captions), size=args.num_queries, replace=False)
+            for row in rng.permutation(len(retrieval.captions))[: args.num_queries]
         ],
         lambda image_id: Image.open(scenes / "photos" / f"{image_id}.png"),
         title="Zero-shot retrieval on rendered scenes",

@@ -74,7 +74,7 @@ class LoopArguments:
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((PretrainingArguments, LoopArguments))
+    parser = HfArgumentParser((PretrainingArguments, LoopArguments))  # type: ignore[arg-type]
     parser.set_defaults(**preset(argv))
     data_args, args = parser.parse_args_into_dataclasses(argv)
 
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None):
         total=total_steps, initial=step, unit="step", desc="Pre-training", disable=not accelerator.is_local_main_process
     )
     with StopSignal() as stop, progress:
-        while step < total_steps and not stop.requested:
+        while step < total_steps and not stop.is_set():
             epoch, start_step = divmod(step, steps_per_epoch)
             setup.train.set_epoch(epoch)
             sampler.set_epoch(epoch, start_step=start_step)
@@ -214,13 +214,13 @@ def main(argv: list[str] | None = None):
                 if step % (args.eval_steps or steps_per_epoch) == 0 or step == total_steps:
                     metrics = evaluate()
                     since, rows_since = time.perf_counter(), 0
-                if accelerator.num_processes > 1:
-                    if stop.requested:
-                        accelerator.set_trigger()
-                    stop.requested = accelerator.check_trigger()  # all processes stop at the same step
-                if step % args.save_steps == 0 or stop.requested:
+                if stop.is_set():
+                    accelerator.set_trigger()
+                if accelerator.check_trigger():  # in any process: all stop at the same step
+                    stop.set()
+                if step % args.save_steps == 0 or stop.is_set():
                     save()
-                if step == total_steps or stop.requested:
+                if step == total_steps or stop.is_set():
                     break
 
     if step < total_steps:

@@ -41,10 +41,13 @@ class PretrainingTrainer(Trainer):
         self.last_metrics: dict[str, float] = {}
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        pairs = self.setup.validation if eval_dataset is None else eval_dataset
+        if pairs is None:
+            raise ValueError("There are no validation pairs: see --max_validation_pairs and --validation_split.")
         # Trainer's own loop keeps the logits of every token over the vocabulary: 30 GB for 5,000 pairs.
         metrics = evaluate_pretraining(
             self.model_wrapped,
-            self.setup.validation if eval_dataset is None else eval_dataset,
+            pairs,
             self.setup.collator,
             self.accelerator,
             batch_size=self.args.per_device_eval_batch_size,
@@ -58,7 +61,7 @@ class PretrainingTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         if self.is_world_process_zero():
             write_model_card(
-                Path(self.args.output_dir),
+                Path(str(self.args.output_dir)),
                 base_model=self.base_model,
                 data_name=self.setup.data_name,
                 provenance=self.setup.processor.feature_extractor.region_provenance,
@@ -81,7 +84,7 @@ class StopWithCheckpoint(TrainerCallback):
         self.accelerator = trainer.accelerator
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.stop.requested:
+        if self.stop.is_set():
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():
             control.should_save = control.should_training_stop = True
@@ -89,7 +92,7 @@ class StopWithCheckpoint(TrainerCallback):
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((PretrainingArguments, TrainingArguments))
+    parser = HfArgumentParser((PretrainingArguments, TrainingArguments))  # type: ignore[arg-type]
     values = preset(argv)
     parser.set_defaults(
         num_train_epochs=values["num_train_epochs"],

@@ -187,7 +187,7 @@ def _model_and_tokenizer(
     arguments: PretrainingArguments, store: RegionStore
 ) -> tuple[UnicoderVLForPreTraining, PreTrainedTokenizerBase]:
     known = len(store.provenance.get("class_names") or ()) or store.provenance.get("num_classes")
-    regions = {
+    regions: dict[str, Any] = {
         "region_feature_dim": store.feature_dim,
         "num_region_classes": arguments.num_region_classes or known or UnicoderVLConfig().num_region_classes,
         "use_image_token_embedding": arguments.image_token,
@@ -198,7 +198,7 @@ def _model_and_tokenizer(
     if name is None and arguments.on_scenes:
         from .scenes import scene_tokenizer
 
-        tokenizer = scene_tokenizer()
+        tokenizer: PreTrainedTokenizerBase = scene_tokenizer()
         config = UnicoderVLConfig(**{**SCENES_MODEL, "vocab_size": len(tokenizer), **regions})
         model = UnicoderVLForPreTraining(config)
     else:

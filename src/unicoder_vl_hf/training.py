@@ -8,7 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import huggingface_hub
 import torch
@@ -49,29 +49,30 @@ def resolve_precision(requested: str, device_type: str) -> Precision:
     if requested == "auto":
         logger.warning(f"Mixed precision: {fast}, which this {device_type} is fast in.")
         return fast
-    if device_type == "cpu" and requested in ("bf16", "fp16") and requested != fast:
+    precision = cast(Precision, requested)
+    if device_type == "cpu" and precision not in ("no", fast):
         logger.warning(
             f"This CPU has no fast path for {requested}, it will be much slower than fp32: use {fast!r} or 'auto'."
         )
-    return requested
+    return precision
 
 
 class StopSignal:
     """
-    Lets a loop end at its next safe point: Ctrl-C or SIGTERM set `requested`, a second one ends it at once.
+    Lets a loop end at its next safe point: Ctrl-C or SIGTERM set it, a second one ends the loop at once.
 
     ```python
     with StopSignal() as stop:
         for step in steps:
             ...
-            if stop.requested:
+            if stop.is_set():
                 save_checkpoint()
                 break
     ```
     """
 
     def __enter__(self) -> "StopSignal":
-        self.requested = False
+        self._is_set = False
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -79,10 +80,16 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self):
+        self._is_set = True
+
     def _handle(self, number: int, frame: FrameType | None):
-        if self.requested:
+        if self._is_set:
             raise KeyboardInterrupt
-        self.requested = True
+        self.set()
         logger.warning("Stopping after this step, with a checkpoint. Once more to stop at once, without one.")
 
 
