@@ -10,6 +10,7 @@ makes BERT a decoder.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_unicoder_vl import UnicoderVLConfig
 
 logger = logging.get_logger(__name__)
+
+# An optional argument stays optional, a tensor a tensor.
+MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
 
 INPUTS_DOCSTRING = r"""
@@ -163,7 +167,7 @@ class UnicoderVLEmbeddings(nn.Module):
             else:  # Left padding gives what right padding gives.
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if token_type_ids is None:
-            token_type_ids = torch.zeros_like(position_ids)
+            token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         # BERT's own order of the sum: the text path equals BERT's to the bit.
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
         embeddings = embeddings + self.position_embeddings(position_ids)
@@ -377,6 +381,17 @@ class UnicoderVLOnlyMLMHead(nn.Module):
         return self.predictions(hidden_states)
 
 
+class UnicoderVLMatchingHead(nn.Linear):
+    """Two logits of BERT's pooler output, 0 = mismatch, 1 = match; in float32, where bfloat16 would tie many scores."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config.hidden_size, 2)
+
+    def forward(self, pooler_output: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=pooler_output.device.type, enabled=False):
+            return nn.functional.linear(pooler_output.float(), self.weight.float(), self.bias.float())
+
+
 @dataclass
 class BertLoadingReport:
     """What [`~UnicoderVLPreTrainedModel.from_bert`] could not take from BERT, and what it left there.
@@ -447,7 +462,7 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
                 Return `(model, BertLoadingReport)`: the parameters that are new, and those of the checkpoint left
                 unused.
             dtype, attn_implementation, revision, token, cache_dir, local_files_only:
-                As in [`~PreTrainedModel.from_pretrained`].
+                As in [`~PreTrainedModel.from_pretrained`], but for `dtype`, which defaults to float32.
             config_overrides:
                 Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be lower than BERT's: the first layers are
                 taken.
@@ -456,7 +471,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             `ValueError`: for a checkpoint that is not a BERT, more layers than it has, a field that its weights fix, an
             unknown field, or a key missing or unexpected beside those that may be (see `BertLoadingReport`).
         """
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub["local_files_only"] = local_files_only
         name = str(pretrained_model_name_or_path)
         model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type", "bert")
         if model_type != "bert":
@@ -480,13 +496,15 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         )
         source = {key: value for key, value in source.items() if key not in unused}
 
+        dtype = bert_config.dtype if dtype == "auto" else dtype
         model = cls._from_config(config, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
         if cls.base_model_prefix not in model._modules:
             prefix = f"{cls.base_model_prefix}."
             source = {key.removeprefix(prefix): value for key, value in source.items()}
         target = set(model.state_dict())
-        # The decoder is tied to the word embeddings and the head's bias, whatever the checkpoint says.
-        tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+        # A tied decoder is the word embeddings and the head's bias, whatever the checkpoint says.
+        decoder = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+        tied = decoder if config.tie_word_embeddings else set()
         new = sorted(target - set(source) - tied)
         unused = sorted({*unused, *(set(source) - target)} - tied)
 
@@ -502,6 +520,7 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             )
         model.load_state_dict({key: value for key, value in source.items() if key in target - tied}, strict=False)
         model.tie_weights()
+        model.eval()  # As from_pretrained leaves it.
         logger.warning(
             f"{cls.__name__} from BERT {name}: new parameters {new}; left unused in the checkpoint {unused}."
         )
@@ -513,7 +532,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         if unknown := sorted(set(overrides) - fields - {"num_labels"}):
             raise ValueError(f"from_bert got {unknown}, which are not fields of UnicoderVLConfig: {sorted(fields)}.")
         bert_fields = bert_config.to_dict()
-        for field in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "type_vocab_size"):
+        fixed = "vocab_size hidden_size num_attention_heads intermediate_size type_vocab_size max_position_embeddings"
+        for field in fixed.split():
             if overrides.get(field, bert_fields[field]) != bert_fields[field]:
                 raise ValueError(f"{field}={overrides[field]}, but the weights of {name} have {bert_fields[field]}.")
         depth = overrides.get("num_hidden_layers", bert_config.num_hidden_layers)
@@ -616,10 +636,11 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch_size, sequence_length, "
                 f"hidden_size={self.config.hidden_size})."
             )
-        num_captions, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        text_name, text = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+        num_captions, length = text.shape[:2]
         if position_ids is None and length > self.config.max_position_embeddings:
             raise ValueError(
-                f"The text has {length} tokens, the model {self.config.max_position_embeddings} positions "
+                f"{text_name} has {length} tokens, the model {self.config.max_position_embeddings} positions "
                 "(max_position_embeddings): truncate it."
             )
         text_shape = (num_captions, length)
@@ -628,6 +649,10 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         _check_shape("token_region_ids", token_region_ids, text_shape)
         if position_ids is not None and tuple(position_ids.shape) != (1, length):
             _check_shape("position_ids", position_ids, text_shape)
+
+        for name, index in (("caption_index", caption_index), ("image_index", image_index)):
+            if index is not None and index.ndim != 1:
+                raise ValueError(f"{name} has shape {tuple(index.shape)}, expected (batch_size,).")
 
         if region_features is None:
             for name, value in (
@@ -656,8 +681,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         )
         if rows[0] != rows[1]:
             raise ValueError(
-                f"{rows[0]} rows of text but {rows[1]} of regions: give an image for each caption, or caption_index "
-                "and image_index of equal length."
+                f"{text_name} of shape {tuple(text.shape)} gives {rows[0]} rows, but region_features of shape "
+                f"{tuple(region_features.shape)} gives {rows[1]}: give an image for each caption, or caption_index and "
+                "image_index of equal length."
             )
 
 
@@ -690,7 +716,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         self.bert = UnicoderVLModel(config)
         self.cls = UnicoderVLOnlyMLMHead(config)
         self.region_head = nn.Linear(config.hidden_size, config.num_region_classes)
-        self.matching_head = nn.Linear(config.hidden_size, 2)
+        self.matching_head = UnicoderVLMatchingHead(config)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -738,7 +764,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         _check_shape("region_labels", region_labels, tuple(regions.shape[:2]))
         _check_shape("matching_labels", matching_labels, (text.shape[0],))
 
-        matching_logits = self.matching_head(outputs.pooler_output).float()
+        matching_logits = self.matching_head(outputs.pooler_output)
         region_logits = None if region_features is None else self.region_head(regions)
         counted = None if matching_labels is None else matching_labels != 0  # rows whose tokens and regions count
         mlm_loss = moc_loss = matching_loss = None
@@ -761,7 +787,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
 
         parts = [part for part in (mlm_loss, moc_loss, matching_loss) if part is not None]
         return UnicoderVLForPreTrainingOutput(
-            loss=sum(parts) if parts else None,
+            loss=sum(parts[1:], parts[0]) if parts else None,
             prediction_logits=prediction_logits,
             region_logits=region_logits,
             matching_logits=matching_logits,
@@ -800,7 +826,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 f"num_labels={config.num_labels}, but the matching head has two logits always (0 mismatch, 1 match)."
             )
         self.bert = UnicoderVLModel(config)
-        self.matching_head = nn.Linear(config.hidden_size, 2)
+        self.matching_head = UnicoderVLMatchingHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -842,19 +868,20 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             image_index=image_index,
             **kwargs,
         )
-        matching_logits = self.matching_head(outputs.pooler_output).float()
+        matching_logits = self.matching_head(outputs.pooler_output)
         scores = matching_logits[:, 1] - matching_logits[:, 0]
         _check_shape("labels", labels, tuple(scores.shape))
         _check_shape("group_ids", group_ids, tuple(scores.shape))
 
-        loss = None
-        if labels is not None and group_ids is not None:
+        if labels is None:
+            loss = None
+        elif group_ids is None or caption_index is None or image_index is None:  # group_ids has both, see above
+            row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+        else:
             loss = hardest_negative_triplet_loss(
                 scores, labels, group_ids, caption_index, image_index, margin=self.config.triplet_margin
             )
-        elif labels is not None:
-            row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
-            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
         return UnicoderVLForImageTextRetrievalOutput(
             loss=loss,
             matching_logits=matching_logits,
@@ -913,26 +940,29 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
                 "Multiple choice needs input_ids (batch_size, num_choices, sequence_length), or inputs_embeds likewise"
                 f", got {None if given is None else tuple(given.shape)}."
             )
-        batch_size, num_choices = given.shape[:2]
+        choices = batch_size, num_choices = tuple(given.shape[:2])
         image_index = None
         if region_features is not None and region_features.ndim == 3:
             if region_features.shape[0] != batch_size:
-                raise ValueError(f"region_features has {region_features.shape[0]} rows, the text {batch_size}.")
+                raise ValueError(
+                    f"region_features has shape {tuple(region_features.shape)}, expected ({batch_size}, num_regions, "
+                    "region_feature_dim), or one more dimension for the choices."
+                )
             image_index = torch.arange(batch_size, device=region_features.device).repeat_interleave(num_choices)
         elif region_features is not None:
-            region_features = _flatten_choices(region_features)
-            region_locations = _flatten_choices(region_locations)
-            region_attention_mask = _flatten_choices(region_attention_mask)
+            region_features = _flatten_choices("region_features", region_features, choices)
+            region_locations = _flatten_choices("region_locations", region_locations, choices)
+            region_attention_mask = _flatten_choices("region_attention_mask", region_attention_mask, choices)
         outputs = self.bert(
-            input_ids=_flatten_choices(input_ids),
-            attention_mask=_flatten_choices(attention_mask),
-            token_type_ids=_flatten_choices(token_type_ids),
-            position_ids=_flatten_choices(position_ids),
-            inputs_embeds=_flatten_choices(inputs_embeds),
+            input_ids=_flatten_choices("input_ids", input_ids, choices),
+            attention_mask=_flatten_choices("attention_mask", attention_mask, choices),
+            token_type_ids=_flatten_choices("token_type_ids", token_type_ids, choices),
+            position_ids=_flatten_choices("position_ids", position_ids, choices),
+            inputs_embeds=_flatten_choices("inputs_embeds", inputs_embeds, choices),
             region_features=region_features,
             region_locations=region_locations,
             region_attention_mask=region_attention_mask,
-            token_region_ids=_flatten_choices(token_region_ids),
+            token_region_ids=_flatten_choices("token_region_ids", token_region_ids, choices),
             image_index=image_index,
             **kwargs,
         )
@@ -995,12 +1025,17 @@ def _masked_prediction_loss(
     return (losses.view_as(labels) * _target_weights(labels, counted)).sum()
 
 
-def _pick_rows(tensor: torch.Tensor | None, index: torch.LongTensor | None) -> torch.Tensor | None:
+def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTensor:
     return tensor if tensor is None or index is None else tensor[index]
 
 
-def _flatten_choices(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.flatten(0, 1)
+def _flatten_choices(name: str, tensor: MaybeTensor, choices: tuple[int, ...]) -> MaybeTensor:
+    """`(batch_size, num_choices, ...)` to `(batch_size * num_choices, ...)`."""
+    if tensor is None:
+        return tensor
+    if tuple(tensor.shape[:2]) != choices:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {choices} first (batch_size, num_choices).")
+    return tensor.flatten(0, 1)
 
 
 def _check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...]):
