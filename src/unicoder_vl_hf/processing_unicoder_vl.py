@@ -5,19 +5,25 @@ Follows the paper's input section: WordPiece `[CLS] w_1 … w_T [SEP]`, at most 
 masking and mismatches, which are the collators' work.
 """
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor, is_region_record
 
+# A tokenizer passes over what it does not know: a misspelt argument would change nothing, and say nothing.
+_TOKENIZER_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.__call__).parameters, "split_special_tokens"}
+
 
 class _Reference:
-    """Holds a store without owning it: a copy of the processor shares the store, and saving leaves it out."""
+    """Holds stores without owning them: a copy of the processor shares them, and saving leaves them out."""
 
-    def __init__(self, target: Mapping[str, RegionRecord] | None):
+    def __init__(self, target: Any):
         self.target = target
 
     def __deepcopy__(self, memo):
@@ -48,7 +54,7 @@ class UnicoderVLProcessor(ProcessorMixin):
     def __init__(self, feature_extractor: UnicoderVLFeatureExtractor, tokenizer):
         super().__init__(feature_extractor, tokenizer)
         self._store = _Reference(None)
-        self._checked_store = _Reference(None)
+        self._checked_stores = _Reference([])
 
     def set_store(self, store: Mapping[str, RegionRecord] | None):
         """
@@ -68,6 +74,7 @@ class UnicoderVLProcessor(ProcessorMixin):
         padding: bool | str = True,
         truncation: bool | str = True,
         max_length: int | None = 44,
+        text_kwargs: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -84,8 +91,10 @@ class UnicoderVLProcessor(ProcessorMixin):
                 `"pt"` or `"np"`; lists of tokens and arrays of regions by default.
             padding, truncation, max_length:
                 As in the tokenizer. The paper's 44 tokens by default.
+            text_kwargs (`Mapping`, *optional*):
+                Arguments of the tokenizer, which win over those above: transformers' way of naming whom they are for.
             kwargs:
-                Passed to the tokenizer.
+                Further arguments of the tokenizer.
 
         Returns:
             [`BatchFeature`] with `input_ids`, `token_type_ids`, `attention_mask` of shape `(batch_size,
@@ -94,23 +103,21 @@ class UnicoderVLProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: neither text nor regions, an empty text, texts and images of different number, an image id
-            without a store, or a record with a fault. `KeyError`: an image id that the store lacks.
+            without a store, or a record with a fault. `KeyError`: an image id that the store lacks. `TypeError`: an
+            argument that neither this method nor the tokenizer has.
         """
+        kwargs = {**kwargs, **(text_kwargs or {})}
+        unknown = sorted(kwargs.keys() - _TOKENIZER_ARGUMENTS)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}, nor has its tokenizer.")
         if text is None and regions is None:
             raise ValueError("Give text, regions, or both.")
         data = {}
         if text is not None:
+            text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
             _check_texts(text)
-            data.update(
-                self.tokenizer(
-                    text,
-                    return_tensors=return_tensors,
-                    padding=padding,
-                    truncation=truncation,
-                    max_length=max_length,
-                    **kwargs,
-                )
-            )
+            lengths = {"padding": padding, "truncation": truncation, "max_length": max_length}
+            data.update(self.tokenizer(text, **{"return_tensors": return_tensors, **lengths, **kwargs}))
         if regions is not None:
             records = self.load_records(regions, store)
             num_texts = 1 if isinstance(text, str) else len(records) if text is None else len(text)
@@ -125,7 +132,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             store = self._store.target
         else:
             self._check_provenance(store)
-        if is_region_record(regions) or isinstance(regions, (str, os.PathLike, Mapping)):
+        if isinstance(regions, (str, os.PathLike, Mapping)) or not isinstance(regions, Iterable):
             regions = [regions]
         return [self._load_record(region, store) for region in regions]
 
@@ -150,21 +157,23 @@ class UnicoderVLProcessor(ProcessorMixin):
         if isinstance(region, Mapping):
             return RegionRecord.from_dict(region)
         raise ValueError(
-            f"regions holds a {type(region).__name__}, expected a RegionRecord, its fields as a dict, an image id (str) "
-            "or the path of a saved record (os.PathLike)."
+            f"regions holds a {type(region).__name__}, expected a RegionRecord, its fields as a dict, an image id (str)"
+            " or the path of a saved record (os.PathLike)."
         )
 
     def _check_provenance(self, store: Mapping[str, RegionRecord] | None):
-        if store is None or store is self._checked_store.target:
-            return
-        self._checked_store = _Reference(store)
         # Any mapping of records may serve; only a RegionStore knows where its regions come from.
-        provenance = getattr(store, "provenance", None)
-        if provenance is not None:
-            self.feature_extractor.check_provenance(provenance)
+        if store is None or not hasattr(store, "provenance"):
+            return
+        if any(store is checked for checked in self._checked_stores.target):
+            return
+        self._checked_stores.target.append(store)
+        self.feature_extractor.check_provenance(store.provenance)
 
 
 def _check_texts(text: str | Sequence[str]):
+    if len(text) == 0:
+        raise ValueError(f"text is {text!r}: give at least one caption.")
     for position, caption in enumerate([text] if isinstance(text, str) else text):
         if not caption or (isinstance(caption, str) and caption.isspace()):
             raise ValueError(f"text[{position}] is {caption!r}: a caption needs at least one word.")
