@@ -82,14 +82,20 @@ class UnicoderVLConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks across fields, called by `@strict` on construction and on save."""
+        for name in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "region_feature_dim",
+            "region_location_dim",
+            "num_region_classes",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "
                 "choose a number of heads that divides it."
             )
-        for name in ("region_feature_dim", "region_location_dim", "num_region_classes", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Saves the configuration with the whole `auto_map`, for `trust_remote_code` by every Auto class."""
