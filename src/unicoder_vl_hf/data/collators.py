@@ -120,6 +120,8 @@ class DataCollatorForUnicoderVLPreTraining:
             padding=True,
             truncation=True,
             max_length=self.max_length,
+            return_token_type_ids=True,
+            return_attention_mask=True,
             return_special_tokens_mask=True,
             return_tensors="np",
         )
@@ -128,6 +130,12 @@ class DataCollatorForUnicoderVLPreTraining:
 
         input_ids, features = text["input_ids"], regions["region_features"]
         is_word = text["special_tokens_mask"] == 0
+        for (image_id, caption), has_words in zip(pairs, is_word.any(axis=1), strict=True):
+            if not has_words:
+                raise ValueError(
+                    f"Image {image_id!r}: caption {caption!r} has no token besides [CLS] and [SEP], with "
+                    f"max_length={self.max_length}; expected at least one."
+                )
         object_ids = self._object_ids(records, regions["kept_indices"])
         labels = np.full_like(input_ids, IGNORED)
         region_labels = np.full_like(object_ids, IGNORED)
@@ -174,7 +182,7 @@ class DataCollatorForUnicoderVLPreTraining:
             if record.object_ids is None:
                 raise ValueError(
                     f"Image {record.image_id!r}: object_ids is None, but masked object classification predicts them. "
-                    "Use regions with object classes, or train without it (moc_probability=0, --no-moc)."
+                    "Use regions with object classes, or train without it (moc_probability=0, --no_moc)."
                 )
             rows = rows[rows >= 0]
             ids[: len(rows)] = record.object_ids[rows]
