@@ -231,7 +231,8 @@ def main(argv: list[str] | None = None):
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
         write_model_card(
             output_dir,
-            base_model=data_args.model_name_or_path,
+            base_model=data_args.base_model,
+            repo_id=repo_id,
             data_name=setup.data_name,
             provenance=setup.processor.feature_extractor.region_provenance,
             metrics=metrics,

@@ -63,6 +63,7 @@ class PretrainingTrainer(Trainer):
             write_model_card(
                 Path(str(self.args.output_dir)),
                 base_model=self.base_model,
+                repo_id=self.hub_model_id,
                 data_name=self.setup.data_name,
                 provenance=self.setup.processor.feature_extractor.region_provenance,
                 metrics=self.last_metrics,
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None):
         setup = prepare_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
     if setup.validation is None:
         training_args.eval_strategy = "no"
-    trainer = PretrainingTrainer(setup, training_args, base_model=data_args.model_name_or_path)
+    trainer = PretrainingTrainer(setup, training_args, base_model=data_args.base_model)
     trainer.add_callback(EpochOfData())
     with StopSignal() as stop:
         trainer.add_callback(StopWithCheckpoint(stop, trainer))

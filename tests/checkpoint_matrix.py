@@ -37,7 +37,7 @@ def regions() -> dict:
 def model_output(model, processor) -> list:
     """One output of `model`, as nested lists of floats, of a caption with regions."""
     inputs = dict(processor(text=["a dog runs ."], regions=[regions()], return_tensors="pt"))
-    name = {class_name: output for class_name, output in MODELS.values()}[type(model).__name__]
+    name = dict(MODELS.values())[type(model).__name__]
     if name == "logits":  # two choices that share the image
         inputs = {key: value if "region" in key else value.repeat(2, 1)[None] for key, value in inputs.items()}
         inputs["input_ids"][0, 1, 1] = 7

@@ -1,7 +1,7 @@
 """Run by test_remote_code.py: `python -I remote_code_client.py FOLDER`, without the package.
 
-Loads every checkpoint in FOLDER/saved by every Auto class with trust_remote_code, saves each again to FOLDER/again, loads
-those in turn, and writes what came of it to FOLDER/remote.json.
+Loads every checkpoint in FOLDER/saved by every Auto class with trust_remote_code, saves each again to FOLDER/again,
+loads those in turn, and writes what came of it to FOLDER/remote.json.
 """
 
 import importlib.util

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import weakref
 from collections.abc import Mapping
 
 import datasets
@@ -286,6 +287,17 @@ def test_regions_of_another_kind_are_told_once_a_store(store, caplog):
         processor(regions="one")
         pickle.loads(pickle.dumps(processor))(regions="one")
     assert len(warnings()) == 2
+
+
+def test_a_mapping_that_was_passed_once_is_let_go(processor):
+    class Store(dict):
+        pass
+
+    store = Store(one=tiny.record("one"))
+    kept = weakref.ref(store)
+    processor(regions="one", store=store)
+    del store
+    assert kept() is None
 
 
 def test_batch_decode(processor):

@@ -14,7 +14,7 @@ class _Absent(MetaPathFinder):
 
 
 def hide_package():
-    """Makes `import unicoder_vl_hf` fail in this process; an editable install is a finder too, hence the first place."""
+    """Makes `import unicoder_vl_hf` fail in this process. An editable install is a finder too: ours comes first."""
     assert PACKAGE not in sys.modules
     sys.meta_path.insert(0, _Absent())
     try:

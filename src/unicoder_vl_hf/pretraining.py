@@ -79,6 +79,13 @@ class PretrainingArguments:
     def on_scenes(self) -> bool:
         return self.captions is None
 
+    @property
+    def base_model(self) -> str | None:
+        """What the model starts from; None for new weights."""
+        if self.model_name_or_path is None and not self.on_scenes:
+            return "google-bert/bert-base-uncased"
+        return self.model_name_or_path
+
 
 # The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
@@ -194,15 +201,14 @@ def _model_and_tokenizer(
     }
     if arguments.num_hidden_layers is not None:
         regions["num_hidden_layers"] = arguments.num_hidden_layers
-    name = arguments.model_name_or_path
-    if name is None and arguments.on_scenes:
+    name = arguments.base_model
+    if name is None:
         from .scenes import scene_tokenizer
 
         tokenizer: PreTrainedTokenizerBase = scene_tokenizer()
         config = UnicoderVLConfig(**{**SCENES_MODEL, "vocab_size": len(tokenizer), **regions})
         model = UnicoderVLForPreTraining(config)
     else:
-        name = name or "google-bert/bert-base-uncased"
         tokenizer = AutoTokenizer.from_pretrained(name)
         if AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type:
             model = UnicoderVLForPreTraining.from_pretrained(name)

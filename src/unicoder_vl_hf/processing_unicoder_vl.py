@@ -162,13 +162,13 @@ class UnicoderVLProcessor(ProcessorMixin):
         )
 
     def _check_provenance(self, store: Mapping[str, RegionRecord] | None):
-        # Any mapping of records may serve; only a RegionStore knows where its regions come from.
-        if store is None or not hasattr(store, "provenance"):
-            return
         if any(store is checked for checked in self._checked_stores.target):
             return
-        self._checked_stores.target.append(store)
-        self.feature_extractor.check_provenance(store.provenance)
+        # Any mapping of records may serve; only a RegionStore knows where its regions come from.
+        provenance = getattr(store, "provenance", None)
+        if provenance is not None:
+            self._checked_stores.target.append(store)
+            self.feature_extractor.check_provenance(provenance)
 
 
 def _check_texts(text: str | Sequence[str]):

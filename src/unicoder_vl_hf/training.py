@@ -220,71 +220,112 @@ def write_model_card(
     metrics: dict[str, float],
     provenance: dict[str, Any] | None,
     base_model: str | None = None,
+    repo_id: str | None = None,
 ) -> Path:
-    """Writes `README.md`, the model card: tags, base model, data, where the regions come from, and the metrics."""
-    data = huggingface_hub.ModelCardData(
-        library_name="transformers",
-        license="apache-2.0",
-        language="en",
-        tags=["unicoder-vl", "vision-language", "image-text-retrieval", "pre-training", "unicoder-vl-hf"],
-        base_model=base_model if base_model and not Path(base_model).exists() else None,
-        model_name=folder.name,
-        eval_results=[
-            huggingface_hub.EvalResult(
-                task_type="image-text-pre-training",
-                dataset_type="image-text",
-                dataset_name=data_name,
-                metric_type=name,
-                metric_value=round(value, 4),
-            )
-            for name, value in metrics.items()
-        ]
-        or None,
-    )
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| not evaluated | |"
-    regions = "\n".join(
-        f"- {name}: {_short(value)}" for name, value in (provenance or {}).items() if value not in (None, [], {})
-    )
-    text = f"""---
-{data.to_yaml()}
----
+    """
+    Writes `README.md`, the model card: tags, base model, data, where the regions come from, metrics and use.
 
-# {folder.name}
+    Args:
+        folder (`Path`): The saved model's.
+        data_name (`str`): What it was trained on, in words.
+        metrics (`dict[str, float]`): On the validation split; may be empty.
+        provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
+        base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository.
+        repo_id (`str`, *optional*): The repository that the folder is pushed to, else the card says how to load the folder.
+    """
+    name = repo_id or folder.resolve().name
+    results = [
+        huggingface_hub.EvalResult(
+            task_type="image-text-matching",
+            task_name="Pre-training",
+            dataset_type="image-text",
+            dataset_name=data_name,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    metadata = huggingface_hub.ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", "image-text-retrieval", "pre-training"],
+        base_model=base_model if base_model and _is_repository(base_model) else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+    known = {field: value for field, value in (provenance or {}).items() if value not in (None, [], {})}
+    text = _CARD.format(
+        name=name,
+        base_model=base_model or "none, trained from scratch",
+        data_name=data_name,
+        regions="\n".join(f"- {field}: {_shorten(value)}" for field, value in known.items()) or "- unknown",
+        metrics="\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items()) or "| not evaluated | |",
+        location=repo_id or folder.as_posix(),
+    )
+    path = folder / "README.md"
+    huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(path)
+    return path
+
+
+# With trust_remote_code the snippet needs no package of ours: it gives the regions as a dict.
+_CARD = """# {name}
 
 Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), pre-trained by masked language modelling, masked
 object classification and visual-linguistic matching with [unicoder-vl-hf](https://pypi.org/project/unicoder-vl-hf/).
 
-- Base model: {base_model or "none, trained from scratch"}
+- Base model: {base_model}
 - Training data: {data_name}
 
 ## Regions
 
 The model reads region features of this kind, and no other:
 
-{regions or "- unknown"}
+{regions}
 
 ## Evaluation
 
 | metric | validation |
 |---|---|
-{rows}
+{metrics}
 
 ## Use
 
 ```python
+import numpy as np
 from transformers import AutoModelForSequenceClassification, AutoProcessor
 
-model = AutoModelForSequenceClassification.from_pretrained("{folder.name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{folder.name}", trust_remote_code=True)
-inputs = processor(text="A dog runs.", regions=record, return_tensors="pt")  # the regions of one image
-model(**inputs).scores  # higher = better match
+name = "{location}"
+model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+
+# The regions of one photo. Put what the detector found here: zeros stand in for its features.
+regions = {{
+    "image_id": "photo",
+    "image_width": 640,
+    "image_height": 480,
+    "boxes": np.array([[0, 0, 640, 480], [64, 120, 320, 360]]),  # x1, y1, x2, y2 in pixels
+    "features": np.zeros((2, model.config.region_feature_dim), dtype=np.float32),
+}}
+captions = ["A dog runs.", "A cat sleeps."]
+inputs = processor(text=captions, regions=[regions, regions], return_tensors="pt")
+scores = model(**inputs).scores  # one for each caption; higher = better match
 ```
 """
-    path = folder / "README.md"
-    path.write_text(text)
-    return path
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+def _is_repository(name: str) -> bool:
+    """Whether `name` is of the Hub, as from_pretrained takes it: a folder of that name comes first."""
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except huggingface_hub.errors.HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _shorten(value: Any) -> str:
+    """`value` as JSON; of a long list, such as 1600 class names, the beginning and the length."""
+    if isinstance(value, list) and len(value) > 10:
+        return f"{json.dumps(value[:5], ensure_ascii=False)[:-1]}, …] ({len(value)} in all)"
+    return json.dumps(value, ensure_ascii=False)
