@@ -99,21 +99,21 @@ class CheckpointFolder:
 
     Args:
         output_dir (`Path`): The run's folder.
-        keep (`int`): How many checkpoints stay.
+        keep (`int`, *optional*, defaults to 1): How many checkpoints stay.
+        state_file (`str`, *optional*): What is written last into a checkpoint, so that one without it is not whole.
     """
 
-    STATE = "training_state.json"
-
-    def __init__(self, output_dir: Path, keep: int):
+    def __init__(self, output_dir: Path, keep: int = 1, state_file: str = "training_state.json"):
         if keep < 1:
             raise ValueError(f"save_total_limit={keep}, expected at least 1 checkpoint to resume from.")
         self.output_dir = output_dir
         self.keep = keep
+        self.state_file = state_file
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         found = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[11:]))
+        return sorted(filter(self._is_complete, found), key=lambda path: int(path.name[11:]))
 
     def resolve(self, requested: str | None) -> Path | None:
         """
@@ -131,44 +131,66 @@ class CheckpointFolder:
                 )
             return None
         path = (present or [self.output_dir / "checkpoint-*"])[-1] if requested == "latest" else Path(requested)
-        if not (path / self.STATE).is_file():
-            raise ValueError(f"{path} is no checkpoint of a run: it has no {self.STATE}.")
+        if not self._is_complete(path):
+            raise ValueError(f"{path} is no checkpoint of a run: it has no {self.state_file}.")
         return path
 
-    def read_step(self, checkpoint: Path, identity: dict[str, Any]) -> int:
+    def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """
-        The step after which `checkpoint` was saved.
+        What was saved as `state`.
 
         Raises:
             `ValueError`: `identity` differs from that of the run, which then could not go on exactly.
         """
-        state = json.loads((checkpoint / self.STATE).read_text())
-        if state["identity"] != identity:
-            changed = {name: (state["identity"].get(name), value) for name, value in identity.items()}
-            changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        state = json.loads((checkpoint / self.state_file).read_text())
+        changed = {
+            name: (then, identity.get(name))
+            for name, then in state.pop("identity").items()
+            if name not in identity or identity[name] != then
+        }
+        if changed:
             raise ValueError(
                 f"{checkpoint} is of another run: (then, now) differ in {changed}. Give the same arguments."
             )
-        return state["step"]
+        return state
 
-    def save(self, step: int, identity: dict[str, Any], accelerator: Accelerator, processor: ProcessorMixin):
-        """Saves accelerate's state, the processor and the position in the data. Every process calls it."""
-        final = self.output_dir / f"checkpoint-{step}"
-        partial = self.output_dir / f"partial-{step}"
+    def save(
+        self, state: dict[str, Any], identity: dict[str, Any], accelerator: Accelerator, processor: ProcessorMixin
+    ):
+        """
+        Saves accelerate's state, the processor, and `state` with the `step`. Every process calls it.
+
+        Args:
+            state (`dict`): What else the loop needs to go on, as JSON; `step` names the checkpoint.
+            identity (`dict`): What must be the same for a resumed run to be the same run, as JSON.
+        """
+        final = self.output_dir / f"checkpoint-{state['step']}"
+        partial = self.output_dir / f"partial-{state['step']}"
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in self.output_dir.glob("partial-*"):  # of a save or a removal that was cut short
+                shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             processor.save_pretrained(partial)
-            (partial / self.STATE).write_text(json.dumps({"step": step, "identity": identity}))
-            shutil.rmtree(final, ignore_errors=True)
+            (partial / self.state_file).write_text(json.dumps({**state, "identity": identity}))
+            if final.exists():
+                self._remove(final)
             os.replace(partial, final)
             for old in self.list()[: -self.keep]:
-                shutil.rmtree(old)
+                self._remove(old)
         accelerator.wait_for_everyone()
+
+    def _is_complete(self, checkpoint: Path) -> bool:
+        return (checkpoint / self.state_file).is_file()
+
+    def _remove(self, checkpoint: Path):
+        """Under another name first: what has lost some of its files must not pass for a checkpoint."""
+        doomed = self.output_dir / f"partial-old-{checkpoint.name}"
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
 
 
 class JsonLog:
@@ -185,10 +207,11 @@ class JsonLog:
         self.path = path
         self.enabled = enabled
         if enabled:
-            lines = path.read_text().splitlines() if path.exists() and resume_step > 0 else []
-            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+            lines = path.read_text().splitlines(keepends=True) if path.exists() and resume_step > 0 else []
+            # A crash may have cut the last line short.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in kept))
+            path.write_text("".join(kept))
 
     def write(self, step: int, values: dict[str, float]):
         if self.enabled:
@@ -231,7 +254,7 @@ def write_model_card(
         metrics (`dict[str, float]`): On the validation split; may be empty.
         provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
         base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository.
-        repo_id (`str`, *optional*): The repository that the folder is pushed to, else the card says how to load the folder.
+        repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
     """
     name = repo_id or folder.resolve().name
     results = [

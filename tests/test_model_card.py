@@ -1,0 +1,131 @@
+"""`write_model_card`: what it names, that its metadata are valid, and that its snippet runs as written."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiny
+import yaml
+
+from unicoder_vl_hf import UnicoderVLForPreTraining
+from unicoder_vl_hf.training import write_model_card
+
+PROVENANCE = {
+    "detector": "Faster R-CNN: ResNet-101",
+    "detector_revision": None,
+    "box_type": "detected",
+    "thresholds": {"score": 0.2},
+    "class_names": [f"class {number}" for number in range(1600)],
+    "feature_dim": 6,
+    "dtype": "float16",
+}
+
+
+def write(folder: Path, **changes) -> huggingface_hub.ModelCard:
+    arguments = {
+        "data_name": "flickr8k",
+        "metrics": {"vlm_accuracy": 0.87654321, "mlm_perplexity": 12.0},
+        "provenance": PROVENANCE,
+        "base_model": "google-bert/bert-base-uncased",
+    }
+    path = write_model_card(folder, **{**arguments, **changes})
+    assert path == folder / "README.md"
+    return huggingface_hub.ModelCard.load(path)
+
+
+def section(card: huggingface_hub.ModelCard, title: str) -> list[str]:
+    return card.text.split(f"\n## {title}\n")[1].split("\n## ")[0].strip().splitlines()
+
+
+def test_the_card_names_everything(tmp_path):
+    card = write(tmp_path, repo_id="someone/unicoder-vl-flickr8k")
+    assert {"unicoder-vl", "vision-language", "image-text-retrieval", "pre-training"} <= set(card.data.tags)
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "google-bert/bert-base-uncased"
+    assert card.data.model_name == "someone/unicoder-vl-flickr8k"
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [
+        ("vlm_accuracy", 0.8765),
+        ("mlm_perplexity", 12.0),
+    ]
+    assert {result.dataset_name for result in card.data.eval_results} == {"flickr8k"}
+    assert card.text.startswith("\n# someone/unicoder-vl-flickr8k\n")
+    assert "- Base model: google-bert/bert-base-uncased\n- Training data: flickr8k\n" in card.text
+    assert section(card, "Regions")[2:] == [
+        '- detector: "Faster R-CNN: ResNet-101"',
+        '- box_type: "detected"',
+        '- thresholds: {"score": 0.2}',
+        '- class_names: ["class 0", "class 1", "class 2", "class 3", "class 4", …] (1600 in all)',
+        "- feature_dim: 6",
+        '- dtype: "float16"',
+    ]
+    assert section(card, "Evaluation")[2:] == ["| vlm_accuracy | 0.8765 |", "| mlm_perplexity | 12.0000 |"]
+
+
+def test_what_is_unknown_is_said(tmp_path):
+    card = write(tmp_path, metrics={}, provenance=None, base_model=None)
+    assert "- Base model: none, trained from scratch" in card.text
+    assert section(card, "Regions")[-1] == "- unknown"
+    assert section(card, "Evaluation")[-1] == "| not evaluated | |"
+    assert card.data.base_model is None and card.data.eval_results is None
+    assert "null" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", ["absolute", "relative", "gone", "dotted", "windows"])
+def test_a_local_base_model_is_named_in_the_text_only(tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    Path("models/bert").mkdir(parents=True)
+    name = {
+        "absolute": str(tmp_path / "models" / "bert"),
+        "relative": "models/bert",  # looks like a repository, but from_pretrained takes the folder
+        "gone": "/mnt/models/bert",
+        "dotted": "./bert",
+        "windows": r"C:\models\bert",
+    }[form]
+    card = write(tmp_path, base_model=name)
+    assert card.data.base_model is None
+    assert f"- Base model: {name}\n" in card.text
+
+
+@pytest.mark.parametrize("name", ["google-bert/bert-base-uncased", "bert-base-uncased"])
+def test_a_repository_is_named_in_the_metadata_too(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert write(tmp_path, base_model=name).data.base_model == name
+
+
+def test_the_metadata_are_plain_yaml_whatever_the_names(tmp_path):
+    data_name = 'captions: "flickr8k" #1 – {train} | 5 %'
+    card = write(tmp_path, data_name=data_name, repo_id="someone/x")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n\n#", text, re.DOTALL)[1])
+    (result,) = metadata["model-index"][0]["results"]
+    assert metadata["model-index"][0]["name"] == "someone/x"
+    assert result["dataset"]["name"] == data_name
+    assert result["metrics"] == [
+        {"type": "vlm_accuracy", "value": 0.8765},
+        {"type": "mlm_perplexity", "value": 12.0},
+    ]
+    assert f"- Training data: {data_name}\n" in card.text
+    assert str(huggingface_hub.ModelCard(text)) == text  # loaded and saved again, as the Hub's tools do: the same
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_snippet_of_a_folder_runs_as_written(tmp_path, monkeypatch, relative):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/one") if relative else tmp_path / "runs" / "one"
+    tiny.model(UnicoderVLForPreTraining).save_pretrained(folder)
+    tiny.processor(region_provenance=PROVENANCE).save_pretrained(folder)
+    card = write(folder)
+    assert card.text.startswith("\n# one\n")
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    variables: dict = {}
+    exec(snippet, variables)
+    scores = variables["scores"].tolist()
+    assert len(scores) == 2 and scores[0] != scores[1]
+
+
+def test_the_snippet_of_a_repository_names_it(tmp_path):
+    card = write(tmp_path, repo_id="someone/x")
+    assert '\nname = "someone/x"\n' in card.text
+    assert str(tmp_path) not in card.text
