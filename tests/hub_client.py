@@ -83,11 +83,9 @@ def load(folder: Path, **options) -> dict:
     for name in ("someone/plain", "someone/trained", "someone/run"):
         found[name] = inspect_checkpoint(name, **options)
         found[name]["snapshot"] = huggingface_hub.snapshot_download(name)
-    snippet = re.search(r"```python\n(.*?)```", Path(found["someone/run"]["snapshot"], "README.md").read_text(), re.S)[
-        1
-    ]
+    card = Path(found["someone/run"]["snapshot"], "README.md").read_text()
     variables: dict = {}
-    exec(snippet, variables)
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], variables)
     found["snippet"] = [type(variables["model"]).__module__, variables["scores"].tolist()]
     # Downloaded from the Hub by the remote class, saved, and loaded from the folder: it must not look back to the Hub.
     saved = folder / f"saved_{'with' if not options else 'without'}_package"

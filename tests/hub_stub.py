@@ -1,7 +1,7 @@
 """A Hub in a thread: the endpoints that huggingface_hub uses to create, push, list and download model repositories.
 
-`HF_ENDPOINT` is read when huggingface_hub is imported, so its clients are processes of their own, with the environment of
-`HubStub.environment`. Left out: Xet (`HF_HUB_DISABLE_XET=1`), branches and pull requests, multi-part uploads.
+`HF_ENDPOINT` is read when huggingface_hub is imported: clients are processes of their own, with the environment that
+`HubStub.environment` gives. Left out: Xet (`HF_HUB_DISABLE_XET=1`), branches and pull requests, multi-part uploads.
 """
 
 import base64

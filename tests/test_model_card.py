@@ -9,6 +9,7 @@ import tiny
 import yaml
 
 from unicoder_vl_hf import UnicoderVLForPreTraining
+from unicoder_vl_hf.pretraining import PretrainingArguments
 from unicoder_vl_hf.training import write_model_card
 
 PROVENANCE = {
@@ -92,6 +93,14 @@ def test_a_local_base_model_is_named_in_the_text_only(tmp_path, monkeypatch, for
 def test_a_repository_is_named_in_the_metadata_too(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert write(tmp_path, base_model=name).data.base_model == name
+
+
+def test_the_base_model_of_a_run_is_what_it_starts_from():
+    real = {"captions": "captions.json", "regions": "regions"}
+    assert PretrainingArguments(**real).base_model == "google-bert/bert-base-uncased"
+    assert PretrainingArguments(**real, model_name_or_path="bert").base_model == "bert"
+    assert PretrainingArguments().base_model is None  # the scenes' model has new weights
+    assert PretrainingArguments(model_name_or_path="bert").base_model == "bert"
 
 
 def test_the_metadata_are_plain_yaml_whatever_the_names(tmp_path):

@@ -79,6 +79,11 @@ def test_with_the_package_every_auto_class_gives_the_packages_class(local, saved
     assert local[f"saved/{saved}"]["AutoFeatureExtractor"]["max_regions"] == 7
 
 
+def test_the_packages_class_comes_before_the_remote_one(folder):
+    found = inspect_checkpoint(folder / "saved" / "UnicoderVLModel", trust_remote_code=True)
+    assert {entry["class"][1].split(".")[0] for entry in found.values()} == {"unicoder_vl_hf"}
+
+
 @pytest.mark.parametrize("saved", SAVED)
 def test_without_the_package_every_auto_class_gives_the_remote_class(remote, saved):
     module = f"transformers_modules.{saved}"  # followed by a hash of the files
