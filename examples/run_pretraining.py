@@ -39,6 +39,14 @@ from unicoder_vl_hf.training import (
 
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
 
+# A run may be resumed with others of these; all other arguments decide what it computes.
+MAY_CHANGE = set(
+    "output_dir captions regions model_name_or_path skip_missing validation_split max_validation_pairs "
+    "num_train_epochs max_steps gradient_accumulation_steps mixed_precision gradient_checkpointing "
+    "dataloader_num_workers logging_steps save_steps save_total_limit eval_steps eval_on_start "
+    "resume_from_checkpoint report_to push_to_hub hub_model_id".split()
+)
+
 
 @dataclass
 class LoopArguments:
@@ -74,7 +82,8 @@ class LoopArguments:
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((PretrainingArguments, LoopArguments))  # type: ignore[arg-type]
+    # Without abbreviations, or --caption would not choose the paper's preset.
+    parser = HfArgumentParser((PretrainingArguments, LoopArguments), allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**preset(argv))
     data_args, args = parser.parse_args_into_dataclasses(argv)
 
@@ -122,23 +131,25 @@ def main(argv: list[str] | None = None):
         )
     )
 
-    # What must be the same for a resumed run to be the same run.
-    identity = {
-        "seed": args.seed,
-        "train_pairs": len(setup.train),
-        "train_batch_size": args.train_batch_size,
-        "total_steps": total_steps,
-    }
-    step = 0
+    arguments = {**asdict(data_args), **asdict(args)}
+    identity = {name: value for name, value in arguments.items() if name not in MAY_CHANGE}
+    identity |= {"train_pairs": len(setup.train), "total_steps": total_steps}
+    step, sums = 0, torch.zeros(4, device=accelerator.device)  # of the losses since the last line of the log
     if resume_from is None:
         set_seed(args.seed, device_specific=True)  # another dropout in every process
     else:
-        step = checkpoints.read_step(resume_from, identity)
+        state = checkpoints.read(resume_from, identity)
+        step = state["step"]
+        sums += torch.tensor(state["losses"], device=accelerator.device)
         accelerator.load_state(str(resume_from))
         logger.warning(f"Resumed from {resume_from} after {step:,} of {total_steps:,} steps.")
     log = JsonLog(output_dir / "log.jsonl", resume_step=step, enabled=accelerator.is_main_process)
     if args.report_to != "none":
-        accelerator.init_trackers("pretraining", {**asdict(data_args), **asdict(args)})
+        accelerator.init_trackers("pretraining", arguments)
+    accelerator.print(
+        f"{total_steps:,} steps of {args.train_batch_size} of {len(setup.train):,} pairs; processes: "
+        f"{accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}"
+    )
 
     def record(values: dict[str, float]):
         log.write(step, values)
@@ -155,11 +166,12 @@ def main(argv: list[str] | None = None):
         return metrics
 
     def save():
-        checkpoints.save(step, identity, accelerator, processor)
+        checkpoints.save({"step": step, "losses": sums.tolist()}, identity, accelerator, processor)
 
-    metrics = evaluate() if args.eval_on_start and step == 0 else {}
+    if args.eval_on_start and step == 0:
+        evaluate()
     model.train()
-    sums = torch.zeros(4, device=accelerator.device)
+    of_step = torch.zeros_like(sums)
     since, rows_since = time.perf_counter(), 0
     progress = tqdm(
         total=total_steps, initial=step, unit="step", desc="Pre-training", disable=not accelerator.is_local_main_process
@@ -184,7 +196,7 @@ def main(argv: list[str] | None = None):
                     # Rows of this micro-batch over the rows of the step; DDP divides by the processes.
                     accelerator.backward(outputs.loss * (weight * accelerator.num_processes))
                 parts = (outputs.loss, outputs.mlm_loss, outputs.moc_loss, outputs.matching_loss)
-                sums += torch.stack([part.detach() for part in parts]) * weight
+                of_step += torch.stack([part.detach() for part in parts]) * weight
                 rows_since += len(batch["matching_labels"])
                 if not last:
                     continue
@@ -195,10 +207,12 @@ def main(argv: list[str] | None = None):
                 if not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
                 optimizer.zero_grad()
+                sums += accelerator.reduce(of_step, reduction="sum")  # the same in every process
+                of_step.zero_()
                 step += 1
                 progress.update()
                 if step % args.logging_steps == 0:
-                    losses = (accelerator.reduce(sums, reduction="sum") / args.logging_steps).tolist()
+                    losses = (sums / args.logging_steps).tolist()
                     now = time.perf_counter()
                     record(
                         dict(zip(("loss", "mlm_loss", "moc_loss", "matching_loss"), losses, strict=True))
@@ -211,8 +225,8 @@ def main(argv: list[str] | None = None):
                     progress.set_postfix(loss=f"{losses[0]:.3f}")
                     sums.zero_()
                     since, rows_since = now, 0
-                if step % (args.eval_steps or steps_per_epoch) == 0 or step == total_steps:
-                    metrics = evaluate()
+                if step % (args.eval_steps or steps_per_epoch) == 0 and step < total_steps:
+                    evaluate()
                     since, rows_since = time.perf_counter(), 0
                 if stop.is_set():
                     accelerator.set_trigger()
@@ -222,6 +236,7 @@ def main(argv: list[str] | None = None):
                     save()
                 if step == total_steps or stop.is_set():
                     break
+        metrics = evaluate() if step == total_steps else {}
 
     if step < total_steps:
         accelerator.print(f"Stopped after {step} of {total_steps} steps: go on with --resume_from_checkpoint latest.")

@@ -21,7 +21,7 @@ from unicoder_vl_hf.pretraining import (
     prepare_pretraining,
     preset,
 )
-from unicoder_vl_hf.training import StopSignal, fast_precision, write_model_card
+from unicoder_vl_hf.training import CheckpointFolder, StopSignal, fast_precision, write_model_card
 
 
 class PretrainingTrainer(Trainer):
@@ -93,7 +93,7 @@ class StopWithCheckpoint(TrainerCallback):
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((PretrainingArguments, TrainingArguments))  # type: ignore[arg-type]
+    parser = HfArgumentParser((PretrainingArguments, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
     values = preset(argv)
     parser.set_defaults(
         num_train_epochs=values["num_train_epochs"],
@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None):
     )
     data_args, training_args = parser.parse_args_into_dataclasses(argv)
 
+    checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
+    resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
     with training_args.main_process_first():
         setup = prepare_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
     if setup.validation is None:
@@ -118,7 +120,13 @@ def main(argv: list[str] | None = None):
     trainer.add_callback(EpochOfData())
     with StopSignal() as stop:
         trainer.add_callback(StopWithCheckpoint(stop, trainer))
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    if trainer.state.global_step < trainer.state.max_steps:
+        trainer.accelerator.print(
+            f"Stopped after {trainer.state.global_step} of {trainer.state.max_steps} steps: "
+            "go on with --resume_from_checkpoint latest."
+        )
+        return
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()

@@ -139,6 +139,10 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         validation = validation.select(range(0, len(validation), step))
 
     model, tokenizer = _model_and_tokenizer(arguments, store)
+    if arguments.max_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions."
+        )
     extractor = UnicoderVLFeatureExtractor(
         max_regions=arguments.max_regions, feature_dim=store.feature_dim, region_provenance=store.provenance
     )
@@ -179,13 +183,14 @@ def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Re
 def _split(captions: datasets.Dataset, name: str, path: Path) -> datasets.Dataset:
     if "split" not in captions.column_names:
         raise ValueError(
-            f"{path} has no column 'split'. Add one, or pass --train_split and --validation_split files apart."
+            f"{path} has no column 'split': add one that tells {name!r} from the rest, see --train_split and "
+            "--validation_split."
         )
     splits = np.asarray(captions["split"])
     rows = np.flatnonzero(splits == name)
     if len(rows) == 0:
         raise ValueError(
-            f"{path} has no split {name!r}, only {sorted(set(splits))}: see --train_split, --validation_split."
+            f"{path} has no split {name!r}, only {sorted(set(splits.tolist()))}: see --train_split, --validation_split."
         )
     return captions.select(rows)
 
@@ -266,7 +271,13 @@ def evaluate_pretraining(
     mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
 
     def batches(dataset: Any, collate_fn: Any, name: str):
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn, num_workers=num_workers)
+        loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # or it would draw from the dropout's
+        )
         for batch in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
             batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             with accelerator.autocast():
@@ -336,6 +347,8 @@ class ShuffledStore(Mapping[str, RegionRecord]):
 
     def __init__(self, store: Mapping[str, RegionRecord], image_ids: Sequence[str], seed: int = 0):
         image_ids = sorted(set(image_ids))
+        if len(image_ids) < 2:
+            raise ValueError(f"image_ids holds {image_ids}, expected at least two images to take regions from.")
         order = np.random.default_rng(seed).permutation(len(image_ids))
         # One cycle through all images: none keeps its own regions.
         self.other = {image_ids[a]: image_ids[b] for a, b in zip(order, np.roll(order, 1), strict=True)}

@@ -1,0 +1,44 @@
+"""A few rendered scenes and a tiny BERT on disk, for the tests of pre-training."""
+
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from unicoder_vl_hf.scenes import build_scenes, scene_tokenizer
+
+# 40 training images of 2 captions: 20 steps of 4 pairs an epoch.
+NUM_TRAIN_PAIRS, NUM_VALIDATION_PAIRS = 80, 20
+
+
+def build(folder: Path) -> Path:
+    return build_scenes(folder / "world", num_train=40, num_val=10, num_test=5, captions_per_image=2)
+
+
+def save_bert(folder: Path, *, dropout: float, vocab_size: int | None = None) -> Path:
+    """A BERT of 2 layers and the scenes' vocabulary, filled up to `vocab_size`."""
+    tokenizer = scene_tokenizer()
+    if vocab_size is not None:
+        tokenizer.add_tokens([f"[unused{index}]" for index in range(vocab_size - len(tokenizer))])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def arguments(world: Path, bert: Path, output_dir: Path, **options) -> list[str]:
+    """The command line of either script: `options` by name, True for a bare flag."""
+    values = {"captions": world / "captions.jsonl", "regions": world / "regions", "model_name_or_path": bert}
+    values |= {"output_dir": output_dir} | options
+    pairs = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in values.items()]
+    return [word for pair in pairs for word in pair]

@@ -1,0 +1,536 @@
+"""What the pre-training scripts share, and what they need around their loop."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import small_world
+import tiny
+import torch
+from accelerate import Accelerator
+
+from unicoder_vl_hf import (
+    ImageTextScorer,
+    RegionStore,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForPreTraining,
+    pretraining,
+    training,
+)
+from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.pretraining import (
+    PAPER,
+    SCENES,
+    PretrainingArguments,
+    ShuffledStore,
+    evaluate_pretraining,
+    metrics_table,
+    prepare_pretraining,
+    preset,
+    pretraining_chance,
+    zero_shot_retrieval,
+)
+from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
+from unicoder_vl_hf.training import CheckpointFolder, JsonLog, StopSignal, fast_precision, resolve_precision
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world.build(tmp_path_factory.mktemp("pretraining"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return small_world.save_bert(tmp_path_factory.mktemp("bert"), dropout=0.1)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is warned of, as text."""
+    found = []
+    for module in (pretraining, training):
+        monkeypatch.setattr(module.logger, "warning", found.append)
+    return found
+
+
+def on_world(world, bert, **options):
+    return PretrainingArguments(
+        captions=str(world / "captions.jsonl"),
+        regions=str(world / "regions"),
+        model_name_or_path=str(bert),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def setup(world, bert, tmp_path_factory):
+    torch.manual_seed(0)
+    made = prepare_pretraining(on_world(world, bert), tmp_path_factory.mktemp("output"), seed=3)
+    # Weights that tell classes and matches apart, unlike BERT's small ones.
+    for parameter in made.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+# Evaluation
+
+
+def slow_evaluation(model, pairs, collator):
+    """Pair by pair, in Python floats, with nothing of what evaluate_pretraining uses but collator and model."""
+    model.eval()
+    losses, right, targets = {"mlm": [], "moc": []}, {"mlm": [], "moc": []}, {"mlm": [], "moc": []}
+    matching = []
+    unmasked = dataclasses.replace(collator, mlm_probability=0.0, moc_probability=0.0)
+    for index in range(len(pairs)):
+        with torch.no_grad():
+            batch = collator([pairs[index]])
+            # The match alone, and no labels: all logits come back.
+            inputs = {name: value[:1] for name, value in batch.items() if "labels" not in name}
+            outputs = model(**inputs)
+            for name, labels, logits in (
+                ("mlm", batch["labels"][0], outputs.prediction_logits[0]),
+                ("moc", batch["region_labels"][0], outputs.region_logits[0]),
+            ):
+                for label, row in zip(labels.tolist(), logits.double(), strict=True):
+                    if label != -100:
+                        losses[name].append((torch.logsumexp(row, 0) - row[label]).item())
+                        right[name].append(int(row.argmax()) == label)
+                        targets[name].append(label)
+            inputs = {name: value for name, value in unmasked([pairs[index]]).items() if "labels" not in name}
+            matching.append(model(**inputs).scores.tolist())
+    metrics = {}
+    for name in ("mlm", "moc"):
+        metrics[f"{name}_loss"] = sum(losses[name]) / len(losses[name])
+        metrics[f"{name}_accuracy"] = sum(right[name]) / len(right[name])
+        commonest = max(targets[name].count(label) for label in set(targets[name]))
+        metrics[f"{name}_majority_accuracy"] = commonest / len(targets[name])
+    metrics["mlm_perplexity"] = math.exp(metrics["mlm_loss"])
+    matches, mismatches = zip(*matching, strict=True)
+    log_losses = [math.log1p(math.exp(-s)) for s in matches] + [math.log1p(math.exp(s)) for s in mismatches]
+    metrics["vlm_loss"] = sum(log_losses) / len(log_losses)
+    metrics["vlm_accuracy"] = sum([s > 0 for s in matches] + [s < 0 for s in mismatches]) / len(log_losses)
+    wins = [(a > b) + (a == b) / 2 for a in matches for b in mismatches]
+    metrics["vlm_auc"] = sum(wins) / len(wins)
+    return metrics
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_evaluation_equals_a_slow_loop(setup, monkeypatch, batch_size, sparse):
+    monkeypatch.setattr(*sparse_switch(setup.model), sparse)
+    found = evaluate_pretraining(setup.model, setup.validation, setup.collator, Accelerator(cpu=True), batch_size)
+    expected = slow_evaluation(setup.model, setup.validation, setup.collator)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+    assert 0.2 < expected["vlm_accuracy"] < 0.8  # both signs of scores, or the comparison says little
+
+
+def sparse_switch(model):
+    return (model if hasattr(model, "sparse_prediction") else model.config), "sparse_prediction"
+
+
+def test_evaluation_leaves_all_as_it_was(setup):
+    setup.model.train()
+    state = torch.get_rng_state()
+    first = evaluate_pretraining(setup.model, setup.validation, setup.collator, Accelerator(cpu=True))
+    assert setup.model.training
+    assert torch.equal(state, torch.get_rng_state())  # else evaluating would change the dropout of the next step
+    setup.validation.set_epoch(5)
+    assert evaluate_pretraining(setup.model, setup.validation, setup.collator, Accelerator(cpu=True)) == first
+    setup.model.eval()
+
+
+def test_evaluation_of_a_task_that_is_off(setup):
+    collator = dataclasses.replace(setup.collator, moc_probability=0.0)
+    found = evaluate_pretraining(setup.model, setup.validation, collator, Accelerator(cpu=True))
+    assert not [name for name in found if name.startswith("moc")]
+    assert pretraining_chance(found).keys() == {"mlm_accuracy", "vlm_accuracy", "vlm_auc"}
+
+
+def test_table():
+    metrics = {"mlm_accuracy": 0.5, "mlm_majority_accuracy": 0.125, "vlm_accuracy": 0.75, "vlm_auc": 0.9, "loss": 1.0}
+    chance = pretraining_chance(metrics)
+    assert chance == {"mlm_accuracy": 0.125, "vlm_accuracy": 0.5, "vlm_auc": 0.5}
+    rows = [line.split() for line in metrics_table(metrics, chance).splitlines()[1:]]
+    assert rows == [["mlm_accuracy", "50.0", "12.5"], ["vlm_accuracy", "75.0", "50.0"], ["vlm_auc", "90.0", "50.0"]]
+
+
+# Shuffled regions, scores and retrieval
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_image_keeps_its_regions(seed):
+    ids = [f"image {index}" for index in range(5)]
+    store = {image_id: tiny.record(image_id) for image_id in ids}
+    shuffled = ShuffledStore(store, ids * 2, seed)
+    given = {image_id: shuffled[image_id] for image_id in shuffled}
+    assert len(shuffled) == len(given) == 5
+    for image_id, record in given.items():
+        assert record.image_id == image_id
+        assert not np.array_equal(record.features, store[image_id].features)
+    assert sorted(record.features.sum() for record in given.values()) == sorted(
+        record.features.sum() for record in store.values()
+    )  # each is used once
+
+
+def test_shuffling_needs_two_images():
+    with pytest.raises(ValueError, match=r"\['a'\], expected at least two images"):
+        ShuffledStore({"a": tiny.record("a")}, ["a", "a"])
+
+
+CAPTIONS = ["a dog runs", "a cat", "the dog sleeps on the grass .", "the cat runs on", "a"]
+IMAGES = [f"image {index}" for index in range(4)]
+STORE = {image_id: tiny.record(image_id, num_regions=1 + 2 * index) for index, image_id in enumerate(IMAGES)}
+
+
+def scores_pair_by_pair(model, processor):
+    scores = np.empty((len(CAPTIONS), len(IMAGES)))
+    for row, caption in enumerate(CAPTIONS):
+        for column, image_id in enumerate(IMAGES):
+            inputs = processor(text=caption, regions=STORE[image_id], return_tensors="pt")
+            with torch.no_grad():
+                scores[row, column] = model(**inputs).scores.item()
+    return scores
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 100, 3072])
+@pytest.mark.parametrize("model_class", [UnicoderVLForPreTraining, UnicoderVLForImageTextRetrieval])
+def test_scores_equal_those_of_each_pair_alone(model_class, max_tokens):
+    model, processor = tiny.model(model_class).train(), tiny.processor()
+    scores = ImageTextScorer(model, processor, STORE, max_tokens=max_tokens).score(CAPTIONS, IMAGES)
+    assert model.training
+    assert scores.dtype == np.float32
+    expected = scores_pair_by_pair(model.eval(), processor)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
+    assert np.ptp(expected) > 0.01  # the scores differ, so that a transposed or shuffled table would show
+
+
+def test_scorer_cuts_captions_and_regions_as_the_processor_does():
+    model, processor = tiny.model(UnicoderVLForPreTraining), tiny.processor(max_regions=2)
+    images = [tiny.record("one", num_regions=5), tiny.record("two", num_regions=1)]
+    scores = ImageTextScorer(model, processor).score(CAPTIONS, images, max_length=4)
+    inputs = processor(text=CAPTIONS[2], regions=images[0], return_tensors="pt", max_length=4)
+    assert inputs["input_ids"].shape[1] == 4 and inputs["region_features"].shape[1] == 2
+    with torch.no_grad():
+        assert scores[2, 0] == pytest.approx(model(**inputs).scores.item(), abs=1e-5)
+
+
+def test_zero_shot_retrieval():
+    model, processor = tiny.model(UnicoderVLForPreTraining), tiny.processor()
+    of = [1, 0, 1, 2, 3]
+    rows = datasets.Dataset.from_dict({"image_id": [IMAGES[image] for image in of], "caption": CAPTIONS})
+    found = zero_shot_retrieval(model, processor, STORE, rows)
+    assert found.image_ids == [IMAGES[1], IMAGES[0], IMAGES[2], IMAGES[3]]  # in the order of the captions
+    assert found.image_of_caption.tolist() == [0, 1, 0, 2, 3]
+    expected = scores_pair_by_pair(model, processor)[:, [1, 0, 2, 3]]
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5, atol=1e-5)
+    assert found.metrics == retrieval_metrics(found.scores, [0, 1, 0, 2, 3])
+    assert found.chance == chance_recalls([0, 1, 0, 2, 3])
+
+    first = zero_shot_retrieval(model, processor, STORE, rows, num_images=2)
+    assert first.captions == CAPTIONS[:3]
+    np.testing.assert_allclose(first.scores, expected[:3, :2], rtol=1e-5, atol=1e-5)
+
+
+def test_chance_by_hand():
+    # Captions 0, 1 of image 0 and caption 2 of image 1: image 0 finds one of its two among three with 2 / 3.
+    chance = chance_recalls([0, 0, 1], ks=[1, 2, 3])
+    assert chance == pytest.approx(
+        {
+            "image_retrieval_recall@1": 1 / 2,
+            "image_retrieval_recall@2": 1.0,
+            "image_retrieval_recall@3": 1.0,
+            "text_retrieval_recall@1": (2 / 3 + 1 / 3) / 2,
+            "text_retrieval_recall@2": (1.0 + 2 / 3) / 2,
+            "text_retrieval_recall@3": 1.0,
+        }
+    )
+
+
+def test_chance_equals_random_scores():
+    image_of_caption = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])
+    rng = np.random.default_rng(0)
+    draws = [retrieval_metrics(rng.random((10, 4)), image_of_caption, ks=[1, 3]) for _ in range(4000)]
+    for name, value in chance_recalls(image_of_caption, ks=[1, 3]).items():
+        assert np.mean([draw[name] for draw in draws]) == pytest.approx(value, abs=0.02), name
+
+
+# Arguments, data and model
+
+
+def test_preset():
+    assert preset([]) is SCENES
+    assert preset(["--output_dir", "x"]) is SCENES
+    assert preset(["--captions", "x.json"]) is PAPER
+    assert preset(["--captions=x.json"]) is PAPER
+
+
+@pytest.mark.parametrize("given", [{"captions": "a.json"}, {"regions": "r"}])
+def test_captions_and_regions_go_together(given):
+    with pytest.raises(ValueError, match="both --captions and --regions"):
+        PretrainingArguments(**given)
+
+
+def test_setup(setup, world):
+    assert len(setup.train) == small_world.NUM_TRAIN_PAIRS
+    assert len(setup.validation) == small_world.NUM_VALIDATION_PAIRS
+    store = RegionStore(world / "regions")
+    assert setup.model.config.region_feature_dim == store.feature_dim
+    assert setup.model.config.num_region_classes == setup.collator.num_region_classes == 12  # the store's class names
+    assert setup.processor.feature_extractor.region_provenance == store.provenance
+    train = {row["image_id"] for row in (setup.train[index] for index in range(len(setup.train)))}
+    assert {image_id.split("-")[0] for image_id in train} == {"train"}
+    setup.train.set_epoch(1)
+    assert setup.train[0]["epoch"] == 1 and setup.validation[0]["epoch"] == 0
+    setup.train.set_epoch(0)
+
+
+def test_validation_pairs_are_drawn_evenly(world, bert, tmp_path):
+    made = prepare_pretraining(on_world(world, bert, max_validation_pairs=7), tmp_path, seed=0)
+    captions = read_captions(world / "captions.jsonl", split="val")["caption"]
+    assert [made.validation[index]["caption"] for index in range(len(made.validation))] == list(captions)[::3]
+    assert prepare_pretraining(on_world(world, bert, max_validation_pairs=0), tmp_path, seed=0).validation is None
+
+
+def test_unknown_split(world, bert, tmp_path):
+    with pytest.raises(ValueError, match=r"no split 'dev', only \['test', 'train', 'val'\].*--validation_split"):
+        prepare_pretraining(on_world(world, bert, validation_split="dev"), tmp_path, seed=0)
+
+
+def test_captions_without_splits(world, bert, tmp_path):
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text(json.dumps({"image_id": "train-00000", "caption": "a red circle"}) + "\n")
+    with pytest.raises(ValueError, match=r"has no column 'split': add one that tells 'train' from the rest"):
+        prepare_pretraining(dataclasses.replace(on_world(world, bert), captions=str(captions)), tmp_path, seed=0)
+
+
+def test_missing_regions_stop_the_run_unless_skipped(world, bert, tmp_path):
+    captions = tmp_path / "captions.jsonl"
+    lost = {"image_id": "lost", "caption": "a red circle", "split": "train"}
+    captions.write_text((world / "captions.jsonl").read_text() + json.dumps(lost) + "\n")
+    arguments = dataclasses.replace(on_world(world, bert), captions=str(captions))
+    with pytest.raises(ValueError, match="lost"):
+        prepare_pretraining(arguments, tmp_path, seed=0)
+    skipping = dataclasses.replace(arguments, skip_missing=True)
+    assert len(prepare_pretraining(skipping, tmp_path, seed=0).train) == small_world.NUM_TRAIN_PAIRS
+
+
+def test_foreign_regions_are_converted_once(world, bert, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    store = RegionStore(world / "regions")
+    for image_id, record in store.items():
+        # The layout of MILVLG's bottom-up attention.
+        np.savez(
+            foreign / f"{image_id}.npz",
+            x=record.features,
+            bbox=record.boxes,
+            num_bbox=record.num_regions,
+            image_w=record.image_width,
+            image_h=record.image_height,
+            info={"objects_id": record.object_ids, "objects_conf": record.object_scores},
+        )
+    arguments = dataclasses.replace(on_world(world, bert, num_region_classes=12), regions=str(foreign))
+    made = prepare_pretraining(arguments, tmp_path / "output", seed=0)
+    converted = tmp_path / "output" / "regions"
+    assert made.collator.store.path == converted
+    np.testing.assert_array_equal(made.collator.store["train-00003"].features, store["train-00003"].features)
+    assert made.model.config.num_region_classes == 12
+    written = {path: path.stat().st_mtime_ns for path in converted.rglob("*")}
+    shutil.rmtree(foreign)
+    foreign.mkdir()  # whoever read it again would find nothing
+    again = prepare_pretraining(arguments, tmp_path / "output", seed=0)
+    assert len(again.collator.store) == len(store)
+    assert {path: path.stat().st_mtime_ns for path in converted.rglob("*")} == written
+
+
+def test_checkpoint_of_another_feature_width(world, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    tiny.model(UnicoderVLForPreTraining).save_pretrained(checkpoint)
+    tiny.processor().save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=f"takes features of width {tiny.FEATURE_DIM}, but .*256"):
+        prepare_pretraining(on_world(world, checkpoint), tmp_path, seed=0)
+
+
+def test_going_on_with_a_checkpoint(world, setup, tmp_path):
+    setup.model.save_pretrained(tmp_path / "checkpoint")
+    setup.processor.save_pretrained(tmp_path / "checkpoint")
+    made = prepare_pretraining(on_world(world, tmp_path / "checkpoint"), tmp_path, seed=0)
+    for name, value in setup.model.state_dict().items():
+        assert torch.equal(made.model.state_dict()[name], value), name
+
+
+def test_more_tokens_than_positions(world, bert, tmp_path):
+    with pytest.raises(ValueError, match="max_length=65, but the model has 64 positions"):
+        prepare_pretraining(on_world(world, bert, max_length=65), tmp_path, seed=0)
+
+
+def test_cut_captions_are_counted(world, bert, tmp_path, warnings):
+    prepare_pretraining(on_world(world, bert, max_length=5), tmp_path, seed=0)
+    assert any("80 of 80 training captions exceed 5 tokens" in text for text in warnings)
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    "capabilities, fast",
+    [
+        ({}, "no"),
+        ({"avx512_f": True}, "no"),
+        ({"amx_bf16": False}, "no"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": True}, "bf16"),
+    ],
+)
+def test_precision_of_a_cpu(monkeypatch, warnings, capabilities, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert fast_precision("cpu") == fast
+    assert resolve_precision("no", "cpu") == "no" and not warnings
+    assert resolve_precision("bf16", "cpu") == "bf16"
+    assert [("bf16" in text and "slower than fp32" in text) for text in warnings] == ([True] if fast == "no" else [])
+    warnings.clear()
+    assert resolve_precision("fp16", "cpu") == "fp16"
+    assert len(warnings) == 1 and "fp16" in warnings[0]
+    assert resolve_precision("auto", "cpu") == fast
+
+
+@pytest.mark.parametrize("has_bf16, fast", [(True, "bf16"), (False, "fp16")])
+def test_precision_of_a_gpu(monkeypatch, has_bf16, fast):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert resolve_precision("auto", "cuda") == fast
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="'fp8', expected auto, no, bf16 or fp16"):
+        resolve_precision("fp8", "cpu")
+
+
+# The end, checkpoints and the log
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_sets_second_ends(number, warnings):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), number)
+        assert stop.is_set() and len(warnings) == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait([], 1)  # not reached but for a slow delivery
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+class Saver:
+    """What CheckpointFolder needs of an accelerator and of a processor; writes two files, or stops in between."""
+
+    is_main_process = True
+
+    def __init__(self, fails=None):
+        self.fails = fails
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder):
+        Path(folder, "weights").touch()
+        if self.fails == "save_state":
+            raise KeyboardInterrupt
+
+    def save_pretrained(self, folder):
+        (folder / "processor").touch()
+        if self.fails == "save_pretrained":
+            raise KeyboardInterrupt
+
+
+def save(folder, step, fails=None, **identity):
+    saver = Saver(fails)
+    folder.save({"step": step}, {"seed": 1} | identity, saver, saver)
+
+
+WHOLE = {"weights", "processor", "training_state.json"}
+
+
+@pytest.mark.parametrize("fails", ["save_state", "save_pretrained", "replace", "rmtree"])
+def test_a_crash_leaves_whole_checkpoints_only(tmp_path, monkeypatch, fails):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 9)
+    save(folder, 10)  # newer by number, not by name
+    assert [path.name for path in folder.list()] == ["checkpoint-10"]
+
+    def crash(path, *args, **kwargs):
+        if fails == "rmtree" and os.path.isdir(path):
+            os.remove(os.path.join(path, "weights"))  # half removed
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        if fails in ("replace", "rmtree"):
+            context.setattr(os if fails == "replace" else shutil, fails, crash)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, 20, fails)
+    for path in tmp_path.glob("checkpoint-*"):
+        assert {file.name for file in path.iterdir()} == WHOLE
+    newest = "checkpoint-20" if fails == "rmtree" else "checkpoint-10"
+    assert folder.resolve("latest").name == newest
+
+    save(folder, 20)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-20"}  # nothing is left over
+
+
+def test_checkpoints_are_numbered_and_limited(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (5, 50, 100):
+        save(folder, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-999").mkdir()  # not whole
+    assert [path.name for path in folder.list()] == ["checkpoint-50", "checkpoint-100"]
+    with pytest.raises(ValueError, match="save_total_limit=0"):
+        CheckpointFolder(tmp_path, keep=0)
+
+
+def test_which_checkpoint_to_resume(tmp_path):
+    folder = CheckpointFolder(tmp_path / "run", keep=2)
+    assert folder.resolve(None) is None
+    with pytest.raises(ValueError, match=r"checkpoint-\* is no checkpoint"):
+        folder.resolve("latest")
+    save(folder, 5)
+    save(folder, 7)
+    assert folder.resolve("latest").name == "checkpoint-7"
+    assert folder.resolve(str(tmp_path / "run" / "checkpoint-5")).name == "checkpoint-5"
+    with pytest.raises(ValueError, match=r"nowhere is no checkpoint of a run: it has no training_state.json"):
+        folder.resolve(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"holds a run, up to checkpoint-7.*--resume_from_checkpoint latest"):
+        folder.resolve(None)
+
+
+def test_another_run_is_refused_by_name(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 5, learning_rate=0.1)
+    assert folder.read(folder.list()[0], {"learning_rate": 0.1, "seed": 1}) == {"step": 5}
+    with pytest.raises(ValueError, match=r"another run: \(then, now\) differ in \{'learning_rate': \(0.1, 0.2\)\}"):
+        folder.read(folder.list()[0], {"learning_rate": 0.2, "seed": 1})
+
+
+def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
+    path = tmp_path / "run" / "log.jsonl"
+    log = JsonLog(path)
+    for step in (2, 4, 6):
+        log.write(step, {"loss": 1 / 3})
+    assert path.read_text().splitlines()[0] == '{"step": 2, "loss": 0.333333}'
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')  # a crash
+    JsonLog(path, resume_step=4).write(5, {"loss": 2.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
+    JsonLog(path, resume_step=5, enabled=False).write(9, {"loss": 2.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
+    JsonLog(path)
+    assert path.read_text() == ""
