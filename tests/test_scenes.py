@@ -140,6 +140,11 @@ def test_a_scene_depends_on_nothing_but_its_number():
     np.testing.assert_array_equal(alone.boxes, again.boxes)
     ids = [sample_scene(7, seed=1), sample_scene(8), sample_scene(7, "val")]
     assert all(other.objects != sample_scene(7).objects for other in ids)
+    # The same objects in another world are drawn, found and told another way.
+    scene, other = sample_scene(7), dataclasses.replace(sample_scene(7), seed=1)
+    assert scene_captions(other) != scene_captions(scene)
+    assert (scene_regions(other)[0] != scene_regions(scene)[0]).any()
+    assert render_scene(other).tobytes() != render_scene(scene).tobytes()
     with pytest.raises(ValueError, match="'dev'"):
         sample_scene(0, "dev")
 
