@@ -1,6 +1,6 @@
 """Run by test_hub.py in processes whose Hub is the stub: `python hub_client.py ACTION FOLDER`.
 
-`push` uploads in every way that we have; `load_with_package` and `load_without_package` download and write to
+`with_package` uploads in every way that we have, and downloads it all again; `without_package` downloads. Both write to
 FOLDER/ACTION.json what they got.
 """
 
@@ -97,13 +97,9 @@ def load(folder: Path, **options) -> dict:
 
 if __name__ == "__main__":
     action, folder = sys.argv[1], Path(sys.argv[2])
-    if action == "push":
-        result = push(folder)
-    elif action == "load_with_package":
-        import unicoder_vl_hf  # noqa: F401
-
-        result = load(folder)
+    if action == "with_package":
+        result = {"pushed": push(folder), "loaded": load(folder)}
     else:
         hide_package()
-        result = load(folder, trust_remote_code=True)
+        result = {"loaded": load(folder, trust_remote_code=True)}
     (folder / f"{action}.json").write_text(json.dumps(result))

@@ -43,6 +43,7 @@ def hub():
 
 
 def run(action: str, hub: HubStub, folder: Path) -> dict:
+    """What hub_client.py says of `action`."""
     source = Path(unicoder_vl_hf.__file__).parents[1]
     paths = [TESTS, TESTS.parent / "examples", source]
     home = folder / f"home_{action}"  # fresh: nothing is cached
@@ -60,13 +61,20 @@ def run(action: str, hub: HubStub, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, folder) -> dict:
-    return run("push", hub, folder)
+def with_package(hub, folder) -> dict:
+    return run("with_package", hub, folder)
 
 
-@pytest.fixture(scope="module", params=["load_with_package", "load_without_package"])
-def loaded(request, hub, folder, pushed) -> dict:
-    return {**run(request.param, hub, folder), "with_package": request.param == "load_with_package"}
+@pytest.fixture(scope="module")
+def pushed(with_package) -> dict:
+    return with_package["pushed"]
+
+
+@pytest.fixture(scope="module", params=["unicoder_vl_hf", "transformers_modules"])
+def loaded(request, hub, folder, with_package) -> dict:
+    """What was loaded, with the package and without; `origin` is where the classes must come from."""
+    result = with_package if request.param == "unicoder_vl_hf" else run("without_package", hub, folder)
+    return {**result["loaded"], "origin": request.param}
 
 
 def card(hub: HubStub, repository: str) -> huggingface_hub.ModelCard:
@@ -123,7 +131,7 @@ def test_classes_and_outputs_load_back_equal(pushed, loaded):
         for auto, (class_name, _) in MODELS.items():
             found, module = loaded[name][auto]["class"]
             assert found == class_name
-            assert module.startswith("unicoder_vl_hf." if loaded["with_package"] else "transformers_modules."), module
+            assert module.split(".")[0] == loaded["origin"]
         for auto, class_name in OTHERS.items():
             assert loaded[name][auto]["class"][0] == class_name
     for repository in REPOSITORIES:
@@ -135,7 +143,7 @@ def test_classes_and_outputs_load_back_equal(pushed, loaded):
 
 def test_the_cards_snippet_runs_as_written(loaded):
     module, scores = loaded["snippet"]
-    assert module.startswith("unicoder_vl_hf." if loaded["with_package"] else "transformers_modules.")
+    assert module.split(".")[0] == loaded["origin"]
     assert len(scores) == 2 and scores[0] != scores[1]
 
 
