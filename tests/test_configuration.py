@@ -52,6 +52,7 @@ def test_two_labels_are_named_and_others_are_not(tmp_path):
     assert UnicoderVLConfig().label2id == {"mismatch": 0, "match": 1}
     assert UnicoderVLConfig(num_labels=2).id2label == {0: "mismatch", 1: "match"}
     assert UnicoderVLConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert UnicoderVLConfig(num_labels=1).id2label == {0: "LABEL_0"}
     own = UnicoderVLConfig(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
     own.save_pretrained(tmp_path)
     assert UnicoderVLConfig.from_pretrained(tmp_path).id2label == {0: "no", 1: "yes"}

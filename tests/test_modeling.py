@@ -1,7 +1,7 @@
 """The four models against independent references: BERT for the text path, three-line loops for the losses.
 
-Models are tiny and built from a config; every parameter is drawn at random, biases and LayerNorms too, so that no term can
-hide behind a zero or a one.
+Models are tiny and built from a config; every parameter is drawn at random, biases and LayerNorms too, so that no term
+can hide behind a zero or a one.
 """
 
 import importlib.util
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 from transformers import (
     AttentionInterface,
     BertConfig,
@@ -400,8 +399,10 @@ def test_rows_masked_altogether_give_finite_outputs_and_leave_the_others_alone(m
 
 
 PRETRAINING_ROWS = {
-    # row:          match with both, mismatch,                unknown,               no tokens,          no regions
-    "labels": [[-100, 3, 9, 4, -100], [-100, 5, -100, 6, 7], [-100, 8, -100, -100, 2], [-100] * 5, [1, -100, -100, 0, 39]],
+    # a match with both, a mismatch, unknown, a match without tokens, one without regions
+    "labels": [
+        [-100, 3, 9, 4, -100], [-100, 5, -100, 6, 7], [-100, 8, -100, -100, 2], [-100] * 5, [1, -100, -100, 0, 39],
+    ],
     "region_labels": [[0, -100, 6, -100], [1, 2, 3, 4], [5, -100, -100, -100], [2, 4, -100, 6], [-100] * 4],
     "matching_labels": [1, 0, -100, 1, 1],
 }  # fmt: skip
@@ -888,15 +889,15 @@ def test_from_bert_names_keys_that_neither_side_may_lack(kind, bert_folders, tmp
     with pytest.raises(ValueError, match=f"new: (bert.)?{re.escape(key)}.*unused: .*self.keys.weight"):
         UnicoderVLForPreTraining.from_bert(renamed)
     extra = rewrite(source, tmp_path / "extra", lambda name: name.replace("layer.0.output", "layer.0.adapter.output"))
-    with pytest.raises(ValueError, match="unused: .*layer.0.adapter.output"):
+    with pytest.raises(ValueError, match=r"unused: .*layer\.0\.adapter\.output"):
         UnicoderVLModel.from_bert(extra)
 
 
 def test_from_bert_reads_old_names_of_layer_norm(bert_folders, tmp_path):
     source, bert = bert_folders[BertForPreTraining]
-    old = rewrite(
-        source, tmp_path / "old", lambda name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
-    )  # fmt: skip
+    names = {"weight": "gamma", "bias": "beta"}
+    old = rewrite(source, tmp_path, lambda name: re.sub(r"Norm\.(\w+)$", lambda m: f"Norm.{names[m[1]]}", name))
+    assert "bert.embeddings.LayerNorm.gamma" in load_file(old / "model.safetensors")
     model = UnicoderVLForPreTraining.from_bert(old)
     input_ids = text_inputs()["input_ids"]
     close(model(input_ids).prediction_logits, bert(input_ids).prediction_logits, atol=1e-5)
@@ -986,7 +987,7 @@ def test_from_bert_on_real_weights():
         ({"region_locations": torch.ones(3, 4, 4)}, r"region_locations has shape \(3, 4, 4\), expected \(3, 4, 5\)"),
         ({"region_locations": torch.ones(3, 5, 5)}, r"region_locations has shape \(3, 5, 5\), expected \(3, 4, 5\)"),
         ({"region_attention_mask": torch.ones(3, 5)}, r"region_attention_mask has shape \(3, 5\), expected \(3, 4\)"),
-        (region_inputs(2), r"input_ids of shape \(3, 5\) gives 3 rows, but region_features of shape \(2, 4, 6\) gives 2"),
+        (region_inputs(2), r"input_ids of shape \(3, 5\) gives 3 rows, but region_features of shape \(2, 4, 6\)"),
         ({"region_features": None}, "region_locations was given without region_features"),
         (
             {"region_features": None, "region_locations": None},
@@ -1124,6 +1125,14 @@ def assert_tied(model):
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
 
 
+def test_new_output_embeddings_bring_their_bias():
+    model = build(UnicoderVLForPreTraining)
+    decoder = torch.nn.Linear(32, 50)
+    model.set_output_embeddings(decoder)
+    assert model.get_output_embeddings() is decoder
+    assert model.cls.predictions.bias is decoder.bias
+
+
 def test_tied_weights_stay_tied(tmp_path):
     model = build(UnicoderVLForPreTraining)
     assert_tied(model)
@@ -1147,8 +1156,10 @@ def test_tied_weights_stay_tied(tmp_path):
     assert torch.equal(again(**inputs).prediction_logits, after)
 
 
-def test_an_untied_decoder_stays_untied(tmp_path):
+@pytest.mark.parametrize("vocab_size", [40, 50])
+def test_an_untied_decoder_stays_untied(vocab_size, tmp_path):
     model = build(UnicoderVLForPreTraining, tie_word_embeddings=False)
+    model.resize_token_embeddings(vocab_size)
     model.save_pretrained(tmp_path)
     loaded = UnicoderVLForPreTraining.from_pretrained(tmp_path)
     inputs = inputs_for(UnicoderVLForPreTraining, labelled=False)

@@ -75,8 +75,8 @@ class UnicoderVLConfig(PreTrainedConfig):
     sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs):
-        # The two labels of the matching head; a head with another number of labels has no use for these names.
-        if self.id2label is None and kwargs.get("num_labels") in (None, 2):
+        # The two labels of the matching head; another `num_labels` replaces them.
+        if self.id2label is None:
             self.id2label, self.label2id = {0: "mismatch", 1: "match"}, {"mismatch": 0, "match": 1}
         super().__post_init__(**kwargs)
 

@@ -724,7 +724,9 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings):
         self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.bias = new_embeddings.bias
+        # One parameter under two names while tied; otherwise two, or a saved checkpoint would lack one of them.
+        tied = self.config.tie_word_embeddings
+        self.cls.predictions.bias = new_embeddings.bias if tied else nn.Parameter(new_embeddings.bias.detach().clone())
 
     @can_return_tuple
     @auto_docstring(custom_args=INPUTS_DOCSTRING + PRETRAINING_LABELS_DOCSTRING)
