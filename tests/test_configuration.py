@@ -20,7 +20,7 @@ AUTO_MAP = {
 def test_defaults_are_the_papers_on_bert_base():
     config = UnicoderVLConfig()
     assert (config.region_feature_dim, config.region_location_dim, config.num_region_classes) == (2048, 5, 1600)
-    assert (config.triplet_margin, config.use_image_token_embedding, config.sparse_prediction) == (0.2, True, False)
+    assert (config.triplet_margin, config.use_image_token_embedding) == (0.2, True)
     bert = BertConfig().to_dict()
     shared = [name for name in UnicoderVLConfig.__annotations__ if name in bert]
     assert len(shared) == 16
@@ -31,7 +31,7 @@ def test_round_trip_keeps_every_field(tmp_path):
     config = UnicoderVLConfig(
         vocab_size=41, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, region_feature_dim=7,
         region_location_dim=6, num_region_classes=9, use_image_token_embedding=False, triplet_margin=1,
-        sparse_prediction=True, hidden_dropout_prob=0, tie_word_embeddings=False,
+        hidden_dropout_prob=0, tie_word_embeddings=False,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     for loaded in (UnicoderVLConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

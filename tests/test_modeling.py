@@ -472,7 +472,8 @@ def test_what_a_mismatch_would_predict_trains_nothing():
 
 @pytest.mark.parametrize("sparse_prediction", [False, True])
 def test_labels_that_are_all_ignored_give_zero_and_whole_gradients(sparse_prediction):
-    model = build(UnicoderVLForPreTraining, sparse_prediction=sparse_prediction)
+    model = build(UnicoderVLForPreTraining)
+    model.sparse_prediction = sparse_prediction
     inputs, labels = pretraining_inputs()
     outputs = model(**inputs, **{name: torch.full_like(value, -100) for name, value in labels.items()})
     for name in ("loss", "mlm_loss", "moc_loss", "matching_loss"):
@@ -484,7 +485,8 @@ def test_labels_that_are_all_ignored_give_zero_and_whole_gradients(sparse_predic
 
 @pytest.mark.parametrize("sparse_prediction", [False, True])
 def test_four_micro_batches_equal_one_batch(sparse_prediction):
-    model = build(UnicoderVLForPreTraining, sparse_prediction=sparse_prediction)
+    model = build(UnicoderVLForPreTraining)
+    model.sparse_prediction = sparse_prediction
     inputs, labels = pretraining_inputs(copies=4)
     batch = {**inputs, **labels}
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
@@ -498,7 +500,8 @@ def test_four_micro_batches_equal_one_batch(sparse_prediction):
 
 
 def test_sparse_prediction_gives_the_same_loss_and_gradients():
-    dense, sparse = build(UnicoderVLForPreTraining), build(UnicoderVLForPreTraining, sparse_prediction=True)
+    dense, sparse = build(UnicoderVLForPreTraining), build(UnicoderVLForPreTraining)
+    sparse.sparse_prediction = True
     inputs, labels = pretraining_inputs()
     expected, actual = dense(**inputs, **labels), sparse(**inputs, **labels)
     # Row-major: tokens with a label in rows that are not mismatches.
@@ -937,9 +940,9 @@ def test_from_bert_loads_a_decoder_that_is_not_tied(tmp_path):
 
 def test_from_bert_keeps_berts_fields_and_the_overrides(tmp_path):
     build(BertModel, layer_norm_eps=1e-5, hidden_act="relu", pad_token_id=3).save_pretrained(tmp_path)
-    config = UnicoderVLForPreTraining.from_bert(tmp_path, hidden_dropout_prob=0.3, sparse_prediction=True).config
+    config = UnicoderVLForPreTraining.from_bert(tmp_path, hidden_dropout_prob=0.3, triplet_margin=0.4).config
     assert (config.layer_norm_eps, config.hidden_act, config.pad_token_id) == (1e-5, "relu", 3)
-    assert (config.hidden_dropout_prob, config.sparse_prediction, config.region_feature_dim) == (0.3, True, 2048)
+    assert (config.hidden_dropout_prob, config.triplet_margin, config.region_feature_dim) == (0.3, 0.4, 2048)
 
 
 def test_from_bert_on_real_weights():

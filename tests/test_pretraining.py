@@ -124,17 +124,13 @@ def slow_evaluation(model, pairs, collator):
 @pytest.mark.parametrize("batch_size", [3, 64])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_evaluation_equals_a_slow_loop(setup, monkeypatch, batch_size, sparse):
-    monkeypatch.setattr(*sparse_switch(setup.model), sparse)
+    monkeypatch.setattr(setup.model, "sparse_prediction", sparse)
     found = evaluate_pretraining(setup.model, setup.validation, setup.collator, Accelerator(cpu=True), batch_size)
     expected = slow_evaluation(setup.model, setup.validation, setup.collator)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
     assert 0.2 < expected["vlm_accuracy"] < 0.8  # both signs of scores, or the comparison says little
-
-
-def sparse_switch(model):
-    return (model if hasattr(model, "sparse_prediction") else model.config), "sparse_prediction"
 
 
 def test_evaluation_leaves_all_as_it_was(setup):

@@ -25,11 +25,6 @@ class UnicoderVLConfig(PreTrainedConfig):
         the letter.
     triplet_margin (`float`, *optional*, defaults to 0.2):
         Margin of the hardest-negative triplet loss, on `sigmoid(score)` in `(0, 1)` (paper, Image-Text Retrieval).
-    sparse_prediction (`bool`, *optional*, defaults to `False`):
-        With `labels`, compute the language modelling head on the counted tokens only, those whose label is not -100 in
-        rows that are not mismatches. Same loss and gradients, and faster by the size of the vocabulary; but
-        `prediction_logits` is then `(num_counted_tokens, vocab_size)`, in row-major order, and its shape depends on
-        the data (a break in a compiled graph).
 
     Example:
 
@@ -72,7 +67,6 @@ class UnicoderVLConfig(PreTrainedConfig):
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
     triplet_margin: float | int = 0.2
-    sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs):
         # The two labels of the matching head; another `num_labels` replaces them.

@@ -66,7 +66,7 @@ class UnicoderVLForPreTrainingOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with any label):
             Sum of the three parts below that were asked for.
         prediction_logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Masked language modelling. With `config.sparse_prediction` and `labels`: `(num_counted_tokens, vocab_size)`.
+            Masked language modelling. With `model.sparse_prediction` and `labels`: `(num_counted_tokens, vocab_size)`.
         region_logits (`torch.Tensor` of shape `(batch_size, num_regions, num_region_classes)`, *optional*):
             Masked object classification; `None` without regions.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
@@ -702,6 +702,11 @@ PRETRAINING_LABELS_DOCSTRING = r"""
     custom_intro="""
     Unicoder-VL with the heads of its three pre-training tasks (paper, Pre-training Tasks): masked language modelling,
     tied to the word embeddings; masked object classification; and visual-linguistic matching.
+
+    With `model.sparse_prediction = True` (it is not saved) and `labels`, the language modelling head is computed on the
+    counted tokens only, those whose label is not -100 in rows that are not mismatches: the same loss and gradients in
+    less time, but `prediction_logits` is then `(num_counted_tokens, vocab_size)` in row-major order, and its shape
+    depends on the data, which breaks a compiled graph.
     """
 )
 class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
@@ -717,6 +722,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         self.cls = UnicoderVLOnlyMLMHead(config)
         self.region_head = nn.Linear(config.hidden_size, config.num_region_classes)
         self.matching_head = UnicoderVLMatchingHead(config)
+        self.sparse_prediction = False
         self.post_init()
 
     def get_output_embeddings(self):
@@ -772,7 +778,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         mlm_loss = moc_loss = matching_loss = None
         if labels is None:
             prediction_logits = self.cls(text)
-        elif self.config.sparse_prediction:
+        elif self.sparse_prediction:
             weights = _target_weights(labels, counted)
             picked = weights > 0
             prediction_logits = self.cls(text[picked])

@@ -223,7 +223,7 @@ def _model_and_tokenizer(
                 )
         else:
             model = UnicoderVLForPreTraining.from_bert(name, **regions)
-    model.config.sparse_prediction = True
+    model.sparse_prediction = True
     return model, tokenizer
 
 

@@ -400,7 +400,7 @@ def scene_tokenizer() -> BertTokenizer:
     phrases = [phrase for table in tables for names in table.values() for phrase in names]
     words = dict.fromkeys([word for phrase in phrases for word in phrase.split()] + list(GLUE_WORDS))
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *characters, "##s", *(f"##{c}" for c in characters)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *characters, *(f"##{c}" for c in characters)]
     return BertTokenizer(vocab={piece: number for number, piece in enumerate(dict.fromkeys(pieces))})
 
 
