@@ -1,0 +1,71 @@
+"""What README and docs say exists: linked files, scripts, their options, Python that parses and names that import."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(params=PAGES, ids=lambda path: path.name)
+def page(request):
+    return request.param
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_python_parses_and_its_imports_exist(page):
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+def test_commands_name_scripts_and_options_that_exist(page, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    for block in blocks(page, "bash"):
+        for command in block.replace("\\\n", " ").splitlines():
+            script = re.search(r"examples/(\w+)\.py(.*)", command)
+            if script is None:
+                continue
+            module = importlib.import_module(script[1])
+            known = {
+                field.name
+                for value in vars(module).values()
+                if isinstance(value, type) and dataclasses.is_dataclass(value)
+                for field in dataclasses.fields(value)
+            }
+            for option in re.findall(r"--(\w+)", script[2]):
+                assert option in known or option.removeprefix("no_") in known, f"{script[1]}.py --{option}"
+
+
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for block in blocks(page, "bash"):
+        for target in re.findall(r"^make (\w+)", block, re.MULTILINE):
+            assert target in targets
