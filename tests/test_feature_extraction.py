@@ -169,6 +169,16 @@ def test_save_and_load_are_exact(given, tmp_path):
             assert type(found) is type(value)
 
 
+def test_save_replaces_the_file_instead_of_writing_into_it(tmp_path):
+    path = tmp_path / "record.npz"
+    record().save(path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:  # of the old file, while the new one is written
+        record(image_id="other").save(path)
+        assert reader.read() == before
+    assert RegionRecord.load(path).image_id == "other"
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "record.npz"
     record().save(path)

@@ -114,6 +114,15 @@ def test_other_readers_open_the_shards(small):
     assert (np.diff(index["hashes"].astype(object)) > 0).all()
 
 
+def test_every_tensor_begins_on_a_multiple_of_its_item_size(tmp_path):
+    """With features and ids of odd length, as NumPy, torch and the SIMD code below them like it."""
+    for width in (1, 3, 5):
+        records = [RegionRecord("odd", features=np.ones((1, width)), object_ids=[1], boxes=[[0, 0, 1, 1]])]
+        store = write_store(records, tmp_path / f"store {width}")
+        assert all(value.flags.aligned for value in store["odd"].to_dict().values() if isinstance(value, np.ndarray))
+        assert all(tensor.flags.aligned for tensor in store._shards[0].tensors.values())
+
+
 def test_a_missing_id_names_itself_the_store_and_some_ids(small):
     with pytest.raises(KeyError) as error:
         small["photo_1.jpg"]
@@ -256,6 +265,14 @@ def test_a_shard_cut_short_is_named(length, small):
         list(RegionStore(small.path).values())
 
 
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content + b"more"])
+def test_resuming_on_a_damaged_shard_is_refused(change, small):
+    path = small.path / "regions-00002.safetensors"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"regions-00002\.safetensors is cut short"):
+        RegionStoreWriter(small.path, resume=True, detector="d")
+
+
 def test_a_whole_shard_of_another_size_is_named(small):
     sizes = [shard["bytes"] for shard in json.loads((small.path / "manifest.json").read_text())["shards"]]
     other = next(number for number, size in enumerate(sizes) if size != sizes[2])
@@ -283,6 +300,7 @@ def test_a_resumed_store_equals_an_undisturbed_one(stop, small, tmp_path):
         RegionStore(folder)
     with pytest.raises(ValueError, match="an unfinished store: pass resume=True"):
         RegionStoreWriter(folder, **options)
+    (folder / "regions-00077.safetensors.partial").write_bytes(b"what a kill leaves")
     write_store(map(make, range(40)), folder, resume=True, **options)
     assert files_of(folder) == files_of(small.path)
 
