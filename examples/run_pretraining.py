@@ -11,6 +11,7 @@ step in 4 micro-steps. Ctrl-C leaves a checkpoint; --resume_from_checkpoint late
 
 import contextlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_linear_schedule_with_warmup
@@ -90,8 +91,14 @@ def main(argv: list[str] | None = None):
     output_dir = Path(args.output_dir)
     checkpoints = CheckpointFolder(output_dir, keep=args.save_total_limit)
     resume_from = checkpoints.resolve(args.resume_from_checkpoint)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"The launcher started {os.environ['WORLD_SIZE']} processes, but accelerate takes each for a run of its "
+            "own. On CPUs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node …"
+        )
     accelerator = Accelerator(
-        mixed_precision=resolve_precision(args.mixed_precision, PartialState().device.type),
+        mixed_precision=resolve_precision(args.mixed_precision, state.device.type),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=str(output_dir),
     )
@@ -138,9 +145,9 @@ def main(argv: list[str] | None = None):
     if resume_from is None:
         set_seed(args.seed, device_specific=True)  # another dropout in every process
     else:
-        state = checkpoints.read(resume_from, identity)
-        step = state["step"]
-        sums += torch.tensor(state["losses"], device=accelerator.device)
+        saved = checkpoints.read(resume_from, identity)
+        step = saved["step"]
+        sums += torch.tensor(saved["losses"], device=accelerator.device)
         accelerator.load_state(str(resume_from))
         logger.warning(f"Resumed from {resume_from} after {step:,} of {total_steps:,} steps.")
     log = JsonLog(output_dir / "log.jsonl", resume_step=step, enabled=accelerator.is_main_process)

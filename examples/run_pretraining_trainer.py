@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from unicoder_vl_hf.pretraining import (
     PretrainingArguments,
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None):
 
     checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
     resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
+    set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
     if setup.validation is None:

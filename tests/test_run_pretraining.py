@@ -1,0 +1,386 @@
+"""The two pre-training scripts: however a run is cut (steps, processes, workers, Ctrl-C), it is the same run."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_world
+import torch
+import two_processes
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import AutoModelForPreTraining, AutoProcessor
+
+from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore, RegionStoreWriter
+from unicoder_vl_hf.training import fast_precision
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+STEPS_PER_EPOCH = 20
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world.build(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module", params=["run_pretraining", "run_pretraining_trainer"])
+def script(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def berts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("berts")
+    return {dropout: small_world.save_bert(folder / str(dropout), dropout=dropout) for dropout in (0.0, 0.1)}
+
+
+@pytest.fixture(scope="module")
+def command(world, berts):
+    """The arguments of a run: 4 pairs a step, 20 steps an epoch; `pairs` of them a micro-batch."""
+
+    def arguments(script, output_dir, *, dropout=0.0, pairs=4, accumulation=1, processes=1, **options):
+        shared = {"learning_rate": 1e-3, "num_train_epochs": 2, "max_validation_pairs": 6, "seed": 5}
+        shared |= {"gradient_accumulation_steps": accumulation, "logging_steps": 7}
+        if script == "run_pretraining":
+            shared |= {"train_batch_size": pairs * accumulation * processes, "mixed_precision": "no"}
+        else:
+            shared |= {"per_device_train_batch_size": pairs, "bf16": False, "disable_tqdm": "true"}
+            shared |= {"save_strategy": "steps" if "save_steps" in options else "no"}
+        return small_world.arguments(world, berts[dropout], output_dir, **(shared | options))
+
+    return arguments
+
+
+def run(script, arguments):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    importlib.import_module(script).main(arguments)
+
+
+@pytest.fixture(scope="module")
+def straight(script, command, tmp_path_factory):
+    """A run that was never stopped, with dropout, and all of its checkpoints."""
+    folder = tmp_path_factory.mktemp("straight") / script
+    examples = folder.parent / "examples"
+    collate = two_processes.record_examples(str(examples))
+    try:
+        run(script, command(script, folder, dropout=0.1, save_steps=8, save_total_limit=9))
+    finally:
+        DataCollatorForUnicoderVLPreTraining.__call__ = collate
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(folder, other, tolerance=0.0):
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if tolerance == 0:
+            assert torch.equal(found[name], value), name
+        else:
+            torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+def assert_trained(folder, start):
+    """Far more than the tolerance of what is compared has changed."""
+    before, after = weights(start), weights(folder)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert (after[name] - before[name]).abs().max() > 3e-3
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "rows_per_second"} for line in lines]
+
+
+def examples_of(path):
+    """(epoch, row) in the order of training."""
+    return [tuple(map(int, line.split())) for line in Path(path).read_text().splitlines()]
+
+
+# What a run leaves
+
+
+def test_what_a_run_leaves(script, straight, berts, world):
+    assert_trained(straight, berts[0.1])
+    names = [path.name for path in straight.glob("checkpoint-*")]
+    assert {"checkpoint-8", "checkpoint-16", "checkpoint-24", "checkpoint-32", "checkpoint-40"} == set(names)
+    assert not list(straight.glob("partial-*"))
+    for folder in (straight, *straight.glob("checkpoint-*")):
+        model, processor = AutoModelForPreTraining.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        assert type(model).__name__ == "UnicoderVLForPreTraining"
+        provenance = RegionStore(world / "regions").provenance
+        assert processor.feature_extractor.region_provenance == provenance
+        assert processor(text="a red circle")["input_ids"]
+    card = (straight / "README.md").read_text()
+    assert "Unicoder-VL" in card and "vlm_accuracy" in card and "drawing boxes" in card
+    assert_same_weights(straight / "checkpoint-40", straight)
+
+
+def test_every_pair_once_an_epoch_and_the_data_know_the_epoch(script, straight):
+    examples = examples_of(straight.parent / "examples-0")
+    for epoch in range(2):
+        of_epoch = examples[epoch * 80 : (epoch + 1) * 80]
+        assert {number for number, _ in of_epoch} == {epoch}  # masks and mismatches follow from it
+        assert sorted(row for _, row in of_epoch) == list(range(80))
+    assert [row for _, row in examples[:80]] != [row for _, row in examples[80:]]
+
+
+def test_log_of_the_loop(straight, script):
+    if script != "run_pretraining":
+        pytest.skip("Trainer writes its own log")
+    log = log_of(straight)
+    losses = [line for line in log if "loss" in line]
+    assert [line["step"] for line in losses] == [7, 14, 21, 28, 35]
+    for line in losses:
+        assert line["loss"] == pytest.approx(line["mlm_loss"] + line["moc_loss"] + line["matching_loss"], abs=5e-6)
+        assert line["epoch"] == pytest.approx(line["step"] / STEPS_PER_EPOCH)
+    # 10 % of 40 steps of warm-up, then down to 0.
+    assert [line["learning_rate"] for line in losses] == pytest.approx(
+        [1e-3 * (40 - step) / 36 for step in (7, 14, 21, 28, 35)], abs=1e-6
+    )
+    evaluations = [line for line in log if "eval_vlm_accuracy" in line]
+    assert [line["step"] for line in evaluations] == [20, 40]
+    metrics = json.loads((straight / "metrics.json").read_text())
+    assert {f"eval_{name}": round(value, 6) for name, value in metrics.items()} == {
+        name: value for name, value in evaluations[-1].items() if name != "step"
+    }
+
+
+# Stopped and resumed
+
+
+@pytest.mark.parametrize("step", [8, 24, 40])
+def test_resume_equals_never_stopped(script, command, straight, tmp_path, step):
+    """From the middle of either epoch, between two lines of the log, and from the very end; with dropout."""
+    if script == "run_pretraining_trainer" and step == 40:
+        pytest.skip("nothing is left to do for Trainer")
+    folder = tmp_path / script
+    shutil.copytree(straight, folder, ignore=shutil.ignore_patterns("*.safetensors", "metrics.json", "checkpoint-*"))
+    shutil.copytree(straight / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    collate = two_processes.record_examples(str(tmp_path / "examples"))
+    try:
+        resumed = command(script, folder, dropout=0.1, save_steps=8, save_total_limit=9)
+        run(script, [*resumed, "--resume_from_checkpoint", "latest"])
+    finally:
+        DataCollatorForUnicoderVLPreTraining.__call__ = collate
+    assert_same_weights(folder, straight)
+    if step < 40:
+        assert examples_of(tmp_path / "examples-0") == examples_of(straight.parent / "examples-0")[4 * step :]
+    if script == "run_pretraining":
+        assert [line for line in log_of(folder) if "loss" in line] == [
+            line for line in log_of(straight) if "loss" in line
+        ]
+        assert (folder / "metrics.json").read_text() == (straight / "metrics.json").read_text()
+        if step < 40:
+            assert log_of(folder) == log_of(straight)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(script, command, straight, tmp_path):
+    """A real signal to a real process, in the middle of an epoch; the resumed run equals one never stopped."""
+    folder = tmp_path / script
+    arguments = command(script, folder, dropout=0.1, save_steps=1000, save_total_limit=9)
+    (tmp_path / "runs.json").write_text(
+        json.dumps([{"script": script, "arguments": arguments, "examples": str(tmp_path / "examples")}])
+    )
+    process = subprocess.Popen(
+        [sys.executable, Path(two_processes.__file__), tmp_path / "runs.json"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            trained = tmp_path / "examples-0"
+            if trained.exists() and len(trained.read_text().splitlines()) >= 4 * 4:  # read for the fourth step, of 40
+                process.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.002)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    (checkpoint,) = folder.glob("checkpoint-*")
+    step = int(checkpoint.name[11:])
+    assert 2 <= step < 40 and step % STEPS_PER_EPOCH, output
+    assert f"Stopped after {step} of 40 steps" in output
+    assert not (folder / "model.safetensors").exists()  # an unfinished model is no result
+    run(script, [*arguments, "--resume_from_checkpoint", "latest"])
+    assert_same_weights(folder, straight)
+    if script == "run_pretraining":
+        assert log_of(folder) == log_of(straight)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
+
+
+def test_a_run_is_never_overwritten(script, command, straight):
+    with pytest.raises(ValueError, match=r"holds a run, up to checkpoint-40\. Go on with --resume_from_checkpoint"):
+        run(script, command(script, straight, dropout=0.1))
+
+
+def test_other_arguments_are_another_run(straight, script, command):
+    if script != "run_pretraining":
+        pytest.skip("Trainer goes on with other arguments, and warns")
+    resumed = command(script, straight, dropout=0.1, save_steps=8, resume_from_checkpoint="latest")
+    changes = ["--learning_rate", "0.01", "--mlm_probability", "0.3", "--no_moc"]
+    with pytest.raises(ValueError, match="another run") as error:
+        run(script, resumed + changes)
+    named = str(error.value)
+    assert "'learning_rate': (0.001, 0.01)" in named and "'mlm_probability': (0.15, 0.3)" in named
+    assert "'moc': (True, False)" in named and "logging_steps" not in named and "train_batch_size" not in named
+
+
+def test_save_total_limit(script, command, tmp_path):
+    run(script, command(script, tmp_path, save_steps=3, save_total_limit=2, max_steps=10, max_validation_pairs=0))
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    last = ["checkpoint-6", "checkpoint-9"] if script == "run_pretraining" else ["checkpoint-10", "checkpoint-9"]
+    assert names == last  # Trainer saves the last step too
+
+
+# Cut into micro-batches, processes and workers
+
+
+@pytest.fixture(scope="module")
+def plain(script, command, berts, tmp_path_factory):
+    """A run without dropout, whose weights all the others must reach."""
+    folder = tmp_path_factory.mktemp("plain") / script
+    run(script, command(script, folder))
+    assert_trained(folder, berts[0.0])
+    return folder
+
+
+def test_four_micro_batches_equal_one_batch(script, command, plain, tmp_path):
+    run(script, command(script, tmp_path, pairs=1, accumulation=4))
+    assert_same_weights(tmp_path, plain, tolerance=2e-5)
+
+
+def test_unequal_micro_batches(command, berts, tmp_path):
+    """80 pairs in steps of 7, the last of an epoch of 3: micro-batches of 2, 2, 2 and 1 pairs, then of 1, 1, 1, 0."""
+    for name, accumulation in (("whole", 1), ("cut", 4)):
+        arguments = command("run_pretraining", tmp_path / name, accumulation=accumulation)
+        run("run_pretraining", [*arguments, "--train_batch_size", "7"])
+    assert_trained(tmp_path / "whole", berts[0.0])
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(script, command, straight, tmp_path, num_workers):
+    """Not even the dropout."""
+    run(script, command(script, tmp_path, dropout=0.1, dataloader_num_workers=num_workers))
+    assert_same_weights(tmp_path, straight)
+
+
+def test_two_processes_equal_one(command, tmp_path, script, plain):
+    """Both scripts: accelerate deals whole batches in turn, so that a step of Trainer holds the same pairs, too."""
+    (tmp_path / "runs.json").write_text(
+        json.dumps(
+            [
+                {
+                    "script": script,
+                    "arguments": command(script, tmp_path / script, pairs=2, processes=2),
+                    "examples": str(tmp_path / "examples"),
+                }
+            ]
+        )
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    finished = subprocess.run(
+        [*launcher, Path(two_processes.__file__), tmp_path / "runs.json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.stdout.count(f"{script}: world size 2") == 2, finished.stdout
+    if script == "run_pretraining":
+        assert re.search(r"40 steps of 4 of 80 pairs; processes: 2,", finished.stdout)
+        # Losses and evaluation are over all processes.
+        for line, other in zip(log_of(tmp_path / script), log_of(plain), strict=True):
+            assert line == pytest.approx(other, abs=2e-4)
+    halves = [examples_of(tmp_path / f"examples-{rank}") for rank in range(2)]
+    for epoch in range(2):
+        assert sorted(row for half in halves for number, row in half if number == epoch) == list(range(80))
+    assert_same_weights(tmp_path / script, plain, tolerance=2e-5)
+
+
+def test_processes_that_do_not_know_each_other_are_refused(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"started 2 processes.*ACCELERATE_USE_CPU=true"):
+        run("run_pretraining", command("run_pretraining", tmp_path))
+
+
+# Options
+
+
+def test_regions_without_classes(script, command, world, tmp_path):
+    with RegionStoreWriter(tmp_path / "bare") as writer:
+        for image_id, record in RegionStore(world / "regions").items():
+            fields = {name: getattr(record, name) for name in ("image_width", "image_height", "boxes", "features")}
+            writer.write(type(record)(image_id=image_id, **fields))
+    options = {"regions": tmp_path / "bare", "max_steps": 2}
+    with pytest.raises(ValueError, match=r"object_ids is None.*--no_moc"):
+        run(script, command(script, tmp_path / "with", **options))
+    run(script, command(script, tmp_path / "without", no_moc=True, **options))
+    assert (tmp_path / "without" / "model.safetensors").exists()
+
+
+def test_bfloat16(script, command, tmp_path):
+    if fast_precision("cpu") != "bf16":
+        pytest.skip("this CPU emulates bfloat16; test_pretraining.py sees to the warning")
+    precision = {"mixed_precision": "bf16"} if script == "run_pretraining" else {"bf16": True}
+    run(script, command(script, tmp_path, max_steps=1, **precision))
+    assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
+
+
+def test_evaluation_keeps_no_logits(command, world, tmp_path, monkeypatch):
+    """Trainer's own loop would hold 20 x 30,522 logits for each of the 200 rows, of masked and of unmasked pairs."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("the peak of memory is read from /proc")
+    bert = small_world.save_bert(tmp_path / "bert", dropout=0.0, vocab_size=30522)
+    trainers = importlib.import_module("run_pretraining_trainer")
+    growth = []
+    evaluate = trainers.PretrainingTrainer.evaluate
+
+    def measured(self, *args, **kwargs):
+        before = peak_memory(status, reset=True)
+        found = evaluate(self, *args, **kwargs)
+        growth.append(peak_memory(status) - before)
+        return found
+
+    monkeypatch.setattr(trainers.PretrainingTrainer, "evaluate", measured)
+    options = {"max_steps": 1, "max_validation_pairs": 1000, "validation_split": "train"}
+    arguments = command("run_pretraining_trainer", tmp_path / "output", **options)
+    run("run_pretraining_trainer", [*arguments, "--model_name_or_path", str(bert)])
+    (bytes_grown,) = growth
+    logits = 2 * small_world.NUM_TRAIN_PAIRS * 15 * 30522 * 4
+    assert bytes_grown < logits / 3
+
+
+def peak_memory(status, reset=False):
+    """Bytes that this process has held at most, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
