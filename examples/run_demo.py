@@ -20,7 +20,7 @@ from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParse
 from unicoder_vl_hf import RegionStore
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
-from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance, zero_shot_retrieval
+from unicoder_vl_hf.pretraining import DATA_FOLDER, metrics_table, pretraining_chance, zero_shot_retrieval
 
 
 @dataclass
@@ -39,7 +39,7 @@ def main() -> int:
 
     model = AutoModelForPreTraining.from_pretrained(output_dir)
     processor = AutoProcessor.from_pretrained(output_dir)
-    scenes = output_dir / "scenes"
+    scenes = output_dir / DATA_FOLDER / "scenes"
     captions = read_captions(scenes / "captions.jsonl", split="test")
     retrieval = zero_shot_retrieval(model, processor, RegionStore(scenes / "regions"), captions)
 

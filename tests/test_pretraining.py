@@ -336,7 +336,7 @@ def test_foreign_regions_are_converted_once(world, bert, tmp_path):
         )
     arguments = dataclasses.replace(on_world(world, bert, num_region_classes=12), regions=str(foreign))
     made = prepare_pretraining(arguments, tmp_path / "output", seed=0)
-    converted = tmp_path / "output" / "regions"
+    converted = tmp_path / "output" / "_data" / "regions"
     assert made.collator.store.path == converted
     np.testing.assert_array_equal(made.collator.store["train-00003"].features, store["train-00003"].features)
     assert made.model.config.num_region_classes == 12

@@ -232,7 +232,7 @@ def push_folder(repo_id: str, folder: Path):
         repo_id=repo_id,
         folder_path=folder,
         commit_message="Upload Unicoder-VL",
-        ignore_patterns=["checkpoint-*", "partial-*", "regions/**", "scenes/**", "pretraining/**", "runs/**"],
+        ignore_patterns=["_*", "checkpoint-*", "partial-*", "pretraining/**", "runs/**"],
     )
 
 
