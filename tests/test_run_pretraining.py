@@ -357,7 +357,7 @@ def test_bfloat16(script, command, tmp_path):
 def test_evaluation_keeps_no_logits(command, world, tmp_path, monkeypatch):
     """Trainer's own loop would hold 20 x 30,522 logits for each of the 200 rows, of masked and of unmasked pairs."""
     status = Path("/proc/self/status")
-    if not status.exists():
+    if not (status.exists() and os.access("/proc/self/clear_refs", os.W_OK)):
         pytest.skip("the peak of memory is read from /proc")
     bert = small_world.save_bert(tmp_path / "bert", dropout=0.0, vocab_size=30522)
     trainers = importlib.import_module("run_pretraining_trainer")
