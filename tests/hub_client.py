@@ -23,9 +23,9 @@ PROVENANCE = {
 KEPT_AT_HOME = (
     "checkpoint-3/model.safetensors",
     "partial-4/model.safetensors",
-    "regions/manifest.json",
-    "regions/shards/0.safetensors",
-    "scenes/regions/0.safetensors",
+    "_data/regions/manifest.json",
+    "_data/regions/regions-00000.safetensors",
+    "_data/scenes/captions.jsonl",
     "pretraining/events.out",
     "runs/now/events.out",
 )
