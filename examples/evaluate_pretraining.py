@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None):
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, accelerator.device.type))
     store = RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store)
-    model = accelerator.prepare(AutoModelForPreTraining.from_pretrained(args.model).eval())
+    model = AutoModelForPreTraining.from_pretrained(args.model)
+    model.sparse_prediction = True
+    model = accelerator.prepare(model)
     processor = AutoProcessor.from_pretrained(args.model)
     processor.set_store(store)
     regions = ShuffledStore(store, captions["image_id"], args.seed) if args.shuffle_regions else store
