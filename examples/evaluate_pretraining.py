@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParser
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
@@ -45,8 +45,7 @@ class EvaluationArguments:
 def main(argv: list[str] | None = None):
     parser = HfArgumentParser(EvaluationArguments)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
-    accelerator = Accelerator()
-    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, accelerator.device.type))
+    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, PartialState().device.type))
     store = RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store)
     model = AutoModelForPreTraining.from_pretrained(args.model)
