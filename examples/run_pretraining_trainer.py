@@ -71,7 +71,7 @@ class PretrainingTrainer(Trainer):
 
 
 class EpochOfData(TrainerCallback):
-    """Masks and mismatches follow the epoch; accelerate tells it to the loader, but not to the data behind it."""
+    """Masks and mismatches follow the epoch, which accelerate tells to the data in a single process only."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         train_dataloader.dataset.set_epoch(int(state.epoch))

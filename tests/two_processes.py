@@ -1,15 +1,18 @@
 """Runs the pre-training scripts one after another, for torchrun: `two_processes.py runs.json`.
 
-`runs.json` lists {"script": …, "arguments": […], "examples": file or null}; each process writes to `<examples>-<rank>`
-the epoch and the row of each example that it trains on, and prints what the test asks for.
+`runs.json` lists {"script": …, "arguments": […], "examples": file, "plain_descent": bool}. Each process writes to
+`<examples>-<rank>` the epoch and the row of each example that it trains on, to `<examples>-<rank>.pid` its id, and
+prints the size of the world.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining
@@ -17,26 +20,48 @@ from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
-def record_examples(path: str):
+@contextlib.contextmanager
+def examples_recorded(path: str | Path):
     """Writes the epoch and the row of what is collated with mismatches and masks: what is trained on."""
     collate = DataCollatorForUnicoderVLPreTraining.__call__
+    recorded = Path(f"{path}-{os.environ.get('RANK', 0)}")
 
     def recording(self, rows):
         if "mismatch_image_id" in rows[0] and self.mlm_probability > 0:
-            with open(f"{path}-{os.environ.get('RANK', 0)}", "a") as file:
+            with recorded.open("a") as file:
                 file.write("".join(f"{row['epoch']} {row['row_index']}\n" for row in rows))
         return collate(self, rows)
 
+    Path(f"{recorded}.pid").write_text(str(os.getpid()))
     DataCollatorForUnicoderVLPreTraining.__call__ = recording
-    return collate
+    try:
+        yield
+    finally:
+        DataCollatorForUnicoderVLPreTraining.__call__ = collate
+
+
+@contextlib.contextmanager
+def plain_descent():
+    """Replaces AdamW, to which gradients that are too large by any factor look the same."""
+    adamw = torch.optim.AdamW
+    torch.optim.AdamW = lambda parameters, lr, **_: torch.optim.SGD(parameters, lr=lr)
+    try:
+        yield
+    finally:
+        torch.optim.AdamW = adamw
+
+
+def run(script: str, arguments: list[str]):
+    """The `main` of a script, as if in a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    importlib.import_module(script).main(arguments)
 
 
 if __name__ == "__main__":
-    for run in json.loads(Path(sys.argv[1]).read_text()):
-        collate = record_examples(run["examples"])
-        importlib.import_module(run["script"]).main(run["arguments"])
-        print(f"{run['script']}: world size {PartialState().num_processes}", flush=True)
-        DataCollatorForUnicoderVLPreTraining.__call__ = collate
-        AcceleratorState._reset_state(reset_partial_state=False)
-        GradientState._reset_state()
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        descent = plain_descent() if entry["plain_descent"] else contextlib.nullcontext()
+        with examples_recorded(entry["examples"]), descent:
+            run(entry["script"], entry["arguments"])
+        print(f"{entry['script']}: world size {PartialState().num_processes}", flush=True)
     PartialState().destroy_process_group()
