@@ -177,7 +177,7 @@ def test_resume_equals_never_stopped(script, command, straight, tmp_path, step):
             assert log_of(folder) == log_of(straight)
 
 
-def launch(tmp_path, *runs, processes=1):
+def launch(tmp_path, *runs, processes=1, first=0):
     """Starts the runs, (script, arguments) or (script, arguments, True) for plain descent, one after another."""
     entries = [
         {
@@ -186,7 +186,7 @@ def launch(tmp_path, *runs, processes=1):
             "examples": str(tmp_path / f"examples{index}"),
             "plain_descent": bool(plain),
         }
-        for index, (script, arguments, *plain) in enumerate(runs)
+        for index, (script, arguments, *plain) in enumerate(runs, start=first)
     ]
     (tmp_path / "runs.json").write_text(json.dumps(entries))
     command = [sys.executable]
@@ -313,18 +313,23 @@ def test_two_processes_equal_one(script, command, tmp_path, plain):
     """
     wet = {"pairs": 2, "processes": 2, "dropout": 0.1, "save_steps": 8, "save_total_limit": 9}
     again = {"resume_from_checkpoint": tmp_path / "wet" / "checkpoint-24"}
-    process = launch(
-        tmp_path,
+    runs = (
         (script, command(script, tmp_path / "dry", pairs=2, processes=2, plain=True), True),
         (script, command(script, tmp_path / "wet", **wet)),
         (script, command(script, tmp_path / "resumed", **wet, **again)),
-        processes=2,
     )
-    try:
-        output, _ = process.communicate(timeout=200)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
+    output = ""
+    for index, one in enumerate(runs):
+        for _ in range(3):
+            process = launch(tmp_path, one, processes=2, first=index)
+            try:
+                printed, _ = process.communicate(timeout=200)
+            finally:
+                process.kill()
+            if "connectFullMesh" not in printed:  # gloo's peers may miss each other on a busy machine, before any step
+                break
+        assert process.returncode == 0, printed
+        output += printed
     assert output.count(f"{script}: world size 2") == 2 * 3, output
     if script == "run_pretraining":
         assert output.count("40 steps of 4 of 80 pairs; processes: 2,") == 3
