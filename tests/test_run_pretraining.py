@@ -1,5 +1,6 @@
 """The two pre-training scripts: however a run is cut (steps, processes, workers, Ctrl-C), it is the same run."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -177,7 +178,7 @@ def test_resume_equals_never_stopped(script, command, straight, tmp_path, step):
             assert log_of(folder) == log_of(straight)
 
 
-def launch(tmp_path, *runs, processes=1, first=0):
+def launch(tmp_path, *runs, processes=1):
     """Starts the runs, (script, arguments) or (script, arguments, True) for plain descent, one after another."""
     entries = [
         {
@@ -186,7 +187,7 @@ def launch(tmp_path, *runs, processes=1, first=0):
             "examples": str(tmp_path / f"examples{index}"),
             "plain_descent": bool(plain),
         }
-        for index, (script, arguments, *plain) in enumerate(runs, start=first)
+        for index, (script, arguments, *plain) in enumerate(runs)
     ]
     (tmp_path / "runs.json").write_text(json.dumps(entries))
     command = [sys.executable]
@@ -205,19 +206,28 @@ def launch(tmp_path, *runs, processes=1, first=0):
     )
 
 
+def output_of(process, tmp_path):
+    """What a launched process prints to its end; one that hangs is killed, and so are those that torchrun started."""
+    try:
+        return process.communicate(timeout=150)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        for path in tmp_path.glob("*.pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGKILL)
+        raise
+
+
 def stopped(process, tmp_path, folder, rank=0):
     """The step after which the run in `folder` stopped, with a checkpoint, after one of its processes got Ctrl-C."""
     trained = tmp_path / f"examples0-{rank}"
-    try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if trained.exists() and len(trained.read_text().splitlines()) >= 4 * 4:  # of 160 in all
-                os.kill(int(Path(f"{trained}.pid").read_text()), signal.SIGINT)
-                break
-            time.sleep(0.002)
-        output, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if trained.exists() and len(trained.read_text().splitlines()) >= 4 * 4:  # of 160 in all
+            os.kill(int(Path(f"{trained}.pid").read_text()), signal.SIGINT)
+            break
+        time.sleep(0.002)
+    output = output_of(process, tmp_path)
     assert process.returncode == 0, output
     (checkpoint,) = folder.glob("checkpoint-*")
     step = int(checkpoint.name[11:])
@@ -313,23 +323,15 @@ def test_two_processes_equal_one(script, command, tmp_path, plain):
     """
     wet = {"pairs": 2, "processes": 2, "dropout": 0.1, "save_steps": 8, "save_total_limit": 9}
     again = {"resume_from_checkpoint": tmp_path / "wet" / "checkpoint-24"}
-    runs = (
+    process = launch(
+        tmp_path,
         (script, command(script, tmp_path / "dry", pairs=2, processes=2, plain=True), True),
         (script, command(script, tmp_path / "wet", **wet)),
         (script, command(script, tmp_path / "resumed", **wet, **again)),
+        processes=2,
     )
-    output = ""
-    for index, one in enumerate(runs):
-        for _ in range(3):
-            process = launch(tmp_path, one, processes=2, first=index)
-            try:
-                printed, _ = process.communicate(timeout=200)
-            finally:
-                process.kill()
-            if "connectFullMesh" not in printed:  # gloo's peers may miss each other on a busy machine, before any step
-                break
-        assert process.returncode == 0, printed
-        output += printed
+    output = output_of(process, tmp_path)
+    assert process.returncode == 0, output
     assert output.count(f"{script}: world size 2") == 2 * 3, output
     if script == "run_pretraining":
         assert output.count("40 steps of 4 of 80 pairs; processes: 2,") == 3

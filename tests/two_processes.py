@@ -59,9 +59,8 @@ def run(script: str, arguments: list[str]):
 
 
 if __name__ == "__main__":
-    PartialState.destroy_process_group = lambda self, group: (
-        None
-    )  # between runs; a second group would not find its peers
+    # Between runs: a second group would look for its peers where the first one's were, and fail in connectFullMesh.
+    PartialState.destroy_process_group = lambda self, group: None
     for entry in json.loads(Path(sys.argv[1]).read_text()):
         descent = plain_descent() if entry["plain_descent"] else contextlib.nullcontext()
         with examples_recorded(entry["examples"]), descent:
