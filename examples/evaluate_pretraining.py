@@ -1,7 +1,7 @@
 """Evaluates a pre-trained checkpoint: the three tasks, and zero-shot image-text retrieval, each beside chance.
 
     python examples/evaluate_pretraining.py --model runs/flickr8k \
-        --captions dataset_flickr8k.json --regions runs/flickr8k/regions --num_images 200
+        --captions dataset_flickr8k.json --regions runs/flickr8k/_data/regions --num_images 200
 
 `--shuffle_regions` gives every image the regions of another. A model that reads the regions falls to chance in
 matching and retrieval; one that does not was never looking.

@@ -62,8 +62,8 @@ def main() -> int:
         ],
         lambda image_id: Image.open(scenes / "photos" / f"{image_id}.png"),
         title="Zero-shot retrieval on rendered scenes",
-        intro="Captions drawn at random from the test scenes, whose combinations of colour and shape never occur in "
-        "training, with the five scenes that the pre-trained matching head scores best.",
+        intro="Captions drawn at random from the test scenes, each of which holds a colour and shape that never meet "
+        "in training, with the five scenes that the pre-trained matching head scores best.",
         metrics=retrieval.metrics,
         chance=retrieval.chance,
     )

@@ -1,4 +1,4 @@
-"""Pre-trains Unicoder-VL with transformers' Trainer: with every option of TrainingArguments.
+"""Pre-trains Unicoder-VL with transformers' Trainer and every option of TrainingArguments.
 
     accelerate launch examples/run_pretraining_trainer.py --output_dir runs/scenes
     accelerate launch examples/run_pretraining_trainer.py --output_dir runs/flickr8k \

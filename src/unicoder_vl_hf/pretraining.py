@@ -5,6 +5,7 @@ Follows the paper's pre-training tasks; the loops are in `examples/run_pretraini
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -93,6 +94,15 @@ DATA_FOLDER = "_data"
 # The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 4, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+SCENES_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 def preset(argv: Sequence[str]) -> dict[str, Any]:
@@ -230,18 +240,6 @@ def _model_and_tokenizer(
     return model, tokenizer
 
 
-# A model that learns the scenes in minutes on two cores.
-SCENES_MODEL: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-
-
 @torch.no_grad()
 def evaluate_pretraining(
     model: torch.nn.Module,
@@ -271,11 +269,11 @@ def evaluate_pretraining(
     """
     was_training = model.training
     model.eval()
-    mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    mine = Subset(pairs, range(accelerator.process_index, len(pairs), accelerator.num_processes))
 
-    def batches(dataset: Any, collate_fn: Any, name: str):
+    def batches(collate_fn: Any, name: str):
         loader = DataLoader(
-            dataset,
+            mine,
             batch_size=batch_size,
             collate_fn=collate_fn,
             num_workers=num_workers,
@@ -290,7 +288,7 @@ def evaluate_pretraining(
     tasks = {"mlm": ("labels", config.vocab_size), "moc": ("region_labels", config.num_region_classes)}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in tasks}  # of losses, of right predictions
     counts = {name: torch.zeros(size, dtype=torch.float64) for name, (_, size) in tasks.items()}  # of each target
-    for batch, outputs in batches(_Matches(pairs, mine), collator, "Evaluating masked prediction"):
+    for batch, outputs in batches(functools.partial(_collate_matches, collator), "Evaluating masked prediction"):
         for name, logits in (("mlm", outputs.prediction_logits), ("moc", outputs.region_logits)):
             labels = batch[tasks[name][0]]
             targets = labels[labels != IGNORED]
@@ -302,7 +300,7 @@ def evaluate_pretraining(
 
     unmasked = dataclasses.replace(collator, mlm_probability=0.0, moc_probability=0.0)
     scores: list[float] = []
-    for _, outputs in batches(torch.utils.data.Subset(pairs, mine), unmasked, "Evaluating matching"):
+    for _, outputs in batches(unmasked, "Evaluating matching"):
         half = len(outputs.scores) // 2
         # (match, mismatch) pair by pair, so that processes may gather in any order.
         scores += torch.stack((outputs.scores[:half], outputs.scores[half:]), dim=1).flatten().tolist()
@@ -330,19 +328,9 @@ def evaluate_pretraining(
     return metrics
 
 
-class _Matches(torch.utils.data.Dataset):
-    """The matches of some rows, without their mismatches."""
-
-    def __init__(self, pairs: PairsWithMismatches, rows: Sequence[int]):
-        self.pairs = pairs
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        row = self.pairs[self.rows[position]]
-        return {key: value for key, value in row.items() if not key.startswith("mismatch")}
+def _collate_matches(collator: DataCollatorForUnicoderVLPreTraining, rows: Sequence[Mapping[str, Any]]):
+    """The matches of the rows, without their mismatches."""
+    return collator([{name: row[name] for name in row if not name.startswith("mismatch")} for row in rows])
 
 
 class ShuffledStore(Mapping[str, RegionRecord]):

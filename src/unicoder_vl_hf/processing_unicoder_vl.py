@@ -43,8 +43,8 @@ class UnicoderVLProcessor(ProcessorMixin):
     Example:
 
     ```python
-    >>> processor = UnicoderVLProcessor(UnicoderVLFeatureExtractor(),
-    AutoTokenizer.from_pretrained("bert-base-uncased"))
+    >>> tokenizer = AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
+    >>> processor = UnicoderVLProcessor(UnicoderVLFeatureExtractor(), tokenizer)
     >>> processor.set_store(RegionStore("flickr30k-regions"))
     >>> inputs = processor(text=["A dog runs."], regions=["1000092795"], return_tensors="pt")
     ```"""

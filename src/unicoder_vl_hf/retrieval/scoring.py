@@ -91,5 +91,5 @@ class ImageTextScorer:
         num_captions, num_images = len(text["input_ids"]), len(regions["region_features"])
         index = torch.arange(num_captions * num_images, device=self.model.device)
         outputs = self.model.bert(**text, **regions, caption_index=index // num_images, image_index=index % num_images)
-        logits = self.model.matching_head(outputs.pooler_output).float()
+        logits = self.model.matching_head(outputs.pooler_output)
         return (logits[:, 1] - logits[:, 0]).view(num_captions, num_images).cpu().numpy()
