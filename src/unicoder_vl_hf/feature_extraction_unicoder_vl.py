@@ -279,6 +279,10 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
             case. The paper's 0.2 changes nothing, since it fills up to 100 whatever the score: hence None.
         min_regions (`int`, defaults to 10): See `score_threshold`. 10 is the floor of the usual adaptive features.
         feature_dim (`int`, *optional*): The feature width to insist on. None takes any width that a batch agrees on.
+        feature_mean (sequence of `float` of length D, *optional*): Subtracted from every feature; the training set's.
+            A masked region, whose feature is zeroed, then looks like an average one.
+        feature_std (`float`, *optional*): Divides every feature after that; above 0. Without either, as in the paper,
+            features pass as they are.
         region_provenance (`dict`, *optional*): `RegionStore.provenance` of the store that the model was trained on;
             saved with the rest. See `check_provenance`.
     """
@@ -292,6 +296,8 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         score_threshold: float | None = None,
         min_regions: int = 10,
         feature_dim: int | None = None,
+        feature_mean: Sequence[float] | None = None,
+        feature_std: float | None = None,
         region_provenance: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
@@ -300,6 +306,12 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if score_threshold is not None and not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must be in 0..1, or None to keep every score, got {score_threshold}.")
+        if feature_std is not None and not 0 < feature_std < np.inf:
+            raise ValueError(f"feature_std must be above 0, or None to leave the scale, got {feature_std}.")
+        self.feature_mean = None if feature_mean is None else np.asarray(feature_mean, dtype=np.float32).tolist()
+        if self.feature_mean is not None and not np.isfinite(self.feature_mean).all():
+            raise ValueError("feature_mean must be finite, but holds NaN or infinity.")
+        self.feature_std = feature_std
         self.max_regions = max_regions
         self.score_threshold = score_threshold
         self.min_regions = min_regions
@@ -340,7 +352,8 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
 
         Returns:
             `BatchFeature` of
-            - **region_features** `(B, R, D)`: in the dtype of the records, float32 where they differ. The model casts.
+            - **region_features** `(B, R, D)`: in the dtype of the records, float32 where they differ or are scaled by
+              `feature_mean` and `feature_std`. The model casts.
             - **region_locations** `(B, R, 5)`, float32: see `RegionRecord.locations`.
             - **region_attention_mask** `(B, R)`, int64: 1 = region, 0 = padding.
             - **kept_indices** `(B, R)`, int64: the row of the record that a region comes from, -1 = padding.
@@ -362,6 +375,8 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
             features[row, : len(indices)] = record.features[rows]
             locations[row, : len(indices)] = record.locations()[rows]
         mask = np.arange(size[1]) < counts[:, None]  # (B, R)
+        if self.feature_mean is not None or self.feature_std is not None:
+            features = self._scale(features, mask)
         data = {
             "region_features": features,
             "region_locations": locations,
@@ -371,6 +386,20 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
             data["kept_indices"] = np.full(size, -1)
             data["kept_indices"][mask] = np.concatenate(kept)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _scale(self, features: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        features = features.astype(np.float32, copy=False)
+        if self.feature_mean is not None:
+            if len(self.feature_mean) != features.shape[-1]:
+                raise ValueError(
+                    f"feature_mean has length {len(self.feature_mean)}, but the features have width "
+                    f"{features.shape[-1]}: give the mean of these features."
+                )
+            features -= np.asarray(self.feature_mean, dtype=np.float32)
+            features[~mask] = 0
+        if self.feature_std is not None:
+            features /= np.float32(self.feature_std)
+        return features
 
     def check_provenance(self, provenance: Mapping[str, Any]) -> bool:
         """

@@ -63,6 +63,10 @@ class PretrainingArguments:
     image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
     max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
     max_regions: int = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
+    scale_features: bool = field(
+        default=False,
+        metadata={"help": "Subtract the training regions' mean from features, divide by their standard deviation."},
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
     mask_replace_prob: float = field(default=1.0, metadata={"help": "Of these, the share made [MASK] (BERT: 0.8)."})
     random_replace_prob: float = field(default=0.0, metadata={"help": "Of these, the share made random (BERT: 0.1)."})
@@ -157,7 +161,10 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
             f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions."
         )
     extractor = UnicoderVLFeatureExtractor(
-        max_regions=arguments.max_regions, feature_dim=store.feature_dim, region_provenance=store.provenance
+        max_regions=arguments.max_regions,
+        feature_dim=store.feature_dim,
+        region_provenance=store.provenance,
+        **_feature_scale(arguments, store, train),
     )
     processor = UnicoderVLProcessor(extractor, tokenizer)
     cut = processor.count_truncated(train["caption"], arguments.max_length)
@@ -206,6 +213,37 @@ def _split(captions: datasets.Dataset, name: str, path: Path) -> datasets.Datase
             f"{path} has no split {name!r}, only {sorted(set(splits.tolist()))}: see --train_split, --validation_split."
         )
     return captions.select(rows)
+
+
+def _feature_scale(arguments: PretrainingArguments, store: RegionStore, captions: datasets.Dataset) -> dict[str, Any]:
+    """The feature extractor's `feature_mean` and `feature_std`: the checkpoint's, else as `scale_features` asks."""
+    name = arguments.base_model
+    if name is not None and AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type:
+        extractor = UnicoderVLFeatureExtractor.from_pretrained(name)
+        extractor.check_provenance(store.provenance)
+        if arguments.scale_features and extractor.feature_mean is None:
+            raise ValueError(f"{name} was trained on unscaled features: leave out --scale_features.")
+        return {"feature_mean": extractor.feature_mean, "feature_std": extractor.feature_std}
+    if not arguments.scale_features:
+        return {}
+    mean, std = feature_statistics(store, captions.unique("image_id"))
+    return {"feature_mean": mean, "feature_std": std}
+
+
+def feature_statistics(
+    store: Mapping[str, RegionRecord], image_ids: Sequence[str], max_images: int = 10_000
+) -> tuple[np.ndarray, float]:
+    """
+    The mean feature `(D,)` over the regions of these images (at most `max_images`, drawn evenly), and one standard
+    deviation of all values around it: what `UnicoderVLFeatureExtractor` takes as `feature_mean` and `feature_std`.
+    """
+    image_ids = image_ids[:: max(1, math.ceil(len(image_ids) / max_images))]
+    count, total, squares = 0, np.float64(0), np.float64(0)
+    for image_id in tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
+        features = np.asarray(store[image_id].features, dtype=np.float64)
+        count, total, squares = count + len(features), total + features.sum(0), squares + (features**2).sum(0)
+    mean = total / count
+    return mean, float(np.sqrt((squares / count - mean**2).mean()))
 
 
 def _model_and_tokenizer(

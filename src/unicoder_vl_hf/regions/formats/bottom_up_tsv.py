@@ -7,15 +7,12 @@ The last two are base64 of C-order float32: (n, 4) absolute x1 y1 x2 y2, and (n,
 Boxes are proposals in the original tool and regressed boxes in later ports; the file does not say which.
 """
 
-import base64
-import binascii
 from collections.abc import Container, Iterator
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
-
 from ...feature_extraction_unicoder_vl import RegionRecord
+from ._parsing import integer, matrix
 
 NAME = "bottom-up-tsv"
 FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
@@ -66,26 +63,9 @@ def _record(image_id: str, fields: list[bytes]) -> RegionRecord:
     if len(fields) != len(FIELDS):
         hint = "; 10 and more are LXMERT's layout" if len(fields) >= 10 else ""
         raise ValueError(f"Image {image_id!r}: {len(fields)} columns, expected {', '.join(FIELDS)}{hint}.")
-    width, height, n = (_integer(image_id, name, text) for name, text in zip(FIELDS[1:4], fields[1:4], strict=True))
+    width, height, n = (integer(image_id, name, text) for name, text in zip(FIELDS[1:4], fields[1:4], strict=True))
     if n < 1:
         raise ValueError(f"Image {image_id!r}: num_boxes is {n}, expected at least 1: take the line out.")
-    boxes = _matrix(image_id, "boxes", fields[4], n)
-    features = _matrix(image_id, "features", fields[5], n)
+    boxes = matrix(image_id, "boxes", fields[4], n)
+    features = matrix(image_id, "features", fields[5], n)
     return RegionRecord(image_id, image_width=width, image_height=height, boxes=boxes, features=features)
-
-
-def _integer(image_id: str, name: str, text: bytes) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"Image {image_id!r}: {name} is {text[:40]!r}, expected a whole number.") from None
-
-
-def _matrix(image_id: str, name: str, text: bytes, n: int) -> np.ndarray:
-    try:
-        data = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"Image {image_id!r}: {name} is no base64 ({error}): the line may be cut short.") from None
-    if not data or len(data) % (4 * n):
-        raise ValueError(f"Image {image_id!r}: {name} has {len(data)} bytes, expected {n} equal rows of float32.")
-    return np.frombuffer(data, "<f4").reshape(n, -1)
