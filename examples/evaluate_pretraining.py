@@ -37,6 +37,7 @@ class EvaluationArguments:
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
     num_images: int | None = field(default=None, metadata={"help": "Retrieval over the first images. Default: all."})
     shuffle_regions: bool = field(default=False, metadata={"help": "Give every image the regions of another."})
+    moc: bool = field(default=True, metadata={"help": "Masked object classification; --no_moc without classes."})
     mixed_precision: str = field(default="no", metadata={"help": "auto, no, bf16 or fp16."})
     seed: int = field(default=0, metadata={"help": "Of the masks, the mismatches and the shuffling."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
@@ -55,7 +56,9 @@ def main(argv: list[str] | None = None):
     processor.set_store(store)
     regions = ShuffledStore(store, captions["image_id"], args.seed) if args.shuffle_regions else store
 
-    collator = DataCollatorForUnicoderVLPreTraining(processor, regions, seed=args.seed)
+    collator = DataCollatorForUnicoderVLPreTraining(
+        processor, regions, seed=args.seed, moc_probability=0.15 if args.moc else 0.0
+    )
     pairs = PairsWithMismatches(captions, seed=args.seed, fixed_epoch=0)
     metrics = evaluate_pretraining(model, pairs, collator, accelerator)
     print(metrics_table(metrics, pretraining_chance(metrics)))

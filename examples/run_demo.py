@@ -33,8 +33,9 @@ class DemoArguments:
 def main() -> int:
     (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     started, output_dir = time.perf_counter(), Path(args.output_dir)
-    for checkpoint in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # of an earlier demo that was stopped
+    for checkpoint in output_dir.glob("checkpoint-*"):  # of an earlier demo that was stopped
+        shutil.rmtree(checkpoint)
+    (output_dir / "model.safetensors").unlink(missing_ok=True)  # of one that was not
     run_pretraining.main(["--output_dir", str(output_dir), "--seed", str(args.seed)])
 
     model = AutoModelForPreTraining.from_pretrained(output_dir)

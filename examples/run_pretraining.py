@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,9 +25,15 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
-from unicoder_vl_hf import UnicoderVLForPreTraining
 from unicoder_vl_hf.data.samplers import StepBatchSampler
-from unicoder_vl_hf.pretraining import PretrainingArguments, evaluate_pretraining, prepare_pretraining, preset
+from unicoder_vl_hf.pretraining import (
+    MAY_CHANGE,
+    LoopArguments,
+    PretrainingArguments,
+    evaluate_pretraining,
+    prepare_pretraining,
+    preset,
+)
 from unicoder_vl_hf.training import (
     CheckpointFolder,
     JsonLog,
@@ -35,50 +41,11 @@ from unicoder_vl_hf.training import (
     create_hub_repository,
     push_folder,
     resolve_precision,
+    save_weights_as_pretrained,
     write_model_card,
 )
 
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
-
-# A run may be resumed with others of these; all other arguments decide what it computes.
-MAY_CHANGE = set(
-    "output_dir captions regions model_name_or_path skip_missing validation_split max_validation_pairs "
-    "num_train_epochs max_steps gradient_accumulation_steps mixed_precision gradient_checkpointing "
-    "dataloader_num_workers logging_steps save_steps save_total_limit eval_steps eval_on_start "
-    "resume_from_checkpoint report_to push_to_hub hub_model_id".split()
-)
-
-
-@dataclass
-class LoopArguments:
-    output_dir: str = field(metadata={"help": "Checkpoints, the log, and in the end the model."})
-    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training pairs."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Its peak, after the warm-up."})
-    train_batch_size: int = field(default=192, metadata={"help": "Pairs of an optimiser step over ALL processes."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-steps of an optimiser step."})
-    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW with 0 is the paper's Adam."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
-    max_steps: int = field(default=-1, metadata={"help": "End after so many steps, whatever the epochs."})
-    mixed_precision: str = field(
-        default="auto", metadata={"help": "auto (what the hardware is fast in), no, bf16, fp16."}
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a third more time."})
-    seed: int = field(default=0, metadata={"help": "Masks, mismatches, order, dropout and new weights follow from it."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and mask."})
-    logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
-    eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations. Default: every epoch."})
-    eval_on_start: bool = field(default=False, metadata={"help": "Evaluate before the first step too."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint's folder, or 'latest'."})
-    report_to: str = field(default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the model, processor and card in the end."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Default: the output folder's name."})
-
-    def __post_init__(self):
-        if self.save_steps < 1 or self.logging_steps < 1:
-            raise ValueError("save_steps and logging_steps must be at least 1.")
 
 
 def main(argv: list[str] | None = None):
@@ -126,22 +93,13 @@ def main(argv: list[str] | None = None):
     scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * total_steps), total_steps)
     model, optimizer = accelerator.prepare(setup.model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    # The checkpoint's weights are the model's own files, so that from_pretrained reads any checkpoint.
-    accelerator.register_save_state_pre_hook(
-        lambda models, weights, folder: accelerator.unwrap_model(models[0]).save_pretrained(
-            folder, state_dict=weights.pop()
-        )
-    )
-    accelerator.register_load_state_pre_hook(
-        lambda models, folder: accelerator.unwrap_model(models.pop()).load_state_dict(
-            UnicoderVLForPreTraining.from_pretrained(folder).state_dict()
-        )
-    )
+    save_weights_as_pretrained(accelerator)
 
     arguments = {**asdict(data_args), **asdict(args)}
     identity = {name: value for name, value in arguments.items() if name not in MAY_CHANGE}
     identity |= {"train_pairs": len(setup.train), "total_steps": total_steps}
-    step, sums = 0, torch.zeros(4, device=accelerator.device)  # of the losses since the last line of the log
+    # Since the last line of the log: of the loss, its three parts, and the share of matches.
+    step, sums = 0, torch.zeros(5, device=accelerator.device)
     if resume_from is None:
         set_seed(args.seed, device_specific=True)  # another dropout in every process
     else:
@@ -202,7 +160,8 @@ def main(argv: list[str] | None = None):
                     outputs = model(**batch)
                     # Rows of this micro-batch over the rows of the step; DDP divides by the processes.
                     accelerator.backward(outputs.loss * (weight * accelerator.num_processes))
-                parts = (outputs.loss, outputs.mlm_loss, outputs.moc_loss, outputs.matching_loss)
+                matches = (batch["matching_labels"] == 1).float().mean()
+                parts = (outputs.loss, outputs.mlm_loss, outputs.moc_loss, outputs.matching_loss, matches)
                 of_step += torch.stack([part.detach() for part in parts]) * weight
                 rows_since += len(batch["matching_labels"])
                 if not last:
@@ -219,17 +178,18 @@ def main(argv: list[str] | None = None):
                 step += 1
                 progress.update()
                 if step % args.logging_steps == 0:
-                    losses = (sums / args.logging_steps).tolist()
+                    loss, mlm, moc, matching, matches = (sums / args.logging_steps).tolist()
                     now = time.perf_counter()
                     record(
-                        dict(zip(("loss", "mlm_loss", "moc_loss", "matching_loss"), losses, strict=True))
+                        # Of masked tokens and regions the mean over matches, as in the evaluation.
+                        {"loss": loss, "mlm_loss": mlm / matches, "moc_loss": moc / matches, "matching_loss": matching}
                         | {
                             "learning_rate": scheduler.get_last_lr()[0],
                             "epoch": step / steps_per_epoch,
                             "rows_per_second": rows_since * accelerator.num_processes / (now - since),
                         }
                     )
-                    progress.set_postfix(loss=f"{losses[0]:.3f}")
+                    progress.set_postfix(loss=f"{loss:.3f}")
                     sums.zero_()
                     since, rows_since = now, 0
                 if step % (args.eval_steps or steps_per_epoch) == 0 and step < total_steps:

@@ -13,7 +13,7 @@ import huggingface_hub
 from checkpoint_matrix import inspect_checkpoint, model_output
 from without_package import hide_package
 
-METRICS = {"vlm_accuracy": 0.87654321, "mlm_perplexity": 12.5}
+METRICS = {"matching_accuracy": 0.87654321, "mlm_perplexity": 12.5}
 PROVENANCE = {
     "detector": "pythia",
     "detector_revision": None,

@@ -317,9 +317,34 @@ def test_errors_of_a_batch_name_the_image():
         extractor([record(), {"features": 1}])
 
 
+def test_features_are_scaled_and_padding_is_not():
+    records = [
+        RegionRecord("a", features=np.array([[1, 2], [3, 4]], np.float16)),
+        RegionRecord("b", features=np.array([[5, 6]], np.float16)),
+    ]
+    extractor = UnicoderVLFeatureExtractor(feature_mean=[1, 4], feature_std=2)
+    features = extractor(records, return_tensors="np")["region_features"]
+    assert features.dtype == np.float32
+    assert features.tolist() == [[[0, -1], [1, 0]], [[2, 1], [0, 0]]]
+    assert records[0].features.tolist() == [[1, 2], [3, 4]]
+    only = UnicoderVLFeatureExtractor(feature_std=2)(records, return_tensors="np")["region_features"]
+    assert only.tolist() == [[[0.5, 1], [1.5, 2]], [[2.5, 3], [0, 0]]]
+    with pytest.raises(ValueError, match="feature_mean has length 3, but the features have width 2"):
+        UnicoderVLFeatureExtractor(feature_mean=[1, 4, 0])(records)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"max_regions": 0}, {"min_regions": 0}, {"score_threshold": 1.5}, {"score_threshold": -1}, {"feature_dim": 0}],
+    [
+        {"max_regions": 0},
+        {"min_regions": 0},
+        {"score_threshold": 1.5},
+        {"score_threshold": -1},
+        {"feature_dim": 0},
+        {"feature_std": 0.0},
+        {"feature_std": float("nan")},
+        {"feature_mean": [0.0, float("inf")]},
+    ],
 )
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -332,6 +357,8 @@ def test_save_pretrained_round_trip(tmp_path):
         "score_threshold": 0.2,
         "min_regions": 12,
         "feature_dim": 256,
+        "feature_mean": [0.25, -0.125],
+        "feature_std": 0.5,
         "region_provenance": {"detector": "vg", "thresholds": {"score": 0.2}, "class_names": ["a", "b"]},
     }
     UnicoderVLFeatureExtractor(**options).save_pretrained(tmp_path)

@@ -153,7 +153,7 @@ def test_our_card_is_still_there_after_trainer_push_to_hub(hub, pushed):
     assert trained.data.base_model == "google-bert/bert-base-uncased"
     assert "Training data: two photos" in trained.text
     assert '- detector: "pythia"' in trained.text
-    assert "| vlm_accuracy | 0.8765 |" in trained.text
+    assert "| matching_accuracy | 0.8765 |" in trained.text
     assert {result.metric_type: result.metric_value for result in trained.data.eval_results} == {
         name: round(value, 4) for name, value in METRICS.items()
     }

@@ -26,7 +26,7 @@ PROVENANCE = {
 def write(folder: Path, **changes) -> huggingface_hub.ModelCard:
     arguments = {
         "data_name": "flickr8k",
-        "metrics": {"vlm_accuracy": 0.87654321, "mlm_perplexity": 12.0},
+        "metrics": {"matching_accuracy": 0.87654321, "mlm_perplexity": 12.0},
         "provenance": PROVENANCE,
         "base_model": "google-bert/bert-base-uncased",
     }
@@ -47,7 +47,7 @@ def test_the_card_names_everything(tmp_path):
     assert card.data.base_model == "google-bert/bert-base-uncased"
     assert card.data.model_name == "someone/unicoder-vl-flickr8k"
     assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [
-        ("vlm_accuracy", 0.8765),
+        ("matching_accuracy", 0.8765),
         ("mlm_perplexity", 12.0),
     ]
     assert {result.dataset_name for result in card.data.eval_results} == {"flickr8k"}
@@ -61,7 +61,7 @@ def test_the_card_names_everything(tmp_path):
         "- feature_dim: 6",
         '- dtype: "float16"',
     ]
-    assert section(card, "Evaluation")[2:] == ["| vlm_accuracy | 0.8765 |", "| mlm_perplexity | 12.0000 |"]
+    assert section(card, "Evaluation")[2:] == ["| matching_accuracy | 0.8765 |", "| mlm_perplexity | 12.0000 |"]
 
 
 def test_what_is_unknown_is_said(tmp_path):
@@ -112,7 +112,7 @@ def test_the_metadata_are_plain_yaml_whatever_the_names(tmp_path):
     assert metadata["model-index"][0]["name"] == "someone/x"
     assert result["dataset"]["name"] == data_name
     assert result["metrics"] == [
-        {"type": "vlm_accuracy", "value": 0.8765},
+        {"type": "matching_accuracy", "value": 0.8765},
         {"type": "mlm_perplexity", "value": 12.0},
     ]
     assert f"- Training data: {data_name}\n" in card.text

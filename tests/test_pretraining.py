@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -114,10 +115,10 @@ def slow_evaluation(model, pairs, collator):
     metrics["mlm_perplexity"] = math.exp(metrics["mlm_loss"])
     matches, mismatches = zip(*matching, strict=True)
     log_losses = [math.log1p(math.exp(-s)) for s in matches] + [math.log1p(math.exp(s)) for s in mismatches]
-    metrics["vlm_loss"] = sum(log_losses) / len(log_losses)
-    metrics["vlm_accuracy"] = sum([s > 0 for s in matches] + [s < 0 for s in mismatches]) / len(log_losses)
+    metrics["matching_loss"] = sum(log_losses) / len(log_losses)
+    metrics["matching_accuracy"] = sum([s > 0 for s in matches] + [s < 0 for s in mismatches]) / len(log_losses)
     wins = [(a > b) + (a == b) / 2 for a in matches for b in mismatches]
-    metrics["vlm_auc"] = sum(wins) / len(wins)
+    metrics["matching_auc"] = sum(wins) / len(wins)
     return metrics
 
 
@@ -130,7 +131,7 @@ def test_evaluation_equals_a_slow_loop(setup, monkeypatch, batch_size, sparse):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
-    assert 0.2 < expected["vlm_accuracy"] < 0.8  # both signs of scores, or the comparison says little
+    assert 0.2 < expected["matching_accuracy"] < 0.8  # both signs of scores, or the comparison says little
 
 
 def test_evaluation_leaves_all_as_it_was(setup):
@@ -148,15 +149,25 @@ def test_evaluation_of_a_task_that_is_off(setup):
     collator = dataclasses.replace(setup.collator, moc_probability=0.0)
     found = evaluate_pretraining(setup.model, setup.validation, collator, Accelerator(cpu=True))
     assert not [name for name in found if name.startswith("moc")]
-    assert pretraining_chance(found).keys() == {"mlm_accuracy", "vlm_accuracy", "vlm_auc"}
+    assert pretraining_chance(found).keys() == {"mlm_accuracy", "matching_accuracy", "matching_auc"}
 
 
 def test_table():
-    metrics = {"mlm_accuracy": 0.5, "mlm_majority_accuracy": 0.125, "vlm_accuracy": 0.75, "vlm_auc": 0.9, "loss": 1.0}
+    metrics = {
+        "mlm_accuracy": 0.5,
+        "mlm_majority_accuracy": 0.125,
+        "matching_accuracy": 0.75,
+        "matching_auc": 0.9,
+        "loss": 1.0,
+    }
     chance = pretraining_chance(metrics)
-    assert chance == {"mlm_accuracy": 0.125, "vlm_accuracy": 0.5, "vlm_auc": 0.5}
+    assert chance == {"mlm_accuracy": 0.125, "matching_accuracy": 0.5, "matching_auc": 0.5}
     rows = [line.split() for line in metrics_table(metrics, chance).splitlines()[1:]]
-    assert rows == [["mlm_accuracy", "50.0", "12.5"], ["vlm_accuracy", "75.0", "50.0"], ["vlm_auc", "90.0", "50.0"]]
+    assert rows == [
+        ["mlm_accuracy", "50.0", "12.5"],
+        ["matching_accuracy", "75.0", "50.0"],
+        ["matching_auc", "90.0", "50.0"],
+    ]
 
 
 # Shuffled regions, scores and retrieval
@@ -297,14 +308,14 @@ def test_validation_pairs_are_drawn_evenly(world, bert, tmp_path):
 
 
 def test_unknown_split(world, bert, tmp_path):
-    with pytest.raises(ValueError, match=r"no split 'dev', only \['test', 'train', 'val'\].*--validation_split"):
+    with pytest.raises(ValueError, match=r"no split 'dev'; its splits are train, val, test"):
         prepare_pretraining(on_world(world, bert, validation_split="dev"), tmp_path, seed=0)
 
 
 def test_captions_without_splits(world, bert, tmp_path):
     captions = tmp_path / "captions.jsonl"
     captions.write_text(json.dumps({"image_id": "train-00000", "caption": "a red circle"}) + "\n")
-    with pytest.raises(ValueError, match=r"has no column 'split': add one that tells 'train' from the rest"):
+    with pytest.raises(ValueError, match=r"captions.jsonl: no column 'split'"):
         prepare_pretraining(dataclasses.replace(on_world(world, bert), captions=str(captions)), tmp_path, seed=0)
 
 
@@ -347,6 +358,10 @@ def test_foreign_regions_are_converted_once(world, bert, tmp_path):
     assert len(again.collator.store) == len(store)
     assert {path: path.stat().st_mtime_ns for path in converted.rglob("*")} == written
 
+    other = dataclasses.replace(arguments, regions=str(tmp_path))
+    with pytest.raises(ValueError, match=f"{re.escape(str(converted))} was converted from {re.escape(str(foreign))}"):
+        prepare_pretraining(other, tmp_path / "output", seed=0)
+
 
 def test_checkpoint_of_another_feature_width(world, tmp_path):
     checkpoint = tmp_path / "checkpoint"
@@ -362,6 +377,29 @@ def test_going_on_with_a_checkpoint(world, setup, tmp_path):
     made = prepare_pretraining(on_world(world, tmp_path / "checkpoint"), tmp_path, seed=0)
     for name, value in setup.model.state_dict().items():
         assert torch.equal(made.model.state_dict()[name], value), name
+
+
+def test_features_are_scaled_by_the_training_regions(world, bert, tmp_path):
+    made = prepare_pretraining(on_world(world, bert, scale_features=True), tmp_path, seed=0)
+    ids = {row["image_id"] for row in map(json.loads, (world / "captions.jsonl").open()) if row["split"] == "train"}
+    features = np.concatenate([made.collator.store[name].features for name in sorted(ids)]).astype(np.float64)
+    mean = features.mean(0)
+    extractor = made.processor.feature_extractor
+    np.testing.assert_allclose(extractor.feature_mean, mean, rtol=1e-5, atol=1e-7)
+    assert extractor.feature_std == pytest.approx(np.sqrt(((features - mean) ** 2).mean()), rel=1e-5)
+
+    made.model.save_pretrained(tmp_path / "scaled")
+    made.processor.save_pretrained(tmp_path / "scaled")
+    again = prepare_pretraining(on_world(world, tmp_path / "scaled"), tmp_path, seed=0)
+    assert again.processor.feature_extractor.feature_mean == extractor.feature_mean
+    assert again.processor.feature_extractor.feature_std == extractor.feature_std
+
+
+def test_a_checkpoint_keeps_its_scale(world, setup, tmp_path):
+    setup.model.save_pretrained(tmp_path / "plain")
+    setup.processor.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="plain was trained on unscaled features: leave out --scale_features"):
+        prepare_pretraining(on_world(world, tmp_path / "plain", scale_features=True), tmp_path, seed=0)
 
 
 def test_more_tokens_than_positions(world, bert, tmp_path):

@@ -46,8 +46,8 @@ def training_curves(
             with `loss`, `accuracy` or `auc` are drawn, those that begin with `eval_` as validation.
         path (`str` or `os.PathLike`): Where the PNG goes.
         chance (`dict`, *optional*): Value that guessing reaches, by name without `eval_`, for example
-            `{"vlm_accuracy": 0.5}`; drawn as a dotted line. That of `moc_accuracy` is `moc_majority_accuracy` of the
-            log, where it has one; so for every name.
+            `{"matching_accuracy": 0.5}`; drawn as a dotted line. That of `moc_accuracy` is `moc_majority_accuracy` of
+            the log, where it has one; so for every name.
         title (`str`, *optional*): Heading.
 
     Returns:
@@ -311,7 +311,7 @@ def _metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) ->
         return ""
 
     def shown(name: str, value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f} %" if "recall@" in name else f"{value:g}"
+        return "" if value is None else f"{100 * value:.1f} %" if "recall@" in name else f"{value:.4g}"
 
     names = {name: html.escape(name.replace("_", " ").replace("recall@", "R@")) for name in metrics}
     rows = "\n".join(

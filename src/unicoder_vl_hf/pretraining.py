@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_unicoder_vl import UnicoderVLConfig
-from .data.captions import join, read_captions
+from .data.captions import join, read_captions, select_split
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
@@ -92,6 +92,49 @@ class PretrainingArguments:
         return self.model_name_or_path
 
 
+@dataclass
+class LoopArguments:
+    """The loop of `examples/run_pretraining.py`; the defaults are the paper's."""
+
+    output_dir: str = field(metadata={"help": "Checkpoints, the log, and in the end the model."})
+    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training pairs."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Its peak, after the warm-up."})
+    train_batch_size: int = field(default=192, metadata={"help": "Pairs of an optimiser step over ALL processes."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-steps of an optimiser step."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW with 0 is the paper's Adam."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
+    max_steps: int = field(default=-1, metadata={"help": "End after so many steps, whatever the epochs."})
+    mixed_precision: str = field(
+        default="auto", metadata={"help": "auto (what the hardware is fast in), no, bf16, fp16."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a third more time."})
+    seed: int = field(default=0, metadata={"help": "Masks, mismatches, order, dropout and new weights follow from it."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and mask."})
+    logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
+    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
+    eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations. Default: every epoch."})
+    eval_on_start: bool = field(default=False, metadata={"help": "Evaluate before the first step too."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint's folder, or 'latest'."})
+    report_to: str = field(default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the model, processor and card in the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Default: the output folder's name."})
+
+    def __post_init__(self):
+        if self.save_steps < 1 or self.logging_steps < 1:
+            raise ValueError("save_steps and logging_steps must be at least 1.")
+
+
+# A run may be resumed with others of these; all other arguments decide what it computes.
+MAY_CHANGE = set(
+    "output_dir captions regions model_name_or_path skip_missing validation_split max_validation_pairs "
+    "num_train_epochs max_steps gradient_accumulation_steps mixed_precision gradient_checkpointing "
+    "dataloader_num_workers logging_steps save_steps save_total_limit eval_steps eval_on_start "
+    "resume_from_checkpoint report_to push_to_hub hub_model_id".split()
+)
+
+
 # In the output folder; Trainer and we leave what begins with "_" at home when we push.
 DATA_FOLDER = "_data"
 
@@ -148,10 +191,10 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
 
     captions, report = join(read_captions(captions_path), store, skip_missing=arguments.skip_missing)
     logger.warning(f"{captions_path} with {store}:\n{report}")
-    train = _split(captions, arguments.train_split, captions_path)
+    train = select_split(captions, captions_path, arguments.train_split)
     validation = None
     if arguments.max_validation_pairs > 0:
-        validation = _split(captions, arguments.validation_split, captions_path)
+        validation = select_split(captions, captions_path, arguments.validation_split)
         step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
         validation = validation.select(range(0, len(validation), step))
 
@@ -195,24 +238,14 @@ def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Re
     """A store as it is; feature files of another format as a store in the output folder, converted once."""
     if (path / MANIFEST).exists():
         return RegionStore(path)
+    origin = converted.with_name(f"{converted.name}.source")  # what was converted
+    if origin.exists() and (source := origin.read_text(encoding="utf-8")) != str(path.absolute()):
+        raise ValueError(f"{converted} was converted from {source}, not from {path}: take another --output_dir.")
     if not (converted / MANIFEST).exists():
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        origin.write_text(str(path.absolute()), encoding="utf-8")
         convert(path, converted, resume=True, num_classes=num_classes)
     return RegionStore(converted)
-
-
-def _split(captions: datasets.Dataset, name: str, path: Path) -> datasets.Dataset:
-    if "split" not in captions.column_names:
-        raise ValueError(
-            f"{path} has no column 'split': add one that tells {name!r} from the rest, see --train_split and "
-            "--validation_split."
-        )
-    splits = np.asarray(captions["split"])
-    rows = np.flatnonzero(splits == name)
-    if len(rows) == 0:
-        raise ValueError(
-            f"{path} has no split {name!r}, only {sorted(set(splits.tolist()))}: see --train_split, --validation_split."
-        )
-    return captions.select(rows)
 
 
 def _feature_scale(arguments: PretrainingArguments, store: RegionStore, captions: datasets.Dataset) -> dict[str, Any]:
@@ -303,7 +336,8 @@ def evaluate_pretraining(
     Returns:
         `dict[str, float]`: `mlm_loss` (mean negative log-likelihood of a masked token), `mlm_perplexity`,
         `mlm_accuracy`, `moc_loss`, `moc_accuracy`, each with `…_majority_accuracy`, that of naming the commonest
-        target always (none of a task whose probability is 0); `vlm_loss`, `vlm_accuracy` and `vlm_auc` (chance 0.5).
+        target always (none of a task whose probability is 0); `matching_loss`, `matching_accuracy` and `matching_auc`
+        (chance 0.5).
     """
     was_training = model.training
     model.eval()
@@ -359,9 +393,9 @@ def evaluate_pretraining(
         metrics["mlm_perplexity"] = math.exp(min(metrics["mlm_loss"], 50.0))
     signed = np.where(matches == 1, all_scores, -all_scores)  # the margin of the right answer
     metrics |= {
-        "vlm_loss": float(np.logaddexp(0, -signed.astype(np.float64)).mean()),
-        "vlm_accuracy": float((signed > 0).mean()),
-        "vlm_auc": roc_auc(all_scores, matches),
+        "matching_loss": float(np.logaddexp(0, -signed.astype(np.float64)).mean()),
+        "matching_accuracy": float((signed > 0).mean()),
+        "matching_auc": roc_auc(all_scores, matches),
     }
     return metrics
 
@@ -449,4 +483,4 @@ def pretraining_chance(metrics: Mapping[str, float]) -> dict[str, float]:
     chance = {
         name.replace("_majority", ""): value for name, value in metrics.items() if name.endswith("_majority_accuracy")
     }
-    return chance | {"vlm_accuracy": 0.5, "vlm_auc": 0.5}
+    return chance | {"matching_accuracy": 0.5, "matching_auc": 0.5}

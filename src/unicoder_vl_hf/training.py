@@ -129,6 +129,8 @@ class CheckpointFolder:
                     f"{self.output_dir} holds a run, up to {present[-1].name}. Go on with --resume_from_checkpoint "
                     "latest, or take another --output_dir."
                 )
+            if (self.output_dir / "model.safetensors").exists():
+                raise ValueError(f"{self.output_dir} holds a finished model: take another --output_dir.")
             return None
         path = (present or [self.output_dir / "checkpoint-*"])[-1] if requested == "latest" else Path(requested)
         if not self._is_complete(path):
@@ -191,6 +193,20 @@ class CheckpointFolder:
         doomed = self.output_dir / f"partial-old-{checkpoint.name}"
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
+
+
+def save_weights_as_pretrained(accelerator: Accelerator):
+    """Makes the weights of accelerate's checkpoints the model's own files, so that `from_pretrained` reads them too."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str):
+        accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=weights.pop())
+
+    def load(models: list[torch.nn.Module], folder: str):
+        model = accelerator.unwrap_model(models.pop())
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 class JsonLog:

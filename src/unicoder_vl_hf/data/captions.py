@@ -385,14 +385,14 @@ def _read_parquet(path: Path, split: str | None) -> datasets.Dataset:
         if pa.types.is_dictionary(field.type):
             table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
     rows = datasets.Dataset(table)
-    return rows if split is None else _select_split(rows, path, split)
+    return rows if split is None else select_split(rows, path, split)
 
 
 def _load_datasets(path: str | PathLike[str], split: str | None) -> datasets.Dataset:
     saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
     loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     if isinstance(loaded, datasets.Dataset):
-        return loaded if split is None else _select_split(loaded, path, split)
+        return loaded if split is None else select_split(loaded, path, split)
     if split is not None and split not in loaded:
         raise ValueError(_no_split(path, split, loaded))
     if split is not None:
@@ -497,7 +497,8 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
     return table
 
 
-def _select_split(table: datasets.Dataset, path: str | PathLike[str], split: str) -> datasets.Dataset:
+def select_split(table: datasets.Dataset, path: str | PathLike[str], split: str) -> datasets.Dataset:
+    """The rows of a split, by the column of that name. Raises ValueError naming `path`, where they come from."""
     if "split" not in table.column_names:
         raise ValueError(_no_column(path, "split", table.column_names))
     splits = table.select_columns(["split"]).with_format("arrow")[:]["split"].to_pylist()
