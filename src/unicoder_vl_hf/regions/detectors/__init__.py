@@ -5,15 +5,28 @@ A detector is named `family:name`, where the name is a folder, a Hub repository 
 outside this room imports torchvision.
 """
 
-from collections.abc import Sequence
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
+
+from ..formats._parsing import optional_import
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ...feature_extraction_unicoder_vl import RegionRecord
+
+# Each module has `load(name, *, device, precision, **its own options) -> Detector`, and is imported when asked for.
+FAMILIES = {
+    "visual-genome": "visual_genome",
+    "torchvision": "torchvision_models",
+    "transformers": "transformers_models",
+    "grid": "grid",
+}
 
 
 class Detector(Protocol):
@@ -22,15 +35,14 @@ class Detector(Protocol):
     provenance: dict[str, Any]
     """Keyword arguments of `RegionStoreWriter`: detector, detector_revision, box_type, thresholds, class_names, …"""
 
-    def prepare(self, image: "Image") -> Any:
-        """One RGB photo as CPU tensors, small enough to send between processes; picklable, no device, no model."""
-        ...
+    prepare: "Callable[[Image], Any]"
+    """One RGB photo as CPU tensors, small enough to send between processes; picklable, no device, no model."""
 
     def __call__(
         self, prepared: Sequence[Any], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
     ) -> "list[RegionRecord]":
         """
-        The records of some photos, in their order, boxes in pixels of the photo.
+        The records of some photos, in their order, boxes in pixels of the photo. Each photo gives what it gives alone.
 
         Args:
             prepared (sequence): What `prepare` gave, of photos of any sizes.
@@ -39,3 +51,39 @@ class Detector(Protocol):
                 are pooled there, and nothing is detected. A detector that cannot raises ValueError.
         """
         ...
+
+
+def load_detector(
+    name: str, *, device: torch.device | str | None = None, precision: str = "auto", **options: Any
+) -> Detector:
+    """
+    A detector by name.
+
+    Args:
+        name (`str`): `family:name`, such as `"torchvision:fasterrcnn_resnet50_fpn_v2"`, `"visual-genome:DIR"`,
+            `"transformers:facebook/detr-resnet-50"` or `"grid:facebook/dinov2-base"`.
+        device (`torch.device` or `str`, *optional*): Where it computes; None takes a GPU if there is one.
+        precision (`str`, defaults to `"auto"`): `"auto"` takes what the device is fast in, else `"no"`, `"bf16"` or
+            `"fp16"`.
+        options: Those of the family, such as `max_regions=36` or `grid_size=14`.
+
+    Raises:
+        ValueError: There is no such family or option; the message lists those that there are.
+        ImportError: A library is missing; the message names the extra that brings it.
+    """
+    from ...training import resolve_precision
+
+    family, _, model = name.partition(":")
+    if family not in FAMILIES or not model:
+        raise ValueError(f"The detector is {name!r}, expected FAMILY:NAME, where FAMILY is one of {list(FAMILIES)}.")
+    for library in ("PIL", "torchvision"):
+        optional_import(library, "detection")
+    load = importlib.import_module(f".{FAMILIES[family]}", __name__).load
+    known = sorted(set(inspect.signature(load).parameters) - {"name", "device", "precision"})
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"{family} detectors have no option {', '.join(unknown)}; their options are {known}.")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    return load(model, device=device, precision=resolve_precision(precision, device.type), **options)

@@ -1,0 +1,87 @@
+"""What detectors of several families compute alike."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...feature_extraction_unicoder_vl import RegionRecord
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Prepared(NamedTuple):
+    """A photo as a detector takes it: `size` is its width and height, `content` its height and width in `pixels`."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+    content: tuple[int, int]
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context of mixed precision, `"no"`, `"bf16"` or `"fp16"`."""
+    return nullcontext() if precision == "no" else torch.autocast(device.type, DTYPES[precision])
+
+
+def in_groups_of_shape(images: Sequence[Tensor], compute: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+    """
+    The results of `compute(indices)`, called for images of equal shape together, in the order of `images`.
+
+    Never padded: with padding, what a photo gives would depend on those beside it, since a network whose convolutions
+    have biases sees the padding.
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(index)
+    results: list[Any] = [None] * len(images)
+    for indices in groups.values():
+        for index, result in zip(indices, compute(indices), strict=True):
+            results[index] = result
+    return results
+
+
+def make_record(
+    image_id: str,
+    size: tuple[int, int],
+    boxes: Tensor | np.ndarray,
+    features: Tensor,
+    object_ids: Tensor | None = None,
+    object_scores: Tensor | None = None,
+) -> RegionRecord:
+    """A record from tensors of any device; boxes are clipped to the photo, whose `size` is width and height."""
+    width, height = size
+    corners = torch.as_tensor(boxes).cpu().float().numpy().clip(0, (width, height, width, height))
+    return RegionRecord(
+        image_id,
+        image_width=width,
+        image_height=height,
+        boxes=corners,
+        features=features.float().cpu().numpy(),
+        object_ids=None if object_ids is None else object_ids.cpu().numpy(),
+        object_scores=None if object_scores is None else object_scores.float().cpu().numpy(),
+    )
+
+
+def select(scores: Tensor, score_threshold: float, min_regions: int, max_regions: int) -> Tensor:
+    """Indices of the regions to keep, best first: those above the threshold, but at least and at most so many."""
+    order = scores.argsort(descending=True, stable=True)
+    count = int((scores > score_threshold).sum())
+    return order[: min(max(count, min_regions), max_regions)]
+
+
+def check_counts(min_regions: int, max_regions: int) -> None:
+    """Raises ValueError where no number of regions could satisfy both."""
+    if not 1 <= min_regions <= max_regions:
+        raise ValueError(f"min_regions is {min_regions} and max_regions {max_regions}, expected 1 <= min <= max.")
+
+
+def file_revision(path: str | PathLike) -> str:
+    """The content of a file of weights in a few characters, for the provenance."""
+    with Path(path).open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
