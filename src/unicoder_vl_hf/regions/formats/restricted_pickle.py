@@ -28,6 +28,7 @@ _GLOBALS = {
     # How Python 3 writes bytes for Python 2: as encoded text, and empty ones as a call without arguments.
     ("_codecs", "encode"): "encode",
     ("__builtin__", "bytes"): "bytes",
+    ("collections", "OrderedDict"): "OrderedDict",  # what csv.DictReader yielded until Python 3.8, hence Volta's values
     **{(f"{core}.multiarray", name): name for core in _CORE for name in ("_reconstruct", "scalar")},
     **{(f"{core}.numeric", "_frombuffer"): "_frombuffer" for core in _CORE},
 }
@@ -78,7 +79,7 @@ def load_npy(data: bytes, source: str) -> np.ndarray:
             raise ValueError(f"{source} holds a pickled {type(array).__name__}, expected an array.")
         return array
     try:
-        return _array(_dtype(descr), ast.literal_eval(shape), memoryview(data)[stop:], fortran)
+        return array_of(dtype_of(descr), ast.literal_eval(shape), memoryview(data)[stop:], fortran)
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(f"{source}: {error}.") from error
 
@@ -129,6 +130,7 @@ def _run(data: bytes) -> Any:
     unbuilt = 0
     # A cache, lest one text that is encoded a million times becomes a million byte strings.
     encode = functools.cache(lambda text: text.encode("latin-1"))
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         match opcode.name:
             case "PROTO" | "FRAME":
@@ -151,10 +153,15 @@ def _run(data: bytes) -> Any:
                 if len(stack) < count:
                     raise ValueError("it takes a tuple from an empty stack")
                 stack[-count:] = [tuple(stack[-count:])]
-            case "TUPLE" | "LIST" | "DICT":
+            case "TUPLE":
                 items, stack = stack, marks.pop()
-                made = {"TUPLE": tuple, "LIST": list, "DICT": lambda pairs: _update({}, pairs)}[opcode.name](items)
-                stack.append(made)
+                stack.append(tuple(items))
+            case "LIST":
+                items, stack = stack, marks.pop()
+                stack.append(items)
+            case "DICT":
+                items, stack = stack, marks.pop()
+                stack.append(_update({}, items))
             case "APPEND":
                 item = stack.pop()
                 _extend(stack[-1], [item])
@@ -207,8 +214,8 @@ def _run(data: bytes) -> Any:
 def _global(module: Any, name: Any) -> _Global:
     if (module, name) not in _GLOBALS:
         raise ValueError(
-            f"it names {module}.{name}, and only arrays, numbers, text, lists, tuples and dicts are read, lest the file "
-            "run code"
+            f"it names {module}.{name}, and only arrays, numbers, text, lists, tuples and dicts are read, lest the "
+            "file run code"
         )
     return _Global(_GLOBALS[module, name])
 
@@ -219,16 +226,18 @@ def _call(function: Any, arguments: tuple, encode: Callable[[str], bytes]) -> An
             return encode(text)
         case _Global("bytes"), ():
             return b""
+        case _Global("OrderedDict"), ():
+            return {}
         case _Global("dtype"), (str(code), *_):
             return _Unbuilt(functools.partial(_dtype_of_state, code))
         case _Global("_reconstruct"), (_Global("ndarray"), *_):
             return _Unbuilt(functools.partial(_array_of_state, encode))
         case _Global("scalar"), (np.dtype() as dtype, data):
-            return _array(dtype, (1,), encode(data) if isinstance(data, str) else data)[0]
+            return array_of(dtype, (1,), encode(data) if isinstance(data, str) else data)[0]
         case _Global("_frombuffer"), (data, np.dtype() as dtype, shape, "C" | "F" as order):
-            return _array(dtype, shape, data, order == "F")
+            return array_of(dtype, shape, data, order == "F")
         case _Global("_frombuffer"), (data, np.dtype() as dtype, shape, "K", axes):
-            return _array(dtype, shape, data).transpose(axes)
+            return array_of(dtype, shape, data).transpose(axes)
     raise ValueError(f"it calls {function!r:.80} in an unknown way")
 
 
@@ -237,10 +246,10 @@ def _dtype_of_state(code: str, state: tuple) -> np.dtype:
     _, order, *structure = state
     if any(part is not None for part in structure[:3]) or len(structure) > 6:
         raise ValueError(f"dtype {code!r} has a structure, expected plain numbers or text")
-    return _dtype(code if order == "|" else f"{order}{code}")
+    return dtype_of(code if order == "|" else f"{order}{code}")
 
 
-def _dtype(code: str) -> np.dtype:
+def dtype_of(code: str) -> np.dtype:
     if not re.fullmatch(r"[<>|=]?([biufSU]\d{1,9}|O8?)", code):
         raise ValueError(f"dtype {code!r:.80} is not read, expected plain numbers or text")
     return np.dtype(code)
@@ -248,15 +257,15 @@ def _dtype(code: str) -> np.dtype:
 
 def _array_of_state(encode: Callable[[str], bytes], state: tuple) -> np.ndarray:
     *_, shape, dtype, fortran, data = state  # after the version, which old ones lack
-    return _array(dtype, shape, encode(data) if isinstance(data, str) else data, bool(fortran))
+    return array_of(dtype, shape, encode(data) if isinstance(data, str) else data, bool(fortran))
 
 
-def _array(dtype: np.dtype, shape: Any, data: Any, fortran: bool = False) -> np.ndarray:
+def array_of(dtype: np.dtype, shape: Any, data: Any, fortran: bool = False) -> np.ndarray:
     """A view of `data`, which must be just what the shape takes; or of one object, in a list."""
     if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 32:
         raise ValueError(f"an array has shape {shape!r:.80}, expected a tuple of sizes")
     count = math.prod(shape)
-    if dtype == object:
+    if dtype.kind == "O":
         # One is what np.save makes of a dict. More could refer to each other over and over.
         if not isinstance(data, list) or len(data) != 1 or count != 1:
             raise ValueError(f"an array of objects has shape {shape}, expected a single object")
