@@ -81,6 +81,15 @@ def check_counts(min_regions: int, max_regions: int) -> None:
         raise ValueError(f"min_regions is {min_regions} and max_regions {max_regions}, expected 1 <= min <= max.")
 
 
+def check_loaded(name: str, info: dict[str, Any], unused: tuple[str, ...] = ()) -> None:
+    """Raises ValueError where `from_pretrained` left weights random, but for modules that are not read."""
+    missing = [key for key in info["missing_keys"] if not any(module in key for module in unused)]
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of its model, such as {missing[0]}: it is another model."
+        )
+
+
 def file_revision(path: str | PathLike) -> str:
     """The content of a file of weights in a few characters, for the provenance."""
     with Path(path).open("rb") as file:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+from torchvision.models import WeightsEnum, detection, get_model, get_model_weights, list_models
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
@@ -24,12 +24,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from ...feature_extraction_unicoder_vl import RegionRecord
 from ._computing import Prepared, autocast, check_counts, file_revision, in_groups_of_shape, make_record
 
-NAMES = [name for name in list_models("torchvision.models.detection") if "rcnn" in name]
+NAMES = [name for name in list_models(module=detection) if "rcnn" in name]
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Scales a photo as the model's own transform does. Padded to a multiple of 32, as if it were alone in its batch."""
+    """Scales a photo as the model's own transform does, and pads it as if it were alone in its batch."""
 
     transform: GeneralizedRCNNTransform
 

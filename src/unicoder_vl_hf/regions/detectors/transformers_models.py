@@ -1,0 +1,229 @@
+"""
+Object detectors of transformers: DETR and its kin, RT-DETR, D-FINE, YOLOS, and Grounding DINO with a text.
+
+The feature of a region is the last decoder state of its query, from which the model predicts class and box. A query
+gives one region, of its likeliest class; the models' own post-processing may list a query several times.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    AutoModelForZeroShotObjectDetection,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_transforms import center_to_corners_format
+
+from ...feature_extraction_unicoder_vl import RegionRecord
+from ._computing import (
+    Prepared,
+    autocast,
+    check_counts,
+    check_loaded,
+    in_groups_of_shape,
+    make_record,
+    select,
+)
+
+# Their logits are one a token of the text.
+GROUNDED = ("grounding-dino", "mm-grounding-dino")
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Scales and normalises a photo as the model's image processor does for one alone."""
+
+    processor: BaseImageProcessor
+
+    def __call__(self, image: Image) -> Prepared:
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return Prepared(pixels, image.size, tuple(pixels.shape[-2:]))
+
+
+class Prompt:
+    """The classes that a grounded detector looks for, as tokens: which of them are whose."""
+
+    def __init__(self, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+        text, spans = "", []
+        for name in classes:
+            spans.append((len(text), len(text) + len(name)))
+            text += f"{name}. "
+        encoding = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+        first, last = encoding.pop("offset_mapping")[0].unbind(-1)
+        if len(first) > max_tokens:
+            raise ValueError(f"The text has {len(first)} tokens, the model takes {max_tokens}: name fewer classes.")
+        self.inputs = dict(encoding)
+        # (classes, tokens); an empty span is a special token's
+        self.tokens_of_class = torch.stack([(first >= start) & (last <= end) & (first < last) for start, end in spans])
+
+    def class_probabilities(self, logits: Tensor) -> Tensor:
+        """`(..., classes)` from logits `(..., max_tokens)`: of each class the likeliest token's."""
+        tokens = self.tokens_of_class.to(logits.device)
+        of_class = logits[..., None, : tokens.shape[1]].masked_fill(~tokens, -torch.inf)
+        return of_class.amax(-1).sigmoid()
+
+
+def class_probabilities(logits: Tensor, num_labels: int) -> Tensor:
+    """
+    `(..., num_labels)` from the logits of a detector without a text. DETR, YOLOS and Table Transformer have a last
+    column for no object, and a softmax; the others, trained by a focal loss, have none, and a sigmoid.
+
+    Raises:
+        ValueError: The logits have another width.
+    """
+    if logits.shape[-1] == num_labels + 1:
+        return logits.softmax(-1)[..., :-1]
+    if logits.shape[-1] == num_labels:
+        return logits.sigmoid()
+    raise ValueError(f"The model gives {logits.shape[-1]} logits a query, expected those of {num_labels} labels.")
+
+
+class TransformersDetector:
+    """
+    See the module.
+
+    Args:
+        model (`PreTrainedModel`): For object detection.
+        processor (`BaseImageProcessor`): Its image processor.
+        device (`torch.device`): Where it computes.
+        precision (`str`, defaults to `"no"`): `"no"`, `"bf16"` or `"fp16"`.
+        score_threshold (`float`, defaults to 0): Regions that score above it are kept, ...
+        min_regions, max_regions (`int`, defaults to 10 and 100): ... but at least and at most so many, by rank.
+        prompt (`Prompt`, *optional*): The classes, where the model takes a text.
+        provenance: What else the store should say: `detector`, `detector_revision`, `class_names`, `num_classes`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: BaseImageProcessor,
+        *,
+        device: torch.device,
+        precision: str = "no",
+        score_threshold: float = 0.0,
+        min_regions: int = 10,
+        max_regions: int = 100,
+        prompt: Prompt | None = None,
+        **provenance: Any,
+    ):
+        check_counts(min_regions, max_regions)
+        self.model = model.eval().to(device)
+        self.prepare = Prepare(processor)
+        self.device = device
+        self.precision = precision
+        self.score_threshold = score_threshold
+        self.min_regions = min_regions
+        self.max_regions = max_regions
+        self.prompt = prompt
+        thresholds = {"score": score_threshold, "min_regions": min_regions, "max_regions": max_regions}
+        self.provenance = {"box_type": "regressed", "thresholds": thresholds, **provenance}
+
+    @torch.inference_mode()
+    def __call__(
+        self, prepared: Sequence[Prepared], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
+    ) -> list[RegionRecord]:
+        """See `Detector`. Raises ValueError where boxes are given."""
+        if boxes is not None:
+            raise ValueError(
+                "The decoder queries of transformers' detectors go where they want, not to given boxes: take a "
+                "visual-genome, torchvision or grid detector."
+            )
+
+        def compute(indices: list[int]) -> list[RegionRecord]:
+            return self._compute([prepared[index] for index in indices], [image_ids[index] for index in indices])
+
+        return in_groups_of_shape([photo.pixels for photo in prepared], compute)
+
+    def _compute(self, photos: Sequence[Prepared], image_ids: Sequence[str]) -> list[RegionRecord]:
+        """Of photos whose pixels have equal shapes."""
+        pixels = torch.stack([photo.pixels for photo in photos]).to(self.device)
+        text = {} if self.prompt is None else self.prompt.inputs
+        text = {name: ids.expand(len(photos), -1).to(self.device) for name, ids in text.items()}
+        with autocast(self.device, self.precision):
+            outputs = self.model(pixel_values=pixels, **text)
+        logits = outputs.logits.float()
+        if self.prompt is None:
+            probabilities = class_probabilities(logits, self.model.config.num_labels)
+        else:
+            probabilities = self.prompt.class_probabilities(logits)
+        scores, labels = probabilities.max(-1)
+        # YOLOS' last states begin with those of the patches.
+        states = outputs.last_hidden_state[:, -scores.shape[1] :]
+        corners: Any = center_to_corners_format(outputs.pred_boxes.float())
+        records = []
+        for row, (image_id, photo) in enumerate(zip(image_ids, photos, strict=True)):
+            kept = select(scores[row], self.score_threshold, self.min_regions, self.max_regions)
+            boxes = corners[row, kept] * corners.new_tensor([*photo.size, *photo.size])
+            records.append(
+                make_record(image_id, photo.size, boxes, states[row, kept], labels[row, kept], scores[row, kept])
+            )
+        return records
+
+
+def load(
+    name: str,
+    *,
+    device: torch.device,
+    precision: str = "no",
+    revision: str | None = None,
+    text: str | Sequence[str] | None = None,
+    score_threshold: float = 0.0,
+    min_regions: int = 10,
+    max_regions: int = 100,
+) -> TransformersDetector:
+    """
+    A detector of transformers from a folder or the Hub.
+
+    Args:
+        name (`str`): Folder or repository.
+        device, precision, score_threshold, min_regions, max_regions: See `TransformersDetector`.
+        revision (`str`, *optional*): Commit, branch or tag on the Hub.
+        text (`str` or sequence of `str`, *optional*): For Grounding DINO: the classes to look for, as a list or as
+            `"a cat. a dog."`. They are the store's classes.
+
+    Raises:
+        ValueError: The model is no detector, weights are missing, or it takes a text and has none, or the reverse.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    grounded = config.model_type in GROUNDED
+    if grounded != bool(text):
+        problem = "needs `text`, the classes to look for" if grounded else "takes no `text`: its classes are its own"
+        raise ValueError(f"{name} is a {config.model_type}, which {problem}.")
+    if config.to_dict().get("eval_idx", -1) not in (-1, config.to_dict().get("decoder_layers", 0) - 1):
+        raise ValueError(f"{name} predicts from decoder layer {config.eval_idx}, expected the last one (eval_idx -1).")
+    auto_class = AutoModelForZeroShotObjectDetection if grounded else AutoModelForObjectDetection
+    model, info = auto_class.from_pretrained(name, revision=revision, output_loading_info=True)
+    check_loaded(name, info)
+    prompt = None
+    if text:
+        classes = [word.strip() for word in (text.split(".") if isinstance(text, str) else text) if word.strip()]
+        prompt = Prompt(classes, AutoTokenizer.from_pretrained(name, revision=revision), config.max_text_len)
+        known: dict[str, Any] = {"class_names": classes}
+    else:
+        names = [config.id2label[index] for index in range(config.num_labels)]
+        unnamed = names == [f"LABEL_{index}" for index in range(len(names))]
+        known = {"num_classes": len(names)} if unnamed else {"class_names": names}
+    return TransformersDetector(
+        model,
+        AutoImageProcessor.from_pretrained(name, revision=revision),
+        device=device,
+        precision=precision,
+        score_threshold=score_threshold,
+        min_regions=min_regions,
+        max_regions=max_regions,
+        prompt=prompt,
+        detector=f"transformers:{name}",
+        detector_revision=config._commit_hash,
+        **known,
+    )
