@@ -428,7 +428,7 @@ def test_class_out_of_range():
 
 def test_store_without_classes():
     bare = {"dogs": dataclasses.replace(STORE["dogs"], object_ids=None)}
-    with pytest.raises(ValueError, match=r"Image 'dogs': object_ids is None.*moc_probability=0, --no_moc"):
+    with pytest.raises(ValueError, match=r"Image 'dogs': object_ids is None.*moc_probability=0, --no-moc"):
         collator(bare)([WITHOUT_MISMATCH])
     batch = collator(bare, moc_probability=0.0)([WITHOUT_MISMATCH])
     assert batch["region_labels"].tolist() == [[-100, -100]]

@@ -198,6 +198,12 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
         validation = validation.select(range(0, len(validation), step))
 
+    if arguments.moc and store[(first := train[0]["image_id"])].object_ids is None:
+        raise ValueError(
+            f"Image {first!r} in {store.path} has no object classes, which masked object classification predicts: add "
+            "them with `unicoder-vl label`, or train without (--no-moc)."
+        )
+
     model, tokenizer = _model_and_tokenizer(arguments, store)
     if arguments.max_length > model.config.max_position_embeddings:
         raise ValueError(

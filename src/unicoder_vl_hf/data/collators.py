@@ -182,7 +182,7 @@ class DataCollatorForUnicoderVLPreTraining:
             if record.object_ids is None:
                 raise ValueError(
                     f"Image {record.image_id!r}: object_ids is None, but masked object classification predicts them. "
-                    "Use regions with object classes, or train without it (moc_probability=0, --no_moc)."
+                    "Add them to the store with `unicoder-vl label`, or train without (moc_probability=0, --no-moc)."
                 )
             rows = rows[rows >= 0]
             ids[: len(rows)] = record.object_ids[rows]
