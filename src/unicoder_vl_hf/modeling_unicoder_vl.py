@@ -7,9 +7,11 @@ downstream tasks. Modules that BERT has keep BERT's names, and the text path equ
 makes BERT a decoder.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert import BertConfig, BertForPreTraining
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
-from transformers.utils.generic import can_return_tuple, maybe_autocast
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, maybe_autocast
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_unicoder_vl import UnicoderVLConfig
@@ -101,7 +103,7 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
-            Hardest-negative triplet loss with `group_ids`, cross-entropy without.
+            `model.group_loss` with `group_ids`, cross-entropy without.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
             Index 1 = match.
         scores (`torch.Tensor` of shape `(batch_size,)`):
@@ -196,9 +198,10 @@ class UnicoderVLEmbeddings(nn.Module):
             region_ids = _pick_rows(token_region_ids, caption_index)[..., None]  # (batch_size, sequence_length, 1)
             referenced = regions.gather(1, region_ids.clamp(min=0).expand(-1, -1, regions.shape[-1]))
             text = text + referenced.masked_fill(region_ids < 0, 0.0)
-        if self.image_token_embedding is not None:
-            regions = regions + self.image_token_embedding
-        return self.dropout(torch.cat((text, regions), dim=1))
+        return self.dropout(torch.cat((text, self.add_image_token(regions)), dim=1))
+
+    def add_image_token(self, regions: torch.Tensor) -> torch.Tensor:
+        return regions if self.image_token_embedding is None else regions + self.image_token_embedding
 
 
 def eager_attention_forward(
@@ -220,6 +223,86 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+@dataclass
+class PackedSequences:
+    """
+    Sequences without padding, one behind the other in `(1, num_tokens, hidden_size)`, and how attention keeps them
+    apart: SDPA and eager attention take one call a group of equal length, FlashAttention the borders, flex attention a
+    block mask.
+
+    Args:
+        groups (`list[tuple[int, int]]`): Number and length of the sequences of each group, in the order they lie.
+        device (`torch.device`): Of the tokens.
+        implementation (`str`): The model's attention.
+    """
+
+    groups: list[tuple[int, int]]
+    device: torch.device
+    implementation: str
+
+    def __post_init__(self):
+        lengths = [length for count, length in self.groups for _ in range(count)]
+        self.longest = max(lengths)
+        self.ends = torch.tensor([0, *lengths], device=self.device).cumsum(0)
+        self.starts = self.ends[:-1]
+
+    def attention_kwargs(self, first_only: bool = False) -> dict[str, Any]:
+        """Arguments of a layer. `first_only`: the queries are the first token of each sequence."""
+        if is_flash_attention_requested(requested_attention_implementation=self.implementation):
+            ends = self.ends.int()
+            queries = torch.arange(len(ends), device=self.device, dtype=torch.int32) if first_only else ends
+            return {
+                "cu_seq_lens_q": queries,
+                "cu_seq_lens_k": ends,
+                "max_length_q": 1 if first_only else self.longest,
+                "max_length_k": self.longest,
+            }
+        if self.implementation == "flex_attention":
+            return {"attention_mask": self._block_mask(first_only)}
+        return {"groups": self.groups}
+
+    def _block_mask(self, first_only: bool):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        num_tokens = sum(count * length for count, length in self.groups)
+        sequence_of = torch.searchsorted(self.ends, torch.arange(num_tokens, device=self.device), right=True)
+        queries = sequence_of[self.starts] if first_only else sequence_of
+
+        def same_sequence(batch, head, query, key):
+            return queries[query] == sequence_of[key]
+
+        return create_block_mask(same_sequence, None, None, len(queries), num_tokens, device=str(self.device))
+
+
+def attend_in_groups(
+    attention_interface: Callable,
+    groups: list[tuple[int, int]],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`attention_interface` of each group of [`PackedSequences`], with all of its queries or one a sequence."""
+    sizes = [count * length for count, length in groups]
+    query_sizes = sizes if query.shape[2] == key.shape[2] else [count for count, _ in groups]
+    # (1, heads, tokens, head_dim) and back to how it lies in memory; split, for a backward that stays linear.
+    parts = zip(
+        groups,
+        query.transpose(1, 2).split(query_sizes, dim=1),
+        key.transpose(1, 2).split(sizes, dim=1),
+        value.transpose(1, 2).split(sizes, dim=1),
+        strict=True,
+    )
+    outputs = []
+    for (count, _), *part in parts:
+        shaped = [tensor.reshape(count, -1, *tensor.shape[2:]).transpose(1, 2) for tensor in part]
+        output, _ = attention_interface(module, *shaped, attention_mask, **kwargs)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
 class UnicoderVLSelfAttention(nn.Module):
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
@@ -237,17 +320,23 @@ class UnicoderVLSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
+        groups: list[tuple[int, int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query = self.query(hidden_states).view(hidden_shape).transpose(1, 2)
+        """All arguments but the first two are of the packed path, see [`UnicoderVLModel.encode_packed`]."""
+        query_states = hidden_states if query_states is None else query_states
+        input_shape = query_states.shape[:-1]
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.query(query_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         key = self.key(hidden_states).view(hidden_shape).transpose(1, 2)
         value = self.value(hidden_states).view(hidden_shape).transpose(1, 2)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if groups is not None:
+            attention_interface = partial(attend_in_groups, attention_interface, groups)
         attn_output, attn_weights = attention_interface(
             self,
             query,
@@ -284,10 +373,11 @@ class UnicoderVLAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self(hidden_states, attention_mask, **kwargs)
-        return self.output(attn_output, hidden_states)
+        attn_output, _ = self.self(hidden_states, attention_mask, query_states=query_states, **kwargs)
+        return self.output(attn_output, hidden_states if query_states is None else query_states)
 
 
 class UnicoderVLIntermediate(nn.Module):
@@ -620,6 +710,29 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, text_mask)
         )
 
+    def encode_packed(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
+        r"""
+        What the encoder makes of `[CLS]`, for sequences without padding: no attention mask, and a last layer that
+        computes this row alone. The same values as `forward` gives, but for rounding.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
+                The embeddings of all sequences, one behind the other, those of equal length side by side.
+            groups (`list[tuple[int, int]]`):
+                Number and length of the sequences of each length, in this order.
+
+        Returns:
+            `torch.Tensor` of shape `(num_sequences, hidden_size)`: the first row of each sequence's last hidden state.
+        """
+        packed = PackedSequences(groups, hidden_states.device, self.config._attn_implementation)
+        hidden_states = hidden_states[None]
+        *layers, last_layer = self.encoder.layer
+        kwargs = packed.attention_kwargs()
+        for layer in layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        first = hidden_states[:, packed.starts]
+        return last_layer(hidden_states, query_states=first, **packed.attention_kwargs(first_only=True))[0]
+
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
         region_attention_mask, token_region_ids, caption_index, image_index,
@@ -810,9 +923,9 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
 
 RETRIEVAL_LABELS_DOCSTRING = r"""
     group_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-        The group of each row: a match and its mismatches. Selects the hardest-negative triplet loss; needs
-        `caption_index` and `image_index`, which tell a caption negative (the match's image) from an image negative (its
-        caption).
+        The group of each row: one or more matches and their mismatches. Selects `model.group_loss`, by default the
+        hardest-negative triplet loss; needs `caption_index` and `image_index`, which tell a caption negative (the
+        match's image) from an image negative (its caption).
     labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         1 = match, 0 = mismatch, -100 = ignored.
 """
@@ -822,6 +935,9 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
     custom_intro="""
     Unicoder-VL for image-text retrieval: the matching head of pre-training, under the same parameter names, so that a
     pre-trained checkpoint scores pairs without fine-tuning (paper, Image-Text Retrieval, zero-shot).
+
+    `model.group_loss` is what groups are trained with: the paper's hardest-negative triplet loss with
+    `config.triplet_margin`, or any function of its first five arguments that is set in its place.
     """
 )
 class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
@@ -835,6 +951,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             )
         self.bert = UnicoderVLModel(config)
         self.matching_head = UnicoderVLMatchingHead(config)
+        self.group_loss: GroupLoss = functools.partial(hardest_negative_triplet_loss, margin=config.triplet_margin)
         self.post_init()
 
     @can_return_tuple
@@ -887,9 +1004,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
             loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
         else:
-            loss = hardest_negative_triplet_loss(
-                scores, labels, group_ids, caption_index, image_index, margin=self.config.triplet_margin
-            )
+            loss = self.group_loss(scores, labels, group_ids, caption_index, image_index)
         return UnicoderVLForImageTextRetrievalOutput(
             loss=loss,
             matching_logits=matching_logits,
@@ -992,7 +1107,10 @@ def hardest_negative_triplet_loss(
     group_ids: torch.LongTensor,
     caption_index: torch.LongTensor,
     image_index: torch.LongTensor,
-    margin: float,
+    *,
+    margin: float = 0.2,
+    caption_weight: float = 1.0,
+    image_weight: float = 1.0,
 ) -> torch.Tensor:
     r"""
     Mean over the matches of `max(0, margin - s + s_caption) + max(0, margin - s + s_image)`, where `s_caption` is the
@@ -1003,17 +1121,101 @@ def hardest_negative_triplet_loss(
     Args:
         scores, labels, group_ids, caption_index, image_index (`torch.Tensor` of shape `(batch_size,)`):
             As in [`UnicoderVLForImageTextRetrieval`].
-        margin (`float`): On the difference of two values in `(0, 1)`.
+        margin (`float`, *optional*, defaults to 0.2):
+            On the difference of two values in `(0, 1)`.
+        caption_weight, image_weight (`float`, *optional*, default to 1.0):
+            Of the two terms.
     """
-    probabilities = scores.sigmoid()
+    captions, images = _triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
+    loss = caption_weight * captions.amax(dim=1).sum() + image_weight * images.amax(dim=1).sum()
+    return loss / (labels == 1).sum().clamp(min=1)
+
+
+def sum_of_negatives_triplet_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+    *,
+    margin: float = 0.2,
+    caption_weight: float = 1.0,
+    image_weight: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    As [`hardest_negative_triplet_loss`], with the sum of `max(0, margin - s + s_negative)` over ALL negatives of a
+    direction in place of the hardest one's.
+    """
+    captions, images = _triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
+    return (caption_weight * captions.sum() + image_weight * images.sum()) / (labels == 1).sum().clamp(min=1)
+
+
+def group_softmax_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+) -> torch.Tensor:
+    r"""
+    Mean over the matches of `-log softmax`, over the scores of the match and of its negatives of both directions (the
+    four-way choice of ViLBERT, for any number). Another match of the group is no negative.
+    """
+    captions, images = _negatives_of_matches(labels, group_ids, caption_index, image_index)
     match = labels == 1
-    candidate = (group_ids[:, None] == group_ids[None, :]) & (labels == 0)[None, :]  # (row, its mismatches)
-    loss = scores.new_zeros(())
-    for index in (image_index, caption_index):
-        negative = candidate & (index[:, None] == index[None, :])
-        hardest = probabilities.masked_fill(~negative, float("-inf")).amax(dim=1)
-        loss = loss + ((margin - probabilities + hardest).clamp(min=0) * match).sum()
-    return loss / match.sum().clamp(min=1)
+    options = captions | images | torch.diag(match)
+    # Rows that are no match have no option: all -inf would be NaN, in the gradient too.
+    options = options | ~match[:, None]
+    log_normalizer = scores.masked_fill(~options, float("-inf")).logsumexp(dim=1)
+    return ((log_normalizer - scores) * match).sum() / match.sum().clamp(min=1)
+
+
+def binary_matching_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+) -> torch.Tensor:
+    r"""
+    Binary cross-entropy of `sigmoid(score)`, mean over all matches and mismatches (Oscar); of groups it knows nothing.
+    Equal to the cross-entropy of the two logits.
+    """
+    known = labels != -100
+    losses = nn.functional.binary_cross_entropy_with_logits(scores, (labels == 1).to(scores.dtype), reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+# Of scores, labels, group_ids, caption_index and image_index, each of shape (batch_size,).
+GroupLoss = Callable[
+    [torch.Tensor, torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor], torch.Tensor
+]
+
+
+def _negatives_of_matches(
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(batch_size, batch_size)` each: the caption negatives and the image negatives of the rows that are matches."""
+    candidate = (group_ids[:, None] == group_ids) & (labels == 1)[:, None] & (labels == 0)  # (match, mismatch)
+    return candidate & (image_index[:, None] == image_index), candidate & (caption_index[:, None] == caption_index)
+
+
+def _triplet_hinges(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+    margin: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`max(0, margin - s + s_negative)` of each match and negative, by captions and by images; 0 elsewhere."""
+    captions, images = _negatives_of_matches(labels, group_ids, caption_index, image_index)
+    probabilities = scores.sigmoid()
+    hinges = (margin - probabilities[:, None] + probabilities).clamp(min=0)
+    return hinges * captions, hinges * images
 
 
 def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:
