@@ -1,224 +1,280 @@
 """
-The Faster R-CNN of bottom-up attention (Anderson et al., arXiv 1707.07998): ResNet C4 on Visual Genome, inference only.
+Regions by the Faster R-CNN of bottom-up attention (Anderson et al., arXiv 1707.07998), trained on Visual Genome.
 
-Reads a folder, or a repository of the Hub, of `config.yaml` and `model.safetensors` or `pytorch_model.bin`, in two layouts:
-
-    frcnn   unc-nlp/frcnn-vg-finetuned: background is the last class, boxes end where the next pixel begins
-    caffe   bottom-up-attention.pytorch's conversion: background first, boxes end on their last pixel
-
-`parameter_shapes` lists what the weights must hold, no more and no less. Left out: training.
+Reads a folder, or a repository of the Hub, with `config.yaml` and `model.safetensors` or `pytorch_model.bin`. The
+weights may have either layout of `visual_genome_network`.
 """
 
-import ast
-from collections.abc import Mapping
+import pickle
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
+import yaml
+from huggingface_hub import snapshot_download
+from PIL.Image import Image
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor
 
-STRIDE = 16  # pixels a cell of the C4 feature map
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"
-RPN = "proposal_generator.rpn_head"
-HEADS = "roi_heads.box_predictor"
-# A config of Detectron2 tells what differs from these; the flat one of frcnn tells everything.
-DETECTRON2_DEFAULTS: dict[str, Any] = {
-    "anchor_generator.aspect_ratios": [[0.5, 1.0, 2.0]],
-    "anchor_generator.offset": 0.0,
-    "bua.attribute_on": False,
-    "bua.attribute.num_classes": 401,
-    "input.format": "BGR",
-    "input.max_size_test": 1333,
-    "input.min_size_test": 800,
-    "model.max_pool": False,
-    "model.pixel_std": [1.0, 1.0, 1.0],
-    "proposal_generator.min_size": 0,
-    "resnets.num_groups": 1,
-    "resnets.res2_out_channels": 256,
-    "resnets.res5_dilation": 1,
-    "resnets.stem_out_channels": 64,
-    "resnets.stride_in_1x1": True,
-    "resnets.width_per_group": 64,
-    "roi_box_head.attr": False,
-    "roi_box_head.bbox_reg_weights": [10.0, 10.0, 5.0, 5.0],
-    "roi_box_head.num_attrs": 400,
-    "roi_box_head.pooler_resolution": 14,
-    "roi_box_head.res5halve": True,
-    "roi_heads.nms_thresh_test": 0.5,
-    "rpn.bbox_reg_weights": [1.0, 1.0, 1.0, 1.0],
-    "rpn.nms_thresh": 0.7,
-    "rpn.post_nms_topk_test": 1000,
-    "rpn.pre_nms_topk_test": 6000,
-}
+from ...feature_extraction_unicoder_vl import RegionRecord
+from . import selection
+from ._computing import DTYPES, Prepared, check_counts, file_revision
+from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state
+
+CONFIG, NAMES = "config.yaml", "objects_vocab.txt"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+CAFFE_SIZES = (600, 1000)  # shorter side, and what the longer one may not exceed
+RULES = {"caffe": "proposal", "max-nms": "regressed"}  # and what their boxes are
+# Ids and scores of objects, then of attributes.
+Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 @dataclass(frozen=True)
-class Config:
-    """What `config.yaml` says, and the two things that the weights say: their layout and the width of the RPN."""
+class Prepare:
+    """Scales a photo by its shorter side, and brings its channels into the network's order. The mean comes later."""
 
-    caffe: bool
-    depth: int
-    num_groups: int
-    width_per_group: int
-    stem_channels: int
-    res2_channels: int
-    stride_in_1x1: bool
-    ceil_mode_pool: bool
-    halve_res5: bool
-    num_anchors: int
-    anchor_offset: float
-    rpn_channels: int
-    rpn_box_weights: tuple[float, ...]
-    rpn_nms: float
-    rpn_min_size: float
-    rpn_before_nms: int
-    rpn_after_nms: int
-    pool_size: int
-    num_classes: int  # without background
-    num_attributes: int  # without "none"; 0: no attribute head
-    box_weights: tuple[float, ...]
-    nms_thresholds: tuple[float, ...]
-    channels: str
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
     min_size: int
     max_size: int
+    channels: str
 
-    @property
-    def feature_dim(self) -> int:
-        """D, the width of a region's feature: 2048 unless the network is narrower."""
-        return 8 * self.res2_channels
+    def __call__(self, image: Image) -> Prepared:
+        width, height = image.size
+        scale = min(self.min_size / min(width, height), self.max_size / max(width, height))
+        # A photo of one row must leave a cell, too.
+        size = [max(int(side * scale + 0.5), STRIDE) for side in (height, width)]
+        planes = pil_to_tensor(image)
+        if self.channels == "BGR":
+            planes = planes.flip(0)
+        # One plane after the other: a photo of 100 megapixels is 1.2 GB in float32.
+        scaled = [F.interpolate(plane[None, None].float(), size, mode="bilinear")[0, 0] for plane in planes]
+        pixels = torch.stack([plane.round().to(torch.uint8) for plane in scaled])
+        return Prepared(pixels, (width, height), (size[0], size[1]))
 
-    @property
-    def stages(self) -> list[tuple[str, int, int, int, int]]:
-        """Of each stage: name, number of blocks, and channels coming in, within and going out."""
-        names = ("backbone.res2", "backbone.res3", "backbone.res4", "roi_heads.res5")
-        width, incoming, stages = self.num_groups * self.width_per_group, self.stem_channels, []
-        for number, (name, blocks) in enumerate(zip(names, BLOCKS[self.depth], strict=True)):
-            outgoing = self.res2_channels * 2**number
-            stages.append((name, blocks, incoming, width * 2**number, outgoing))
-            incoming = outgoing
-        return stages
 
-    @classmethod
-    def from_yaml(cls, yaml: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "Config":
-        """
-        Reads the flat layout of frcnn and the nested one of Detectron2, in any case of letters.
+class VisualGenomeDetector:
+    """
+    See the module.
 
-        Raises:
-            ValueError: A key is missing or has a value that this network cannot have; the message names it.
-        """
-        tree = _lower(yaml)
-        model = tree.get("model", {})
-        nested = "resnets" in model
-        sections = model | tree
-        caffe = _is_caffe(weights)
+    Args:
+        model (`FasterRCNN`): With its weights.
+        device (`torch.device`): Where it computes.
+        precision (`str`, defaults to `"no"`): Of the convolutions; `"no"`, `"bf16"` or `"fp16"`.
+        rule (`str`, defaults to `"caffe"`): Which proposals become regions, `"caffe"` or `"max-nms"`: see `selection`.
+        min_regions, max_regions (`int`, default to 100): 100/100 as in the paper; 10/100 and 36/36 are common, too.
+        preprocess (`str`, defaults to `"config"`): `"config"` scales photos as config.yaml says, `"caffe"` as in
+            training: the shorter side to 600 pixels, the longer one to at most 1000.
+        class_probabilities (`bool`, defaults to `False`): Whether records hold the probability of each class.
+        provenance: What else the store should say: `detector`, `detector_revision`, `class_names`.
+    """
 
-        def value(*names: str) -> Any:
-            """Of the first of these names of one thing that is there."""
-            for name in names:
-                node: Any = sections
-                for part in name.split("."):
-                    node = node.get(part) if isinstance(node, dict) else None
-                if node is not None:
-                    # Detectron2 writes tuples, which YAML reads as text.
-                    return ast.literal_eval(node) if isinstance(node, str) and node.startswith("(") else node
-            if nested and names[0] in DETECTRON2_DEFAULTS:
-                return DETECTRON2_DEFAULTS[names[0]]
-            raise ValueError(f"{names[0]} is missing.")
-
-        depth, channels = value("resnets.depth"), value("input.format")
-        if depth not in BLOCKS:
-            raise ValueError(f"resnets.depth is {depth!r}, expected one of {list(BLOCKS)}.")
-        if channels not in ("BGR", "RGB"):
-            raise ValueError(f"input.format is {channels!r}, expected BGR or RGB.")
-        if "bua" in model:
-            num_attributes = value("bua.attribute.num_classes") - 1 if value("bua.attribute_on") else 0
+    def __init__(
+        self,
+        model: FasterRCNN,
+        *,
+        device: torch.device,
+        precision: str = "no",
+        rule: str = "caffe",
+        min_regions: int = 100,
+        max_regions: int = 100,
+        preprocess: str = "config",
+        class_probabilities: bool = False,
+        **provenance: Any,
+    ):
+        check_counts(min_regions, max_regions)
+        for name, value, known in (("rule", rule, RULES), ("preprocess", preprocess, ("config", "caffe"))):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {list(known)}.")
+        config = model.config
+        self.model = model.eval().to(device)
+        self.model.cast(DTYPES.get(precision, torch.float32))
+        self.device = device
+        self.rule = rule
+        self.min_regions, self.max_regions = min_regions, max_regions
+        self.class_probabilities = class_probabilities
+        sizes = CAFFE_SIZES if preprocess == "caffe" else (config.min_size, config.max_size)
+        self.prepare = Prepare(*sizes, config.channels)
+        self.mean, self.std = (
+            torch.tensor(values, device=device)[:, None, None] for values in (config.pixel_mean, config.pixel_std)
+        )
+        thresholds: dict[str, Any] = {"rule": rule, "min_regions": min_regions, "max_regions": max_regions}
+        if rule == "caffe":
+            thresholds |= {"score": selection.SCORE_THRESHOLD, "nms": selection.NMS_THRESHOLD}
         else:
-            num_attributes = value("roi_box_head.num_attrs") if value("roi_box_head.attr") else 0
-        res2_channels = value("resnets.res2_out_channels")
-        rpn_conv = weights.get(f"{RPN}.conv.weight")
-        nms = value("roi_heads.nms_thresh_test")
-        return cls(
-            caffe=caffe,
-            depth=depth,
-            num_groups=value("resnets.num_groups"),
-            width_per_group=value("resnets.width_per_group"),
-            stem_channels=value("resnets.stem_out_channels"),
-            res2_channels=res2_channels,
-            stride_in_1x1=value("resnets.stride_in_1x1"),
-            ceil_mode_pool="bua" in model or value("model.max_pool", "model.caffe_maxpool"),
-            halve_res5=value("resnets.res5_dilation") == 1 and value("roi_box_head.res5halve"),
-            num_anchors=len(value("anchor_generator.sizes")[0]) * len(value("anchor_generator.aspect_ratios")[0]),
-            anchor_offset=value("anchor_generator.offset"),
-            rpn_channels=4 * res2_channels if rpn_conv is None else len(rpn_conv),
-            rpn_box_weights=tuple(value("rpn.bbox_reg_weights")),
-            rpn_nms=value("rpn.nms_thresh"),
-            rpn_min_size=value("proposal_generator.min_size"),
-            rpn_before_nms=value("rpn.pre_nms_topk_test"),
-            rpn_after_nms=value("rpn.post_nms_topk_test"),
-            pool_size=value("roi_box_head.pooler_resolution"),
-            num_classes=value("roi_heads.num_classes") - caffe,
-            num_attributes=num_attributes,
-            box_weights=tuple(value("roi_box_head.bbox_reg_weights")),
-            nms_thresholds=tuple(nms) if isinstance(nms, list | tuple) else (nms,),
-            channels=channels,
-            pixel_mean=tuple(value("model.pixel_mean")),
-            pixel_std=tuple(value("model.pixel_std")),
-            min_size=value("input.min_size_test"),
-            max_size=value("input.max_size_test"),
+            thresholds |= {"nms": list(config.nms_thresholds)}
+        thresholds |= {"preprocess": preprocess, "min_size": sizes[0], "max_size": sizes[1]}
+        self.provenance = {
+            "box_type": RULES[rule],
+            "thresholds": thresholds,
+            "num_classes": config.num_classes,
+            **provenance,
+        }
+
+    @torch.inference_mode()
+    def __call__(
+        self, prepared: Sequence[Prepared], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
+    ) -> list[RegionRecord]:
+        pixels = [(photo.pixels.to(self.device).float() - self.mean) / self.std for photo in prepared]
+        maps = self.model.backbone([photo.to(self.model.dtype) for photo in pixels])
+        records = []
+        for row, (features, photo, image_id) in enumerate(zip(maps, prepared, image_ids, strict=True)):
+            (width, height), (rows, columns) = photo.size, photo.content
+            scale = torch.tensor((columns / width, rows / height) * 2, device=self.device)
+            if boxes is None:
+                found, pooled = self._detect(features, photo.content, columns / width)
+                corners = found / scale
+            else:
+                corners = torch.from_numpy(np.array(boxes[row], np.float32)).to(self.device)
+                if corners.ndim != 2 or corners.shape[1] != 4:
+                    raise ValueError(f"Image {image_id!r}: boxes have shape {tuple(corners.shape)}, expected (n, 4).")
+                pooled = self.model.pool(features, corners * scale)
+            records.append(self._record(image_id, photo.size, corners, pooled))
+        return records
+
+    def _detect(self, features: Tensor, size: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
+        """Boxes in the scaled photo, and their features, of the regions that the rule keeps."""
+        counts = {"min_regions": self.min_regions, "max_regions": self.max_regions}
+        boxes = self.model.propose(features, size, scale)
+        pooled = self.model.pool(features, boxes)
+        probabilities, _ = self.model.classify(pooled)
+        if self.rule == "caffe":
+            kept = selection.caffe(self.model.with_extent(boxes), probabilities, **counts)
+        else:
+            scores, classes = probabilities.max(1)
+            boxes = self.model.clip(self.model.regress(pooled, boxes, classes), size)
+            thresholds = self.model.config.nms_thresholds
+            kept = selection.max_nms(self.model.with_extent(boxes), scores, nms_thresholds=thresholds, **counts)
+        return boxes[kept], pooled[kept]
+
+    def _record(self, image_id: str, size: tuple[int, int], boxes: Tensor, features: Tensor) -> RegionRecord:
+        width, height = size
+        probabilities, attributes = self.model.classify(features)
+        object_ids, object_scores, attribute_ids, attribute_scores = _best(probabilities, attributes)
+        return RegionRecord(
+            image_id,
+            image_width=width,
+            image_height=height,
+            boxes=boxes.cpu().numpy(),
+            features=features.cpu().numpy(),
+            object_ids=object_ids,
+            object_scores=object_scores,
+            attribute_ids=attribute_ids,
+            attribute_scores=attribute_scores,
+            class_probabilities=probabilities.cpu().numpy() if self.class_probabilities else None,
         )
 
-
-def _lower(node: Any) -> Any:
-    return {str(key).lower(): _lower(value) for key, value in node.items()} if isinstance(node, dict) else node
-
-
-def _is_caffe(weights: Mapping[str, Tensor]) -> bool:
-    """Only Caffe regresses a box for the background, too."""
-    scores, boxes = weights.get(f"{HEADS}.cls_score.weight"), weights.get(f"{HEADS}.bbox_pred.weight")
-    return scores is not None and boxes is not None and len(boxes) == 4 * len(scores)
+    @torch.inference_mode()
+    def classify(self, features: np.ndarray) -> Classes:
+        """What the heads say of stored features `(n, D)`: object ids and scores, attribute ids and scores or None."""
+        if features.ndim != 2 or features.shape[1] != self.model.config.feature_dim:
+            raise ValueError(f"features have shape {features.shape}, expected (n, {self.model.config.feature_dim}).")
+        return _best(*self.model.classify(torch.as_tensor(features, dtype=torch.float32, device=self.device)))
 
 
-def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of everything that the weights must hold. `norm.num_batches_tracked` may stand beside it."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def convolution(name: str, outgoing: int, incoming: int, kernel: int) -> None:
-        shapes[f"{name}.weight"] = (outgoing, incoming, kernel, kernel)
-        shapes.update({f"{name}.norm.{part}": (outgoing,) for part in BATCH_NORM})
-
-    def layer(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
-
-    convolution("backbone.stem.conv1", config.stem_channels, 3, 7)
-    for stage, blocks, incoming, width, outgoing in config.stages:
-        for block in range(blocks):
-            if incoming != outgoing:
-                convolution(f"{stage}.{block}.shortcut", outgoing, incoming, 1)
-            convolution(f"{stage}.{block}.conv1", width, incoming, 1)
-            convolution(f"{stage}.{block}.conv2", width, width // config.num_groups, 3)
-            convolution(f"{stage}.{block}.conv3", outgoing, width, 1)
-            incoming = outgoing
-
-    shapes[ANCHORS] = (config.num_anchors, 4)
-    layer(f"{RPN}.conv", config.rpn_channels, 4 * config.res2_channels, 3, 3)
-    # Caffe has a logit for "no object", too.
-    layer(f"{RPN}.objectness_logits", config.num_anchors * (1 + config.caffe), config.rpn_channels, 1, 1)
-    layer(f"{RPN}.anchor_deltas", config.num_anchors * 4, config.rpn_channels, 1, 1)
-
-    width, classes = config.feature_dim, config.num_classes
-    layer(f"{HEADS}.cls_score", classes + 1, width)
-    layer(f"{HEADS}.bbox_pred", 4 * (classes + config.caffe), width)
-    if config.num_attributes:
-        embedding, hidden, score = CAFFE_ATTRIBUTE_HEAD if config.caffe else ATTRIBUTE_HEAD
-        shapes[f"{HEADS}.{embedding}.weight"] = (classes + 1, width // 8)
-        layer(f"{HEADS}.{hidden}", width // 4, width + width // 8)
-        layer(f"{HEADS}.{score}", config.num_attributes + 1, width // 4)
-    return shapes
+def _best(probabilities: Tensor, attributes: Tensor | None) -> Classes:
+    object_scores, object_ids = (x.cpu().numpy() for x in probabilities.max(1))
+    if attributes is None:
+        return object_ids, object_scores, None, None
+    attribute_scores, attribute_ids = (x.cpu().numpy() for x in attributes.max(1))
+    return object_ids, object_scores, attribute_ids, attribute_scores
 
 
-ATTRIBUTE_HEAD = ("cls_embedding", "fc_attr", "attr_score")
-CAFFE_ATTRIBUTE_HEAD = ("cls_embed", "attr_linear1", "attr_linear2")
+def load(
+    name: str,
+    *,
+    device: torch.device,
+    precision: str = "no",
+    rule: str = "caffe",
+    min_regions: int = 100,
+    max_regions: int = 100,
+    preprocess: str = "config",
+    class_probabilities: bool = False,
+    class_names: str | PathLike | Sequence[str] | None = None,
+    revision: str | None = None,
+) -> VisualGenomeDetector:
+    """
+    A detector from a folder or from the Hub. The other arguments are `VisualGenomeDetector`'s.
+
+    Args:
+        name (`str`): The folder or the repository, such as `"unc-nlp/frcnn-vg-finetuned"`.
+        class_names (`str`, `os.PathLike` or sequence of `str`, *optional*): Names, or a file of one a line,
+            synonyms after commas; None takes `objects_vocab.txt` beside the weights if there is one.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it lacks a file.
+        ValueError: A file is malformed; the message names it, and the key.
+    """
+    folder, commit = _fetch(name, revision)
+    weights_file, weights = _read_weights(folder)
+    try:
+        config = Config.from_yaml(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), weights)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    try:
+        state = module_state(weights, config)
+    except ValueError as error:
+        raise ValueError(f"{weights_file}: {error}") from error
+    with torch.device("meta"):
+        model = FasterRCNN(config)
+    model.load_state_dict(state, assign=True)
+    return VisualGenomeDetector(
+        model,
+        device=device,
+        precision=precision,
+        rule=rule,
+        min_regions=min_regions,
+        max_regions=max_regions,
+        preprocess=preprocess,
+        class_probabilities=class_probabilities,
+        class_names=_read_names(folder, class_names, config.num_classes),
+        detector=f"visual-genome:{name if commit else folder.resolve().name}",
+        detector_revision=commit or file_revision(weights_file),
+    )
+
+
+def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder, and the commit if it is from the Hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a folder and has no revision {revision!r}: leave it out.")
+        return folder, None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"{name} is neither a folder nor a repository of the Hub, OWNER/NAME.")
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, NAMES, *WEIGHTS]))
+    return folder, folder.name
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    files = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not files or not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} must hold {CONFIG} and {' or '.join(WEIGHTS)}.")
+    path = files[0]
+    try:
+        if path.suffix == ".safetensors":
+            return path, safetensors.torch.load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no file of weights that loads without running code: {error}") from error
+    weights = weights.get("model", weights)  # Detectron2 keeps them beside its optimizer
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds more than named tensors: save the state dict alone.")
+    return path, weights
+
+
+def _read_names(folder: Path, names: str | PathLike | Sequence[str] | None, count: int) -> list[str] | None:
+    if names is None and not (folder / NAMES).is_file():
+        return None
+    if names is None or isinstance(names, str | PathLike):
+        lines = Path(names or folder / NAMES).read_text(encoding="utf-8").splitlines()
+        names = [line.split(",")[0].strip() for line in lines if line.strip()]
+    if len(names) != count:
+        raise ValueError(f"There are {len(names)} class names, expected {count}: one a class, without background.")
+    return list(names)
