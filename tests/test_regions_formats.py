@@ -146,10 +146,11 @@ def test_milvlg_npz(tmp_path):
     assert record.class_probabilities is None
 
 
-def test_milvlg_labels_inside_the_pickle_stay_unknown(tmp_path):
+def test_milvlg_labels_inside_the_pickle(tmp_path):
     bare = dict.fromkeys(("objects_id", "objects_conf", "attrs_id", "attrs_conf"))
     (record,) = milvlg_npz.read(write_npz(tmp_path / "a.npz", **bare))
-    assert record.object_ids is record.object_scores is record.attribute_ids is record.attribute_scores is None
+    assert record.object_ids.tolist() == [1, 2, 3]
+    assert record.object_scores is record.attribute_ids is record.attribute_scores is None
 
 
 class Bomb:
@@ -163,14 +164,11 @@ class Bomb:
 
 
 @pytest.mark.parametrize("key", ["info", "x", "objects_id"])
-def test_milvlg_pickles_are_never_read(key, tmp_path):
+def test_milvlg_pickles_are_never_executed(key, tmp_path):
     trace = tmp_path / "executed"
     path = write_npz(tmp_path / "a.npz", **{key: np.array(Bomb(trace), dtype=object)})
-    if key == "info":
-        assert len(list(milvlg_npz.read(path))) == 1
-    else:
-        with pytest.raises(ValueError, match=r"a\.npz"):
-            list(milvlg_npz.read(path))
+    with pytest.raises(ValueError, match=rf"a\.npz, member '{key}'.*pathlib\.Path"):
+        list(milvlg_npz.read(path))
     assert not trace.exists()
 
 
@@ -178,7 +176,7 @@ def test_milvlg_pickles_are_never_read(key, tmp_path):
     ("changes", "says"),
     [
         ({"image_w": HEIGHT, "image_h": WIDTH}, "width and height swapped"),
-        ({"image_w": np.array([1, 2])}, "image_w has shape"),
+        ({"image_w": np.array([1, 2])}, r"image_w is array\(\[1, 2"),
         ({"image_h": 0}, "image_height is 0"),
         ({"num_bbox": 4}, "num_bbox is 4, but x has 3 rows"),
         ({"bbox": None}, r"\['bbox'\] missing"),
@@ -217,7 +215,7 @@ def test_detection(tmp_path):
     other.mkdir()
     for write in (
         lambda path: None,
-        lambda path: np.savez(path / "uniter.npz", features=FEATURES, norm_bb=BOXES),
+        lambda path: np.savez(path / "other.npz", features=FEATURES, boxes=BOXES),
         lambda path: (path / "lxmert.tsv").write_text("\t".join(["1"] * 10)),
         lambda path: (path / "captions.tsv").write_text("a caption\thttp://x\n"),
     ):

@@ -1,23 +1,22 @@
 """
-The per-image .npz of MILVLG's bottom-up-attention.pytorch, `<image_id>.npz`:
+The per-image .npz of MILVLG's bottom-up-attention.pytorch (`extract_utils.save_roi_features`), `<image_id>.npz`:
 
-    x (n, D), bbox (n, 4) x1 y1 x2 y2 in pixels, num_bbox, image_h, image_w, info
+    x (n, D)  bbox (n, 4) x1 y1 x2 y2 in pixels  num_bbox  image_h  image_w  info
 
-and, beside them in some variants, `objects_id`, `objects_conf`, `attrs_id`, `attrs_conf` (n,), 0-based and without
-background. The original keeps these in `info`, a pickled dict. Unpickling would run whatever the file says, so `info`
-is never read: classes and scores that are nowhere else are None.
+`info` is a pickled dict of `objects_id`, `objects_conf`, `attrs_id`, `attrs_conf` (n,) and more; some variants have
+these beside it. Ids are 0-based and without background, but the tool's first versions counted background as 0, in
+objects and attributes alike, and the file does not say which version wrote it.
 """
 
-import zipfile
-import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
+from ._npz import members, read_files, write_files
+from ._pickled import array, whole_number
 
 NAME = "milvlg-npz"
 REQUIRED = ("x", "bbox", "image_w", "image_h")
@@ -31,61 +30,67 @@ OPTIONAL = {
 
 def matches(path: str | PathLike) -> bool:
     """Whether `path` is such an .npz, or a folder in which the first .npz is one."""
-    first = next(_files(Path(path)), None)
-    if first is None:
-        return False
-    try:
-        with zipfile.ZipFile(first) as archive:
-            return {f"{key}.npy" for key in REQUIRED} <= set(archive.namelist())
-    except zipfile.BadZipFile:
-        return False
+    return set(REQUIRED) <= members(path)
 
 
-def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionRecord]:
+def read(path: str | PathLike, skip: Container[str] = (), *, background: bool = False) -> Iterator[RegionRecord]:
     """
     Records of one file, or of all .npz files of a folder by name. The image_id is the file's name without `.npz`.
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder.
+        skip (container of `str`): Ids to pass over.
+        background (`bool`, defaults to `False`): Whether ids count background as 0.
 
     Raises:
         ValueError: A file is malformed; the message names the file, the field and the value.
     """
-    files = sorted(_files(Path(path)))
-    if not files:
-        raise ValueError(f"{path} is no .npz file, nor a folder of them.")
-    for file in files:
-        image_id = file.name.removesuffix(".npz")
-        if image_id in skip:
-            continue
-        try:
-            yield _record(image_id, file)
-        except (ValueError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file}: {error}") from error
+    names = (*REQUIRED, *OPTIONAL, "num_bbox", "info")
+    return read_files(path, skip, names, lambda image_id, arrays: _record(image_id, arrays, background))
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        return (file for file in path.iterdir() if file.suffix == ".npz")
-    return iter([path] if path.suffix == ".npz" else [])
+def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
+    """
+    Writes a folder of .npz files, with `info` as the tool has it. Class probabilities are left out.
+
+    Raises:
+        ValueError: `path` exists, or a record lacks boxes or the image size, or has an image_id that is no file name.
+    """
+    write_files(records, path, _arrays)
 
 
-def _record(image_id: str, path: Path) -> RegionRecord:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        missing = [key for key in REQUIRED if key not in arrays]
-        if missing:
-            raise ValueError(f"Image {image_id!r}: {missing} missing, expected {list(REQUIRED)} among {list(arrays)}.")
-        features = arrays["x"]
-        if "num_bbox" in arrays and (found := _scalar(image_id, "num_bbox", arrays["num_bbox"])) != len(features):
-            raise ValueError(f"Image {image_id!r}: num_bbox is {found}, but x has {len(features)} rows.")
-        return RegionRecord(
-            image_id,
-            image_width=_scalar(image_id, "image_w", arrays["image_w"]),
-            image_height=_scalar(image_id, "image_h", arrays["image_h"]),
-            boxes=arrays["bbox"],
-            features=features,
-            **{field: arrays[key] for key, field in OPTIONAL.items() if key in arrays},
-        )
+def _record(image_id: str, arrays: dict[str, Any], background: bool) -> RegionRecord:
+    missing = [key for key in REQUIRED if key not in arrays]
+    if missing:
+        raise ValueError(f"Image {image_id!r}: {missing} missing, expected {list(REQUIRED)} among {list(arrays)}.")
+    features = array(image_id, "x", arrays["x"], None)
+    if "num_bbox" in arrays:
+        n = whole_number(image_id, "num_bbox", arrays["num_bbox"])
+        if n != len(features):
+            raise ValueError(f"Image {image_id!r}: num_bbox is {n}, but x has {len(features)} rows.")
+    if "info" in arrays:
+        info = arrays["info"].item() if arrays["info"].size == 1 else None
+        if not isinstance(info, dict):
+            raise ValueError(f"Image {image_id!r}: info is {arrays['info']!r:.80}, expected a pickled dict.")
+        arrays = info | arrays
+    found = {field: array(image_id, key, arrays[key], None) for key, field in OPTIONAL.items() if key in arrays}
+    if background:
+        found |= {field: found[field] - 1 for field in ("object_ids", "attribute_ids") if field in found}
+    return RegionRecord(
+        image_id,
+        image_width=whole_number(image_id, "image_w", arrays["image_w"]),
+        image_height=whole_number(image_id, "image_h", arrays["image_h"]),
+        boxes=array(image_id, "bbox", arrays["bbox"], None),
+        features=features,
+        **found,
+    )
 
 
-def _scalar(image_id: str, key: str, value: np.ndarray) -> Any:
-    if value.size != 1:
-        raise ValueError(f"Image {image_id!r}: {key} has shape {value.shape}, expected one number.")
-    return value.item()
+def _arrays(record: RegionRecord) -> dict[str, Any]:
+    width, height = record.image_width, record.image_height
+    if record.boxes is None or width is None or height is None:
+        raise ValueError(f"Image {record.image_id!r}: boxes and image size must be known: the format has both.")
+    sizes = {"image_h": height, "image_w": width}
+    labels = {key: getattr(record, field) for key, field in OPTIONAL.items() if getattr(record, field) is not None}
+    info: Any = {"image_id": record.image_id, **sizes, "num_boxes": len(record), **labels}
+    return {"x": record.features, "bbox": record.boxes, "num_bbox": len(record), **sizes, "info": np.array(info)}

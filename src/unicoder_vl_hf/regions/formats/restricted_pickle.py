@@ -249,8 +249,9 @@ def _dtype_of_state(code: str, state: tuple) -> np.dtype:
     return dtype_of(code if order == "|" else f"{order}{code}")
 
 
-def dtype_of(code: str) -> np.dtype:
-    if not re.fullmatch(r"[<>|=]?([biufSU]\d{1,9}|O8?)", code):
+def dtype_of(code: Any) -> np.dtype:
+    """The dtype of a code such as `<f4`: numbers, text, or one object. Raises ValueError on anything else."""
+    if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([biufSU]\d{1,9}|O8?)", code):
         raise ValueError(f"dtype {code!r:.80} is not read, expected plain numbers or text")
     return np.dtype(code)
 

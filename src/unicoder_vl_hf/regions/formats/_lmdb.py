@@ -1,0 +1,113 @@
+"""
+The keys and values of an LMDB file, in order, by plain reads and without the library.
+
+The library maps the file and trusts it: on a damaged or truncated one the process dies of SIGBUS or SIGSEGV. It also
+refuses to open a file twice in a process, and its handles must not be carried over a fork. Here every offset is
+checked, a key follows the one before (so no loop of pages goes on for ever), and a value is read when it is asked for.
+
+The layout is that of LMDB 0.9 on 64-bit little-endian machines (`mdb.c`: MDB_page, MDB_node, MDB_meta). Left out:
+named databases and duplicate keys, which no format here has.
+"""
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+MAX_DEPTH = 32  # of the tree, as in LMDB
+_HEADER = struct.Struct("<QHHHH")  # page number, pad, flags, ends of the pointers and of the free space behind them
+_NODE = struct.Struct("<HHHH")  # two halves of a number, flags, size of the key
+_META = struct.Struct(
+    "<16xII16xI44xI2H8x8x8x8xQ8xQ"
+)  # magic, version, page size; main database: pad, flags, depth, root
+_BRANCH, _LEAF, _OVERFLOW, _META_PAGE = 1, 2, 4, 8
+_BIG_DATA = 1
+_NO_PAGE = 2**64 - 1
+_MAGIC = 0xBEEFC0DE
+
+
+def entries(path: Path) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
+    """
+    `(key, value)` of a file, or of `data.mdb` in a folder, by ascending key. Calling the value reads it, until the next
+    step.
+
+    Raises:
+        ValueError: The file is no LMDB, damaged or cut short; the message names it.
+    """
+    path = path / "data.mdb" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} is no file, expected an LMDB: data.mdb, or a folder that holds it.")
+    with path.open("rb") as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            page_size, root = _newest_root(file)
+            last = b""
+            for key, value in _walk(file, size, page_size, root, 0):
+                if key <= last:
+                    raise ValueError(f"key {key[:80]!r} follows {last[:80]!r}, expected ascending keys")
+                last = key
+                yield key, value
+        except (ValueError, struct.error) as error:
+            raise ValueError(f"{path} is damaged, cut short or no LMDB: {error}.") from error
+
+
+def first_value(path: Path, skip: bytes) -> bytes | None:
+    """The value of the first key other than `skip`; None where there is none, or no LMDB."""
+    try:
+        return next((value() for key, value in entries(path) if key != skip), None)
+    except (ValueError, OSError):
+        return None
+
+
+def _newest_root(file: IO[bytes]) -> tuple[int, int]:
+    """Page size, and the root of the main database as of the last transaction."""
+    newest = (-1, _NO_PAGE)
+    page_size = 0
+    for number in range(2):
+        file.seek(number * page_size)
+        magic, version, meta_page_size, _, flags, _, root, transaction = _META.unpack(file.read(_META.size))
+        page_size = page_size or meta_page_size
+        if magic != _MAGIC or version != 1 or page_size not in (2**k for k in range(9, 17)):
+            raise ValueError(f"it begins with magic {magic:#x}, version {version} and page size {page_size}")
+        if flags:
+            raise ValueError(f"its keys have the flags {flags:#x}, expected plain ones")
+        newest = max(newest, (transaction, root))
+    return page_size, newest[1]
+
+
+def _walk(
+    file: IO[bytes], size: int, page_size: int, number: int, depth: int
+) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
+    if number == _NO_PAGE:
+        return
+    page = _read(file, size, number * page_size, page_size)
+    found, _, flags, lower, upper = _HEADER.unpack_from(page)
+    if found != number or flags & ~16 not in (_BRANCH, _LEAF) or not _HEADER.size <= lower <= upper <= page_size:
+        raise ValueError(f"page {number} says of itself {(found, flags, lower, upper)}")
+    if depth == MAX_DEPTH:
+        raise ValueError(f"its tree is deeper than {MAX_DEPTH} pages")
+    for start in struct.unpack_from(f"<{(lower - _HEADER.size) // 2}H", page, _HEADER.size):
+        low, high, node_flags, key_size = _NODE.unpack_from(page, start)
+        data = start + _NODE.size + key_size
+        if data > page_size:
+            raise ValueError(f"a key of page {number} ends behind the page")
+        if flags & _BRANCH:
+            yield from _walk(file, size, page_size, low | high << 16 | node_flags << 32, depth + 1)
+            continue
+        key, length = page[start + _NODE.size : data], low | high << 16
+        if node_flags == _BIG_DATA:
+            (overflow,) = struct.unpack_from("<Q", page, data)
+            yield key, partial(_read, file, size, overflow * page_size + _HEADER.size, length)
+        elif node_flags or data + length > page_size:
+            raise ValueError(f"the value of {key[:80]!r} is of an unknown kind, or ends behind its page")
+        else:
+            yield key, partial(bytes, page[data : data + length])
+
+
+def _read(file: IO[bytes], size: int, start: int, length: int) -> bytes:
+    if start + length > size:
+        raise ValueError(f"it has {size} bytes, but byte {start + length} is asked for")
+    file.seek(start)
+    return file.read(length)
