@@ -1,11 +1,23 @@
-"""What several formats read alike: fields of text, base64 matrices, and libraries that not every user has."""
+"""What several formats do alike: TSV, JSON, base64 matrices, side files, new files, and optional libraries."""
 
 import base64
 import binascii
 import importlib
+import json
+import os
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import IO, Any
 
 import numpy as np
+
+from ...feature_extraction_unicoder_vl import RegionRecord
+from . import restricted_pickle
+
+# Of one line, or one image: 300 times what 100 regions of 2048 float32 take. What is longer is no such file.
+MAX_BYTES = 2**28
 
 
 def optional_import(module: str, extra: str) -> ModuleType:
@@ -36,3 +48,116 @@ def matrix(image_id: str, name: str, text: bytes | str, n: int, dtype: str = "<f
             f"Image {image_id!r}: {name} has {len(data)} bytes, expected {n} equal rows of {np.dtype(dtype).name}."
         )
     return np.frombuffer(data, dtype).reshape(n, -1)
+
+
+def num_boxes(image_id: str, text: bytes | str) -> int:
+    """The number of regions, n >= 1, from text. Raises ValueError naming the image."""
+    n = integer(image_id, "num_boxes", text)
+    if n < 1:
+        raise ValueError(f"Image {image_id!r}: num_boxes is {n}, expected at least 1: take the line out.")
+    return n
+
+
+def from_json(source: str, text: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError naming `source`, whatever is wrong with the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is no JSON ({error}): it may be cut short.") from None
+
+
+def files(path: str | os.PathLike, suffix: str) -> list[Path]:
+    """`path`, or by name the files of a folder, that have `suffix` among theirs: `a.tsv.0` has `.tsv`."""
+    path = Path(path)
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in found if suffix in file.suffixes]
+
+
+def first_fields(path: Path, size: int = 4096) -> list[bytes]:
+    """Columns of the first line of a TSV, as far as its first `size` bytes go: lines may be megabytes."""
+    with path.open("rb") as file:
+        return file.read(size).split(b"\n", 1)[0].split(b"\t")
+
+
+def lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line that is not empty, after its place, `<path>, line <number>`. Raises ValueError on an endless one."""
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
+            if len(line) == MAX_BYTES:
+                raise ValueError(f"{path}, line {number} has {MAX_BYTES} bytes and more: the file may be damaged.")
+            if stripped := line.rstrip(b"\r\n"):
+                yield f"{path}, line {number}", stripped
+
+
+def read_tsv(
+    path: str | os.PathLike, skip: Container[str], record: Callable[[str, list[bytes]], RegionRecord]
+) -> Iterator[RegionRecord]:
+    """
+    `record(image_id, columns)` of each line of a .tsv, or of all in a folder by name. The first column is the image_id.
+
+    Raises:
+        ValueError: There is no .tsv, or what `record` raises, after the file and the line.
+    """
+    found = files(path, ".tsv")
+    if not found:
+        raise ValueError(f"{path} is no .tsv file, nor a folder of them.")
+    if not any(file.stat().st_size for file in found):
+        raise ValueError(f"{path} is empty: copy it again.")
+    for file in found:
+        for place, line in lines(file):
+            fields = line.split(b"\t")
+            try:
+                image_id = fields[0].decode()
+                if image_id not in skip:
+                    yield record(image_id, fields)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+
+
+def read_index(path: str | os.PathLike) -> dict[int, str]:
+    """
+    Row → image_id of a side file: `{image_id: row}` in .pkl or .json, or the ids row by row in .json or text.
+
+    Raises:
+        ValueError: The file is damaged, or a row is no row or has two ids; the message names the file.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    if path.suffix == ".pkl":
+        index = restricted_pickle.load(data, str(path))
+    elif path.suffix == ".json":
+        index = from_json(str(path), data)
+    else:
+        try:
+            index = data.decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text: {error}.") from None
+    if isinstance(index, list):
+        pairs = list(enumerate(index))
+    elif isinstance(index, dict):
+        pairs = [(row, image_id) for image_id, row in index.items()]
+    else:
+        raise ValueError(f"{path} holds a {type(index).__name__}, expected {{image_id: row}} or a list of ids.")
+    ids: dict[int, str] = {}
+    for row, image_id in pairs:
+        if not isinstance(row, (int, np.integer)) or not isinstance(image_id, (str, int, np.integer)) or row in ids:
+            raise ValueError(f"{path}: {image_id!r:.80} has row {row!r:.80}, expected an id, and a row of its own.")
+        ids[int(row)] = str(image_id)
+    return ids
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name when the block ends without an error. Raises ValueError if it exists."""
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it, or choose another name.")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

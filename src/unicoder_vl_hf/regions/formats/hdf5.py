@@ -1,0 +1,145 @@
+"""
+The HDF5 files of bottom-up-attention-vqa, BAN and ReGAT (`tools/*detection_features_converter.py`). As many regions as
+there are, image after image, or the same number in each:
+
+    image_features      (regions, D)        or     (images, 36, D)
+    spatial_features    (regions, 6)        or     (images, 36, 6)      x1 y1 x2 y2 w h as fractions of the image
+    image_bb            (regions, 4)        or     (images, 36, 4)      x1 y1 x2 y2 in pixels
+    pos_boxes           (images, 2)                                     first region, and the one behind the last
+
+beside `<name>_imgid2idx.pkl`, `{image_id: row of the image}`. The image size is nowhere, so the record has the
+fractions. There are no classes and no scores.
+"""
+
+import math
+from collections.abc import Container, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ...feature_extraction_unicoder_vl import RegionRecord
+from ._parsing import MAX_BYTES, optional_import, read_index
+
+NAME = "hdf5"
+SUFFIXES = (".hdf5", ".h5")
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# What h5py says of damaged files, depending on where the damage is.
+ERRORS = (
+    OSError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+)
+
+logger = logging.get_logger(__name__)
+
+
+def matches(path: str | PathLike) -> bool:
+    """Whether `path` is an HDF5 file with `image_features`, or a folder in which the first one has them."""
+    file = next(iter(_files(path)), None)
+    if file is None:
+        return False
+    with file.open("rb") as start:
+        if start.read(len(SIGNATURE)) != SIGNATURE:
+            return False
+    try:
+        with optional_import("h5py", "hdf5").File(file, "r") as arrays:
+            return "image_features" in arrays
+    except ImportError:
+        return True  # so that reading says what to install
+    except ERRORS:
+        return False
+
+
+def read(
+    path: str | PathLike, skip: Container[str] = (), *, index: str | PathLike | None = None
+) -> Iterator[RegionRecord]:
+    """
+    Records of a file, or of all .hdf5 and .h5 of a folder by name, in the order of their rows.
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder.
+        skip (container of `str`): Ids of images to pass over.
+        index (`str` or `os.PathLike`, *optional*): `{image_id: row}` as .pkl or .json, if it is not beside the file as
+            `<name>_imgid2idx.pkl`. For a single file.
+
+    Raises:
+        ImportError: h5py is not installed.
+        ValueError: A file is malformed; the message names the file, the field and the value.
+    """
+    h5py = optional_import("h5py", "hdf5")
+    found = _files(path)
+    if not found or (index is not None and len(found) > 1):
+        raise ValueError(f"{path} has {len(found)} .hdf5 or .h5 files, expected one, or several without an index.")
+    for file in found:
+        ids = read_index(_index_file(file) if index is None else index)
+        try:
+            with h5py.File(file, "r") as arrays:
+                for row, image_id in sorted(ids.items()):
+                    if image_id not in skip:
+                        yield _record(image_id, row, arrays)
+        except ERRORS as error:
+            raise ValueError(f"{file}: {error}") from error
+
+
+def _files(path: str | PathLike) -> list[Path]:
+    path = Path(path)
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in found if file.suffix in SUFFIXES and file.is_file()]
+
+
+def _index_file(file: Path) -> Path:
+    names = [f"{file.stem}_{kind}.{suffix}" for kind in ("imgid2idx", "img2idx") for suffix in ("pkl", "json")]
+    for name in names:
+        if (beside := file.with_name(name)).is_file():
+            return beside
+    raise ValueError(f"{file} holds no image ids, and none of {names} is beside it: give the index, {{image_id: row}}.")
+
+
+def _record(image_id: str, row: int, arrays: Any) -> RegionRecord:
+    features, spatial = _array(arrays, "image_features"), _array(arrays, "spatial_features")
+    if features is None:
+        raise ValueError(f"there is no image_features, expected it among {list(arrays)}.")
+    if not 0 <= row < len(features) and features.ndim == 3:
+        raise ValueError(f"Image {image_id!r}: its row is {row}, but image_features has {len(features)} images.")
+    where: int | slice = row if features.ndim == 3 else _range(image_id, row, arrays, len(features))
+    for array in (features, spatial):
+        if array is not None:
+            _check_size(image_id, array, where)
+    if spatial is None:
+        logger.warning_once(
+            f"{arrays.filename} has no spatial_features, and pixels without an image size are no boxes."
+        )
+    return RegionRecord(image_id, features=features[where], boxes=None if spatial is None else spatial[where][:, :4])
+
+
+def _array(arrays: Any, name: str) -> Any:
+    array = arrays.get(name)
+    if array is not None and (getattr(array, "ndim", 0) not in (2, 3) or array.dtype.kind not in "fiu"):
+        raise ValueError(f"{name} is {array}, expected numbers of 2 or 3 dimensions.")
+    return array
+
+
+def _range(image_id: str, row: int, arrays: Any, regions: int) -> slice:
+    positions = _array(arrays, "pos_boxes")
+    if positions is None or positions.ndim != 2 or not 0 <= row < len(positions):
+        raise ValueError(f"Image {image_id!r}: its row is {row}, which pos_boxes ({positions}) does not have.")
+    first, last = positions[row].tolist()
+    if not 0 <= first < last <= regions:
+        raise ValueError(f"Image {image_id!r}: pos_boxes is {[first, last]}, expected rows within 0..{regions}.")
+    return slice(first, last)
+
+
+def _check_size(image_id: str, array: Any, where: int | slice) -> None:
+    """Before reading: a damaged header may promise terabytes."""
+    regions = where.stop - where.start if isinstance(where, slice) else array.shape[1]
+    size = array.dtype.itemsize * max(regions * array.shape[-1], math.prod(array.chunks or ()))
+    if size > MAX_BYTES:
+        raise ValueError(f"Image {image_id!r}: {array.name} takes {size} bytes, expected {MAX_BYTES} at most.")

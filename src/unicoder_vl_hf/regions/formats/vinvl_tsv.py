@@ -1,0 +1,213 @@
+"""
+The TSV files of Oscar and VinVL (Li et al., 2020; Zhang et al., 2021), in either layout, without a header:
+
+    features.tsv        key  num_boxes  features
+    or                  key  {"num_boxes": n, "features": features}
+    predictions.tsv     key  {"image_h": h, "image_w": w, "objects": [{"class": word, "rect": box, "conf": score}, …]}
+    or                  key  [{"class": word, "rect": box, "conf": score}, …]
+
+also as `<split>.feature.tsv` and `<split>.label.tsv`. Features are base64 of float32 (n, D + 6), whose last six columns
+are x1 y1 x2 y2 as fractions of the image, and width and height, or height and width: a script that many used swaps
+these, so they only prove the layout. `rect` is x1 y1 x2 y2 in pixels.
+
+Labels are a file of their own, often of another detector: classes and scores are taken over where number and boxes
+prove that they are of these regions, and are None elsewhere. The image size is that of `predictions.tsv`; without it
+boxes stay fractions. `features.lineidx`, the offset of each line, shows whether the file was cut short. Not needed:
+`imageid2idx.json`, the row of each key, and attributes, which are several words a region.
+"""
+
+from collections.abc import Container, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from transformers.utils import logging
+
+from ...feature_extraction_unicoder_vl import PIXEL_TOLERANCE, RegionRecord
+from ._parsing import MAX_BYTES, files, first_fields, from_json, lines, matrix, num_boxes
+
+NAME = "vinvl-tsv"
+# What the file of labels is called beside the file of features.
+LABELS = (("features", "predictions"), ("features", "predictions_gt"), ("feature", "label"))
+
+logger = logging.get_logger(__name__)
+
+
+def matches(path: str | PathLike) -> bool:
+    """Whether `path` is a .tsv of features in either layout, or a folder with one."""
+    return bool(_feature_files(path))
+
+
+def read(
+    path: str | PathLike, skip: Container[str] = (), *, class_names: Sequence[str] | None = None
+) -> Iterator[RegionRecord]:
+    """
+    Records of a file of features and the labels beside it, or of all in a folder by name, a line at a time.
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder.
+        skip (container of `str`): Ids of images to pass over.
+        class_names (sequence of `str`, *optional*): Word of each object id. VinVL knows 1,594 classes, and not the
+            1,600 of bottom-up attention. Without it object ids are None.
+
+    Raises:
+        ValueError: A line is malformed, a class is none of `class_names`, or the file was cut short; the message names
+            the file, the line, the field and the value.
+    """
+    found = _feature_files(path)
+    if not found:
+        raise ValueError(f"{path} is no .tsv of features in a layout of Oscar or VinVL, nor a folder with one.")
+    class_ids = None if class_names is None else {name: class_id for class_id, name in enumerate(class_names)}
+    for file in found:
+        _check_length(file)
+        labels = _label_file(file)
+        if labels is None:
+            yield from _records(file, skip, class_ids)
+        else:
+            with labels.open("rb") as label_lines:
+                yield from _records(file, skip, class_ids, label_lines)
+
+
+def _feature_files(path: str | PathLike) -> list[Path]:
+    return [file for file in files(path, ".tsv") if _holds_features(first_fields(file))]
+
+
+def _holds_features(fields: list[bytes]) -> bool:
+    match fields:
+        case [_, count, features]:
+            # A box alone is 32 characters of base64.
+            return (
+                count.isdigit()
+                and len(features) >= 32
+                and features[:32].replace(b"+", b"0").replace(b"/", b"0").isalnum()
+            )
+        case [_, features]:
+            return features.startswith(b"{") and b'"features": "' in features
+    return False
+
+
+def _check_length(file: Path) -> None:
+    index = file.with_suffix(".lineidx")
+    if not index.is_file():
+        return
+    with index.open("rb") as offsets:
+        offsets.seek(max(0, index.stat().st_size - 32))
+        last = offsets.read().split()[-1:]
+    size = file.stat().st_size
+    if not last or not last[0].isdigit() or int(last[0]) >= size:
+        raise ValueError(f"{index} ends with {last}, but {file} has {size} bytes: one of them was cut short.")
+
+
+def _label_file(file: Path) -> Path | None:
+    beside = (file.with_name(file.name.replace(old, new)) for old, new in LABELS if old in file.name)
+    return next((labels for labels in beside if labels != file and labels.is_file()), None)
+
+
+def _records(
+    file: Path, skip: Container[str], class_ids: dict[str, int] | None, label_lines: IO[bytes] | None = None
+) -> Iterator[RegionRecord]:
+    passed: dict[bytes, int] = {}
+    for place, line in lines(file):
+        key, *fields = line.split(b"\t")
+        try:
+            # Of skipped images too, lest the lines of labels between pile up in `passed`.
+            label = None if label_lines is None else _find(label_lines, passed, key)
+            image_id = key.decode()
+            if image_id not in skip:
+                yield _record(image_id, fields, label, class_ids)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+
+def _find(file: IO[bytes], passed: dict[bytes, int], key: bytes) -> bytes | None:
+    """
+    What follows `key` in a TSV that is read as far as need be. Offsets of the lines on the way are kept in `passed`:
+    none where keys are asked for in the order of the file.
+    """
+    end = None
+    if key in passed:
+        end = file.tell()
+        file.seek(passed.pop(key))
+    while line := file.readline(MAX_BYTES):
+        found, _, rest = line.partition(b"\t")
+        if found == key:
+            if end is not None:
+                file.seek(end)
+            return rest
+        passed[found] = file.tell() - len(line)
+    return None
+
+
+def _record(image_id: str, fields: list[bytes], label: bytes | None, class_ids: dict[str, int] | None) -> RegionRecord:
+    if len(fields) == 1:
+        info = from_json(f"Image {image_id!r}: the second column", fields[0])
+        if not isinstance(info, dict) or not {"num_boxes", "features"} <= info.keys():
+            raise ValueError(
+                f"Image {image_id!r}: the second column is {fields[0][:40]!r}, expected num_boxes and features."
+            )
+        fields = [str(info["num_boxes"]).encode(), str(info["features"]).encode()]
+    if len(fields) != 2:
+        raise ValueError(f"Image {image_id!r}: {1 + len(fields)} columns, expected key, num_boxes, features.")
+    n = num_boxes(image_id, fields[0])
+    rows = matrix(image_id, "features", fields[1], n)
+    boxes, extents = rows[:, -6:-2], rows[:, -2:]
+    with np.errstate(invalid="ignore", over="ignore"):  # of damaged files
+        if rows.shape[1] > 6 and np.allclose(np.sort(boxes[:, 2:] - boxes[:, :2]), np.sort(extents), atol=1e-3):
+            return RegionRecord(image_id, features=rows[:, :-6], **_labels(image_id, label, boxes, class_ids))
+    raise ValueError(
+        f"Image {image_id!r}: features end in {rows[0, -6:].tolist()}, expected x1, y1, x2, y2, width and height as "
+        "fractions of the image: these features have no boxes, or other ones."
+    )
+
+
+def _labels(image_id: str, label: bytes | None, boxes: np.ndarray, class_ids: dict[str, int] | None) -> dict[str, Any]:
+    """Boxes, in pixels if `predictions.tsv` tells the image size, and whatever else it tells of these regions."""
+    if label is None:
+        return {"boxes": boxes}
+    info = from_json(f"Image {image_id!r}: the line of labels", label)
+    objects = info.get("objects") if isinstance(info, dict) else info
+    width, height = (info.get("image_w"), info.get("image_h")) if isinstance(info, dict) else (None, None)
+    if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
+        raise ValueError(f"Image {image_id!r}: the labels are {label[:40]!r}, expected a list of objects.")
+    found: dict[str, Any] = {"boxes": boxes}
+    size = None
+    if (width, height) != (None, None):
+        if not isinstance(width, (int, float)) or not isinstance(height, (int, float)):
+            raise ValueError(f"Image {image_id!r}: image_w, image_h are {(width, height)!r:.80}, expected two numbers.")
+        size = np.array([width, height], np.float64)
+        found = {"boxes": boxes * np.tile(size, 2), "image_width": width, "image_height": height}
+    if not _same_boxes([entry.get("rect") for entry in objects], boxes, size):
+        logger.warning_once(f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out.")
+        return found
+    if class_ids is not None:
+        found["object_ids"] = [_class_id(image_id, entry.get("class"), class_ids) for entry in objects]
+    if all("conf" in entry for entry in objects):
+        found["object_scores"] = [entry["conf"] for entry in objects]
+    return found
+
+
+def _same_boxes(rects: list[Any], boxes: np.ndarray, scale: np.ndarray | None) -> bool:
+    """Whether rectangles in pixels are these boxes, in this order; in an image of any size if `scale` is None."""
+    try:
+        pixels = np.array(rects, np.float64)
+    except (ValueError, TypeError):
+        return False
+    if pixels.shape != boxes.shape:
+        return False
+    # x and y apart: (2 axes, 2n).
+    pixels, fractions = (array.reshape(-1, 2).T for array in (pixels, boxes.astype(np.float64)))
+    if scale is None:
+        scale = (pixels * fractions).sum(axis=1) / np.maximum((fractions**2).sum(axis=1), 1e-12)  # of least squares
+    scale = scale[:, None]
+    # The fractions were clipped to the image, the rectangles not always.
+    return bool((np.abs(pixels.clip(0, scale) - scale * fractions) <= PIXEL_TOLERANCE).all())
+
+
+def _class_id(image_id: str, word: Any, class_ids: dict[str, int]) -> int:
+    if not isinstance(word, str) or word not in class_ids:
+        raise ValueError(
+            f"Image {image_id!r}: class is {word!r:.80}, which is none of the {len(class_ids)} class_names: give the "
+            "list of the detector that made the labels."
+        )
+    return class_ids[word]
