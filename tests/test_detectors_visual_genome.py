@@ -329,7 +329,7 @@ def test_scaling_is_bilinear_without_smoothing():
         exact = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None].float()
         exact = torch.nn.functional.interpolate(exact, prepared.content, mode="bilinear", align_corners=False)[0]
         assert prepared.pixels.dtype == torch.uint8
-        assert torch.equal(prepared.pixels, exact.round().to(torch.uint8))
+        assert (prepared.pixels - exact).abs().max() < 0.501
 
 
 def test_prepare_travels_between_processes(detector):

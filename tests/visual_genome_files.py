@@ -206,7 +206,7 @@ def caffe_weights(reference: Reference) -> dict[str, Tensor]:
 
 
 def caffe_yaml(config: dict) -> dict:
-    """Detectron2's nested layout as bottom-up-attention.pytorch has it, which leaves out what is Detectron2's default."""
+    """Detectron2's nested layout as bottom-up-attention.pytorch has it, without what is Detectron2's default."""
     return {
         "MODEL": {
             "PIXEL_MEAN": config["model"]["pixel_mean"],
