@@ -1,20 +1,24 @@
 """
 A folder of region records: written once, read at random by many processes.
 
-    manifest.json               counts, shards, provenance; written last, so where it is the store is whole
-    index.safetensors           hashes (N,) uint64 sorted, shards (N,) and rows (N,) uint32: where each image_id is
-    regions-00000.safetensors   features (rows, D) and the other fields, flat; offsets say which rows are whose image's
+    manifest.json               counts, provenance, size and SHA-256 of every file; written last, so where it is the
+                                store is whole
+    index.safetensors           hashes (N,) uint64 sorted, numbers (N,) uint32: which image has an id of that hash; and
+                                the ids themselves, by number
+    regions-00000.safetensors   features (rows, D) and the other fields, flat; offsets say which rows are whose image's,
+                                checksums (CRC-32) what was written for each image
     unfinished.json             while a writer is at work, and after it was interrupted
 
 A shard also holds the ids of its images, so that the index can be made again. Reading is a memory map: nothing is
-copied until the caller does. Left out: checksums, validation, merging and the Hub, which build on these files.
+copied until the caller does. What is done to whole stores has its own modules: `validation`, `editing` (merge, subset,
+split), `hub` and `parquet`.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,86 +27,25 @@ import numpy as np
 
 from .. import __version__
 from ..feature_extraction_unicoder_vl import RegionRecord, is_region_record
-from .tensor_files import TensorFile, TensorFileWriter, write_json
+from .shards import (
+    LARGEST,
+    MANIFEST,
+    MAX_SHARD_IMAGES,
+    UNFINISHED,
+    WIDE_FIELDS,
+    ImageIds,
+    Index,
+    Shard,
+    Shards,
+    ShardWriter,
+    shard_path,
+    to_bfloat16,
+    write_index,
+)
+from .tensor_files import write_json
 
 FORMAT_VERSION = 1
-MANIFEST, INDEX, UNFINISHED = "manifest.json", "index.safetensors", "unfinished.json"
-FEATURE_DTYPES: dict[str, np.dtype] = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-# The bits of a shard's `present`, lowest first: new fields go to the end.
-OPTIONAL_FIELDS = (
-    "boxes",
-    "object_ids",
-    "object_scores",
-    "attribute_ids",
-    "attribute_scores",
-    "class_probabilities",
-)
-# As wide as features: fetched per record. The other tensors are about 1 % of a shard and fetched when it is opened.
-WIDE_FIELDS = ("features", "class_probabilities")
-# Each open shard holds a file descriptor, of which a process has 1,024 by default.
-MAX_OPEN_SHARDS = 256
-
-
-def _hash(image_id: str) -> int:
-    """Of 64 bits, and the same in every process (Python's own is not)."""
-    return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little")
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"regions-{number:05d}.safetensors"
-
-
-class _Shard(TensorFile):
-    """One shard: `len`, the ids of its images, and a record for each row."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        tensors = self.tensors
-        try:
-            self._ids, self._id_offsets = tensors["image_ids"], tensors["image_id_offsets"]
-            self._region_offsets, self._sizes = tensors["region_offsets"], tensors["image_sizes"]
-            self._present, self.features = tensors["present"], tensors["features"]
-        except KeyError as error:
-            raise ValueError(f"{path} is no shard of a region store: it has no tensor {error}.") from error
-        self._fields = [(name, 1 << bit, tensors.get(name)) for bit, name in enumerate(OPTIONAL_FIELDS)]
-
-    def __len__(self) -> int:
-        return len(self._present)
-
-    def will_need_narrow(self) -> None:
-        """Has the kernel fetch everything but the wide fields."""
-        for name in self.tensors.keys() - WIDE_FIELDS:
-            self.will_need(name)
-
-    def will_need_row(self, row: int) -> None:
-        """Has the kernel fetch the wide fields of one image."""
-        first, last = self._region_offsets[row : row + 2].tolist()
-        for name in WIDE_FIELDS:
-            if name in self.tensors:
-                self.will_need(name, first, last)
-
-    def image_id(self, row: int) -> str:
-        first, last = self._id_offsets[row : row + 2].tolist()
-        return self._ids[first:last].tobytes().decode()
-
-    def image_ids(self) -> Iterator[str]:
-        ids, offsets = self._ids.tobytes(), self._id_offsets.tolist()
-        for first, last in pairwise(offsets):
-            yield ids[first:last].decode()
-
-    def record(self, row: int, image_id: str) -> RegionRecord:
-        first, last = self._region_offsets[row : row + 2].tolist()
-        width, height = self._sizes[row].tolist()
-        present = int(self._present[row])
-        values = {
-            "image_id": image_id,
-            "image_width": width or None,
-            "image_height": height or None,
-            "features": self.features[first:last],
-        }
-        for name, bit, tensor in self._fields:
-            values[name] = tensor[first:last] if tensor is not None and present & bit else None
-        return RegionRecord.unchecked(values)
+MERGE = "merge_of"  # in unfinished.json: the stores that are merged here
 
 
 class RegionStore(Mapping[str, RegionRecord]):
@@ -110,23 +53,32 @@ class RegionStore(Mapping[str, RegionRecord]):
     A folder written by `RegionStoreWriter`, as a mapping from image_id to `RegionRecord`. Iterates in disk order.
 
     The arrays of a record are read-only views of a memory map, features in the dtype of the store: copy what you
-    want to change. Files are opened when first needed, anew in each process; a store may be pickled, forked and
-    read by many.
+    want to change. NumPy has no bfloat16: features stored so come out as float32, exactly. Files are opened when first
+    needed, anew in each process; a store may be pickled, forked and read by many.
 
     Args:
         path (`str` or `os.PathLike`): The folder.
 
     Raises:
         FileNotFoundError: There is no store.
-        ValueError: The store is unfinished, damaged, or of a later version of this package.
+        ValueError: The store is unfinished, damaged, or of another version of this package.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).absolute()
-        self._manifest = _read_manifest(self.path)
-        self._pid = os.getpid()
-        self._index: dict[str, np.ndarray] = {}
-        self._shards: dict[int, _Shard] = {}
+        self.manifest = read_manifest(self.path)
+        self.shards = Shards(self.path, self.manifest["shards"])
+        self._index: Index | None = None
+
+    @property
+    def index(self) -> Index:
+        """What finds the place of an id; opened when first asked for."""
+        if self._index is None:
+            self._index = Index(self.path, len(self))
+        return self._index
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         return type(self), (self.path,)
@@ -140,87 +92,120 @@ class RegionStore(Mapping[str, RegionRecord]):
         Where the regions come from, ready for JSON: `detector`, `detector_revision`, `box_type`, `thresholds`,
         `class_names`, `num_classes`, `source_format` (None where unknown), `feature_dim`, `dtype`, `package_version`.
         """
-        return json.loads(json.dumps(self._manifest["provenance"]))
+        return json.loads(json.dumps(self.manifest["provenance"]))
 
     @property
     def feature_dim(self) -> int:
         """D, the width of the features."""
-        return self._manifest["provenance"]["feature_dim"]
+        return self.manifest["provenance"]["feature_dim"]
 
     @property
     def num_regions(self) -> int:
         """Regions of all images together."""
-        return self._manifest["regions"]
+        return self.manifest["regions"]
 
     def __len__(self) -> int:
-        return self._manifest["images"]
+        return self.manifest["images"]
 
     def __iter__(self) -> Iterator[str]:
-        for number in range(len(self._manifest["shards"])):
-            yield from self._shard(number).image_ids()
+        return islice(self.index.image_ids, len(self))
 
     def __contains__(self, image_id: object) -> bool:
-        return isinstance(image_id, str) and self._find(image_id) is not None
+        return image_id in self.index.ids
 
     def __getitem__(self, image_id: str) -> RegionRecord:
-        number, row = self._locate(image_id)
-        shard = self._shard(number)
-        shard.will_need_row(row)
-        return shard.record(row, image_id)
+        return self.record_at(self.number_of(image_id))
 
     def get_many(self, image_ids: Iterable[str]) -> list[RegionRecord]:
         """The records of these images, in the order asked for; the kernel fetches them all at once, in disk order."""
-        image_ids = list(image_ids)
-        places = [self._locate(image_id) for image_id in image_ids]
-        for number, row in sorted(set(places)):
-            self._shard(number).will_need_row(row)
-        return [
-            self._shard(number).record(row, image_id) for (number, row), image_id in zip(places, image_ids, strict=True)
-        ]
+        numbers = [self.number_of(image_id) for image_id in image_ids]
+        for number in sorted(set(numbers)):
+            shard, row = self.shards.find(number)
+            shard.will_need_row(row)
+        return [self.record_at(number) for number in numbers]
 
-    def _locate(self, image_id: str) -> tuple[int, int]:
-        place = self._find(image_id) if isinstance(image_id, str) else None
-        if place is None:
-            examples = [self._shard(0).image_id(row) for row in range(min(3, len(self._shard(0))))]
-            raise KeyError(
-                f"{self.path} has no image {image_id!r}; its {len(self)} ids are like {', '.join(map(repr, examples))}."
+    def number_of(self, image_id: str) -> int:
+        """Place of an image in disk order, from 0. Raises KeyError where there is none of this id."""
+        number = self.index.ids.find(image_id) if isinstance(image_id, str) else None
+        if number is None:
+            examples = ", ".join(map(repr, islice(self, 3)))
+            raise KeyError(f"{self.path} has no image {image_id!r}; its {len(self)} ids are like {examples}.")
+        return number
+
+    def record_at(self, number: int) -> RegionRecord:
+        """The record at a place in disk order."""
+        shard, row = self.shards.find(number)
+        shard.will_need_row(row)
+        return shard.record(row)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload regions",
+    ) -> str:
+        """
+        Uploads the store to a dataset repository, made if need be, with a card written from the manifest; a card that
+        someone wrote (`README.md` here or there) is kept. After an interruption the same call goes on. The manifest
+        goes last, so that a store on the Hub is whole, too. Returns the repository's full name.
+
+        Args:
+            repo_id (`str`): Such as `"someone/flickr30k-regions"`.
+            private (`bool`, *optional*): For a new repository; None leaves it to the account's default.
+            token (`str` or `bool`, *optional*): None takes the one that `hf auth login` saved.
+            revision (`str`, *optional*): A branch that exists; None is the main one.
+            commit_message (`str`): For the history.
+        """
+        from .hub import push_store
+
+        return push_store(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        image_ids: Iterable[str] | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """
+        Downloads a store from the Hub, or finds it in the cache, and opens it.
+
+        Args:
+            repo_id (`str`): The dataset repository.
+            revision (`str`, *optional*): A branch, tag or commit; None is the main branch.
+            image_ids (iterable of `str`, *optional*): Fetches only the shards that hold these images. All ids stay
+                known, but reading an image of another shard is a FileNotFoundError: call again with what you need.
+            cache_dir (`str` or `os.PathLike`, *optional*): None is the cache of huggingface_hub.
+            token (`str` or `bool`, *optional*): None takes the one that `hf auth login` saved.
+            local_files_only (`bool`, defaults to `False`): Asks the cache only.
+
+        Raises:
+            KeyError: The store has no image of an id.
+            FileNotFoundError: `local_files_only`, and something is not in the cache.
+        """
+        from .hub import fetch_store
+
+        return cls(
+            fetch_store(
+                repo_id,
+                revision=revision,
+                image_ids=image_ids,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
             )
-        return place
-
-    def _find(self, image_id: str) -> tuple[int, int] | None:
-        """Shard and row of an image, None if it is not here."""
-        self._forget_other_process()
-        if not self._index:
-            self._index = TensorFile(self.path / INDEX).tensors
-        hashes, shards, rows = self._index["hashes"], self._index["shards"], self._index["rows"]
-        wanted = np.uint64(_hash(image_id))
-        place = int(hashes.searchsorted(wanted))
-        while place < len(hashes) and hashes[place] == wanted:
-            number, row = int(shards[place]), int(rows[place])
-            # While a resumed writer finishes, the index may already know shards that the manifest does not.
-            if number < len(self._manifest["shards"]) and self._shard(number).image_id(row) == image_id:
-                return number, row
-            place += 1  # another id with the same hash
-        return None
-
-    def _shard(self, number: int) -> _Shard:
-        self._forget_other_process()
-        if number not in self._shards:
-            if len(self._shards) >= MAX_OPEN_SHARDS:
-                self._shards.pop(next(iter(self._shards)), None)
-            shard = _Shard(_shard_path(self.path, number))
-            if shard.num_bytes != (expected := self._manifest["shards"][number]["bytes"]):
-                raise ValueError(f"{shard.path} has {shard.num_bytes} bytes, expected {expected}: copy it again.")
-            shard.will_need_narrow()
-            self._shards[number] = shard
-        return self._shards[number]
-
-    def _forget_other_process(self) -> None:
-        if self._pid != os.getpid():
-            self._pid, self._index, self._shards = os.getpid(), {}, {}
+        )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Of a finished store; see `RegionStore` for what is raised."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -237,64 +222,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class _PendingShard:
-    """The shard being written: features go to disk at once, the rest, which is small, with `commit`."""
-
-    def __init__(self, path: Path):
-        self.file = TensorFileWriter(path)
-        self.num_bytes = 0
-        self._records: list[dict[str, Any]] = []
-
-    def add(self, record: RegionRecord, features: np.ndarray) -> None:
-        # Copies, because the caller may reuse its arrays, or hold a memory map behind them.
-        values = {name: value.copy() for name in OPTIONAL_FIELDS if (value := getattr(record, name)) is not None}
-        self.file.append("features", features)
-        self.num_bytes += features.nbytes + sum(value.nbytes for value in values.values())
-        size = (record.image_width or 0, record.image_height or 0)
-        self._records.append({"image_id": record.image_id, "n": record.num_regions, "size": size, **values})
-
-    def commit(self) -> None:
-        records, counts = self._records, [record["n"] for record in self._records]
-        ids = [record["image_id"].encode() for record in records]
-        blob = b"".join(ids)
-        # Zeros behind the last id put what follows on a multiple of 8 bytes.
-        blob += bytes(-(self.file.position + len(blob)) % 8)
-        self.file.append("image_ids", np.frombuffer(blob, np.uint8))
-        present = [sum(1 << bit for bit, name in enumerate(OPTIONAL_FIELDS) if name in record) for record in records]
-        tensors: dict[str, list[np.ndarray]] = {
-            "image_id_offsets": [np.cumsum([0, *map(len, ids)], dtype=np.int64)],
-            "region_offsets": [np.cumsum([0, *counts], dtype=np.int64)],
-            "image_sizes": [np.array([record["size"] for record in records], dtype=np.int32)],
-            "present": [np.array(present, dtype=np.uint8)],
-        }
-        for name in OPTIONAL_FIELDS:
-            values = [record[name] for record in records if name in record]
-            if values:
-                dtype, row_shape = np.result_type(*values), values[0].shape[1:]
-                # Zeros stand where an image lacks the field, so that one table of offsets serves all fields.
-                tensors[name] = [
-                    record[name].astype(dtype, copy=False) if name in record else np.zeros((n, *row_shape), dtype)
-                    for record, n in zip(records, counts, strict=True)
-                ]
-        for name, chunks in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
-            for chunk in chunks:
-                self.file.append(name, chunk)
-        self.file.commit()
-
-
 class RegionStoreWriter:
     """
     Writes a `RegionStore`, as a context manager with `write(record)`.
 
     Shards appear whole or not at all, the manifest when the `with` block ends without an error. After an error or
-    a kill the complete shards stay; `resume=True` goes on behind them, and `writer.resumed` holds the ids that need
+    a kill the complete shards stay; `resume=True` goes on behind them, and `image_id in writer.resumed` says what need
     not be written again (`image_id in writer` knows the new ones, too). One writer a folder: several processes write
-    several stores.
+    several stores, which `editing.merge_stores` makes one.
 
     Args:
         path (`str` or `os.PathLike`): The folder, made if need be.
-        dtype (`str`, defaults to `"float16"`): Of the features, `"float16"` or `"float32"`.
-        shard_size (`int`, defaults to 512 MiB): Bytes after which a shard is complete.
+        dtype (`str`, defaults to `"float16"`): Of the features, `"float16"`, `"bfloat16"` or `"float32"`. bfloat16 has
+            the range of float32 and 8 bits of precision; safetensors knows it, NumPy does not, so that records of such
+            a store have float32 features.
+        shard_size (`int`, defaults to 512 MiB): Bytes after which a shard is complete; 262,144 images complete it, too.
         resume (`bool`, defaults to `False`): Go on with an unfinished store, or add to a finished one, of equal
             provenance; an empty folder will do, too. Without it, a folder that holds a store is refused.
         detector, detector_revision (`str`, *optional*): What found the regions, such as a name and a commit on the Hub.
@@ -323,8 +265,8 @@ class RegionStoreWriter:
         num_classes: int | None = None,
         source_format: str | None = None,
     ):
-        if dtype not in FEATURE_DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {list(FEATURE_DTYPES)}.")
+        if dtype not in LARGEST:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {list(LARGEST)}.")
         if shard_size < 1:
             raise ValueError(f"shard_size is {shard_size}, expected a positive number of bytes.")
         names = None if class_names is None else list(class_names)
@@ -332,8 +274,7 @@ class RegionStoreWriter:
             raise ValueError(f"num_classes is {num_classes}, but there are {len(names)} class_names: give one of them.")
         self.path = Path(path).absolute()
         self.shard_size = shard_size
-        self._dtype = FEATURE_DTYPES[dtype]
-        self._provenance = {
+        self._provenance: dict[str, Any] = {
             "detector": detector,
             "detector_revision": detector_revision,
             "box_type": box_type,
@@ -344,12 +285,13 @@ class RegionStoreWriter:
             "dtype": dtype,
         }
         self._widths: dict[str, int] = {}  # of the wide fields, which one store must agree on
-        self._shard_facts: list[dict[str, Any]] = []
-        self._ids: set[str] = set()
-        self._pending: _PendingShard | None = None
+        self._shards = Shards(self.path)
+        self._ids = ImageIds(self._shards.image_id)  # of the shards
+        self._new: set[str] = set()  # of the pending one
+        self._pending: ShardWriter | None = None
         self._open = True
         self._start(resume)
-        self.resumed = frozenset(self._ids)  # what was here before
+        self.resumed = self._ids.copy()
 
     def __enter__(self) -> Self:
         return self
@@ -361,13 +303,13 @@ class RegionStoreWriter:
         if kind is None:
             self._finish()
         elif self._pending is not None:
-            self._pending.file.discard()
+            self._pending.discard()
 
     def __contains__(self, image_id: object) -> bool:
-        return image_id in self._ids
+        return image_id in self._new or image_id in self._ids
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._ids) + len(self._new)
 
     def write(self, record: RegionRecord) -> None:
         """
@@ -375,39 +317,52 @@ class RegionStoreWriter:
 
         Raises:
             ValueError: The id is here already, the width differs from that of the records before, an object id is
-                outside `num_classes`, or a feature does not fit into float16. The store is as it was before the call.
+                outside `num_classes`, or a feature does not fit into the dtype. The store is as it was before the call.
         """
         features = self._check(record)
         if self._pending is None:
-            self._pending = _PendingShard(_shard_path(self.path, len(self._shard_facts)))
+            self._pending = ShardWriter(shard_path(self.path, len(self._shards)))
         self._pending.add(record, features)
-        self._ids.add(record.image_id)
+        self._new.add(record.image_id)
         self._note_widths(record.features, record.class_probabilities)
-        if self._pending.num_bytes >= self.shard_size:
+        if self._pending.num_bytes >= self.shard_size or len(self._pending) >= MAX_SHARD_IMAGES:
             self._commit_shard()
 
     def _start(self, resume: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        settings = {"format_version": FORMAT_VERSION, "provenance": self._provenance}
-        known = [self.path / name for name in (MANIFEST, UNFINISHED) if (self.path / name).exists()]
+        # An unfinished store may be one that is being extended, and then knows more shards than the manifest.
+        known = [self.path / name for name in (UNFINISHED, MANIFEST) if (self.path / name).exists()]
         if known and not resume:
-            state = "a finished" if known[0].name == MANIFEST else "an unfinished"
+            state = "a finished" if known[-1].name == MANIFEST else "an unfinished"
             raise ValueError(f"{self.path} holds {state} store: pass resume=True to go on with it, or another folder.")
-        if known:
-            self._check_same(json.loads(known[0].read_text(encoding="utf-8")))
-        elif _shard_path(self.path, 0).exists():
+        if not known and shard_path(self.path, 0).exists():
             raise ValueError(f"{self.path} holds shards but neither {MANIFEST} nor {UNFINISHED}: take another folder.")
-        else:
-            write_json(self.path / UNFINISHED, settings)
         for partial in self.path.glob("*.partial"):  # what a kill left
             partial.unlink()
-        while (path := _shard_path(self.path, len(self._shard_facts))).exists():
-            shard = _Shard(path)
-            self._ids.update(shard.image_ids())
-            self._note_widths(shard.features, shard.tensors.get("class_probabilities"))
-            self._shard_facts.append(_facts(shard))
+        if known:
+            before = json.loads(known[0].read_text(encoding="utf-8"))
+            self._check_same(before)
+            for facts in before["shards"]:
+                self._adopt(facts)
+        else:
+            self._note_progress()
+        while (path := shard_path(self.path, len(self._shards))).exists():  # killed before it was noted
+            self._adopt(Shard(path).facts())
+
+    def _adopt(self, facts: dict[str, Any]) -> None:
+        """Goes on behind a shard that is here."""
+        self._shards.add(facts)
+        shard = self._shards[len(self._shards) - 1]
+        self._ids.add(shard.image_ids)
+        self._note_widths(shard.features, shard.tensors.get("class_probabilities"))
+
+    def _note_progress(self) -> None:
+        settings = {"format_version": FORMAT_VERSION, "provenance": self._provenance, "shards": self._shards.facts}
+        write_json(self.path / UNFINISHED, settings)
 
     def _check_same(self, before: dict[str, Any]) -> None:
+        if MERGE in before:
+            raise ValueError(f"{self.path} is being merged from {before[MERGE]}: call merge_stores with them again.")
         if before.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{self.path} has format version {before.get('format_version')}, expected {FORMAT_VERSION}."
@@ -427,7 +382,7 @@ class RegionStoreWriter:
         if not is_region_record(record):
             raise ValueError(f"write takes a RegionRecord, got a {type(record).__name__}.")
         name = record.image_id
-        if name in self._ids:
+        if name in self:
             raise ValueError(
                 f"Image {name!r} is in {self.path} already: ids must differ; skip what is in writer.resumed."
             )
@@ -444,15 +399,14 @@ class RegionStoreWriter:
                 f"Image {name!r}: object_ids hold {record.object_ids.max()}, expected ids below the store's "
                 f"{num_classes} classes, 0-based and without background."
             )
-        limit = np.finfo(self._dtype).max
-        if record.features.dtype.itemsize > self._dtype.itemsize:
-            largest = max(record.features.max(), -record.features.min())
-            if largest > limit:
-                raise ValueError(
-                    f"Image {name!r}: features hold a magnitude of {largest}, but {self._dtype} ends at {limit}: write "
-                    "the store with dtype='float32'."
-                )
-        return record.features.astype(self._dtype, copy=False)
+        dtype = self._provenance["dtype"]
+        largest = float(max(record.features.max(), -record.features.min()))
+        if largest > LARGEST[dtype]:
+            raise ValueError(
+                f"Image {name!r}: features hold a magnitude of {largest}, but {dtype} ends at {LARGEST[dtype]}: write "
+                "the store with dtype='float32'."
+            )
+        return to_bfloat16(record.features) if dtype == "bfloat16" else record.features.astype(dtype, copy=False)
 
     def _note_widths(self, features: np.ndarray, class_probabilities: np.ndarray | None) -> None:
         self._widths["features"] = features.shape[1]
@@ -462,49 +416,35 @@ class RegionStoreWriter:
     def _commit_shard(self) -> None:
         if self._pending is not None:
             self._pending.commit()
-            self._shard_facts.append(_facts(_Shard(self._pending.file.path)))
-            self._pending = None
+            self._shards.add(Shard(shard_path(self.path, len(self._shards))).facts())
+            self._note_progress()
+            self._ids.add(self._pending.image_ids)
+            self._pending, self._new = None, set()
 
     def _finish(self) -> None:
         self._commit_shard()
-        if (self.path / MANIFEST).exists() and len(self._ids) == len(self.resumed) == len(RegionStore(self.path)):
-            return  # nothing was added to a finished store
-        if not self._shard_facts:
+        if not len(self._shards):
             raise ValueError(f"No record was written to {self.path}: a store holds at least one image.")
-        _write_index(self.path, len(self._shard_facts), len(self._ids))
-        provenance = {
-            **self._provenance,
-            "feature_dim": self._widths["features"],
-            "package_version": __version__,
-        }
-        manifest = {
-            "format": "region store of unicoder-vl-hf",
-            "format_version": FORMAT_VERSION,
-            "images": sum(facts["images"] for facts in self._shard_facts),
-            "regions": sum(facts["regions"] for facts in self._shard_facts),
-            "provenance": provenance,
-            "shards": self._shard_facts,
-        }
-        write_json(self.path / MANIFEST, manifest)
+        if not (self.path / MANIFEST).exists() or self._shards.facts != read_manifest(self.path)["shards"]:
+            finish_store(self._shards, self._ids, {**self._provenance, "feature_dim": self._widths["features"]})
         (self.path / UNFINISHED).unlink(missing_ok=True)
 
 
-def _facts(shard: _Shard) -> dict[str, Any]:
-    """What the manifest says of a shard."""
-    return {"file": shard.path.name, "images": len(shard), "regions": len(shard.features), "bytes": shard.num_bytes}
+def finish_store(shards: Shards, ids: ImageIds, provenance: dict[str, Any]) -> None:
+    """Writes index and manifest of a folder of shards."""
+    manifest = {
+        "format": "region store of unicoder-vl-hf",
+        "format_version": FORMAT_VERSION,
+        "images": shards.num_images,
+        "regions": sum(facts["regions"] for facts in shards.facts),
+        "provenance": {**provenance, "package_version": __version__},
+        "index": write_index(shards, ids),
+        "shards": shards.facts,
+    }
+    write_json(shards.folder / MANIFEST, {**manifest, "sha256": manifest_checksum(manifest)})
 
 
-def _write_index(folder: Path, num_shards: int, num_images: int) -> None:
-    """Makes the index from the ids that the shards hold."""
-    hashes = np.empty(num_images, np.uint64)
-    shards, rows = np.empty(num_images, np.uint32), np.empty(num_images, np.uint32)
-    end = 0
-    for number in range(num_shards):
-        found = [_hash(image_id) for image_id in _Shard(_shard_path(folder, number)).image_ids()]
-        begin, end = end, end + len(found)
-        hashes[begin:end], shards[begin:end], rows[begin:end] = found, number, np.arange(len(found))
-    order = hashes.argsort(kind="stable")
-    index = TensorFileWriter(folder / INDEX)
-    for name, array in (("hashes", hashes), ("shards", shards), ("rows", rows)):
-        index.append(name, array[order])
-    index.commit()
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says, but for the checksum itself."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

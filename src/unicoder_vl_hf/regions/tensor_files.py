@@ -1,21 +1,27 @@
 """
 safetensors files, written as a stream and read as a memory map.
 
-The library writes a file from tensors that are all in memory, and its lazy slices copy what they read. Here a tensor
-grows on disk row by row, and reading gives views of the page cache. Any safetensors reader opens the files.
+The library writes a file from tensors that are all in memory, and its lazy slices copy what they read. Here tensors
+grow on disk row by row, and reading gives views of the page cache. Any safetensors reader opens the files.
 """
 
+import hashlib
 import json
 import mmap
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # its bits, as NumPy has no such type
     "F32": np.dtype("<f4"),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
@@ -26,81 +32,156 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Room for the header, which is written last. A page, so that the first tensor begins on a page too.
 DATA_START = 4096
+CHUNK_BYTES = 2**20
 
 
-def replace_atomically(partial: Path, path: Path) -> None:
-    """Gives a file that is complete and synced its name, and makes the name last."""
-    os.replace(partial, path)
+def file_facts(path: Path) -> dict[str, Any]:
+    """Name, size and checksum of a file, as a manifest lists them (and `sha256sum`, and the Hub)."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": path.name, "bytes": file.tell(), "sha256": digest}
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names of the files in a folder last."""
     if sys.platform != "win32":
-        folder = os.open(path.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
+
+
+def partial_path(path: Path) -> Path:
+    """What a file is called until it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def complete(file: IO, path: Path) -> None:
+    """Closes the file at `partial_path(path)` and gives it its name, in such an order that a crash leaves it whole."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(partial_path(path), path)
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` atomically: readers see the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial_path(path).open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    replace_atomically(partial, path)
+        complete(file, path)
+
+
+@dataclass
+class _Growing:
+    """A tensor being written to `file`, from byte `start` on."""
+
+    file: IO[bytes]
+    start: int
+    dtype: np.dtype
+    row_shape: tuple[int, ...]
+    rows: int = 0
+    position: int | None = None  # of the file, None after an error
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.row_shape))
+
+    def write(self, rows: np.ndarray, first: int) -> None:
+        begin = self.start + first * self.row_bytes
+        if self.position != begin:  # seeking flushes
+            self.file.seek(begin)
+        self.position = None
+        self.file.write(np.ascontiguousarray(rows, self.dtype).data)
+        self.position = begin + len(rows) * self.row_bytes
+        self.rows = first + len(rows)
+
+    def widened(self, dtype: np.dtype, file: IO[bytes]) -> "_Growing":
+        """A copy in another file, of another dtype."""
+        wide = _Growing(file, 0, dtype, self.row_shape)
+        step = max(1, CHUNK_BYTES // self.row_bytes)
+        self.file.seek(0)
+        for first in range(0, self.rows, step):
+            rows = self.file.read(min(step, self.rows - first) * self.row_bytes)
+            wide.write(np.frombuffer(rows, self.dtype).reshape(-1, *self.row_shape), first)
+        self.file.close()
+        return wide
 
 
 class TensorFileWriter:
     """
     Writes the file `path`, which appears with `commit` and never before: until then there is `<path>.partial`.
 
-    Tensors grow along their first axis, one after the other. Each must begin on a multiple of its item size, as readers
-    that do not copy expect: write the widest types first, or see `position`.
+    Tensors grow along their first axis, all at the same time and in little memory. The first one goes where it will
+    stay; the others wait in nameless files of the same folder, which vanish with the process.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.partial = path.with_name(f"{path.name}.partial")
-        self.position = 0  # bytes of data so far
-        self._header: dict[str, dict[str, Any]] = {}
-        self._file = self.partial.open("wb")
+        self._file = partial_path(path).open("w+b")
+        self._tensors: dict[str, _Growing] = {}
 
     def append(self, name: str, rows: np.ndarray) -> None:
-        """Adds rows to tensor `name`, which is a new one or the last one. A failed call leaves no trace."""
-        # Not where the last write ended, but where the last one that succeeded did.
-        self._file.seek(DATA_START + self.position)
-        self._file.write(np.ascontiguousarray(rows).data)
-        entry = self._header.setdefault(
-            name,
-            {
-                "dtype": DTYPE_NAMES[rows.dtype],
-                "shape": [0, *rows.shape[1:]],
-                "data_offsets": [self.position, self.position],
-            },
-        )
-        self.position += rows.nbytes
-        entry["shape"][0] += len(rows)
-        entry["data_offsets"][1] = self.position
+        """Adds rows behind the last one of tensor `name`."""
+        self.write(name, rows, self._tensors[name].rows if name in self._tensors else 0)
 
-    def commit(self) -> None:
-        """Completes the file and gives it its name."""
-        header = json.dumps(self._header, separators=(",", ":")).encode().ljust(DATA_START - 8)
-        if len(header) != DATA_START - 8:
-            raise ValueError(
-                f"{self.path}: the header of {len(self._header)} tensors does not fit into {DATA_START} bytes."
-            )
-        self._file.truncate(DATA_START + self.position)
+    def write(self, name: str, rows: np.ndarray, first: int) -> None:
+        """Puts rows at `first` of tensor `name`, over what a failed call left there. Rows passed over are zeros."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            file, start = (self._spool(), 0) if self._tensors else (self._file, DATA_START)
+            tensor = self._tensors[name] = _Growing(file, start, rows.dtype, rows.shape[1:])
+        elif (dtype := np.result_type(tensor.dtype, rows.dtype)) != tensor.dtype:
+            tensor = self._tensors[name] = tensor.widened(dtype, self._spool())
+        tensor.write(rows, first)
+
+    def commit(self, lengths: Mapping[str, int] | None = None) -> None:
+        """
+        Completes the file and gives it its name.
+
+        Args:
+            lengths (`Mapping`, *optional*): Rows of a tensor; else what was written last is its end.
+        """
+        header: dict[str, Any] = {}
+        position = 0
+        first, *spooled = self._tensors
+        # Readers that do not copy expect a tensor at a multiple of its item size: widest types first.
+        for name in (first, *sorted(spooled, key=lambda name: -self._tensors[name].dtype.itemsize)):
+            tensor = self._tensors[name]
+            if gap := -position % tensor.dtype.itemsize:
+                self._file.write(bytes(gap))  # which safetensors allows as a tensor only
+                header["padding"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, position + gap]}
+                position += gap
+            rows = (lengths or {}).get(name, tensor.rows)
+            end = position + rows * tensor.row_bytes
+            tensor.file.truncate(tensor.start + end - position)
+            if tensor.file is not self._file:
+                tensor.file.seek(0)
+                shutil.copyfileobj(tensor.file, self._file, CHUNK_BYTES)
+                tensor.file.close()
+            else:
+                self._file.seek(0, os.SEEK_END)
+            shape = [rows, *tensor.row_shape]
+            header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(DATA_START - 8)
+        if len(text) != DATA_START - 8:
+            raise ValueError(f"{self.path}: the header of {len(header)} tensors does not fit into {DATA_START} bytes.")
         self._file.seek(0)
-        self._file.write(len(header).to_bytes(8, "little") + header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        replace_atomically(self.partial, self.path)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        complete(self._file, self.path)
 
     def discard(self) -> None:
         """Drops what was written."""
+        for tensor in self._tensors.values():
+            tensor.file.close()
         self._file.close()
-        self.partial.unlink(missing_ok=True)
+        partial_path(self.path).unlink(missing_ok=True)
+
+    def _spool(self) -> IO[bytes]:
+        return tempfile.TemporaryFile(dir=self.path.parent)
 
 
 class TensorFile:
@@ -125,9 +206,13 @@ class TensorFile:
             if end != len(self._map):
                 raise ValueError(f"it has {len(self._map)} bytes, expected {end}")
             for name, entry in header.items():
-                self._starts[name] = start = data_start + entry["data_offsets"][0]
-                self.tensors[name] = np.ndarray(entry["shape"], DTYPES[entry["dtype"]], self._map, start)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                first, last = entry["data_offsets"]
+                self._starts[name] = data_start + first
+                tensor = np.ndarray(entry["shape"], DTYPES[entry["dtype"]], self._map, data_start + first)
+                if tensor.nbytes != last - first:
+                    raise ValueError(f"{name} has {last - first} bytes, expected {tensor.nbytes}")
+                self.tensors[name] = tensor
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"{path} is cut short or no safetensors file ({error}): copy or write it again."
             ) from error

@@ -1,0 +1,173 @@
+"""
+Stores made from stores: merged, cut to some images, or split.
+
+Each function may be called again after an interruption, with the same arguments, and goes on.
+"""
+
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from transformers.utils import logging
+
+from .shards import INDEX, MANIFEST, UNFINISHED, ImageIds, Shards, shard_path, sorted_run
+from .store import FORMAT_VERSION, MERGE, RegionStore, RegionStoreWriter, finish_store
+from .tensor_files import complete, partial_path, sync_folder, write_json
+
+
+def merge_stores(sources: Sequence[str | PathLike], destination: str | PathLike, *, move: bool = False) -> RegionStore:
+    """
+    Makes one store of several, images in the order of the sources. Shards are hard links where the file system has
+    them, else copies, and never rewritten.
+
+    Args:
+        sources (sequence of `str` or `os.PathLike`): Finished stores of equal provenance (but for `package_version`).
+        destination (`str` or `os.PathLike`): A new folder.
+        move (`bool`, defaults to `False`): Removes the sources once the destination is whole.
+
+    Raises:
+        ValueError: Provenances differ, an image is in two stores, or the destination holds something else.
+    """
+    folder, paths = Path(destination).absolute(), [Path(source).absolute() for source in sources]
+    if not paths:
+        raise ValueError("sources is empty, expected at least one store.")
+    names = [str(path) for path in paths]
+    if (folder / UNFINISHED).exists():
+        if json.loads((folder / UNFINISHED).read_text(encoding="utf-8")).get(MERGE) != names:
+            raise ValueError(f"{folder} is unfinished and no merge of {names}: take another folder.")
+    elif (folder / MANIFEST).exists() or shard_path(folder, 0).exists():
+        raise ValueError(f"{folder} holds a store already: take another folder.")
+    if not (folder / MANIFEST).exists():
+        _merge([RegionStore(path) for path in paths], folder)
+    if move:
+        for path in paths:
+            _remove(path)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    return RegionStore(folder)
+
+
+def subset_store(source: str | PathLike, image_ids: Iterable[str], destination: str | PathLike) -> RegionStore:
+    """
+    Copies some images of a store to a new one, in disk order.
+
+    Args:
+        source (`str` or `os.PathLike`): The store.
+        image_ids (iterable of `str`): Which; an id that is there twice counts once.
+        destination (`str` or `os.PathLike`): A new folder.
+
+    Raises:
+        KeyError: An id is not in the store; nothing is written then.
+        ValueError: There is no id, or the destination holds other images.
+    """
+    store = RegionStore(source)
+    return _copy(store, _numbers(store, image_ids), Path(destination))
+
+
+def split_store(
+    source: str | PathLike, splits: Mapping[str, Iterable[str]], folder: str | PathLike
+) -> dict[str, RegionStore]:
+    """
+    Copies the images of a store to one store a split, which share none.
+
+    Args:
+        source (`str` or `os.PathLike`): The store.
+        splits (`Mapping`): Name of a split -> ids of its images. Images in no split are left out.
+        folder (`str` or `os.PathLike`): Where the stores will be, each under its name.
+
+    Raises:
+        KeyError: An id is not in the store; nothing is written then.
+        ValueError: An image is in two splits, a split is empty, or see `subset_store`.
+    """
+    store = RegionStore(source)
+    split_of: dict[int, str] = {}
+    numbers = {name: _numbers(store, image_ids) for name, image_ids in splits.items()}
+    for name, own in numbers.items():
+        for number in own.tolist():
+            if (other := split_of.setdefault(number, name)) != name:
+                image_id = store.record_at(number).image_id
+                raise ValueError(f"Image {image_id!r} is in the splits {other!r} and {name!r}: put it in one of them.")
+    return {name: _copy(store, own, Path(folder) / name) for name, own in numbers.items()}
+
+
+def _merge(stores: list[RegionStore], folder: Path) -> None:
+    _check_provenances(stores)
+    starts = [0, *accumulate(map(len, stores))]
+
+    def find(number: int) -> tuple[RegionStore, str]:
+        place = bisect_right(starts, number) - 1
+        return stores[place], stores[place].index.image_ids[number - starts[place]]
+
+    runs = [store.index.ids.all() for store in stores]
+    numbers = np.concatenate([own + np.uint32(start) for (_, own), start in zip(runs, starts, strict=False)])
+    ids = ImageIds(lambda number: find(number)[1], [sorted_run(np.concatenate([run[0] for run in runs]), numbers)])
+    for first, second in ids.duplicates():
+        (store, image_id), (other, _) = find(first), find(second)
+        raise ValueError(f"Image {image_id!r} is in {store.path} and in {other.path}: take it out of one of them.")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / UNFINISHED, {"format_version": FORMAT_VERSION, MERGE: [str(store.path) for store in stores]})
+    shards = Shards(folder)
+    for store in logging.tqdm(stores, desc=f"Merging {folder.name}", unit="store"):
+        for facts in store.manifest["shards"]:
+            path = shard_path(folder, len(shards))
+            _link_or_copy(store.path / facts["file"], path)
+            shards.add({**facts, "file": path.name})
+    sync_folder(folder)
+    provenance = stores[0].provenance
+    finish_store(shards, ids, provenance)
+
+
+def _check_provenances(stores: list[RegionStore]) -> None:
+    first, *others = stores
+    for other in others:
+        for name, value in first.provenance.items():
+            found = other.provenance[name]
+            if found != value and name != "package_version":
+                raise ValueError(
+                    f"{first.path} has {name}={value!r}, {other.path} has {found!r}: a store holds regions of one kind."
+                )
+
+
+def _link_or_copy(source: Path, path: Path) -> None:
+    if path.exists():  # done before an interruption
+        return
+    try:
+        os.link(source.resolve(), path)
+    except OSError:  # another file system, or one without links
+        with source.open("rb") as original, partial_path(path).open("wb") as copy:
+            shutil.copyfileobj(original, copy, 2**20)
+            complete(copy, path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes the store, and the folder if nothing else is in it. What is no part of the store stays."""
+    for path in (folder / MANIFEST, folder / INDEX, *folder.glob("regions-*.safetensors")):
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _numbers(store: RegionStore, image_ids: Iterable[str]) -> np.ndarray:
+    """Places of images in the store, sorted, each once."""
+    return np.unique(np.fromiter(map(store.number_of, image_ids), np.int64))
+
+
+def _copy(store: RegionStore, numbers: np.ndarray, destination: Path) -> RegionStore:
+    provenance = store.provenance
+    options = {name: value for name, value in provenance.items() if name not in ("feature_dim", "package_version")}
+    with RegionStoreWriter(destination, resume=True, **options) as writer:
+        # What an interrupted call left is a beginning of what is to be written.
+        done = len(writer.resumed)
+        if not all(store.shards.image_id(number) in writer.resumed for number in numbers[:done].tolist()) or done > len(
+            numbers
+        ):
+            raise ValueError(f"{destination} holds other images than those asked for: take another folder.")
+        for number in logging.tqdm(numbers[done:].tolist(), desc=f"Copying to {destination.name}", unit="image"):
+            writer.write(store.record_at(number))
+    return RegionStore(destination)
