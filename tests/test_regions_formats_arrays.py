@@ -112,6 +112,20 @@ def test_a_file_cut_short_is_an_error_that_names_it(name, tmp_path):
             list(FORMATS[name].read(source))
 
 
+def test_a_line_cut_at_a_whole_number_of_rows(tmp_path):
+    """What is left would be features of half the width."""
+    path = foreign.write_rows(tmp_path / "a.tsv", [foreign.lxmert_row(IMAGES[0])])
+    features = foreign.lxmert_row(IMAGES[0])["features"]
+    path.write_text(path.read_text().removesuffix("\n").removesuffix(features[len(features) // 2 :]))
+    errors_name(path, "line 1 has no end", lxmert_tsv.read)
+
+
+def test_an_arrow_stream_cut_between_two_batches(tmp_path):
+    path = old_frcnn(tmp_path / "a.arrow", b"")
+    path.write_bytes(path.read_bytes().removesuffix(frcnn_arrow.END))
+    errors_name(path, "cut short", frcnn_arrow.read)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_skipped_images_are_not_decoded(name, tmp_path, monkeypatch):
     source = write(name, tmp_path)
@@ -519,9 +533,10 @@ def test_scan_names(repeat, kind, tmp_path):
         index.write_text(json.dumps(NUMBERS))
     assert [record.image_id for record in scan_npy.read(path, index=index)] == NUMBERS
     assert [record.image_id for record in scan_npy.read(path, skip={NUMBERS[1]}, index=index)] == NUMBERS[::2]
-    index.write_text("[]" if kind == "json" else "a\nb\n")
-    with pytest.raises(ValueError, match=r"has [02] names, but .* has 3 images"):
-        list(scan_npy.read(path, index=index))
+    for names, says in ((["a", "b"], "has 2 names, but .* has 3 images"), ([], "names no image")):
+        index.write_text(json.dumps(names) if kind == "json" else "".join(f"{name}\n" for name in names))
+        with pytest.raises(ValueError, match=f"{index.name} {says}"):
+            list(scan_npy.read(path, index=index))
 
 
 def test_scan_five_different_images_are_five(tmp_path):

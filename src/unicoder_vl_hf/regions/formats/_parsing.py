@@ -80,11 +80,12 @@ def first_fields(path: Path, size: int = 4096) -> list[bytes]:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each line that is not empty, after its place, `<path>, line <number>`. Raises ValueError on an endless one."""
+    """Each line that is not empty, after its place, `<path>, line <number>`. Raises ValueError where one has no end."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
-            if len(line) == MAX_BYTES:
-                raise ValueError(f"{path}, line {number} has {MAX_BYTES} bytes and more: the file may be damaged.")
+            # A cut may leave base64 of whole rows, so that the features would only be fewer.
+            if not line.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number} has no end: the file was cut short, or is damaged.")
             if stripped := line.rstrip(b"\r\n"):
                 yield f"{path}, line {number}", stripped
 
@@ -138,6 +139,8 @@ def read_index(path: str | os.PathLike) -> dict[int, str]:
         pairs = [(row, image_id) for image_id, row in index.items()]
     else:
         raise ValueError(f"{path} holds a {type(index).__name__}, expected {{image_id: row}} or a list of ids.")
+    if not pairs:
+        raise ValueError(f"{path} names no image.")
     ids: dict[int, str] = {}
     for row, image_id in pairs:
         if not isinstance(row, (int, np.integer)) or not isinstance(image_id, (str, int, np.integer)) or row in ids:

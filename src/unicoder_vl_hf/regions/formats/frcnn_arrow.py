@@ -20,7 +20,8 @@ from ...feature_extraction_unicoder_vl import RegionRecord
 
 NAME = "frcnn-arrow"
 COLUMNS = ("img_id", "preds_per_image", "boxes", "obj_ids", "obj_probs", "attr_ids", "attr_probs", "roi_features")
-STREAM = b"\xff\xff\xff\xff"  # with which a message of an Arrow stream begins
+MESSAGE = b"\xff\xff\xff\xff"  # with which each message of an Arrow stream begins
+END = MESSAGE + bytes(4)  # an empty one: without it Arrow takes a stream that was cut short for a whole one
 
 
 def matches(path: str | PathLike) -> bool:
@@ -30,7 +31,7 @@ def matches(path: str | PathLike) -> bool:
         return False
     with file.open("rb") as start:
         schema = start.read(2**16)
-    return schema.startswith(STREAM) and all(name.encode() in schema for name in COLUMNS)
+    return schema.startswith(MESSAGE) and all(name.encode() in schema for name in COLUMNS)
 
 
 def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionRecord]:
@@ -48,6 +49,8 @@ def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionReco
     for file in found:
         try:
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as batches:
+                if source.read_at(len(END), source.size() - len(END)) != END:
+                    raise ValueError("it does not end as an Arrow stream: it was cut short, or is not finished yet.")
                 missing = [name for name in COLUMNS if name not in batches.schema.names]
                 if missing:
                     raise ValueError(f"{missing} missing, expected {list(COLUMNS)} among {batches.schema.names}.")
