@@ -28,7 +28,7 @@ from .modeling_unicoder_vl import (
 from .processing_unicoder_vl import UnicoderVLProcessor
 
 if TYPE_CHECKING:
-    from .data.collators import DataCollatorForUnicoderVLPreTraining
+    from .data.collators import DataCollatorForUnicoderVLPreTraining, DataCollatorForUnicoderVLRetrieval
     from .regions.store import RegionStore, RegionStoreWriter
     from .retrieval.metrics import retrieval_metrics
     from .retrieval.scoring import ImageTextScorer
@@ -48,6 +48,7 @@ AutoProcessor.register(UnicoderVLConfig, UnicoderVLProcessor)
 
 _LAZY = {
     "DataCollatorForUnicoderVLPreTraining": ".data.collators",
+    "DataCollatorForUnicoderVLRetrieval": ".data.collators",
     "ImageTextScorer": ".retrieval.scoring",
     "RegionStore": ".regions.store",
     "RegionStoreWriter": ".regions.store",
@@ -67,6 +68,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "DataCollatorForUnicoderVLPreTraining",
+    "DataCollatorForUnicoderVLRetrieval",
     "ImageTextScorer",
     "RegionRecord",
     "RegionStore",

@@ -3,7 +3,8 @@
 Follows the paper's pre-training tasks: masked language modelling (15 % of the WordPiece tokens), masked object
 classification (15 % of the regions, the feature zeroed in 90 % of them) and visual-linguistic matching (one mismatch
 for each pair). What is masked is a pure function of (seed, epoch, row index), so that more workers, more processes,
-another micro-batch or a resume change no example. Left out: drawing mismatches, which the rows carry (`negatives.py`).
+another micro-batch or a resume change no example. And its image-text retrieval: groups of a match and its negatives.
+Left out: drawing mismatches, which the rows carry (`negatives.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ class DataCollatorForUnicoderVLPreTraining:
             return_special_tokens_mask=True,
             return_tensors="np",
         )
-        records = self._fetch([image_id for image_id, _ in pairs])
+        records = _fetch(self.store, [image_id for image_id, _ in pairs])
         regions = self.processor.feature_extractor(records, return_tensors="np", return_kept_indices=True)
 
         input_ids, features = text["input_ids"], regions["region_features"]
@@ -163,15 +164,6 @@ class DataCollatorForUnicoderVLPreTraining:
             "matching_labels": matching_labels,
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-    def _fetch(self, image_ids: Sequence[str]) -> list[RegionRecord]:
-        """One read for each image, however many rows it is in."""
-        unique = list(dict.fromkeys(image_ids))
-        if isinstance(self.store, RegionStore):
-            records = dict(zip(unique, self.store.get_many(unique), strict=True))
-        else:
-            records = {image_id: self.store[image_id] for image_id in unique}
-        return [records[image_id] for image_id in image_ids]
 
     def _object_ids(self, records: Sequence[RegionRecord], kept: np.ndarray) -> np.ndarray:
         """The object class of each region as batched, `(B, R)`; -1 for none and for padding."""
@@ -215,6 +207,87 @@ class DataCollatorForUnicoderVLPreTraining:
         chosen = known[_choose(rng, len(known), self.moc_probability)]
         labels[chosen] = object_ids[chosen]
         features[chosen[rng.random(len(chosen)) < self.region_zero_prob]] = 0
+
+
+@dataclass
+class DataCollatorForUnicoderVLRetrieval:
+    """
+    Batches N rows into N groups: a match, its caption negatives and its image negatives. Each caption and each image is
+    in the batch once, however many pairs share it; `caption_index` and `image_index` make the pairs.
+
+    Args:
+        processor ([`UnicoderVLProcessor`]):
+            Makes the tensors.
+        store (`Mapping[str, RegionRecord]`):
+            The regions of every image.
+        max_length (`int`, *optional*, defaults to 44):
+            Tokens of a caption with `[CLS]` and `[SEP]`; longer ones are cut (paper: 144 less 100 regions).
+        in_batch_negatives (`bool`, *optional*, defaults to `False`):
+            Pair the captions and images of different rows too, where they do not match, and make the batch one group:
+            N * N pairs, beside the negatives that the rows carry. What a row meets then depends on its batch.
+
+    Rows are dicts as [`PairsWithNegatives`] gives them.
+
+    Returns:
+        `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
+        `region_attention_mask`, `caption_index`, `image_index`, `group_ids` and `labels`: the arguments of
+        [`UnicoderVLForImageTextRetrieval`], and nothing else. The pairs of a row follow one another, its match first.
+
+    Raises:
+        `ValueError`: an empty caption. `KeyError`: an image that the store lacks.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForUnicoderVLRetrieval(processor, store)
+    >>> batch = collator([PairsWithNegatives(pairs, seed=0, num_captions=2, num_images=1)[0]])
+    >>> batch["labels"], batch["caption_index"], batch["image_index"]
+    (tensor([1, 0, 0, 0]), tensor([0, 1, 2, 0]), tensor([0, 0, 0, 1]))
+    ```
+    """
+
+    processor: UnicoderVLProcessor
+    store: Mapping[str, RegionRecord]
+    max_length: int = 44
+    in_batch_negatives: bool = False
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        captions: dict[str, int] = {}  # caption -> its row of input_ids
+        images: dict[str, int] = {}
+        pairs: list[tuple[int, int, int, int]] = []  # caption, image, group, label
+
+        def add(group: int, caption: str, image_id: str, label: int) -> None:
+            caption_index = captions.setdefault(caption, len(captions))
+            pairs.append((caption_index, images.setdefault(image_id, len(images)), group, label))
+
+        for group, row in enumerate(rows):
+            add(group, row["caption"], row["image_id"], 1)
+            for caption in row["negative_captions"]:
+                add(group, caption, row["image_id"], 0)
+            for image_id in row["negative_image_ids"]:
+                add(group, row["caption"], image_id, 0)
+        if self.in_batch_negatives:
+            for row in rows:
+                for other in rows:
+                    if other["image_code"] not in row["codes_of_caption"]:
+                        add(0, row["caption"], other["image_id"], 0)
+            # A pair that two rows have in common counts once in the one group that is left.
+            pairs = list(dict.fromkeys((caption, image, 0, label) for caption, image, _, label in pairs))
+
+        index = torch.tensor(pairs).unbind(1)
+        inputs = self.processor(text=list(captions), padding=True, max_length=self.max_length, return_tensors="pt")
+        inputs |= self.processor.feature_extractor(_fetch(self.store, list(images)), return_tensors="pt")
+        return {**inputs, **dict(zip(("caption_index", "image_index", "group_ids", "labels"), index, strict=True))}
+
+
+def _fetch(store: Mapping[str, RegionRecord], image_ids: Sequence[str]) -> list[RegionRecord]:
+    """One read for each image, however many times it is named."""
+    unique = list(dict.fromkeys(image_ids))
+    if isinstance(store, RegionStore):
+        records = dict(zip(unique, store.get_many(unique), strict=True))
+    else:
+        records = {image_id: store[image_id] for image_id in unique}
+    return [records[image_id] for image_id in image_ids]
 
 
 def _choose(rng: np.random.Generator, count: int, probability: float) -> np.ndarray:

@@ -1,20 +1,31 @@
 """Mismatched pairs: for every pair of a caption and its image, one of the two replaced by another of the split.
 
 Follows the paper's visual-linguistic matching ("for every pair one negative is sampled: either another image or
-another caption"). What stands in is taken from a row drawn uniformly over the whole split, in both directions, so
-that captions and images occur in mismatches as often as they do in matches and none of them tells the label. A draw
-is a pure function of (seed, epoch, row). Mining hard negatives is left out.
+another caption") and its image-text retrieval (three of each for every pair). What stands in is taken from a row
+drawn uniformly over the whole split, in both directions, so that captions and images occur in mismatches as often as
+they do in matches and none of them tells the label. A draw is a pure function of (seed, epoch, row). Hard negatives
+are read from columns of the pairs; `retrieval/mining.py` finds them.
 """
 
-from collections.abc import Sequence
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
 from .captions import encode_column
+
+logger = logging.get_logger(__name__)
+
+# Columns of hard negatives: for each pair a list of captions, and one of image ids.
+NEGATIVE_CAPTIONS, NEGATIVE_IMAGES = "negative_captions", "negative_image_ids"
 
 SALT = 0x6E6567  # keeps these draws apart from masks and shuffles that use the same seed
 
@@ -26,17 +37,55 @@ def fold_caption(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def read_duplicate_groups(path: str | PathLike[str]) -> list[list[str]]:
+    """
+    Groups of image ids whose photos show the same, one a line: a JSON list (`.jsonl`), or ids between commas (`.csv`,
+    without a header).
+
+    Raises:
+        `ValueError`: a line that is neither; it names the file and the line.
+    """
+    path = Path(path)
+    groups = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file) if path.suffix == ".csv" else map(_json_list, file)
+        for number, row in enumerate(rows, start=1):
+            if row is None or not all(isinstance(image_id, str) and image_id for image_id in row):
+                raise ValueError(
+                    f"{path}, line {number}: expected the image ids of one group, as text: a JSON list, or in a file "
+                    "named .csv ids between commas."
+                )
+            groups.append(row)
+    return groups
+
+
+def _json_list(line: str) -> list[Any] | None:
+    try:
+        row = json.loads(line) if line.strip() else []
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, list) else None
+
+
 class MismatchIndex:
     """
     Which caption text belongs to which image, as sorted integers: 16 bytes a pair, whatever the texts.
 
     A text belongs to an image where any row pairs the two, case and spacing folded. Thus neither another caption of
-    an image nor the same words on another image ever counts as a mismatch.
+    an image nor the same words on another image ever counts as a mismatch. Images that are duplicates of one another
+    have one code: what belongs to one belongs to all.
 
     Args:
         images (`np.ndarray` of shape `(num_pairs,)`): integer code of each pair's image.
         texts (`np.ndarray` of shape `(num_pairs,)`): integer code of each pair's folded caption.
     """
+
+    @classmethod
+    def from_pairs(cls, pairs: datasets.Dataset, duplicates: Iterable[Sequence[str]] = ()) -> "MismatchIndex":
+        """The index of rows with `image_id` and `caption`; `duplicates` are groups of image ids, see above."""
+        image_ids, images = encode_column(pairs, "image_id")
+        groups = _merged(image_ids.to_pylist(), duplicates)
+        return cls(groups[images], encode_column(pairs, "caption", fold_caption)[1])
 
     def __init__(self, images: np.ndarray, texts: np.ndarray):
         self.images, self.texts = images, texts
@@ -52,28 +101,57 @@ class MismatchIndex:
         # An index past the end wraps to the first key, which is smaller than what was looked up.
         return self._known.take(np.searchsorted(self._known, keys), mode="wrap") == keys
 
+    def images_of(self, text: int) -> np.ndarray:
+        """The images that a text belongs to."""
+        first, last = np.searchsorted(self._known, [text * self._num_images, (text + 1) * self._num_images])
+        return self._known[first:last] - text * self._num_images
+
     def stuck(self) -> np.ndarray:
         """The rows that no mismatch can be made of: each text belongs to their image, and their text to all."""
+        return np.flatnonzero(self.irreplaceable(True) & self.irreplaceable(False))
+
+    def irreplaceable(self, image: bool) -> np.ndarray:
+        """Whether no other image (else caption) makes a mismatch of each row."""
         texts, images = np.divmod(self._known, self._num_images)
-        rows_of_image, rows_of_text = np.bincount(self.images), np.bincount(self.texts)
-        image_taken = np.bincount(texts, weights=rows_of_image[images]) == len(self)
-        text_taken = np.bincount(images, weights=rows_of_text[texts]) == len(self)
-        return np.flatnonzero(image_taken[self.texts] & text_taken[self.images])
+        if image:
+            taken = np.bincount(texts, weights=np.bincount(self.images)[images]) == len(self)
+            return taken[self.texts]
+        taken = np.bincount(images, weights=np.bincount(self.texts)[texts]) == len(self)
+        return taken[self.images]
 
     def draw(self, rng: np.random.Generator, row: int, replace_image: bool) -> int | None:
         """
         A row, uniform over those whose image (`replace_image`) or caption makes a mismatch in place of that of `row`;
         `None` if there is none.
         """
-        for _ in range(_TRIES):
-            candidates = rng.integers(len(self), size=_BLOCK)
-            mismatch = ~self._replaced(row, candidates, replace_image)
-            if mismatch.any():
-                return int(candidates[mismatch.argmax()])
-        candidates = np.flatnonzero(~self._replaced(row, np.arange(len(self)), replace_image))
-        return int(rng.choice(candidates)) if len(candidates) else None
+        return next(iter(self.draw_distinct(rng, row, replace_image, 1)), None)
 
-    def _replaced(self, row: int, others: np.ndarray, replace_image: bool) -> np.ndarray:
+    def draw_distinct(
+        self, rng: np.random.Generator, row: int, replace_image: bool, count: int, but: Iterable[int] = ()
+    ) -> list[int]:
+        """
+        `count` rows like those of `draw`, of as many different images (or texts), none of them that of a row in `but`;
+        fewer where there are no more.
+        """
+        codes = self.images if replace_image else self.texts
+        taken = {int(codes[other]) for other in but}
+        drawn: list[int] = []
+
+        def take(candidates: np.ndarray) -> None:
+            for other in candidates[~self.makes_match(row, candidates, replace_image)].tolist():
+                if len(drawn) < count and int(codes[other]) not in taken:
+                    taken.add(int(codes[other]))
+                    drawn.append(other)
+
+        for _ in range(_TRIES):
+            if len(drawn) == count:
+                return drawn
+            take(rng.integers(len(self), size=_BLOCK * count))
+        take(rng.permutation(len(self)))
+        return drawn
+
+    def makes_match(self, row: int, others: np.ndarray, replace_image: bool) -> np.ndarray:
+        """Whether `row` is still a match with the image (`replace_image`) or caption of each of the others."""
         if replace_image:
             return self.belongs(self.texts[row], self.images[others])
         return self.belongs(self.texts[others], self.images[row])
@@ -82,7 +160,70 @@ class MismatchIndex:
         return texts.astype(np.int64) * self._num_images + images
 
 
-class PairsWithMismatches(Dataset[dict[str, Any]]):
+def _merged(image_ids: Sequence[str], duplicates: Iterable[Sequence[str]]) -> np.ndarray:
+    """A code for each image; equal for those of one group, and of groups that share an image."""
+    parent: dict[str, str] = {}
+
+    def root(image_id: str) -> str:
+        while (above := parent.get(image_id, image_id)) != image_id:
+            image_id = above
+        return image_id
+
+    for first, *others in filter(None, duplicates):
+        for other in others:
+            parent[root(other)] = root(first)
+    codes: dict[str, int] = {}
+    return np.array([codes.setdefault(root(image_id), len(codes)) for image_id in image_ids], dtype=np.int32)
+
+
+class _PairsOfEpoch(Dataset[dict[str, Any]]):
+    """Pairs whose items follow from the epoch, which lives in shared memory and so reaches running workers."""
+
+    def __init__(self, pairs: datasets.Dataset, seed: int, fixed_epoch: int | None):
+        missing = [name for name in ("image_id", "caption") if name not in pairs.column_names]
+        if missing:
+            raise ValueError(
+                f"The pairs have no column {' and '.join(missing)}; their columns are {pairs.column_names}."
+            )
+        if len(pairs) == 0:
+            raise ValueError("There are no pairs; expected at least two, of two images.")
+        self.pairs = pairs.select_columns(["image_id", "caption"]).with_format("arrow")
+        self.seed = _natural("seed", seed)
+        self.fixed_epoch = None if fixed_epoch is None else _natural("fixed_epoch", fixed_epoch)
+        self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for this epoch from now on, in workers as well; nothing happens under `fixed_epoch`."""
+        epoch = _natural("epoch", epoch)
+        if self.fixed_epoch is None:
+            self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The items of a whole batch, read from `pairs` at once; a `DataLoader` asks for this one."""
+        raise NotImplementedError
+
+    def _texts(self, rows: Sequence[int]) -> tuple[list[str], list[str]]:
+        """The image ids and captions of rows."""
+        table = self.pairs[rows]
+        return table["image_id"].to_pylist(), table["caption"].to_pylist()
+
+    def _row(self, row: int) -> int:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"Row {row} is out of range; there are {len(self):,} pairs.")
+        return int(row) % len(self)
+
+
+class PairsWithMismatches(_PairsOfEpoch):
     """
     The pairs of a split, each with a mismatched pair drawn for the epoch: N items, which give 2N rows of a batch.
 
@@ -118,21 +259,8 @@ class PairsWithMismatches(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, pairs: datasets.Dataset, *, seed: int, fixed_epoch: int | None = None):
-        missing = [name for name in ("image_id", "caption") if name not in pairs.column_names]
-        if missing:
-            raise ValueError(
-                f"The pairs have no column {' and '.join(missing)}; their columns are {pairs.column_names}."
-            )
-        if len(pairs) == 0:
-            raise ValueError("There are no pairs; expected at least two, of two images.")
-        self.pairs = pairs.select_columns(["image_id", "caption"]).with_format("arrow")
-        self.seed = _natural("seed", seed)
-        self.fixed_epoch = None if fixed_epoch is None else _natural("fixed_epoch", fixed_epoch)
-        self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()
-
-        self.index = MismatchIndex(
-            encode_column(pairs, "image_id")[1], encode_column(pairs, "caption", fold_caption)[1]
-        )
+        super().__init__(pairs, seed, fixed_epoch)
+        self.index = MismatchIndex.from_pairs(pairs)
         stuck = self.index.stuck()
         if len(stuck):
             raise ValueError(
@@ -141,29 +269,11 @@ class PairsWithMismatches(Dataset[dict[str, Any]]):
                 "image. Expected pairs of at least two images with different captions."
             )
 
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw for this epoch from now on, in workers as well; nothing happens under `fixed_epoch`."""
-        epoch = _natural("epoch", epoch)
-        if self.fixed_epoch is None:
-            self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.__getitems__([row])[0]
-
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The items of a whole batch, read from `pairs` at once; a `DataLoader` asks for this one."""
         epoch = self.epoch
         rows = [self._row(row) for row in rows]
         drawn = [self.mismatch(row, epoch) for row in rows]
-        table = self.pairs[rows + [other for other, _ in drawn]]
-        image_ids, captions = table["image_id"].to_pylist(), table["caption"].to_pylist()
+        image_ids, captions = self._texts(rows + [other for other, _ in drawn])
         return [
             {
                 "image_id": image_ids[i],
@@ -186,10 +296,129 @@ class PairsWithMismatches(Dataset[dict[str, Any]]):
                 return other, replace_image
         raise ValueError(f"No mismatch exists for row {row}.")
 
-    def _row(self, row: int) -> int:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"Row {row} is out of range; there are {len(self):,} pairs.")
-        return int(row) % len(self)
+
+class PairsWithNegatives(_PairsOfEpoch):
+    """
+    The pairs of a split, each with captions and images that do not match it, drawn for the epoch: the paper's groups.
+
+    An item holds `image_id` and `caption` (a match), `negative_captions` (with its image), `negative_image_ids` (with
+    its caption), `row_index`, `epoch`, and for in-batch negatives `image_code` and `codes_of_caption`: the caption of
+    one item matches the image of another where the latter's `image_code` is among the former's `codes_of_caption`.
+
+    Hard negatives come first: where the pairs have the columns `negative_captions` or `negative_image_ids` (a list a
+    row), they are taken, drawn anew each epoch where there are more than wanted; what is lacking is drawn at random.
+    The negatives of a pair are distinct, and repeat only where the split holds too few. `set_epoch` is that of
+    [`PairsWithMismatches`].
+
+    Args:
+        pairs (`datasets.Dataset`):
+            Rows with columns `image_id` and `caption`: the whole split, for negatives are drawn from it.
+        seed (`int`):
+            At least 0.
+        num_captions, num_images (`int`, *optional*, default to 3):
+            Negatives of each kind; the defaults are the paper's.
+        duplicates (iterable of sequences of `str`, *optional*):
+            Groups of image ids whose photos show the same, such as [`read_duplicate_groups`] gives: what matches one
+            is no negative of another.
+        fixed_epoch (`int`, *optional*):
+            Draw as in this epoch for ever.
+
+    Raises:
+        `ValueError`: a column is missing, there are no pairs, or no negative exists for a pair. The message names the
+            image.
+
+    Example:
+
+    ```python
+    >>> pairs = datasets.Dataset.from_dict({"image_id": ["1", "2"], "caption": ["A dog", "A cat"]})
+    >>> PairsWithNegatives(pairs, seed=0, num_captions=1, num_images=1)[0]
+    {'image_id': '1', 'caption': 'A dog', 'negative_captions': ['A cat'], 'negative_image_ids': ['2'],
+     'row_index': 0, 'epoch': 0, 'image_code': 0, 'codes_of_caption': [0]}
+    ```
+    """
+
+    def __init__(
+        self,
+        pairs: datasets.Dataset,
+        *,
+        seed: int,
+        num_captions: int = 3,
+        num_images: int = 3,
+        duplicates: Iterable[Sequence[str]] = (),
+        fixed_epoch: int | None = None,
+    ):
+        super().__init__(pairs, seed, fixed_epoch)
+        self.num_captions = _natural("num_captions", num_captions)
+        self.num_images = _natural("num_images", num_images)
+        self.index = MismatchIndex.from_pairs(pairs, duplicates)
+        for replace_image, name, count in ((False, "caption", num_captions), (True, "image", num_images)):
+            stuck = np.flatnonzero(self.index.irreplaceable(replace_image))
+            if count and len(stuck):
+                raise ValueError(
+                    f"No negative {name} exists for {len(stuck):,} of {len(self):,} pairs, such as row {stuck[0]}, "
+                    f"image {pairs[int(stuck[0])]['image_id']!r}. Expected pairs of at least two images with different "
+                    "captions."
+                )
+        self.hard_captions = self._hard_rows(pairs, NEGATIVE_CAPTIONS, replace_image=False)
+        self.hard_images = self._hard_rows(pairs, NEGATIVE_IMAGES, replace_image=True)
+
+    def _hard_rows(self, pairs: datasets.Dataset, name: str, replace_image: bool) -> list[np.ndarray] | None:
+        """For each row the rows of its hard negatives, distinct, without any that is false or not of the split."""
+        if name not in pairs.column_names:
+            return None
+        fold, codes = (str, self.index.images) if replace_image else (fold_caption, self.index.texts)
+        values = self.pairs[:]["image_id" if replace_image else "caption"].to_pylist()
+        row_of = {fold(value): row for row, value in enumerate(values)}
+        given, hard = 0, []
+        for row, negatives in enumerate(pairs[name]):
+            found = [row_of[fold(value)] for value in negatives or () if fold(value) in row_of]
+            others = np.array(found, dtype=np.int32)
+            others = others[np.unique(codes[others], return_index=True)[1]]
+            given += len(negatives or ())
+            hard.append(others[~self.index.makes_match(row, others, replace_image)])
+        if dropped := given - sum(map(len, hard)):
+            logger.warning(
+                f"{dropped:,} of {given:,} {name} are left out: they match their pair, repeat, or are not in the split."
+            )
+        return hard
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        epoch = self.epoch
+        rows = [self._row(row) for row in rows]
+        drawn = [self.negatives(row, epoch) for row in rows]
+        image_ids, captions = self._texts(rows + [other for pair in drawn for others in pair for other in others])
+        items, at = [], len(rows)
+        for i, (row, (with_image, with_caption)) in enumerate(zip(rows, drawn, strict=True)):
+            middle, end = at + len(with_image), at + len(with_image) + len(with_caption)
+            items.append(
+                {
+                    "image_id": image_ids[i],
+                    "caption": captions[i],
+                    NEGATIVE_CAPTIONS: captions[at:middle],
+                    NEGATIVE_IMAGES: image_ids[middle:end],
+                    "row_index": row,
+                    "epoch": epoch,
+                    "image_code": int(self.index.images[row]),
+                    "codes_of_caption": self.index.images_of(self.index.texts[row]).tolist(),
+                }
+            )
+            at = end
+        return items
+
+    def negatives(self, row: int, epoch: int) -> tuple[list[int], list[int]]:
+        """The rows whose captions, and those whose images, are the negatives of `row` in `epoch`."""
+        rng = np.random.default_rng([self.seed, epoch, row, SALT])
+        return (
+            self._draw(rng, row, False, self.num_captions, self.hard_captions),
+            self._draw(rng, row, True, self.num_images, self.hard_images),
+        )
+
+    def _draw(
+        self, rng: np.random.Generator, row: int, replace_image: bool, count: int, hard: list[np.ndarray] | None
+    ) -> list[int]:
+        found = [] if hard is None else rng.permutation(hard[row])[:count].tolist()
+        found += self.index.draw_distinct(rng, row, replace_image, count - len(found), but=found)
+        return [found[i % len(found)] for i in range(count)]
 
 
 def _natural(name: str, value: int) -> int:
