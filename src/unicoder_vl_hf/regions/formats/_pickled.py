@@ -45,8 +45,11 @@ def read_lmdb(
 
 def first_fields(path: str | os.PathLike) -> set[str]:
     """Names of the fields of an LMDB's first image; none where it is no LMDB of pickled dicts."""
+    value = _lmdb.first_value(Path(path), KEYS) or b""
+    if not value.startswith(b"\x80"):  # as every pickle by Python 3 does
+        return set()
     try:
-        fields = restricted_pickle.load(_lmdb.first_value(Path(path), KEYS) or b"", "")
+        fields = restricted_pickle.load(value, "")
     except ValueError:
         return set()
     return {str(name) for name in fields} if isinstance(fields, dict) else set()
