@@ -20,7 +20,8 @@ from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParse
 from unicoder_vl_hf import RegionStore
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
-from unicoder_vl_hf.pretraining import DATA_FOLDER, metrics_table, pretraining_chance, zero_shot_retrieval
+from unicoder_vl_hf.preparation import DATA_FOLDER
+from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance, zero_shot_retrieval
 
 
 @dataclass

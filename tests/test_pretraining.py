@@ -22,7 +22,7 @@ from unicoder_vl_hf import (
     RegionStore,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
-    pretraining,
+    preparation,
     training,
 )
 from unicoder_vl_hf.data.captions import read_captions
@@ -56,7 +56,7 @@ def bert(tmp_path_factory):
 def warnings(monkeypatch):
     """What is warned of, as text."""
     found = []
-    for module in (pretraining, training):
+    for module in (preparation, training):
         monkeypatch.setattr(module.logger, "warning", found.append)
     return found
 

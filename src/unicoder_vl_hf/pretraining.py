@@ -19,54 +19,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from .configuration_unicoder_vl import UnicoderVLConfig
-from .data.captions import join, read_captions, select_split
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
-from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
+from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
+from .preparation import DataArguments, load_model, load_processor, open_data
 from .processing_unicoder_vl import UnicoderVLProcessor
-from .regions.conversion import convert
-from .regions.store import MANIFEST, RegionStore
 from .retrieval.metrics import chance_recalls, retrieval_metrics, roc_auc
 from .retrieval.scoring import ImageTextScorer
 
-logger = logging.get_logger(__name__)
-
 
 @dataclass
-class PretrainingArguments:
+class PretrainingArguments(DataArguments):
     """Data and model of a pre-training run. Without `captions` it runs on the rendered scenes with a small model."""
 
-    captions: str | None = field(
-        default=None,
-        metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
-    )
-    regions: str | None = field(
-        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
-    )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none."},
-    )
-    train_split: str = field(default="train", metadata={"help": "Split of the captions to train on."})
-    validation_split: str = field(default="val", metadata={"help": "Split of the captions to evaluate on."})
     max_validation_pairs: int = field(default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none."})
-    skip_missing: bool = field(default=False, metadata={"help": "Leave out captions whose image has no regions."})
-    num_region_classes: int | None = field(
-        default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
-    )
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "First layers of the BERT to keep."})
-    image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
-    max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
-    max_regions: int = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
-    scale_features: bool = field(
-        default=False,
-        metadata={"help": "Subtract the training regions' mean from features, divide by their standard deviation."},
-    )
+    max_regions: int | None = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
     mask_replace_prob: float = field(default=1.0, metadata={"help": "Of these, the share made [MASK] (BERT: 0.8)."})
     random_replace_prob: float = field(default=0.0, metadata={"help": "Of these, the share made random (BERT: 0.1)."})
@@ -75,21 +44,6 @@ class PretrainingArguments:
         default=True, metadata={"help": "Masked object classification; --no_moc for regions without classes."}
     )
     moc_probability: float = field(default=0.15, metadata={"help": "Share of the regions that are predicted."})
-
-    def __post_init__(self):
-        if (self.captions is None) != (self.regions is None):
-            raise ValueError("Give both --captions and --regions, or neither for the rendered scenes.")
-
-    @property
-    def on_scenes(self) -> bool:
-        return self.captions is None
-
-    @property
-    def base_model(self) -> str | None:
-        """What the model starts from; None for new weights."""
-        if self.model_name_or_path is None and not self.on_scenes:
-            return "google-bert/bert-base-uncased"
-        return self.model_name_or_path
 
 
 @dataclass
@@ -135,21 +89,9 @@ MAY_CHANGE = set(
 )
 
 
-# In the output folder; Trainer and we leave what begins with "_" at home when we push.
-DATA_FOLDER = "_data"
-
 # The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 4, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
-SCENES_MODEL: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 
 
 def preset(argv: Sequence[str]) -> dict[str, Any]:
@@ -177,24 +119,11 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, or a fault in a
         file.
     """
-    store: RegionStore
-    if arguments.on_scenes:
-        from .scenes import build_scenes
-
-        folder = build_scenes(Path(output_dir, DATA_FOLDER, "scenes"))
-        captions_path, store = folder / "captions.jsonl", RegionStore(folder / "regions")
-    else:
-        captions_path = Path(str(arguments.captions))
-        store = _open_or_convert(
-            Path(str(arguments.regions)), Path(output_dir, DATA_FOLDER, "regions"), arguments.num_region_classes
-        )
-
-    captions, report = join(read_captions(captions_path), store, skip_missing=arguments.skip_missing)
-    logger.warning(f"{captions_path} with {store}:\n{report}")
-    train = select_split(captions, captions_path, arguments.train_split)
+    data = open_data(arguments, output_dir)
+    store, train = data.store, data.train
     validation = None
     if arguments.max_validation_pairs > 0:
-        validation = select_split(captions, captions_path, arguments.validation_split)
+        validation = data.split(arguments.validation_split)
         step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
         validation = validation.select(range(0, len(validation), step))
 
@@ -204,20 +133,9 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
             "them with `unicoder-vl label`, or train without (--no-moc)."
         )
 
-    model, tokenizer = _model_and_tokenizer(arguments, store)
-    if arguments.max_length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions."
-        )
-    extractor = UnicoderVLFeatureExtractor(
-        max_regions=arguments.max_regions,
-        feature_dim=store.feature_dim,
-        region_provenance=store.provenance,
-        **_feature_scale(arguments, store, train),
-    )
-    processor = UnicoderVLProcessor(extractor, tokenizer)
-    cut = processor.count_truncated(train["caption"], arguments.max_length)
-    logger.warning(f"{cut:,} of {len(train):,} training captions exceed {arguments.max_length} tokens and are cut.")
+    model = load_model(arguments, store, UnicoderVLForPreTraining)
+    model.sparse_prediction = True
+    processor = load_processor(arguments, data)
     collator = DataCollatorForUnicoderVLPreTraining(
         processor,
         store,
@@ -236,85 +154,8 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         collator=collator,
         train=PairsWithMismatches(train, seed=seed),
         validation=None if validation is None else PairsWithMismatches(validation, seed=seed, fixed_epoch=0),
-        data_name="rendered scenes" if arguments.on_scenes else captions_path.stem,
+        data_name=data.name,
     )
-
-
-def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> RegionStore:
-    """A store as it is; feature files of another format as a store in the output folder, converted once."""
-    if (path / MANIFEST).exists():
-        return RegionStore(path)
-    origin = converted.with_name(f"{converted.name}.source")  # what was converted
-    if origin.exists() and (source := origin.read_text(encoding="utf-8")) != str(path.absolute()):
-        raise ValueError(f"{converted} was converted from {source}, not from {path}: take another --output_dir.")
-    if not (converted / MANIFEST).exists():
-        converted.parent.mkdir(parents=True, exist_ok=True)
-        origin.write_text(str(path.absolute()), encoding="utf-8")
-        convert(path, converted, resume=True, num_classes=num_classes)
-    return RegionStore(converted)
-
-
-def _feature_scale(arguments: PretrainingArguments, store: RegionStore, captions: datasets.Dataset) -> dict[str, Any]:
-    """The feature extractor's `feature_mean` and `feature_std`: the checkpoint's, else as `scale_features` asks."""
-    name = arguments.base_model
-    if name is not None and AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type:
-        extractor = UnicoderVLFeatureExtractor.from_pretrained(name)
-        extractor.check_provenance(store.provenance)
-        if arguments.scale_features and extractor.feature_mean is None:
-            raise ValueError(f"{name} was trained on unscaled features: leave out --scale_features.")
-        return {"feature_mean": extractor.feature_mean, "feature_std": extractor.feature_std}
-    if not arguments.scale_features:
-        return {}
-    mean, std = feature_statistics(store, captions.unique("image_id"))
-    return {"feature_mean": mean, "feature_std": std}
-
-
-def feature_statistics(
-    store: Mapping[str, RegionRecord], image_ids: Sequence[str], max_images: int = 10_000
-) -> tuple[np.ndarray, float]:
-    """
-    The mean feature `(D,)` over the regions of these images (at most `max_images`, drawn evenly), and one standard
-    deviation of all values around it: what `UnicoderVLFeatureExtractor` takes as `feature_mean` and `feature_std`.
-    """
-    image_ids = image_ids[:: max(1, math.ceil(len(image_ids) / max_images))]
-    count, total, squares = 0, np.float64(0), np.float64(0)
-    for image_id in tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
-        features = np.asarray(store[image_id].features, dtype=np.float64)
-        count, total, squares = count + len(features), total + features.sum(0), squares + (features**2).sum(0)
-    mean = total / count
-    return mean, float(np.sqrt((squares / count - mean**2).mean()))
-
-
-def _model_and_tokenizer(
-    arguments: PretrainingArguments, store: RegionStore
-) -> tuple[UnicoderVLForPreTraining, PreTrainedTokenizerBase]:
-    known = len(store.provenance.get("class_names") or ()) or store.provenance.get("num_classes")
-    regions: dict[str, Any] = {
-        "region_feature_dim": store.feature_dim,
-        "num_region_classes": arguments.num_region_classes or known or UnicoderVLConfig().num_region_classes,
-        "use_image_token_embedding": arguments.image_token,
-    }
-    if arguments.num_hidden_layers is not None:
-        regions["num_hidden_layers"] = arguments.num_hidden_layers
-    name = arguments.base_model
-    if name is None:
-        from .scenes import scene_tokenizer
-
-        tokenizer: PreTrainedTokenizerBase = scene_tokenizer()
-        config = UnicoderVLConfig(**{**SCENES_MODEL, "vocab_size": len(tokenizer), **regions})
-        model = UnicoderVLForPreTraining(config)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type:
-            model = UnicoderVLForPreTraining.from_pretrained(name)
-            if model.config.region_feature_dim != store.feature_dim:
-                raise ValueError(
-                    f"{name} takes features of width {model.config.region_feature_dim}, but {store} has others."
-                )
-        else:
-            model = UnicoderVLForPreTraining.from_bert(name, **regions)
-    model.sparse_prediction = True
-    return model, tokenizer
 
 
 @torch.no_grad()

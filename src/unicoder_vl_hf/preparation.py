@@ -1,0 +1,239 @@
+"""What every training script starts from: captions joined with their regions, a model, and its processor."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging
+
+from .configuration_unicoder_vl import UnicoderVLConfig
+from .data.captions import join, read_captions, select_split
+from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
+from .modeling_unicoder_vl import UnicoderVLPreTrainedModel
+from .processing_unicoder_vl import UnicoderVLProcessor
+from .regions.conversion import convert
+from .regions.store import MANIFEST, RegionStore
+
+logger = logging.get_logger(__name__)
+
+Model = TypeVar("Model", bound=UnicoderVLPreTrainedModel)
+
+# In the output folder; Trainer and we leave what begins with "_" at home when we push.
+DATA_FOLDER = "_data"
+
+# One that learns the scenes in minutes on two cores.
+SCENES_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@dataclass
+class DataArguments:
+    """Data and model of a run. Without `captions` it runs on the rendered scenes with a small model."""
+
+    captions: str | None = field(
+        default=None,
+        metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
+    )
+    regions: str | None = field(
+        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none."},
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the captions to train on."})
+    validation_split: str = field(default="val", metadata={"help": "Split of the captions to evaluate on."})
+    skip_missing: bool = field(default=False, metadata={"help": "Leave out captions whose image has no regions."})
+    num_region_classes: int | None = field(
+        default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
+    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "First layers of the BERT to keep."})
+    image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
+    max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
+    max_regions: int | None = field(
+        default=None,
+        metadata={"help": "Regions of an image; the best by score stay. Default: as a Unicoder-VL does it, else 100."},
+    )
+    scale_features: bool = field(
+        default=False,
+        metadata={"help": "Subtract the training regions' mean from features, divide by their standard deviation."},
+    )
+
+    def __post_init__(self):
+        if (self.captions is None) != (self.regions is None):
+            raise ValueError("Give both --captions and --regions, or neither for the rendered scenes.")
+
+    @property
+    def on_scenes(self) -> bool:
+        return self.captions is None
+
+    @property
+    def base_model(self) -> str | None:
+        """What the model starts from; None for new weights."""
+        if self.model_name_or_path is None and not self.on_scenes:
+            return "google-bert/bert-base-uncased"
+        return self.model_name_or_path
+
+
+@dataclass
+class CaptionedRegions:
+    """
+    Args:
+        store ([`RegionStore`]): The regions.
+        captions (`datasets.Dataset`): Of all splits; every image has regions.
+        train (`datasets.Dataset`): Those of the training split.
+        path (`Path`): Where the captions come from.
+        name (`str`): The data in words.
+    """
+
+    store: RegionStore
+    captions: datasets.Dataset
+    train: datasets.Dataset
+    path: Path
+    name: str
+
+    def split(self, name: str) -> datasets.Dataset:
+        return select_split(self.captions, self.path, name)
+
+
+def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegions:
+    """
+    Reads captions and regions and joins them. What is rendered or converted goes into the output folder.
+
+    Raises:
+        `ValueError`: captions without regions (unless `skip_missing`), or a fault in a file.
+    """
+    if arguments.on_scenes:
+        from .scenes import build_scenes
+
+        folder = build_scenes(Path(output_dir, DATA_FOLDER, "scenes"))
+        path, store = folder / "captions.jsonl", RegionStore(folder / "regions")
+    else:
+        path = Path(str(arguments.captions))
+        store = _open_or_convert(
+            Path(str(arguments.regions)), Path(output_dir, DATA_FOLDER, "regions"), arguments.num_region_classes
+        )
+    captions, report = join(read_captions(path), store, skip_missing=arguments.skip_missing)
+    logger.warning(f"{path} with {store}:\n{report}")
+    train = select_split(captions, path, arguments.train_split)
+    return CaptionedRegions(store, captions, train, path, "rendered scenes" if arguments.on_scenes else path.stem)
+
+
+def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> RegionStore:
+    """A store as it is; feature files of another format as a store in the output folder, converted once."""
+    if (path / MANIFEST).exists():
+        return RegionStore(path)
+    origin = converted.with_name(f"{converted.name}.source")  # what was converted
+    if origin.exists() and (source := origin.read_text(encoding="utf-8")) != str(path.absolute()):
+        raise ValueError(f"{converted} was converted from {source}, not from {path}: take another --output_dir.")
+    if not (converted / MANIFEST).exists():
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        origin.write_text(str(path.absolute()), encoding="utf-8")
+        convert(path, converted, resume=True, num_classes=num_classes)
+    return RegionStore(converted)
+
+
+def load_model(arguments: DataArguments, store: RegionStore, model_class: type[Model]) -> Model:
+    """
+    A Unicoder-VL checkpoint of any kind, a BERT, or new weights.
+
+    Raises:
+        `ValueError`: a checkpoint of another kind, or one that the regions or `max_length` do not fit.
+    """
+    known = len(store.provenance.get("class_names") or ()) or store.provenance.get("num_classes")
+    regions: dict[str, Any] = {
+        "region_feature_dim": store.feature_dim,
+        "num_region_classes": arguments.num_region_classes or known or UnicoderVLConfig().num_region_classes,
+        "use_image_token_embedding": arguments.image_token,
+    }
+    if arguments.num_hidden_layers is not None:
+        regions["num_hidden_layers"] = arguments.num_hidden_layers
+    name = arguments.base_model
+    if name is None:
+        from .scenes import scene_tokenizer
+
+        model = model_class(UnicoderVLConfig(**{**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions}))
+    elif _is_unicoder_vl(name):
+        model = model_class.from_pretrained(name)
+        if model.config.region_feature_dim != store.feature_dim:
+            raise ValueError(
+                f"{name} takes features of width {model.config.region_feature_dim}, but {store} has others."
+            )
+    else:
+        model = model_class.from_bert(name, **regions)
+    if arguments.max_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions."
+        )
+    return model
+
+
+def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:
+    """
+    That of a Unicoder-VL checkpoint, its feature scale included, or one for a BERT or new weights. It records the
+    provenance of the regions that are trained on; a checkpoint that was trained on others says so.
+    """
+    name, provenance = arguments.base_model, data.store.provenance
+    if name is not None and _is_unicoder_vl(name):
+        processor = UnicoderVLProcessor.from_pretrained(name)
+        extractor = processor.feature_extractor
+        extractor.check_provenance(provenance)
+        if arguments.scale_features and extractor.feature_mean is None:
+            raise ValueError(f"{name} was trained on unscaled features: leave out --scale_features.")
+        if arguments.max_regions is not None:
+            extractor.max_regions = arguments.max_regions
+        extractor.feature_dim, extractor.region_provenance = data.store.feature_dim, provenance
+    else:
+        scale: dict[str, Any] = {}
+        if arguments.scale_features:
+            scale["feature_mean"], scale["feature_std"] = feature_statistics(data.store, data.train.unique("image_id"))
+        extractor = UnicoderVLFeatureExtractor(
+            max_regions=arguments.max_regions or 100,
+            feature_dim=data.store.feature_dim,
+            region_provenance=provenance,
+            **scale,
+        )
+        if name is None:
+            from .scenes import scene_tokenizer
+
+            processor = UnicoderVLProcessor(extractor, scene_tokenizer())
+        else:
+            processor = UnicoderVLProcessor(extractor, AutoTokenizer.from_pretrained(name))
+    cut = processor.count_truncated(data.train["caption"], arguments.max_length)
+    logger.warning(
+        f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
+    )
+    return processor
+
+
+def feature_statistics(
+    store: Mapping[str, RegionRecord], image_ids: Sequence[str], max_images: int = 10_000
+) -> tuple[np.ndarray, float]:
+    """
+    The mean feature `(D,)` over the regions of these images (at most `max_images`, drawn evenly), and one standard
+    deviation of all values around it: what `UnicoderVLFeatureExtractor` takes as `feature_mean` and `feature_std`.
+    """
+    image_ids = image_ids[:: max(1, math.ceil(len(image_ids) / max_images))]
+    count, total, squares = 0, np.float64(0), np.float64(0)
+    for image_id in tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
+        features = np.asarray(store[image_id].features, dtype=np.float64)
+        count, total, squares = count + len(features), total + features.sum(0), squares + (features**2).sum(0)
+    mean = np.asarray(total / count)
+    return mean, float(np.sqrt((squares / count - mean**2).mean()))
+
+
+def _is_unicoder_vl(name: str) -> bool:
+    return AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type
