@@ -274,9 +274,10 @@ def objects(image: foreign.Image, change) -> dict:
         lambda found: [{**entry, "rect": entry["rect"][::-1]} for entry in found],
         lambda found: [{"class": entry["class"], "conf": entry["conf"]} for entry in found],
         lambda found: [{**entry, "rect": ["left", "top", "right", "bottom"]} for entry in found],
+        lambda found: [{**entry, "rect": [10**400] * 4} for entry in found],
         lambda found: [],
     ],
-    ids=["fewer", "another order", "other boxes", "no boxes", "no numbers", "none"],
+    ids=["fewer", "another order", "other boxes", "no boxes", "no numbers", "no such numbers", "none"],
 )
 @pytest.mark.parametrize("sizes", [True, False])
 def test_vinvl_labels_that_are_not_of_these_regions_are_not_taken(change, sizes, tmp_path):
@@ -358,6 +359,7 @@ def test_vinvl_errors_name_the_place(line, says, tmp_path):
     [
         ({"image_w": "wide", "image_h": 1, "objects": []}, "image_w, image_h are"),
         ({"image_w": 640, "objects": []}, "image_w, image_h are"),
+        ({"image_w": 10**400, "image_h": 1, "objects": []}, "image_w, image_h are"),
         ({"image_w": 0, "image_h": 1, "objects": []}, "image_width is 0"),
         ({"labels": []}, "expected a list of objects"),
         (["word"], "expected a list of objects"),
@@ -617,7 +619,7 @@ def test_frcnn_errors_name_the_file(changes, says, tmp_path):
     errors_name(path, f"Image '{NUMBERS[0]}': .*{says}", frcnn_arrow.read)
 
 
-def old_frcnn(path: Path, payload: bytes, boxes=None) -> Path:
+def old_frcnn(path: Path, payload: bytes, **changes) -> Path:
     """As `datasets` 1 wrote it: the type of the nested lists is a pickle."""
     import pyarrow as pa
 
@@ -626,8 +628,7 @@ def old_frcnn(path: Path, payload: bytes, boxes=None) -> Path:
     nested = {"boxes", "roi_features"}
     metadata = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": payload}
     columns = {name: pa.array(value.tolist() if value.ndim > 1 else value) for name, value in out.items()}
-    if boxes is not None:
-        columns["boxes"] = boxes
+    columns |= changes
     schema = pa.schema(
         [pa.field(name, column.type, metadata=metadata if name in nested else None) for name, column in columns.items()]
     )
@@ -647,8 +648,13 @@ def test_frcnn_unknown_values_are_errors(tmp_path):
     import pyarrow as pa
 
     boxes = pa.array([[[0, 0, 1, None], [0, 0, 1, 1], *[[0, 0, 0, 0]] * 3]], pa.list_(pa.list_(pa.float32())))
-    errors_name(old_frcnn(tmp_path / "a.arrow", b"", boxes), "finite", frcnn_arrow.read)
-    errors_name(old_frcnn(tmp_path / "b.arrow", b"", pa.array([None], boxes.type)), "reshape", frcnn_arrow.read)
+    for name, column, says in [
+        ("boxes", boxes, "finite"),
+        ("boxes", pa.array([None], boxes.type), "reshape"),
+        ("img_id", pa.array([None], pa.int32()), "img_id is unknown"),
+        ("preds_per_image", pa.array([np.inf]), "infinity"),
+    ]:
+        errors_name(old_frcnn(tmp_path / "a.arrow", b"", **{name: column}), says, frcnn_arrow.read)
 
 
 def test_frcnn_offsets_beyond_the_data_do_not_crash(tmp_path):

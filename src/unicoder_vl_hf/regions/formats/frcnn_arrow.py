@@ -56,12 +56,14 @@ def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionReco
                     raise ValueError(f"{missing} missing, expected {list(COLUMNS)} among {batches.schema.names}.")
                 for batch in batches:
                     batch.validate(full=True)  # offsets beyond the data would crash, not raise
+                    if batch.column("img_id").null_count:
+                        raise ValueError("img_id is unknown for some rows, expected a number for each.")
                     columns = {name: _storage(batch.column(name)) for name in COLUMNS}
                     for row in range(batch.num_rows):
                         image_id = str(columns["img_id"][row])
                         if image_id not in skip:
                             yield _record(image_id, {name: _values(columns[name], row) for name in COLUMNS})
-        except (pa.ArrowException, OSError, EOFError, ValueError, TypeError) as error:
+        except (pa.ArrowException, OSError, EOFError, LookupError, ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{file}: {error}") from error
 
 

@@ -26,17 +26,7 @@ NAME = "hdf5"
 SUFFIXES = (".hdf5", ".h5")
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # What h5py says of damaged files, depending on where the damage is.
-ERRORS = (
-    OSError,
-    RuntimeError,
-    KeyError,
-    IndexError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    MemoryError,
-    OverflowError,
-)
+ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, MemoryError, OverflowError)
 
 logger = logging.get_logger(__name__)
 

@@ -173,7 +173,7 @@ def _labels(image_id: str, label: bytes | None, boxes: np.ndarray, class_ids: di
     found: dict[str, Any] = {"boxes": boxes}
     size = None
     if (width, height) != (None, None):
-        if not isinstance(width, (int, float)) or not isinstance(height, (int, float)):
+        if not all(isinstance(side, (int, float)) and abs(side) < 2**31 for side in (width, height)):
             raise ValueError(f"Image {image_id!r}: image_w, image_h are {(width, height)!r:.80}, expected two numbers.")
         size = np.array([width, height], np.float64)
         found = {"boxes": boxes * np.tile(size, 2), "image_width": width, "image_height": height}
@@ -191,7 +191,7 @@ def _same_boxes(rects: list[Any], boxes: np.ndarray, scale: np.ndarray | None) -
     """Whether rectangles in pixels are these boxes, in this order; in an image of any size if `scale` is None."""
     try:
         pixels = np.array(rects, np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return False
     if pixels.shape != boxes.shape:
         return False
