@@ -1,4 +1,6 @@
-"""A Hub in a thread: the endpoints that huggingface_hub uses to create, push, list and download model repositories.
+"""A Hub in a thread: the endpoints that huggingface_hub uses to create, push, list and download repositories.
+
+Dataset repositories are named `datasets/<owner>/<name>`, as in the Hub's addresses.
 
 `HF_ENDPOINT` is read when huggingface_hub is imported: clients are processes of their own, with the environment that
 `HubStub.environment` gives. Left out: Xet (`HF_HUB_DISABLE_XET=1`), branches and pull requests, multi-part uploads.
@@ -34,7 +36,8 @@ class HubStub:
         self.repositories: dict[str, list[dict[str, bytes]]] = {}  # the files after each commit
         self.messages: dict[str, list[str]] = {}
         self.objects: dict[str, bytes] = {}  # Git LFS, by sha256
-        self.unknown: list[str] = []  # requests that the stub has no answer to
+        self.requests: list[str] = []  # method and path
+        self.unknown: list[str] = []  # those that the stub has no answer to
         self.lock = threading.Lock()
 
     def __enter__(self) -> "HubStub":
@@ -96,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         try:
             with self.hub.lock:
+                self.hub.requests.append(f"{self.command} {path}")
                 for method, pattern, answer in _ROUTES:
                     match = re.fullmatch(pattern, path)
                     if match and self.command in method:
@@ -131,8 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self):
         asked = json.loads(self.body)
-        repo = f"{asked.get('organization') or USER}/{asked['name']}"
-        answer = {"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo}
+        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        repo = f"datasets/{name}" if asked.get("type") == "dataset" else name
+        answer = {"url": f"{self.hub.endpoint}/{repo}", "name": name, "id": name}
         if repo in self.hub.repositories:
             return 409, {}, {**answer, "error": "You already created this model repo"}
         self.hub.repositories[repo], self.hub.messages[repo] = [{}], []
@@ -209,10 +214,11 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo, revision=None):
         files = self._files(repo, revision)
         siblings = [{"rfilename": path} for path in sorted(files)]
+        name = repo.removeprefix("datasets/")
         return (
             200,
             {},
-            {"id": repo, "modelId": repo, "sha": self.hub.revision(repo), "private": False, "siblings": siblings},
+            {"id": name, "modelId": name, "sha": self.hub.revision(repo), "private": False, "siblings": siblings},
         )
 
     def tree(self, repo, revision, folder=None):
@@ -242,17 +248,18 @@ def _git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_REPO = r"(?P<repo>(datasets/)?[\w.-]+/[\w.-]+)"
+_API = f"/api/(models/)?{_REPO}"
 _REVISION = r"(?P<revision>[^/]+)"
 _ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", "/api/repos/create", _Handler.create),
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
-    ("POST", f"/api/models/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
+    ("POST", f"{_API}/preupload/{_REVISION}", _Handler.preupload),
     ("POST", f"/{_REPO}\\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_upload),
-    ("POST", f"/api/models/{_REPO}/commit/{_REVISION}", _Handler.commit),
-    ("GET HEAD", f"/api/models/{_REPO}(/revision/{_REVISION})?", _Handler.info),
-    ("GET HEAD", f"/api/models/{_REPO}/tree/{_REVISION}(/(?P<folder>.+))?", _Handler.tree),
+    ("POST", f"{_API}/commit/{_REVISION}", _Handler.commit),
+    ("GET HEAD", f"{_API}(/revision/{_REVISION})?", _Handler.info),
+    ("GET HEAD", f"{_API}/tree/{_REVISION}(/(?P<folder>.+))?", _Handler.tree),
     ("GET HEAD", f"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve),
 ]

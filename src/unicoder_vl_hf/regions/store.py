@@ -89,7 +89,7 @@ class RegionStore(Mapping[str, RegionRecord]):
     @property
     def provenance(self) -> dict[str, Any]:
         """
-        Where the regions come from, ready for JSON: `detector`, `detector_revision`, `box_type`, `thresholds`,
+        Where the regions come from, ready for JSON: `detector`, `detector_revision`, `detector_declared`, `box_type`, `thresholds`,
         `class_names`, `num_classes`, `source_format` (None where unknown), `feature_dim`, `dtype`, `package_version`.
         """
         return json.loads(json.dumps(self.manifest["provenance"]))
@@ -240,6 +240,7 @@ class RegionStoreWriter:
         resume (`bool`, defaults to `False`): Go on with an unfinished store, or add to a finished one, of equal
             provenance; an empty folder will do, too. Without it, a folder that holds a store is refused.
         detector, detector_revision (`str`, *optional*): What found the regions, such as a name and a commit on the Hub.
+        detector_declared (`bool`, defaults to `False`): A user says so, no file does.
         box_type (`str`, *optional*): What the boxes are, such as `"proposal"`, `"regressed"` or `"ground truth"`.
         thresholds (`dict`, *optional*): What the detector kept, such as `{"score": 0.2, "max_regions": 100}`.
         class_names (sequence of `str`, *optional*): Name of each object id, without background.
@@ -259,6 +260,7 @@ class RegionStoreWriter:
         resume: bool = False,
         detector: str | None = None,
         detector_revision: str | None = None,
+        detector_declared: bool = False,
         box_type: str | None = None,
         thresholds: Mapping[str, Any] | None = None,
         class_names: Iterable[str] | None = None,
@@ -277,6 +279,7 @@ class RegionStoreWriter:
         self._provenance: dict[str, Any] = {
             "detector": detector,
             "detector_revision": detector_revision,
+            "detector_declared": detector_declared,
             "box_type": box_type,
             "thresholds": None if thresholds is None else dict(thresholds),
             "class_names": names,

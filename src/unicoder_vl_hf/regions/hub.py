@@ -1,0 +1,174 @@
+"""
+Stores on the Hub: a dataset repository holds the files of the folder as they are, and a card made from the manifest.
+
+`RegionStore.push_to_hub` and `RegionStore.from_hub` are what users call.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+from .shards import INDEX, MANIFEST
+
+if TYPE_CHECKING:
+    from .store import RegionStore
+
+CARD, SHARDS = "README.md", "regions-*.safetensors"
+# In a card that we wrote, and may write again.
+MARK = "<!-- Written from manifest.json by unicoder-vl-hf. Take this line out to keep your changes. -->"
+
+
+def push_store(
+    store: "RegionStore",
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """See `RegionStore.push_to_hub`."""
+    api = huggingface_hub.HfApi(token=token)
+    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    shards = [facts["file"] for facts in store.manifest["shards"]]
+    api.upload_folder(
+        repo_id=repo_id,
+        repo_type="dataset",
+        revision=revision,
+        folder_path=store.path,
+        allow_patterns=SHARDS,
+        commit_message=f"{commit_message}: shards",
+    )
+    # One commit, and the last: a store that grew is the old one or the new one to whoever downloads meanwhile.
+    present = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, store.path / name) for name in (INDEX, MANIFEST)
+    ]
+    if (store.path / CARD).exists():
+        operations.append(CommitOperationAdd(CARD, store.path / CARD))
+    elif CARD not in present or _is_ours(api, repo_id, revision):
+        operations.append(CommitOperationAdd(CARD, dataset_card(store, repo_id).encode()))
+    stale = [name for name in present if fnmatch(name, SHARDS) and name not in shards]
+    operations.extend(CommitOperationDelete(name) for name in stale)
+    api.create_commit(
+        repo_id=repo_id,
+        repo_type="dataset",
+        revision=revision,
+        operations=operations,
+        commit_message=commit_message,
+    )
+    return repo_id
+
+
+def fetch_store(
+    repo_id: str,
+    *,
+    revision: str | None,
+    image_ids: Iterable[str] | None,
+    cache_dir: str | os.PathLike | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """See `RegionStore.from_hub`. Returns the folder in the cache."""
+    from .store import RegionStore
+
+    def fetch(names: list[str], revision: str | None, pattern: str | None = None) -> Path:
+        folder = huggingface_hub.snapshot_download(
+            repo_id,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=pattern or names,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            token=token,
+            local_files_only=local_files_only,
+        )
+        missing = [name for name in names if not Path(folder, name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{repo_id} lacks {missing[0]} ({len(missing)} files in all): see {folder}.")
+        return Path(folder)
+
+    folder = fetch([MANIFEST, INDEX], revision)
+    store = RegionStore(folder)
+    numbers: Iterable[int] = range(len(store.shards))
+    if image_ids is not None:
+        numbers = sorted({store.shards.number_of(store.number_of(image_id)) for image_id in image_ids})
+    names = [store.shards.facts[number]["file"] for number in numbers]
+    # The folder is named after the commit, which a push in between does not change.
+    return fetch(names, folder.name, SHARDS if image_ids is None else None)
+
+
+def dataset_card(store: "RegionStore", repo_id: str) -> str:
+    """README.md of a store in the repository `repo_id`."""
+    metadata = huggingface_hub.DatasetCardData(
+        pretty_name=repo_id.split("/")[-1],
+        tags=["region-features", "image-text", "vision-language", "unicoder-vl-hf"],
+        size_categories=_size_category(len(store)),
+    )
+    shards = store.manifest["shards"]
+    facts = {
+        "images": f"{len(store):,}",
+        "regions": f"{store.num_regions:,}",
+        "size": f"{sum(shard['bytes'] for shard in shards) / 1e9:,.2f} GB in {len(shards)} shards",
+        **{name.replace("_", " "): _in_words(value) for name, value in store.provenance.items()},
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    example = next(iter(store))
+    return _CARD.format(
+        metadata=metadata, mark=MARK, repo_id=repo_id, rows=rows, example=json.dumps(example, ensure_ascii=False)
+    )
+
+
+_CARD = """---
+{metadata}
+---
+
+{mark}
+
+# {repo_id}
+
+Region features of images: for each image the boxes that a detector found, the feature of each, and its class where
+known. A store of [unicoder-vl-hf](https://pypi.org/project/unicoder-vl-hf/).
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+from unicoder_vl_hf import RegionStore
+
+store = RegionStore.from_hub("{repo_id}")  # image_ids=[...] fetches no more than these need
+record = store[{example}]
+record.features, record.boxes, record.object_ids  # NumPy, mapped from the file
+```
+
+The shards are [safetensors](https://huggingface.co/docs/safetensors): `features` and the other fields are flat over all
+regions of a shard, and image `i` has the rows `region_offsets[i]` to `region_offsets[i + 1]`.
+"""
+
+
+def _is_ours(api: huggingface_hub.HfApi, repo_id: str, revision: str | None) -> bool:
+    path = api.hf_hub_download(repo_id, CARD, repo_type="dataset", revision=revision)
+    return MARK in Path(path).read_text(encoding="utf-8")
+
+
+def _in_words(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, list) and len(value) > 10:
+        return f"{', '.join(map(str, value[:10]))}, … ({len(value)} in all)".replace("|", "\\|")
+    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).replace("|", "\\|")
+
+
+def _size_category(images: int) -> str:
+    """The Hub's name for so many rows."""
+    bounds = [1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]
+    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"]
+    return names[sum(images >= bound for bound in bounds)]

@@ -1,0 +1,195 @@
+"""Stores merged, cut and split, against the records that went in; interrupted anywhere and called again."""
+
+import os
+
+import pytest
+from region_stores import assert_same, files_of, make, write_store
+
+from unicoder_vl_hf import RegionStore, RegionStoreWriter
+from unicoder_vl_hf.regions import editing
+from unicoder_vl_hf.regions.editing import merge_stores, split_store, subset_store
+from unicoder_vl_hf.regions.validation import validate
+
+OPTIONS = {"shard_size": 1000, "detector": "d", "thresholds": {"score": 0.2}, "class_names": [str(k) for k in range(9)]}
+
+
+def name(number: int) -> str:
+    return make(number).image_id
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Images 0-9, 10-12 and 13-29."""
+    ranges = (range(10), range(10, 13), range(13, 30))
+    return [write_store(map(make, part), tmp_path / f"part-{k}", **OPTIONS) for k, part in enumerate(ranges)]
+
+
+def assert_holds(store: RegionStore, numbers) -> None:
+    assert list(store) == [name(number) for number in numbers]
+    for number in numbers:
+        assert_same(store[name(number)], make(number))
+    assert store.num_regions == sum(make(number).num_regions for number in numbers)
+    assert list(validate(store)) == []
+
+
+def test_merged_shards_are_the_very_files(parts, tmp_path):
+    merged = merge_stores(parts, tmp_path / "merged")
+    assert_holds(merged, range(30))
+    originals = [part.path / facts["file"] for part in parts for facts in part.manifest["shards"]]
+    links = sorted(merged.path.glob("regions-*.safetensors"))
+    assert [path.stat().st_ino for path in links] == [path.stat().st_ino for path in originals]
+    assert merged.provenance == parts[0].provenance
+    assert_holds(parts[2], range(13, 30))
+    assert not (merged.path / "unfinished.json").exists()
+    # It is a store like any other: it can grow.
+    with RegionStoreWriter(merged.path, resume=True, **OPTIONS) as writer:
+        assert name(29) in writer.resumed
+        writer.write(make(30))
+    assert_holds(RegionStore(merged.path), range(31))
+    assert_holds(parts[2], range(13, 30))
+
+
+def test_shards_are_copied_where_there_are_no_links(parts, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    merged = merge_stores(parts, tmp_path / "merged")
+    assert_holds(merged, range(30))
+    assert not list(merged.path.glob("*.partial"))
+    assert (merged.path / "regions-00000.safetensors").stat().st_nlink == 1
+
+
+def test_moving_leaves_nothing_but_what_is_no_store(parts, tmp_path):
+    (parts[1].path / "notes.txt").write_text("mine")
+    merged = merge_stores(parts, tmp_path / "merged", move=True)
+    assert_holds(merged, range(30))
+    assert not parts[0].path.exists() and not parts[2].path.exists()
+    assert [path.name for path in parts[1].path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("target", ["_link_or_copy", "sync_folder", "finish_store", "_remove", "RegionStore"])
+@pytest.mark.parametrize("call", [0, 1, 2, 5])
+def test_an_interrupted_merge_goes_on(target, call, parts, tmp_path, monkeypatch):
+    expected = merge_stores(parts, tmp_path / "undisturbed")
+    folder = tmp_path / "merged"
+    original, calls = getattr(editing, target), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(editing, target, interrupted)
+        try:
+            merge_stores(parts, folder, move=True)
+        except KeyboardInterrupt:
+            if (folder / "unfinished.json").exists() and not (folder / "manifest.json").exists():
+                with pytest.raises(ValueError, match="unfinished"):
+                    RegionStore(folder)
+                with pytest.raises(ValueError, match="is being merged from"):
+                    RegionStoreWriter(folder, resume=True, **OPTIONS)
+                with pytest.raises(ValueError, match="no merge of"):
+                    merge_stores(parts[:2], folder)
+    if not (folder / "manifest.json").exists() or (folder / "unfinished.json").exists():
+        merge_stores(parts, folder, move=True)
+    assert files_of(folder) == files_of(expected.path)
+    assert not any(part.path.exists() for part in parts)
+
+
+def test_duplicates_name_the_image_and_both_stores(parts, tmp_path):
+    other = write_store([make(40), make(11)], tmp_path / "other", **OPTIONS)
+    with pytest.raises(ValueError, match=rf"'{name(11)}' is in {parts[1].path} and in {other.path}"):
+        merge_stores([*parts, other], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ValueError, match=rf"is in {parts[1].path} and in {parts[1].path}"):
+        merge_stores([parts[1], parts[1]], tmp_path / "merged")
+
+
+def test_equal_hashes_are_no_duplicates(parts, tmp_path, monkeypatch):
+    from unicoder_vl_hf.regions import shards
+
+    monkeypatch.setattr(shards, "hash_id", lambda image_id: 7)
+    same = [write_store(map(make, part), tmp_path / f"same-{part[0]}", **OPTIONS) for part in (range(4), range(4, 7))]
+    assert_holds(merge_stores(same, tmp_path / "merged"), range(7))
+
+
+@pytest.mark.parametrize(
+    "change", [{"detector": "other"}, {"dtype": "float32"}, {"thresholds": {"score": 0.1}}, {"class_names": None}]
+)
+def test_other_provenance_is_refused_and_named(change, parts, tmp_path):
+    other = write_store([make(40)], tmp_path / "other", **{**OPTIONS, **change})
+    with pytest.raises(ValueError, match=rf"{parts[0].path} has {next(iter(change))}=.*{other.path} has "):
+        merge_stores([*parts, other], tmp_path / "merged")
+    wide = write_store([make(41, width=3)], tmp_path / "wide", **OPTIONS)
+    with pytest.raises(ValueError, match=r"has feature_dim=8, .* has 3"):
+        merge_stores([*parts, wide], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_into_a_store_or_from_nothing_is_refused(parts, tmp_path):
+    before = files_of(parts[0].path)
+    with pytest.raises(ValueError, match="holds a store already"):
+        merge_stores(parts[1:], parts[0].path)
+    assert files_of(parts[0].path) == before
+    with pytest.raises(ValueError, match="sources is empty"):
+        merge_stores([], tmp_path / "merged")
+    with pytest.raises(FileNotFoundError, match="no region store"):
+        merge_stores([tmp_path / "nothing"], tmp_path / "merged")
+
+
+def test_a_subset_is_in_disk_order_and_equal(parts, tmp_path):
+    subset = subset_store(parts[2], [name(number) for number in (20, 15, 28, 15)], tmp_path / "subset")
+    assert_holds(subset, [15, 20, 28])
+    assert subset.provenance == parts[2].provenance
+    # Again is nothing; others are refused.
+    before = files_of(subset.path)
+    subset_store(parts[2], [name(number) for number in (20, 15, 28)], tmp_path / "subset")
+    assert files_of(subset.path) == before
+    for numbers in ((20, 15), (20, 16, 28)):
+        with pytest.raises(ValueError, match="holds other images"):
+            subset_store(parts[2], map(name, numbers), tmp_path / "subset")
+    with pytest.raises(KeyError, match="nobody"):
+        subset_store(parts[2], [name(15), "nobody"], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_subset_keeps_other_dtypes_to_the_bit(dtype, tmp_path):
+    store = write_store(map(make, range(5)), tmp_path / "store", dtype=dtype)
+    subset = subset_store(store, list(store), tmp_path / "subset")
+    assert files_of(subset.path) == files_of(store.path)
+
+
+def test_a_subset_goes_on_after_an_interruption(parts, tmp_path, monkeypatch):
+    wanted = [name(number) for number in range(13, 30)]
+    monkeypatch.setattr(
+        RegionStoreWriter.__init__, "__kwdefaults__", {**RegionStoreWriter.__init__.__kwdefaults__, "shard_size": 1000}
+    )
+    expected = subset_store(parts[2], wanted, tmp_path / "undisturbed")
+    original, calls = RegionStoreWriter.write, []
+
+    def interrupted(self, record):
+        calls.append(record)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        original(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegionStoreWriter, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            subset_store(parts[2], wanted, tmp_path / "subset")
+    assert (tmp_path / "subset" / "regions-00000.safetensors").exists()
+    subset_store(parts[2], wanted, tmp_path / "subset")
+    assert files_of(tmp_path / "subset") == files_of(expected.path)
+
+
+def test_a_split_shares_no_image(parts, tmp_path):
+    stores = split_store(parts[2], {"train": map(name, range(15, 30)), "val": [name(13)]}, tmp_path / "splits")
+    assert_holds(stores["train"], range(15, 30))
+    assert_holds(RegionStore(tmp_path / "splits" / "val"), [13])
+    with pytest.raises(ValueError, match=rf"'{name(14)}' is in the splits 'train' and 'val'"):
+        split_store(parts[2], {"train": [name(13), name(14)], "val": [name(14)]}, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
