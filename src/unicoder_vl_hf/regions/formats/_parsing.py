@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
+from ..tensor_files import complete, partial_path
 from . import restricted_pickle
 
 # Of one line, or one image: 300 times what 100 regions of 2048 float32 take. What is longer is no such file.
@@ -155,12 +156,9 @@ def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists already: remove it, or choose another name.")
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial_path(path).open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+            complete(file, path)
     finally:
-        partial.unlink(missing_ok=True)
+        partial_path(path).unlink(missing_ok=True)
