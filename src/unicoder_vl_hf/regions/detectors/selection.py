@@ -62,11 +62,11 @@ def max_nms(
 
 def survivors(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Of NMS in each of K classes: `(n, K)` booleans from boxes `(n, 4)` and scores `(n, K)`, all classes at once."""
-    alive = torch.ones_like(scores, dtype=torch.bool)
-    overlaps = (box_iou(boxes, boxes) > threshold).fill_diagonal_(False)
+    apart = (box_iou(boxes, boxes) <= threshold).fill_diagonal_(True)
+    alive = torch.ones_like(scores.T, dtype=torch.bool)  # (K, n)
+    classes = torch.arange(scores.shape[1], device=scores.device)
     # Step i looks at the box of rank i in each class, and silences all that overlap it if it is alive itself. None of
     # these outranks it and is alive: that one would have silenced it.
-    classes = torch.arange(scores.shape[1], device=scores.device)
     for current in scores.argsort(dim=0, descending=True, stable=True):
-        alive &= ~(overlaps[:, current] & alive[current, classes])
-    return alive
+        alive &= apart[current] | ~alive[classes, current, None]
+    return alive.T
