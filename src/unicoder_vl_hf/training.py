@@ -252,12 +252,18 @@ def push_folder(repo_id: str, folder: Path):
     )
 
 
+# How a model was trained, for its card.
+PRETRAINED = "pre-trained by masked language modelling, masked object classification and visual-linguistic matching"
+FINE_TUNED = "fine-tuned for image-text retrieval on groups of a match and its hard negatives"
+
+
 def write_model_card(
     folder: Path,
     *,
     data_name: str,
     metrics: dict[str, float],
     provenance: dict[str, Any] | None,
+    trained_by: str = PRETRAINED,
     base_model: str | None = None,
     repo_id: str | None = None,
 ) -> Path:
@@ -269,14 +275,16 @@ def write_model_card(
         data_name (`str`): What it was trained on, in words.
         metrics (`dict[str, float]`): On the validation split; may be empty.
         provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
+        trained_by (`str`, *optional*): How, in words that follow "Unicoder-VL, ".
         base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
     """
     name = repo_id or folder.resolve().name
+    tag = "pre-training" if trained_by == PRETRAINED else "fine-tuning"
     results = [
         huggingface_hub.EvalResult(
             task_type="image-text-matching",
-            task_name="Pre-training",
+            task_name=tag.capitalize(),
             dataset_type="image-text",
             dataset_name=data_name,
             dataset_split="validation",
@@ -289,7 +297,7 @@ def write_model_card(
         language="en",
         license="apache-2.0",
         library_name="transformers",
-        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", "image-text-retrieval", "pre-training"],
+        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", "image-text-retrieval", tag],
         base_model=base_model if base_model and _is_repository(base_model) else None,
         model_name=name,
         eval_results=results or None,
@@ -299,6 +307,7 @@ def write_model_card(
         name=name,
         base_model=base_model or "none, trained from scratch",
         data_name=data_name,
+        trained_by=trained_by,
         regions="\n".join(f"- {field}: {_shorten(value)}" for field, value in known.items()) or "- unknown",
         metrics="\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items()) or "| not evaluated | |",
         location=repo_id or folder.as_posix(),
@@ -311,8 +320,8 @@ def write_model_card(
 # With trust_remote_code the snippet needs no package of ours: it gives the regions as a dict.
 _CARD = """# {name}
 
-Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), pre-trained by masked language modelling, masked
-object classification and visual-linguistic matching with [unicoder-vl-hf](https://pypi.org/project/unicoder-vl-hf/).
+Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), {trained_by}, with
+[unicoder-vl-hf](https://pypi.org/project/unicoder-vl-hf/).
 
 - Base model: {base_model}
 - Training data: {data_name}

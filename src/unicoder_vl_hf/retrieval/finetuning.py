@@ -1,0 +1,169 @@
+"""Fine-tuning for image-text retrieval: the arguments of `examples/run_retrieval.py`, what they become, evaluation.
+
+Follows the paper's section Image-Text Retrieval: for each positive pair three captions and three images that do not
+match it, and a triplet loss on the hardest of each; options beside it are the losses of Oscar and ViLBERT, and
+in-batch negatives. Hard negatives are mined by `mining.py`.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..data.collators import DataCollatorForUnicoderVLRetrieval
+from ..data.negatives import PairsWithNegatives, read_duplicate_groups
+from ..feature_extraction_unicoder_vl import RegionRecord
+from ..modeling_unicoder_vl import (
+    GroupLoss,
+    UnicoderVLForImageTextRetrieval,
+    binary_matching_loss,
+    group_softmax_loss,
+    hardest_negative_triplet_loss,
+    sum_of_negatives_triplet_loss,
+)
+from ..preparation import DataArguments, load_model, load_processor, open_data
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from .metrics import retrieval_metrics
+from .scoring import ImageTextScorer
+
+
+@dataclass
+class RetrievalArguments(DataArguments):
+    """Data, model and groups of a fine-tuning run. Without `captions` it runs on the rendered scenes."""
+
+    max_validation_images: int = field(
+        default=100, metadata={"help": "Images of it, drawn evenly, with all their captions; 0 evaluates none."}
+    )
+    num_negative_captions: int = field(default=3, metadata={"help": "Captions that do not match, for each pair."})
+    num_negative_images: int = field(default=3, metadata={"help": "Images that do not match, for each pair."})
+    in_batch_negatives: bool = field(
+        default=False, metadata={"help": "Pair all captions and images of a micro-batch too; try with 0 of the others."}
+    )
+    duplicates: str | None = field(
+        default=None,
+        metadata={"help": "Groups of images that show the same, a line each: .jsonl of lists of image ids, or .csv."},
+    )
+    loss: Literal["hardest", "sum", "binary", "softmax"] = field(
+        default="hardest",
+        metadata={
+            "help": "Triplet loss on the hardest negative (the paper's) or the sum of all, binary cross-entropy of "
+            "each pair (Oscar), or softmax over the group (ViLBERT)."
+        },
+    )
+    margin: float = field(default=0.2, metadata={"help": "Of the triplet losses, on sigmoid(score)."})
+    caption_weight: float = field(default=1.0, metadata={"help": "Of caption negatives in the triplet losses."})
+    image_weight: float = field(default=1.0, metadata={"help": "Of image negatives in the triplet losses."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
+    )
+
+    @property
+    def group_loss(self) -> GroupLoss:
+        weights = {"caption_weight": self.caption_weight, "image_weight": self.image_weight}
+        triplet: dict[str, Any] = {"margin": self.margin, **weights}
+        losses: dict[str, GroupLoss] = {
+            "hardest": functools.partial(hardest_negative_triplet_loss, **triplet),
+            "sum": functools.partial(sum_of_negatives_triplet_loss, **triplet),
+            "binary": binary_matching_loss,
+            "softmax": group_softmax_loss,
+        }
+        return losses[self.loss]
+
+
+# The paper's recipe, but for the epochs and the warm-up, on which it is silent; and one for the scenes. A batch is
+# counted in positive pairs.
+PAPER = {"num_train_epochs": 10, "learning_rate": 5e-5, "train_batch_size": 192, "gradient_accumulation_steps": 4}
+SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+
+
+def preset(argv: Sequence[str]) -> dict[str, Any]:
+    """The recipe of a command line: the paper's where it names captions, else that of the scenes."""
+    return PAPER if any(word.split("=")[0] == "--captions" for word in argv) else SCENES
+
+
+@dataclass
+class RetrievalSetup:
+    """What [`prepare_retrieval`] builds."""
+
+    model: UnicoderVLForImageTextRetrieval
+    processor: UnicoderVLProcessor
+    collator: DataCollatorForUnicoderVLRetrieval
+    train: PairsWithNegatives
+    validation: datasets.Dataset | None
+    data_name: str
+
+
+def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, seed: int) -> RetrievalSetup:
+    """
+    Reads captions and regions, joins them, and builds the model, before any time is spent on training.
+
+    Raises:
+        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, a pair without
+        negatives, or a fault in a file.
+    """
+    data = open_data(arguments, output_dir)
+    validation = None
+    if arguments.max_validation_images > 0:
+        validation = captions_of_images(data.split(arguments.validation_split), arguments.max_validation_images)
+    train = PairsWithNegatives(
+        data.train,
+        seed=seed,
+        num_captions=arguments.num_negative_captions,
+        num_images=arguments.num_negative_images,
+        duplicates=[] if arguments.duplicates is None else read_duplicate_groups(arguments.duplicates),
+    )
+    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval)
+    model.config.triplet_margin = arguments.margin
+    model.group_loss = arguments.group_loss
+    processor = load_processor(arguments, data)
+    return RetrievalSetup(
+        model=model,
+        processor=processor,
+        collator=DataCollatorForUnicoderVLRetrieval(
+            processor, data.store, max_length=arguments.max_length, in_batch_negatives=arguments.in_batch_negatives
+        ),
+        train=train,
+        validation=validation,
+        data_name=data.name,
+    )
+
+
+def captions_of_images(captions: datasets.Dataset, max_images: int) -> datasets.Dataset:
+    """The captions of at most `max_images` images, drawn evenly."""
+    image_ids = captions.unique("image_id")
+    kept = set(image_ids[:: max(1, math.ceil(len(image_ids) / max_images))])
+    return captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
+
+
+def evaluate_retrieval(
+    model: UnicoderVLForImageTextRetrieval,
+    processor: UnicoderVLProcessor,
+    store: Mapping[str, RegionRecord],
+    captions: datasets.Dataset,
+    accelerator: Accelerator,
+    max_length: int = 44,
+) -> dict[str, float]:
+    """
+    Scores all captions with all their images, each process a part of the captions, and ranks them.
+
+    Returns:
+        `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls.
+    """
+    image_ids, texts = captions.unique("image_id"), list(captions["caption"])
+    mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
+    scores = ImageTextScorer(model, processor, store).score([texts[i] for i in mine], image_ids, max_length=max_length)
+    if accelerator.num_processes > 1:
+        parts = gather_object([scores])
+        scores = np.empty((len(texts), len(image_ids)), dtype=np.float32)
+        for process, part in enumerate(parts):
+            scores[process :: accelerator.num_processes] = part
+    column = {image_id: index for index, image_id in enumerate(image_ids)}
+    metrics = retrieval_metrics(scores, [column[image_id] for image_id in captions["image_id"]])
+    return {"recall_sum": sum(value for name, value in metrics.items() if "recall@" in name), **metrics}

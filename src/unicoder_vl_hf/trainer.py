@@ -1,0 +1,135 @@
+"""transformers' Trainer as both tasks use it: evaluation that keeps no logits, an end without loss, our model card."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .training import StopSignal, fast_precision, write_model_card
+
+
+def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of `TrainingArguments` for a recipe, whose batch counts pairs over all micro-steps of one process."""
+    on_gpu, micro_steps = torch.cuda.is_available(), recipe["gradient_accumulation_steps"]
+    return {
+        "num_train_epochs": recipe["num_train_epochs"],
+        "learning_rate": recipe["learning_rate"],
+        "per_device_train_batch_size": recipe["train_batch_size"] // micro_steps,
+        "gradient_accumulation_steps": micro_steps,
+        "warmup_steps": 0.1,
+        "bf16": fast_precision("cuda" if on_gpu else "cpu") == "bf16",
+        "use_cpu": not on_gpu,
+        "eval_strategy": "epoch",
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,  # every micro-batch holds the same number of pairs
+        "report_to": "none",
+    }
+
+
+class TaskTrainer(Trainer):
+    """
+    A Trainer for one of our tasks: a subclass says how a model is evaluated, and how it was trained.
+
+    Args:
+        setup: What [`prepare_pretraining`] or [`prepare_retrieval`] built.
+        args ([`TrainingArguments`]): Of the run.
+        base_model (`str`, *optional*): What the model started from, for the card.
+        callbacks (sequence of [`TrainerCallback`], *optional*): As in Trainer.
+    """
+
+    trained_by: ClassVar[str]
+
+    def __init__(
+        self,
+        setup: Any,
+        args: TrainingArguments,
+        base_model: str | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        super().__init__(
+            model=setup.model,
+            args=args,
+            data_collator=setup.collator,
+            train_dataset=setup.train,
+            eval_dataset=setup.validation,
+            processing_class=setup.processor,
+            callbacks=[_EpochOfData(), *callbacks],
+        )
+        self.setup = setup
+        self.base_model = base_model
+        self.last_metrics: dict[str, float] = {}
+
+    def evaluate_task(self, rows: Any) -> dict[str, float]:
+        """The metrics of the model on the validation rows, the same in every process."""
+        raise NotImplementedError
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        rows = self.setup.validation if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("There is nothing to validate on: see --validation_split and --max_validation_….")
+        metrics = self.evaluate_task(rows)
+        self.last_metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(self.last_metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, self.last_metrics)
+        return self.last_metrics
+
+    def create_model_card(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            write_model_card(
+                Path(str(self.args.output_dir)),
+                trained_by=self.trained_by,
+                base_model=self.base_model,
+                repo_id=self.hub_model_id,
+                data_name=self.setup.data_name,
+                provenance=self.setup.processor.feature_extractor.region_provenance,
+                metrics=self.last_metrics,
+            )
+
+    def run(self, resume_from: Path | None = None):
+        """Trains, saves the model with its card, and pushes it if asked; Ctrl-C leaves a checkpoint to resume from."""
+        with StopSignal() as stop:
+            stopping = _StopWithCheckpoint(stop, self)
+            self.add_callback(stopping)
+            self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        if stopping.stopped:
+            self.accelerator.print(
+                f"Stopped after {self.state.global_step} of {self.state.max_steps} steps: "
+                "go on with --resume_from_checkpoint latest."
+            )
+            return
+        best = [
+            entry for entry in self.state.log_history
+            if entry["step"] == self.state.best_global_step and f"eval_{self.args.metric_for_best_model}" in entry
+        ]  # fmt: skip
+        if self.args.load_best_model_at_end and best:  # which may not be the last
+            self.last_metrics = {name: value for name, value in best[-1].items() if name.startswith("eval_")}
+        self.save_model()
+        self.save_state()
+        self.save_metrics("eval", self.last_metrics)
+        self.create_model_card()
+        if self.args.push_to_hub:
+            self.push_to_hub()
+
+
+class _EpochOfData(TrainerCallback):
+    """Masks and negatives follow the epoch, which accelerate tells to the data in a single process only."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class _StopWithCheckpoint(TrainerCallback):
+    """Ctrl-C or SIGTERM: a checkpoint after the step, the same one in every process, and the end."""
+
+    def __init__(self, stop: StopSignal, trainer: Trainer):
+        self.stop = stop
+        self.accelerator = trainer.accelerator
+        self.stopped = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop.is_set():
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
