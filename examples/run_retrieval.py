@@ -26,9 +26,7 @@ class RetrievalTrainer(TaskTrainer):
 
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator
-        return evaluate_retrieval(
-            setup.model, setup.processor, collator.store, rows, self.accelerator, max_length=collator.max_length
-        )
+        return evaluate_retrieval(setup.model, setup.processor, collator.store, rows, max_length=collator.max_length)
 
 
 def main(argv: list[str] | None = None):

@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from ..data.collators import DataCollatorForUnicoderVLRetrieval
 from ..data.negatives import PairsWithNegatives, read_duplicate_groups
@@ -147,23 +144,17 @@ def evaluate_retrieval(
     processor: UnicoderVLProcessor,
     store: Mapping[str, RegionRecord],
     captions: datasets.Dataset,
-    accelerator: Accelerator,
     max_length: int = 44,
 ) -> dict[str, float]:
     """
-    Scores all captions with all their images, each process a part of the captions, and ranks them.
+    Scores all captions with all their images and ranks them. Every process calls it, and gets the whole.
 
     Returns:
         `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls.
     """
-    image_ids, texts = captions.unique("image_id"), list(captions["caption"])
-    mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
-    scores = ImageTextScorer(model, processor, store).score([texts[i] for i in mine], image_ids, max_length=max_length)
-    if accelerator.num_processes > 1:
-        parts = gather_object([scores])
-        scores = np.empty((len(texts), len(image_ids)), dtype=np.float32)
-        for process, part in enumerate(parts):
-            scores[process :: accelerator.num_processes] = part
+    image_ids = captions.unique("image_id")
+    scorer = ImageTextScorer(model, processor, store, verbose=False)
+    scores = scorer.score(captions["caption"][:], image_ids, max_length=max_length)
     column = {image_id: index for index, image_id in enumerate(image_ids)}
     metrics = retrieval_metrics(scores, [column[image_id] for image_id in captions["image_id"]])
     return {"recall_sum": sum(value for name, value in metrics.items() if "recall@" in name), **metrics}
