@@ -564,6 +564,9 @@ def test_nothing_is_written_over(write, tmp_path):
     target.mkdir()
     with pytest.raises(ValueError, match="exists already"):
         write([], target)
+    (tmp_path / "nbb_th0.5_max9_min1.json").touch()
+    with pytest.raises(ValueError, match=r"nbb_th0\.5_max9_min1\.json exists already"):
+        uniter_lmdb.write([], tmp_path / "feat_th0.5_max9_min1_compressed")
     with pytest.raises(ValueError, match="UNITER finds nothing"):
         uniter_lmdb.write([], tmp_path / "regions")
 
@@ -790,7 +793,17 @@ def test_milvlg_needs_boxes_in_pixels(tmp_path):
         milvlg_npz.write([record], tmp_path / "npz")
 
 
-def test_an_encrypted_or_strangely_packed_npz(tmp_path):
+def test_an_npz_packed_as_none_is(tmp_path):
+    """By LZMA, whose errors are of a kind of their own."""
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for name in milvlg_npz.REQUIRED:
+            archive.writestr(f"{name}.npy", b"")
+    with pytest.raises(ValueError, match=r"x is packed by method 14, which np.savez never"):
+        list(milvlg_npz.read(path))
+
+
+def test_an_encrypted_npz(tmp_path):
     foreign.milvlg_npz(tmp_path)
     path = tmp_path / f"{IMAGES[0].name}.npz"
     content = bytearray(path.read_bytes())

@@ -1,17 +1,15 @@
 """What the formats of one .npz an image share."""
 
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ..tensor_files import partial_path
+from ._parsing import new_folder
 from .restricted_pickle import load_npz
 
 
@@ -66,22 +64,6 @@ def write_files(
             if file.parent != folder or file.exists():
                 raise ValueError(f"Image {record.image_id!r}: the id is here already, or is no name of a file.")
             np.savez(file, **arrays(record))
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends without an error. Raises ValueError if it exists."""
-    path = Path(path).absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists already: remove it, or choose another name.")
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files(path: Path) -> Iterator[Path]:

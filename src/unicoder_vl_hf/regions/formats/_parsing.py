@@ -5,6 +5,7 @@ import binascii
 import importlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,3 +163,19 @@ def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             complete(file, path)
     finally:
         partial_path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block ends without an error. Raises ValueError if it exists."""
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it, or choose another name.")
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

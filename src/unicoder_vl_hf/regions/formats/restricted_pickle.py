@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 MAX_MEMBER_BYTES = 2**28  # of an .npz, unpacked: 300 times what 100 regions of 2048 float32 take
+MAX_OPCODES = 5_000_000  # of a pickle, some 20 s; a side file of a million ids has fewer
 _CORE = ("numpy.core", "numpy._core")  # before NumPy 2, and since
 _GLOBALS = {
     ("numpy", "ndarray"): "ndarray",
@@ -101,8 +102,10 @@ def load_npz(file: Path | IO[bytes], source: str, names: Collection[str] | None 
                     continue
                 if member.file_size > MAX_MEMBER_BYTES:
                     raise ValueError(f"{name} unpacks to {member.file_size} bytes, expected {MAX_MEMBER_BYTES} at most")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(f"{name} is packed by method {member.compress_type}, which np.savez never does")
                 arrays[name] = load_npy(archive.read(member), f"{source}, member {name!r}")
-    # zipfile says RuntimeError of encrypted members, and NotImplementedError of compressions that it does not know.
+    # zipfile says RuntimeError of encrypted members, and NotImplementedError of versions that it does not know.
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -131,7 +134,9 @@ def _run(data: bytes) -> Any:
     # A cache, lest one text that is encoded a million times becomes a million byte strings.
     encode = functools.cache(lambda text: text.encode("latin-1"))
     argument: Any
-    for opcode, argument, _ in pickletools.genops(data):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if count == MAX_OPCODES:
+            raise ValueError(f"it has more than {MAX_OPCODES} opcodes, expected few and large arrays")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -203,7 +208,7 @@ def _run(data: bytes) -> Any:
             case "STOP":
                 (result,) = stack
             case name:
-                raise ValueError(f"it uses {name} {argument!r:.80}, by which pickles run code")
+                raise ValueError(f"it uses {name} {argument!r:.80}, expected the opcodes of plain data")
     if unbuilt:
         raise ValueError("an array is never filled")
     if marks:

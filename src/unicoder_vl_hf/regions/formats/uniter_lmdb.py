@@ -23,8 +23,7 @@ import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
 from . import _lmdb
-from ._npz import new_folder
-from ._parsing import from_json, optional_import
+from ._parsing import from_json, new_folder, optional_import
 from ._pickled import array
 from .restricted_pickle import array_of, dtype_of, load_npz
 from .uniter_npz import ARRAYS, arrays_of, record
@@ -41,7 +40,7 @@ def matches(path: str | PathLike) -> bool:
     """Whether `path` is an LMDB (its folder or file) whose first value is an .npz or a map in msgpack."""
     value = _lmdb.first_value(Path(path), KEYS) or b""
     # A pickle begins with 0x80 too, which in msgpack is an empty map.
-    return value.startswith(b"PK") or 0x81 <= value[:1][0] <= 0x8F if value else False
+    return value.startswith(b"PK") or b"\x81" <= value[:1] <= b"\x8f"
 
 
 def provenance(path: str | PathLike) -> dict[str, Any]:
@@ -84,14 +83,17 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
             `feat_numbb36`, and with `_compressed` behind it for .npz in place of msgpack.
 
     Raises:
-        ValueError: `path` has another name or exists, or a record lacks boxes, has too long an id, one that came
-            before or, for `numbb`, another number of regions.
+        ValueError: `path` has another name, it or the JSON file is there already, or a record lacks boxes, has too long
+            an id, one that came before or, for `numbb`, another number of regions.
     """
     path = Path(path).absolute()
     name = _folder_name(path)
     fixed = _FIXED.fullmatch(name)
     if not fixed and not _FILTERED.fullmatch(name):
         raise ValueError(f"{path} has a name by which UNITER finds nothing, expected such as feat_th0.2_max100_min10.")
+    counts_file = _counts_file(path, name)
+    if not fixed and counts_file.exists():
+        raise ValueError(f"{counts_file} exists already: remove it, or choose another folder.")
     lmdb = optional_import("lmdb", "lmdb")
     encode = _npz_bytes if path.name.endswith("_compressed") else _msgpack_bytes
     counts: dict[str, int] = {}
@@ -116,7 +118,7 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
         transaction.commit()
         (folder / "lock.mdb").unlink(missing_ok=True)
         if not fixed:
-            _counts_file(path, name).write_text(json.dumps(counts), encoding="utf-8")
+            counts_file.write_text(json.dumps(counts), encoding="utf-8")
 
 
 def _folder_name(path: Path) -> str:
