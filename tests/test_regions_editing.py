@@ -6,7 +6,7 @@ import pytest
 from region_stores import assert_same, files_of, make, write_store
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
-from unicoder_vl_hf.regions import editing
+from unicoder_vl_hf.regions import editing, shards, validation
 from unicoder_vl_hf.regions.editing import merge_stores, split_store, subset_store
 from unicoder_vl_hf.regions.validation import validate
 
@@ -109,9 +109,8 @@ def test_duplicates_name_the_image_and_both_stores(parts, tmp_path):
 
 
 def test_equal_hashes_are_no_duplicates(parts, tmp_path, monkeypatch):
-    from unicoder_vl_hf.regions import shards
-
-    monkeypatch.setattr(shards, "hash_id", lambda image_id: 7)
+    for module in (shards, validation):
+        monkeypatch.setattr(module, "hash_id", lambda image_id: 7)
     same = [write_store(map(make, part), tmp_path / f"same-{part[0]}", **OPTIONS) for part in (range(4), range(4, 7))]
     assert_holds(merge_stores(same, tmp_path / "merged"), range(7))
 

@@ -99,7 +99,16 @@ def test_a_missing_id_names_itself_the_store_and_some_ids(small):
 
 def test_ids_with_equal_hashes_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "hash_id", lambda image_id: len(image_id) % 2)
-    store = write_store(map(make, range(20)), tmp_path / "store", shard_size=300)
+    store = write_store(map(make, range(18)), tmp_path / "store", shard_size=300)
+    with RegionStoreWriter(store.path, resume=True) as writer:
+        assert "photo_99" not in writer.resumed and "photo_99" not in writer
+        for number in (18, 19):
+            writer.write(make(number))
+            assert make(number).image_id in writer and make(number).image_id not in writer.resumed
+        for number in range(20):
+            with pytest.raises(ValueError, match="already"):
+                writer.write(make(number))
+    store = RegionStore(store.path)
     for number in range(20):
         assert_same(store[make(number).image_id], make(number))
     assert "photo_99" not in store
@@ -109,6 +118,7 @@ def test_provenance(tmp_path):
     facts = {
         "detector": "vg",
         "detector_revision": "abc",
+        "detector_declared": True,
         "box_type": "regressed",
         "thresholds": {"score": 0.2},
         "class_names": [f"class {k}" for k in range(9)],
@@ -132,6 +142,28 @@ def test_float32_stores_are_exact(source, stored, tmp_path):
     store = write_store([RegionRecord("a", features=features)], tmp_path / "store", dtype=stored)
     assert store["a"].features.dtype == np.float32
     assert np.array_equal(store["a"].features, features)
+
+
+def test_bfloat16_stores_round_once_and_give_float32(tmp_path):
+    """As torch rounds, ties to even; other tools see BF16."""
+    values = np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(1000) ** 0.5
+    features = np.concatenate([values, [1 + 2**-8, 1 + 3 * 2**-8, -0.0, 3.38e38, 1e-40]]).astype(np.float32)[:, None]
+    store = write_store([RegionRecord("a", features=features)], tmp_path / "store", dtype="bfloat16")
+    found = store["a"].features
+    expected = torch.from_numpy(features).to(torch.bfloat16)
+    assert found.dtype == np.float32
+    assert np.array_equal(found.view(np.uint32), expected.float().numpy().view(np.uint32))
+    assert store.provenance["dtype"] == "bfloat16"
+    stored = safetensors.torch.load_file(store.path / "regions-00000.safetensors")["features"]
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(stored, expected)
+    again = write_store(store.values(), tmp_path / "again", dtype="bfloat16")
+    assert files_of(again.path) == files_of(store.path)
+    with (
+        pytest.raises(ValueError, match=r"'b': features hold a magnitude of 3\.39999.*float32"),
+        RegionStoreWriter(tmp_path / "large", dtype="bfloat16") as writer,
+    ):
+        writer.write(RegionRecord("b", features=np.float32([[3.4e38]])))
 
 
 def test_float32_sources_are_rounded_to_float16(tmp_path):
@@ -264,28 +296,95 @@ def test_a_resumed_store_equals_an_undisturbed_one(stop, small, tmp_path):
     assert files_of(folder) == files_of(small.path)
 
 
-def test_a_killed_writer_resumes(small, tmp_path):
-    """kill -9 at thirty moments of one write, features and shards being written all the time."""
-    folder = tmp_path / "killed"
-    options = {"shard_size": 1000, "detector": "d", "resume": True}
-    records = [make(number) for number in range(40)]
-    before = 0
-    for moment in np.random.default_rng(0).random(30) * 0.03:
-        if (child := os.fork()) == 0:
-            with RegionStoreWriter(folder, **options) as writer:
-                for record in records:
-                    if record.image_id not in writer.resumed:
-                        writer.write(record)
-                        time.sleep(0.001)
+KILLED = {"shard_size": 1000, "detector": "d", "resume": True}
+
+
+def killed(folder, moment: float | None = None, call: int | None = None, after: bool = False) -> float:
+    """
+    Writes 40 records in a process that is killed by SIGKILL: after so many seconds, or before or after so many calls of
+    os.replace, which is what makes a file appear. Returns how long the process lived.
+    """
+    begin = time.perf_counter()
+    if (child := os.fork()) == 0:
+        replace, calls = os.replace, []
+
+        def replace_and_die(*arguments):
+            calls.append(arguments)
+            if len(calls) - 1 == call and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
+            replace(*arguments)
+            if len(calls) - 1 == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace_and_die
+        try:
+            write_store(map(make, range(40)), folder, **KILLED)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if moment is not None:
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    os.waitpid(child, 0)
+    return time.perf_counter() - begin
+
+
+def test_a_writer_killed_at_any_moment_resumes(small, tmp_path):
+    """kill -9 at fifty moments spread over a whole write, each on a store of its own: equal files in the end."""
+    duration = killed(tmp_path / "whole")
+    assert files_of(tmp_path / "whole") == files_of(small.path)
+    rng = np.random.default_rng(0)
+    states = set()
+    for number in range(50):
+        folder = tmp_path / str(number)
+        killed(folder, moment=duration * (number + rng.random()) / 50)
+        states.add(len(list(folder.glob("regions-*.safetensors"))))
+        write_store(map(make, range(40)), folder, **KILLED)
+        assert files_of(folder) == files_of(small.path)
+    assert len(states) > 3
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_writer_killed_between_any_two_files_resumes(after, small, tmp_path):
+    number_of_calls = 1 + 2 * len(small.shards) + 2  # progress; each shard and progress; index and manifest
+    for call in range(number_of_calls):
+        folder = tmp_path / str(call)
+        killed(folder, call=call, after=after)
+        if call < number_of_calls - 1 or not after:
+            assert not (folder / "manifest.json").exists()
+        write_store(map(make, range(40)), folder, **KILLED)
+        assert files_of(folder) == files_of(small.path)
+
+
+def test_a_writer_killed_again_and_again_resumes(small, tmp_path):
+    folder, rng, before = tmp_path / "killed", np.random.default_rng(0), 0
+    for _ in range(10):
+        killed(folder, moment=rng.random() * 0.03)
         shards = len(list(folder.glob("regions-*.safetensors")))
         assert shards >= before
         before = shards
-    write_store(records, folder, **options)
+    write_store(map(make, range(40)), folder, **KILLED)
     assert files_of(folder) == files_of(small.path)
+
+
+def test_a_resumed_writer_disturbs_no_reader(small):
+    """Whoever opens the store meanwhile sees what it was or what it becomes."""
+    if (child := os.fork()) == 0:
+        try:
+            for end in range(41, 61):
+                write_store(map(make, range(end)), small.path, **KILLED)
+        finally:
+            os._exit(0)
+    sizes = set()
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        store = RegionStore(small.path)
+        sizes.add(len(store))
+        assert list(store) == [make(number).image_id for number in range(len(store))]
+        for number in (0, 39, len(store) - 1):
+            assert_same(store[make(number).image_id], make(number))
+        assert make(len(store)).image_id not in store
+    assert len(RegionStore(small.path)) == 60
+    assert len(sizes) > 2
+    assert_same(small[make(39).image_id], make(39))
 
 
 def test_a_finished_store_is_extended_only_when_asked(small):
