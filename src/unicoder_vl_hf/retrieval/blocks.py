@@ -1,0 +1,144 @@
+"""A folder of blocks of numbers, written by many processes at once and read after any kill.
+
+    job.json                what is computed: a folder of another job is refused
+    <process>-<…>.blocks    what one process finished, record by record: number of the block, number of values, CRC-32,
+                            values
+    scores.npy              all of it, once every block is there; the .blocks are then removed
+
+Each run of each process writes a file of its own, so that nobody waits, and a record that a kill cut short is the last
+of its file. Processes meet in the folder alone: it must be on a disk that all of them see.
+"""
+
+import json
+import os
+import struct
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+JOB, RESULT = "job.json", "scores.npy"
+HEADER = struct.Struct("<QI")  # block, values
+CHECKSUM = struct.Struct("<I")
+
+
+class BlockFolder:
+    """
+    Args:
+        path (`str` or `os.PathLike`): The folder, made if need be.
+        job (`dict`): What makes the blocks what they are, as JSON: names and values.
+        process (`int`): Rank of this process; process 0 puts the blocks together.
+
+    Raises:
+        ValueError: The folder holds another job; the message names what differs.
+    """
+
+    def __init__(self, path: str | os.PathLike, job: dict[str, Any], process: int = 0):
+        self.path = Path(path)
+        self.process = process
+        self._offsets: dict[Path, int] = {}
+        self._file: Any = None
+        self.path.mkdir(parents=True, exist_ok=True)
+        known = self.path / JOB
+        if not known.exists():
+            foreign = sorted(entry.name for entry in self.path.iterdir() if not _is_ours(entry.name))
+            if foreign:
+                raise ValueError(f"{self.path} holds {foreign[:3]} and no {JOB}: give an empty folder, or a new one.")
+            _write_text(known, json.dumps(job, indent=2))
+        before = json.loads(known.read_text())
+        differing = [name for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
+        if differing:
+            details = "; ".join(f"{name} was {before.get(name)!r}, is {job.get(name)!r}" for name in differing)
+            raise ValueError(
+                f"{self.path} holds scores of another job: {details}. Give what it was begun with, or another folder."
+            )
+        self.done = {block for block, _ in self._read_new()}
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.path / RESULT).exists()
+
+    def write(self, block: int, values: np.ndarray) -> None:
+        if self._file is None:
+            self._file = (self.path / f"{self.process:05d}-{uuid.uuid4().hex}.blocks").open("xb")
+        payload = values.astype("<f4", copy=False).tobytes()
+        header = HEADER.pack(block, len(values))
+        self._file.write(header + CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) + payload)
+        self._file.flush()
+
+    def result(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> np.ndarray:
+        """
+        Waits for all blocks, and opens what they make: block b goes to `positions(b)` of the flattened array.
+
+        Returns:
+            `np.ndarray` of `shape`, float32, a read-only memory map.
+        """
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self.process == 0 and not self.is_complete:
+            self._assemble(num_blocks, shape, positions)
+        self._wait_until(lambda: self.is_complete, "process 0 to put the blocks together")
+        if self.process == 0:
+            for file in self.path.glob("*.blocks"):
+                file.unlink()
+        return np.load(self.path / RESULT, mmap_mode="r")
+
+    def _assemble(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> None:
+        partial = self.path / f"{RESULT}.partial"
+        scores = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        flat = scores.reshape(-1)  # a view
+        missing = set(range(num_blocks))
+        self._offsets.clear()
+
+        def place_new() -> bool:
+            for block, values in self._read_new():
+                flat[positions(block)] = values
+                missing.discard(block)
+            return not missing
+
+        self._wait_until(place_new, "the blocks of other processes")
+        scores.flush()
+        os.replace(partial, self.path / RESULT)
+
+    def _read_new(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The blocks that were written since the last call."""
+        for path in sorted(self.path.glob("*.blocks")):
+            with path.open("rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                while len(head := file.read(HEADER.size + CHECKSUM.size)) == HEADER.size + CHECKSUM.size:
+                    header = head[: HEADER.size]
+                    block, count = HEADER.unpack(header)
+                    payload = file.read(4 * count)
+                    if CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) != head[HEADER.size :]:
+                        break  # cut short, or still being written
+                    self._offsets[path] = file.tell()
+                    yield block, np.frombuffer(payload, dtype="<f4")
+
+    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        started = time.monotonic()
+        warned = 0
+        while not condition():
+            time.sleep(0.2)
+            minutes = int((time.monotonic() - started) / 60)
+            if minutes > warned:
+                warned = minutes
+                logger.warning(f"Waiting for {what} in {self.path} for {minutes} min. Are all processes alive?")
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith((".blocks", ".partial"))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole or not at all; of several processes that write the same, any may win."""
+    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
