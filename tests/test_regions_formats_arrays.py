@@ -89,7 +89,9 @@ def test_folders_are_told_too(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("content", [b"", b"\n", b"a caption\thttp://x\n", b"\x93NUMPY", b"\xff" * 99, b"9" * 9999])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"a caption\thttp://x\n", b"1" + b"\t1" * 9, b"\x93NUMPY", b"\xff" * 99, b"9" * 9999]
+)
 def test_other_content_matches_nothing(name, content, tmp_path):
     path = write(name, tmp_path / "right")
     path = path / "features.tsv" if path.is_dir() else path
