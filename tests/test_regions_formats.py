@@ -176,7 +176,7 @@ def test_milvlg_pickles_are_never_executed(key, tmp_path):
     ("changes", "says"),
     [
         ({"image_w": HEIGHT, "image_h": WIDTH}, "width and height swapped"),
-        ({"image_w": np.array([1, 2])}, r"image_w is array\(\[1, 2"),
+        ({"image_w": np.array([1, 2])}, "image_w is an array of shape"),
         ({"image_h": 0}, "image_height is 0"),
         ({"num_bbox": 4}, "num_bbox is 4, but x has 3 rows"),
         ({"bbox": None}, r"\['bbox'\] missing"),

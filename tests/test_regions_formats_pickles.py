@@ -271,6 +271,13 @@ def test_lmdb_cut_short_or_none(tmp_path):
         list(_lmdb.entries(tmp_path / "db"))
 
 
+def test_lmdb_whose_last_value_is_cut_short(tmp_path):
+    path = foreign.write_lmdb(tmp_path / "db", {"a": bytes(100_000)}, b"keys", b"")
+    os.truncate(path / "data.mdb", (path / "data.mdb").stat().st_size - 3 * 4096)
+    with pytest.raises(ValueError, match=r"it has \d+ bytes, but byte \d+ is asked for"):
+        next(value() for _, value in _lmdb.entries(path))
+
+
 def test_lmdb_loops_end(tmp_path):
     """A branch that points to its own page."""
     write_many(tmp_path / "db")
@@ -425,7 +432,7 @@ UNITER_MISTAKES = [
     ({"norm_bb": None}, "norm_bb'] missing"),
     ({"features": None}, "features'] missing"),
     ({"features": np.zeros(3)}, "features have shape"),
-    ({"features": np.array("x")}, "features is array"),
+    ({"features": np.array("x")}, "features is an array of shape"),
     ({"conf": np.array([[0.5], [0.5]])}, "object_scores have shape"),
     ({"conf": np.array([[50], [25], [12]])}, "object_scores hold 50"),
     ({"soft_labels": np.zeros(3)}, "soft_labels have shape"),
@@ -629,8 +636,8 @@ def test_vilbert_counts_boxes_that_scored(tmp_path):
         (foreign.volta_row, {"img_id": "another"}, "img_id is 'another', unlike the key"),
         (foreign.volta_arrays, {"num_boxes": 2}, "num_boxes is 2, but features have 3 rows"),
         (foreign.volta_arrays, {"boxes": IMAGES[0].boxes.T}, "boxes have shape"),
-        (foreign.volta_arrays, {"img_h": np.zeros(2)}, "img_h is array"),
-        (foreign.volta_arrays, {"features": [[1.0]]}, r"features is \[\[1.0"),
+        (foreign.volta_arrays, {"img_h": np.zeros(2)}, "img_h is an array of shape"),
+        (foreign.volta_arrays, {"features": [[1.0]]}, "features is a list"),
         (foreign.volta_arrays, {"features": foreign.encode(IMAGES[0].features)}, "only num_boxes could tell"),
         (foreign.vilbert_arrays, {"num_boxes": 4}, "num_boxes is 4, but features have 3 rows"),
         (foreign.vilbert_arrays, {"image_w": np.inf}, "image_w is inf"),
@@ -654,6 +661,37 @@ def test_pickles_in_lmdb_are_not_executed(name, tmp_path):
     path = foreign.write_lmdb(tmp_path / "keys", {}, b"keys", pickle.dumps(Bomb(trace)))
     assert list(read_records(path, name)) == []
     assert not trace.exists()
+
+
+# Opcodes of a tuple deeper than Python recurses, and of one of 3**50 numbers once printed.
+DEEP = b")" + b"\x85" * 100_000
+WIDE = b"K\x01" + b"".join(b"q%ch%ch%c\x87" % (slot, slot, slot) for slot in range(200, 250))
+
+
+@pytest.mark.parametrize("value", [DEEP, WIDE], ids=["deep", "wide"])
+@pytest.mark.parametrize("field", ["img_h", "boxes", "img_id", "num_boxes", "objects_id"])
+def test_what_is_nested_is_not_printed(value, field, tmp_path):
+    fields = pickle.dumps(foreign.volta_row(IMAGES[0]) | {field: "XXX"}, 2).replace(b"X\x03\0\0\0XXX", value)
+    path = foreign.write_lmdb(tmp_path / "db", {IMAGES[0].name: fields}, b"keys", b"")
+    with pytest.raises(ValueError, match=f"{field} is a tuple"):
+        list(volta_lmdb.read(path))
+
+
+@pytest.mark.parametrize("value", [DEEP, WIDE], ids=["deep", "wide"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%b\x8c\x01a\x93.",  # as the module of a global
+        b"%bK\x01\x85R.",  # as what is called
+        b"cnumpy\ndtype\nU\x02f4\x85R(K\x03%bNNNK\x00K\x00K\x00tb.",  # as the byte order
+        b"cnumpy.core.numeric\n_frombuffer\n(C\x01acnumpy\ndtype\nU\x02u1\x85R(K\x03U\x01|NNNK\x00K\x00K\x00tb%bU\x01CtR.",
+    ],
+)
+def test_what_is_nested_is_not_printed_by_the_unpickler(data, value):
+    with pytest.raises(
+        ValueError, match=r"^here: the pickle cannot be read: (it names something|it calls|dtype|an array has as shape)"
+    ):
+        restricted_pickle.load(data % value, "here")
 
 
 # MMF.
@@ -739,7 +777,7 @@ def test_mmf_features_alone(tmp_path):
         (mmf_info(objects=np.array([5, 0, 2])), "object_ids hold 5"),
         (mmf_info(image_width=None), "image_width is None although"),
         ([1, 2], "expected one pickled dict"),
-        ({"bbox": {}}, "bbox is {}"),
+        ({"bbox": {}}, "bbox is a dict"),
     ],
 )
 def test_mmf_mistakes(info, says, tmp_path):

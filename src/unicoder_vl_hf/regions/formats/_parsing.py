@@ -17,6 +17,7 @@ import numpy as np
 from ...feature_extraction_unicoder_vl import RegionRecord
 from ..tensor_files import complete, partial_path
 from . import restricted_pickle
+from .restricted_pickle import brief
 
 # Of one line, or one image: 300 times what 100 regions of 2048 float32 take. What is longer is no such file.
 MAX_BYTES = 2**28
@@ -146,7 +147,7 @@ def read_index(path: str | os.PathLike) -> dict[int, str]:
     ids: dict[int, str] = {}
     for row, image_id in pairs:
         if not isinstance(row, (int, np.integer)) or not isinstance(image_id, (str, int, np.integer)) or row in ids:
-            raise ValueError(f"{path}: {image_id!r:.80} has row {row!r:.80}, expected an id, and a row of its own.")
+            raise ValueError(f"{path}: {brief(image_id)} has row {brief(row)}, expected an id, and a row of its own.")
         ids[int(row)] = str(image_id)
     return ids
 

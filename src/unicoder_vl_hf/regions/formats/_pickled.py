@@ -10,6 +10,7 @@ import numpy as np
 from ...feature_extraction_unicoder_vl import RegionRecord
 from . import _lmdb, restricted_pickle
 from ._parsing import integer, matrix
+from .restricted_pickle import brief
 
 KEYS = b"keys"  # the list of all ids, under which no image is
 
@@ -35,9 +36,9 @@ def read_lmdb(
             if not isinstance(fields, dict):
                 raise ValueError(f"Image {image_id!r} is a {type(fields).__name__}, expected a dict of fields.")
             for name in ("img_id", "image_id", "feature_path"):
-                # An id that is a number was written as one.
-                if name in fields and not isinstance(fields[name], dict | list) and str(fields[name]) != image_id:
-                    raise ValueError(f"Image {image_id!r}: {name} is {fields[name]!r:.80}, unlike the key.")
+                given = fields.get(name, image_id)
+                if not isinstance(given, str | int | np.integer) or str(given) != image_id:
+                    raise ValueError(f"Image {image_id!r}: {name} is {brief(given)}, unlike the key.")
             yield record(image_id, fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -66,7 +67,7 @@ def whole_number(image_id: str, name: str, value: Any) -> int:
             return int(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"Image {image_id!r}: {name} is {value!r:.80}, expected a whole number.")
+    raise ValueError(f"Image {image_id!r}: {name} is {brief(value)}, expected a whole number.")
 
 
 def array(image_id: str, name: str, value: Any, n: int | None, dtype: str = "<f4") -> np.ndarray:
@@ -78,7 +79,7 @@ def array(image_id: str, name: str, value: Any, n: int | None, dtype: str = "<f4
             )
         return matrix(image_id, name, value, n, dtype)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or not value.ndim:
-        raise ValueError(f"Image {image_id!r}: {name} is {value!r:.80}, expected an array of numbers.")
+        raise ValueError(f"Image {image_id!r}: {name} is {brief(value)}, expected an array of numbers.")
     return value
 
 

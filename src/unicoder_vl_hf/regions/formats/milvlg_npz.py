@@ -17,6 +17,7 @@ import numpy as np
 from ...feature_extraction_unicoder_vl import RegionRecord
 from ._npz import members, read_files, write_files
 from ._pickled import array, whole_number
+from .restricted_pickle import brief
 
 NAME = "milvlg-npz"
 REQUIRED = ("x", "bbox", "image_w", "image_h")
@@ -71,7 +72,7 @@ def _record(image_id: str, arrays: dict[str, Any], background: bool) -> RegionRe
     if "info" in arrays:
         info = arrays["info"].item() if arrays["info"].size == 1 else None
         if not isinstance(info, dict):
-            raise ValueError(f"Image {image_id!r}: info is {arrays['info']!r:.80}, expected a pickled dict.")
+            raise ValueError(f"Image {image_id!r}: info is {brief(arrays['info'])}, expected a pickled dict.")
         arrays = info | arrays
     found = {field: array(image_id, key, arrays[key], None) for key, field in OPTIONAL.items() if key in arrays}
     if background:

@@ -66,7 +66,9 @@ def read(path: str | PathLike, skip: Container[str] = (), *, background: bool | 
                 info = _load(_info_file(file))
                 content = info.item() if info.dtype == object else None
                 if not isinstance(content, dict):
-                    raise ValueError(f"{_info_file(file)} holds {info!r:.80}, expected one pickled dict.")
+                    raise ValueError(
+                        f"{_info_file(file)} holds {restricted_pickle.brief(info)}, expected one pickled dict."
+                    )
                 fields |= {name: content[name] for name in content if name != "features"}
             yield record(image_id, fields, background)
         except ValueError as error:

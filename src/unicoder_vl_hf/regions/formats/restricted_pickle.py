@@ -3,7 +3,8 @@ Arrays out of pickles, .npy and .npz of unknown origin, of which nothing is exec
 
 `pickle` runs whatever a file says. Here a machine of our own reads the opcodes and can make numbers, text, lists,
 tuples, dicts and arrays; it never imports a name, so there is nothing to escape to. Memory stays in proportion to the
-data: no array is allocated that is not there, and what is deeply nested is only stored, neither walked nor hashed.
+data: no array is allocated that is not there, and what is nested is only stored, neither walked nor hashed nor printed:
+lists that hold each other have no end, or one of 10**20 words.
 NumPy's .npy reader is replaced for the same reasons: a lying header costs it memory, and it raises whatever it likes.
 """
 
@@ -114,6 +115,15 @@ def load_npz(file: Path | IO[bytes], source: str, names: Collection[str] | None 
     return arrays
 
 
+def brief(value: Any) -> str:
+    """What errors show of a value that was read."""
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape} and type {value.dtype}"
+    if value is None or isinstance(value, (str, bytes, int, float, np.generic)):
+        return repr(value)[:80]
+    return f"a {type(value).__name__}"
+
+
 class _Unbuilt:
     """What REDUCE made and BUILD will complete. None is left at the end of a pickle that pickle itself wrote."""
 
@@ -217,6 +227,8 @@ def _run(data: bytes) -> Any:
 
 
 def _global(module: Any, name: Any) -> _Global:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError(f"it names something by {brief(module)} and {brief(name)}, expected text")
     if (module, name) not in _GLOBALS:
         raise ValueError(
             f"it names {module}.{name}, and only arrays, numbers, text, lists, tuples and dicts are read, lest the "
@@ -243,21 +255,21 @@ def _call(function: Any, arguments: tuple, encode: Callable[[str], bytes]) -> An
             return array_of(dtype, shape, data, order == "F")
         case _Global("_frombuffer"), (data, np.dtype() as dtype, shape, "K", axes):
             return array_of(dtype, shape, data).transpose(axes)
-    raise ValueError(f"it calls {function!r:.80} in an unknown way")
+    raise ValueError(f"it calls {brief(function)} in an unknown way")
 
 
 def _dtype_of_state(code: str, state: tuple) -> np.dtype:
     """State: version, byte order, and what only structured types, or those with metadata, have."""
     _, order, *structure = state
-    if any(part is not None for part in structure[:3]) or len(structure) > 6:
-        raise ValueError(f"dtype {code!r} has a structure, expected plain numbers or text")
+    if order not in ("<", ">", "|", "=") or any(part is not None for part in structure[:3]) or len(structure) > 6:
+        raise ValueError(f"dtype {code!r:.80} has a structure, expected plain numbers or text")
     return dtype_of(code if order == "|" else f"{order}{code}")
 
 
 def dtype_of(code: Any) -> np.dtype:
     """The dtype of a code such as `<f4`: numbers, text, or one object. Raises ValueError on anything else."""
     if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([biufSU]\d{1,9}|O8?)", code):
-        raise ValueError(f"dtype {code!r:.80} is not read, expected plain numbers or text")
+        raise ValueError(f"dtype {brief(code)} is not read, expected plain numbers or text")
     return np.dtype(code)
 
 
@@ -269,7 +281,7 @@ def _array_of_state(encode: Callable[[str], bytes], state: tuple) -> np.ndarray:
 def array_of(dtype: np.dtype, shape: Any, data: Any, fortran: bool = False) -> np.ndarray:
     """A view of `data`, which must be just what the shape takes; or of one object, in a list."""
     if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 32:
-        raise ValueError(f"an array has shape {shape!r:.80}, expected a tuple of sizes")
+        raise ValueError(f"an array has as shape {brief(shape)}, expected a tuple of sizes")
     count = math.prod(shape)
     if dtype.kind == "O":
         # One is what np.save makes of a dict. More could refer to each other over and over.
