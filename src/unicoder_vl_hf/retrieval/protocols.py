@@ -260,7 +260,7 @@ def _title(
     if captions_per_image == "all":
         captions = f"all {sum(len(fold.captions) for fold in folds):,} captions"
     else:
-        captions = f"the first {captions_per_image} captions of each"
+        captions = f"the first {'caption' if captions_per_image == 1 else f'{captions_per_image} captions'} of each"
     return f"{'Retrieval' if spec is None else spec.title}: {images}, {captions}"
 
 
@@ -278,7 +278,7 @@ def _check_file_order(captions: datasets.Dataset, first_rows: Sequence[int], spe
 
 
 def _line(name: str, cells: Iterable[str], last: str) -> str:
-    return f"| {name:<30} | " + " | ".join(f"{cell:>9}" for cell in cells) + f" | {last:>11} |"
+    return f"| {name:<30} | " + " | ".join(f"{cell:>10}" for cell in cells) + f" | {last:>11} |"
 
 
 def _percent(fraction: float) -> str:

@@ -1,0 +1,58 @@
+"""A checkpoint to score with: pre-trained (zero-shot) or fine-tuned, but never one whose matching head would be new."""
+
+import hashlib
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor
+
+from ..configuration_unicoder_vl import UnicoderVLConfig
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processing_unicoder_vl import UnicoderVLProcessor
+
+
+def load_for_scoring(
+    name: str | PathLike[str], dtype: torch.dtype = torch.float32
+) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
+    """
+    The model with the matching head of a pre-training or retrieval checkpoint, and its processor.
+
+    Args:
+        name (`str` or `os.PathLike`): a folder or a repository of the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights, whatever they were saved in.
+
+    Raises:
+        `ValueError`: another model, or one that was saved without what scoring needs.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, UnicoderVLConfig):
+        raise ValueError(f"{name} is a {config.model_type}; expected a checkpoint of Unicoder-VL.")
+    loaded: Any = UnicoderVLForImageTextRetrieval.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True
+    )
+    model, report = loaded
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(("bert.", "matching_head.")))
+    if missing:
+        raise ValueError(
+            f"{name} ({config.architectures}) has no {missing[:3]}: its scores would be random. Expected a checkpoint "
+            "of UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval."
+        )
+    return model.eval(), AutoProcessor.from_pretrained(name)
+
+
+def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTextRetrieval) -> dict[str, Any]:
+    """
+    What tells a checkpoint from others, as JSON: its name, the class that saved it (pre-training means zero-shot),
+    the revision where it is of the Hub, and a digest of the weights that scoring reads.
+    """
+    digest = hashlib.sha256()
+    for key, weight in sorted({**model.bert.state_dict(), **model.matching_head.state_dict()}.items()):
+        digest.update(key.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return {
+        "name": str(name),
+        "saved_by": next(iter(model.config.architectures or ()), None),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_sha256": digest.hexdigest(),
+    }
