@@ -174,7 +174,7 @@ class VisualGenomeDetector:
         """What the heads say of stored features `(n, D)`: object ids and scores, attribute ids and scores or None."""
         if features.ndim != 2 or features.shape[1] != self.model.config.feature_dim:
             raise ValueError(f"features have shape {features.shape}, expected (n, {self.model.config.feature_dim}).")
-        return _best(*self.model.classify(torch.as_tensor(features, dtype=torch.float32, device=self.device)))
+        return _best(*self.model.classify(torch.from_numpy(features.astype(np.float32)).to(self.device)))
 
 
 def _best(probabilities: Tensor, attributes: Tensor | None) -> Classes:
@@ -215,7 +215,7 @@ def load(
     weights_file, weights = _read_weights(folder)
     try:
         config = Config.from_yaml(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), weights)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:
         state = module_state(weights, config)

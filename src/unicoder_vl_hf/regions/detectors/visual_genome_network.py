@@ -118,7 +118,9 @@ class Config:
             ValueError: A key is missing or has a value that this network cannot have; the message names it.
         """
         tree = _lower(yaml)
-        model = tree.get("model", {})
+        model = tree.get("model") if isinstance(tree, dict) else None
+        if not isinstance(model, dict):
+            raise ValueError("model is missing.")
         nested = "resnets" in model
         sections = model | tree
         caffe = _is_caffe(weights)
