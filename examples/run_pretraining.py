@@ -11,15 +11,14 @@ step in 4 micro-steps. Ctrl-C leaves a checkpoint; --resume_from_checkpoint late
 
 import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_linear_schedule_with_warmup
@@ -42,6 +41,7 @@ from unicoder_vl_hf.training import (
     push_folder,
     resolve_precision,
     save_weights_as_pretrained,
+    start_processes,
     write_model_card,
 )
 
@@ -58,12 +58,7 @@ def main(argv: list[str] | None = None):
     output_dir = Path(args.output_dir)
     checkpoints = CheckpointFolder(output_dir, keep=args.save_total_limit)
     resume_from = checkpoints.resolve(args.resume_from_checkpoint)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"The launcher started {os.environ['WORLD_SIZE']} processes, but accelerate takes each for a run of its "
-            "own. On CPUs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node …"
-        )
+    state = start_processes()
     accelerator = Accelerator(
         mixed_precision=resolve_precision(args.mixed_precision, state.device.type),
         log_with=None if args.report_to == "none" else args.report_to,

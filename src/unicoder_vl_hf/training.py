@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 
 import huggingface_hub
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
@@ -55,6 +56,22 @@ def resolve_precision(requested: str, device_type: str) -> Precision:
             f"This CPU has no fast path for {requested}, it will be much slower than fp32: use {fast!r} or 'auto'."
         )
     return precision
+
+
+def start_processes() -> PartialState:
+    """
+    The processes of the launcher, on CPUs where ACCELERATE_USE_CPU says so.
+
+    Raises:
+        `ValueError`: accelerate takes each for a run of its own.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"The launcher started {os.environ['WORLD_SIZE']} processes, but accelerate takes each for a run of its "
+            "own. On CPUs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node …"
+        )
+    return state
 
 
 class StopSignal:

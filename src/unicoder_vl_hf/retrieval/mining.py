@@ -1,0 +1,316 @@
+"""Hard negatives: what the current model takes for a match, and is none.
+
+The images of a split are dealt at random into sets; within a set every caption is scored with every image, and of
+each query (a caption among images, an image among captions) the best that do not match it are kept. The guards against
+matches that nobody wrote down are those of sentence-transformers' `mine_hard_negatives`. Left out: candidates from a
+first stage; scoring N x M of a large split is out of reach for a cross-encoder, hence the sets.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+from transformers.utils import logging
+
+from ..data.captions import encode_column, join, read_captions
+from ..data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..regions.store import RegionStore
+from ..training import start_processes
+from .scoring import ImageTextScorer
+
+logger = logging.get_logger(__name__)
+
+CAPTION_SCORES, IMAGE_SCORES = "negative_caption_scores", "negative_image_scores"
+
+SALT = 0x6D696E65  # keeps these draws apart from others that use the same seed
+
+
+@dataclass(frozen=True)
+class MiningRule:
+    """
+    Which candidates of a query become its negatives. All values are on `s = sigmoid(score)`, in `(0, 1)`: a share of
+    the score itself would turn round where it is negative.
+
+    Args:
+        num_negatives (`int`, *optional*, defaults to 3):
+            Of each query.
+        range_max (`int`, *optional*):
+            Only the best so many candidates that do not match are looked at.
+        max_score, min_score (`float`, *optional*):
+            Negatives are at most, and at least, so good.
+        absolute_margin, relative_margin (`float`, *optional*):
+            At most `s - absolute_margin` and `s * (1 - relative_margin)`, with the LOWEST `s` of the query's matches.
+        range_min (`int`, *optional*, defaults to 0):
+            Of what is left, the best so many are passed over.
+        sampling_strategy (`"top"` or `"random"`, *optional*, defaults to `"top"`):
+            The best of what is left, or any of it.
+    """
+
+    num_negatives: int = 3
+    range_min: int = 0
+    range_max: int | None = None
+    max_score: float | None = None
+    min_score: float | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    sampling_strategy: Literal["top", "random"] = "top"
+
+    def __post_init__(self):
+        if self.num_negatives < 1 or self.range_min < 0:
+            raise ValueError(
+                f"num_negatives={self.num_negatives}, range_min={self.range_min}; expected at least 1 and 0."
+            )
+        if self.range_max is not None and self.range_max < self.range_min + self.num_negatives:
+            raise ValueError(
+                f"range_max={self.range_max}; expected at least range_min + num_negatives = "
+                f"{self.range_min + self.num_negatives}."
+            )
+        for name in ("max_score", "min_score", "absolute_margin", "relative_margin"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}; expected a value in 0..1, as it is compared with sigmoid(score).")
+        if self.sampling_strategy not in ("top", "random"):
+            raise ValueError(f"sampling_strategy={self.sampling_strategy!r}; expected 'top' or 'random'.")
+
+    def choose(self, scores: np.ndarray, match: np.ndarray, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """
+        The candidates that become negatives of one query, the best first; fewer than wanted where the guards say so.
+
+        Args:
+            scores (array of shape `(n,)`): of the candidates, as the model gives them.
+            match (boolean array of shape `(n,)`): which of them match; at least one.
+            codes (integer array of shape `(n,)`): equal for candidates that are the same; the best of them counts.
+            rng: for `"random"`.
+        """
+        s = sigmoid(scores)
+        lowest = s[match].min()
+        order = np.argsort(-scores, kind="stable")
+        order = order[~match[order]]
+        order = order[np.sort(np.unique(codes[order], return_index=True)[1])][: self.range_max]
+        keep = np.ones(len(order), dtype=bool)
+        if self.max_score is not None:
+            keep &= s[order] <= self.max_score
+        if self.min_score is not None:
+            keep &= s[order] >= self.min_score
+        if self.absolute_margin is not None:
+            keep &= s[order] + self.absolute_margin <= lowest
+        if self.relative_margin is not None:
+            keep &= s[order] <= lowest * (1 - self.relative_margin)
+        order = order[keep][self.range_min :]
+        if self.sampling_strategy == "random":
+            order = order[np.sort(rng.permutation(len(order))[: self.num_negatives])]
+        return order[: self.num_negatives]
+
+
+def sigmoid(scores: np.ndarray) -> np.ndarray:
+    """In float64, which tells 1 - 1e-16 from 1."""
+    return 1 / (1 + np.exp(-np.clip(np.asarray(scores, dtype=np.float64), -500, 500)))
+
+
+def mine_hard_negatives(
+    pairs: datasets.Dataset,
+    scorer: ImageTextScorer,
+    rule: MiningRule = MiningRule(),
+    *,
+    images_per_set: int = 100,
+    duplicates: Iterable[Sequence[str]] = (),
+    seed: int = 0,
+    max_length: int = 44,
+    scores_dir: str | os.PathLike[str] | None = None,
+) -> datasets.Dataset:
+    """
+    Adds to each pair the captions that are hard for its image, and the images that are hard for its caption.
+
+    Under `accelerate launch` every process calls it, scores its share, and gets the whole.
+
+    Args:
+        pairs (`datasets.Dataset`): rows with `image_id` and `caption`: the whole split.
+        scorer ([`ImageTextScorer`]): of the current model.
+        rule ([`MiningRule`], *optional*): what is kept.
+        images_per_set (`int`, *optional*, defaults to 100): images that are scored with the captions of one another;
+            time grows with it, as do the chances of finding what is hard.
+        duplicates, seed, max_length: as in [`PairsWithNegatives`] and [`ImageTextScorer`].
+        scores_dir (`str` or `os.PathLike`, *optional*): where the scorer keeps what it finished, to go on from there.
+
+    Returns:
+        `datasets.Dataset`: `pairs` with the columns `negative_captions`, `negative_image_ids` (lists of
+        `num_negatives`), and `negative_caption_scores`, `negative_image_scores` (sigmoid of the score, or `None` where
+        too few were found and one was drawn at random, which is said). No false negative is among them, as in
+        [`PairsWithNegatives`].
+    """
+    if images_per_set < 2:
+        raise ValueError(f"images_per_set={images_per_set}; expected at least 2.")
+    image_ids, image_of_row = encode_column(pairs, "image_id")
+    index = MismatchIndex.from_pairs(pairs, duplicates)
+    order = np.random.default_rng([seed, SALT]).permutation(len(image_ids))
+    sets = [np.sort(part) for part in np.array_split(order, max(1, round(len(order) / images_per_set)))]
+    rows_of_image = np.split(np.argsort(image_of_row, kind="stable"), np.cumsum(np.bincount(image_of_row))[:-1])
+    rows_of_set = [np.concatenate([rows_of_image[image] for image in images]) for images in sets]
+
+    scores = scorer.score_pairs(
+        pairs["caption"][:],
+        image_ids.to_pylist(),
+        np.concatenate([np.repeat(rows, len(images)) for rows, images in zip(rows_of_set, sets, strict=True)]),
+        np.concatenate([np.tile(images, len(rows)) for rows, images in zip(rows_of_set, sets, strict=True)]),
+        max_length=max_length,
+        output_dir=scores_dir,
+    )
+    miner = _Miner(index, rule, seed)
+    hard_captions: list[_Found] = [([], [])] * len(pairs)
+    hard_images: list[_Found] = [([], [])] * len(pairs)
+    start = 0
+    for rows, images in zip(rows_of_set, sets, strict=True):
+        of_set = scores[start : start + len(rows) * len(images)].reshape(len(rows), len(images))
+        start += of_set.size
+        firsts = np.array([rows_of_image[image][0] for image in images])  # a row that stands for each image
+        for column, image in enumerate(images):
+            found = miner.mine(firsts[column], rows, of_set[:, column], replace_image=False)
+            for row in rows_of_image[image]:
+                hard_captions[row] = found
+        for position, row in enumerate(rows):
+            hard_images[row] = miner.mine(row, firsts, of_set[position], replace_image=True)
+    if miner.lacking:
+        logger.warning(
+            f"{miner.lacking:,} of {miner.wanted:,} negatives were not found within the guards, for {miner.short:,} of "
+            f"{miner.queries:,} queries, and are drawn at random. More images_per_set or looser guards find more."
+        )
+    captions = pairs["caption"][:]
+    columns = {
+        NEGATIVE_CAPTIONS: [[captions[row] for row in rows] for rows, _ in hard_captions],
+        CAPTION_SCORES: [values for _, values in hard_captions],
+        NEGATIVE_IMAGES: [[image_ids[image_of_row[row]].as_py() for row in rows] for rows, _ in hard_images],
+        IMAGE_SCORES: [values for _, values in hard_images],
+    }
+    kinds = {CAPTION_SCORES: "float64", IMAGE_SCORES: "float64"}
+    pairs = pairs.remove_columns([name for name in columns if name in pairs.column_names])
+    for name, values in columns.items():
+        feature = datasets.List(datasets.Value(kinds.get(name, "string")))
+        pairs = pairs.add_column(name, values, feature=feature)
+    return pairs
+
+
+_Found = tuple[list[int], list[float | None]]  # rows, and sigmoid(score) of each
+
+
+class _Miner:
+    """Chooses the negatives of one query after another, and counts what was lacking."""
+
+    def __init__(self, index: MismatchIndex, rule: MiningRule, seed: int):
+        self.index, self.rule, self.seed = index, rule, seed
+        self.queries = self.short = self.lacking = 0
+
+    @property
+    def wanted(self) -> int:
+        return self.queries * self.rule.num_negatives
+
+    def mine(self, row: int, candidates: np.ndarray, scores: np.ndarray, replace_image: bool) -> _Found:
+        """
+        Args:
+            row: the query is its caption, and what is sought are images (`replace_image`), or the other way round.
+            candidates: rows whose images (or captions) were scored with it.
+        """
+        codes = self.index.images if replace_image else self.index.texts
+        match = self.index.makes_match(row, candidates, replace_image)
+        rng = np.random.default_rng([self.seed, int(row), int(replace_image), SALT])
+        chosen = self.rule.choose(scores, match, codes[candidates], rng)
+        found, values = candidates[chosen].tolist(), list(sigmoid(scores[chosen]).tolist())
+        lacking = self.rule.num_negatives - len(found)
+        self.queries += 1
+        self.short += lacking > 0
+        self.lacking += lacking
+        found += self.index.draw_distinct(rng, int(row), replace_image, lacking, but=found)
+        return found, values + [None] * (len(found) - len(values))
+
+
+def mine(
+    model: str,
+    captions: str,
+    regions: str,
+    output: str,
+    *,
+    split: str = "train",
+    num_negatives: int = 3,
+    range_min: int = 0,
+    range_max: int | None = None,
+    max_score: float | None = None,
+    min_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    sampling_strategy: Literal["top", "random"] = "top",
+    images_per_set: int = 100,
+    duplicates: str | None = None,
+    seed: int = 0,
+    max_length: int = 44,
+    skip_missing: bool = False,
+) -> datasets.Dataset:
+    """
+    Mines one split of a caption file, and writes ALL its splits as a dataset folder that `read_captions` and
+    `run_retrieval.py --captions` read; the other splits have no negatives. A call that was stopped goes on when it is
+    repeated. The other arguments are those of [`MiningRule`] and [`mine_hard_negatives`].
+
+    Args:
+        model (`str`): a Unicoder-VL checkpoint with its processor.
+        captions (`str`): a caption file in any layout, or a folder of `datasets`. Without a column `split` all of it.
+        regions (`str`): a [`RegionStore`].
+        output (`str`): the folder, which must not exist.
+
+    Raises:
+        `ValueError`: `output` exists, a value out of range, or captions without regions (unless `skip_missing`).
+    """
+    rule = MiningRule(
+        num_negatives=num_negatives,
+        range_min=range_min,
+        range_max=range_max,
+        max_score=max_score,
+        min_score=min_score,
+        absolute_margin=absolute_margin,
+        relative_margin=relative_margin,
+        sampling_strategy=sampling_strategy,
+    )
+    state, target = start_processes(), Path(output)
+    if target.exists():
+        raise ValueError(f"{target} exists: name another folder for the mined captions.")
+    store = RegionStore(regions)
+    table, report = join(read_captions(captions), store, skip_missing=skip_missing)
+    logger.warning(f"{captions} with {store}:\n{report}")
+    chosen = np.ones(len(table), dtype=bool)
+    if "split" in table.column_names:
+        chosen = np.array([name == split for name in table["split"]])
+        if not chosen.any():
+            raise ValueError(f"{captions} has no split {split!r}; its splits are {sorted(set(table['split']))}.")
+
+    processor = UnicoderVLProcessor.from_pretrained(model)
+    scorer = ImageTextScorer(UnicoderVLForImageTextRetrieval.from_pretrained(model).to(state.device), processor, store)
+    scores_dir = target.with_name(f"{target.name}.scores")
+    mined = mine_hard_negatives(
+        table.select(np.flatnonzero(chosen)),
+        scorer,
+        rule,
+        images_per_set=images_per_set,
+        duplicates=[] if duplicates is None else read_duplicate_groups(duplicates),
+        seed=seed,
+        max_length=max_length,
+        scores_dir=scores_dir,
+    )
+    rest = table.select(np.flatnonzero(~chosen))
+    if len(rest):
+        for name, feature in mined.features.items():
+            if name not in rest.column_names:
+                rest = rest.add_column(name, [[]] * len(rest), feature=feature)
+        mined = datasets.concatenate_datasets([mined, rest])
+    if state.is_main_process:
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed while it wrote
+        mined.save_to_disk(str(partial))
+        os.replace(partial, target)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(scores_dir)
+    return datasets.load_from_disk(str(target))
