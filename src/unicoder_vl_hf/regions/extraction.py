@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
@@ -102,8 +103,10 @@ def extract(
             settings, or it is finished and lacks photos.
         KeyboardInterrupt: It was told to stop, and can go on.
     """
-    # Processes wait for one another at the end, and the default patience of ten minutes is short for that.
-    state = PartialState(timeout=timedelta(days=30))
+    # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. They wait
+    # for one another at the end, for which the default patience of ten minutes is short.
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=timedelta(days=30))
     source = list_photos(photos, ids=ids, image_column=image_column, id_column=id_column, split=split)
     given = None if boxes is None else read_boxes(boxes)
     folder = Path(output).absolute()
@@ -323,10 +326,13 @@ def decode_photo(data: bytes) -> "tuple[Image.Image, tuple[int, int]]":
     Raises:
         Exception: Of any kind, as Pillow finds the file damaged.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     with _pixel_limit():
-        image = Image.open(BytesIO(data))
+        try:
+            image = Image.open(BytesIO(data))
+        except UnidentifiedImageError:
+            raise ValueError(f"its {len(data)} bytes are no image of a known format") from None
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS}")
@@ -422,7 +428,7 @@ def _boxes_of(image_id: str, size: tuple[int, int], given: Boxes) -> np.ndarray:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 # Work

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ...feature_extraction_unicoder_vl import RegionRecord
 
@@ -46,22 +47,26 @@ def in_groups_of_shape(images: Sequence[Tensor], compute: Callable[[list[int]], 
     return results
 
 
+def box_tensor(boxes: np.ndarray, device: torch.device) -> Tensor:
+    """Given boxes, `(n, 4)` float32, on the device."""
+    return torch.tensor(np.ascontiguousarray(boxes), dtype=torch.float32, device=device)
+
+
 def make_record(
     image_id: str,
     size: tuple[int, int],
-    boxes: Tensor | np.ndarray,
+    boxes: Tensor,
     features: Tensor,
     object_ids: Tensor | None = None,
     object_scores: Tensor | None = None,
 ) -> RegionRecord:
     """A record from tensors of any device; boxes are clipped to the photo, whose `size` is width and height."""
     width, height = size
-    corners = torch.as_tensor(boxes).cpu().float().numpy().clip(0, (width, height, width, height))
     return RegionRecord(
         image_id,
         image_width=width,
         image_height=height,
-        boxes=corners,
+        boxes=boxes.float().cpu().numpy().clip(0, (width, height, width, height)),
         features=features.float().cpu().numpy(),
         object_ids=None if object_ids is None else object_ids.cpu().numpy(),
         object_scores=None if object_scores is None else object_scores.float().cpu().numpy(),
@@ -85,9 +90,13 @@ def check_loaded(name: str, info: dict[str, Any], unused: tuple[str, ...] = ()) 
     """Raises ValueError where `from_pretrained` left weights random, but for modules that are not read."""
     missing = [key for key in info["missing_keys"] if not any(module in key for module in unused)]
     if missing:
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of its model, such as {missing[0]}: it is another model."
-        )
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: it is another model.")
+
+
+def model_revision(name: str, config: PretrainedConfig) -> str | None:
+    """The commit of a model of the Hub, or the content of a folder's weights; None where neither is known."""
+    weights = Path(name) / "model.safetensors"
+    return file_revision(weights) if weights.is_file() else vars(config).get("_commit_hash")
 
 
 def file_revision(path: str | PathLike) -> str:

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 from torchvision.transforms.functional import normalize, pil_to_tensor
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
 
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ._computing import Prepared, autocast, check_loaded, file_revision, make_record
+from ._computing import Prepared, autocast, box_tensor, check_loaded, file_revision, make_record, model_revision
 from ._efficientnet_lite import EfficientNetLite0
 
 # Weights that a checkpoint of a classifier or an image-text model lacks, and a feature map does not need.
@@ -79,12 +78,12 @@ class GridDetector:
         """See `Detector`."""
         if boxes is None:
             boxes = [grid_boxes(photo.size, self.grid_size) for photo in prepared]
+        corners = [box_tensor(array, self.device) for array in boxes]
         with autocast(self.device, self.precision):
             maps = self.encoder(torch.stack([photo.pixels for photo in prepared]).to(self.device))
-        features = pool(maps.float(), boxes, [photo.size for photo in prepared])
         return [
-            make_record(image_id, photo.size, corners, rows)
-            for image_id, photo, corners, rows in zip(image_ids, prepared, boxes, features, strict=True)
+            make_record(image_id, photo.size, own, pool(feature_map, own, photo.size))
+            for image_id, photo, own, feature_map in zip(image_ids, prepared, corners, maps.float(), strict=True)
         ]
 
 
@@ -96,27 +95,32 @@ def grid_boxes(size: tuple[int, int], grid_size: int) -> np.ndarray:
     return np.array([(0, 0, width, height), *cells], dtype=np.float32)
 
 
-def pool(maps: Tensor, boxes: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+def pool(feature_map: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """
-    The mean of a feature map in each box.
+    The mean of a feature map over each box, exactly: each of its pixels counts with the area that the box covers of it.
 
     Args:
-        maps (`torch.Tensor` of shape `(batch_size, D, h, w)`): One map a photo, which covers it all.
-        boxes (sequence of `np.ndarray` of shape `(n, 4)`): In pixels of the photo.
-        sizes (sequence of `(int, int)`): Width and height of each photo.
+        feature_map (`torch.Tensor` of shape `(D, h, w)`): Covers the photo.
+        boxes (`torch.Tensor` of shape `(n, 4)`): In pixels of the photo.
+        size (`(int, int)`): Width and height of the photo.
 
     Returns:
-        sequence of `torch.Tensor` of shape `(n, D)`: One a photo.
+        `torch.Tensor` of shape `(n, D)`.
     """
-    height, width = maps.shape[-2:]
-    rois = []
-    for corners, (photo_width, photo_height) in zip(boxes, sizes, strict=True):
-        scale = (width / photo_width, height / photo_height) * 2
-        scaled = torch.as_tensor(np.asarray(corners) * scale, dtype=maps.dtype)
-        scaled[:, 2:] = scaled[:, 2:].maximum(scaled[:, :2] + 1e-3)  # roi_align makes zeros of a box without area
-        rois.append(scaled.to(maps.device))
-    features = roi_align(maps, rois, output_size=1, sampling_ratio=-1, aligned=True).flatten(1)
-    return features.split([len(corners) for corners in boxes])
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    height, width = feature_map.shape[1:]
+    across = _overlaps(x1 * (width / size[0]), x2 * (width / size[0]), width)
+    down = _overlaps(y1 * (height / size[1]), y2 * (height / size[1]), height)
+    return torch.einsum("dhw,nh,nw->nd", feature_map, down, across)
+
+
+def _overlaps(begin: Tensor, end: Tensor, count: int) -> Tensor:
+    """`(n, count)`: the share of each interval that lies between k and k + 1. An empty interval lies in one of them."""
+    begin = begin.clamp(0, count - 1e-3)
+    end = end.clamp(max=count).maximum(begin + 1e-3)
+    edges = torch.arange(count + 1, device=begin.device)
+    lengths = end[:, None].minimum(edges[1:]) - begin[:, None].maximum(edges[:-1])
+    return lengths.clamp(min=0) / (end - begin)[:, None]
 
 
 class BackboneMap(nn.Module):
@@ -172,7 +176,7 @@ def load(
         ValueError: The encoder gives no feature map, or weights are missing.
     """
     lite = name == "efficientnet-lite0"
-    encoder, prepare, commit = _efficientnet_lite(image_size) if lite else _transformers(name, revision, image_size)
+    encoder, prepare, content = _efficientnet_lite(image_size) if lite else _transformers(name, revision, image_size)
     return GridDetector(
         encoder,
         prepare,
@@ -180,7 +184,7 @@ def load(
         precision=precision,
         grid_size=grid_size,
         detector=f"grid:{name}",
-        detector_revision=commit,
+        detector_revision=content,
     )
 
 
@@ -198,7 +202,7 @@ def _efficientnet_lite(image_size: int | None) -> tuple[nn.Module, Prepare, str 
 
 def _transformers(name: str, revision: str | None, image_size: int | None) -> tuple[nn.Module, Prepare, str | None]:
     config = AutoConfig.from_pretrained(name, revision=revision)
-    commit = config._commit_hash
+    content = model_revision(name, config)
     if "vision_config" in config.sub_configs:  # CLIP, SigLIP
         config = config.vision_config
     side = image_size or config.to_dict().get("image_size") or 448
@@ -207,11 +211,11 @@ def _transformers(name: str, revision: str | None, image_size: int | None) -> tu
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
         # Not AutoBackbone, which takes a folder for a model of timm.
         backbone_class: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        return BackboneMap(_load_model(backbone_class, name, revision, config)), prepare, commit
+        return BackboneMap(_load_model(backbone_class, name, revision, config)), prepare, content
     if "patch_size" not in config.to_dict():
         raise ValueError(f"{name} is a {config.model_type}, neither a backbone nor a vision transformer with patches.")
     model = _load_model(AutoModel, name, revision, config)
-    return PatchMap(model, config.patch_size, interpolate=side != config.image_size), prepare, commit
+    return PatchMap(model, config.patch_size, interpolate=side != config.image_size), prepare, content
 
 
 def _load_model(model_class: Any, name: str, revision: str | None, config: PretrainedConfig) -> nn.Module:

@@ -22,7 +22,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.transforms.functional import pil_to_tensor
 
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ._computing import Prepared, autocast, check_counts, file_revision, in_groups_of_shape, make_record
+from ._computing import Prepared, autocast, box_tensor, check_counts, file_revision, in_groups_of_shape, make_record
 
 NAMES = [name for name in list_models(module=detection) if "rcnn" in name]
 
@@ -114,7 +114,7 @@ class TorchvisionDetector:
             ]
             features = self._features(levels, inputs, images)
         else:
-            outputs = [torch.as_tensor(boxes, dtype=torch.float32, device=self.device) for boxes in given]
+            outputs = [box_tensor(boxes, self.device) for boxes in given]
             inputs = [
                 resize_boxes(boxes, list(photo.size[::-1]), list(photo.content))
                 for boxes, photo in zip(outputs, photos, strict=True)

@@ -33,6 +33,7 @@ from ._computing import (
     check_loaded,
     in_groups_of_shape,
     make_record,
+    model_revision,
     select,
 )
 
@@ -224,6 +225,6 @@ def load(
         max_regions=max_regions,
         prompt=prompt,
         detector=f"transformers:{name}",
-        detector_revision=config._commit_hash,
+        detector_revision=model_revision(name, config),
         **known,
     )

@@ -1,0 +1,475 @@
+"""From photos of every kind to a store, with a detector that sees colours: what it says can be checked by hand."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+from extract_client import ColourDetector
+from photos import SIZES, photo
+from PIL import Image
+
+from unicoder_vl_hf import RegionStore
+from unicoder_vl_hf.regions.detectors.torchvision_models import TorchvisionDetector
+from unicoder_vl_hf.regions.extraction import MAX_PIXELS, decode_photo, extract
+
+CLIENT = Path(__file__).with_name("extract_client.py")
+RED, GREEN, BLUE, GREY, WHITE = (230, 30, 40), (30, 200, 60), (30, 50, 220), (120, 120, 120), (255, 255, 255)
+QUARTERS = (RED, GREEN, BLUE, GREY)  # in reading order
+
+
+def quarters(width: int = 120, height: int = 80, colours=QUARTERS) -> Image.Image:
+    pixels = np.array(colours, np.uint8).reshape(2, 2, 3)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def save_photos(folder: Path, count: int, prefix: str = "photo") -> Path:
+    """Photos of several shapes."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        photo(*SIZES[number % len(SIZES)], seed=number).save(folder / f"{prefix}_{number:03d}.png")
+    return folder
+
+
+def run(photos, output, detector=None, **options) -> RegionStore:
+    return extract(photos, output, detector or ColourDetector(), **{"num_workers": 0, **options})
+
+
+def skipped(store: RegionStore) -> dict[str, str]:
+    path = store.path / "skipped.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    assert all(set(row) == {"image_id", "file", "reason"} for row in rows)
+    return {row["image_id"]: row["reason"] for row in rows}
+
+
+def assert_same(found: RegionStore, expected: RegionStore, tolerance: float = 0.0) -> None:
+    assert set(found) == set(expected)
+    assert len(found) == len(expected)
+    for image_id, record in expected.items():
+        other = found[image_id]
+        np.testing.assert_allclose(other.boxes, record.boxes, atol=tolerance)
+        np.testing.assert_allclose(other.features, record.features, rtol=tolerance, atol=tolerance)
+        assert (other.image_width, other.image_height) == (record.image_width, record.image_height)
+        if record.object_ids is not None:
+            np.testing.assert_array_equal(other.object_ids, record.object_ids)
+
+
+def odd_photos() -> dict[str, tuple[bytes, object]]:
+    """File name → content, and the colours of the quarters or the reason why it is skipped."""
+    image = quarters()
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # to be turned clockwise to stand upright
+    lying = quarters(80, 120, (GREEN, GREY, RED, BLUE))  # `image`, turned the other way
+    transparent = image.convert("RGBA")
+    transparent.paste((255, 0, 255, 0), (60, 40, 120, 80))
+    deep = np.array([[10000, 65535], [0, 30000]], np.uint16).repeat(40, 0).repeat(60, 1)
+    greys = [(value // 257,) * 3 for value in (10000, 65535, 0, 30000)]
+    jpeg = encode(image, "JPEG", quality=95)
+    bomb = bytearray(encode(Image.new("1", (1, 1)), "PNG"))
+    bomb[16:24] = (40000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    return {
+        "plain.jpg": (jpeg, QUARTERS),
+        "progressive.JPEG": (encode(image, "JPEG", quality=95, progressive=True), QUARTERS),
+        "cmyk.jpg": (encode(image.convert("CMYK"), "JPEG", quality=95), QUARTERS),
+        "sixteen_bits.png": (encode(Image.fromarray(deep), "PNG"), greys),
+        "sixteen_bits_tiff.tif": (encode(Image.fromarray(deep), "TIFF"), greys),
+        "grey.png": (encode(image.convert("L"), "PNG"), [(value,) * 3 for value in (91, 133, 63, 120)]),
+        "one_bit.png": (encode(quarters(colours=(WHITE, (0,) * 3, (0,) * 3, WHITE)).convert("1"), "PNG"), None),
+        "palette.png": (encode(image.quantize(8), "PNG"), QUARTERS),
+        "palette_transparent.gif": (encode(transparent, "GIF"), (*QUARTERS[:3], WHITE)),
+        "alpha.png": (encode(transparent, "PNG"), (*QUARTERS[:3], WHITE)),
+        "alpha_webp.webp": (encode(transparent, "WEBP", lossless=True), (*QUARTERS[:3], WHITE)),
+        "rotated.jpg": (encode(lying, "JPEG", quality=95, exif=rotated), QUARTERS),
+        "rotated_png.png": (encode(lying, "PNG", exif=rotated), QUARTERS),
+        "rotated_tiff.tif": (encode(lying, "TIFF", exif=rotated), QUARTERS),
+        "animated.gif": (encode(image, "GIF", save_all=True, append_images=[quarters(colours=(GREY,) * 4)]), QUARTERS),
+        "one_pixel.png": (encode(Image.new("RGB", (1, 1), RED), "PNG"), (RED,) * 4),
+        "one_row.png": (encode(Image.new("RGB", (5000, 1), RED), "PNG"), (RED,) * 4),
+        "truncated.jpg": (jpeg[: len(jpeg) * 2 // 3], "truncated"),
+        "truncated_png.png": (encode(photo(120, 80), "PNG")[:2000], "truncated|broken"),
+        "empty.jpg": (b"", "no image of a known format"),
+        "text.jpg": (b"This is no photo.", "no image of a known format"),
+        "bomb.png": (bytes(bomb), "40000 x 40000 pixels|decompression bomb"),
+        "fractions.tif": (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "fractions of unknown range"),
+    }
+
+
+@pytest.fixture(scope="module")
+def odd_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "photos").mkdir()
+    for name, (content, _) in odd_photos().items():
+        (folder / "photos" / name).write_bytes(content)
+    (folder / "photos" / "readme.txt").write_text("No photo, and not meant as one.")
+    return run(folder / "photos", folder / "store", num_workers=1, batch_size=4, precision="no")
+
+
+@pytest.mark.parametrize("name", list(odd_photos()))
+def test_odd_photos(odd_store, name):
+    image_id, expected = Path(name).stem, odd_photos()[name][1]
+    if isinstance(expected, str):
+        assert image_id not in odd_store
+        assert any(word in skipped(odd_store)[image_id] for word in expected.split("|"))
+        return
+    record = odd_store[image_id]
+    size = {"one_pixel": (1, 1), "one_row": (5000, 1)}.get(image_id, (120, 80))
+    assert (record.image_width, record.image_height) == size
+    np.testing.assert_allclose(record.boxes[1], [0, 0, size[0] / 2, size[1] / 2])
+    if expected is not None:
+        # JPEG and a palette change colours a little, a conversion from CMYK no more here.
+        np.testing.assert_allclose(record.features[1:] * 255, expected, atol=6)
+
+
+def test_no_other_file_is_skipped_or_taken(odd_store):
+    reasons = {Path(name).stem for name, (_, expected) in odd_photos().items() if isinstance(expected, str)}
+    assert set(skipped(odd_store)) == reasons
+    assert set(odd_store) == {Path(name).stem for name in odd_photos()} - reasons
+
+
+def test_a_photo_of_100_megapixels_is_decoded_smaller(tmp_path):
+    (tmp_path / "photos").mkdir()
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    big = quarters(8000, 12500, (GREEN, GREY, RED, BLUE)).convert("RGB")
+    big.save(tmp_path / "photos" / "big.jpg", quality=50, exif=rotated)
+    quarters(8000, 6000).save(tmp_path / "photos" / "png.png", compress_level=1)
+    limit = Image.MAX_IMAGE_PIXELS
+    decoded, size = decode_photo((tmp_path / "photos" / "big.jpg").read_bytes())
+    assert (size, decoded.size) == ((12500, 8000), (6250, 4000))
+    decoded, size = decode_photo((tmp_path / "photos" / "png.png").read_bytes())
+    assert (size, decoded.size) == ((8000, 6000), (4000, 3000))
+    assert limit == Image.MAX_IMAGE_PIXELS < MAX_PIXELS
+    given = {"big": [[0, 0, 6250, 4000], [6250.5, 4000.25, 12500, 8000]], "png": [[4000, 0, 8000, 3000]]}
+    store = run(tmp_path / "photos", tmp_path / "store")
+    pooled = run(tmp_path / "photos", tmp_path / "given", boxes=given)
+    for image_id, width, height in (("big", 12500, 8000), ("png", 8000, 6000)):
+        record = store[image_id]
+        assert (record.image_width, record.image_height) == (width, height)
+        np.testing.assert_allclose(record.boxes[4], [width / 2, height / 2, width, height])
+        np.testing.assert_allclose(record.features[1:] * 255, QUARTERS, atol=6)
+        assert (pooled[image_id].image_width, pooled[image_id].image_height) == (width, height)
+        np.testing.assert_array_equal(pooled[image_id].boxes, np.float32(given[image_id]))
+    np.testing.assert_allclose(pooled["big"].features * 255, [RED, GREY], atol=6)
+    np.testing.assert_allclose(pooled["png"].features * 255, [GREEN], atol=6)
+
+
+# Sources
+
+
+def test_ids_are_stems_or_paths(tmp_path):
+    for name in ("b/2.jpg", "a/1.jpg", "a/deep/3.x.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        quarters().save(tmp_path / "photos" / name)
+    assert list(run(tmp_path / "photos", tmp_path / "stems")) == ["1", "3.x", "2"]
+    assert list(run(tmp_path / "photos", tmp_path / "paths", ids="path")) == ["a/1.jpg", "a/deep/3.x.png", "b/2.jpg"]
+    assert list(run(tmp_path / "photos/a/1.jpg", tmp_path / "one")) == ["1"]
+    with pytest.raises(ValueError, match="ids is 'name', expected 'stem' or 'path'"):
+        run(tmp_path / "photos", tmp_path / "other", ids="name")
+
+
+def test_duplicate_ids_are_an_error_before_any_work(tmp_path):
+    for name in ("a/1.jpg", "b/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        quarters().save(tmp_path / name)
+    # The detector does not exist: it is not even looked for.
+    with pytest.raises(ValueError, match=r"a/1\.jpg and .*b/1\.jpg both have the id '1': with ids='path'"):
+        extract(tmp_path, tmp_path / "store", "transformers:/nowhere")
+    assert not list(tmp_path.glob("store*"))
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_a_webdataset(tmp_path):
+    other = quarters(colours=(GREY, BLUE, GREEN, RED))
+    members = {
+        "0001.jpg": encode(quarters(), "JPEG", quality=95),
+        "0001.json": b"{}",
+        "0002.PNG": encode(other, "PNG"),
+        "0002.mask.png": encode(other, "PNG"),  # its extension is mask.png
+        "more/0001.jpg": encode(other, "JPEG", quality=95),
+        "more/broken.jpg": b"no photo",
+    }
+    path = write_tar(tmp_path / "00000.tar", members)
+    store = run(path, tmp_path / "store", num_workers=1)
+    assert set(store) == {"0001", "0002", "more/0001"}
+    np.testing.assert_allclose(store["0001"].features[1:] * 255, QUARTERS, atol=6)
+    np.testing.assert_allclose(store["more/0001"].features[1:] * 255, QUARTERS[::-1], atol=6)
+    assert list(skipped(store)) == ["more/broken"]
+    assert f"{path}:more/broken.jpg" in (store.path / "skipped.jsonl").read_text()
+    # Several in a folder are one source.
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards/00000.tar", {"0001.jpg": members["0001.jpg"]})
+    write_tar(tmp_path / "shards/00001.tar", {"0002.jpg": members["0001.jpg"]})
+    assert list(run(tmp_path / "shards", tmp_path / "two")) == ["0001", "0002"]
+    write_tar(tmp_path / "shards/00001.tar", {"0001.png": members["0002.PNG"]})
+    with pytest.raises(ValueError, match=r"00000\.tar:0001\.jpg and .*00001\.tar:0001\.png both have the id '0001'"):
+        run(tmp_path / "shards", tmp_path / "three")
+    write_tar(tmp_path / "packed.tar", members, mode="w:gz")
+    with pytest.raises(ValueError, match=r"packed\.tar is no \.tar file without compression"):
+        run(tmp_path / "packed.tar", tmp_path / "four")
+
+
+def test_a_column_of_images(tmp_path):
+    table = datasets.Dataset.from_dict(
+        {"number": [7, 8, 9], "picture": [quarters(), {"bytes": b"no photo", "path": None}, quarters(60, 90)]},
+        features=datasets.Features({"number": datasets.Value("int64"), "picture": datasets.Image()}),
+    )
+    table.save_to_disk(tmp_path / "folder")
+    table.to_parquet(tmp_path / "table.parquet")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "splits")
+    columns = {"image_column": "picture", "id_column": "number"}
+    sources = {"memory": table, "disk": tmp_path / "folder", "parquet": tmp_path / "table.parquet"}
+    for name, source in sources.items():
+        store = run(source, tmp_path / name, num_workers=1, **columns)
+        assert set(store) == {"7", "9"}
+        assert list(skipped(store)) == ["8"]
+        assert (store["9"].image_width, store["9"].image_height) == (60, 90)
+        np.testing.assert_allclose(store["7"].features[1:] * 255, QUARTERS, atol=1)
+    assert list(run(tmp_path / "splits", tmp_path / "split", split="test", **columns)) == ["7"]
+    with pytest.raises(ValueError, match=r"has the splits .*'train', 'test'.*name one"):
+        run(tmp_path / "splits", tmp_path / "none", **columns)
+    with pytest.raises(ValueError, match=r"has no column \['image_id'\], but \['number', 'picture'\]"):
+        run(table, tmp_path / "none", image_column="picture")
+
+
+def test_nothing_to_extract(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        run(tmp_path / "nowhere", tmp_path / "store")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="holds no photo"):
+        run(tmp_path / "photos", tmp_path / "store")
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"no photo")
+    with pytest.raises(ValueError, match=r"None of 1 photos gave regions; the first reason, of .*a\.jpg: its 8 bytes are no image"):
+        run(tmp_path / "photos", tmp_path / "store")
+
+
+# Given boxes
+
+
+def test_given_boxes(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b", "c", "d", "e"):
+        quarters().save(tmp_path / "photos" / f"{name}.png")
+    boxes = {
+        "a": [[60, 40, 120, 80, 0.9], [0, 0, 60, 40, 0.8]],  # as in VCR, with scores
+        "b": [[0, 40, 60, 80]],
+        "c": [[0, 0, 121.5, 80]],
+        "d": [],
+    }
+    lines = [json.dumps({"image_id": name, "boxes": rows}) for name, rows in boxes.items()]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(lines))
+    np.savez(tmp_path / "boxes.npz", **{name: np.array(rows, np.float64) for name, rows in boxes.items()})
+    for number, given in enumerate((boxes, tmp_path / "boxes.jsonl", str(tmp_path / "boxes.npz"))):
+        store = run(tmp_path / "photos", tmp_path / f"store_{number}", boxes=given, num_workers=number % 2)
+        assert list(store) == ["a", "b"]
+        np.testing.assert_array_equal(store["a"].boxes, [[60, 40, 120, 80], [0, 0, 60, 40]])
+        np.testing.assert_allclose(store["a"].features * 255, [GREY, RED], atol=1)
+        np.testing.assert_allclose(store["b"].features * 255, [BLUE], atol=1)
+        assert store.provenance["box_type"] == "given"
+        reasons = skipped(store)
+        assert "[0.0, 0.0, 121.5, 80.0] is outside" in reasons["c"]
+        assert "expected (n, 4)" in reasons["d"]
+        assert "no boxes are given" in reasons["e"]
+    (tmp_path / "boxes.jsonl").write_text('{"image_id": "a"}')
+    with pytest.raises(ValueError, match=r"boxes\.jsonl, line 1: expected image_id and boxes"):
+        run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.jsonl")
+    with pytest.raises(ValueError, match=r"boxes\.txt holds no boxes"):
+        run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.txt")
+
+
+# Failures
+
+
+class Choosy(ColourDetector):
+    """Fails at whole batches in which one of `hated` is."""
+
+    def __init__(self, *hated: str):
+        super().__init__()
+        self.hated = hated
+
+    def __call__(self, prepared, image_ids, boxes=None):
+        if set(self.hated) & set(image_ids):
+            raise RuntimeError("out of memory")
+        return super().__call__(prepared, image_ids, boxes)
+
+
+def test_a_photo_that_a_detector_fails_at_costs_no_other(tmp_path):
+    photos = save_photos(tmp_path / "photos", 10)
+    store = run(photos, tmp_path / "store", Choosy("photo_003", "photo_004"), batch_size=5)
+    assert skipped(store) == dict.fromkeys(("photo_003", "photo_004"), "RuntimeError: out of memory")
+    assert len(store) == 8
+
+
+def test_a_detector_that_fails_at_all_photos_ends_the_run(tmp_path):
+    photos = save_photos(tmp_path / "photos", 6)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(photos, tmp_path / "store", Choosy(*(f"photo_{number:03d}" for number in range(6))))
+
+
+def test_features_too_large_for_float16(tmp_path):
+    class Large(ColourDetector):
+        def __call__(self, prepared, image_ids, boxes=None):
+            records = super().__call__(prepared, image_ids, boxes)
+            for record in records:
+                record.features *= 1e6 if record.image_id == "photo_001" else 1
+            return records
+
+    photos = save_photos(tmp_path / "photos", 3)
+    store = run(photos, tmp_path / "store", Large())
+    assert list(skipped(store)) == ["photo_001"]
+    assert "dtype='float32'" in skipped(store)["photo_001"]
+    assert len(run(photos, tmp_path / "wide", Large(), dtype="float32")) == 3
+
+
+# The same store, however it comes about
+
+
+def test_batches_and_workers_change_nothing(tmp_path):
+    from test_detectors_torchvision import tiny_model
+
+    photos = save_photos(tmp_path / "photos", 12)
+    model = tiny_model()
+    stores = [
+        run(
+            photos,
+            tmp_path / f"store_{batch_size}",
+            TorchvisionDetector(model, device=torch.device("cpu"), max_regions=20),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            dtype="float32",
+        )
+        for batch_size, num_workers in ((1, 0), (5, 2))
+    ]
+    assert_same(stores[1], stores[0], tolerance=1e-3)
+
+
+def client(tmp_path: Path, **call) -> list[str]:
+    path = tmp_path / f"{Path(call['output']).name}.json"
+    path.write_text(json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in call.items()}))
+    return [str(CLIENT), str(path)]
+
+
+def computed(path: Path) -> Counter:
+    return Counter(line for file in path.parent.glob(f"{path.name}-*") for line in file.read_text().split())
+
+
+def test_two_processes_share_the_photos(tmp_path):
+    photos = save_photos(tmp_path / "photos", 13)
+    (photos / "broken_a.jpg").write_bytes(b"no photo")
+    (photos / "broken_b.jpg").write_bytes(b"no photo")
+    call = client(tmp_path, photos=photos, output=tmp_path / "two", computed=tmp_path / "ids", num_workers=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *call]
+    result = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("world size 2") == 2
+    shares = [(tmp_path / f"ids-{rank}").read_text().split() for rank in (0, 1)]
+    assert not set(shares[0]) & set(shares[1])
+    assert min(map(len, shares)) >= 6
+    two, one = RegionStore(tmp_path / "two"), run(photos, tmp_path / "one")
+    assert_same(two, one)
+    assert skipped(two) == skipped(one)
+    assert set(skipped(two)) == {"broken_a", "broken_b"}
+    assert not (tmp_path / "two.parts").exists()
+
+
+def test_goes_on_after_kill(tmp_path):
+    photos = save_photos(tmp_path / "photos", 30)
+    (photos / "broken.jpg").write_bytes(b"no photo")
+    options = {"photos": photos, "output": tmp_path / "store", "batch_size": 2, "num_workers": 1, "shard_size": 400}
+    call = client(tmp_path, computed=tmp_path / "first", delay=0.1, **options)
+    process = subprocess.Popen([sys.executable, *call], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("store.parts/*/regions-*.safetensors"))) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # with its reader
+        process.wait()
+    assert not (tmp_path / "store").exists()
+    store = run(detector=ColourDetector(tmp_path / "second-0"), **options)
+    assert_same(store, run(photos, tmp_path / "undisturbed"))
+    first, second = computed(tmp_path / "first"), computed(tmp_path / "second")
+    assert 30 > len(first) >= 6
+    assert set(first | second) == set(store)
+    assert max((first + second).values()) <= 2
+    # Only what had not become a shard, a few photos, was computed again.
+    assert len(first & second) <= 4
+    assert not (tmp_path / "store.parts").exists()
+
+
+class Stopped(ColourDetector):
+    """Is told to stop in its second call."""
+
+    calls = 0
+
+    def __call__(self, prepared, image_ids, boxes=None):
+        self.calls += 1
+        if self.calls == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(prepared, image_ids, boxes)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_told_to_stop_it_loses_nothing(tmp_path, num_workers):
+    photos = save_photos(tmp_path / "photos", 20)
+    options = {"batch_size": 3, "num_workers": num_workers}
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        run(photos, tmp_path / "store", Stopped(tmp_path / "first-0"), **options)
+    # As if a process with nothing to show had been killed, too.
+    (tmp_path / "store.parts/part-00000-00001").mkdir()
+    (tmp_path / "store.parts/part-00000-00001/regions-00000.safetensors.partial").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="was begun with dtype='float16', not 'float32'"):
+        run(photos, tmp_path / "store", dtype="float32")
+    run(photos, tmp_path / "store", ColourDetector(tmp_path / "second-0"), **options)
+    assert_same(RegionStore(tmp_path / "store"), run(photos, tmp_path / "undisturbed"))
+    first, second = computed(tmp_path / "first"), computed(tmp_path / "second")
+    assert 4 <= len(first) <= 6
+    assert len(first & second) <= 2  # the rest of the batch in which it was told
+
+
+def test_a_finished_store_is_left_alone(tmp_path):
+    photos = save_photos(tmp_path / "photos", 4)
+    (photos / "broken.jpg").write_bytes(b"no photo")
+    run(photos, tmp_path / "store")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    assert len(run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"))) == 4
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    assert not computed(tmp_path / "computed")
+    save_photos(photos, 1, prefix="new")
+    with pytest.raises(ValueError, match="is finished and lacks 1 of these photos, such as 'new_000'"):
+        run(photos, tmp_path / "store")
+
+
+def test_options_are_those_of_a_detector_by_name(tmp_path):
+    photos = save_photos(tmp_path / "photos", 1)
+    with pytest.raises(ValueError, match=r"\['grid_size'\] are options of a detector by name"):
+        run(photos, tmp_path / "store", grid_size=3)
