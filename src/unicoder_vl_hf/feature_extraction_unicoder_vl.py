@@ -24,7 +24,7 @@ PIXEL_TOLERANCE = 1.0
 FRACTION_TOLERANCE = 0.01  # a pixel of a 100-pixel image, and far above the rounding of a float16 fraction
 SCORE_TOLERANCE = 1e-3  # float16 softmax outputs may exceed 1 by so much
 # Two stores may differ in these and still hold features of one kind.
-PROVENANCE_DETAILS = frozenset({"dtype", "source_format", "package_version"})
+PROVENANCE_DETAILS = frozenset({"detector_declared", "dtype", "source_format", "package_version"})
 
 
 @dataclass(eq=False)

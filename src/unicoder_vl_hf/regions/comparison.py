@@ -49,7 +49,7 @@ class StoreComparison:
     def __str__(self) -> str:
         lines = [
             f"images        {self.images:,} in both, {self.only_in_a:,} in A alone, {self.only_in_b:,} in B alone",
-            f"regions       {self.matched:,} matched, not {self.unmatched_in_a:,} of A and {self.unmatched_in_b:,} of B",
+            f"regions       {self.matched:,} matched; {self.unmatched_in_a:,} of A, {self.unmatched_in_b:,} of B not",
         ]
         if self.without_boxes:
             lines.append(f"without boxes {self.without_boxes:,} images, which were not compared")

@@ -1,14 +1,23 @@
-"""Foreign files → `RegionStore`, in one pass and constant memory."""
+"""Foreign files → `RegionStore`, in one pass and constant memory, by one process or several."""
 
-from collections.abc import Iterable
+import multiprocessing
+import shutil
+import zlib
+from collections.abc import Callable, Container, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from ..feature_extraction_unicoder_vl import RegionRecord
-from .formats import detect_format, read_records
-from .store import RegionStore, RegionStoreWriter
+from .editing import merge_stores
+from .formats import FORMATS, known_provenance, read_records
+from .store import MANIFEST, RegionStore, RegionStoreWriter
+
+Rename = Callable[[str], str]
 
 
 def write_store(
@@ -34,7 +43,14 @@ def write_store(
 
 
 def convert(
-    source: str | PathLike, destination: str | PathLike, *, format: str | None = None, **options: Any
+    source: str | PathLike,
+    destination: str | PathLike,
+    *,
+    format: str | None = None,
+    rename: Rename | None = None,
+    workers: int = 1,
+    format_options: dict[str, Any] | None = None,
+    **options: Any,
 ) -> RegionStore:
     """
     Converts a file or folder of a known format to a store, with a progress bar, and opens it.
@@ -43,14 +59,87 @@ def convert(
         source (`str` or `os.PathLike`): See `formats.read_records`.
         destination (`str` or `os.PathLike`): Folder of the store.
         format (`str`, *optional*): A key of `formats.FORMATS`; None detects it.
-        options: Arguments of `RegionStoreWriter`: provenance, `dtype`, `resume=True` to go on after an interruption.
+        rename (function of an id, *optional*): Gives the id to store an image under, see `data.image_ids.id_mapping`.
+        workers (`int`, defaults to 1): Processes. Each takes the images whose ids hash to its number, and reads past
+            the others; their parts lie beside the destination until all are whole, and are then merged.
+        format_options (`dict`, *optional*): Arguments of the format's `read`, such as `class_names`.
+        options: Arguments of `RegionStoreWriter`: provenance, `dtype`, `resume=True` to go on after an interruption
+            (with as many workers as before).
 
     Raises:
         ValueError: The format is unknown, a record is malformed, or see `RegionStoreWriter`.
     """
-    name = detect_format(source) if format is None else format
-    with RegionStoreWriter(destination, source_format=name, **options) as writer:
-        records = read_records(source, name, skip=writer.resumed)
-        for record in logging.tqdm(records, desc=f"Converting {name}", unit="image"):
-            writer.write(record)
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, expected at least 1.")
+    options = known_provenance(source, format) | options
+    task = _Task(Path(source), options["source_format"], rename, format_options or {}, options)
+    if workers == 1:
+        task.run(Path(destination))
+        return RegionStore(destination)
+
+    if (Path(destination) / MANIFEST).exists():
+        raise ValueError(f"{destination} holds a store: take another folder.")
+    parts = Path(destination).with_name(f".{Path(destination).name}.parts-{workers}")
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(task.run, parts / str(part), part, workers) for part in range(workers)]:
+            future.result()
+    merge_stores([parts / str(part) for part in range(workers)], destination, move=True)
+    shutil.rmtree(parts)
     return RegionStore(destination)
+
+
+@dataclass
+class _Task:
+    source: Path
+    format: str
+    rename: Rename | None
+    format_options: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self, destination: Path, part: int = 0, parts: int = 1) -> None:
+        with RegionStoreWriter(destination, **self.options) as writer:
+            skip = _Skip(writer.resumed, self.rename, part, parts)
+            records = read_records(self.source, self.format, skip=skip, **self.format_options)
+            for record in logging.tqdm(records, desc=f"Converting {self.format}", unit="image", position=part):
+                if self.rename is not None:
+                    record.image_id = self.rename(record.image_id)
+                writer.write(record)
+
+
+@dataclass
+class _Skip(Container[str]):
+    """The ids of a source that a worker passes over: what its store holds already, and the share of others."""
+
+    stored: Container[str]
+    rename: Rename | None
+    part: int
+    parts: int
+
+    def __contains__(self, image_id: object) -> bool:
+        image_id = str(image_id)
+        if self.parts > 1 and zlib.crc32(image_id.encode()) % self.parts != self.part:
+            return True
+        return (image_id if self.rename is None else self.rename(image_id)) in self.stored
+
+
+def export(store: RegionStore, path: str | PathLike, format: str) -> None:
+    """
+    Writes a store in a format that other tools read.
+
+    Args:
+        store (`RegionStore`): What to write.
+        path (`str` or `os.PathLike`): A new file or folder, as the format has it.
+        format (`str`): `parquet`, which `datasets` reads by itself, or a key of `formats.FORMATS` that can be written.
+
+    Raises:
+        ValueError: The format cannot be written, or a record lacks what it needs.
+    """
+    writers = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
+    if format == "parquet":
+        from .parquet import export_parquet
+
+        export_parquet(store, path)
+    elif format in writers:
+        writers[format](logging.tqdm(store.values(), desc=f"Writing {format}", unit="image", total=len(store)), path)
+    else:
+        raise ValueError(f"{format!r} cannot be written, only {['parquet', *writers]}.")

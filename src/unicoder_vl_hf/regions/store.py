@@ -89,8 +89,9 @@ class RegionStore(Mapping[str, RegionRecord]):
     @property
     def provenance(self) -> dict[str, Any]:
         """
-        Where the regions come from, ready for JSON: `detector`, `detector_revision`, `detector_declared`, `box_type`, `thresholds`,
-        `class_names`, `num_classes`, `source_format` (None where unknown), `feature_dim`, `dtype`, `package_version`.
+        Where the regions come from, ready for JSON: `detector`, `detector_revision`, `detector_declared`, `box_type`,
+        `thresholds`, `class_names`, `num_classes`, `source_format` (None where unknown), `feature_dim`, `dtype`,
+        `package_version`.
         """
         return json.loads(json.dumps(self.manifest["provenance"]))
 
@@ -240,7 +241,7 @@ class RegionStoreWriter:
         resume (`bool`, defaults to `False`): Go on with an unfinished store, or add to a finished one, of equal
             provenance; an empty folder will do, too. Without it, a folder that holds a store is refused.
         detector, detector_revision (`str`, *optional*): What found the regions, such as a name and a commit on the Hub.
-        detector_declared (`bool`, defaults to `False`): A user says so, no file does.
+        detector_declared (`bool`, *optional*): True where a user says so, and no file does.
         box_type (`str`, *optional*): What the boxes are, such as `"proposal"`, `"regressed"` or `"ground truth"`.
         thresholds (`dict`, *optional*): What the detector kept, such as `{"score": 0.2, "max_regions": 100}`.
         class_names (sequence of `str`, *optional*): Name of each object id, without background.
@@ -260,7 +261,7 @@ class RegionStoreWriter:
         resume: bool = False,
         detector: str | None = None,
         detector_revision: str | None = None,
-        detector_declared: bool = False,
+        detector_declared: bool | None = None,
         box_type: str | None = None,
         thresholds: Mapping[str, Any] | None = None,
         class_names: Iterable[str] | None = None,
@@ -402,14 +403,15 @@ class RegionStoreWriter:
                 f"Image {name!r}: object_ids hold {record.object_ids.max()}, expected ids below the store's "
                 f"{num_classes} classes, 0-based and without background."
             )
-        dtype = self._provenance["dtype"]
-        largest = float(max(record.features.max(), -record.features.min()))
-        if largest > LARGEST[dtype]:
-            raise ValueError(
-                f"Image {name!r}: features hold a magnitude of {largest}, but {dtype} ends at {LARGEST[dtype]}: write "
-                "the store with dtype='float32'."
-            )
-        return to_bfloat16(record.features) if dtype == "bfloat16" else record.features.astype(dtype, copy=False)
+        features, dtype = record.features, self._provenance["dtype"]
+        if features.dtype != np.float16 and dtype != "float32":  # what float16 holds, all dtypes hold
+            largest = float(max(features.max(), -features.min()))
+            if largest > LARGEST[dtype]:
+                raise ValueError(
+                    f"Image {name!r}: features hold a magnitude of {largest}, but {dtype} ends at {LARGEST[dtype]}: "
+                    "write the store with dtype='float32'."
+                )
+        return to_bfloat16(features) if dtype == "bfloat16" else features.astype(dtype, copy=False)
 
     def _note_widths(self, features: np.ndarray, class_probabilities: np.ndarray | None) -> None:
         self._widths["features"] = features.shape[1]

@@ -1,0 +1,257 @@
+"""`unicoder-vl`: what one does with region features and photos, from the shell. Thin over the rooms of the package."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns 0, or 1 after an error that the user can mend, which is said in one line."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error  # str() of a KeyError is quoted
+        print(f"unicoder-vl {args.command}: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"unicoder-vl {args.command}: stopped.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unicoder-vl", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(run, help: str, *positional: tuple[str, str]) -> argparse.ArgumentParser:
+        name = run.__name__.strip("_").replace("_", "-")
+        added = commands.add_parser(name, help=help, description=f"{help}.", allow_abbrev=False)
+        added.set_defaults(run=run)
+        for argument, text in positional:
+            added.add_argument(argument, help=text)
+        return added
+
+    extract = command(
+        _extract,
+        "Photos → a store, by a detector; run again, it goes on",
+        ("photos", "folder, .tar, .parquet, or folder of a dataset"),
+        ("store", "its folder"),
+    )
+    extract.add_argument(
+        "--detector", required=True, metavar="FAMILY:NAME", help="visual-genome:, torchvision:, transformers: or grid:"
+    )
+    extract.add_argument(
+        "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of the detector, as max_regions=36"
+    )
+    extract.add_argument("--ids", choices=("stem", "path"), default="stem", help="what an image id is (default: stem)")
+    extract.add_argument("--image-column", default="image", help="of a dataset")
+    extract.add_argument("--id-column", default="image_id", help="of a dataset")
+    extract.add_argument("--split", help="of a dataset")
+    extract.add_argument("--boxes", help="pool features in these boxes: a .npz, or a .jsonl of image_id and boxes")
+    extract.add_argument("--batch-size", type=int, default=8, help="photos a call (default: 8)")
+    extract.add_argument("--num-workers", type=int, default=2, help="reading processes (default: 2)")
+    extract.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    extract.add_argument("--precision", default="auto", help="auto (what the device is fast in), no, bf16 or fp16")
+    extract.add_argument("--dtype", default="float16", help="of the stored features (default: float16)")
+
+    convert = command(
+        _convert, "Feature files of another tool → a store", ("source", "file or folder"), ("store", "its new folder")
+    )
+    _add_format(convert)
+    convert.add_argument(
+        "--ids", help="other names for the images: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN"
+    )
+    convert.add_argument("--dtype", default="float16", help="of the features: float16 (default), bfloat16 or float32")
+    convert.add_argument("--workers", type=int, default=1, help="processes")
+    convert.add_argument("--resume", action="store_true", help="go on with a conversion that was stopped")
+    convert.add_argument("--source-detector", metavar="NAME@REVISION", help="what found the regions, as you declare it")
+    convert.add_argument("--num-classes", type=int, help="object classes of the detector, without background")
+
+    export = command(
+        _export, "A store → files that other tools read", ("store", "its folder"), ("path", "what to write")
+    )
+    export.add_argument(
+        "--format", required=True, help="parquet, or a format that can be written (see --help of convert)"
+    )
+
+    inspect = command(_inspect, "What a store or a feature file holds", ("source", "store, file or folder"))
+    _add_format(inspect)
+    inspect.add_argument("--max-images", type=int, help="look at so many (default: all of a store, 1,000 of a file)")
+    inspect.add_argument("--image-id", help="show the record of this image")
+    inspect.add_argument("--photo", help="its photo: draws the boxes on it")
+    inspect.add_argument("--output", default="regions.png", help="where the drawing goes (default: regions.png)")
+
+    command(_validate, "Look for damage in a store, and name the images", ("store", "its folder"))
+
+    compare = command(
+        _compare, "Do the features of two stores agree?", ("a", "a store"), ("b", "another of the same images")
+    )
+    compare.add_argument("--min-iou", type=float, default=0.5, help="boxes that overlap less do not match")
+    compare.add_argument("--max-images", type=int, help="compare the first so many")
+
+    label = command(
+        _label,
+        "Object classes for a store that has none, by the classifier of the detector that its features are of",
+        ("store", "its folder"),
+        ("output", "folder of the labelled store"),
+    )
+    label.add_argument("--detector", required=True, help="visual-genome:NAME, the same that found the regions")
+    label.add_argument(
+        "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of the detector, as revision=main"
+    )
+    label.add_argument("--resume", action="store_true", help="go on after an interruption")
+
+    merge = command(_merge, "Several stores → one", ("output", "folder of the new store"))
+    merge.add_argument("stores", nargs="+", help="of different images and one provenance")
+    return parser
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    from .regions.formats import FORMATS
+
+    parser.add_argument("--format", help=f"found from the content by default; one of {', '.join(FORMATS)}")
+    parser.add_argument("--class-names", help="file with a class a line, for formats that name classes by words")
+    parser.add_argument("--background", action="store_true", help="object ids count a background class as 0")
+    parser.add_argument("--index", help="file that names the images, for formats that number them")
+
+
+def _format_options(args: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if args.class_names is not None:
+        options["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+    if args.background:
+        options["background"] = True
+    if args.index is not None:
+        options["index"] = args.index
+    return options
+
+
+def _extract(args: argparse.Namespace) -> None:
+    from .regions.extraction import extract
+
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "option", "store")}
+    print(extract(output=args.store, **options, **dict(_option(text) for text in args.option)))
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`; the value as JSON where it is some, else as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option is {text!r}, expected NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .data.image_ids import id_mapping
+    from .regions.conversion import convert
+
+    options: dict[str, Any] = {"dtype": args.dtype, "resume": args.resume, "num_classes": args.num_classes}
+    if args.source_detector is not None:
+        name, at, revision = args.source_detector.rpartition("@")
+        if not (name and at and revision):
+            raise ValueError(f"--source-detector is {args.source_detector!r}, expected NAME@REVISION.")
+        options |= {"detector": name, "detector_revision": revision, "detector_declared": True}
+    store = convert(
+        args.source,
+        args.store,
+        format=args.format,
+        rename=None if args.ids is None else id_mapping(args.ids),
+        workers=args.workers,
+        format_options=_format_options(args),
+        **options,
+    )
+    print(store)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .regions.conversion import export
+    from .regions.store import RegionStore
+
+    export(RegionStore(args.store), args.path, args.format)
+    print(f"{args.path} written.")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .regions.formats import read_records
+    from .regions.inspection import inspect_records
+    from .regions.store import MANIFEST, RegionStore
+
+    if (Path(args.source) / MANIFEST).exists():
+        store = RegionStore(args.source)
+        found = inspect_records(store.values(), args.max_images, total=args.max_images or len(store))
+        known = {name: value for name, value in store.provenance.items() if value not in (None, [], {})}
+        print(
+            f"{store}\n{found}\n\nprovenance\n"
+            + "\n".join(f"  {name:20} {value}"[:160] for name, value in known.items())
+        )
+        record = None if args.image_id is None else store[args.image_id]
+    else:
+        options = _format_options(args)
+        records = read_records(args.source, args.format, **options)
+        found = inspect_records(records, args.max_images or 1000)
+        print(found)
+        record = None
+        if args.image_id is not None:
+            every = read_records(args.source, args.format, **options)
+            record = next((each for each in every if each.image_id == args.image_id), None)
+            if record is None:
+                raise ValueError(f"{args.source} has no image {args.image_id!r}.")
+    record = record or found.example
+    if args.image_id is not None:
+        print(record)
+    if args.photo is not None and record is not None:
+        from PIL import Image
+
+        from .pictures import draw_regions
+
+        draw_regions(Image.open(args.photo), record).save(args.output)
+        print(f"Boxes of {record.image_id!r} drawn on {args.photo}: {args.output}")
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from .regions.validation import validate
+
+    problems = 0
+    for problem in validate(args.store):
+        problems += 1
+        print(problem)
+    print(f"{problems} problems." if problems else "No problem found.")
+    return int(problems > 0)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .regions.comparison import compare_stores
+    from .regions.store import RegionStore
+
+    print(compare_stores(RegionStore(args.a), RegionStore(args.b), min_iou=args.min_iou, max_images=args.max_images))
+
+
+def _label(args: argparse.Namespace) -> None:
+    from .regions.detectors import load_detector
+    from .regions.labelling import Classifier, label
+    from .regions.store import RegionStore
+
+    store, detector = RegionStore(args.store), load_detector(args.detector, **dict(map(_option, args.option)))
+    if not isinstance(detector, Classifier):
+        raise ValueError(f"{args.detector} cannot classify stored features, only visual-genome detectors can.")
+    print(label(store, args.output, detector, resume=args.resume))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .regions.editing import merge_stores
+
+    print(merge_stores(args.stores, args.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

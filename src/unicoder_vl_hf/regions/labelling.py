@@ -1,0 +1,79 @@
+"""
+Object classes for features that came without, by the classifier of the detector that made them.
+
+Bottom-up TSV, HDF5 and SCAN files hold no classes, and masked object classification needs them. A classifier tells them
+from the stored features, provided that it is the one of the same weights: with any other its answers look plausible and
+mean nothing. So the store's provenance must name that detector.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from os import PathLike
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..feature_extraction_unicoder_vl import RegionRecord
+from .conversion import write_store
+from .store import RegionStore
+
+Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A detector that can classify stored features, such as `detectors.visual_genome`'s."""
+
+    provenance: dict[str, Any]
+
+    def classify(self, features: np.ndarray) -> Classes:
+        """Of features `(n, D)`: object ids and scores, attribute ids and scores or None, `(n,)` each."""
+        ...
+
+
+def label(
+    store: RegionStore, destination: str | PathLike, classifier: Classifier, *, resume: bool = False, **options: Any
+) -> RegionStore:
+    """
+    Writes a store with the object classes (and attributes) that the classifier gives the features of another.
+
+    Args:
+        store (`RegionStore`): Its provenance names the detector and revision of the classifier.
+        destination (`str` or `os.PathLike`): Folder of the new store.
+        classifier (`Classifier`): See `detectors.load_detector`.
+        resume (`bool`, defaults to `False`): Go on after an interruption.
+        options: Further arguments of `RegionStoreWriter`, such as `dtype`.
+
+    Raises:
+        ValueError: The store does not name its detector, names another, or has object classes already.
+    """
+    provenance, expected = store.provenance, classifier.provenance
+    name, revision = provenance.get("detector"), provenance.get("detector_revision")
+    if name is None or revision is None:
+        raise ValueError(
+            f"{store.path} does not tell what found its regions, and a classifier of other weights would label them "
+            "with nonsense. If you know, convert the source again with --source-detector NAME@REVISION."
+        )
+    if (name, revision) != (expected["detector"], expected["detector_revision"]):
+        raise ValueError(
+            f"{store.path} holds the features of {name}@{revision}, but this classifier is of {expected['detector']}@"
+            f"{expected['detector_revision']}: load that one."
+        )
+    first = next(iter(store.values()))
+    if first.object_ids is not None:
+        raise ValueError(f"{store.path} has object classes already, as image {first.image_id!r} shows.")
+    kept = {key: value for key, value in provenance.items() if key not in ("feature_dim", "package_version", "dtype")}
+    kept |= {key: expected.get(key) for key in ("class_names", "num_classes")} | {"dtype": provenance["dtype"]}
+
+    def labelled() -> Iterator[RegionRecord]:
+        for record in store.values():
+            ids, scores, attributes, attribute_scores = classifier.classify(record.features)
+            yield dataclasses.replace(
+                record,
+                object_ids=ids,
+                object_scores=scores,
+                attribute_ids=attributes,
+                attribute_scores=attribute_scores,
+            )
+
+    return write_store(labelled(), destination, total=len(store), resume=resume, **kept | options)

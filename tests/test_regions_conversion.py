@@ -1,0 +1,211 @@
+"""Foreign files → stores: by one process or two, resumed, renamed, and joined with captions."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from foreign_arrays import IMAGES
+from foreign_arrays import WRITERS as ARRAYS
+from foreign_pickles import WRITERS as PICKLES
+
+from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
+from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.data.image_ids import id_mapping
+from unicoder_vl_hf.regions.conversion import convert, export
+from unicoder_vl_hf.regions.formats import FORMATS, detect_format, read_records
+from unicoder_vl_hf.regions.labelling import label
+
+WRITERS = ARRAYS | PICKLES
+# What makes the ids of a format those of Karpathy's file, where they are not already.
+NUMBERS = "{captions}:cocoid"
+IDS = {
+    "bottom-up-tsv": NUMBERS,
+    "vinvl-tsv": NUMBERS,
+    "hdf5": NUMBERS,
+    "frcnn-arrow": NUMBERS,
+    "scan-npy": "{captions}:row",
+    "mmf-lmdb": "stem",
+}
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    images = [
+        {
+            "filename": f"{image.name}.jpg",
+            "imgid": row,
+            "cocoid": image.number,
+            "split": "val",
+            "sentences": [{"raw": f"caption {row}", "sentid": row, "imgid": row}],
+        }
+        for row, image in enumerate(IMAGES)
+    ]
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps({"dataset": "coco", "images": images}))
+    return path
+
+
+def test_every_format_has_a_fixture():
+    assert FORMATS.keys() == WRITERS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_joins_with_karpathy(name, karpathy, tmp_path):
+    source = WRITERS[name](tmp_path)
+    assert detect_format(source) == name
+    rule = IDS.get(name)
+    rename = None if rule is None else id_mapping(rule.format(captions=karpathy))
+    store = convert(source, tmp_path / "store", rename=rename)
+    assert store.provenance["source_format"] == name
+    _, report = join(read_captions(karpathy), store)
+    assert (report.matched, report.missing, report.unused) == (len(IMAGES), 0, 0)
+    assert sorted(store) == sorted(image.name for image in IMAGES)
+    if rule is None:
+        return
+    plain = convert(source, tmp_path / "plain")
+    with pytest.raises(ValueError, match=IMAGES[0].name):
+        join(read_captions(karpathy), plain)
+
+
+def write_lines(path, numbers, damaged=None):
+    with path.open("w") as file:
+        for number in numbers:
+            features = np.full((2, 4), number, np.float32)
+            boxes = np.array([[0, 0, number, 10], [1, 2, 3, 4]], np.float32)
+            fields = [number, 100, 60, 2, base64.b64encode(boxes).decode(), base64.b64encode(features).decode()]
+            if number == damaged:
+                fields[5] = fields[5][:-8]
+            file.write("\t".join(map(str, fields)) + "\n")
+    return path
+
+
+def assert_holds(store, numbers):
+    assert len(store) == len(numbers)
+    for number in numbers:
+        record = store[str(number)]
+        assert (record.features == number).all() and record.boxes[0, 2] == number
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_the_images(workers, tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 30))
+    store = convert(source, tmp_path / "store", workers=workers, detector="vg", detector_revision="1")
+    assert_holds(store, range(1, 30))
+    assert (store.provenance["detector"], store.provenance["source_format"]) == ("vg", "bottom-up-tsv")
+    assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resuming_after_an_error_reads_no_image_twice(workers, tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 30), damaged=20)
+    with pytest.raises(ValueError, match=r"features\.tsv, line 20: Image '20': features"):
+        convert(source, tmp_path / "store", workers=workers, shard_size=100)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        RegionStore(tmp_path / "store")
+    write_lines(source, range(1, 30))
+    with pytest.raises(ValueError, match="resume"):
+        convert(source, tmp_path / "store", workers=workers, shard_size=100)
+    assert_holds(convert(source, tmp_path / "store", workers=workers, shard_size=100, resume=True), range(1, 30))
+
+
+def test_ids_that_become_one_are_an_error(karpathy, tmp_path):
+    source = write_lines(tmp_path / "features.tsv", [1, 2])
+    (tmp_path / "ids.csv").write_text("source_id,image_id\n1,dog\n2,dog\n")
+    with pytest.raises(ValueError, match="dog"):
+        convert(source, tmp_path / "store", rename=id_mapping(str(tmp_path / "ids.csv")))
+
+
+def test_an_option_that_a_format_does_not_have(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", [1])
+    with pytest.raises(ValueError, match=r"this format has no option \['background'\]"):
+        convert(source, tmp_path / "store", format_options={"background": True})
+    with pytest.raises(ValueError, match="workers is 0"):
+        convert(source, tmp_path / "store", workers=0)
+
+
+def write_store(path, **options):
+    with RegionStoreWriter(path, dtype="float16", **options) as writer:
+        for number in range(1, 4):
+            rng = np.random.default_rng(number)
+            writer.write(
+                RegionRecord(
+                    f"image_{number}",
+                    image_width=100,
+                    image_height=60,
+                    boxes=np.array([[0, 0, 50, 10 * number], [20, 30, 90, 55]]),
+                    features=rng.standard_normal((2, 8)).astype(np.float16),
+                    object_ids=[number, 4],
+                    object_scores=[0.75, 0.5],
+                    attribute_ids=[2, 3],
+                    attribute_scores=[0.25, 0.125],
+                    class_probabilities=np.eye(6, dtype=np.float16)[[number, 4]] * [[0.75], [0.5]],
+                )
+            )
+    return RegionStore(path)
+
+
+@pytest.mark.parametrize("name", [name for name, module in FORMATS.items() if "write" in vars(module)])
+def test_what_we_write_reads_back(name, tmp_path):
+    store = write_store(tmp_path / "store", num_classes=6)
+    written = tmp_path / {"lxmert-tsv": "out.tsv", "uniter-lmdb": "feat_th0.2_max100_min10"}.get(name, "out")
+    export(store, written, name)
+    back = {record.image_id: record for record in read_records(written, name)}
+    assert back.keys() == set(store)
+    for image_id, record in store.items():
+        np.testing.assert_array_equal(back[image_id].features, record.features)
+        np.testing.assert_allclose(back[image_id].locations(), record.locations(), atol=1e-3)
+        np.testing.assert_array_equal(back[image_id].object_ids, record.object_ids)
+    with pytest.raises((ValueError, FileExistsError), match=str(tmp_path)):
+        export(store, written, name)
+
+
+def test_export_names_what_can_be_written(tmp_path):
+    store = write_store(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"'scan-npy' cannot be written, only \['parquet', .*'lxmert-tsv'"):
+        export(store, tmp_path / "out", "scan-npy")
+
+
+class Classifier:
+    """Class = where the feature is largest."""
+
+    provenance = {"detector": "vg", "detector_revision": "abc", "num_classes": 8, "class_names": None}
+
+    def classify(self, features):
+        features = np.asarray(features, np.float32)
+        return features.argmax(1), np.full(len(features), 0.5, np.float32), None, None
+
+
+def test_labels_for_a_store_that_has_none(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 5))
+    declared = {"detector": "vg", "detector_revision": "abc", "detector_declared": True}
+    store = convert(source, tmp_path / "store", **declared)
+    labelled = label(store, tmp_path / "labelled", Classifier())
+    assert list(labelled) == list(store)
+    for image_id, record in labelled.items():
+        assert record.object_ids.tolist() == [0, 0] and record.object_scores.tolist() == [0.5, 0.5]
+        np.testing.assert_array_equal(record.features, store[image_id].features)
+        np.testing.assert_array_equal(record.boxes, store[image_id].boxes)
+    told = labelled.provenance
+    assert (told["detector"], told["detector_declared"], told["num_classes"]) == ("vg", True, 8)
+    with pytest.raises(ValueError, match="has object classes already"):
+        label(labelled, tmp_path / "again", Classifier())
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        ({}, "does not tell what found its regions.*--source-detector NAME@REVISION"),
+        ({"detector": "vg"}, "does not tell what found its regions"),
+        (
+            {"detector": "vg", "detector_revision": "abd"},
+            "holds the features of vg@abd, but this classifier is of vg@abc",
+        ),
+        ({"detector": "detr", "detector_revision": "abc"}, "holds the features of detr@abc"),
+    ],
+)
+def test_labels_of_other_weights_are_refused(declared, says, tmp_path):
+    store = convert(write_lines(tmp_path / "features.tsv", range(1, 5)), tmp_path / "store", **declared)
+    with pytest.raises(ValueError, match=says):
+        label(store, tmp_path / "labelled", Classifier())
+    assert not (tmp_path / "labelled").exists()
