@@ -32,8 +32,10 @@ class RetrievalTrainer(TaskTrainer):
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser((RetrievalArguments, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
+    recipe = preset(argv)
     parser.set_defaults(
-        **training_defaults(preset(argv)),
+        **training_defaults(recipe),
+        loss=recipe.get("loss", RetrievalArguments.loss),
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,

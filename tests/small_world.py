@@ -36,6 +36,17 @@ def save_bert(folder: Path, *, dropout: float, vocab_size: int | None = None) ->
     return folder
 
 
+def save_lively_bert(folder: Path) -> Path:
+    """One with larger weights: from those of `save_bert` small models learn nothing for hundreds of steps."""
+    save_bert(folder, dropout=0.0)
+    model = BertForMaskedLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
 def arguments(world: Path, bert: Path, output_dir: Path, **options) -> list[str]:
     """The command line of either script: `options` by name, True for a bare flag."""
     values = {"captions": world / "captions.jsonl", "regions": world / "regions", "model_name_or_path": bert}

@@ -1,11 +1,6 @@
 """Hard negatives: the rule by hand, no false negative, the columns, and a job that is stopped or shared out."""
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -269,29 +264,3 @@ def test_a_folder_is_never_overwritten(job, mined):
         mine(*inputs, str(folder / "mined"), **options)
     with pytest.raises(ValueError, match="has no split 'dev'; its splits are"):
         mine(*inputs, str(folder / "other"), split="dev", **options)
-
-
-def test_two_processes_equal_one(job, mined):
-    folder, inputs, options = job
-    (folder / "job.json").write_text(json.dumps([[*inputs, str(folder / "shared")], options]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    (folder / "run.py").write_text(
-        "import json, sys\n"
-        "from accelerate import PartialState\n"
-        "from unicoder_vl_hf.retrieval.mining import mine\n"
-        "arguments, options = json.load(open(sys.argv[1]))\n"
-        "mine(*arguments, **options)\n"
-        "print('world', PartialState().num_processes)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, folder / "run.py", folder / "job.json"], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("world 2") == 2
-    shared = datasets.load_from_disk(str(folder / "shared"))
-    assert shared["negative_captions"][:] == mined["negative_captions"][:]
-    assert shared["negative_image_ids"][:] == mined["negative_image_ids"][:]

@@ -1,4 +1,4 @@
-"""Runs the pre-training scripts one after another, for torchrun: `two_processes.py runs.json`.
+"""Runs the training scripts one after another, for torchrun: `two_processes.py runs.json`.
 
 `runs.json` lists {"script": …, "arguments": […], "examples": file, "plain_descent": bool}. Each process writes to
 `<examples>-<rank>` the epoch and the row of each example that it trains on, to `<examples>-<rank>.pid` its id, and
@@ -12,32 +12,34 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining
+from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, DataCollatorForUnicoderVLRetrieval
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
 @contextlib.contextmanager
 def examples_recorded(path: str | Path):
-    """Writes the epoch and the row of what is collated with mismatches and masks: what is trained on."""
-    collate = DataCollatorForUnicoderVLPreTraining.__call__
+    """Writes the epoch and the row of what is trained on: groups, or pairs with mismatches and masks."""
     recorded = Path(f"{path}-{os.environ.get('RANK', 0)}")
 
-    def recording(self, rows):
-        if "mismatch_image_id" in rows[0] and self.mlm_probability > 0:
-            with recorded.open("a") as file:
-                file.write("".join(f"{row['epoch']} {row['row_index']}\n" for row in rows))
-        return collate(self, rows)
+    def recording(collate):
+        def call(self, rows):
+            if "negative_captions" in rows[0] or ("mismatch_image_id" in rows[0] and self.mlm_probability > 0):
+                with recorded.open("a") as file:
+                    file.write("".join(f"{row['epoch']} {row['row_index']}\n" for row in rows))
+            return collate(self, rows)
+
+        return call
 
     Path(f"{recorded}.pid").write_text(str(os.getpid()))
-    DataCollatorForUnicoderVLPreTraining.__call__ = recording
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for collator in (DataCollatorForUnicoderVLPreTraining, DataCollatorForUnicoderVLRetrieval):
+            patch.setattr(collator, "__call__", recording(collator.__call__))
         yield
-    finally:
-        DataCollatorForUnicoderVLPreTraining.__call__ = collate
 
 
 @contextlib.contextmanager

@@ -1,0 +1,419 @@
+"""What fine-tuning for retrieval is made of: groups without false negatives, their batches, and a plain loop."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import small_world
+import tiny
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from unicoder_vl_hf import (
+    DataCollatorForUnicoderVLRetrieval,
+    RegionStore,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForPreTraining,
+    UnicoderVLProcessor,
+    preparation,
+)
+from unicoder_vl_hf.data import negatives
+from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.data.negatives import PairsWithNegatives, read_duplicate_groups
+from unicoder_vl_hf.modeling_unicoder_vl import binary_matching_loss, group_softmax_loss
+from unicoder_vl_hf.retrieval.finetuning import (
+    PAPER,
+    SCENES,
+    RetrievalArguments,
+    captions_of_images,
+    evaluate_retrieval,
+    prepare_retrieval,
+    preset,
+)
+from unicoder_vl_hf.retrieval.metrics import chance_recalls
+
+FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k/dataset_flickr8k.json"
+
+
+def fold(text):
+    return " ".join(text.lower().split())
+
+
+def pairs(num_images=40, captions_per_image=5, **columns):
+    ids = [f"image{i}" for i in range(num_images) for _ in range(captions_per_image)]
+    rows = {"image_id": ids, "caption": [f"caption {k}" for k in range(len(ids))], **columns}
+    return datasets.Dataset.from_dict(rows)
+
+
+def matching(rows, duplicates=()):
+    """{folded text: images that it belongs to, with their duplicates}, by brute force."""
+    same = defaultdict(set)
+    for image_id in rows["image_id"]:
+        same[image_id].add(image_id)
+    for group in duplicates:
+        for a in group:
+            same[a] |= set(group)
+    found = defaultdict(set)
+    for image_id, caption in zip(rows["image_id"], rows["caption"], strict=True):
+        found[fold(caption)] |= same[image_id]
+    return found
+
+
+def assert_no_false_negative(made, rows, duplicates=(), epochs=1):
+    images_of = matching(rows, duplicates)
+    for epoch in range(epochs):
+        made.set_epoch(epoch)
+        for row, item in enumerate(made.__getitems__(range(len(made)))):
+            assert (item["image_id"], item["caption"]) == (rows["image_id"][row], rows["caption"][row])
+            for caption in item["negative_captions"]:
+                assert item["image_id"] not in images_of[fold(caption)]
+            assert not images_of[fold(item["caption"])] & set(item["negative_image_ids"])
+
+
+# Groups
+
+
+CROWDED = datasets.Dataset.from_dict(
+    {
+        # "A dog" belongs to 1, 2 and 3 in three spellings; 4 and 5 show the same, as do 5 and 6.
+        "image_id": ["1", "1", "2", "2", "3", "4", "5", "6", "7"],
+        "caption": ["A dog", "one", "a  DOG ", "two", "A dog", "four", "five", "six", "seven"],
+    }
+)
+DUPLICATES = [["4", "5"], ["5", "6"], [], ["8", "9"]]
+
+
+def test_never_a_false_negative_at_random():
+    made = PairsWithNegatives(CROWDED, seed=1, duplicates=DUPLICATES)
+    assert_no_false_negative(made, CROWDED, [["4", "5", "6"]], epochs=50)
+    alone = PairsWithNegatives(CROWDED, seed=1)
+    drawn = {
+        image_id for epoch in range(50) for image_id in (alone.set_epoch(epoch), alone[5])[1]["negative_image_ids"]
+    }
+    assert drawn == {"1", "2", "3", "5", "6", "7"}  # 4's photo, without the groups
+
+
+def test_never_a_false_negative_among_mined_ones(monkeypatch):
+    said = []
+    monkeypatch.setattr(negatives.logger, "warning", said.append)
+    bad = {
+        "negative_captions": [["one", "TWO", "two", "Unknown"]] + [["five", "six", "seven"]] * 8,
+        "negative_image_ids": [["2", "3", "7", "99"]] + [["4", "5", "6", "1"]] * 8,
+    }
+    rows = CROWDED
+    for name, values in bad.items():
+        rows = rows.add_column(name, values)
+    made = PairsWithNegatives(rows, seed=0, duplicates=DUPLICATES)
+    assert_no_false_negative(made, CROWDED, [["4", "5", "6"]], epochs=20)
+    assert "negative_captions are left out" in said[0] and "negative_image_ids are left out" in said[1]
+    for epoch in range(10):
+        made.set_epoch(epoch)
+        # Of row 0 "one" is its own, "two" comes twice and "Unknown" is of no pair; 2 and 3 are "A dog" too.
+        assert "two" in map(fold, made[0]["negative_captions"]) and "7" in made[0]["negative_image_ids"]
+
+
+def test_mined_negatives_come_first_and_vary_where_there_are_more():
+    hard = [[f"caption {(k + 5 * j) % 200}" for j in (1, 2, 3, 4)] for k in range(200)]
+    images = [[f"image{(k // 5 + 7) % 40}"] for k in range(200)]
+    made = PairsWithNegatives(pairs(negative_captions=hard, negative_image_ids=images), seed=0)
+    seen = Counter()
+    for epoch in range(40):
+        made.set_epoch(epoch)
+        item = made[13]
+        assert set(item["negative_captions"]) < set(hard[13]) and len(set(item["negative_captions"])) == 3
+        assert item["negative_image_ids"][0] == images[13][0] and len(set(item["negative_image_ids"])) == 3
+        seen.update(item["negative_captions"])
+    assert min(seen[caption] for caption in hard[13]) > 20  # 30 of 40 on average
+    assert made.pairs.column_names == ["image_id", "caption"]
+
+
+def test_negatives_come_from_the_whole_split():
+    """The mistake to be kept out: a counter reset per image, so that every negative comes from the first image."""
+    made = PairsWithNegatives(pairs(), seed=1)
+    drawn = np.array([made.negatives(row, epoch) for epoch in range(40) for row in range(200)])
+    assert drawn.shape == (40 * 200, 2, 3)
+    for direction in range(2):
+        counts = np.bincount(drawn[:, direction].flatten(), minlength=200)
+        expected = counts.sum() / 200
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        assert chi_square < 199 + 5 * np.sqrt(2 * 199)
+        assert len(set(drawn[:200, direction].flatten() // 5)) == 40
+    rows = drawn.reshape(40, 200, 2, 3)
+    assert all(len(set(rows[:, row, direction].flatten())) > 60 for row in range(200) for direction in range(2))
+
+
+def test_distinct_where_the_split_has_enough_and_repeated_where_not():
+    for item in PairsWithNegatives(pairs(4, 2), seed=0):
+        assert len(set(item["negative_image_ids"])) == len(set(item["negative_captions"])) == 3
+    for item in PairsWithNegatives(pairs(3, 1), seed=0, num_captions=5, num_images=3):
+        assert len(item["negative_captions"]) == 5 and len(item["negative_image_ids"]) == 3
+        assert len(set(item["negative_captions"])) == len(set(item["negative_image_ids"])) == 2
+    (item, *_) = PairsWithNegatives(pairs(2, 1), seed=0, num_captions=0, num_images=0)
+    assert item["negative_captions"] == item["negative_image_ids"] == []
+
+
+def test_pure_function_of_seed_epoch_and_row():
+    made, again, other = (PairsWithNegatives(pairs(), seed=seed) for seed in (7, 7, 8))
+    forward = made.__getitems__(range(200))
+    assert [again[row] for row in reversed(range(200))][::-1] == forward
+    loader = DataLoader(again, batch_size=7, num_workers=1, collate_fn=list)
+    assert [item for batch in loader for item in batch] == forward
+    assert [other[row] for row in range(200)] != forward
+    made.set_epoch(1)
+    assert sum(a["negative_captions"] != b["negative_captions"] for a, b in zip(forward, made, strict=True)) > 190
+
+
+def test_refuses_pairs_without_negatives():
+    owner = datasets.Dataset.from_dict({"image_id": ["A", "A", "B", "C"], "caption": ["t", "u", "t", "u"]})
+    with pytest.raises(ValueError, match="No negative caption exists for 2 of 4 pairs, such as row 0, image 'A'"):
+        PairsWithNegatives(owner, seed=0)
+    PairsWithNegatives(owner, seed=0, num_captions=0)
+    with pytest.raises(ValueError, match="No negative"):
+        PairsWithNegatives(pairs(2, 2), seed=0, duplicates=[["image0", "image1"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("d.csv", "1,2\n\n3,4,5\n"), ("d.jsonl", '["1", "2"]\n\n["3", "4", "5"]\n')]
+)
+def test_files_of_duplicates(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert [group for group in read_duplicate_groups(tmp_path / name) if group] == [["1", "2"], ["3", "4", "5"]]
+    (tmp_path / "bad.jsonl").write_text('["1"]\n{"1": 2}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 2: expected the image ids of one group"):
+        read_duplicate_groups(tmp_path / "bad.jsonl")
+    (tmp_path / "numbers.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(ValueError, match="line 1"):
+        read_duplicate_groups(tmp_path / "numbers.jsonl")
+
+
+@pytest.mark.skipif(not FLICKR8K.exists(), reason=f"{FLICKR8K} is absent")
+def test_flickr8k():
+    rows = read_captions(FLICKR8K, split="train").select(range(20000))
+    ids = list(dict.fromkeys(rows["image_id"]))
+    rows = datasets.Dataset.from_dict({name: rows[name][:] for name in ("image_id", "caption")})
+    duplicates = [ids[i : i + 40] for i in range(0, 4000, 40)]
+    made = PairsWithNegatives(rows, seed=0, duplicates=duplicates)
+    images_of = matching(rows, duplicates)
+    for item in made.__getitems__(range(0, 20000, 7)):
+        assert not images_of[fold(item["caption"])] & set(item["negative_image_ids"])
+        assert all(item["image_id"] not in images_of[fold(caption)] for caption in item["negative_captions"])
+
+
+# Batches
+
+
+STORE = {name: tiny.record(name, count) for name, count in zip("abcde", (3, 1, 2, 4, 2), strict=True)}
+
+
+def row(image_id, caption, captions=(), images=(), code=0, codes=(0,)):
+    return {
+        "image_id": image_id, "caption": caption, "negative_captions": list(captions), "row_index": 0, "epoch": 0,
+        "negative_image_ids": list(images), "image_code": code, "codes_of_caption": list(codes),
+    }  # fmt: skip
+
+
+ROWS = [
+    row("a", "a dog runs .", ["a cat sleeps .", "on the grass ."], ["b", "c"], 0, [0]),
+    row("b", "a cat sleeps .", ["a dog runs ."], ["d"], 1, [1]),
+    row("a", "the dog runs", ["on the grass ."], [], 0, [0]),
+]
+
+
+def triples(batch, processor):
+    """(group, caption, image features, label) of each pair."""
+    texts = processor.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    columns = (batch[name].tolist() for name in ("group_ids", "caption_index", "image_index", "labels"))
+    names = {tuple(STORE[name].features[0].tolist()): name for name in STORE}
+    images = [names[tuple(features[0].tolist())] for features in batch["region_features"]]
+    return [(g, texts[c], images[i], y) for g, c, i, y in zip(*columns, strict=True)]
+
+
+def test_groups_share_what_is_embedded():
+    processor = tiny.processor()
+    batch = DataCollatorForUnicoderVLRetrieval(processor, STORE)(ROWS)
+    assert triples(batch, processor) == [
+        (0, "a dog runs.", "a", 1), (0, "a cat sleeps.", "a", 0), (0, "on the grass.", "a", 0),
+        (0, "a dog runs.", "b", 0), (0, "a dog runs.", "c", 0),
+        (1, "a cat sleeps.", "b", 1), (1, "a dog runs.", "b", 0), (1, "a cat sleeps.", "d", 0),
+        (2, "the dog runs", "a", 1), (2, "on the grass.", "a", 0),
+    ]  # fmt: skip
+    assert len(batch["input_ids"]) == 4 and batch["region_features"].shape == (4, 4, tiny.FEATURE_DIM)
+    assert set(batch) == {
+        "input_ids", "token_type_ids", "attention_mask", "region_features", "region_locations",
+        "region_attention_mask", "caption_index", "image_index", "group_ids", "labels",
+    }  # fmt: skip
+    outputs = tiny.model(UnicoderVLForImageTextRetrieval)(**batch)
+    assert outputs.scores.shape == (10,) and outputs.loss.item() > 0
+
+
+def test_a_batch_equals_its_pairs_one_by_one():
+    processor, model = tiny.processor(), tiny.model(UnicoderVLForImageTextRetrieval)
+    batch = DataCollatorForUnicoderVLRetrieval(processor, STORE)(ROWS)
+    found = model(**batch).scores.tolist()
+    for score, (_, _, image, _), caption in zip(found, triples(batch, processor), batch["caption_index"], strict=True):
+        text = ["a dog runs .", "a cat sleeps .", "on the grass .", "the dog runs"][caption]
+        alone = model(**processor(text=[text], regions=[STORE[image]], return_tensors="pt"))
+        assert score == pytest.approx(alone.scores.item(), abs=1e-5)
+
+
+def test_in_batch_negatives_are_all_that_do_not_match():
+    processor = tiny.processor()
+    rows = [{**each, "negative_captions": [], "negative_image_ids": []} for each in ROWS]
+    rows.append(row("e", "a cat", code=3, codes=[3, 0]))  # a text of image a too, in another spelling
+    batch = DataCollatorForUnicoderVLRetrieval(processor, STORE, in_batch_negatives=True)(rows)
+    assert Counter(triples(batch, processor)) == Counter([
+        (0, "a dog runs.", "a", 1), (0, "a cat sleeps.", "b", 1), (0, "the dog runs", "a", 1), (0, "a cat", "e", 1),
+        (0, "a dog runs.", "b", 0), (0, "a dog runs.", "e", 0), (0, "the dog runs", "b", 0),
+        (0, "the dog runs", "e", 0), (0, "a cat sleeps.", "a", 0), (0, "a cat sleeps.", "e", 0), (0, "a cat", "b", 0),
+    ])  # fmt: skip
+    with_drawn = DataCollatorForUnicoderVLRetrieval(processor, STORE, in_batch_negatives=True)(ROWS)
+    found = triples(with_drawn, processor)
+    assert (
+        len(found) == len(set(found)) and (0, "a dog runs.", "c", 0) in found and (0, "the dog runs", "b", 0) in found
+    )
+
+
+def test_never_a_false_negative_in_batch():
+    made = PairsWithNegatives(CROWDED, seed=0, num_captions=0, num_images=0, duplicates=DUPLICATES)
+    store = {image_id: tiny.record(image_id) for image_id in set(CROWDED["image_id"])}
+    processor = tiny.processor()
+    processor.tokenizer.add_tokens("one two four five six seven".split())
+    batch = DataCollatorForUnicoderVLRetrieval(processor, store, in_batch_negatives=True)(list(made))
+    images_of = matching(CROWDED, [["4", "5", "6"]])
+    captions, images = list(dict.fromkeys(CROWDED["caption"])), list(dict.fromkeys(CROWDED["image_id"]))
+    pairs_of = {
+        label: {
+            (fold(captions[c]), images[i])
+            for c, i, y in zip(*(batch[n].tolist() for n in ("caption_index", "image_index", "labels")), strict=True)
+            if y == label
+        }
+        for label in (0, 1)
+    }
+    every = {(text, image_id) for text in images_of for image_id in images}
+    assert pairs_of[0] == {(text, image_id) for text, image_id in every if image_id not in images_of[text]}
+    assert not pairs_of[0] & pairs_of[1]
+
+
+# What a run starts from
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world.build(tmp_path_factory.mktemp("finetuning"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return small_world.save_lively_bert(tmp_path_factory.mktemp("bert"))
+
+
+def arguments(world, model, **options):
+    options = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions"), **options}
+    return RetrievalArguments(model_name_or_path=str(model), **options)
+
+
+def test_presets():
+    assert preset(["--captions", "x"]) == PAPER and PAPER["learning_rate"] == 5e-5
+    assert PAPER["train_batch_size"] == 192 and PAPER["gradient_accumulation_steps"] == 4
+    assert preset([])["loss"] == "sum" and preset(["--model_name_or_path=x"]) == SCENES
+    paper = RetrievalArguments()
+    assert (paper.num_negative_captions, paper.num_negative_images, paper.margin) == (3, 3, 0.2)
+    assert (paper.loss, paper.caption_weight, paper.image_weight) == ("hardest", 1.0, 1.0)
+
+
+def test_from_a_pretraining_checkpoint(world, bert, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(preparation.logger, "warning", said.append)
+    setup = prepare_retrieval(arguments(world, bert, scale_features=True, max_regions=2), tmp_path, seed=0)
+    scale = setup.processor.feature_extractor.feature_mean
+    assert scale is not None
+    pretrained = UnicoderVLForPreTraining(setup.model.config)
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    setup.processor.save_pretrained(tmp_path / "pretrained")
+    tuned = prepare_retrieval(arguments(world, tmp_path / "pretrained"), tmp_path, seed=0)
+    extractor = tuned.processor.feature_extractor
+    assert (extractor.feature_mean, extractor.max_regions) == (scale, 2)
+    assert extractor.region_provenance == RegionStore(world / "regions").provenance
+    rows = [tuned.train[0], tuned.train[50]]
+    batch = tuned.collator(rows)
+    del batch["labels"], batch["group_ids"]
+    pairs_of = {n: batch.pop(n) for n in ("caption_index", "image_index")}
+    expanded = {n: v[pairs_of["image_index" if "region" in n else "caption_index"]] for n, v in batch.items()}
+    expected = pretrained.eval()(**expanded).scores
+    torch.testing.assert_close(tuned.model.eval()(**batch, **pairs_of).scores, expected)
+    assert (
+        prepare_retrieval(
+            arguments(world, tmp_path / "pretrained", max_regions=5), tmp_path, 0
+        ).processor.feature_extractor.max_regions
+        == 5
+    )
+    # A retrieval checkpoint, of other regions: said.
+    processor = UnicoderVLProcessor.from_pretrained(tmp_path / "pretrained")
+    processor.feature_extractor.region_provenance = {"detector": "another"}
+    tuned.model.save_pretrained(tmp_path / "tuned")
+    processor.save_pretrained(tmp_path / "tuned")
+    warned = []
+    module = "unicoder_vl_hf.feature_extraction_unicoder_vl"
+    monkeypatch.setattr(__import__(module, fromlist=["logger"]).logger, "warning", warned.append)
+    again = prepare_retrieval(arguments(world, tmp_path / "tuned"), tmp_path, seed=0)
+    assert any("another" in text and "in training" in text for text in warned), warned
+    for name, value in again.model.state_dict().items():
+        torch.testing.assert_close(value, tuned.model.state_dict()[name])
+
+
+def test_options_reach_the_loss_and_the_data(world, bert, tmp_path):
+    (tmp_path / "same.csv").write_text("train-00000,train-00001\n")
+    options = {"loss": "sum", "margin": 0.3, "image_weight": 2.0, "num_negative_captions": 1, "num_negative_images": 2}
+    setup = prepare_retrieval(
+        arguments(world, bert, duplicates=str(tmp_path / "same.csv"), in_batch_negatives=True, **options), tmp_path, 4
+    )
+    assert setup.model.group_loss.keywords == {"margin": 0.3, "caption_weight": 1.0, "image_weight": 2.0}
+    assert setup.model.config.triplet_margin == 0.3 and setup.collator.in_batch_negatives
+    assert (setup.train.num_captions, setup.train.num_images, setup.train.seed) == (1, 2, 4)
+    assert setup.train[0]["image_code"] == setup.train[2]["image_code"] != setup.train[4]["image_code"]
+    for loss, function in (("binary", binary_matching_loss), ("softmax", group_softmax_loss)):
+        assert arguments(world, bert, loss=loss).group_loss is function
+
+
+def test_dev_subset_is_drawn_evenly():
+    subset = captions_of_images(pairs(10, 3), 4)
+    assert subset.unique("image_id") == ["image0", "image3", "image6", "image9"] and len(subset) == 12
+    assert len(captions_of_images(pairs(10, 3), 10)) == len(captions_of_images(pairs(10, 3), 99)) == 30
+
+
+# A plain loop
+
+
+def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_path):
+    """R@1 over the 40 images that it trains on; chance is 1 in 40."""
+    torch.manual_seed(0)
+    options = {"validation_split": "train", "loss": "sum", "scale_features": True}
+    setup = prepare_retrieval(arguments(world, bert, **options), tmp_path, seed=0)
+    accelerator = Accelerator(cpu=True)
+    loader = DataLoader(
+        setup.train, batch_size=8, shuffle=True, collate_fn=setup.collator, generator=torch.Generator().manual_seed(0)
+    )
+    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=3e-3, weight_decay=0.0)
+    model, optimizer, loader = accelerator.prepare(setup.model.train(), optimizer, loader)
+    for epoch in range(20):
+        setup.train.set_epoch(epoch)
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    metrics = evaluate_retrieval(setup.model, setup.processor, setup.collator.store, setup.validation)
+    columns = {image_id: i for i, image_id in enumerate(setup.validation.unique("image_id"))}
+    chance = chance_recalls([columns[image_id] for image_id in setup.validation["image_id"]])
+    for name in ("image_retrieval_recall@1", "text_retrieval_recall@1"):
+        assert metrics[name] > 10 * chance[name], (name, metrics[name], chance[name])
+    recalls = [value for name, value in metrics.items() if "recall@" in name]
+    assert metrics["recall_sum"] == pytest.approx(sum(recalls)) and len(recalls) == 6
+
+
+def test_arguments_are_a_dataclass_whose_defaults_need_no_data():
+    assert dataclasses.is_dataclass(RetrievalArguments) and RetrievalArguments().on_scenes

@@ -1,0 +1,198 @@
+"""The fine-tuning script: however a run is cut (steps, processes, Ctrl-C), it is the same run; and what it leaves."""
+
+import functools
+import json
+import shutil
+
+import pytest
+import small_world
+import torch
+from test_run_pretraining import (
+    assert_same_weights,
+    assert_trained,
+    examples_of,
+    launch,
+    output_of,
+    stopped,
+)
+from transformers import AutoModelForSequenceClassification, AutoProcessor
+from two_processes import examples_recorded, plain_descent, run
+
+from unicoder_vl_hf import ImageTextScorer, RegionStore, scenes
+from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
+
+SCRIPT = "run_retrieval"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world.build(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def berts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("berts")
+    return {
+        0.0: small_world.save_lively_bert(folder / "dry"),
+        0.1: small_world.save_bert(folder / "wet", dropout=0.1),
+    }
+
+
+@pytest.fixture(scope="module")
+def command(world, berts):
+    """The arguments of a run: 4 pairs a step, 20 steps an epoch; `pairs` of them a micro-batch."""
+
+    def arguments(output_dir, *, dropout=0.0, pairs=4, accumulation=1, plain=False, **options):
+        shared = {"learning_rate": 1e-3, "num_train_epochs": 2, "max_validation_images": 4, "seed": 5}
+        shared |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": pairs}
+        shared |= {"bf16": False, "disable_tqdm": "true", "save_total_limit": 9}
+        shared |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+        if plain:  # see plain_descent
+            shared |= {
+                "learning_rate": 0.3,
+                "max_grad_norm": 0,
+                "optim": "sgd",
+                "max_validation_images": 0,
+                "loss": "sum",
+            }
+            shared |= dict.fromkeys(("eval_strategy", "save_strategy"), "no")
+        else:
+            shared |= {"eval_steps": 8, "save_steps": 8}
+        return small_world.arguments(world, berts[dropout], output_dir, **(shared | options))
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def straight(command, tmp_path_factory):
+    """A run that was never stopped, with dropout, and all of its checkpoints."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    with examples_recorded(folder.parent / "examples"):
+        run(SCRIPT, command(folder, dropout=0.1))
+    return folder
+
+
+def test_what_a_run_leaves(straight, berts, world):
+    state = json.loads((straight / "trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_recall_sum" in entry]
+    assert [entry["step"] for entry in evaluations] == [8, 16, 24, 32, 40]
+    best = max(evaluations, key=lambda entry: entry["eval_recall_sum"])  # the first of equal ones
+    assert state["best_global_step"] == best["step"]
+    assert_trained(straight, berts[0.1])
+    assert_same_weights(straight, straight / f"checkpoint-{best['step']}")
+
+    # Whoever loads it measures what the run, its card and its last file say.
+    model = AutoModelForSequenceClassification.from_pretrained(straight)
+    processor = AutoProcessor.from_pretrained(straight)
+    assert type(model).__name__ == "UnicoderVLForImageTextRetrieval" and model.config.triplet_margin == 0.2
+    captions = read_captions(world / "captions.jsonl", split="val")
+    image_ids = captions.unique("image_id")[::3]  # 4 of 10
+    rows = [row for row in captions if row["image_id"] in image_ids]
+    store = RegionStore(world / "regions")
+    scores = ImageTextScorer(model, processor, store).score([row["caption"] for row in rows], image_ids)
+    metrics = retrieval_metrics(scores, [image_ids.index(row["image_id"]) for row in rows])
+    kept = json.loads((straight / "eval_results.json").read_text())
+    card = (straight / "README.md").read_text()
+    for name, value in metrics.items():
+        if "recall" in name:
+            assert best[f"eval_{name}"] == kept[f"eval_{name}"] == pytest.approx(value)
+            assert f"| eval_{name} | {value:.4f} |" in card
+    assert "fine-tuned for image-text retrieval" in card and "drawing boxes" in card and "- fine-tuning\n" in card
+    assert processor.feature_extractor.region_provenance == store.provenance
+
+
+def test_every_pair_once_an_epoch_and_the_data_know_the_epoch(straight):
+    examples = examples_of(straight.parent / "examples-0")
+    for epoch in range(2):
+        of_epoch = examples[epoch * 80 : (epoch + 1) * 80]
+        assert {number for number, _ in of_epoch} == {epoch}
+        assert sorted(row for _, row in of_epoch) == list(range(80))
+
+
+def test_resume_equals_never_stopped(command, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight / "checkpoint-24", folder / "checkpoint-24")
+    with examples_recorded(tmp_path / "examples"):
+        run(SCRIPT, [*command(folder, dropout=0.1), "--resume_from_checkpoint", "latest"])
+    for step in (32, 40):
+        assert_same_weights(folder / f"checkpoint-{step}", straight / f"checkpoint-{step}")
+    assert examples_of(tmp_path / "examples-0") == examples_of(straight.parent / "examples-0")[4 * 24 :]
+    assert_same_weights(folder, straight)
+    assert (folder / "eval_results.json").read_text() == (straight / "eval_results.json").read_text()
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(command, straight, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*command(folder, dropout=0.1), "--eval_steps", "1000", "--save_steps", "1000"]
+    stopped(launch(tmp_path, (SCRIPT, arguments)), tmp_path, folder)
+    run(SCRIPT, [*arguments, "--resume_from_checkpoint", "latest"])
+    assert_same_weights(folder / "checkpoint-40", straight / "checkpoint-40")
+
+
+def test_a_run_is_never_overwritten(command, straight):
+    with pytest.raises(ValueError, match=r"holds a run, up to checkpoint-40\. Go on with --resume_from_checkpoint"):
+        run(SCRIPT, command(straight, dropout=0.1))
+
+
+def test_early_stopping_ends_the_run_and_is_no_interruption(command, tmp_path, capsys):
+    """With a learning rate of 0 the second evaluation is no better than the first."""
+    run(SCRIPT, [*command(tmp_path, learning_rate=0.0), "--early_stopping_patience", "2"])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 24 and state["best_global_step"] == 8
+    assert (tmp_path / "model.safetensors").exists() and "Stopped after" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def plain(command, berts, tmp_path_factory):
+    """A run without dropout, by plain gradient descent, whose weights all the others must reach."""
+    folder = tmp_path_factory.mktemp("plain")
+    with plain_descent():
+        run(SCRIPT, command(folder, plain=True))
+    assert_trained(folder, berts[0.0])
+    return folder
+
+
+def test_four_micro_batches_equal_one_batch(command, plain, tmp_path):
+    with plain_descent():
+        run(SCRIPT, command(tmp_path, pairs=1, accumulation=4, plain=True))
+    assert_same_weights(tmp_path, plain, tolerance=2e-5)
+
+
+def test_two_processes_equal_one(command, plain, world, tmp_path):
+    """At the same global batch; and mining by two processes finds what one finds."""
+    mining = {"images_per_set": 10, "num_negatives": 2}
+    inputs = [plain, world / "captions.jsonl", world / "regions"]
+    shared, alone = (json.dumps([*map(str, inputs), str(tmp_path / name)]) for name in ("shared", "alone"))
+    process = launch(
+        tmp_path,
+        (SCRIPT, command(tmp_path / "two", pairs=2, plain=True), True),
+        ("mining_client", [shared, json.dumps(mining)]),
+        processes=2,
+    )
+    output = output_of(process, tmp_path)
+    assert process.returncode == 0, output
+    assert output.count(f"{SCRIPT}: world size 2") == 2 and output.count("mining_client: world size 2") == 2, output
+    assert_same_weights(tmp_path / "two", plain, tolerance=2e-5)
+    run("mining_client", [alone, json.dumps(mining)])
+    mined = [read_captions(tmp_path / name) for name in ("shared", "alone")]
+    for name in ("negative_captions", "negative_image_ids"):
+        assert mined[0][name][:] == mined[1][name][:]
+
+
+def test_on_mined_captions(command, plain, world, tmp_path):
+    inputs = [str(plain), str(world / "captions.jsonl"), str(world / "regions"), str(tmp_path / "mined")]
+    run("mining_client", [json.dumps(inputs), json.dumps({"images_per_set": 10})])
+    options = {"captions": tmp_path / "mined", "max_steps": 2, "loss": "softmax", "in_batch_negatives": True}
+    run(SCRIPT, command(tmp_path / "run", **options))
+    assert_trained(tmp_path / "run", plain)
+
+
+def test_without_data_it_draws_scenes(tmp_path, monkeypatch):
+    few = functools.partial(scenes.build_scenes, num_train=8, num_val=4, num_test=1, captions_per_image=2)
+    monkeypatch.setattr(scenes, "build_scenes", few)
+    options = ["--max_steps", "1", "--bf16", "False", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
+    run(SCRIPT, ["--output_dir", str(tmp_path), *options])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert model.config.hidden_size == 128
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).learning_rate == 5e-4
