@@ -301,6 +301,21 @@ def test_vinvl_labels_in_another_order_of_images(tmp_path):
     assert known == [False, True, False]
 
 
+def test_vinvl_labels_are_read_once(tmp_path):
+    """In any order of images: looking back does not lose the place, from which on nothing was read yet."""
+    path = tmp_path / "predictions.tsv"
+    path.write_bytes(b"a\t1\nb\t2\nc\t3\nd\t4\n")
+    passed = {}
+    with path.open("rb") as file:
+        assert vinvl_tsv._find(file, passed, b"c") == b"3\n"
+        assert (passed, file.tell()) == ({b"a": 0, b"b": 4}, 12)
+        assert vinvl_tsv._find(file, passed, b"a") == b"1\n"
+        assert (passed, file.tell()) == ({b"b": 4}, 12)
+        assert vinvl_tsv._find(file, passed, b"d") == b"4\n"
+        assert vinvl_tsv._find(file, passed, b"e") is None
+    assert passed == {b"b": 4}
+
+
 def test_vinvl_height_before_width(tmp_path):
     """A script that many used puts the height of the box into column 2052 and its width into 2053."""
 
