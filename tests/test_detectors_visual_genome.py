@@ -4,6 +4,7 @@ The Visual Genome detector against torchvision's own modules and slow loops, on 
 The public weights cannot be had here. What the files look like is in `visual_genome_files`.
 """
 
+import dataclasses
 import math
 import pickle
 import shutil
@@ -196,8 +197,15 @@ def test_network_is_torchvisions(changes):
         torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3)
     boxes = torch.tensor([[0.0, 0, 63, 95], [5, 40, 50, 60], [30, 3, 33, 6]])
     torch.testing.assert_close(model.pool(features, boxes), reference.pool(expected, boxes), rtol=1e-3, atol=1e-3)
-    logits, attributes = reference.predict(reference.pool(expected, boxes))
-    found = model.classify(reference.pool(expected, boxes))
+
+
+def test_heads_are_the_plain_layers():
+    model, reference = network(small_yaml())
+    features = torch.randn(200, 2048)
+    logits, attributes = reference.predict(features)
+    # Background has an embedding for the attributes, too.
+    assert (logits.argmax(1) == CLASSES).any()
+    found = model.classify(features)
     torch.testing.assert_close(found[0], logits.softmax(1)[:, :-1])
     torch.testing.assert_close(found[1], attributes[:, :-1].softmax(1))
 
@@ -395,7 +403,9 @@ def test_max_nms_regresses_the_boxes_of_the_top_class(folder, reference):
     deltas = torch.stack(
         [reference.bbox_pred(row)[4 * c : 4 * c + 4] for row, c in zip(pooled, classes.tolist(), strict=True)]
     )
-    boxes = slow_decode(proposals.numpy(), deltas.numpy(), [10, 10, 5, 5], 0).clip(0, [192, 96, 192, 96])
+    regressed = slow_decode(proposals.numpy(), deltas.numpy(), [10, 10, 5, 5], 0)
+    boxes = regressed.clip(0, [192, 96, 192, 96])
+    assert not np.array_equal(boxes, regressed)
     kept = greedy(boxes, scores.numpy(), 0.6)
     np.testing.assert_allclose(record.boxes, boxes[kept] * ([200 / 192, 100 / 96] * 2), rtol=1e-3, atol=1e-2)
     assert record.object_ids.tolist() == classes[kept].tolist()
@@ -470,6 +480,21 @@ def test_weights_from_caffe_give_the_same_classes(detector, caffe_folder):
         # Here "none" takes its share of the probability.
         assert caffe.classify(features)[1].sum(1).max() < 0.999
         assert torch.equal(caffe.classify(features)[1].argmax(1), ours.classify(features)[1].argmax(1))
+
+
+@pytest.mark.parametrize("rule", ["caffe", "max-nms"])
+def test_the_last_pixel_counts_in_the_layout_of_caffe(folder, caffe_folder, monkeypatch, rule):
+    """Boxes of 10 x 10 pixels, 5 apart: IoU 5/15. By x2 - x1 they have 9 x 9, and 4/14."""
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 5, 9, 14]])
+    for path, count in ((folder, 2), (caffe_folder, 1)):
+        detector = load_small(path, rule=rule, min_regions=1)
+        monkeypatch.setattr(detector.model, "propose", lambda *args: boxes)
+        monkeypatch.setattr(detector.model, "pool", lambda *args: torch.zeros(2, 2048))
+        monkeypatch.setattr(detector.model, "regress", lambda *args: boxes)
+        monkeypatch.setattr(detector.model, "classify", lambda x: (torch.tensor([[0.9], [0.8]])[: len(x)], None))
+        detector.model.config = dataclasses.replace(detector.model.config, nms_thresholds=(0.3,))
+        (record,) = detector([detector.prepare(Image.new("RGB", (96, 96)))], ["x"])
+        assert len(record) == count
 
 
 @pytest.mark.parametrize("layout", ["frcnn", "caffe"])

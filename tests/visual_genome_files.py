@@ -131,7 +131,8 @@ class Reference(nn.Module):
                 nn.init.normal_(module.bias, std=0.3)
                 nn.init.normal_(module.running_mean, std=0.3)
         self.resnet.conv1.weight.data /= 64
-        for layer, scale in ((self.objectness_logits, 8), (self.anchor_deltas, 2), (self.cls_score, 20)):
+        scales = ((self.objectness_logits, 8), (self.anchor_deltas, 2), (self.cls_score, 20), (self.bbox_pred, 10))
+        for layer, scale in scales:
             layer.weight.data *= scale
             nn.init.normal_(layer.bias)
 
