@@ -455,10 +455,11 @@ class Bomb:
         ("a", "holds a str"),
     ],
 )
-def test_hdf5_errors_of_the_index(index, says, tmp_path):
+@pytest.mark.parametrize("writer", [foreign.write_hdf5, foreign.write_hdf5_fixed])
+def test_hdf5_errors_of_the_index(writer, index, says, tmp_path):
     pytest.importorskip("h5py")
-    path = foreign.write_hdf5(tmp_path)
-    (tmp_path / "val_imgid2idx.pkl").write_bytes(pickle.dumps(index))
+    path = writer(tmp_path)
+    (tmp_path / f"{path.stem}_imgid2idx.pkl").write_bytes(pickle.dumps(index))
     with pytest.raises(ValueError, match=rf"val.*{says}"):
         list(hdf5.read(path))
 
