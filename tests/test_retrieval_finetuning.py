@@ -1,6 +1,5 @@
 """What fine-tuning for retrieval is made of: groups without false negatives, their batches, and a plain loop."""
 
-import dataclasses
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -413,7 +412,3 @@ def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_pat
         assert metrics[name] > 10 * chance[name], (name, metrics[name], chance[name])
     recalls = [value for name, value in metrics.items() if "recall@" in name]
     assert metrics["recall_sum"] == pytest.approx(sum(recalls)) and len(recalls) == 6
-
-
-def test_arguments_are_a_dataclass_whose_defaults_need_no_data():
-    assert dataclasses.is_dataclass(RetrievalArguments) and RetrievalArguments().on_scenes

@@ -19,10 +19,9 @@ from transformers.utils import logging
 
 from ..data.captions import encode_column, join, read_captions
 from ..data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
-from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from ..training import start_processes
+from .checkpoints import load_for_scoring
 from .scoring import ImageTextScorer
 
 logger = logging.get_logger(__name__)
@@ -286,8 +285,8 @@ def mine(
         if not chosen.any():
             raise ValueError(f"{captions} has no split {split!r}; its splits are {sorted(set(table['split']))}.")
 
-    processor = UnicoderVLProcessor.from_pretrained(model)
-    scorer = ImageTextScorer(UnicoderVLForImageTextRetrieval.from_pretrained(model).to(state.device), processor, store)
+    scored_by, processor = load_for_scoring(model)
+    scorer = ImageTextScorer(scored_by.to(state.device), processor, store)
     scores_dir = target.with_name(f"{target.name}.scores")
     mined = mine_hard_negatives(
         table.select(np.flatnonzero(chosen)),
