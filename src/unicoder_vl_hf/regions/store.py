@@ -123,7 +123,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         for number in sorted(set(numbers)):
             shard, row = self.shards.find(number)
             shard.will_need_row(row)
-        return [self.record_at(number) for number in numbers]
+        return [shard.record(row) for shard, row in map(self.shards.find, numbers)]
 
     def number_of(self, image_id: str) -> int:
         """Place of an image in disk order, from 0. Raises KeyError where there is none of this id."""

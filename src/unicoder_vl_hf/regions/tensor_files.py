@@ -7,6 +7,7 @@ grow on disk row by row, and reading gives views of the page cache. Any safetens
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -87,7 +88,7 @@ class _Growing:
 
     @property
     def row_bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.row_shape))
+        return self.dtype.itemsize * math.prod(self.row_shape)
 
     def write(self, rows: np.ndarray, first: int) -> None:
         begin = self.start + first * self.row_bytes
