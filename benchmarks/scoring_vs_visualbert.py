@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/scoring_vs_visualbert.py --num_images 10 --num_captions 50
 
-VisualBERT runs as most people run it, in padded batches in the order given, and in batches of pairs sorted by length, in
-whichever order leaves it the least padding. Its batches lie ready in memory; ours begins with strings and records. The
-systems take turns within a round; what counts is the median over the rounds of the ratios within a round, in CPU time on
-one thread, which other processes on the machine disturb less than time on the wall.
+VisualBERT runs as most people run it, in padded batches in the order given, and in batches of pairs sorted by length,
+in whichever order leaves it the least padding. Its batches lie ready in memory; ours begins with strings and records.
+The systems take turns within a round; what counts is the median over the rounds of the ratios within a round, in CPU
+time, which on one thread is what others on the machine disturb least.
 """
 
 import argparse

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, PartialState
 from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParser
 
@@ -63,8 +64,10 @@ def main(argv: list[str] | None = None):
     metrics = evaluate_pretraining(model, pairs, collator, accelerator)
     print(metrics_table(metrics, pretraining_chance(metrics)))
 
-    with accelerator.autocast():
-        retrieval = zero_shot_retrieval(accelerator.unwrap_model(model), processor, regions, captions, args.num_images)
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    retrieval = zero_shot_retrieval(
+        accelerator.unwrap_model(model), processor, regions, captions, args.num_images, dtype
+    )
     print(f"\nZero-shot retrieval, {len(retrieval.image_ids):,} images x {len(retrieval.captions):,} captions")
     print(metrics_table(retrieval.metrics, retrieval.chance))
     if args.output is not None:

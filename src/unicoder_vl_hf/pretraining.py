@@ -300,14 +300,18 @@ def zero_shot_retrieval(
     store: Mapping[str, RegionRecord],
     captions: datasets.Dataset,
     num_images: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ZeroShotRetrieval:
-    """Scores the first `num_images` images of `captions` (rows of `image_id` and `caption`) with all their captions."""
+    """
+    Scores the first `num_images` images of `captions` (rows of `image_id` and `caption`) with all their captions, in
+    `dtype` if it is not to be the model's.
+    """
     image_ids = list(dict.fromkeys(captions["image_id"]))[:num_images]
     column = {image_id: index for index, image_id in enumerate(image_ids)}
     rows = [row for row in captions if row["image_id"] in column]
     image_of_caption = np.array([column[row["image_id"]] for row in rows])
     texts = [row["caption"] for row in rows]
-    scores = ImageTextScorer(model, processor, store).score(texts, image_ids)
+    scores = ImageTextScorer(model, processor, store, dtype=dtype).score(texts, image_ids)
     return ZeroShotRetrieval(
         captions=texts,
         image_ids=image_ids,

@@ -48,7 +48,7 @@ class BlockFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         known = self.path / JOB
         if not known.exists():
-            foreign = sorted(entry.name for entry in self.path.iterdir() if not _is_ours(entry.name))
+            foreign = sorted(entry.name for entry in self.path.iterdir() if not _is_ours(entry))
             if foreign:
                 raise ValueError(f"{self.path} holds {foreign[:3]} and no {JOB}: give an empty folder, or a new one.")
             _write_text(known, json.dumps(job, indent=2))
@@ -87,12 +87,12 @@ class BlockFolder:
             self._assemble(num_blocks, shape, positions)
         self._wait_until(lambda: self.is_complete, "process 0 to put the blocks together")
         if self.process == 0:
-            for file in self.path.glob("*.blocks"):
-                file.unlink()
+            for file in filter(_is_ours, self.path.iterdir()):
+                file.unlink(missing_ok=True)
         return np.load(self.path / RESULT, mmap_mode="r")
 
     def _assemble(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> None:
-        partial = self.path / f"{RESULT}.partial"
+        partial = self.path / f"{uuid.uuid4().hex}.partial"
         scores = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
         flat = scores.reshape(-1)  # a view
         missing = set(range(num_blocks))
@@ -111,16 +111,9 @@ class BlockFolder:
     def _read_new(self) -> Iterator[tuple[int, np.ndarray]]:
         """The blocks that were written since the last call."""
         for path in sorted(self.path.glob("*.blocks")):
-            with path.open("rb") as file:
-                file.seek(self._offsets.get(path, 0))
-                while len(head := file.read(HEADER.size + CHECKSUM.size)) == HEADER.size + CHECKSUM.size:
-                    header = head[: HEADER.size]
-                    block, count = HEADER.unpack(header)
-                    payload = file.read(4 * count)
-                    if CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) != head[HEADER.size :]:
-                        break  # cut short, or still being written
-                    self._offsets[path] = file.tell()
-                    yield block, np.frombuffer(payload, dtype="<f4")
+            for end, block, values in read_blocks(path, self._offsets.get(path, 0)):
+                self._offsets[path] = end
+                yield block, values
 
     def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
         started = time.monotonic()
@@ -133,8 +126,21 @@ class BlockFolder:
                 logger.warning(f"Waiting for {what} in {self.path} for {minutes} min. Are all processes alive?")
 
 
-def _is_ours(name: str) -> bool:
-    return name.endswith((".blocks", ".partial"))
+def read_blocks(path: Path, offset: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Where each record of a file ends, the number of its block, and its values; up to one that is not whole."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while len(head := file.read(HEADER.size + CHECKSUM.size)) == HEADER.size + CHECKSUM.size:
+            header = head[: HEADER.size]
+            block, count = HEADER.unpack(header)
+            payload = file.read(4 * count)
+            if CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) != head[HEADER.size :]:
+                return
+            yield file.tell(), block, np.frombuffer(payload, dtype="<f4")
+
+
+def _is_ours(path: Path) -> bool:
+    return path.suffix in (".blocks", ".partial")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -65,7 +65,7 @@ class PairEncoder:
         self.device = model.device
         self.bert: UnicoderVLModel = model.bert
         if dtype not in (None, model.dtype):
-            self.bert = cast(UnicoderVLModel, nn.Module.to(copy.deepcopy(model.bert), dtype=dtype))
+            self.bert = nn.Module.to(copy.deepcopy(model.bert), dtype=dtype)
         self.pooler = copy.deepcopy(model.bert.pooler).float()
         self.matching_head = model.matching_head
         self.max_tokens = max_tokens

@@ -8,6 +8,7 @@ block is in `packed`, what lies on disk in `blocks`. Left out: choosing pairs, w
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..training import start_processes
 from .blocks import BlockFolder
 from .packed import PairEncoder, Rows, pair_flops
 
@@ -190,13 +192,13 @@ class ImageTextScorer:
         items = _Items(self.processor, self.store, captions, images, max_length)
         blocks = _Grid(items, self.block_pairs)
         with _evaluating(self.model):
-            return self._plan(blocks, self._encoder(), set(), PartialState().num_processes)
+            return self._plan(blocks, self._encoder(), set(), start_processes().num_processes)
 
     def _encoder(self) -> PairEncoder:
         return PairEncoder(self.model, self.dtype, self.max_tokens)
 
     def _run(self, blocks: "_Blocks", output_dir: str | os.PathLike | None) -> np.ndarray:
-        state = PartialState()
+        state = start_processes()
         target: BlockFolder | _Memory
         if output_dir is None:
             target = _Memory(blocks)
@@ -212,7 +214,7 @@ class ImageTextScorer:
         encoder = self._encoder()
         show = self.verbose and state.is_main_process
         if show:
-            tqdm.write(str(self._plan(blocks, encoder, target.done, state.num_processes)))
+            tqdm.write(str(self._plan(blocks, encoder, target.done, state.num_processes)), file=sys.stderr)
         flops = [pair_flops(encoder.config, blocks.lengths(block)).sum() for block in share]
         embedded = _Embedded(blocks.items, encoder)
         # Counted in operations: pairs come in the order of their length, and the last would take longer than the first.
@@ -417,7 +419,7 @@ class _Memory:
         self.scores[self.blocks.positions(block)] = values
 
     def result(self, num_blocks: int, shape: tuple[int, ...], positions) -> np.ndarray:
-        state = PartialState()
+        state = start_processes()
         if state.num_processes > 1:  # each score is of one process, and 0 in the others
             self.scores = reduce(torch.from_numpy(self.scores).to(state.device), "sum").cpu().numpy()
         return self.scores.reshape(shape)

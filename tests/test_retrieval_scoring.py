@@ -1,0 +1,527 @@
+"""The scorer: what it computes is what each pair alone gives, however the job is cut, shared, ordered or killed."""
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scoring_process
+import tiny
+import torch
+from scoring_process import CAPTIONS, IMAGES, STORE
+
+from unicoder_vl_hf import (
+    ImageTextScorer,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForPreTraining,
+    UnicoderVLModel,
+    UnicoderVLProcessor,
+)
+from unicoder_vl_hf.modeling_unicoder_vl import PackedSequences
+from unicoder_vl_hf.retrieval import packed, scoring
+from unicoder_vl_hf.retrieval.blocks import BlockFolder, read_blocks
+from unicoder_vl_hf.retrieval.packed import PairEncoder, Rows, pair_flops, rows_of_pairs, split_by_tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(UnicoderVLForImageTextRetrieval)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Each pair alone, without anything of the packed path."""
+    processor = tiny.processor()
+    with torch.no_grad():
+        scores = np.array(
+            [
+                [model(**processor(text=c, regions=STORE[i], return_tensors="pt")).scores.item() for i in IMAGES]
+                for c in CAPTIONS
+            ]
+        )
+    assert np.ptp(scores) > 0.5  # far more than the tolerance
+    return scores
+
+
+def scorer(model, **arguments) -> ImageTextScorer:
+    return ImageTextScorer(model, tiny.processor(), STORE, **{"verbose": False} | arguments)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+# The packed path of the model
+
+GROUPS = [(2, 3), (1, 5), (3, 1), (2, 7)]  # number and length of sequences
+
+
+def packed_states():
+    torch.manual_seed(0)
+    return torch.randn(sum(count * length for count, length in GROUPS), 16)
+
+
+def first_rows_one_by_one(bert, states):
+    lengths = [length for count, length in GROUPS for _ in range(count)]
+    return torch.stack([bert.encoder(part[None], None)[0, 0] for part in states.split(lengths)])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_sequences_do_not_see_each_other(implementation):
+    bert = tiny.model(UnicoderVLModel)
+    bert.set_attn_implementation(implementation)
+    states = packed_states().requires_grad_()
+    found, wanted = bert.encode_packed(states, GROUPS), first_rows_one_by_one(bert, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    weights = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), states)
+    (wanted_gradient,) = torch.autograd.grad((wanted * weights).sum(), states)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=0, atol=1e-5)
+
+
+def test_flash_attention_is_told_the_borders():
+    sequences = PackedSequences([(2, 3), (1, 5)], torch.device("cpu"), "flash_attention_2")
+    every, first = sequences.attention_kwargs(), sequences.attention_kwargs(first_only=True)
+    assert every["cu_seq_lens_q"].tolist() == every["cu_seq_lens_k"].tolist() == [0, 3, 6, 11]
+    assert every["cu_seq_lens_q"].dtype == first["cu_seq_lens_q"].dtype == torch.int32
+    assert every["max_length_q"] == every["max_length_k"] == first["max_length_k"] == 5
+    assert first["cu_seq_lens_q"].tolist() == [0, 1, 2, 3] and first["max_length_q"] == 1
+    assert first["cu_seq_lens_k"].tolist() == [0, 3, 6, 11]
+    assert "attention_mask" not in {*every, *first}  # which would win
+
+
+def varlen_attention(module, query, key, value, attention_mask, *, cu_seq_lens_q, cu_seq_lens_k, scaling, **kwargs):
+    """What FlashAttention computes of these arguments, sequence by sequence."""
+    assert attention_mask is None
+    outputs = []
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_seq_lens_q), pairwise(cu_seq_lens_k), strict=True):
+        weights = (query[:, :, q0:q1] @ key[:, :, k0:k1].transpose(2, 3) * scaling).softmax(-1)
+        outputs.append((weights @ value[:, :, k0:k1]).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+def test_packed_path_of_flash_attention(monkeypatch):
+    bert = tiny.model(UnicoderVLModel)
+    wanted = first_rows_one_by_one(bert, packed_states())
+    monkeypatch.setattr(bert.config, "_attn_implementation_internal", "flash_attention_2")
+    attention = "unicoder_vl_hf.modeling_unicoder_vl.ALL_ATTENTION_FUNCTIONS.get_interface"
+    monkeypatch.setattr(attention, lambda *arguments: varlen_attention)
+    torch.testing.assert_close(bert.encode_packed(packed_states(), GROUPS), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_block_mask_of_flex_attention(first_only):
+    sequences = PackedSequences([(2, 3), (1, 4)], torch.device("cpu"), "flex_attention")
+    mask = sequences.attention_kwargs(first_only)["attention_mask"]
+    queries = [0, 1, 2] if first_only else [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    keys = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    found = [
+        [bool(mask.mask_mod(0, 0, torch.tensor(q), torch.tensor(k))) for k in range(10)] for q in range(len(queries))
+    ]
+    assert found == [[query == key for key in keys] for query in queries]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention and flex attention need a GPU here")
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_packed_path_on_a_gpu(implementation):
+    if implementation == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    bert = tiny.model(UnicoderVLModel).cuda().to(torch.bfloat16)
+    states = packed_states().cuda().to(torch.bfloat16)
+    wanted = first_rows_one_by_one(bert, states)
+    bert.set_attn_implementation(implementation)
+    torch.testing.assert_close(bert.encode_packed(states, GROUPS), wanted, rtol=0, atol=0.05)
+
+
+# Packing pairs
+
+
+def test_rows_of_pairs_by_hand():
+    captions = Rows.of(torch.zeros(5, 1), [2, 3])  # rows 0 1 | 2 3 4
+    images = Rows.of(torch.zeros(4, 1), [3, 1])  # rows 5 6 7 | 8
+    rows = rows_of_pairs(captions, images, np.array([1, 0, 1]), np.array([1, 0, 0]))
+    assert rows.tolist() == [2, 3, 4, 8, 0, 1, 5, 6, 7, 2, 3, 4, 5, 6, 7]
+
+
+def test_regions_follow_each_caption_wherever_it_ends(model, expected):
+    """Known mistake: image slots gathered with the length of the LAST text instead of each; regions are lost."""
+    by_length = sorted(range(len(CAPTIONS)), key=lambda index: -len(CAPTIONS[index].split()))
+    captions = [CAPTIONS[index] for index in by_length]  # the last text is the shortest
+    found = scorer(model, block_pairs=10**6, max_tokens=10**6).score(captions, IMAGES)
+    assert_close(found, expected[by_length])
+    inputs = tiny.processor()(text=captions, regions=[STORE[IMAGES[0]]] * len(captions), return_tensors="pt")
+    with torch.no_grad():
+        assert_close(model(**inputs).scores.numpy(), expected[by_length, 0])  # the padded path
+    longest, image = by_length[0], max(IMAGES, key=lambda name: len(STORE[name]))
+    record = STORE[image]
+    for lost in range(len(record)):  # each region matters to the score of the longest caption
+        features = record.features.copy()
+        features[lost] *= -3
+        changed = dataclasses.replace(record, features=features)
+        (score,) = scorer(model).score([CAPTIONS[longest]], [changed])[0]
+        assert abs(score - expected[longest, IMAGES.index(image)]) > 1e-4, lost
+
+
+def test_split_by_tokens():
+    parts = list(split_by_tokens(np.array([5, 3, 4, 0, 1]), np.array([2, 2, 3, 4, 9]), max_tokens=5))
+    assert [part.tolist() for part in parts] == [[5, 3, 4], [0], [1]]  # these begin at 0 2 4 | 7 | 11
+    assert len(list(split_by_tokens(np.arange(100), np.full(100, 7), max_tokens=1))) == 100
+
+
+def test_flops_by_hand():
+    config = tiny.config(hidden_size=2, num_attention_heads=1, intermediate_size=3, num_hidden_layers=2)
+    # One layer of 5 tokens: q, k, v, out 4 x (5 x 2 x 2), feed-forward 2 x (5 x 2 x 3), attention 2 x (5 x 5 x 2), all
+    # doubled. The last: k and v of 5 tokens; q, out and feed-forward of one; attention of one query.
+    layer = 2 * (4 * 20 + 2 * 30 + 2 * 50)
+    last = 2 * (2 * 20 + 2 * 4 + 2 * 6 + 2 * 10)
+    assert pair_flops(config, np.array([5])).tolist() == [layer + last]
+
+
+# Scores
+
+
+@pytest.mark.parametrize("block_pairs", [1, 4, 7, 20, 1024])
+@pytest.mark.parametrize("max_tokens", [1, 25, 2048])
+def test_scores_equal_each_pair_alone(model, expected, block_pairs, max_tokens):
+    assert_close(scorer(model, block_pairs=block_pairs, max_tokens=max_tokens).score(CAPTIONS, IMAGES), expected)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("model_class", [UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining])
+def test_linear_layers_by_onednn_or_not(model_class, onednn, expected, model, monkeypatch):
+    other = tiny.model(model_class)
+    other.load_state_dict(model.state_dict(), strict=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn, raising=False)
+    encoder = PairEncoder(other, None, 100)
+    kinds = {type(module) for module in encoder.bert.encoder.modules()}
+    assert (packed.OneDNNLinear in kinds) == onednn and (torch.nn.Linear in kinds) == (not onednn)
+    assert_close(scorer(other).score(CAPTIONS, IMAGES), expected)
+
+
+def test_order_of_captions_and_images(model, expected):
+    rng = np.random.default_rng(1)
+    rows, columns = rng.permutation(len(CAPTIONS)), rng.permutation(len(IMAGES))
+    found = scorer(model, block_pairs=6).score([CAPTIONS[row] for row in rows], [IMAGES[column] for column in columns])
+    assert_close(found, expected[np.ix_(rows, columns)])
+
+
+def test_chosen_pairs(model, expected):
+    rng = np.random.default_rng(2)
+    captions, images = rng.integers(0, len(CAPTIONS), 40), rng.integers(0, len(IMAGES), 40)  # some of them twice
+    for block_pairs in (1, 6, 1024):
+        found = scorer(model, block_pairs=block_pairs).score_pairs(CAPTIONS, IMAGES, captions, images)
+        assert_close(found, expected[captions, images])
+    assert scorer(model).score_pairs(CAPTIONS, IMAGES, np.array([], dtype=int), np.array([], dtype=int)).shape == (0,)
+
+
+def test_ranks(model, expected):
+    best = np.argsort(-expected[3])[:4]
+    found = scorer(model).rank(CAPTIONS[3], [STORE[image] for image in IMAGES], top_k=4)
+    assert [image for image, _ in found] == [IMAGES[place] for place in best]
+    np.testing.assert_allclose([score for _, score in found], expected[3][best], atol=1e-5)
+    best = np.argsort(-expected[:, 2])
+    found = scorer(model).rank_captions(IMAGES[2], CAPTIONS, top_k=100)
+    assert [caption for caption, _ in found] == [CAPTIONS[place] for place in best]
+    assert scorer(model).rank("a dog", ["image 1"] * 3, top_k=2)[0][0] == "image 1"
+
+
+def test_bfloat16_on_request(model, expected, monkeypatch):
+    first, encode = [], UnicoderVLModel.encode_packed
+    monkeypatch.setattr(UnicoderVLModel, "encode_packed", lambda *a, **k: (first.append(encode(*a, **k)), first[-1])[1])
+    single = scorer(model, dtype=torch.bfloat16).score(CAPTIONS, IMAGES)
+    assert_close(single, expected, tolerance=0.2)
+    assert np.abs(single - expected).max() > 1e-4
+    assert model.dtype == torch.float32
+    # Pooler and head compute in float32, where bfloat16 would tie scores.
+    assert [states.dtype for states in first] == [torch.bfloat16]
+    with torch.no_grad():
+        logits = model.matching_head(model.bert.pooler(first[0].float()[:, None]))
+    wanted = (logits[:, 1] - logits[:, 0]).numpy()
+    np.testing.assert_allclose(np.sort(single.ravel()), np.sort(wanted), rtol=0, atol=1e-6)
+
+
+def test_autocast_around_does_not_change_scores(model, expected):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(scorer(model).score(CAPTIONS, IMAGES), expected)
+
+
+def test_each_item_is_embedded_once(model, monkeypatch):
+    captions, images = [], []
+    embed_captions, embed_images = PairEncoder.embed_captions, PairEncoder.embed_images
+
+    def counting_captions(self, token_ids):
+        captions.extend(map(tuple, token_ids))
+        return embed_captions(self, token_ids)
+
+    def counting_images(self, records, extractor):
+        records = list(records)
+        images.extend(record.image_id for record in records)
+        return embed_images(self, records, extractor)
+
+    monkeypatch.setattr(PairEncoder, "embed_captions", counting_captions)
+    monkeypatch.setattr(PairEncoder, "embed_images", counting_images)
+    scorer(model).score(CAPTIONS, IMAGES)
+    assert len(captions) == len(CAPTIONS) and sorted(images) == sorted(IMAGES)
+    captions.clear(), images.clear()
+    scorer(model, block_pairs=9).score(CAPTIONS, IMAGES)  # 3 x 3 blocks
+    assert sorted(images) == sorted(IMAGES)  # blocks of the same images follow each other
+
+
+def test_memory_holds_the_regions_of_a_block_only(model):
+    alive, most = set(), 0
+
+    class Watched(dict):
+        def __getitem__(self, image_id):
+            nonlocal most
+            record = dataclasses.replace(STORE[image_id])
+            alive.add(id(record))
+            most = max(most, len(alive))
+            weakref.finalize(record, alive.discard, id(record))
+            return record
+
+    ImageTextScorer(model, tiny.processor(), Watched(STORE), block_pairs=4, verbose=False).score(CAPTIONS, IMAGES)
+    assert most <= 3  # 2 x 2 pairs, and the record that is coming
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captions": []}, "at least one caption"),
+        ({"captions": ["a", " "]}, r"text\[1\] is ' '"),
+        ({"images": []}, "at least one image"),
+        ({"max_length": 100, "captions": ["a " * 90]}, "92 tokens, the model 64 positions"),
+    ],
+)
+def test_what_is_refused(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        scorer(model).score(**{"captions": CAPTIONS, "images": IMAGES, **change})
+
+
+def test_what_else_is_refused(model):
+    with pytest.raises(KeyError):
+        scorer(model).score(CAPTIONS, ["image 99"])
+    for wrong in ([9], [-1], [0.5], [[0]]):
+        with pytest.raises(
+            ValueError, match=r"caption_index .*expected integers of shape \(pairs,\), each in \[0, 9\)"
+        ):
+            scorer(model).score_pairs(CAPTIONS, IMAGES, wrong, [0])
+    with pytest.raises(ValueError, match="one of each for every pair"):
+        scorer(model).score_pairs(CAPTIONS, IMAGES, [0, 1], [0])
+    with pytest.raises(ValueError, match="block_pairs=0"):
+        scorer(model, block_pairs=0)
+    wide = dataclasses.replace(tiny.record("wide"), features=np.zeros((3, 7), dtype=np.float32))
+    with pytest.raises(ValueError, match="'wide': features have width 7, expected the model's region_feature_dim=6"):
+        scorer(model).score(CAPTIONS, [wide])
+
+
+# Plan and progress
+
+
+def test_plan(model, capfd):
+    plan = scorer(model, block_pairs=8).plan(CAPTIONS, IMAGES)
+    lengths = np.add.outer([len(caption.split()) + 2 for caption in CAPTIONS], [len(STORE[image]) for image in IMAGES])
+    assert plan.flops == pytest.approx(pair_flops(model.config, lengths).sum())
+    assert (plan.num_pairs, plan.num_done, plan.num_processes) == (63, 0, 1)
+    two = dataclasses.replace(plan, flops=3e12, flops_per_second=1e8, num_processes=2, num_done=5)
+    assert two.seconds == 15_000
+    assert str(two) == (
+        "Scoring 9 captions x 7 images: 63 pairs, 5 of them done before, 3.0 TFLOP in float32 on cpu. At the measured "
+        "0 GFLOP/s on each of 2 processes: about 4 h 10 min."
+    )
+    capfd.readouterr()
+    scorer(model, verbose=True).score(CAPTIONS, IMAGES)
+    shown = "".join(capfd.readouterr())
+    assert "9 captions x 7 images: 63 pairs" in shown and "about 0 s" in shown and "100%" in shown
+    scorer(model).score(CAPTIONS, IMAGES)
+    assert "".join(capfd.readouterr()) == ""
+
+
+# Blocks on disk
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(monkeypatch, blocks):
+    write = BlockFolder.write
+    left = [blocks]
+
+    def dying(self, *arguments):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        write(self, *arguments)
+
+    monkeypatch.setattr(BlockFolder, "write", dying)
+
+
+def test_folder_gives_what_memory_gives(model, tmp_path):
+    in_memory = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
+    on_disk = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path / "scores")
+    assert np.array_equal(in_memory, on_disk)
+    assert isinstance(on_disk, np.memmap)
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["job.json", "scores.npy"]
+    assert np.array_equal(np.load(tmp_path / "scores" / "scores.npy"), in_memory)
+
+
+def test_resumed_after_a_kill(model, tmp_path, monkeypatch):
+    whole = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, 5)
+        with pytest.raises(Killed):
+            scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    (file,) = tmp_path.glob("*.blocks")
+    file.write_bytes(file.read_bytes()[:-3])  # the kill came while the fifth was written
+
+    computed = []
+    write = BlockFolder.write
+    monkeypatch.setattr(BlockFolder, "write", lambda self, block, v: (computed.append(block), write(self, block, v)))
+    resumed = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    assert np.array_equal(resumed, whole)
+    num_blocks = len(scoring._Grid(items(model), 8))
+    assert computed == list(range(4, num_blocks))
+    computed.clear()
+    assert np.array_equal(scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path), whole)
+    assert computed == []
+
+
+def items(model):
+    return scoring._Items(tiny.processor(), STORE, CAPTIONS, IMAGES, 44)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_blocks_gives_the_same_bits(model, tmp_path, monkeypatch, seed):
+    whole = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
+    share = scoring._share
+    monkeypatch.setattr(scoring, "_share", lambda *a: random.Random(seed).sample(share(*a), len(share(*a))))
+    assert np.array_equal(scorer(model, block_pairs=8).score(CAPTIONS, IMAGES), whole)
+    assert np.array_equal(scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path), whole)
+
+
+def test_damaged_blocks_are_computed_again(model, tmp_path):
+    whole = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, 6)
+        with pytest.raises(Killed):
+            scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    (file,) = tmp_path.glob("*.blocks")
+    damaged = bytearray(file.read_bytes())
+    damaged[40] ^= 1
+    file.write_bytes(damaged)
+    assert np.array_equal(scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model", {"seed": 2}),
+        ("captions", {"captions": [*CAPTIONS[:-1], "a cat"]}),
+        ("images", {"images": IMAGES[::-1]}),
+        ("regions", {"store": {**STORE, "image 3": tiny.record("image 3", num_regions=13)}}),
+        ("feature extractor", {"max_regions": 5}),
+        ("dtype", {"dtype": torch.bfloat16}),
+        ("block_pairs", {"block_pairs": 9}),
+        ("max_tokens", {"max_tokens": 99}),
+        ("pairs", {"pairs": ([0], [0])}),
+    ],
+)
+@pytest.mark.parametrize("complete", [True, False])
+def test_folder_of_another_job_is_refused(model, tmp_path, name, change, complete):
+    def run(
+        seed=1, captions=CAPTIONS, images=IMAGES, store=STORE, pairs=None, max_regions=100, block_pairs=8, **options
+    ):
+        other = tiny.model(UnicoderVLForImageTextRetrieval, seed)
+        made = ImageTextScorer(
+            other, tiny.processor(max_regions=max_regions), store, block_pairs=block_pairs, verbose=False, **options
+        )
+        if pairs is not None:
+            return made.score_pairs(captions, images, *pairs, output_dir=tmp_path)
+        return made.score(captions, images, output_dir=tmp_path)
+
+    if complete:
+        run()
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, 2)
+            with pytest.raises(Killed):
+                run()
+    before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=f"of another job: (.*; )?{name} was .*, is ") as error:
+        run(**change)
+    named = {part.split(" was ")[0] for part in str(error.value).split("another job: ")[1].split("; ")}
+    assert named <= {name, "regions"}  # other images have other regions
+    assert before == sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+
+
+def test_foreign_folder_is_refused(model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=r"holds \['thesis.tex'\] and no job.json"):
+        scorer(model).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+
+
+# Two processes
+
+
+def test_two_processes_killed_at_random(model, expected, tmp_path):
+    """One of two is killed at a random moment, again and again, and both are started anew: the bits of one process."""
+    folder, rng = tmp_path / "scores", random.Random(0)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["scoring_process"])
+    for victim in rng.sample(range(2), 2):
+        goal, port = blocks_in(folder) + rng.randint(1, 8), free_port()
+        pair = [server.Process(target=scoring_process.work, args=(folder, rank, port, 0.1)) for rank in range(2)]
+        for process in pair:
+            process.start()
+        while blocks_in(folder) < goal:
+            assert all(process.is_alive() for process in pair)
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.1)
+        pair[victim].kill()
+        pair[victim].join()
+        assert not (folder / "scores.npy").exists()
+        pair[1 - victim].terminate()  # as torchrun does
+        pair[1 - victim].join()
+    found = blocks_in(folder)
+    assert 0 < found < 36
+
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command += [scoring_process.__file__, str(folder)]
+    last = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert last.returncode == 0, last.stderr
+    assert last.stdout.count("world size 2") == 2
+    assert sum(map(int, re.findall(r"computed (\d+)", last.stdout))) == 36 - found
+    whole = np.load(folder / "scores.npy")
+    assert_close(whole, expected)
+    assert np.array_equal(whole, scorer(model, block_pairs=2).score(CAPTIONS, IMAGES))
+    for rank in range(2):  # without a folder, every process gets all scores
+        assert np.array_equal(np.load(tmp_path / f"scores-{rank}.npy"), whole)
+
+
+def blocks_in(folder: Path) -> int:
+    return sum(1 for path in folder.glob("*.blocks") for _ in read_blocks(path))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_scorer_takes_three_lines(model):
+    assert isinstance(tiny.processor(), UnicoderVLProcessor)
+    ((image, score),) = ImageTextScorer(model, tiny.processor(), STORE).rank("a dog runs", IMAGES, top_k=1)
+    assert image in STORE and isinstance(score, float)
