@@ -395,6 +395,16 @@ def test_features_are_scaled_by_the_training_regions(world, bert, tmp_path):
     assert again.processor.feature_extractor.feature_std == extractor.feature_std
 
 
+@pytest.mark.parametrize("start", ["bert", "checkpoint"])
+def test_dropout_of_what_the_model_starts_from(start, world, bert, setup, tmp_path):
+    if start == "checkpoint":
+        setup.model.save_pretrained(tmp_path / "checkpoint")
+        setup.processor.save_pretrained(tmp_path / "checkpoint")
+        bert = tmp_path / "checkpoint"
+    config = prepare_pretraining(on_world(world, bert, dropout=0.25), tmp_path, seed=0).model.config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.25, 0.25)
+
+
 def test_a_checkpoint_keeps_its_scale(world, setup, tmp_path):
     setup.model.save_pretrained(tmp_path / "plain")
     setup.processor.save_pretrained(tmp_path / "plain")

@@ -61,6 +61,10 @@ class DataArguments:
         default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
     )
     num_hidden_layers: int | None = field(default=None, metadata={"help": "First layers of the BERT to keep."})
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Of hidden states and attention. Default: as what the model starts from has it, BERT 0.1."},
+    )
     image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
     max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
     max_regions: int | None = field(
@@ -161,19 +165,23 @@ def load_model(arguments: DataArguments, store: RegionStore, model_class: type[M
     }
     if arguments.num_hidden_layers is not None:
         regions["num_hidden_layers"] = arguments.num_hidden_layers
+    dropout: dict[str, Any] = {}
+    if arguments.dropout is not None:
+        dropout = {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
     name = arguments.base_model
     if name is None:
         from .scenes import scene_tokenizer
 
-        model = model_class(UnicoderVLConfig(**{**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions}))
+        config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **dropout}
+        model = model_class(UnicoderVLConfig(**config))
     elif _is_unicoder_vl(name):
-        model = model_class.from_pretrained(name)
+        model = model_class.from_pretrained(name, **dropout)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
                 f"{name} takes features of width {model.config.region_feature_dim}, but {store} has others."
             )
     else:
-        model = model_class.from_bert(name, **regions)
+        model = model_class.from_bert(name, **regions, **dropout)
     if arguments.max_length > model.config.max_position_embeddings:
         raise ValueError(
             f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions."
