@@ -213,11 +213,14 @@ def test_thresholds_keep_the_best():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_precision(family):
     model, processor, _ = build(family)
-    (record,) = detect(TransformersDetector(model, processor, device=CPU, precision="bf16"), photo(120, 80))
     (exact,) = detect(TransformersDetector(model, processor, device=CPU), photo(120, 80))
+    seen = {}
+    model.register_forward_hook(lambda module, inputs, output: seen.update(boxes=output.pred_boxes.dtype))
+    (record,) = detect(TransformersDetector(model, processor, device=CPU, precision="bf16"), photo(120, 80))
     assert record.features.dtype == np.float32
     assert record.num_regions == 12
     assert not np.array_equal(record.features, exact.features)
+    assert seen["boxes"] == torch.float32  # in bfloat16 they would be pixels off
 
 
 def test_given_boxes_are_refused():

@@ -267,7 +267,7 @@ def test_nothing_to_extract(tmp_path):
     with pytest.raises(ValueError, match="holds no photo"):
         run(tmp_path / "photos", tmp_path / "store")
     (tmp_path / "photos" / "a.jpg").write_bytes(b"no photo")
-    with pytest.raises(ValueError, match=r"None of 1 photos gave regions; the first reason, of .*a\.jpg: its 8 bytes are no image"):
+    with pytest.raises(ValueError, match=r"None of 1 photos gave regions; .* of .*a\.jpg: its 8 bytes are no image"):
         run(tmp_path / "photos", tmp_path / "store")
 
 

@@ -7,12 +7,14 @@ gives one region, of its likeliest class; the models' own post-processing may li
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -120,6 +122,8 @@ class TransformersDetector:
     ):
         check_counts(min_regions, max_regions)
         self.model = model.eval().to(device)
+        if precision != "no":
+            _predict_boxes_in_float32(self.model, device)
         self.prepare = Prepare(processor)
         self.device = device
         self.precision = precision
@@ -170,6 +174,18 @@ class TransformersDetector:
                 make_record(image_id, photo.size, boxes, states[row, kept], labels[row, kept], scores[row, kept])
             )
         return records
+
+
+def _predict_boxes_in_float32(model: nn.Module, device: torch.device) -> None:
+    """The last layers of boxes, named `bbox_…` in every model: in bfloat16 a box is a pixel or three off."""
+
+    def forward(layer: nn.Linear, states: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            return F.linear(states.float(), layer.weight, layer.bias)
+
+    for name, layer in model.named_modules():
+        if "bbox" in name and isinstance(layer, nn.Linear):
+            layer.forward = partial(forward, layer)  # type: ignore[method-assign]
 
 
 def load(
