@@ -7,6 +7,7 @@ from region_stores import assert_same, files_of, make, write_store
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.regions import editing, shards, validation
+from unicoder_vl_hf.regions import store as store_module
 from unicoder_vl_hf.regions.editing import merge_stores, split_store, subset_store
 from unicoder_vl_hf.regions.validation import validate
 
@@ -106,6 +107,19 @@ def test_duplicates_name_the_image_and_both_stores(parts, tmp_path):
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ValueError, match=rf"is in {parts[1].path} and in {parts[1].path}"):
         merge_stores([parts[1], parts[1]], tmp_path / "merged")
+
+
+def test_images_that_an_index_knows_too_early_are_left_out(parts, tmp_path, monkeypatch):
+    """A source whose writer was stopped between the new index and the new manifest."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store_module, "manifest_checksum", stop)
+        write_store([make(40)], parts[0].path, resume=True, **OPTIONS)
+    assert len(RegionStore(parts[0].path).index.image_ids) == 11
+    assert_holds(merge_stores(parts, tmp_path / "merged"), range(30))
 
 
 def test_equal_hashes_are_no_duplicates(parts, tmp_path, monkeypatch):

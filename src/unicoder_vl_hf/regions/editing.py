@@ -103,9 +103,13 @@ def _merge(stores: list[RegionStore], folder: Path) -> None:
         place = bisect_right(starts, number) - 1
         return stores[place], stores[place].index.image_ids[number - starts[place]]
 
-    runs = [store.index.ids.all() for store in stores]
-    numbers = np.concatenate([own + np.uint32(start) for (_, own), start in zip(runs, starts, strict=False)])
-    ids = ImageIds(lambda number: find(number)[1], [sorted_run(np.concatenate([run[0] for run in runs]), numbers)])
+    hashes, numbers = [], []
+    for store, start in zip(stores, starts, strict=False):
+        own_hashes, own_numbers = store.index.ids.all()
+        known = own_numbers < len(store)  # an index may know what an interrupted writer added
+        hashes.append(own_hashes[known])
+        numbers.append(own_numbers[known] + np.uint32(start))
+    ids = ImageIds(lambda number: find(number)[1], [sorted_run(np.concatenate(hashes), np.concatenate(numbers))])
     for first, second in ids.duplicates():
         (store, image_id), (other, _) = find(first), find(second)
         raise ValueError(f"Image {image_id!r} is in {store.path} and in {other.path}: take it out of one of them.")

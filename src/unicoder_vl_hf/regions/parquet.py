@@ -61,6 +61,7 @@ def export_parquet(store: RegionStore, folder: str | PathLike) -> list[Path]:
                 for records in _groups(store.shards[number]):
                     writer.write_table(_table(records, own))
             complete(file, path)
+        store.shards.close()
     return paths
 
 

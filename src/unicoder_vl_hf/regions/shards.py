@@ -26,7 +26,7 @@ LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4
 NARROW_FIELDS = ("boxes", "object_ids", "object_scores", "attribute_ids", "attribute_scores")
 # The bits of a shard's `present`, lowest first: new fields go to the end.
 OPTIONAL_FIELDS = (*NARROW_FIELDS, "class_probabilities")
-# As wide as features: fetched per record. The other tensors are about 1 % of a shard and fetched when it is opened.
+# As wide as features: fetched per record. The other tensors are about 1 % of a shard, fetched with the first record.
 WIDE_FIELDS = ("features", "class_probabilities")
 # Each open shard holds a file descriptor, of which a process has 1,024 by default.
 MAX_OPEN_SHARDS = 256
@@ -103,6 +103,7 @@ class Shard(TensorFile):
             raise ValueError(f"{path} is no shard of a region store: it has no tensor {error}.") from error
         self._fields = [(name, 1 << bit, tensors.get(name)) for bit, name in enumerate(OPTIONAL_FIELDS)]
         self._bfloat16 = self.features.dtype == DTYPES["BF16"]
+        self._narrow_asked = False
 
     def __len__(self) -> int:
         return len(self._present)
@@ -111,13 +112,12 @@ class Shard(TensorFile):
         """What the manifest says of it."""
         return {**file_facts(self.path), "images": len(self), "regions": len(self.features)}
 
-    def will_need_narrow(self) -> None:
-        """Has the kernel fetch everything but the wide fields."""
-        for name in self.tensors.keys() - WIDE_FIELDS:
-            self.will_need(name)
-
     def will_need_row(self, row: int) -> None:
-        """Has the kernel fetch the wide fields of one image."""
+        """Has the kernel fetch the wide fields of one image, and once the narrow ones of all."""
+        if not self._narrow_asked:
+            self._narrow_asked = True
+            for name in self.tensors.keys() - WIDE_FIELDS:
+                self.will_need(name)
         first, last = self.region_offsets[row : row + 2].tolist()
         for name in WIDE_FIELDS:
             if name in self.tensors:
@@ -193,9 +193,12 @@ class Shards:
                 ) from None
             if shard.num_bytes != expected:
                 raise ValueError(f"{path} has {shard.num_bytes} bytes, expected {expected}: copy it again.")
-            shard.will_need_narrow()
             self.opened[number] = shard
         return self.opened[number]
+
+    def close(self) -> None:
+        """Lets go of the maps: whoever reads everything in turn need not hold what is behind."""
+        self.opened.clear()
 
     def number_of(self, image: int) -> int:
         """Which shard holds the image."""

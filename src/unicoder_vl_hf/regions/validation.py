@@ -58,6 +58,7 @@ def validate(path: str | PathLike) -> Iterator[Problem]:
     with logging.tqdm(total=len(shards), desc=f"Validating {folder.name}", unit="shard") as bar:
         for number in range(len(shards)):
             yield from _check_shard(shards, number, index, manifest["provenance"]["num_classes"])
+            shards.close()
             bar.update()
     if index is not None:
         yield from _check_index(index, manifest["index"])
