@@ -15,7 +15,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,60 +162,49 @@ def main():
     if dtype == torch.bfloat16:
         del systems["ours, PyTorch's linear"]  # which is oneDNN's there
 
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    wall: dict[str, list[float]] = {name: [] for name in systems}
-    load = [os.getloadavg()[0]]
-    with torch.inference_mode():
-        peer.score(by_length[: args.batch_size])
-        scorer.score(job.captions[:2], job.records[:2])
-        for number in range(args.rounds):
-            names = list(systems)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                cpu_start, start = time.process_time(), time.perf_counter()
-                systems[name]()
-                seconds[name].append(time.process_time() - cpu_start)
-                wall[name].append(time.perf_counter() - start)
-                print(
-                    f"round {number + 1}, {name}: {seconds[name][-1]:.1f} s of CPU, {wall[name][-1]:.1f} s", flush=True
-                )
-    load.append(os.getloadavg()[0])
-
-    def ratios(times: dict[str, list[float]], name: str) -> list[float]:
-        return [theirs / ours for theirs, ours in zip(times[name], times["ours"], strict=True)]
-
-    lengths = [len(peer.tokens[c]) + len(peer.features[i]) for c, i in pairs]
-    result = {
+    lengths = [len(peer.tokens[caption]) + len(peer.features[image]) for caption, image in pairs]
+    result: dict[str, Any] = {
         "job": f"{args.num_images} images x {args.num_captions} captions, BERT-base sizes",
-        "regions": {"mean": round(float(np.mean([len(rows) for rows in peer.features])), 1), "range": [10, 100]},
-        "tokens_mean": round(float(np.mean([len(ids) for ids in peer.tokens])), 1),
+        "mean_regions": round(statistics.mean(len(rows) for rows in peer.features), 1),
+        "mean_tokens": round(statistics.mean(len(ids) for ids in peer.tokens), 1),
         "dtype": args.dtype,
         "machine": machine(),
-        "load_average": [round(value, 1) for value in load],
-        "rounds": args.rounds,
+        "load_average": [],
         "batch_size": args.batch_size,
         "padded_over_real_tokens": {
             "sorted": round(peer.padded_length(by_length) / sum(lengths), 3),
             "unsorted": round(peer.padded_length(pairs) / sum(lengths), 3),
         },
-        "cpu_seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
-        "wall_seconds": {name: [round(value, 2) for value in values] for name, values in wall.items()},
-        "median_ratio": {
-            name: round(statistics.median(ratios(seconds, name)), 3) for name in systems if name != "ours"
-        },
-        "median_ratio_wall": {
-            name: round(statistics.median(ratios(wall, name)), 3) for name in systems if name != "ours"
-        },
     }
+    times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in systems} for kind in ("cpu", "wall")}
+    with torch.inference_mode():
+        peer.score(by_length[: args.batch_size])
+        scorer.score(job.captions[:2], job.records[:2])
+        for number in range(args.rounds):
+            result["load_average"].append(round(os.getloadavg()[0], 1))
+            names = list(systems)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                starts = time.process_time(), time.perf_counter()
+                systems[name]()
+                times["cpu"][name].append(round(time.process_time() - starts[0], 2))
+                times["wall"][name].append(round(time.perf_counter() - starts[1], 2))
+                print(f"round {number + 1}, {name}: {times['cpu'][name][-1]} s of CPU", flush=True)
+            for kind, of_system in times.items():
+                result[f"{kind}_seconds"] = of_system
+                result[f"median_ratio_{kind}"] = {
+                    name: round(statistics.median(map(truediv, of_system[name], of_system["ours"])), 3)
+                    for name in systems
+                }
+            if args.output is not None:  # after each round: all may take hours
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(result, indent=2) + "\n")
+
     print(f"\n{result['job']}, {args.dtype}, {result['machine']['cpu']}, {result['machine']['threads']} thread(s)")
     print(f"{'':24}{'pairs/s':>9}{'ratio':>8}{'goal':>8}")
     for name in systems:
-        rate = len(pairs) / statistics.median(seconds[name])
-        ratio = "" if name == "ours" else f"{result['median_ratio'][name]:.2f}"
+        rate = len(pairs) / statistics.median(times["cpu"][name])
         goal = f"{GOALS[name]:.2f}" if name in GOALS and args.dtype == "float32" else ""
-        print(f"{name:24}{rate:9.2f}{ratio:>8}{goal:>8}")
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{name:24}{rate:9.2f}{result['median_ratio_cpu'][name]:8.2f}{goal:>8}")
 
 
 if __name__ == "__main__":

@@ -336,8 +336,8 @@ def test_plan(model, capfd):
     two = dataclasses.replace(plan, flops=3e12, flops_per_second=1e8, num_processes=2, num_done=5)
     assert two.seconds == 15_000
     assert str(two) == (
-        "Scoring 9 captions x 7 images: 63 pairs, 5 of them done before, 3.0 TFLOP in float32 on cpu. At the measured "
-        "0 GFLOP/s on each of 2 processes: about 4 h 10 min."
+        "Scoring 9 captions x 7 images: 63 pairs, 5 of them done before, 3.00TFLOP in float32 on cpu. At the measured "
+        "100MFLOP/s on each of 2 processes: about 4 h 10 min."
     )
     capfd.readouterr()
     scorer(model, verbose=True).score(CAPTIONS, IMAGES)

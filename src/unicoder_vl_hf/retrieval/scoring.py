@@ -67,8 +67,8 @@ class ScoringPlan:
         processes = f" on each of {self.num_processes} processes" if self.num_processes > 1 else ""
         return (
             f"Scoring {self.num_captions:,} captions x {self.num_images:,} images: {self.num_pairs:,} pairs{done}, "
-            f"{self.flops / 1e12:,.1f} TFLOP in {self.where}. At the measured {self.flops_per_second / 1e9:,.0f} "
-            f"GFLOP/s{processes}: about {duration}."
+            f"{tqdm.format_sizeof(self.flops)}FLOP in {self.where}. At the measured "
+            f"{tqdm.format_sizeof(self.flops_per_second)}FLOP/s{processes}: about {duration}."
         )
 
 
@@ -255,8 +255,8 @@ class ImageTextScorer:
             model.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         extractor = json.dumps(self.processor.feature_extractor.to_dict(), sort_keys=True, default=str)
         return {
-            "model": model.hexdigest(),
-            "feature extractor": hashlib.sha256(extractor.encode()).hexdigest(),
+            "model": model.hexdigest()[:16],
+            "feature extractor": hashlib.sha256(extractor.encode()).hexdigest()[:16],
             **blocks.items.digests(),
             **blocks.digests(),
             "dtype": str(self.dtype or self.model.dtype),
@@ -301,9 +301,9 @@ class _Items:
             for values in (record.features, record.locations(), record.object_scores):
                 regions.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
         return {
-            "captions": captions.hexdigest(),
-            "images": images.hexdigest(),
-            "regions": regions.hexdigest(),
+            "captions": captions.hexdigest()[:16],
+            "images": images.hexdigest()[:16],
+            "regions": regions.hexdigest()[:16],
         }
 
 
@@ -382,7 +382,7 @@ class _Pairs(_Blocks):
 
     def digests(self) -> dict[str, str]:
         pairs = np.stack((self.caption_index, self.image_index))
-        return {"pairs": hashlib.sha256(pairs.tobytes()).hexdigest()}
+        return {"pairs": hashlib.sha256(pairs.tobytes()).hexdigest()[:16]}
 
 
 class _Embedded:
