@@ -1,5 +1,6 @@
 """`unicoder-vl` as a user types it. What the commands do is tested with their rooms."""
 
+import inspect
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ import pytest
 from foreign_arrays import IMAGES, WRITERS
 from PIL import Image
 
-from unicoder_vl_hf import RegionStore
+from unicoder_vl_hf import RegionStore, cli
 from unicoder_vl_hf.cli import main
+from unicoder_vl_hf.regions.extraction import extract
+from unicoder_vl_hf.retrieval.mining import mine
 
 
 @pytest.fixture
@@ -89,6 +92,17 @@ def test_label_needs_a_detector_that_classifies(store, tmp_path, capsys):
     arguments = ["label", str(store), str(tmp_path / "labelled"), "--detector"]
     assert main([*arguments, "torchvision:fasterrcnn_mobilenet_v3_large_fpn", "-o", "weights"]) == 1
     assert "'weights', expected NAME=VALUE" in capsys.readouterr().err
+
+
+def test_commands_pass_on_what_their_functions_take():
+    """`extract` and `mine` hand over every option by name."""
+    parser = cli._parser()
+    extract_args = parser.parse_args(["extract", "photos", "store", "--detector", "grid:x"])
+    inspect.signature(extract).bind(output="store", **cli._arguments(extract_args, "store", "option"))
+    mine_args = parser.parse_args(["mine", "model", "captions", "regions", "output"])
+    passed = inspect.signature(mine).bind(**cli._arguments(mine_args)).arguments
+    defaults = {name: value.default for name, value in inspect.signature(mine).parameters.items()}
+    assert {name: passed[name] for name in list(passed)[4:]} == {name: defaults[name] for name in list(defaults)[4:]}
 
 
 def test_help_needs_no_extra_and_loads_no_model():

@@ -110,6 +110,32 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = command(_merge, "Several stores → one", ("output", "folder of the new store"))
     merge.add_argument("stores", nargs="+", help="of different images and one provenance")
+
+    mine = command(
+        _mine,
+        "Hard negatives for fine-tuning, by the current model",
+        ("model", "checkpoint with its processor"),
+        ("captions", "caption file"),
+        ("regions", "store"),
+        ("output", "new folder of captions with their negatives, for run_retrieval.py"),
+    )
+    mine.add_argument("--split", default="train", help="of the captions (default: train)")
+    mine.add_argument("--num-negatives", type=int, default=3, help="captions, and images, of each pair (default: 3)")
+    mine.add_argument("--images-per-set", type=int, default=100, help="images that meet one another (default: 100)")
+    mine.add_argument("--range-min", type=int, default=0, help="pass over so many of the hardest")
+    mine.add_argument("--range-max", type=int, help="look at so many of the hardest")
+    for name, text in (
+        ("min-score", "sigmoid(score) at least"),
+        ("max-score", "sigmoid(score) at most"),
+        ("absolute-margin", "so far below the lowest match of the query"),
+        ("relative-margin", "so far below it, as a share of it"),
+    ):
+        mine.add_argument(f"--{name}", type=float, help=text)
+    mine.add_argument("--sampling-strategy", choices=("top", "random"), default="top", help="the hardest, or any left")
+    mine.add_argument("--duplicates", help="photos that show the same: .jsonl or .csv, a group a line")
+    mine.add_argument("--seed", type=int, default=0, help="of sets and draws")
+    mine.add_argument("--max-length", type=int, default=44, help="tokens of a caption")
+    mine.add_argument("--skip-missing", action="store_true", help="leave out captions whose image has no regions")
     return parser
 
 
@@ -136,8 +162,12 @@ def _format_options(args: argparse.Namespace) -> dict[str, Any]:
 def _extract(args: argparse.Namespace) -> None:
     from .regions.extraction import extract
 
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "option", "store")}
-    print(extract(output=args.store, **options, **dict(_option(text) for text in args.option)))
+    print(extract(output=args.store, **_arguments(args, "store", "option"), **dict(map(_option, args.option))))
+
+
+def _arguments(args: argparse.Namespace, *without: str) -> dict[str, Any]:
+    """What was typed, as keyword arguments of the function that a command stands for."""
+    return {name: value for name, value in vars(args).items() if name not in ("command", "run", *without)}
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -251,6 +281,12 @@ def _merge(args: argparse.Namespace) -> None:
     from .regions.editing import merge_stores
 
     print(merge_stores(args.stores, args.output))
+
+
+def _mine(args: argparse.Namespace) -> None:
+    from .retrieval.mining import mine
+
+    print(mine(**_arguments(args)))
 
 
 if __name__ == "__main__":
