@@ -1,6 +1,7 @@
 """The fine-tuning script: however a run is cut (steps, processes, Ctrl-C), it is the same run; and what it leaves."""
 
 import functools
+import importlib
 import json
 import shutil
 
@@ -135,12 +136,19 @@ def test_a_run_is_never_overwritten(command, straight):
         run(SCRIPT, command(straight, dropout=0.1))
 
 
-def test_early_stopping_ends_the_run_and_is_no_interruption(command, tmp_path, capsys):
-    """With a learning rate of 0 the second evaluation is no better than the first."""
-    run(SCRIPT, [*command(tmp_path, learning_rate=0.0), "--early_stopping_patience", "2"])
+def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path, monkeypatch, capsys):
+    sums = iter([1.0, 3.0, 2.0, 2.5, 4.0])
+    trainer = importlib.import_module(SCRIPT).RetrievalTrainer
+    monkeypatch.setattr(trainer, "evaluate_task", lambda self, rows: {"recall_sum": next(sums)})
+    run(SCRIPT, [*command(tmp_path), "--early_stopping_patience", "2"])
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert state["global_step"] == 24 and state["best_global_step"] == 8
-    assert (tmp_path / "model.safetensors").exists() and "Stopped after" not in capsys.readouterr().out
+    assert state["global_step"] == 32 and state["best_global_step"] == 16
+    assert_same_weights(tmp_path, tmp_path / "checkpoint-16")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path, tmp_path / "checkpoint-32")
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_recall_sum": 3.0}
+    assert "| eval_recall_sum | 3.0000 |" in (tmp_path / "README.md").read_text()
+    assert "Stopped after" not in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
