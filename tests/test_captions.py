@@ -252,6 +252,7 @@ def karpathy(**changes):
             r"line 2: no column 'caption'; the columns are \['image_id'\]",
         ),
         ("a.jsonl", '{"image_id": "1", "caption": null}\n', r"line 1: caption of image '1' is None"),
+        ("a.jsonl", '{"image_id": "1", "caption": "a \\ud83d"}\n', r"a\.jsonl: 'a \\ud83d' holds half a character"),
         (
             "a.jsonl",
             '{"image_id": "1", "caption": ["a"]}\n',
@@ -393,6 +394,31 @@ def test_join_refuses_ids_that_are_no_text():
         join(datasets.Dataset.from_dict({"image_id": [1]}), Store("1"))
     with pytest.raises(ValueError, match="no column 'image_id'"):
         join(datasets.Dataset.from_dict({"id": ["1"]}), Store("1"))
+
+
+def test_join_shows_ids_that_are_no_text():
+    with pytest.raises(ValueError, match=r"unused \(regions, no captions\) +2  1 \(no text\), 2 \(no text\)"):
+        join(datasets.Dataset.from_dict({"image_id": ["1", "2"]}), {1: None, 2: None})
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_join_equals_sets(seed):
+    rng = np.random.default_rng(seed)
+    ids = [str(i) for i in rng.integers(12, size=rng.integers(1, 60))]
+    stored = {str(i) for i in rng.choice(16, size=rng.integers(1, 17), replace=False)}
+    rows = datasets.Dataset.from_dict({"image_id": ids, "caption": [f"{i}" for i in range(len(ids))]})
+    if seed % 2:  # an indices mapping over the table
+        order = rng.permutation(len(ids))[: max(1, len(ids) // 2)]
+        rows, ids = rows.select(order), [ids[i] for i in order]
+    if not stored & set(ids):
+        with pytest.raises(ValueError, match="Nothing would be left"):
+            join(rows, Store(*stored), skip_missing=True)
+        return
+    kept, report = join(rows, Store(*stored), skip_missing=True)
+    assert list(kept) == [row for row in rows if row["image_id"] in stored]
+    counts = [len(stored & set(ids)), len(set(ids) - stored), len(stored - set(ids)), len(ids) - len(kept)]
+    assert [report.matched, report.missing, report.unused, report.missing_captions] == counts
+    assert set(report.matched_examples) <= stored & set(ids) and set(report.unused_examples) <= stored - set(ids)
 
 
 def test_join_report_is_a_table():

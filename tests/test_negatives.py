@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from unicoder_vl_hf.data.captions import read_captions
-from unicoder_vl_hf.data.negatives import MismatchIndex, PairsWithMismatches, fold_caption
+from unicoder_vl_hf.data.negatives import MismatchIndex, PairsWithMismatches, fold_caption, read_duplicate_groups
 
 FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k/dataset_flickr8k.json"
 
@@ -134,6 +134,53 @@ def test_falls_back_to_the_other_direction():
     owner = datasets.Dataset.from_dict({"image_id": ["A", "A", "B", "C"], "caption": ["t", "u", "t", "u"]})
     made = PairsWithMismatches(owner, seed=0)  # all texts belong to A, so that only the image can be replaced
     assert {made.mismatch(0, epoch) for epoch in range(20)} == {(3, True)}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_index_equals_sets(seed):
+    rng = np.random.default_rng(seed)
+    count, num_images, num_texts = rng.integers(1, 40), rng.integers(1, 8), rng.integers(1, 8)
+    ids, texts = rng.integers(num_images, size=count), rng.integers(num_texts, size=count)
+    rows = datasets.Dataset.from_dict({"image_id": [f"i{i}" for i in ids], "caption": [f" T {t}" for t in texts]})
+    groups = [[f"i{i}" for i in rng.integers(10, size=rng.integers(4))] for _ in range(rng.integers(6))]
+    index = MismatchIndex.from_pairs(rows, groups)
+
+    merged = [{f"i{i}"} for i in range(10)]
+    for group in groups * len(groups):  # as often, so that groups that share an image have met
+        touched = [images for images in merged if images & set(group)]
+        merged = [images for images in merged if not images & set(group)] + [set().union(*touched)] * bool(touched)
+    same = [next(k for k, images in enumerate(merged) if f"i{i}" in images) for i in ids]
+    known = set(zip(texts.tolist(), same, strict=True))
+    for row in range(count):
+        for replace_image, codes in ((True, same), (False, texts.tolist())):
+            pairs_made = [(texts[row], c) if replace_image else (c, same[row]) for c in codes]
+            allowed = {codes[other] for other, made in enumerate(pairs_made) if made not in known}
+            assert index.makes_match(row, np.arange(count), replace_image).tolist() == [p in known for p in pairs_made]
+            assert index.irreplaceable(replace_image)[row] == (not allowed)
+            drawn = [codes[other] for other in index.draw_distinct(rng, row, replace_image, 3)]
+            assert len(set(drawn)) == len(drawn) == min(3, len(allowed)) and set(drawn) <= allowed
+        belonging = {same[other] for other in range(count) if texts[other] == texts[row]}
+        code_of = dict(zip(index.images.tolist(), same, strict=True))
+        assert sorted(code_of[code] for code in index.images_of(index.texts[row]).tolist()) == sorted(belonging)
+
+
+def test_codes_of_large_splits_do_not_overflow():
+    many = np.arange(60_000, dtype=np.int32)  # texts times images are more than 32 bits hold, as in Flickr30k
+    index = MismatchIndex(many, many)
+    assert index.images_of(index.texts[-1]).tolist() == [59_999]
+    assert index.belongs(index.texts[-1], index.images[-3:]).tolist() == [False, False, True]
+
+
+def test_spaces_after_commas_are_no_part_of_an_id(tmp_path):
+    (tmp_path / "groups.csv").write_text("a, b\n\nc,d\n")
+    assert read_duplicate_groups(tmp_path / "groups.csv") == [["a", "b"], [], ["c", "d"]]
+
+
+def test_a_long_chain_of_duplicates_is_one_group():
+    ids = [str(i) for i in range(50_000)]
+    rows = datasets.Dataset.from_dict({"image_id": [*ids, "other"], "caption": [*ids, "other"]})
+    index = MismatchIndex.from_pairs(rows, ([ids[i + 1], ids[i]] for i in range(len(ids) - 1)))
+    assert set(index.images[:-1]) == {0} and index.images[-1] == 1
 
 
 def test_rejection_gives_way_to_enumeration():

@@ -129,9 +129,12 @@ def test_constant_scores_earn_nothing():
     assert metrics["image_retrieval_mean_rank"] == metrics["text_retrieval_mean_rank"] == 20.0
 
 
-def test_ranked_in_float32():
-    scores = np.array([[1.0, 1.0 + 2**-40], [0.0, 1.0]])  # a tie in float32, though float64 tells them apart
-    assert retrieval_ranks(scores[:, ::-1], [0, 1])[0].tolist() == [2, 2]
+@pytest.mark.parametrize("right", [1.0 + 2**-40, 1.0 - 2**-40])  # float64 tells them from 1, in float32 they tie
+def test_ranked_in_float32(right):
+    ranked = rank_queries(np.array([[right, 1.0], [1.0, 0.0]]), [0, 1])
+    assert ranked["image_retrieval"].ranks.tolist() == [2, 2]
+    assert ranked["text_retrieval"].ranks.tolist() == [2, 2]
+    assert ranked["image_retrieval"].tied.tolist() == [True, False]
 
 
 def test_a_float16_matrix_gains_nothing_from_its_ties():
@@ -157,6 +160,12 @@ def test_rounding_never_helps(seed):
         assert (rounded[direction].ranks >= exact[direction].ranks).all()
         # What the rounding changed for the worse by a tie is told.
         assert rounded[direction].tied[rounded[direction].ranks > exact[direction].ranks].all()
+
+
+@pytest.mark.parametrize("layout", [np.asfortranarray, lambda scores: np.repeat(scores, 2, axis=1)[:, ::2]])
+def test_any_memory_layout(layout):
+    scores, image_of_caption = random_world(np.random.default_rng(5))
+    assert retrieval_metrics(layout(scores), image_of_caption) == retrieval_metrics(scores, image_of_caption)
 
 
 def test_infinite_scores_rank_first_and_last():
@@ -269,6 +278,14 @@ def test_intervals_refuse(options):
 def test_refuses(scores, image_of_caption, message):
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(scores, image_of_caption)
+
+
+def test_names_the_nan_of_a_later_block(monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", 1)
+    scores = np.zeros((4, 2))
+    scores[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"scores\[2, 1\] is NaN"):
+        rank_queries(scores, [0, 1, 0, 1])
 
 
 def test_refuses_k_below_one():

@@ -150,7 +150,9 @@ class JoinReport:
             ("unused (regions, no captions)", self.unused, self.unused_examples),
         ):
             more = ", …" if count > len(examples) else ""
-            lines.append(f"{name:<32}{count:>10,}  {', '.join(examples)}{more}".rstrip())
+            # An id that is no text, as of a dict by number, joins nothing: it has to look like none.
+            shown = (example if isinstance(example, str) else f"{example!r} (no text)" for example in examples)
+            lines.append(f"{name:<32}{count:>10,}  {', '.join(shown)}{more}".rstrip())
         return "\n".join(lines)
 
 
@@ -528,5 +530,10 @@ def _to_arrow(rows: Iterator[dict[str, Any]], path: str | PathLike[str]) -> pa.T
             names = dict.fromkeys(name for row in chunk for name in row)
             tables.append(pa.table({name: [row.get(name) for row in chunk] for name in names}))
         return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: {error.object!r:.80} holds half a character, {error.object[error.start]!r}; expected text that "
+            "UTF-8 can hold."
+        ) from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: a column mixes types ({error}); expected one type a column.") from error

@@ -48,7 +48,7 @@ def read_duplicate_groups(path: str | PathLike[str]) -> list[list[str]]:
     path = Path(path)
     groups = []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file) if path.suffix == ".csv" else map(_json_list, file)
+        rows = csv.reader(file, skipinitialspace=True) if path.suffix == ".csv" else map(_json_list, file)
         for number, row in enumerate(rows, start=1):
             if row is None or not all(isinstance(image_id, str) and image_id for image_id in row):
                 raise ValueError(
@@ -103,8 +103,9 @@ class MismatchIndex:
 
     def images_of(self, text: int) -> np.ndarray:
         """The images that a text belongs to."""
-        first, last = np.searchsorted(self._known, [text * self._num_images, (text + 1) * self._num_images])
-        return self._known[first:last] - text * self._num_images
+        start = int(text) * self._num_images  # more than the 32 bits of a code hold
+        first, last = np.searchsorted(self._known, [start, start + self._num_images])
+        return self._known[first:last] - start
 
     def stuck(self) -> np.ndarray:
         """The rows that no mismatch can be made of: each text belongs to their image, and their text to all."""
@@ -166,6 +167,7 @@ def _merged(image_ids: Sequence[str], duplicates: Iterable[Sequence[str]]) -> np
 
     def root(image_id: str) -> str:
         while (above := parent.get(image_id, image_id)) != image_id:
+            parent[image_id] = parent.get(above, above)  # half the way next time: groups may form a long chain
             image_id = above
         return image_id
 

@@ -210,7 +210,7 @@ def _row_blocks(scores: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     step = max(1, _BLOCK // max(scores.shape))
     for start in range(0, len(scores), step):
         rows = slice(start, start + step)
-        yield rows, scores[rows].astype(np.float32, copy=False)
+        yield rows, scores[rows].astype(np.float32, order="C", copy=False)
 
 
 def _check_ks(ks: Sequence[int]):
