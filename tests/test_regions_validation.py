@@ -149,6 +149,8 @@ def test_entries_without_rows_and_rows_without_entries(store):
         image_id for problem in validate(store) if "has no entry" in problem.message for image_id in problem.image_ids
     }
     assert lost == {ids[numbers[2]], ids[numbers[5]]}
+    stray = {ids_ for problem in validate(store) if "none of its id" in problem.message for ids_ in problem.image_ids}
+    assert stray == lost
 
     index.write_bytes(original[:-3])
     assert [problem.file for problem in validate(store)] == ["index.safetensors"]
