@@ -4,10 +4,13 @@ import ast
 import dataclasses
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+
+from unicoder_vl_hf.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +46,16 @@ def test_python_parses_and_its_imports_exist(page):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
-                    assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+                    if not hasattr(module, alias.name):  # a module of a package, then
+                        importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_commands_of_the_package_parse(page):
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            _, command, arguments = line.partition("unicoder-vl ")
+            if command and not line.startswith("#"):
+                _parser().parse_args(shlex.split(arguments, comments=True))  # exits on what it does not know
 
 
 def test_commands_name_scripts_and_options_that_exist(page, monkeypatch):
