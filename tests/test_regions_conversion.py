@@ -96,6 +96,21 @@ def test_workers_share_the_images(workers, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == []
 
 
+def test_more_workers_than_images(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", [1])
+    assert_holds(convert(source, tmp_path / "store", workers=2), [1])
+    with pytest.raises(ValueError, match="holds a store"):
+        convert(source, tmp_path / "store", workers=2)
+
+
+def test_parts_whose_removal_was_interrupted(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 6))
+    convert(source, tmp_path / "store")
+    (tmp_path / ".store.parts-2").mkdir()
+    assert_holds(convert(source, tmp_path / "store", workers=2), range(1, 6))
+    assert not (tmp_path / ".store.parts-2").exists()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_resuming_after_an_error_reads_no_image_twice(workers, tmp_path):
     source = write_lines(tmp_path / "features.tsv", range(1, 30), damaged=20)

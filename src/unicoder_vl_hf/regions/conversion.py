@@ -5,6 +5,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -77,15 +78,23 @@ def convert(
         task.run(Path(destination))
         return RegionStore(destination)
 
-    if (Path(destination) / MANIFEST).exists():
-        raise ValueError(f"{destination} holds a store: take another folder.")
     parts = Path(destination).with_name(f".{Path(destination).name}.parts-{workers}")
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(task.run, parts / str(part), part, workers) for part in range(workers)]:
-            future.result()
-    merge_stores([parts / str(part) for part in range(workers)], destination, move=True)
+    if not (Path(destination) / MANIFEST).exists():
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for future in [pool.submit(task.run, parts / str(part), part, workers) for part in range(workers)]:
+                future.result()
+        stores = [parts / str(part) for part in range(workers) if (parts / str(part) / MANIFEST).exists()]
+        if not stores:
+            raise ValueError(f"{source} holds no records.")
+        merge_stores(stores, destination)
+    elif not parts.exists():  # where they do, only removing them was interrupted
+        raise ValueError(f"{destination} holds a store: take another folder.")
     shutil.rmtree(parts)
     return RegionStore(destination)
+
+
+class _NothingWritten(Exception):
+    """Leaves a writer's block without an empty store."""
 
 
 @dataclass
@@ -97,13 +106,15 @@ class _Task:
     options: dict[str, Any]
 
     def run(self, destination: Path, part: int = 0, parts: int = 1) -> None:
-        with RegionStoreWriter(destination, **self.options) as writer:
+        with suppress(_NothingWritten), RegionStoreWriter(destination, **self.options) as writer:
             skip = _Skip(writer.resumed, self.rename, part, parts)
             records = read_records(self.source, self.format, skip=skip, **self.format_options)
             for record in logging.tqdm(records, desc=f"Converting {self.format}", unit="image", position=part):
                 if self.rename is not None:
                     record.image_id = self.rename(record.image_id)
                 writer.write(record)
+            if parts > 1 and not len(writer):  # a small source may leave nothing for one of many
+                raise _NothingWritten
 
 
 @dataclass
