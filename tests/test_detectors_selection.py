@@ -55,16 +55,16 @@ def test_score_at_the_threshold_is_kept():
 
 
 def test_fewer_than_min_are_filled_by_rank():
-    scores = torch.tensor([[0.1, 0.0], [0.09, 0.0], [0.0, 0.05], [0.08, 0.0]])
-    # 0 and 2 survive but score low, 1 and 3 survive in class 1 with 0, and rank by what they scored.
+    scores = torch.tensor([[0.1, 0.0], [0.08, 0.0], [0.0, 0.05], [0.09, 0.0]])
+    # 0 and 2 survive but score low; 3 and 1 survive where they score 0, and rank by what they scored.
     assert caffe(BOXES, scores, min_regions=2, max_regions=10).tolist() == [0, 2]
-    assert caffe(BOXES, scores, min_regions=4, max_regions=10).tolist() == [0, 2, 1, 3]
-    assert caffe(BOXES, scores, min_regions=36, max_regions=36).tolist() == [0, 2, 1, 3]
+    assert caffe(BOXES, scores, min_regions=4, max_regions=10).tolist() == [0, 2, 3, 1]
+    assert caffe(BOXES, scores, min_regions=36, max_regions=36).tolist() == [0, 2, 3, 1]
     top = scores.max(1).values
     options = {"nms_thresholds": [0.3]}
     assert max_nms(BOXES, top, min_regions=2, max_regions=10, **options).tolist() == [0, 2]
-    assert max_nms(BOXES, top, min_regions=3, max_regions=10, **options).tolist() == [0, 2, 1]
-    assert max_nms(BOXES, top, min_regions=36, max_regions=36, **options).tolist() == [0, 2, 1, 3]
+    assert max_nms(BOXES, top, min_regions=3, max_regions=10, **options).tolist() == [0, 2, 3]
+    assert max_nms(BOXES, top, min_regions=36, max_regions=36, **options).tolist() == [0, 2, 3, 1]
     assert max_nms(BOXES, top, min_regions=1, max_regions=1, **options).tolist() == [0]
 
 
