@@ -92,7 +92,7 @@ class VisualGenomeDetector:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {list(known)}.")
         config = model.config
-        self.model = model.eval().to(device, memory_format=torch.channels_last)
+        self.model = model.eval().to(device).to(memory_format=torch.channels_last)
         self.model.cast(DTYPES.get(precision, torch.float32))
         self.device = device
         self.rule = rule
