@@ -136,7 +136,54 @@ def _parser() -> argparse.ArgumentParser:
     mine.add_argument("--seed", type=int, default=0, help="of sets and draws")
     mine.add_argument("--max-length", type=int, default=44, help="tokens of a caption")
     mine.add_argument("--skip-missing", action="store_true", help="leave out captions whose image has no regions")
+
+    first_stage = command(
+        _train_first_stage,
+        "A first stage of search for a checkpoint, by training its projection alone",
+        ("model", "checkpoint with its processor"),
+        ("captions", "caption file, with both splits"),
+        ("regions", "store"),
+        ("output", "new folder of the checkpoint with its first stage"),
+    )
+    first_stage.add_argument("--split", default="train", help="to train on (default: train)")
+    first_stage.add_argument("--validation-split", default="val", help="to choose the best epoch by (default: val)")
+    first_stage.add_argument("--projection-dim", type=int, default=256, help="width of the embeddings (default: 256)")
+    first_stage.add_argument("--epochs", type=int, default=30, help="default: 30")
+    first_stage.add_argument("--batch-size", type=int, default=512, help="pairs (default: 512)")
+    first_stage.add_argument("--learning-rate", type=float, default=2e-3, help="default: 2e-3")
+    first_stage.add_argument("--duplicates", help="photos that show the same: .jsonl or .csv, a group a line")
+    first_stage.add_argument("--seed", type=int, default=0, help="of new weights and shuffles")
+    first_stage.add_argument("--max-length", type=int, default=44, help="tokens of a caption")
+    first_stage.add_argument(
+        "--skip-missing", action="store_true", help="leave out captions whose image has no regions"
+    )
+
+    index = command(_index, "A store, or captions, embedded for search", ("store", "its folder"))
+    index.add_argument("--output", required=True, help="new folder of the index; run again, it goes on")
+    _add_encoder(index)
+    index.add_argument("--captions", help="index the captions of this file, whose images are in the store, instead")
+    index.add_argument("--split", help="of the captions (default: all)")
+    index.add_argument("--faiss", help="an approximate structure in FAISS's words, such as HNSW32 (default: exact)")
+
+    search = command(_search, "The images that match a sentence best, or the sentences that match an image")
+    search.add_argument("text", nargs="?", help="the sentence")
+    search.add_argument("--image", help="search captions instead, by an image id, its photo, or a saved record")
+    search.add_argument("--index", help="of images, or of captions for --image")
+    search.add_argument("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
+    search.add_argument("--regions", help="store (default: that of the index)")
+    _add_encoder(search)
+    search.add_argument("--captions", help="file, for --exhaustive with --image")
+    search.add_argument("--split", help="of the captions (default: all)")
+    search.add_argument("--candidates", type=int, default=100, help="of the first stage, to be scored (default: 100)")
+    search.add_argument("--top-k", type=int, default=10, help="to be shown (default: 10)")
+    search.add_argument("--gallery", help="HTML of what was found, with regions drawn on --photos")
     return parser
+
+
+def _add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="checkpoint of ours, which scores pairs (default: that of the index)")
+    parser.add_argument("--dual-encoder", help="CLIP, SigLIP or alike as first stage, on --photos")
+    parser.add_argument("--photos", help="folder, .tar, or folder of a dataset; ids are file names without suffix")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -287,6 +334,25 @@ def _mine(args: argparse.Namespace) -> None:
     from .retrieval.mining import mine
 
     print(mine(**_arguments(args)))
+
+
+def _train_first_stage(args: argparse.Namespace) -> None:
+    from .retrieval.first_stage import train_first_stage
+
+    metrics = train_first_stage(**_arguments(args))
+    print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items() if "recall" in name))
+
+
+def _index(args: argparse.Namespace) -> None:
+    from .retrieval.searching import make_index
+
+    print(make_index(**_arguments(args)))
+
+
+def _search(args: argparse.Namespace) -> None:
+    from .retrieval.searching import run_search
+
+    print(run_search(**_arguments(args)))
 
 
 if __name__ == "__main__":

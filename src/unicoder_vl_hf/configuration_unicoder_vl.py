@@ -25,6 +25,11 @@ class UnicoderVLConfig(PreTrainedConfig):
         the letter.
     triplet_margin (`float`, *optional*, defaults to 0.2):
         Margin of the hardest-negative triplet loss, on `sigmoid(score)` in `(0, 1)` (paper, Image-Text Retrieval).
+    projection_dim (`int`, *optional*):
+        Width of the embeddings of `encode_text` and `encode_image`, the first stage of a search. By default the model
+        has none, as the paper's.
+    first_stage_trained (`bool`, *optional*, defaults to `False`):
+        Whether the weights of the first stage were trained: without that its embeddings mean nothing.
 
     Example:
 
@@ -67,6 +72,8 @@ class UnicoderVLConfig(PreTrainedConfig):
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
     triplet_margin: float | int = 0.2
+    projection_dim: int | None = None
+    first_stage_trained: bool = False
 
     def __post_init__(self, **kwargs):
         # The two labels of the matching head; another `num_labels` replaces them.
@@ -85,6 +92,8 @@ class UnicoderVLConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise ValueError(f"projection_dim={self.projection_dim} must be at least 1, or None for no first stage.")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "

@@ -8,6 +8,7 @@ makes BERT a decoder.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -482,6 +483,37 @@ class UnicoderVLMatchingHead(nn.Linear):
             return nn.functional.linear(pooler_output.float(), self.weight.float(), self.bias.float())
 
 
+class UnicoderVLFirstStage(nn.Module):
+    """
+    Projections of the mean states of a caption and of an image into one space, and the temperature of
+    [`contrastive_loss`] as CLIP learns it. In float32, where bfloat16 would tie many similarities.
+    """
+
+    def __init__(self, config: UnicoderVLConfig, projection_dim: int):
+        super().__init__()
+        self.text_projection = nn.Linear(config.hidden_size, projection_dim)
+        self.image_projection = nn.Linear(config.hidden_size, projection_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def embed_text(self, states: torch.Tensor) -> torch.Tensor:
+        return self._embed(self.text_projection, states)
+
+    def embed_image(self, states: torch.Tensor) -> torch.Tensor:
+        return self._embed(self.image_projection, states)
+
+    def _embed(self, projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=states.device.type, enabled=False):
+            projected = nn.functional.linear(states.float(), projection.weight.float(), projection.bias.float())
+        return nn.functional.normalize(projected, dim=-1)
+
+    def loss(
+        self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor, mismatches: torch.Tensor
+    ) -> torch.Tensor:
+        """[`contrastive_loss`] at the learned temperature, of at least 1/100 as in CLIP."""
+        scale = self.logit_scale.float().clamp(max=math.log(100)).exp()
+        return contrastive_loss(scale * text_embeddings @ image_embeddings.T, mismatches)
+
+
 @dataclass
 class BertLoadingReport:
     """What [`~UnicoderVLPreTrainedModel.from_bert`] could not take from BERT, and what it left there.
@@ -498,7 +530,7 @@ class BertLoadingReport:
 # Every other key that only one side has is an error: a renamed layer must not pass as "new".
 _NEW_KEYS = re.compile(
     r"(bert\.)?(embeddings\.region_embeddings|embeddings\.image_token_embedding|pooler)"
-    r"|cls\.predictions|region_head|matching_head|classifier"
+    r"|cls\.predictions|region_head|matching_head|classifier|first_stage"
 )
 _UNUSED_KEYS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?embeddings\.position_ids$")
 _LAYER_KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -527,6 +559,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, UnicoderVLEmbeddings) and module.image_token_embedding is not None:
             init.normal_(module.image_token_embedding, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, UnicoderVLFirstStage):
+            init.constant_(module.logit_scale, math.log(1 / 0.07))
 
     @classmethod
     def from_bert(
@@ -928,6 +962,9 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
         match's image) from an image negative (its caption).
     labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         1 = match, 0 = mismatch, -100 = ignored.
+    mismatches (`torch.BoolTensor` of shape `(num_matches, num_matches)`, *optional*):
+        For the contrastive loss: whether the caption of one match is a mismatch with the image of another, the matches
+        in the order of their rows. Needed with `labels` where `model.contrastive_weight` is not 0.
 """
 
 
@@ -938,6 +975,10 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
 
     `model.group_loss` is what groups are trained with: the paper's hardest-negative triplet loss with
     `config.triplet_margin`, or any function of its first five arguments that is set in its place.
+
+    With `config.projection_dim` the model has a first stage as well, `encode_text` and `encode_image`, for a search
+    among more images than can be scored. It is trained by `model.contrastive_weight` times [`contrastive_loss`] beside
+    the loss of the groups (0 by default, as the paper has none), or alone, by `unicoder-vl train-first-stage`.
     """
 )
 class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
@@ -952,7 +993,95 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         self.bert = UnicoderVLModel(config)
         self.matching_head = UnicoderVLMatchingHead(config)
         self.group_loss: GroupLoss = functools.partial(hardest_negative_triplet_loss, margin=config.triplet_margin)
+        self.first_stage = (
+            None if config.projection_dim is None else UnicoderVLFirstStage(config, config.projection_dim)
+        )
+        self.contrastive_weight = 0.0
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As [`~PreTrainedModel.from_pretrained`]; where the first stage was not loaded whole, it is not trained."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if model.first_stage is None or any(key.startswith("first_stage.") for key in report["missing_keys"]):
+            model.config.first_stage_trained = False
+        return (model, report) if output_loading_info else model
+
+    def encode_text(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Embeds captions alone, for a first stage of search.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: As in `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, projection_dim)`, float32, of unit length: its product with what
+            [`~UnicoderVLForImageTextRetrieval.encode_image`] returns is a similarity in `[-1, 1]`.
+
+        Raises:
+            `ValueError`: the model has no first stage.
+        """
+        states = self.text_states(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._first_stage().embed_text(states)
+
+    def encode_image(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor,
+        region_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Embeds images alone; see [`~UnicoderVLForImageTextRetrieval.encode_text`].
+
+        Args:
+            region_features, region_locations, region_attention_mask: As in `forward`.
+        """
+        states = self.image_states(region_features, region_locations, region_attention_mask)
+        return self._first_stage().embed_image(states)
+
+    def text_states(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `encode_text` projects: the mean of the encoder's last states, `(batch_size, hidden_size)`."""
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return _mean_state(outputs.last_hidden_state, attention_mask)
+
+    def image_states(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor,
+        region_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `encode_image` projects, as in `text_states`."""
+        # An image alone is a sequence with a text of no token.
+        no_text = region_locations.new_empty((region_features.shape[0], 0, self.config.hidden_size), dtype=self.dtype)
+        outputs = self.bert(
+            inputs_embeds=no_text,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+        )
+        return _mean_state(outputs.last_hidden_state, region_attention_mask)
+
+    def _first_stage(self) -> UnicoderVLFirstStage:
+        if self.first_stage is None:
+            raise ValueError(
+                "This model has no first stage: its config.projection_dim is None. Load it with projection_dim=256, "
+                "say, and train it with --contrastive_weight, or with `unicoder-vl train-first-stage`."
+            )
+        return self.first_stage
 
     @can_return_tuple
     @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + RETRIEVAL_LABELS_DOCSTRING)
@@ -971,6 +1100,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         group_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        mismatches: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLForImageTextRetrievalOutput:
         if region_features is None:
@@ -1005,6 +1135,25 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
         else:
             loss = self.group_loss(scores, labels, group_ids, caption_index, image_index)
+        if loss is not None and labels is not None and self.contrastive_weight != 0:
+            if mismatches is None:
+                raise ValueError(
+                    f"contrastive_weight={self.contrastive_weight} needs mismatches: what is a negative of what? "
+                    "DataCollatorForUnicoderVLRetrieval(contrastive=True) gives them."
+                )
+            # The rows that are matches, in their order, without a look at how many there are.
+            matches = (labels == 1).long().argsort(descending=True, stable=True)[: mismatches.shape[0]]
+            captions: Any = matches if caption_index is None else caption_index[matches]
+            images: Any = matches if image_index is None else image_index[matches]
+            if position_ids is not None:  # which may be one row for all
+                source: Any = input_ids if inputs_embeds is None else inputs_embeds
+                position_ids = position_ids.expand(len(source), -1)
+            text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            regions: Any = (region_features, region_locations, region_attention_mask)
+            text_embeddings = self.encode_text(*(_pick_rows(tensor, captions) for tensor in text))
+            image_embeddings = self.encode_image(*(_pick_rows(tensor, images) for tensor in regions))
+            contrastive = self._first_stage().loss(text_embeddings, image_embeddings, mismatches)
+            loss = loss + self.contrastive_weight * contrastive
         return UnicoderVLForImageTextRetrievalOutput(
             loss=loss,
             matching_logits=matching_logits,
@@ -1186,6 +1335,25 @@ def binary_matching_loss(
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
+def contrastive_loss(logits: torch.Tensor, mismatches: torch.Tensor) -> torch.Tensor:
+    r"""
+    The symmetric cross-entropy of CLIP without false negatives: mean over the matches of `-log softmax` of each one's
+    logit, among the images that its caption does not match, and among the captions that its image does not match; mean
+    of the two.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_matches, num_matches)`):
+            Of caption p with image q; p with p is a match.
+        mismatches (`torch.BoolTensor` of shape `(num_matches, num_matches)`):
+            Whether caption p and image q are a mismatch. What is none, p with p apart, is left out.
+    """
+    _check_shape("mismatches", mismatches, tuple(logits.shape))
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(~(mismatches | own), float("-inf"))
+    log_normalizers = logits.logsumexp(dim=1) + logits.logsumexp(dim=0)
+    return (log_normalizers / 2 - logits.diagonal()).mean()
+
+
 # Of scores, labels, group_ids, caption_index and image_index, each of shape (batch_size,).
 GroupLoss = Callable[
     [torch.Tensor, torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor], torch.Tensor
@@ -1233,6 +1401,14 @@ def _masked_prediction_loss(
     """Mean over the targets of each row, then over ALL rows of the batch; rows without targets add 0."""
     losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return (losses.view_as(labels) * _target_weights(labels, counted)).sum()
+
+
+def _mean_state(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Over the attended states, `(batch_size, hidden_size)`, float32."""
+    if attention_mask is None:
+        return hidden_states.float().mean(dim=1)
+    weights = attention_mask.float()[..., None]
+    return (hidden_states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTensor:

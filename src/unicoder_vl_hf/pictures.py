@@ -225,17 +225,17 @@ class GalleryItem:
 
     Args:
         caption (`str`): The query.
-        image_id (`str`): Its right image.
+        image_id (`str`, *optional*): Its right image; without, nothing is marked.
         score (`float`): Of the right image; higher = better match.
         rank (`int`): Of the right image, from 1; a wrong image of the same score ranks before it.
         best (tuple of `(image_id, score)`): The best images, best first.
     """
 
     caption: str
-    image_id: str
-    score: float
-    rank: int
-    best: tuple[tuple[str, float], ...]
+    image_id: str | None = None
+    score: float = float("nan")
+    rank: int = 0
+    best: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def from_scores(cls, caption: str, image_id: str, image_ids: Sequence[str], scores: Any, top_k: int = 5) -> Self:
@@ -323,7 +323,7 @@ def _metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) ->
 
 def _item_html(item: GalleryItem, source: Callable[[str], str]) -> str:
     shown = [(rank, image_id, score) for rank, (image_id, score) in enumerate(item.best, start=1)]
-    if all(image_id != item.image_id for image_id, _ in item.best):
+    if item.image_id is not None and all(image_id != item.image_id for image_id, _ in item.best):
         shown.append((item.rank, item.image_id, item.score))
     figures = "\n".join(
         f'<figure class="{_figure_class(item, image_id, rank)}"><img src="{source(image_id)}" '
@@ -331,14 +331,16 @@ def _item_html(item: GalleryItem, source: Callable[[str], str]) -> str:
         f"<small>{'right image' if image_id == item.image_id else html.escape(image_id)}</small></figcaption></figure>"
         for rank, image_id, score in shown
     )
-    verdict = "found first" if item.rank == 1 else f"right image at rank {item.rank}"
-    return (
-        f'<section><h2>{html.escape(item.caption)}</h2><p class="{"hit" if item.rank == 1 else "miss"}">{verdict}</p>\n'
-        f'<div class="row">\n{figures}\n</div></section>'
-    )
+    verdict = ""
+    if item.image_id is not None:
+        words = "found first" if item.rank == 1 else f"right image at rank {item.rank}"
+        verdict = f'<p class="{"hit" if item.rank == 1 else "miss"}">{words}</p>'
+    return f'<section><h2>{html.escape(item.caption)}</h2>{verdict}\n<div class="row">\n{figures}\n</div></section>'
 
 
 def _figure_class(item: GalleryItem, image_id: str, rank: int) -> str:
+    if item.image_id is None:
+        return "found"
     if image_id != item.image_id:
         return "wrong"
     return "right" if rank <= len(item.best) else "right beyond"

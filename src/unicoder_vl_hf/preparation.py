@@ -150,9 +150,9 @@ def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Re
     return RegionStore(converted)
 
 
-def load_model(arguments: DataArguments, store: RegionStore, model_class: type[Model]) -> Model:
+def load_model(arguments: DataArguments, store: RegionStore, model_class: type[Model], **fields: Any) -> Model:
     """
-    A Unicoder-VL checkpoint of any kind, a BERT, or new weights.
+    A Unicoder-VL checkpoint of any kind, a BERT, or new weights; `fields` are further ones of its configuration.
 
     Raises:
         `ValueError`: a checkpoint of another kind, or one that the regions or `max_length` do not fit.
@@ -165,23 +165,22 @@ def load_model(arguments: DataArguments, store: RegionStore, model_class: type[M
     }
     if arguments.num_hidden_layers is not None:
         regions["num_hidden_layers"] = arguments.num_hidden_layers
-    dropout: dict[str, Any] = {}
     if arguments.dropout is not None:
-        dropout = {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
+        fields |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
     name = arguments.base_model
     if name is None:
         from .scenes import scene_tokenizer
 
-        config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **dropout}
+        config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **fields}
         model = model_class(UnicoderVLConfig(**config))
-    elif _is_unicoder_vl(name):
-        model = model_class.from_pretrained(name, **dropout)
+    elif is_unicoder_vl(name):
+        model = model_class.from_pretrained(name, **fields)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
                 f"{name} takes features of width {model.config.region_feature_dim}, but {store} has others."
             )
     else:
-        model = model_class.from_bert(name, **regions, **dropout)
+        model = model_class.from_bert(name, **regions, **fields)
     if arguments.max_length > model.config.max_position_embeddings:
         raise ValueError(
             f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions."
@@ -195,7 +194,7 @@ def load_processor(arguments: DataArguments, data: CaptionedRegions) -> Unicoder
     provenance of the regions that are trained on; a checkpoint that was trained on others says so.
     """
     name, provenance = arguments.base_model, data.store.provenance
-    if name is not None and _is_unicoder_vl(name):
+    if name is not None and is_unicoder_vl(name):
         processor = UnicoderVLProcessor.from_pretrained(name)
         extractor = processor.feature_extractor
         extractor.check_provenance(provenance)
@@ -243,5 +242,5 @@ def feature_statistics(
     return mean, float(np.sqrt((squares / count - mean**2).mean()))
 
 
-def _is_unicoder_vl(name: str) -> bool:
+def is_unicoder_vl(name: str) -> bool:
     return AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type

@@ -225,6 +225,8 @@ class DataCollatorForUnicoderVLRetrieval:
         in_batch_negatives (`bool`, *optional*, defaults to `False`):
             Pair the captions and images of different rows too, where they do not match, and make the batch one group:
             N * N pairs, beside the negatives that the rows carry. What a row meets then depends on its batch.
+        contrastive (`bool`, *optional*, defaults to `False`):
+            Add `mismatches`, which tells the contrastive loss what captions and images of different rows mismatch.
 
     Rows are dicts as [`PairsWithNegatives`] gives them.
 
@@ -250,6 +252,7 @@ class DataCollatorForUnicoderVLRetrieval:
     store: Mapping[str, RegionRecord]
     max_length: int = 44
     in_batch_negatives: bool = False
+    contrastive: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         captions: dict[str, int] = {}  # caption -> its row of input_ids
@@ -269,7 +272,7 @@ class DataCollatorForUnicoderVLRetrieval:
         if self.in_batch_negatives:
             for row in rows:
                 for other in rows:
-                    if other["image_code"] not in row["codes_of_caption"]:
+                    if _mismatch(row, other):
                         add(0, row["caption"], other["image_id"], 0)
             # A pair that two rows have in common counts once in the one group that is left.
             pairs = list(dict.fromkeys((caption, image, 0, label) for caption, image, _, label in pairs))
@@ -277,7 +280,18 @@ class DataCollatorForUnicoderVLRetrieval:
         index = torch.tensor(pairs).unbind(1)
         inputs = self.processor(text=list(captions), padding=True, max_length=self.max_length, return_tensors="pt")
         inputs |= self.processor.feature_extractor(_fetch(self.store, list(images)), return_tensors="pt")
-        return {**inputs, **dict(zip(("caption_index", "image_index", "group_ids", "labels"), index, strict=True))}
+        batch = {**inputs, **dict(zip(("caption_index", "image_index", "group_ids", "labels"), index, strict=True))}
+        if self.contrastive:
+            matches = rows
+            if self.in_batch_negatives:  # where a match counts once, as above
+                matches = list({(row["caption"], row["image_id"]): row for row in rows}.values())
+            batch["mismatches"] = torch.tensor([[_mismatch(row, other) for other in matches] for row in matches])
+        return batch
+
+
+def _mismatch(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the caption of one row is a mismatch with the image of another."""
+    return other["image_code"] not in row["codes_of_caption"]
 
 
 def _fetch(store: Mapping[str, RegionRecord], image_ids: Sequence[str]) -> list[RegionRecord]:

@@ -1,6 +1,7 @@
 """A checkpoint to score with: pre-trained (zero-shot) or fine-tuned, but never one whose matching head would be new."""
 
 import hashlib
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -46,13 +47,18 @@ def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTe
     What tells a checkpoint from others, as JSON: its name, the class that saved it (pre-training means zero-shot),
     the revision where it is of the Hub, and a digest of the weights that scoring reads.
     """
-    digest = hashlib.sha256()
-    for key, weight in sorted({**model.bert.state_dict(), **model.matching_head.state_dict()}.items()):
-        digest.update(key.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return {
         "name": str(name),
         "saved_by": next(iter(model.config.architectures or ()), None),
         "revision": getattr(model.config, "_commit_hash", None),
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()}),
     }
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for key, weight in sorted(weights.items()):
+        digest.update(key.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

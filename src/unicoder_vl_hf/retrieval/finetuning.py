@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+from transformers import AutoConfig
+from transformers.utils import logging
 
 from ..data.collators import DataCollatorForUnicoderVLRetrieval
 from ..data.negatives import PairsWithNegatives, read_duplicate_groups
@@ -25,10 +27,12 @@ from ..modeling_unicoder_vl import (
     hardest_negative_triplet_loss,
     sum_of_negatives_triplet_loss,
 )
-from ..preparation import DataArguments, load_model, load_processor, open_data
+from ..preparation import DataArguments, is_unicoder_vl, load_model, load_processor, open_data
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from .metrics import retrieval_metrics
 from .scoring import ImageTextScorer
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -57,6 +61,11 @@ class RetrievalArguments(DataArguments):
     margin: float = field(default=0.2, metadata={"help": "Of the triplet losses, on sigmoid(score)."})
     caption_weight: float = field(default=1.0, metadata={"help": "Of caption negatives in the triplet losses."})
     image_weight: float = field(default=1.0, metadata={"help": "Of image negatives in the triplet losses."})
+    contrastive_weight: float = field(
+        default=0.0,
+        metadata={"help": "Train a first stage of search as well, by so much of its contrastive loss; 0 trains none."},
+    )
+    projection_dim: int = field(default=256, metadata={"help": "Width of its embeddings, where it is new."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
     )
@@ -124,7 +133,9 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         num_images=arguments.num_negative_images,
         duplicates=[] if arguments.duplicates is None else read_duplicate_groups(arguments.duplicates),
     )
-    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval)
+    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **_first_stage_fields(arguments))
+    model.contrastive_weight = arguments.contrastive_weight
+    model.config.first_stage_trained = arguments.contrastive_weight > 0
     model.config.triplet_margin = arguments.margin
     model.group_loss = arguments.group_loss
     processor = load_processor(arguments, data)
@@ -132,12 +143,33 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         model=model,
         processor=processor,
         collator=DataCollatorForUnicoderVLRetrieval(
-            processor, data.store, max_length=arguments.max_length, in_batch_negatives=arguments.in_batch_negatives
+            processor,
+            data.store,
+            max_length=arguments.max_length,
+            in_batch_negatives=arguments.in_batch_negatives,
+            contrastive=arguments.contrastive_weight > 0,
         ),
         train=train,
         validation=validation,
         data_name=data.name,
     )
+
+
+def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
+    """Of the configuration: a first stage that is trained, or none, since an old one would not fit the new encoder."""
+    if arguments.contrastive_weight < 0:
+        raise ValueError(f"contrastive_weight={arguments.contrastive_weight}; expected at least 0.")
+    name, old = arguments.base_model, None
+    if name is not None and is_unicoder_vl(name):
+        old = AutoConfig.from_pretrained(name).projection_dim
+    if arguments.contrastive_weight > 0:
+        return {"projection_dim": old or arguments.projection_dim}
+    if old is not None:
+        logger.warning(
+            f"{name} has a first stage of search, which would not fit the encoder after this training: it is left out. "
+            "Train it along with --contrastive_weight, or afterwards by `unicoder-vl train-first-stage`."
+        )
+    return {"projection_dim": None}
 
 
 def captions_of_images(captions: datasets.Dataset, max_images: int) -> datasets.Dataset:

@@ -1,0 +1,227 @@
+"""First stages of a search: what embeds captions and images alone, so that any number of images can be compared.
+
+Ours is the same model with a projection (`encode_text`, `encode_image`); any dual encoder of transformers, such as
+CLIP or SigLIP 2, will do as well. Left out: what is done with the embeddings, see `index` and `two_stage`.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from ..feature_extraction_unicoder_vl import RegionRecord
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..regions.store import RegionStore
+from .checkpoints import weights_digest
+from .scoring import ImageTextScorer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BATCH_SIZE = 64
+# Images whose records are read at once and sorted by their number of regions.
+READ_AT_ONCE = 1024
+
+
+class DualEncoder(Protocol):
+    """What embeds captions and images into one space, as `(n, dim)` float32 of unit length."""
+
+    name: str
+    dim: int
+
+    def embed_captions(self, captions: Sequence[str]) -> np.ndarray: ...
+
+    def embed_images(self, image_ids: Sequence[str]) -> np.ndarray: ...
+
+    def identity(self) -> dict[str, str]:
+        """What tells it from others: its `name`, and what must be the same for its embeddings to be comparable."""
+        ...
+
+
+class UntrainedFirstStage(ValueError):
+    """The checkpoint can score pairs, but not embed a caption or an image alone."""
+
+
+class UnicoderVLDualEncoder:
+    """
+    Args:
+        model ([`UnicoderVLForImageTextRetrieval`]): With a first stage that was trained.
+        processor ([`UnicoderVLProcessor`]): Its own.
+        store (`Mapping[str, RegionRecord]`): Where image ids are looked up.
+        name (`str`): The checkpoint's.
+        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
+
+    Raises:
+        [`UntrainedFirstStage`] (a `ValueError`): It was not; the message says what to do, and how long exhaustive
+        scoring would take.
+    """
+
+    def __init__(
+        self,
+        model: UnicoderVLForImageTextRetrieval,
+        processor: UnicoderVLProcessor,
+        store: Mapping[str, RegionRecord],
+        name: str | os.PathLike[str],
+        max_length: int = 44,
+    ):
+        if model.first_stage is None or not model.config.first_stage_trained:
+            raise UntrainedFirstStage(
+                f"The first stage of {name} was not trained: it can score a caption with an image, but embed neither "
+                f"alone. Train it, a matter of minutes: `unicoder-vl train-first-stage {name} CAPTIONS REGIONS OUTPUT`."
+                f" Or score every pair, `unicoder-vl search … --exhaustive`: {_exhaustive(model, processor, store)}."
+            )
+        self.model, self.processor, self.store = model, processor, store
+        self.name, self.max_length = str(name), max_length
+        self.first_stage = model.first_stage
+        self.dim = self.first_stage.text_projection.out_features
+
+    def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
+        states = text_states(self.model, self.processor, captions, self.max_length)
+        return self._embed(self.first_stage.embed_text, states)
+
+    def embed_images(self, image_ids: Sequence[str | RegionRecord]) -> np.ndarray:
+        states = image_states(self.model, self.processor, image_ids, self.store)
+        return self._embed(self.first_stage.embed_image, states)
+
+    def identity(self) -> dict[str, str]:
+        weights = {**self.model.bert.state_dict(), **self.first_stage.state_dict()}
+        return {"family": "unicoder-vl", "name": self.name, "weights_sha256": weights_digest(weights)}
+
+    @torch.inference_mode()
+    def _embed(self, embed: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> np.ndarray:
+        return embed(states.to(self.model.device)).cpu().numpy()
+
+
+class TransformersDualEncoder:
+    """
+    A model of transformers with `get_text_features` and `get_image_features`, on photos.
+
+    Args:
+        name (`str`): The checkpoint, with its processor.
+        photo (callable, *optional*): The photo of an image id, such as [`Photos`]; without, captions only.
+        device (`torch.device`, *optional*, defaults to the CPU): Where it runs.
+
+    Raises:
+        `ValueError`: the model lacks one of the two methods.
+    """
+
+    def __init__(
+        self,
+        name: str | os.PathLike[str],
+        photo: "Callable[[str], Image.Image] | None",
+        device: torch.device | str = "cpu",
+    ):
+        from transformers import AutoModel, AutoProcessor
+
+        model: Any = AutoModel.from_pretrained(name)
+        missing = [method for method in ("get_text_features", "get_image_features") if not hasattr(model, method)]
+        if missing:
+            raise ValueError(
+                f"{name} ({model.config.model_type}) has no {' and no '.join(missing)}: expected a dual encoder, such "
+                "as CLIP or SigLIP 2."
+            )
+        self.model, self.processor = model.eval().to(device), AutoProcessor.from_pretrained(name)
+        self.name, self.photo = str(name), photo
+        # SigLIP was trained with captions of full length only; for CLIP it makes no difference.
+        self.max_length = model.config.text_config.max_position_embeddings
+        self.dim = self.embed_captions(["a photo"]).shape[1]
+
+    def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
+        lengths = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
+        return self._embed(captions, lambda some: {"text": list(some), **lengths}, self.model.get_text_features)
+
+    def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
+        if self.photo is None:
+            raise ValueError(f"{self.name} embeds photos, and none were given.")
+        photo = self.photo
+        return self._embed(image_ids, lambda some: {"images": list(map(photo, some))}, self.model.get_image_features)
+
+    def identity(self) -> dict[str, str]:
+        digest = weights_digest(self.model.state_dict())
+        return {"family": self.model.config.model_type, "name": self.name, "weights_sha256": digest}
+
+    @torch.inference_mode()
+    def _embed(self, items: Sequence[str], inputs: Callable[[Sequence[str]], dict], features: Callable) -> np.ndarray:
+        batches = []
+        for start in range(0, len(items), BATCH_SIZE):
+            batch = self.processor(**inputs(items[start : start + BATCH_SIZE]), return_tensors="pt")
+            states = features(**batch.to(self.model.device)).pooler_output
+            batches.append(torch.nn.functional.normalize(states.float(), dim=-1).cpu())
+        return torch.cat(batches).numpy()
+
+
+class Photos:
+    """
+    The photos of a folder, a .tar or a dataset, by image id; called with an id, it opens one. Needs Pillow.
+
+    Args:
+        path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it; an id is a file name without its suffix.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        from ..regions.extraction import list_photos
+
+        self.path = path
+        self.source = list_photos(path, ids="stem", image_column="image", id_column="image_id", split=None)
+        self.number = {image_id: number for number, image_id in enumerate(self.source.ids)}
+
+    def __call__(self, image_id: str) -> "Image.Image":
+        from ..regions.extraction import decode_photo
+
+        if image_id not in self.number:
+            raise KeyError(f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}.")
+        return decode_photo(self.source.read(self.number[image_id]))[0]
+
+
+@torch.inference_mode()
+def text_states(
+    model: UnicoderVLForImageTextRetrieval,
+    processor: UnicoderVLProcessor,
+    captions: Sequence[str],
+    max_length: int = 44,
+) -> torch.Tensor:
+    """What the encoder makes of each caption alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
+    states = torch.empty(len(captions), model.config.hidden_size)
+    for rows in _alike([len(caption) for caption in captions]):
+        inputs = processor(text=[captions[row] for row in rows], max_length=max_length, return_tensors="pt")
+        states[rows] = model.text_states(**inputs.to(model.device)).cpu()
+    return states
+
+
+@torch.inference_mode()
+def image_states(
+    model: UnicoderVLForImageTextRetrieval,
+    processor: UnicoderVLProcessor,
+    images: Sequence[str | RegionRecord],
+    store: Mapping[str, RegionRecord] | None = None,
+) -> torch.Tensor:
+    """What the encoder makes of each image alone, as in [`text_states`]."""
+    states = torch.empty(len(images), model.config.hidden_size)
+    for start in range(0, len(images), READ_AT_ONCE):
+        some = images[start : start + READ_AT_ONCE]
+        if isinstance(store, RegionStore) and all(isinstance(image, str) for image in some):
+            some = store.get_many(image for image in some if isinstance(image, str))
+        records = processor.load_records(some, store)
+        for rows in _alike([len(record.features) for record in records]):
+            inputs = processor.feature_extractor([records[row] for row in rows], return_tensors="pt")
+            states[[start + row for row in rows]] = model.image_states(**inputs.to(model.device)).cpu()
+    return states
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Batches of items of about the same length."""
+    order = np.argsort(lengths, kind="stable").tolist()
+    return [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+
+
+def _exhaustive(
+    model: UnicoderVLForImageTextRetrieval, processor: UnicoderVLProcessor, store: Mapping[str, RegionRecord]
+) -> str:
+    """How long it takes to score one caption with every image, measured on a few."""
+    some = [image_id for image_id, _ in zip(store, range(200), strict=False)]
+    plan = ImageTextScorer(model, processor, store).plan(["a dog runs on the grass in front of a house"], some)
+    seconds = plan.seconds * len(store) / len(some)
+    return f"about {seconds:.0f} s for a caption with {len(store):,} images, {plan.where}"

@@ -1,0 +1,205 @@
+"""An index of embedded images or captions: a folder, made once, searched by the nearest neighbours of a query.
+
+    index.json                  what is indexed, the checkpoint and the store that it was made from; written last
+    names.json                  the image ids, or the captions
+    embeddings.safetensors      (N, dim) float32, of unit length
+    faiss.index                 where FAISS was asked for
+
+The search is exact, by one matrix product, unless the index was made with a FAISS structure. A folder is made beside
+its place and renamed when it is whole; what was embedded before a kill is not embedded again. Left out: which encoder,
+see `encoders`, and what becomes of the candidates, see `two_stage`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ..regions.formats._parsing import optional_import
+from ..regions.store import RegionStore
+from ..regions.tensor_files import TensorFile, write_json
+from ..training import start_processes
+from .blocks import BlockFolder
+from .encoders import DualEncoder
+
+FORMAT_VERSION = 1
+INDEX, NAMES, EMBEDDINGS, FAISS = "index.json", "names.json", "embeddings.safetensors", "faiss.index"
+
+# Items that are embedded at once: what a kill loses.
+BLOCK_ITEMS = 1024
+# Similarities that are held at once.
+MAX_SIMILARITIES = 1 << 25
+
+Items = Literal["images", "captions"]
+
+
+class SearchIndex:
+    """
+    An index as [`build_index`] wrote it. `len(index)`, `index.names` and `index.embeddings` are what they say.
+
+    Args:
+        path (`str` or `os.PathLike`): Its folder.
+
+    Raises:
+        `ValueError`: No index, or one of another version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not (self.path / INDEX).exists():
+            raise ValueError(f"{self.path} is no index: it has no {INDEX}. Make one with `unicoder-vl index`.")
+        self.facts: dict[str, Any] = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+        if self.facts["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.path} has format_version {self.facts['format_version']}, expected {FORMAT_VERSION}: make it "
+                "again."
+            )
+        self.items: Items = self.facts["items"]
+        self.names: list[str] = json.loads((self.path / NAMES).read_text(encoding="utf-8"))
+        self.embeddings = TensorFile(self.path / EMBEDDINGS).tensors["embeddings"]
+        if not len(self.names) == len(self.embeddings) == self.facts["count"]:
+            raise ValueError(
+                f"{self.path} names {len(self.names)} {self.items} and holds {len(self.embeddings)} embeddings, "
+                f"expected {self.facts['count']} of each: make it again."
+            )
+        self._faiss: Any = None
+        if self.facts["faiss"] is not None:
+            self._faiss = optional_import("faiss", "faiss").read_index(str(self.path / FAISS))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def check(self, encoder: DualEncoder | None = None, store: RegionStore | None = None) -> None:
+        """
+        Raises:
+            `ValueError`: the index was made by another checkpoint, or from another store; the message names both.
+        """
+        if encoder is not None:
+            _compare(f"{self.path} was made by the checkpoint", self.facts["encoder"], encoder.identity())
+        if store is not None:
+            _compare(f"{self.path} was made from the store", self.facts["store"], store_identity(store))
+
+    def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The items nearest to each query, the nearest first; of equally near ones the earlier.
+
+        Args:
+            queries (`np.ndarray` of shape `(Q, dim)`): Of unit length, by the encoder that made the index.
+            top_k (`int`): How many; all where there are fewer.
+
+        Returns:
+            positions `(Q, K)` (int64) in `names`, and similarities `(Q, K)` (float32) in `[-1, 1]`. An approximate
+            FAISS structure may find fewer: position -1.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}; expected at least 1.")
+        top_k = min(top_k, len(self))
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if self._faiss is not None:
+            similarities, positions = self._faiss.search(queries, top_k)
+            return positions, similarities
+        return nearest(queries, self.embeddings, top_k)
+
+
+def nearest(queries: np.ndarray, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and similarities of the `top_k` largest inner products of each query; of equal ones the earlier."""
+    positions = np.empty((len(queries), top_k), dtype=np.int64)
+    similarities = np.empty((len(queries), top_k), dtype=np.float32)
+    rows = max(1, MAX_SIMILARITIES // len(embeddings))
+    for start in range(0, len(queries), rows):
+        product = queries[start : start + rows] @ embeddings.T
+        for query, row in enumerate(product, start=start):
+            lowest = np.partition(row, len(row) - top_k)[len(row) - top_k]
+            candidates = np.flatnonzero(row >= lowest)
+            best = candidates[np.argsort(-row[candidates], kind="stable")[:top_k]]
+            positions[query], similarities[query] = best, row[best]
+    return positions, similarities
+
+
+def build_index(
+    encoder: DualEncoder,
+    store: RegionStore,
+    output: str | os.PathLike[str],
+    *,
+    captions: Sequence[str] | None = None,
+    faiss: str | None = None,
+) -> SearchIndex:
+    """
+    Embeds every image of a store, or captions, and writes the index. Under `accelerate launch` processes share the
+    work; the same call goes on where a killed one stopped.
+
+    Args:
+        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): What embeds.
+        store ([`RegionStore`]): Its images are indexed, and re-ranking reads their regions.
+        output (`str` or `os.PathLike`): The folder, which must not exist.
+        captions (sequence of `str`, *optional*): Index these instead, each text once, to be searched by an image.
+        faiss (`str`, *optional*): A structure of FAISS in the words of its `index_factory`, such as `"HNSW32"`, for
+            millions of images; the search is then approximate. Needs the extra `[faiss]`.
+
+    Raises:
+        `ValueError`: `output` exists, nothing to index, or what an earlier call left is of another job.
+    """
+    output = Path(output)
+    items: Items = "images" if captions is None else "captions"
+    names = list(store) if captions is None else list(dict.fromkeys(captions))
+    if output.exists():
+        raise ValueError(f"{output} exists: name another folder for the index.")
+    if not names:
+        raise ValueError(f"There are no {items} to index.")
+    library = None if faiss is None else optional_import("faiss", "faiss")
+    facts: dict[str, Any] = {"items": items, "count": len(names), "dim": encoder.dim, "faiss": faiss}
+    facts |= {"encoder": encoder.identity(), "store": store_identity(store)}
+
+    state = start_processes()
+    work = output.with_name(f"{output.name}.partial")
+    blocks = [names[start : start + BLOCK_ITEMS] for start in range(0, len(names), BLOCK_ITEMS)]
+    folder = BlockFolder(work / "blocks", facts, state.process_index)
+    if not folder.is_complete:
+        embed = encoder.embed_images if captions is None else encoder.embed_captions
+        for block in range(state.process_index, len(blocks), state.num_processes):
+            if block not in folder.done:
+                folder.write(block, embed(blocks[block]).ravel())
+    size = BLOCK_ITEMS * encoder.dim
+    shape = len(names), encoder.dim
+    embeddings = folder.result(
+        len(blocks), shape, lambda block: np.arange(block * size, min((block + 1) * size, shape[0] * shape[1]))
+    )
+    if state.is_main_process:
+        whole = work / "whole"
+        shutil.rmtree(whole, ignore_errors=True)  # of a call that was killed while it wrote
+        whole.mkdir()
+        save_file({"embeddings": np.array(embeddings)}, whole / EMBEDDINGS)
+        write_json(whole / NAMES, names)
+        if library is not None:
+            structure = library.index_factory(encoder.dim, faiss, library.METRIC_INNER_PRODUCT)
+            structure.train(np.array(embeddings))
+            structure.add(np.array(embeddings))
+            library.write_index(structure, str(whole / FAISS))
+        write_json(whole / INDEX, {"format_version": FORMAT_VERSION, **facts})
+        os.replace(whole, output)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(work)
+    return SearchIndex(output)
+
+
+def store_identity(store: RegionStore) -> dict[str, str]:
+    """What tells a store from others: its place, and a digest of its manifest, which lists all checksums."""
+    digest = hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest()
+    return {"name": str(store.path), "manifest_sha256": digest}
+
+
+def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:
+    if any(before.get(key) != value for key, value in now.items() if key != "name"):
+        raise ValueError(f"{what} {_words(before)}, not by {_words(now)}: give that one, or make the index again.")
+
+
+def _words(identity: dict[str, str]) -> str:
+    rest = ", ".join(f"{key} {value[:12]}" for key, value in identity.items() if key != "name")
+    return f"{identity['name']} ({rest})"

@@ -1,0 +1,191 @@
+"""`unicoder-vl index` and `unicoder-vl search`: from names of files to an index, and to what was found in it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ..data.captions import join, read_captions
+from ..feature_extraction_unicoder_vl import RegionRecord
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..regions.store import RegionStore
+from ..training import start_processes
+from .checkpoints import load_for_scoring
+from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
+from .index import SearchIndex, build_index
+from .scoring import ImageTextScorer
+from .two_stage import Hit, search
+
+# Drawn on a photo of the gallery: more would hide it.
+REGIONS_DRAWN = 10
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The hits of one query; `str` of it is a table, and where the gallery is."""
+
+    query: str
+    hits: list[Hit]
+    gallery: Path | None = None
+
+    def __str__(self) -> str:
+        lines = [self.query, "rank     score  similarity"]
+        for rank, hit in enumerate(self.hits, start=1):
+            similarity = "" if hit.similarity is None else f"{hit.similarity:.3f}"
+            lines.append(f"{rank:4}  {hit.score:+8.3f}  {similarity:>10}  {hit.name}")
+        return "\n".join([*lines, *([] if self.gallery is None else [f"Gallery: {self.gallery}"])])
+
+
+def make_index(
+    store: str,
+    output: str,
+    *,
+    model: str | None = None,
+    dual_encoder: str | None = None,
+    photos: str | None = None,
+    captions: str | None = None,
+    split: str | None = None,
+    faiss: str | None = None,
+) -> str:
+    """
+    Indexes the images of a store, or captions of these, by a checkpoint of ours or by a dual encoder of transformers.
+
+    Raises:
+        `ValueError`: not exactly one of `model` and `dual_encoder`; images for a dual encoder without `photos`; a
+        `model` whose first stage was not trained; or as [`build_index`].
+    """
+    if (model is None) == (dual_encoder is None):
+        raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
+    regions = RegionStore(store)
+    if model is not None:
+        encoder: DualEncoder = UnicoderVLDualEncoder(*_load(model, regions), regions, model)
+    else:
+        encoder = _dual_encoder(str(dual_encoder), photos, needs_photos=captions is None)
+    texts = None
+    if captions is not None:
+        texts = join(read_captions(captions, split=split), regions)[0]["caption"][:]
+    index = build_index(encoder, regions, output, captions=texts, faiss=faiss)
+    return f"{output}: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}."
+
+
+def run_search(
+    text: str | None = None,
+    *,
+    image: str | None = None,
+    index: str | None = None,
+    exhaustive: bool = False,
+    regions: str | None = None,
+    model: str | None = None,
+    dual_encoder: str | None = None,
+    photos: str | None = None,
+    captions: str | None = None,
+    split: str | None = None,
+    candidates: int = 100,
+    top_k: int = 10,
+    gallery: str | None = None,
+) -> SearchResult:
+    """
+    Images for a text, or captions for an image, from an index or among all there are. Arguments are those of
+    `unicoder-vl search`.
+
+    Raises:
+        `ValueError`: arguments that do not go together, an index of the other kind, or one that was made by another
+        checkpoint or from another store.
+    """
+    if (text is None) == (image is None):
+        raise ValueError("Give either a sentence, to search images, or --image, to search captions.")
+    if (index is None) != exhaustive:
+        raise ValueError("Give either --index, to search it in two stages, or --exhaustive, to score every pair.")
+    if gallery is not None and (photos is None or text is None):
+        raise ValueError("--gallery shows the images that a sentence finds: give a sentence, and --photos.")
+    if index is None:
+        if model is None or regions is None or (image is not None and captions is None):
+            raise ValueError("--exhaustive needs --model and --regions, and with --image --captions.")
+        store = RegionStore(regions)
+        query = _query(text, image, store)
+        names = list(store)
+        if captions is not None:
+            names = list(dict.fromkeys(join(read_captions(captions, split=split), store)[0]["caption"][:]))
+        scorer = ImageTextScorer(*_load(model, store), store)
+        hits = _score_all(query, image is not None, scorer, names)
+    else:
+        opened = SearchIndex(index)
+        wanted = "captions" if text is None else "images"
+        if opened.items != wanted:
+            raise ValueError(f"{index} holds {opened.items}, but what is sought are {wanted}: give an index of these.")
+        store = RegionStore(regions or opened.facts["store"]["name"])
+        made_by = opened.facts["encoder"]
+        query = _query(text, image, store)
+        ours = made_by["family"] == "unicoder-vl" and dual_encoder is None
+        scored_by = made_by["name"] if ours and model is None else model
+        if scored_by is None:
+            raise ValueError(f"{index} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")
+        loaded, processor = _load(scored_by, store)
+        if ours:
+            encoder: DualEncoder = UnicoderVLDualEncoder(loaded, processor, store, scored_by)
+        else:
+            encoder = _dual_encoder(dual_encoder or made_by["name"], photos, needs_photos=text is None)
+        scorer = ImageTextScorer(loaded, processor, store, verbose=False)
+        hits = search([query], opened, encoder, scorer, top_k=top_k, candidates=candidates)[0]
+    hits = hits[:top_k]
+    shown = query if isinstance(query, str) else query.image_id
+    path = None if gallery is None else _write_gallery(gallery, shown, hits, store, Photos(str(photos)))
+    return SearchResult(shown, hits, path)
+
+
+def _load(name: str, store: RegionStore) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
+    model, processor = load_for_scoring(name)
+    nn.Module.to(model, start_processes().device)
+    processor.set_store(store)  # warns where the model was trained on regions of another kind
+    return model, processor
+
+
+def _dual_encoder(name: str, photos: str | None, needs_photos: bool) -> TransformersDualEncoder:
+    if needs_photos and photos is None:
+        raise ValueError(f"{name} looks at photos: give --photos.")
+    return TransformersDualEncoder(name, None if photos is None else Photos(photos), start_processes().device)
+
+
+def _query(text: str | None, image: str | None, store: RegionStore) -> str | RegionRecord:
+    """The sentence; or an image id, which may also be the name of its photo; or a record that was saved."""
+    if image is None:
+        return str(text)
+    if image in store:
+        return image
+    path = Path(image)
+    if path.suffix == ".npz" and path.exists():
+        return RegionRecord.load(path)
+    if path.stem in store:
+        return path.stem
+    raise ValueError(
+        f"--image is {image!r}: neither an image of {store.path}, nor a photo of one, nor a saved record (.npz). Find "
+        "its regions first, with `unicoder-vl extract` and the detector that the store is of."
+    )
+
+
+def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]) -> list[Hit]:
+    """Every name with the query, the best first; the scorer says before how long it takes."""
+    scores = scorer.score(names, [query])[:, 0] if by_image else scorer.score([str(query)], names)[0]
+    return [Hit(names[place], float(scores[place]), None) for place in np.argsort(-scores, kind="stable")]
+
+
+def _write_gallery(
+    path: str | os.PathLike[str], query: str, hits: Sequence[Hit], store: RegionStore, photo: Photos
+) -> Path:
+    from ..pictures import GalleryItem, draw_regions, write_gallery
+
+    class_names = store.provenance.get("class_names") or None
+
+    def picture(image_id: str):
+        record, image = store[image_id], photo(image_id)
+        if record.boxes is None:
+            return image
+        return draw_regions(image, record, class_names=class_names, max_regions=REGIONS_DRAWN)
+
+    item = GalleryItem(query, best=tuple((hit.name, hit.score) for hit in hits))
+    intro = f"The best of {len(store):,} images by matching score, each with its {REGIONS_DRAWN} surest regions."
+    return write_gallery(path, [item], picture, title="Image search", intro=intro, picture_width=640)

@@ -1,0 +1,206 @@
+"""Search in two stages: the nearest of an index, put in order by the cross-encoder; and what is lost by it.
+
+Scoring every pair is exact and does not scale. Here a first stage that embeds captions and images alone proposes K
+candidates a query, and only these are scored. What it does not propose cannot be found: the report shows this ceiling,
+and what each K costs. Left out: the encoders, see `encoders`, and the index itself, see `index`.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from ..feature_extraction_unicoder_vl import RegionRecord
+from ..regions.store import RegionStore
+from .encoders import DualEncoder
+from .index import SearchIndex, nearest
+from .metrics import rank_queries, summarize
+from .protocols import DIRECTIONS, KS, RetrievalFold
+from .scoring import ImageTextScorer
+
+
+@dataclass(frozen=True)
+class Hit:
+    """
+    An image id, or a caption, that was found: its matching `score`, by which hits are ordered, and the `similarity`
+    in `[-1, 1]` that the first stage saw, if there was one.
+    """
+
+    name: str
+    score: float
+    similarity: float | None
+
+
+def search(
+    queries: Sequence[str | RegionRecord],
+    index: SearchIndex,
+    encoder: DualEncoder,
+    scorer: ImageTextScorer,
+    *,
+    top_k: int = 10,
+    candidates: int = 100,
+) -> list[list[Hit]]:
+    """
+    The images of an index that match each caption best, or the captions of an index that match each image best.
+
+    Args:
+        queries: Captions where the index holds images; image ids or records where it holds captions.
+        index ([`SearchIndex`]): Made by `encoder` from the store of `scorer`, which is checked.
+        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): The first stage.
+        scorer ([`ImageTextScorer`]): The second.
+        top_k (`int`, *optional*, defaults to 10): Hits of a query.
+        candidates (`int`, *optional*, defaults to 100): Of the first stage, scored by the second.
+
+    Returns:
+        `list[list[Hit]]`: of each query the best hits, the best first.
+    """
+    index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
+    embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
+    positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
+    scores = rerank(queries, index, positions, scorer)
+    found = []
+    for of_query, near, row in zip(scores, similarities, positions, strict=True):
+        best = [place for place in np.argsort(-of_query, kind="stable")[:top_k] if row[place] >= 0]
+        found.append([Hit(index.names[row[place]], float(of_query[place]), float(near[place])) for place in best])
+    return found
+
+
+def rerank(
+    queries: Sequence[str | RegionRecord], index: SearchIndex, positions: np.ndarray, scorer: ImageTextScorer
+) -> np.ndarray:
+    """The scores of each query with its candidates, `positions` `(Q, K)` in `index`; -inf where there is none (-1)."""
+    scores = np.full(positions.shape, -np.inf, dtype=np.float32)
+    of_query, place = np.nonzero(positions >= 0)
+    distinct, candidate = np.unique(positions[of_query, place], return_inverse=True)
+    names = [index.names[position] for position in distinct]
+    if index.items == "images":
+        found = scorer.score_pairs(cast(Sequence[str], queries), names, of_query, candidate)
+    else:
+        found = scorer.score_pairs(names, queries, candidate, of_query)
+    scores[of_query, place] = found
+    return scores
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """
+    One row of [`TwoStageReport`].
+
+    Attributes:
+        candidates (`int`): K, of each query; 0 for the first stage alone.
+        pairs (`int`): That were scored, of both directions; those in common once.
+        seconds (`float`, *optional*): For scoring, or for embedding all captions and images.
+        ceiling (`dict[str, float]`): By direction, the share of queries with a right item among the K: no order of
+            them reaches more. Empty for the first stage alone.
+        metrics (`dict[str, float]`): Recalls by the names of [`retrieval_metrics`].
+    """
+
+    candidates: int
+    pairs: int
+    seconds: float | None
+    ceiling: dict[str, float]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TwoStageReport:
+    """What [`two_stage_report`] measured; `str` of it is a table in Markdown."""
+
+    num_captions: int
+    num_images: int
+    rows: tuple[StageResult, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        recalls = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
+        lines = [
+            "| candidates | pairs | time | ceiling T, I | " + " | ".join(f"{d}R@{k}" for d in "TI" for k in KS) + " |",
+            "|---|--:|--:|--:|" + "--:|" * len(recalls),
+        ]
+        for row in self.rows:
+            name = str(row.candidates or "first stage alone")
+            ceiling = ", ".join(f"{100 * row.ceiling[direction]:.1f}" for direction in DIRECTIONS if row.ceiling)
+            figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in recalls)
+            lines.append(f"| {name} | {row.pairs:,} | {_seconds(row.seconds)} | {ceiling} | {figures} |")
+        last = self.rows[-1]
+        pairs = self.num_captions * self.num_images
+        seconds = None if last.seconds is None else last.seconds / last.pairs * pairs
+        lines.append(f"| all, for comparison | {pairs:,} | about {_seconds(seconds)} |" + " |" * (1 + len(recalls)))
+        return "\n".join(lines)
+
+
+def two_stage_report(
+    encoder: DualEncoder,
+    scorer: ImageTextScorer,
+    fold: RetrievalFold,
+    candidates: Sequence[int] = (10, 50, 100, 200),
+    scores_dir: str | os.PathLike[str] | None = None,
+) -> TwoStageReport:
+    """
+    Recall of the first stage alone, and of the second among the best K of the first, for each K, in both directions.
+
+    Args:
+        encoder, scorer: The first stage and the second.
+        fold ([`RetrievalFold`]): Captions and images, as [`retrieval_test`] gives them.
+        candidates (sequence of `int`, *optional*, defaults to `(10, 50, 100, 200)`): The Ks. The pairs of the largest
+            hold those of all others and are scored once; the time of the others is their share of it.
+        scores_dir (`str` or `os.PathLike`, *optional*): Where the scorer keeps what it finished, to go on from there;
+            the time is then unknown where it went on.
+
+    Raises:
+        `ValueError`: no K, or one below 1.
+    """
+    if not candidates or min(candidates) < 1:
+        raise ValueError(f"candidates={tuple(candidates)}; expected at least one number, each at least 1.")
+    shape = num_captions, num_images = len(fold.captions), len(fold.image_ids)
+    right_image = np.asarray(fold.image_of_caption)
+    started = time.perf_counter()
+    texts, images = encoder.embed_captions(fold.captions), encoder.embed_images(fold.image_ids)
+    alone = summarize([rank_queries(texts @ images.T, right_image)], KS)
+    rows = [StageResult(0, 0, time.perf_counter() - started, {}, alone)]
+
+    largest = max(candidates)
+    images_of, _ = nearest(texts, images, min(largest, num_images))
+    captions_of, _ = nearest(images, texts, min(largest, num_captions))
+    of_caption = np.arange(num_captions)[:, None] * num_images + images_of  # pairs, as numbers
+    of_image = captions_of * num_images + np.arange(num_images)[:, None]
+    pairs = np.union1d(of_caption, of_image)
+    resumed = scores_dir is not None and Path(scores_dir).exists()
+    started = time.perf_counter()
+    scores = scorer.score_pairs(fold.captions, fold.image_ids, *np.divmod(pairs, num_images), output_dir=scores_dir)
+    seconds = None if resumed else time.perf_counter() - started
+
+    for count in sorted(candidates):
+        chosen = {"image_retrieval": of_caption[:, :count], "text_retrieval": of_image[:, :count]}
+        ranked = {}
+        for direction, numbers in chosen.items():
+            matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
+            matrix.flat[numbers.ravel()] = scores[np.searchsorted(pairs, numbers.ravel())]
+            ranked[direction] = rank_queries(matrix, right_image)[direction]
+        num_pairs = len(np.union1d(*chosen.values()))
+        ceiling = {
+            "text_retrieval": right_image[captions_of[:, :count]] == np.arange(num_images)[:, None],
+            "image_retrieval": images_of[:, :count] == right_image[:, None],
+        }
+        rows.append(
+            StageResult(
+                candidates=count,
+                pairs=num_pairs,
+                seconds=None if seconds is None else seconds * num_pairs / len(pairs),
+                ceiling={direction: float(hits.any(axis=1).mean()) for direction, hits in ceiling.items()},
+                metrics=summarize([ranked], KS),
+            )
+        )
+    return TwoStageReport(num_captions, num_images, tuple(rows))
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
