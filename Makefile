@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 # Tiny models and several processes: more threads than this only get in each other's way.
 TEST_THREADS ?= 1
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install test check demo clean
@@ -26,7 +27,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@touch $@
 
 test: $(INSTALLED)  ## Run the tests; ARGS='-k name' goes to pytest
-	OMP_NUM_THREADS=$(TEST_THREADS) $(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED)  ## Check style, formatting and types
 	$(RUN) -m ruff check

@@ -63,7 +63,7 @@ def test_rules(karpathy, tmp_path, rule, source_id, image_id):
 def test_what_a_rule_does_not_cover(karpathy, tmp_path):
     with pytest.raises(ValueError, match=r"Image '77' is not in .*dataset_coco.json:imgid, whose 3 ids are like '7'"):
         id_mapping(f"{karpathy}:imgid")("77")
-    with pytest.raises(ValueError, match="Image 'dog.jpg' ends in no number"):
+    with pytest.raises(ValueError, match=r"Image 'dog\.jpg' ends in no number"):
         id_mapping("coco")("dog.jpg")
 
 
