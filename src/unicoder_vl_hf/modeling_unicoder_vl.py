@@ -1028,8 +1028,10 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         Raises:
             `ValueError`: the model has no first stage.
         """
-        states = self.text_states(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._first_stage().embed_text(states)
+        first_stage = self._first_stage()
+        return first_stage.embed_text(
+            self.text_states(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
 
     def encode_image(
         self,
@@ -1043,8 +1045,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         Args:
             region_features, region_locations, region_attention_mask: As in `forward`.
         """
-        states = self.image_states(region_features, region_locations, region_attention_mask)
-        return self._first_stage().embed_image(states)
+        first_stage = self._first_stage()
+        return first_stage.embed_image(self.image_states(region_features, region_locations, region_attention_mask))
 
     def text_states(
         self,

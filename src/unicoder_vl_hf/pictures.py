@@ -331,11 +331,12 @@ def _item_html(item: GalleryItem, source: Callable[[str], str]) -> str:
         f"<small>{'right image' if image_id == item.image_id else html.escape(image_id)}</small></figcaption></figure>"
         for rank, image_id, score in shown
     )
-    verdict = ""
+    verdict, row = "", "row found"
     if item.image_id is not None:
+        row = "row"
         words = "found first" if item.rank == 1 else f"right image at rank {item.rank}"
         verdict = f'<p class="{"hit" if item.rank == 1 else "miss"}">{words}</p>'
-    return f'<section><h2>{html.escape(item.caption)}</h2>{verdict}\n<div class="row">\n{figures}\n</div></section>'
+    return f'<section><h2>{html.escape(item.caption)}</h2>{verdict}\n<div class="{row}">\n{figures}\n</div></section>'
 
 
 def _figure_class(item: GalleryItem, image_id: str, rank: int) -> str:
@@ -363,6 +364,7 @@ h2 { display: inline; margin: 0; font-size: 1.12rem; font-weight: 600; }
 h2 + p { display: inline-block; margin: 0 0 .8rem .8rem; font-size: .85rem; font-weight: 600; white-space: nowrap; }
 .hit { color: var(--right); } .miss { color: var(--miss); }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .9rem; }
+.row.found { grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); margin-top: .8rem; }
 figure { margin: 0; padding: 4px; border: 1px solid var(--line); border-radius: 8px; }
 figure img { display: block; width: 100%; height: auto; border-radius: 4px; }
 figure.right { padding: 2px; border: 3px solid var(--right); }

@@ -197,7 +197,7 @@ def store_identity(store: RegionStore) -> dict[str, str]:
 
 def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:
     if any(before.get(key) != value for key, value in now.items() if key != "name"):
-        raise ValueError(f"{what} {_words(before)}, not by {_words(now)}: give that one, or make the index again.")
+        raise ValueError(f"{what} {_words(before)}, but given is {_words(now)}: give that one, or index again.")
 
 
 def _words(identity: dict[str, str]) -> str:

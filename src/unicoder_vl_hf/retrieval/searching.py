@@ -184,7 +184,7 @@ def _write_gallery(
         record, image = store[image_id], photo(image_id)
         if record.boxes is None:
             return image
-        return draw_regions(image, record, class_names=class_names, max_regions=REGIONS_DRAWN)
+        return draw_regions(image, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)
 
     item = GalleryItem(query, best=tuple((hit.name, hit.score) for hit in hits))
     intro = f"The best of {len(store):,} images by matching score, each with its {REGIONS_DRAWN} surest regions."

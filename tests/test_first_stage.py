@@ -1,0 +1,340 @@
+"""The first stage: embeddings of one modality alone, the contrastive loss, and training it along or alone."""
+
+import datasets
+import numpy as np
+import pytest
+import small_world
+import tiny
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
+
+from unicoder_vl_hf import (
+    DataCollatorForUnicoderVLRetrieval,
+    RegionStore,
+    UnicoderVLFeatureExtractor,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForPreTraining,
+    UnicoderVLProcessor,
+)
+from unicoder_vl_hf.data.captions import read_captions, select_split
+from unicoder_vl_hf.data.negatives import PairsWithNegatives
+from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss
+from unicoder_vl_hf.retrieval.encoders import image_states, text_states
+from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, prepare_retrieval
+from unicoder_vl_hf.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
+
+
+def model(**config):
+    torch.manual_seed(1)
+    return UnicoderVLForImageTextRetrieval(tiny.config(**{"projection_dim": 4} | config)).eval()
+
+
+# What is embedded
+
+
+def test_embeddings_are_unit_means_of_the_encoder_projected():
+    encoder, processor = model(), tiny.processor()
+    text = processor(text=["a dog", "a cat runs on the grass ."], return_tensors="pt")
+    image = processor(regions=[tiny.record("a", 2), tiny.record("b", 5)], return_tensors="pt")
+    with torch.no_grad():
+        found = encoder.encode_text(**text), encoder.encode_image(**image)
+        last = encoder.bert(text["input_ids"][:1, :4]).last_hidden_state[0]
+        expected_text = encoder.first_stage.text_projection(last.mean(0))
+        regions = encoder.bert.embeddings.region_embeddings(
+            image["region_features"][:1, :2], image["region_locations"][:1, :2]
+        )
+        last = encoder.bert.encoder(encoder.bert.embeddings.add_image_token(regions))[0]
+        expected_image = encoder.first_stage.image_projection(last.mean(0))
+    for embeddings, expected in zip(found, (expected_text, expected_image), strict=True):
+        assert embeddings.shape == (2, 4) and embeddings.dtype == torch.float32
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+        torch.testing.assert_close(embeddings[0], expected / expected.norm(), atol=1e-6, rtol=1e-5)
+
+
+def test_embeddings_of_a_half_precision_model_are_float32():
+    encoder, processor = model().to(torch.bfloat16), tiny.processor()
+    text = encoder.encode_text(**processor(text=["a dog"], return_tensors="pt"))
+    image = encoder.encode_image(**processor(regions=[tiny.record("a", 2)], return_tensors="pt"))
+    assert text.dtype == image.dtype == torch.float32
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(1))
+
+
+def test_states_do_not_depend_on_order_or_batch(monkeypatch):
+    encoder, processor = model(), tiny.processor()
+    captions = ["a dog runs", "a", "a cat sleeps on the grass .", "the dog"]
+    records = [tiny.record(f"image {i}", n) for i, n in enumerate((3, 1, 6, 2))]
+    alone = [text_states(encoder, processor, [caption]) for caption in captions]
+    alone_images = [image_states(encoder, processor, [record]) for record in records]
+    monkeypatch.setattr("unicoder_vl_hf.retrieval.encoders.BATCH_SIZE", 2)
+    monkeypatch.setattr("unicoder_vl_hf.retrieval.encoders.READ_AT_ONCE", 3)
+    torch.testing.assert_close(text_states(encoder, processor, captions), torch.cat(alone), atol=1e-5, rtol=1e-5)
+    store = {record.image_id: record for record in records}
+    together = image_states(encoder, processor, list(store), store)
+    torch.testing.assert_close(together, torch.cat(alone_images), atol=1e-5, rtol=1e-5)
+
+
+# Checkpoints
+
+
+def test_a_plain_model_has_no_first_stage():
+    plain = tiny.model(UnicoderVLForImageTextRetrieval)
+    assert not [name for name in plain.state_dict() if "first_stage" in name]
+    assert plain.config.projection_dim is None and plain.config.first_stage_trained is False
+    with pytest.raises(ValueError, match=r"no first stage.*projection_dim is None.*train-first-stage"):
+        plain.encode_text(torch.tensor([[2, 5, 3]]))
+    with pytest.raises(StrictDataclassClassValidationError, match=r"projection_dim=0 must be at least 1"):
+        tiny.config(projection_dim=0)
+
+
+@pytest.mark.parametrize("model_class", [UnicoderVLForPreTraining, UnicoderVLForImageTextRetrieval])
+def test_a_checkpoint_without_projection_loads_as_untrained(model_class, tmp_path):
+    tiny.model(model_class).save_pretrained(tmp_path)
+    loaded = UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path, projection_dim=4, first_stage_trained=True)
+    assert loaded.first_stage is not None and loaded.config.first_stage_trained is False
+    assert loaded.first_stage.logit_scale.item() == pytest.approx(np.log(1 / 0.07))
+    assert UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path).first_stage is None
+
+
+def test_a_trained_first_stage_stays_so_and_never_outlives_its_weights(tmp_path):
+    trained = model(first_stage_trained=True)
+    trained.save_pretrained(tmp_path / "whole")
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert loaded.config.first_stage_trained and not report["missing_keys"]
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    # Pre-training goes on from it: the config passes through a class that has no first stage.
+    UnicoderVLForPreTraining.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "again")
+    assert not UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path / "again").config.first_stage_trained
+    dropped = UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path / "whole", projection_dim=None)
+    assert dropped.first_stage is None and not dropped.config.first_stage_trained
+
+
+# The loss
+
+
+# Captions 0 and 1 are of one image, whose duplicate is image 3; caption 2 is of its own.
+MISMATCHES = torch.tensor(
+    [[0, 0, 1, 0], [0, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]],
+    dtype=torch.bool,
+)
+
+
+def slow_loss(logits, mismatches):
+    total = 0.0
+    for match in range(len(logits)):
+        images = [logits[match][match]] + [logits[match][q] for q in range(len(logits)) if mismatches[match][q]]
+        captions = [logits[match][match]] + [logits[p][match] for p in range(len(logits)) if mismatches[p][match]]
+        total = total - torch.stack(images).log_softmax(0)[0] / 2 - torch.stack(captions).log_softmax(0)[0] / 2
+    return total / len(logits)
+
+
+def test_contrastive_loss_by_hand():
+    logits = torch.tensor([[1.0, 0.0], [3.0, 2.0]]).log()  # -inf where a caption and an image have nothing in common
+    mismatches = torch.tensor([[False, True], [True, False]])
+    # Images of caption 0: 1 / (1 + 0); of caption 1: 2 / (3 + 2). Captions of image 0: 1 / (1 + 3); of image 1: 2 / 2.
+    expected = -(np.log(1) + np.log(2 / 5) + np.log(1 / 4) + np.log(1)) / 4
+    assert contrastive_loss(logits, mismatches).item() == pytest.approx(expected)
+    # Caption 1 belongs to image 0, too: what it says of it is no error.
+    mismatches[1, 0] = False
+    assert contrastive_loss(logits, mismatches).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mismatches", [MISMATCHES, ~torch.eye(4, dtype=torch.bool), torch.zeros(4, 4).bool()])
+def test_contrastive_loss_equals_a_slow_loop_in_values_and_gradients(mismatches):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    loss, expected = contrastive_loss(logits, mismatches), slow_loss(logits, mismatches)
+    assert loss.item() == pytest.approx(expected.item())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(gradient, expected_gradient)
+    left_out = ~(mismatches | torch.eye(4, dtype=torch.bool))
+    assert (gradient[left_out] == 0).all()
+
+
+def test_the_loss_wants_a_square_of_mismatches():
+    with pytest.raises(ValueError, match=r"mismatches has shape \(3, 4\), expected \(3, 3\)"):
+        contrastive_loss(torch.zeros(3, 3), torch.zeros(3, 4).bool())
+
+
+# In fine-tuning
+
+
+PAIRS = {
+    "image_id": ["a", "a", "b", "c", "d"],
+    "caption": ["a dog runs .", "the dog", "a cat", "a  DOG runs .", "a cat sleeps"],
+}
+STORE = {name: tiny.record(name, n) for name, n in zip("abcd", (3, 2, 5, 4), strict=True)}
+
+
+def batch(rows=range(5), **collator):
+    table = datasets.Dataset.from_dict(PAIRS)
+    pairs = PairsWithNegatives(table, seed=0, num_captions=1, num_images=1, duplicates=["bd"])
+    collate = DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, contrastive=True, **collator)
+    return collate([pairs[row] for row in rows])
+
+
+def test_false_negatives_are_masked():
+    # Captions 0 and 3 are the same text but for case and spacing, so that each belongs to a and c; b and d are
+    # duplicates; caption 1 is of a alone.
+    expected = [
+        # a  a  b  c  d
+        [0, 0, 1, 0, 1],
+        [0, 0, 1, 1, 1],
+        [1, 1, 0, 1, 0],
+        [0, 0, 1, 0, 1],
+        [1, 1, 0, 1, 0],
+    ]
+    assert batch()["mismatches"].int().tolist() == expected
+    assert "mismatches" not in DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE)(
+        [PairsWithNegatives(datasets.Dataset.from_dict(PAIRS), seed=0, num_captions=1, num_images=1)[0]]
+    )
+
+
+@pytest.mark.parametrize("in_batch_negatives", [False, True])
+@pytest.mark.parametrize("rows", [(0, 1, 2, 3, 4), (2, 0, 2, 1)])
+def test_the_loss_beside_that_of_the_groups(rows, in_batch_negatives):
+    """Whatever rows share, it is what the captions and images of the matches alone give."""
+    encoder, inputs = model(), batch(rows, in_batch_negatives=in_batch_negatives)
+    plain = encoder(**{name: value for name, value in inputs.items() if name != "mismatches"}).loss
+    assert torch.equal(encoder(**inputs).loss, plain)
+    encoder.contrastive_weight = 0.5
+    loss = encoder(**inputs).loss
+
+    rows = list(dict.fromkeys(rows) if in_batch_negatives else rows)
+    processor = tiny.processor()
+    text = processor(text=[PAIRS["caption"][row] for row in rows], return_tensors="pt")
+    image = processor(regions=[PAIRS["image_id"][row] for row in rows], store=STORE, return_tensors="pt")
+    similarities = encoder.encode_text(**text) @ encoder.encode_image(**image).T
+    expected = slow_loss(similarities / 0.07, batch()["mismatches"][rows][:, rows])
+    torch.testing.assert_close(loss - plain, 0.5 * expected, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in encoder.first_stage.parameters() if parameter.ndim == 2)
+
+
+def test_the_temperature_is_bounded():
+    encoder = model()
+    nn.init.constant_(encoder.first_stage.logit_scale, 20.0)
+    texts, images = nn.functional.normalize(torch.randn(2, 3, 4), dim=-1)
+    mismatches = ~torch.eye(3, dtype=torch.bool)
+    found = encoder.first_stage.loss(texts, images, mismatches)
+    torch.testing.assert_close(found, contrastive_loss(100 * texts @ images.T, mismatches))
+
+
+def test_without_mismatches_the_loss_is_refused():
+    encoder = model()
+    encoder.contrastive_weight = 1.0
+    inputs = batch()
+    inputs.pop("mismatches")
+    with pytest.raises(ValueError, match=r"contrastive_weight=1.0 needs mismatches.*contrastive=True"):
+        encoder(**inputs)
+
+
+# With the encoder frozen
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Scenes, and a pre-training checkpoint that was not trained."""
+    folder = tmp_path_factory.mktemp("first_stage")
+    path = small_world.build(folder)
+    bert = small_world.save_lively_bert(folder / "bert")
+    store = RegionStore(path / "regions")
+    untrained = UnicoderVLForPreTraining.from_bert(str(bert), region_feature_dim=store.feature_dim)
+    untrained.save_pretrained(folder / "checkpoint")
+    extractor = UnicoderVLFeatureExtractor(feature_dim=store.feature_dim, region_provenance=store.provenance)
+    UnicoderVLProcessor(extractor, AutoTokenizer.from_pretrained(bert)).save_pretrained(folder / "checkpoint")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    output = world.parent / "trained"
+    metrics = train_first_stage(
+        str(world.parent / "checkpoint"),
+        str(world / "captions.jsonl"),
+        str(world / "regions"),
+        str(output),
+        projection_dim=16,
+        epochs=20,
+        batch_size=40,
+    )
+    return output, metrics
+
+
+def test_training_alone_learns_and_leaves_the_scores(world, trained):
+    output, metrics = trained
+    before = UnicoderVLForImageTextRetrieval.from_pretrained(world.parent / "checkpoint")
+    after, processor = AutoModelForSequenceClassification.from_pretrained(output), AutoProcessor.from_pretrained(output)
+    assert after.config.projection_dim == 16 and after.config.first_stage_trained
+    for name, weight in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], weight), name
+    store, captions = RegionStore(world / "regions"), read_captions(world / "captions.jsonl", split="val")
+    pairs = EncodedPairs(after, processor, store, captions)
+    assert pairs.recalls(after.first_stage) == pytest.approx(metrics)
+    torch.manual_seed(0)
+    fresh = type(after.first_stage)(after.config, 16)
+    assert metrics["recall_sum"] > pairs.recalls(fresh)["recall_sum"] + 0.3
+    card = (output / "README.md").read_text()
+    assert "trained by a contrastive loss with the encoder frozen" in card
+    assert f"| first_stage_recall_sum | {metrics['recall_sum']:.4f} |" in card
+    assert not list(output.parent.glob("*.partial"))
+
+
+def test_the_best_epoch_stays(world, trained):
+    after, processor = (
+        AutoModelForSequenceClassification.from_pretrained(trained[0]),
+        AutoProcessor.from_pretrained(trained[0]),
+    )
+    store, path = RegionStore(world / "regions"), world / "captions.jsonl"
+    table = read_captions(path)
+    train, validation = (
+        EncodedPairs(after, processor, store, select_split(table, path, name)) for name in ("train", "val")
+    )
+    sums = iter([1.0, 3.0, 2.0])
+    seen = []
+
+    def recalls(first_stage):
+        seen.append(first_stage.text_projection.weight.detach().clone())
+        return {"recall_sum": next(sums)}
+
+    validation.recalls = recalls
+    assert fit_first_stage(after.first_stage, train, validation, epochs=3, batch_size=40) == {"recall_sum": 3.0}
+    assert torch.equal(after.first_stage.text_projection.weight, seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_pairs_mask_false_negatives_too(trained):
+    encoder = model()
+    pairs = EncodedPairs(encoder, tiny.processor(), STORE, datasets.Dataset.from_dict(PAIRS), duplicates=["bd"])
+    texts, images, mismatches = pairs.batch(np.array([4, 0, 3]))
+    assert torch.equal(mismatches, batch()["mismatches"][[4, 0, 3]][:, [4, 0, 3]])
+    for row, (text, image) in zip((4, 0, 3), zip(texts, images, strict=True), strict=True):
+        expected = text_states(encoder, tiny.processor(), [PAIRS["caption"][row]])[0]
+        torch.testing.assert_close(text, expected, atol=1e-5, rtol=1e-5)
+        expected = image_states(encoder, tiny.processor(), [STORE[PAIRS["image_id"][row]]])[0]
+        torch.testing.assert_close(image, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_alone_refuses_to_overwrite(world, trained):
+    with pytest.raises(ValueError, match=r"trained exists: name another folder"):
+        train_first_stage(str(trained[0]), str(world / "captions.jsonl"), str(world / "regions"), str(trained[0]))
+
+
+def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
+    options = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions")}
+    options |= {"model_name_or_path": str(trained[0]), "max_validation_images": 0}
+    dropped = prepare_retrieval(RetrievalArguments(**options), world.parent / "run", seed=0)
+    assert dropped.model.first_stage is None and not dropped.model.config.first_stage_trained
+    assert not dropped.collator.contrastive and dropped.model.contrastive_weight == 0
+    assert "would not fit the encoder after this training: it is left out" in caplog.text
+    along = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
+    assert along.model.config.projection_dim == 16 and along.model.config.first_stage_trained
+    loss = along.model(**along.collator([along.train[row] for row in (0, 7)])).loss
+    assert loss.isfinite() and along.model.contrastive_weight == 0.5
+    options["model_name_or_path"] = str(world.parent / "checkpoint")
+    new = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
+    assert new.model.config.projection_dim == 256
+    with pytest.raises(ValueError, match=r"contrastive_weight=-1\.0; expected at least 0"):
+        prepare_retrieval(RetrievalArguments(**options, contrastive_weight=-1.0), world.parent / "run", seed=0)

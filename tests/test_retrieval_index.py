@@ -1,0 +1,486 @@
+"""Indices and the search in two stages: against brute force, in both directions, and what is refused."""
+
+import json
+import shutil
+import string
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from scoring_process import CAPTIONS, IMAGES, STORE
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from unicoder_vl_hf import ImageTextScorer, RegionStore, RegionStoreWriter, UnicoderVLForImageTextRetrieval, cli
+from unicoder_vl_hf.retrieval import index as index_module
+from unicoder_vl_hf.retrieval.encoders import (
+    Photos,
+    TransformersDualEncoder,
+    UnicoderVLDualEncoder,
+    UntrainedFirstStage,
+)
+from unicoder_vl_hf.retrieval.index import SearchIndex, build_index, nearest
+from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.retrieval.protocols import RetrievalFold
+from unicoder_vl_hf.retrieval.searching import run_search
+from unicoder_vl_hf.retrieval.two_stage import search, two_stage_report
+
+# Of 9 captions and 7 images: two of them have two captions.
+IMAGE_OF_CAPTION = np.array([0, 1, 2, 3, 4, 5, 6, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with a first stage, one without, their store, and its photos."""
+    path = tmp_path_factory.mktemp("index")
+    write_store(path / "store", STORE.values())
+    torch.manual_seed(1)
+    config = tiny.config(projection_dim=6, first_stage_trained=True)
+    UnicoderVLForImageTextRetrieval(config).save_pretrained(path / "model")
+    tiny.processor().save_pretrained(path / "model")
+    tiny.model(UnicoderVLForImageTextRetrieval).save_pretrained(path / "untrained")
+    tiny.processor().save_pretrained(path / "untrained")
+    (path / "photos").mkdir()
+    for number, image_id in enumerate(IMAGES):
+        pixels = np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path / "photos" / f"{image_id}.png")
+    pairs = zip(CAPTIONS, IMAGE_OF_CAPTION, strict=True)
+    rows = [{"image_id": IMAGES[image], "caption": text} for text, image in pairs]
+    (path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def write_store(path, records):
+    with RegionStoreWriter(path) as writer:
+        for record in records:
+            writer.write(record)
+
+
+def parts(folder, checkpoint="model"):
+    store, processor = RegionStore(folder / "store"), tiny.processor()
+    model = UnicoderVLForImageTextRetrieval.from_pretrained(folder / checkpoint).eval()
+    scorer = ImageTextScorer(model, processor, store, verbose=False)
+    return UnicoderVLDualEncoder(model, processor, store, folder / checkpoint), scorer, store
+
+
+@pytest.fixture(scope="module")
+def indices(folder):
+    encoder, _, store = parts(folder)
+    return {
+        "images": build_index(encoder, store, folder / "images"),
+        "captions": build_index(encoder, store, folder / "captions", captions=CAPTIONS),
+    }
+
+
+# Exact search
+
+
+def test_nearest_equals_sorting_everything(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, embeddings = (rng.integers(-2, 3, (count, 3)).astype(np.float32) for count in (7, 50))
+    products = queries @ embeddings.T
+    assert any(len(set(row)) < len(row) for row in products.tolist())  # ties, many of them
+    expected = np.argsort(-products, axis=1, kind="stable")
+    for budget in (1, 120, 1 << 20):
+        monkeypatch.setattr(index_module, "MAX_SIMILARITIES", budget)
+        for top_k in (1, 4, 50):
+            positions, similarities = nearest(queries, embeddings, top_k)
+            np.testing.assert_array_equal(positions, expected[:, :top_k])
+            np.testing.assert_array_equal(similarities, np.take_along_axis(products, positions, axis=1))
+
+
+def test_an_index_holds_what_the_model_encodes(folder, indices):
+    encoder, _, store = parts(folder)
+    assert indices["images"].names == list(store) and indices["captions"].names == list(dict.fromkeys(CAPTIONS))
+    processor = tiny.processor()
+    with torch.no_grad():
+        for image_id, found in zip(indices["images"].names, indices["images"].embeddings, strict=True):
+            expected = encoder.model.encode_image(**processor(regions=store[image_id], return_tensors="pt"))[0]
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        for caption, found in zip(indices["captions"].names, indices["captions"].embeddings, strict=True):
+            expected = encoder.model.encode_text(**processor(text=[caption], return_tensors="pt"))[0]
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_search_takes_all_where_there_are_fewer(indices):
+    queries = indices["images"].embeddings[:2]
+    positions, similarities = indices["images"].search(queries, 99)
+    assert positions.shape == (2, len(IMAGES)) and positions[:, 0].tolist() == [0, 1]
+    np.testing.assert_allclose(similarities[:, 0], 1, atol=1e-6)
+    with pytest.raises(ValueError, match=r"top_k=0; expected at least 1"):
+        indices["images"].search(queries, 0)
+
+
+def test_faiss_finds_the_same(folder, indices):
+    pytest.importorskip("faiss")
+    encoder, scorer, store = parts(folder)
+    exact = indices["images"]
+    for structure in ("Flat", "HNSW8"):
+        index = build_index(encoder, store, folder / structure, faiss=structure)
+        for found, expected in zip(index.search(exact.embeddings, 3), exact.search(exact.embeddings, 3), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        again = SearchIndex(folder / structure).search(exact.embeddings, 3)[0]
+        np.testing.assert_array_equal(again, exact.search(exact.embeddings, 3)[0])
+    found, expected = (search(CAPTIONS, of, encoder, scorer, top_k=3) for of in (index, exact))
+    assert [[hit.name for hit in hits] for hits in found] == [[hit.name for hit in hits] for hits in expected]
+
+
+def test_candidates_that_an_approximate_search_lacks_are_no_hits(folder, indices, monkeypatch):
+    encoder, scorer, _ = parts(folder)
+    positions, similarities = np.array([[2, -1, 0]]), np.array([[0.5, -1.0, 0.1]], dtype=np.float32)
+    monkeypatch.setattr(indices["images"], "search", lambda queries, top_k: (positions, similarities))
+    (hits,) = search([CAPTIONS[0]], indices["images"], encoder, scorer)
+    assert {hit.name for hit in hits} == {IMAGES[2], IMAGES[0]}
+
+
+def test_faiss_that_is_not_installed_names_the_extra(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    encoder, _, store = parts(folder)
+    with pytest.raises(ImportError, match=r"unicoder-vl-hf\[faiss\]"):
+        build_index(encoder, store, tmp_path / "index", faiss="Flat")
+
+
+# The folder
+
+
+def test_an_index_goes_on_after_a_kill(folder, indices, tmp_path, monkeypatch):
+    encoder, _, store = parts(folder)
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    embedded, embed = [], encoder.embed_images
+
+    def killed(image_ids):
+        if len(embedded) == 3:
+            raise KeyboardInterrupt
+        embedded.extend([image_ids])
+        return embed(image_ids)
+
+    monkeypatch.setattr(encoder, "embed_images", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(encoder, store, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+    with pytest.raises(ValueError, match=r"holds scores of another job: encoder was"):
+        build_index(other_checkpoint(folder), store, tmp_path / "index")
+    monkeypatch.setattr(encoder, "embed_images", lambda image_ids: embedded.append(image_ids) or embed(image_ids))
+    index = build_index(encoder, store, tmp_path / "index")
+    assert embedded == [IMAGES[:2], IMAGES[2:4], IMAGES[4:6], IMAGES[6:]]
+    np.testing.assert_allclose(index.embeddings, indices["images"].embeddings, atol=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_index_is_whole_or_not_there(folder, tmp_path, monkeypatch):
+    encoder, _, store = parts(folder)
+    write = index_module.write_json
+
+    def full(path, value):
+        if path.name == "index.json":
+            raise OSError("no space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(index_module, "write_json", full)
+    with pytest.raises(OSError, match="no space"):
+        build_index(encoder, store, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+    monkeypatch.undo()
+    assert len(build_index(encoder, store, tmp_path / "index")) == len(IMAGES)
+    with pytest.raises(ValueError, match=r"index exists: name another folder"):
+        build_index(encoder, store, tmp_path / "index")
+
+
+def test_what_is_no_index_is_refused(folder, indices, tmp_path):
+    with pytest.raises(ValueError, match=r"is no index: it has no index\.json"):
+        SearchIndex(folder / "store")
+    shutil.copytree(folder / "images", tmp_path / "broken")
+    names = json.loads((tmp_path / "broken" / "names.json").read_text())
+    (tmp_path / "broken" / "names.json").write_text(json.dumps(names[:-1]))
+    with pytest.raises(ValueError, match=r"names 6 images and holds 7 embeddings, expected 7 of each"):
+        SearchIndex(tmp_path / "broken")
+    with pytest.raises(ValueError, match="no captions to index"):
+        build_index(*parts(folder)[::2], tmp_path / "none", captions=[])
+
+
+def other_checkpoint(folder):
+    """Of the same configuration and another name, one weight of it different."""
+    encoder, _, _ = parts(folder)
+    with torch.no_grad():
+        encoder.model.bert.encoder.layer[0].attention.self.query.bias[0] += 1e-3
+    encoder.name = "elsewhere"
+    return encoder
+
+
+def test_another_checkpoint_or_store_is_refused_naming_both(folder, indices, tmp_path):
+    encoder, scorer, store = parts(folder)
+    index = indices["images"]
+    index.check(encoder, store)
+    moved = shutil.copytree(folder / "store", tmp_path / "moved")
+    index.check(store=RegionStore(moved))  # the same store elsewhere
+    encoder.name = "renamed"
+    index.check(encoder)  # the same weights
+    with pytest.raises(ValueError, match=rf"was made by the checkpoint {folder}/model \(.*but given is elsewhere \("):
+        search([CAPTIONS[0]], index, other_checkpoint(folder), scorer)
+    records = [tiny.record(image_id, 2) for image_id in IMAGES]
+    write_store(tmp_path / "other", records)
+    scorer.store = RegionStore(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"from the store {folder}/store \(.*but given is {tmp_path}/other \("):
+        search([CAPTIONS[0]], index, encoder, scorer)
+
+
+def test_an_untrained_first_stage_is_refused_with_a_way_out(folder, tmp_path, capsys):
+    with pytest.raises(UntrainedFirstStage, match=r"unicoder-vl train-first-stage .*untrained CAPTIONS"):
+        parts(folder, "untrained")
+    store, output = str(folder / "store"), str(tmp_path / "index")
+    assert cli.main(["index", store, "--model", str(folder / "untrained"), "--output", output]) == 1
+    error = capsys.readouterr().err
+    assert "was not trained" in error
+    assert "--exhaustive`: about 0 s for a caption with 7 images, float32 on cpu" in error
+    assert not list(tmp_path.iterdir())
+
+
+# Two stages
+
+
+@pytest.mark.parametrize("candidates", [1, 3, 99])
+def test_two_stages_equal_brute_force(folder, indices, candidates):
+    encoder, scorer, _ = parts(folder)
+    with torch.no_grad():
+        similarities = encoder.embed_captions(CAPTIONS) @ encoder.embed_images(IMAGES).T
+    scores = scorer.score(CAPTIONS, IMAGES)
+    # Of images for captions, then of captions for images, each text once.
+    for queries, names, near, exact in (
+        (CAPTIONS, IMAGES, similarities, scores),
+        (IMAGES, CAPTIONS, similarities.T, scores.T),
+    ):
+        index = indices["images" if queries is CAPTIONS else "captions"]
+        kept = [names.index(name) for name in index.names]
+        found = search(queries, index, encoder, scorer, top_k=2, candidates=candidates)
+        for hits, of_query, row in zip(found, near[:, kept], exact[:, kept], strict=True):
+            chosen = np.argsort(-of_query, kind="stable")[: max(candidates, 2)]
+            best = chosen[np.argsort(-row[chosen], kind="stable")[:2]]
+            assert [hit.name for hit in hits] == [index.names[place] for place in best]
+            np.testing.assert_allclose([hit.score for hit in hits], row[best], atol=1e-5)
+            np.testing.assert_allclose([hit.similarity for hit in hits], of_query[best], atol=1e-5)
+
+
+class Given:
+    """Similarities as they are written down: caption c is near image i by `table[c][i]`."""
+
+    dim, name = 3, "given"
+
+    def __init__(self, table):
+        self.table = np.array(table, dtype=np.float32)
+        self.dim = self.table.shape[1]
+
+    def embed_captions(self, captions):
+        return self.table
+
+    def embed_images(self, image_ids):
+        return np.eye(self.dim, dtype=np.float32)
+
+    def identity(self):
+        return {"name": self.name}
+
+
+class GivenScores:
+    def __init__(self, table):
+        self.table = np.array(table, dtype=np.float32)
+        self.pairs = []
+
+    def score_pairs(self, captions, images, caption_index, image_index, output_dir=None):
+        self.pairs += zip(caption_index.tolist(), image_index.tolist(), strict=True)
+        return self.table[caption_index, image_index]
+
+
+def test_report_by_hand():
+    fold = RetrievalFold(["a", "b", "c"], ["A", "B", "C"], np.array([0, 1, 2]))
+    encoder = Given([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3], [0.0, 0.6, 0.5]])
+    scorer = GivenScores([[1.0, 5.0, 9.0], [0.0, 7.0, 9.0], [9.0, 2.0, 3.0]])
+    report = two_stage_report(encoder, scorer, fold, candidates=(2, 1, 50))
+    alone, one, two, every = report.rows
+    # First stage: a finds A; b finds A, B last; c finds B, then C. Images: A finds a; B finds a, b last; C finds c.
+    assert alone.metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3)
+    assert alone.metrics["text_retrieval_recall@1"] == pytest.approx(2 / 3)
+    assert (alone.candidates, alone.pairs) == (0, 0)
+    # The nearest one: A, A, B of the captions; a, a, c of the images. Pairs aA, bA, cB and aB, cC beside.
+    assert one.pairs == 5 and one.ceiling == pytest.approx({"image_retrieval": 1 / 3, "text_retrieval": 2 / 3})
+    assert one.metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3)
+    assert one.metrics["text_retrieval_recall@1"] == pytest.approx(2 / 3)
+    # Two: (A, B), (A, C), (B, C) and (a, b), (a, c), (c, b). Caption a now prefers B, c prefers C; B prefers a still.
+    assert two.ceiling == pytest.approx({"image_retrieval": 2 / 3, "text_retrieval": 2 / 3})
+    assert two.metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3)
+    assert two.metrics["text_retrieval_recall@1"] == pytest.approx(1 / 3)
+    assert two.pairs == 6  # the images propose the same
+    exhaustive = retrieval_metrics(scorer.table, [0, 1, 2])
+    assert every.pairs == 9 and every.ceiling == {"text_retrieval": 1.0, "image_retrieval": 1.0}
+    for name in ("image_retrieval_recall@1", "text_retrieval_recall@1"):
+        assert every.metrics[name] == exhaustive[name]
+    assert len(scorer.pairs) == len(set(scorer.pairs)) == 9  # none is scored twice
+    lines = str(report).splitlines()
+    assert lines[2].startswith("| first stage alone | 0 |") and lines[4].startswith("| 2 | 6 |")
+    assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, for comparison | 9 | about ")
+
+
+def test_report_of_a_model_at_full_depth_is_exhaustive(folder, tmp_path):
+    encoder, scorer, _ = parts(folder)
+    fold = RetrievalFold(CAPTIONS, IMAGES, IMAGE_OF_CAPTION)
+    report = two_stage_report(encoder, scorer, fold, candidates=(2, 9), scores_dir=tmp_path / "scores")
+    exhaustive = retrieval_metrics(scorer.score(CAPTIONS, IMAGES), IMAGE_OF_CAPTION)
+    assert report.rows[-1].metrics == pytest.approx(exhaustive)
+    assert report.rows[1].pairs < report.rows[2].pairs == len(CAPTIONS) * len(IMAGES)
+    again = two_stage_report(encoder, scorer, fold, candidates=(2, 9), scores_dir=tmp_path / "scores")
+    assert [row.metrics for row in again.rows] == [row.metrics for row in report.rows]
+    assert again.rows[1].seconds is None  # it had them already
+    with pytest.raises(ValueError, match=r"candidates=\(0,\)"):
+        two_stage_report(encoder, scorer, fold, candidates=(0,))
+
+
+# A dual encoder of transformers
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in tiny.WORDS[5:]), *string.ascii_lowercase]
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=5)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
+    return TransformersDualEncoder(folder / "clip", Photos(folder / "photos"))
+
+
+def test_a_dual_encoder_of_transformers_as_first_stage(folder, clip):
+    _, scorer, store = parts(folder)
+    model, processor = clip.model, clip.processor
+    with torch.no_grad():
+        text = model(
+            **processor(text=CAPTIONS, images=Image.open(folder / "photos" / f"{IMAGES[3]}.png"), return_tensors="pt",
+                        padding=True, truncation=True, max_length=12)
+        )  # fmt: skip
+    index = build_index(clip, store, folder / "clip_images")
+    np.testing.assert_allclose(clip.embed_captions(CAPTIONS), text.text_embeds, atol=1e-5)
+    np.testing.assert_allclose(index.embeddings[3], text.image_embeds[0], atol=1e-5)
+    (hits,) = search([CAPTIONS[2]], index, clip, scorer, top_k=7, candidates=7)
+    expected = scorer.rank(CAPTIONS[2], IMAGES, top_k=7)
+    assert [hit.name for hit in hits] == [name for name, _ in expected]
+    np.testing.assert_allclose([hit.score for hit in hits], [score for _, score in expected], atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"by the checkpoint .*clip \(family clip.*but given is .*model \(family unicod"
+    ):
+        search([CAPTIONS[2]], index, parts(folder)[0], scorer)
+
+
+def test_what_is_no_dual_encoder_is_refused(folder):
+    with pytest.raises(ValueError, match=r"has no get_text_features and no get_image_features"):
+        TransformersDualEncoder(folder / "model", None)
+
+
+def test_a_photo_that_lacks_is_named(folder, clip):
+    with pytest.raises(KeyError, match=r"photos has no photo 'image 99'"):
+        clip.embed_images(["image 0", "image 99"])
+
+
+# The commands
+
+
+def run(capsys, *words):
+    code = cli.main(list(map(str, words)))
+    output = capsys.readouterr()
+    return code, output.out if code == 0 else output.err
+
+
+def test_commands(folder, clip, tmp_path, capsys):
+    index = tmp_path / "images"
+    code, output = run(capsys, "index", folder / "store", "--model", folder / "model", "--output", index)
+    assert code == 0 and f"{index}: 7 images, 6 numbers each, by {folder / 'model'}." in output
+    gallery = tmp_path / "gallery.html"
+    words = ["search", CAPTIONS[1], "--index", index, "--top-k", 3]
+    code, output = run(capsys, *words, "--photos", folder / "photos", "--gallery", gallery)
+    expected = parts(folder)[1].rank(CAPTIONS[1], IMAGES, top_k=3)
+    assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
+    page = gallery.read_text()
+    assert page.count("<figure") == 3 and expected[0][0] in page and "right image" not in page
+
+    captions = tmp_path / "captions"
+    options = ["--model", folder / "model", "--output", captions, "--captions", folder / "captions.jsonl"]
+    assert run(capsys, "index", folder / "store", *options)[0] == 0
+    expected = parts(folder)[1].rank_captions(IMAGES[2], CAPTIONS, top_k=2)
+    STORE[IMAGES[2]].save(tmp_path / "record.npz")
+    for image in (IMAGES[2], folder / "photos" / f"{IMAGES[2]}.png", tmp_path / "record.npz"):
+        code, output = run(capsys, "search", "--image", image, "--index", captions, "--top-k", 2)
+        assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
+    code, output = run(capsys, "search", "--image", "nobody.jpg", "--index", captions)
+    assert code == 1 and "unicoder-vl extract" in output
+    code, output = run(capsys, "search", "--image", IMAGES[2], "--index", index)
+    assert code == 1 and "holds images, but what is sought are captions" in output
+    code, output = run(capsys, *words, "--model", folder / "untrained")
+    assert code == 1 and "was not trained" in output
+
+
+def ranks(output):
+    rows = [line.split(maxsplit=3) for line in output.splitlines() if line[:4].strip().isdigit()]
+    return [(row[3], row[1]) for row in rows]
+
+
+def test_exhaustive_search_says_first_how_long(folder, capsys):
+    options = ["--exhaustive", "--model", folder / "untrained", "--regions", folder / "store", "--top-k", 9]
+    assert cli.main(list(map(str, ["search", CAPTIONS[1], *options]))) == 0
+    shown = capsys.readouterr()
+    assert "Scoring 1 captions x 7 images: 7 pairs" in shown.err and "about 0 s" in shown.err
+    lines = [line.split(maxsplit=2)[2].strip() for line in shown.out.splitlines() if line[:4].strip().isdigit()]
+    model = UnicoderVLForImageTextRetrieval.from_pretrained(folder / "untrained")
+    scorer = ImageTextScorer(model, tiny.processor(), STORE, verbose=False)
+    assert lines == [name for name, _ in scorer.rank(CAPTIONS[1], IMAGES)]
+    found = run_search(
+        image=IMAGES[0],
+        exhaustive=True,
+        model=str(folder / "untrained"),
+        regions=str(folder / "store"),
+        captions=str(folder / "captions.jsonl"),
+    )
+    expected = scorer.rank_captions(IMAGES[0], list(dict.fromkeys(CAPTIONS)))
+    assert [hit.name for hit in found.hits] == [name for name, _ in expected]
+
+
+def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
+    index, photos = tmp_path / "clip", ["--photos", folder / "photos"]
+    words = ["index", folder / "store", "--dual-encoder", folder / "clip", "--output", index]
+    assert "looks at photos" in run(capsys, *words)[1]
+    assert run(capsys, *words, *photos)[0] == 0
+    code, output = run(capsys, "search", CAPTIONS[0], "--index", index)
+    assert code == 1 and "give --model, a checkpoint of ours that scores" in output
+    code, output = run(capsys, "search", CAPTIONS[0], "--index", index, "--model", folder / "untrained", "--top-k", 7)
+    assert code == 0 and sorted(name for name, _ in ranks(output)) == IMAGES
+    assert "either --model" in run(capsys, *words, "--model", folder / "model")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either a sentence"),
+        ({"text": "a", "image": "b"}, "either a sentence"),
+        ({"text": "a"}, "either --index"),
+        ({"text": "a", "index": "i", "exhaustive": True}, "either --index"),
+        ({"text": "a", "exhaustive": True}, "--exhaustive needs --model and --regions"),
+        ({"image": "a", "index": "i", "gallery": "g", "photos": "p"}, "--gallery shows the images"),
+        ({"text": "a", "index": "i", "gallery": "g"}, "--gallery shows the images"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_search(**arguments)
