@@ -1,0 +1,89 @@
+"""What a search in two stages loses and saves: recall of the first stage, its ceiling, and recall after re-ranking.
+
+    python examples/evaluate_two_stage.py --model runs/flickr30k-search --captions dataset_flickr30k.json \
+        --regions flickr30k-regions --protocol flickr30k --output flickr30k_two_stage.json
+    python examples/evaluate_two_stage.py --model runs/flickr30k --captions dataset_flickr30k.json \
+        --regions flickr30k-regions --dual_encoder openai/clip-vit-base-patch32 --photos flickr30k-images
+
+The first stage proposes K candidates a query, in both directions, and the cross-encoder scores these pairs alone: the
+table has a row for each of `--candidates`. The first stage is the model's own, which must have been trained
+(`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), or a dual encoder of transformers.
+`--scores_dir` keeps what is done: the same command goes on after a kill.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import HfArgumentParser
+
+from unicoder_vl_hf import ImageTextScorer, RegionStore
+from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_scoring
+from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
+from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, retrieval_test
+from unicoder_vl_hf.retrieval.two_stage import two_stage_report
+
+
+@dataclass
+class TwoStageArguments:
+    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
+    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
+    regions: str = field(metadata={"help": "RegionStore."})
+    dual_encoder: str | None = field(
+        default=None, metadata={"help": "CLIP, SigLIP or alike as the first stage, on --photos. Default: the model's."}
+    )
+    photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
+    protocol: str | None = field(
+        default=None, metadata={"help": f"{', '.join(PROTOCOLS)}, of one fold. Default: all images of the split."}
+    )
+    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
+    candidates: list[int] = field(
+        default_factory=lambda: [10, 50, 100, 200], metadata={"help": "K: how many the first stage proposes a query."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Score in bfloat16."})
+    scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the table and its provenance."})
+
+
+def main(argv: list[str] | None = None):
+    parser = HfArgumentParser(TwoStageArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    state, store = PartialState(), RegionStore(args.regions)
+    captions, _ = join(read_captions(args.captions, split=args.split), store)
+    test = retrieval_test(captions, args.protocol, num_images=args.num_images)
+    if len(test.folds) > 1:
+        raise ValueError(f"{test.title}: the report is of one fold; give another protocol, or none.")
+    model, processor = load_for_scoring(args.model)
+    processor.set_store(store)  # warns where the model was trained on regions of another kind
+    model.to(state.device)
+    encoder: DualEncoder
+    if args.dual_encoder is None:
+        encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
+    elif args.photos is None:
+        raise ValueError(f"{args.dual_encoder} looks at photos: give --photos.")
+    else:
+        encoder = TransformersDualEncoder(args.dual_encoder, Photos(args.photos), state.device)
+    scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
+    report = two_stage_report(encoder, scorer, test.folds[0], args.candidates, args.scores_dir)
+    if not state.is_main_process:
+        return
+    print(f"{test.title}; first stage {encoder.name}\n\n{report}")
+    if args.output is not None:
+        values = {
+            "test": test.title,
+            "arguments": dataclasses.asdict(args),
+            "first_stage": encoder.identity(),
+            "checkpoint": checkpoint_provenance(args.model, model),
+            "report": report.as_dict(),
+        }
+        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
