@@ -1,9 +1,12 @@
 """Indices and the search in two stages: against brute force, in both directions, and what is refused."""
 
+import importlib
+import inspect
 import json
 import shutil
 import string
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from unicoder_vl_hf.retrieval.encoders import (
     UnicoderVLDualEncoder,
     UntrainedFirstStage,
 )
+from unicoder_vl_hf.retrieval.first_stage import train_first_stage
 from unicoder_vl_hf.retrieval.index import SearchIndex, build_index, nearest
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.retrieval.protocols import RetrievalFold
@@ -484,3 +488,31 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
 def test_arguments_that_do_not_go_together(arguments, message):
     with pytest.raises(ValueError, match=message):
         run_search(**arguments)
+
+
+def test_the_command_of_the_first_stage_has_the_defaults_of_its_function():
+    args = cli._parser().parse_args(["train-first-stage", "model", "captions", "regions", "output"])
+    passed = inspect.signature(train_first_stage).bind(**cli._arguments(args)).arguments
+    parameters = inspect.signature(train_first_stage).parameters
+    assert list(passed) == list(parameters)
+    assert [passed[name] for name in list(passed)[4:]] == [parameters[name].default for name in list(passed)[4:]]
+
+
+def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    script = importlib.import_module("evaluate_two_stage")
+    rows = [json.loads(line) | {"split": "test"} for line in (folder / "captions.jsonl").read_text().splitlines()]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shared = {"captions": tmp_path / "captions.jsonl", "regions": folder / "store", "output": tmp_path / "report.json"}
+    shared["candidates"] = "9"
+    other = {"dual_encoder": folder / "clip", "photos": folder / "photos"}
+    for model, options in (("model", {}), ("untrained", other)):
+        words = [[f"--{name}", str(value)] for name, value in (shared | options | {"model": folder / model}).items()]
+        script.main([word for pair in words for word in pair])
+        report = json.loads((tmp_path / "report.json").read_text())
+        loaded = UnicoderVLForImageTextRetrieval.from_pretrained(folder / model)
+        scorer = ImageTextScorer(loaded, tiny.processor(), STORE, verbose=False)
+        exhaustive = retrieval_metrics(scorer.score(CAPTIONS, IMAGES), IMAGE_OF_CAPTION)
+        assert report["report"]["rows"][1]["metrics"] == pytest.approx(exhaustive)
+        assert report["first_stage"]["family"] == ("clip" if options else "unicoder-vl")
+        assert "Retrieval: 7 images, all 9 captions; first stage" in capsys.readouterr().out
