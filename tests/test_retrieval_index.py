@@ -181,6 +181,18 @@ def test_an_index_goes_on_after_a_kill(folder, indices, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+def test_other_captions_do_not_go_on_where_these_stopped(folder, tmp_path, monkeypatch):
+    encoder, _, store = parts(folder)
+    monkeypatch.setattr(index_module, "save_file", None)  # so that it stops after the embeddings
+    with pytest.raises(TypeError):
+        build_index(encoder, store, tmp_path / "index", captions=["a dog", "a cat"])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"holds scores of another job: names_sha256 was"):
+        build_index(encoder, store, tmp_path / "index", captions=["a dog", "the cat"])
+    index = build_index(encoder, store, tmp_path / "index", captions=["a dog", "a cat"])
+    np.testing.assert_allclose(index.embeddings, encoder.embed_captions(["a dog", "a cat"]), atol=1e-6)
+
+
 def test_an_index_is_whole_or_not_there(folder, tmp_path, monkeypatch):
     encoder, _, store = parts(folder)
     write = index_module.write_json

@@ -157,9 +157,11 @@ def build_index(
     facts |= {"encoder": encoder.identity(), "store": store_identity(store)}
 
     state = start_processes()
+    state.wait_for_everyone()  # until all of them have seen that there is no output
     work = output.with_name(f"{output.name}.partial")
     blocks = [names[start : start + BLOCK_ITEMS] for start in range(0, len(names), BLOCK_ITEMS)]
-    folder = BlockFolder(work / "blocks", facts, state.process_index)
+    job = {**facts, "names_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(), "block_items": BLOCK_ITEMS}
+    folder = BlockFolder(work / "blocks", job, state.process_index)
     if not folder.is_complete:
         embed = encoder.embed_images if captions is None else encoder.embed_captions
         for block in range(state.process_index, len(blocks), state.num_processes):
@@ -174,12 +176,13 @@ def build_index(
         whole = work / "whole"
         shutil.rmtree(whole, ignore_errors=True)  # of a call that was killed while it wrote
         whole.mkdir()
-        save_file({"embeddings": np.array(embeddings)}, whole / EMBEDDINGS)
+        rows = np.array(embeddings)
+        save_file({"embeddings": rows}, whole / EMBEDDINGS)
         write_json(whole / NAMES, names)
         if library is not None:
             structure = library.index_factory(encoder.dim, faiss, library.METRIC_INNER_PRODUCT)
-            structure.train(np.array(embeddings))
-            structure.add(np.array(embeddings))
+            structure.train(rows)
+            structure.add(rows)
             library.write_index(structure, str(whole / FAISS))
         write_json(whole / INDEX, {"format_version": FORMAT_VERSION, **facts})
         os.replace(whole, output)
