@@ -40,13 +40,16 @@ def test_embeddings_are_unit_means_of_the_encoder_projected():
     image = processor(regions=[tiny.record("a", 2), tiny.record("b", 5)], return_tensors="pt")
     with torch.no_grad():
         found = encoder.encode_text(**text), encoder.encode_image(**image)
-        last = encoder.bert(text["input_ids"][:1, :4]).last_hidden_state[0]
-        expected_text = encoder.first_stage.text_projection(last.mean(0))
+        layers = encoder.bert(text["input_ids"][:1, :4], output_hidden_states=True).hidden_states
+        assert len(layers) == 3 and not torch.equal(layers[0], layers[1])  # the embeddings and two layers
+        expected_text = encoder.first_stage.text_projection(sum(layers)[0].mean(0) / 3)
         regions = encoder.bert.embeddings.region_embeddings(
             image["region_features"][:1, :2], image["region_locations"][:1, :2]
         )
-        last = encoder.bert.encoder(encoder.bert.embeddings.add_image_token(regions))[0]
-        expected_image = encoder.first_stage.image_projection(last.mean(0))
+        layers = [encoder.bert.embeddings.add_image_token(regions)]
+        for layer in encoder.bert.encoder.layer:
+            layers.append(layer(layers[-1]))
+        expected_image = encoder.first_stage.image_projection(sum(layers)[0].mean(0) / 3)
     for embeddings, expected in zip(found, (expected_text, expected_image), strict=True):
         assert embeddings.shape == (2, 4) and embeddings.dtype == torch.float32
         torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))

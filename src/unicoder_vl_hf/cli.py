@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     first_stage.add_argument("--split", default="train", help="to train on (default: train)")
     first_stage.add_argument("--validation-split", default="val", help="to choose the best epoch by (default: val)")
     first_stage.add_argument("--projection-dim", type=int, default=256, help="width of the embeddings (default: 256)")
-    first_stage.add_argument("--epochs", type=int, default=30, help="default: 30")
+    first_stage.add_argument("--epochs", type=int, default=20, help="default: 20")
     first_stage.add_argument("--batch-size", type=int, default=512, help="pairs (default: 512)")
     first_stage.add_argument("--learning-rate", type=float, default=2e-3, help="default: 2e-3")
     first_stage.add_argument("--duplicates", help="photos that show the same: .jsonl or .csv, a group a line")

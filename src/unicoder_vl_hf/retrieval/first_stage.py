@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -80,10 +81,11 @@ def fit_first_stage(
     train: EncodedPairs,
     validation: EncodedPairs,
     *,
-    epochs: int = 30,
+    epochs: int = 20,
     batch_size: int = 512,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.1,
+    dropout: float = 0.3,
     seed: int = 0,
 ) -> dict[str, float]:
     """
@@ -92,9 +94,11 @@ def fit_first_stage(
     Args:
         first_stage ([`UnicoderVLFirstStage`]): On the CPU, in float32.
         train, validation ([`EncodedPairs`]): Of two splits.
-        epochs (`int`, *optional*, defaults to 30): Over which the learning rate falls to 0.
+        epochs (`int`, *optional*, defaults to 20): Over which the learning rate falls to 0.
         batch_size (`int`, *optional*, defaults to 512): Pairs that are negatives of one another.
-        learning_rate, weight_decay, seed: Of AdamW, and of the shuffles.
+        learning_rate, weight_decay: Of AdamW.
+        dropout (`float`, *optional*, defaults to 0.3): Of what the encoder gave.
+        seed (`int`, *optional*, defaults to 0): Of shuffles and dropout.
 
     Returns:
         `dict[str, float]`: the metrics of that epoch.
@@ -109,11 +113,13 @@ def fit_first_stage(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     best: dict[str, float] = {"recall_sum": -1.0}
     weights = copy.deepcopy(first_stage.state_dict())
+    torch.manual_seed(seed)
     with tqdm(total=epochs, desc="First stage", unit="epoch") as progress:
         for epoch in range(epochs):
             order = np.random.default_rng([seed, epoch, SALT]).permutation(len(train))
             for start in range(0, len(order), batch_size):
                 texts, images, mismatches = train.batch(order[start : start + batch_size])
+                texts, images = (nn.functional.dropout(states, dropout) for states in (texts, images))
                 loss = first_stage.loss(first_stage.embed_text(texts), first_stage.embed_image(images), mismatches)
                 optimizer.zero_grad()
                 loss.backward()
@@ -137,7 +143,7 @@ def train_first_stage(
     split: str = "train",
     validation_split: str = "val",
     projection_dim: int = 256,
-    epochs: int = 30,
+    epochs: int = 20,
     batch_size: int = 512,
     learning_rate: float = 2e-3,
     duplicates: str | None = None,
@@ -182,9 +188,9 @@ def train_first_stage(
     torch.manual_seed(seed)
     trained, processor = load_for_scoring(model)
     processor.feature_extractor.check_provenance(store.provenance)
-    torch.nn.Module.to(trained, start_processes().device)
+    nn.Module.to(trained, start_processes().device)
     train, validation = (EncodedPairs(trained, processor, store, pairs, groups, max_length) for pairs in splits)
-    torch.nn.Module.to(trained, "cpu")
+    nn.Module.to(trained, "cpu")
     trained.config.projection_dim = projection_dim
     trained.first_stage = UnicoderVLFirstStage(trained.config, projection_dim)
     for module in trained.first_stage.modules():
