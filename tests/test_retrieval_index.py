@@ -250,6 +250,14 @@ def test_another_checkpoint_or_store_is_refused_naming_both(folder, indices, tmp
         search([CAPTIONS[0]], index, encoder, scorer)
 
 
+def test_captions_of_images_that_the_store_lacks_are_left_out(folder, tmp_path, capsys):
+    rows = [{"image_id": "elsewhere", "caption": "grass"}, {"image_id": IMAGES[0], "caption": "a dog"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["index", folder / "store", "--model", folder / "model", "--output", tmp_path / "index"]
+    assert run(capsys, *words, "--captions", tmp_path / "captions.jsonl")[0] == 0
+    assert SearchIndex(tmp_path / "index").names == ["a dog"]
+
+
 def test_an_untrained_first_stage_is_refused_with_a_way_out(folder, tmp_path, capsys):
     with pytest.raises(UntrainedFirstStage, match=r"unicoder-vl train-first-stage .*untrained CAPTIONS"):
         parts(folder, "untrained")

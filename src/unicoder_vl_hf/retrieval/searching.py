@@ -65,9 +65,7 @@ def make_index(
         encoder: DualEncoder = UnicoderVLDualEncoder(*_load(model, regions), regions, model)
     else:
         encoder = _dual_encoder(str(dual_encoder), photos, needs_photos=captions is None)
-    texts = None
-    if captions is not None:
-        texts = join(read_captions(captions, split=split), regions)[0]["caption"][:]
+    texts = None if captions is None else _captions(captions, split, regions)
     index = build_index(encoder, regions, output, captions=texts, faiss=faiss)
     return f"{output}: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}."
 
@@ -107,29 +105,16 @@ def run_search(
             raise ValueError("--exhaustive needs --model and --regions, and with --image --captions.")
         store = RegionStore(regions)
         query = _query(text, image, store)
-        names = list(store)
-        if captions is not None:
-            names = list(dict.fromkeys(join(read_captions(captions, split=split), store)[0]["caption"][:]))
-        scorer = ImageTextScorer(*_load(model, store), store)
-        hits = _score_all(query, image is not None, scorer, names)
+        names = list(store) if image is None else _captions(str(captions), split, store)
+        hits = _score_all(query, image is not None, ImageTextScorer(*_load(model, store), store), names)
     else:
         opened = SearchIndex(index)
         wanted = "captions" if text is None else "images"
         if opened.items != wanted:
             raise ValueError(f"{index} holds {opened.items}, but what is sought are {wanted}: give an index of these.")
         store = RegionStore(regions or opened.facts["store"]["name"])
-        made_by = opened.facts["encoder"]
         query = _query(text, image, store)
-        ours = made_by["family"] == "unicoder-vl" and dual_encoder is None
-        scored_by = made_by["name"] if ours and model is None else model
-        if scored_by is None:
-            raise ValueError(f"{index} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")
-        loaded, processor = _load(scored_by, store)
-        if ours:
-            encoder: DualEncoder = UnicoderVLDualEncoder(loaded, processor, store, scored_by)
-        else:
-            encoder = _dual_encoder(dual_encoder or made_by["name"], photos, needs_photos=text is None)
-        scorer = ImageTextScorer(loaded, processor, store, verbose=False)
+        encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos)
         hits = search([query], opened, encoder, scorer, top_k=top_k, candidates=candidates)[0]
     hits = hits[:top_k]
     shown = query if isinstance(query, str) else query.image_id
@@ -142,6 +127,28 @@ def _load(name: str, store: RegionStore) -> tuple[UnicoderVLForImageTextRetrieva
     nn.Module.to(model, start_processes().device)
     processor.set_store(store)  # warns where the model was trained on regions of another kind
     return model, processor
+
+
+def _two_stages(
+    index: SearchIndex, store: RegionStore, model: str | None, dual_encoder: str | None, photos: str | None
+) -> tuple[DualEncoder, ImageTextScorer]:
+    """The encoder that made the index, unless another is named, which `search` checks; and the scorer."""
+    made_by = index.facts["encoder"]
+    ours = made_by["family"] == "unicoder-vl" and dual_encoder is None
+    name = made_by["name"] if ours and model is None else model
+    if name is None:
+        raise ValueError(f"{index.path} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")
+    loaded, processor = _load(name, store)
+    scorer = ImageTextScorer(loaded, processor, store, verbose=False)
+    if ours:
+        return UnicoderVLDualEncoder(loaded, processor, store, name), scorer
+    needs_photos = index.items == "captions"  # which are searched by an image
+    return _dual_encoder(dual_encoder or made_by["name"], photos, needs_photos), scorer
+
+
+def _captions(path: str, split: str | None, store: RegionStore) -> list[str]:
+    """The captions of a file whose images are in the store, each text once."""
+    return list(dict.fromkeys(join(read_captions(path, split=split), store, skip_missing=True)[0]["caption"][:]))
 
 
 def _dual_encoder(name: str, photos: str | None, needs_photos: bool) -> TransformersDualEncoder:
