@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
@@ -185,7 +186,8 @@ def text_states(
 ) -> torch.Tensor:
     """What the encoder makes of each caption alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
     states = torch.empty(len(captions), model.config.hidden_size)
-    for rows in _alike([len(caption) for caption in captions]):
+    batches = _alike([len(caption) for caption in captions])
+    for rows in tqdm(batches, desc="Encoding captions", unit="batch", leave=False, disable=len(batches) == 1):
         inputs = processor(text=[captions[row] for row in rows], max_length=max_length, return_tensors="pt")
         states[rows] = model.text_states(**inputs.to(model.device)).cpu()
     return states
@@ -200,7 +202,8 @@ def image_states(
 ) -> torch.Tensor:
     """What the encoder makes of each image alone, as in [`text_states`]."""
     states = torch.empty(len(images), model.config.hidden_size)
-    for start in range(0, len(images), READ_AT_ONCE):
+    starts = range(0, len(images), READ_AT_ONCE)
+    for start in tqdm(starts, desc="Encoding images", unit="read", leave=False, disable=len(starts) == 1):
         some = images[start : start + READ_AT_ONCE]
         if isinstance(store, RegionStore) and all(isinstance(image, str) for image in some):
             some = store.get_many(image for image in some if isinstance(image, str))
