@@ -310,9 +310,8 @@ def test_the_best_epoch_stays(world, trained):
 
 def test_pairs_mask_false_negatives_too():
     encoder, processor = model(), tiny.processor()
-    table = {
-        name: [values[2], *values] for name, values in PAIRS.items()
-    }  # a pair twice: what is equal is encoded once
+    # One pair comes twice, and what is equal is encoded once.
+    table = {name: [values[2], *values] for name, values in PAIRS.items()}
     pairs = EncodedPairs(encoder, processor, STORE, datasets.Dataset.from_dict(table), duplicates=["bd"])
     assert len(pairs) == 6 and len(pairs.texts) == 5 and len(pairs.images) == 4
     rows = [4, 0, 3]
