@@ -347,6 +347,10 @@ def test_report_by_hand():
     for name in ("image_retrieval_recall@1", "text_retrieval_recall@1"):
         assert every.metrics[name] == exhaustive[name]
     assert len(scorer.pairs) == len(set(scorer.pairs)) == 9  # none is scored twice
+    scorer.pairs.clear()
+    (_, again) = two_stage_report(encoder, scorer, fold, candidates=(1,)).rows
+    assert (again.pairs, again.metrics) == (5, one.metrics)
+    assert sorted(scorer.pairs) == [(0, 0), (0, 1), (1, 0), (2, 1), (2, 2)]  # none but the proposed, of both directions
     lines = str(report).splitlines()
     assert lines[2].startswith("| first stage alone | 0 |") and lines[4].startswith("| 2 | 6 |")
     assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, for comparison | 9 | about ")
