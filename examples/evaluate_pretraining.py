@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParser
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
@@ -27,7 +27,7 @@ from unicoder_vl_hf.pretraining import (
     pretraining_chance,
     zero_shot_retrieval,
 )
-from unicoder_vl_hf.training import resolve_precision
+from unicoder_vl_hf.training import resolve_precision, start_processes
 
 
 @dataclass
@@ -47,7 +47,7 @@ class EvaluationArguments:
 def main(argv: list[str] | None = None):
     parser = HfArgumentParser(EvaluationArguments)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
-    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, PartialState().device.type))
+    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, start_processes().device.type))
     store = RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store)
     model = AutoModelForPreTraining.from_pretrained(args.model)

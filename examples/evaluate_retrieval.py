@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 import unicoder_vl_hf
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
-from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_scoring
+from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
+from unicoder_vl_hf.training import start_processes
 
 
 @dataclass
@@ -51,7 +51,7 @@ class RetrievalArguments:
 def main(argv: list[str] | None = None):
     parser = HfArgumentParser(RetrievalArguments, allow_abbrev=False)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
-    state = PartialState()
+    state = start_processes()
     store = RegionStore(args.regions)
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.
     captions, _ = join(read_captions(args.captions, split=args.split), store)
@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None):
         captions_per_image=int(count) if count not in (None, "all") else count,
         num_images=args.num_images,
     )
-    model, processor = load_for_scoring(args.model)
-    processor.set_store(store)  # warns where the model was trained on regions of another kind
-    model.to(state.device)
+    model, processor = load_for_store(args.model, store)
     checkpoint = checkpoint_provenance(args.model, model)
 
     def scores(dtype: torch.dtype, name: str) -> Iterator[np.ndarray]:

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
-from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_scoring
+from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import two_stage_report
+from unicoder_vl_hf.training import start_processes
 
 
 @dataclass
@@ -54,14 +54,12 @@ class TwoStageArguments:
 def main(argv: list[str] | None = None):
     parser = HfArgumentParser(TwoStageArguments, allow_abbrev=False)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
-    state, store = PartialState(), RegionStore(args.regions)
+    state, store = start_processes(), RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store)
     test = retrieval_test(captions, args.protocol, num_images=args.num_images)
     if len(test.folds) > 1:
         raise ValueError(f"{test.title}: the report is of one fold; give another protocol, or none.")
-    model, processor = load_for_scoring(args.model)
-    processor.set_store(store)  # warns where the model was trained on regions of another kind
-    model.to(state.device)
+    model, processor = load_for_store(args.model, store)
     encoder: DualEncoder
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)

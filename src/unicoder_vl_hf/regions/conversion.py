@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..feature_extraction_unicoder_vl import RegionRecord
 from .editing import merge_stores
 from .formats import FORMATS, known_provenance, read_records
-from .store import MANIFEST, RegionStore, RegionStoreWriter
+from .store import MANIFEST, NoRecordWritten, RegionStore, RegionStoreWriter
 
 Rename = Callable[[str], str]
 
@@ -81,7 +81,7 @@ def convert(
     parts = Path(destination).with_name(f".{Path(destination).name}.parts-{workers}")
     if not (Path(destination) / MANIFEST).exists():
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for future in [pool.submit(task.run, parts / str(part), part, workers) for part in range(workers)]:
+            for future in [pool.submit(task.run_part, parts / str(part), part, workers) for part in range(workers)]:
                 future.result()
         stores = [parts / str(part) for part in range(workers) if (parts / str(part) / MANIFEST).exists()]
         if not stores:
@@ -93,10 +93,6 @@ def convert(
     return RegionStore(destination)
 
 
-class _NothingWritten(Exception):
-    """Leaves a writer's block without an empty store."""
-
-
 @dataclass
 class _Task:
     source: Path
@@ -106,15 +102,17 @@ class _Task:
     options: dict[str, Any]
 
     def run(self, destination: Path, part: int = 0, parts: int = 1) -> None:
-        with suppress(_NothingWritten), RegionStoreWriter(destination, **self.options) as writer:
+        with RegionStoreWriter(destination, **self.options) as writer:
             skip = _Skip(writer.resumed, self.rename, part, parts)
             records = read_records(self.source, self.format, skip=skip, **self.format_options)
             for record in logging.tqdm(records, desc=f"Converting {self.format}", unit="image", position=part):
                 if self.rename is not None:
                     record.image_id = self.rename(record.image_id)
                 writer.write(record)
-            if parts > 1 and not len(writer):  # a small source may leave nothing for one of many
-                raise _NothingWritten
+
+    def run_part(self, destination: Path, part: int, parts: int) -> None:
+        with suppress(NoRecordWritten):  # a small source may leave nothing for one of many
+            self.run(destination, part, parts)
 
 
 @dataclass

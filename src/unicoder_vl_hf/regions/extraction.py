@@ -32,7 +32,7 @@ from ..feature_extraction_unicoder_vl import RegionRecord
 from ..training import StopSignal
 from .detectors import Detector, load_detector
 from .editing import merge_stores
-from .store import MANIFEST, RegionStore, RegionStoreWriter
+from .store import MANIFEST, NoRecordWritten, RegionStore, RegionStoreWriter
 
 if TYPE_CHECKING:
     import datasets
@@ -434,10 +434,6 @@ def _describe(error: Exception) -> str:
 # Work
 
 
-class _NothingWritten(Exception):
-    """Leaves a writer's block without an empty store."""
-
-
 def _extract_part(
     results: "Iterator[tuple[_Photo, RegionRecord | str]]",
     source: _Source,
@@ -449,7 +445,7 @@ def _extract_part(
     with (
         StopSignal() as stop,
         skipped.open("w", encoding="utf-8") as skips,
-        suppress(_NothingWritten),
+        suppress(NoRecordWritten),
         RegionStoreWriter(part, **settings) as writer,
     ):
         for photo, result in results:
@@ -463,8 +459,6 @@ def _extract_part(
                 skips.write(json.dumps(row, ensure_ascii=False) + "\n")
             if stop.is_set():
                 break
-        if not len(writer):
-            raise _NothingWritten
     _remove_empty(part)
     if stop.is_set():
         raise KeyboardInterrupt(f"Stopped, with what is extracted in {part.parent}: the same call goes on.")
@@ -541,9 +535,8 @@ def _finish_parts(folder: Path, settings: dict[str, Any]) -> None:
     """Makes stores of what an interrupted run left, and forgets what it skipped, which is tried again."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in _parts(folder):
-        with suppress(_NothingWritten), RegionStoreWriter(part, resume=True, **settings) as writer:
-            if not len(writer):
-                raise _NothingWritten
+        with suppress(NoRecordWritten), RegionStoreWriter(part, resume=True, **settings):
+            pass
         _remove_empty(part)
     for skipped in folder.glob("skipped-*.jsonl"):
         skipped.unlink()

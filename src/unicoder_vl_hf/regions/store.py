@@ -223,6 +223,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+class NoRecordWritten(ValueError):
+    """A writer's block ended without a record, so that there is no store."""
+
+
 class RegionStoreWriter:
     """
     Writes a `RegionStore`, as a context manager with `write(record)`.
@@ -250,6 +254,7 @@ class RegionStoreWriter:
 
     Raises:
         ValueError: The folder holds a store that `resume` does not allow or match, or an argument is malformed.
+        NoRecordWritten: The block ends without a record; a ValueError, too.
     """
 
     def __init__(
@@ -429,7 +434,7 @@ class RegionStoreWriter:
     def _finish(self) -> None:
         self._commit_shard()
         if not len(self._shards):
-            raise ValueError(f"No record was written to {self.path}: a store holds at least one image.")
+            raise NoRecordWritten(f"No record was written to {self.path}: a store holds at least one image.")
         if not (self.path / MANIFEST).exists() or self._shards.facts != read_manifest(self.path)["shards"]:
             finish_store(self._shards, self._ids, {**self._provenance, "feature_dim": self._widths["features"]})
         (self.path / UNFINISHED).unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 safetensors files, written as a stream and read as a memory map.
 
 The library writes a file from tensors that are all in memory, and its lazy slices copy what they read. Here tensors
-grow on disk row by row, and reading gives views of the page cache. Any safetensors reader opens the files.
+grow on disk row by row, and reading gives views of the page cache. Any safetensors reader opens the files. Beside them,
+how files and folders of any kind come whole or not at all.
 """
 
 import hashlib
@@ -13,7 +14,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,6 +75,36 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
         complete(file, path)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name when the block ends without an error. Raises ValueError if it exists."""
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it, or choose another name.")
+    try:
+        with partial_path(path).open("wb") as file:
+            yield file
+            complete(file, path)
+    finally:
+        partial_path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block ends without an error. Raises ValueError if it exists."""
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it, or choose another name.")
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass

@@ -6,11 +6,14 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..regions.store import RegionStore
+from ..training import start_processes
 
 
 def load_for_scoring(
@@ -40,6 +43,19 @@ def load_for_scoring(
             "of UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval."
         )
     return model.eval(), AutoProcessor.from_pretrained(name)
+
+
+def load_for_store(
+    name: str | PathLike[str], store: RegionStore
+) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
+    """
+    [`load_for_scoring`] in float32, on the device of this process, with a store as the processor's default; warns where
+    the model was trained on regions of another kind.
+    """
+    model, processor = load_for_scoring(name)
+    nn.Module.to(model, start_processes().device)
+    processor.set_store(store)
+    return model, processor
 
 
 def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTextRetrieval) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..modeling_unicoder_vl import (
 )
 from ..preparation import DataArguments, is_unicoder_vl, load_model, load_processor, open_data
 from ..processing_unicoder_vl import UnicoderVLProcessor
-from .metrics import retrieval_metrics
+from .metrics import retrieval_metrics, with_recall_sum
 from .scoring import ImageTextScorer
 
 logger = logging.get_logger(__name__)
@@ -196,5 +196,4 @@ def evaluate_retrieval(
     scorer = ImageTextScorer(model, processor, store, verbose=False)
     scores = scorer.score(captions["caption"][:], image_ids, max_length=max_length)
     column = {image_id: index for index, image_id in enumerate(image_ids)}
-    metrics = retrieval_metrics(scores, [column[image_id] for image_id in captions["image_id"]])
-    return {"recall_sum": sum(value for name, value in metrics.items() if "recall@" in name), **metrics}
+    return with_recall_sum(retrieval_metrics(scores, [column[image_id] for image_id in captions["image_id"]]))

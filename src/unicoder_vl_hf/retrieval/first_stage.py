@@ -7,8 +7,6 @@ first stage together is `run_retrieval.py --contrastive_weight`.
 
 import copy
 import math
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,10 +22,11 @@ from ..data.negatives import MismatchIndex, read_duplicate_groups
 from ..modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
+from ..regions.tensor_files import new_folder
 from ..training import FIRST_STAGE, start_processes, write_model_card
 from .checkpoints import load_for_scoring
 from .encoders import image_states, text_states
-from .metrics import retrieval_metrics
+from .metrics import retrieval_metrics, with_recall_sum
 
 logger = logging.get_logger(__name__)
 
@@ -72,8 +71,8 @@ class EncodedPairs:
     def recalls(self, first_stage: UnicoderVLFirstStage) -> dict[str, float]:
         """Of all captions among all images, as [`retrieval_metrics`], and their sum."""
         texts = first_stage.embed_text(self.texts)[self.caption_of_row]
-        metrics = retrieval_metrics((texts @ first_stage.embed_image(self.images).T).numpy(), self.image_of_row)
-        return {"recall_sum": sum(value for name, value in metrics.items() if "recall@" in name), **metrics}
+        scores = (texts @ first_stage.embed_image(self.images).T).numpy()
+        return with_recall_sum(retrieval_metrics(scores, self.image_of_row))
 
 
 def fit_first_stage(
@@ -206,11 +205,9 @@ def train_first_stage(
     )
     trained.config.first_stage_trained = True
 
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed while it wrote
-    trained.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    os.replace(partial, target)
+    with new_folder(target) as folder:
+        trained.save_pretrained(folder)
+        processor.save_pretrained(folder)
     write_model_card(
         target,
         trained_by=FIRST_STAGE,

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from ..regions.formats._parsing import optional_import
-from ..regions.store import RegionStore
+from ..extras import optional_import
+from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile, write_json
 from ..training import start_processes
 from .blocks import BlockFolder
@@ -193,9 +193,8 @@ def build_index(
 
 
 def store_identity(store: RegionStore) -> dict[str, str]:
-    """What tells a store from others: its place, and a digest of its manifest, which lists all checksums."""
-    digest = hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest()
-    return {"name": str(store.path), "manifest_sha256": digest}
+    """What tells a store from others: its place, and the checksum of its manifest, which lists all others."""
+    return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
 
 
 def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:

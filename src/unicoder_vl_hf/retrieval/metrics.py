@@ -15,6 +15,11 @@ from numpy.typing import ArrayLike
 _BLOCK = 1 << 20  # numbers compared at a time: what is held beside the scores stays a few megabytes
 
 
+def with_recall_sum(metrics: dict[str, float]) -> dict[str, float]:
+    """`recall_sum`, the sum of the six recalls, by which checkpoints are compared, before the rest."""
+    return {"recall_sum": sum(value for name, value in metrics.items() if "recall@" in name), **metrics}
+
+
 def retrieval_metrics(
     scores: ArrayLike, image_of_caption: ArrayLike, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:

@@ -17,9 +17,10 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
-from ..data.captions import encode_column, join, read_captions
+from ..data.captions import encode_column, join, read_captions, select_split
 from ..data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
 from ..regions.store import RegionStore
+from ..regions.tensor_files import new_folder
 from ..training import start_processes
 from .checkpoints import load_for_scoring
 from .scoring import ImageTextScorer
@@ -279,17 +280,16 @@ def mine(
     store = RegionStore(regions)
     table, report = join(read_captions(captions), store, skip_missing=skip_missing)
     logger.warning(f"{captions} with {store}:\n{report}")
-    chosen = np.ones(len(table), dtype=bool)
+    pairs, rest = table, table.select([])
     if "split" in table.column_names:
-        chosen = np.array([name == split for name in table["split"]])
-        if not chosen.any():
-            raise ValueError(f"{captions} has no split {split!r}; its splits are {sorted(set(table['split']))}.")
+        pairs = select_split(table, captions, split)
+        rest = table.select([row for row, name in enumerate(table["split"]) if name != split])
 
     scored_by, processor = load_for_scoring(model)
     scorer = ImageTextScorer(scored_by.to(state.device), processor, store)
     scores_dir = target.with_name(f"{target.name}.scores")
     mined = mine_hard_negatives(
-        table.select(np.flatnonzero(chosen)),
+        pairs,
         scorer,
         rule,
         images_per_set=images_per_set,
@@ -298,17 +298,14 @@ def mine(
         max_length=max_length,
         scores_dir=scores_dir,
     )
-    rest = table.select(np.flatnonzero(~chosen))
     if len(rest):
         for name, feature in mined.features.items():
             if name not in rest.column_names:
                 rest = rest.add_column(name, [[]] * len(rest), feature=feature)
         mined = datasets.concatenate_datasets([mined, rest])
     if state.is_main_process:
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed while it wrote
-        mined.save_to_disk(str(partial))
-        os.replace(partial, target)
+        with new_folder(target) as folder:
+            mined.save_to_disk(str(folder))
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(scores_dir)

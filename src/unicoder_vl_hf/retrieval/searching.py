@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from ..data.captions import join, read_captions
 from ..feature_extraction_unicoder_vl import RegionRecord
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
-from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from ..training import start_processes
-from .checkpoints import load_for_scoring
+from .checkpoints import load_for_store
 from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
 from .index import SearchIndex, build_index
 from .scoring import ImageTextScorer
@@ -62,7 +59,7 @@ def make_index(
         raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
     regions = RegionStore(store)
     if model is not None:
-        encoder: DualEncoder = UnicoderVLDualEncoder(*_load(model, regions), regions, model)
+        encoder: DualEncoder = UnicoderVLDualEncoder(*load_for_store(model, regions), regions, model)
     else:
         encoder = _dual_encoder(str(dual_encoder), photos, needs_photos=captions is None)
     texts = None if captions is None else _captions(captions, split, regions)
@@ -106,7 +103,7 @@ def run_search(
         store = RegionStore(regions)
         query = _query(text, image, store)
         names = list(store) if image is None else _captions(str(captions), split, store)
-        hits = _score_all(query, image is not None, ImageTextScorer(*_load(model, store), store), names)
+        hits = _score_all(query, image is not None, ImageTextScorer(*load_for_store(model, store), store), names)
     else:
         opened = SearchIndex(index)
         wanted = "captions" if text is None else "images"
@@ -122,13 +119,6 @@ def run_search(
     return SearchResult(shown, hits, path)
 
 
-def _load(name: str, store: RegionStore) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
-    model, processor = load_for_scoring(name)
-    nn.Module.to(model, start_processes().device)
-    processor.set_store(store)  # warns where the model was trained on regions of another kind
-    return model, processor
-
-
 def _two_stages(
     index: SearchIndex, store: RegionStore, model: str | None, dual_encoder: str | None, photos: str | None
 ) -> tuple[DualEncoder, ImageTextScorer]:
@@ -138,7 +128,7 @@ def _two_stages(
     name = made_by["name"] if ours and model is None else model
     if name is None:
         raise ValueError(f"{index.path} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")
-    loaded, processor = _load(name, store)
+    loaded, processor = load_for_store(name, store)
     scorer = ImageTextScorer(loaded, processor, store, verbose=False)
     if ours:
         return UnicoderVLDualEncoder(loaded, processor, store, name), scorer

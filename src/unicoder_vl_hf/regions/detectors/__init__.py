@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from ..formats._parsing import optional_import
+from ...extras import optional_import
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -47,9 +47,12 @@ def in_groups_of_shape(images: Sequence[Tensor], compute: Callable[[list[int]], 
     return results
 
 
-def box_tensor(boxes: np.ndarray, device: torch.device) -> Tensor:
-    """Given boxes, `(n, 4)` float32, on the device."""
-    return torch.tensor(np.ascontiguousarray(boxes), dtype=torch.float32, device=device)
+def box_tensor(image_id: str, boxes: np.ndarray, device: torch.device) -> Tensor:
+    """Given boxes, `(n, 4)` float32, on the device. Raises ValueError, naming the image, on another shape."""
+    corners = torch.tensor(np.ascontiguousarray(boxes), dtype=torch.float32, device=device)
+    if corners.ndim != 2 or corners.shape[1] != 4:
+        raise ValueError(f"Image {image_id!r}: boxes have shape {tuple(corners.shape)}, expected (n, 4).")
+    return corners
 
 
 def make_record(

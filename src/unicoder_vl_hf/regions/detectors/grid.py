@@ -78,7 +78,7 @@ class GridDetector:
         """See `Detector`."""
         if boxes is None:
             boxes = [grid_boxes(photo.size, self.grid_size) for photo in prepared]
-        corners = [box_tensor(array, self.device) for array in boxes]
+        corners = [box_tensor(image_id, array, self.device) for image_id, array in zip(image_ids, boxes, strict=True)]
         with autocast(self.device, self.precision):
             maps = self.encoder(torch.stack([photo.pixels for photo in prepared]).to(self.device))
         return [

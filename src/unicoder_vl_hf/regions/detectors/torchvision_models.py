@@ -114,7 +114,9 @@ class TorchvisionDetector:
             ]
             features = self._features(levels, inputs, images)
         else:
-            outputs = [box_tensor(boxes, self.device) for boxes in given]
+            outputs = [
+                box_tensor(image_id, boxes, self.device) for image_id, boxes in zip(image_ids, given, strict=True)
+            ]
             inputs = [
                 resize_boxes(boxes, list(photo.size[::-1]), list(photo.content))
                 for boxes, photo in zip(outputs, photos, strict=True)

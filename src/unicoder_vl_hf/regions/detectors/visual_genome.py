@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ...feature_extraction_unicoder_vl import RegionRecord
 from . import selection
-from ._computing import DTYPES, Prepared, check_counts, file_revision
+from ._computing import DTYPES, Prepared, box_tensor, check_counts, file_revision
 from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state
 
 CONFIG, NAMES = "config.yaml", "objects_vocab.txt"
@@ -130,9 +130,7 @@ class VisualGenomeDetector:
                 found, pooled = self._detect(features, photo.content, columns / width)
                 corners = found / scale
             else:
-                corners = torch.from_numpy(np.array(boxes[row], np.float32)).to(self.device)
-                if corners.ndim != 2 or corners.shape[1] != 4:
-                    raise ValueError(f"Image {image_id!r}: boxes have shape {tuple(corners.shape)}, expected (n, 4).")
+                corners = box_tensor(image_id, boxes[row], self.device)
                 pooled = self.model.pool(features, corners * scale)
             records.append(self._record(image_id, photo.size, corners, pooled))
         return records

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ._parsing import new_folder
+from ..tensor_files import new_folder
 from .restricted_pickle import load_npz
 
 

@@ -1,34 +1,20 @@
-"""What several formats do alike: TSV, JSON, base64 matrices, side files, new files, and optional libraries."""
+"""What several formats read alike: TSV, JSON, base64 matrices, and side files."""
 
 import base64
 import binascii
-import importlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ..tensor_files import complete, partial_path
 from . import restricted_pickle
 from .restricted_pickle import brief
 
-# Of one line, or one image: 300 times what 100 regions of 2048 float32 take. What is longer is no such file.
-MAX_BYTES = 2**28
-
-
-def optional_import(module: str, extra: str) -> ModuleType:
-    """A library of one of our extras. Raises ImportError, which names the extra, where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"This needs {module}: pip install 'unicoder-vl-hf[{extra}]'.") from error
+MAX_BYTES = restricted_pickle.MAX_MEMBER_BYTES  # of one line, or one image, too: what is longer is no such file
 
 
 def integer(image_id: str, name: str, text: bytes | str) -> int:
@@ -69,11 +55,15 @@ def from_json(source: str, text: bytes | str) -> Any:
         raise ValueError(f"{source} is no JSON ({error}): it may be cut short.") from None
 
 
-def files(path: str | os.PathLike, suffix: str) -> list[Path]:
-    """`path`, or by name the files of a folder, that have `suffix` among theirs: `a.tsv.0` has `.tsv`."""
+def listed(path: str | os.PathLike) -> list[Path]:
+    """`path`, or what is in a folder, by name."""
     path = Path(path)
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [file for file in found if suffix in file.suffixes]
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def files(path: str | os.PathLike, suffix: str) -> list[Path]:
+    """Those of `listed` that have `suffix` among theirs: `a.tsv.0` has `.tsv`."""
+    return [file for file in listed(path) if suffix in file.suffixes]
 
 
 def first_fields(path: Path, size: int = 4096) -> list[bytes]:
@@ -150,33 +140,3 @@ def read_index(path: str | os.PathLike) -> dict[int, str]:
             raise ValueError(f"{path}: {brief(image_id)} has row {brief(row)}, expected an id, and a row of its own.")
         ids[int(row)] = str(image_id)
     return ids
-
-
-@contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name when the block ends without an error. Raises ValueError if it exists."""
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} exists already: remove it, or choose another name.")
-    try:
-        with partial_path(path).open("wb") as file:
-            yield file
-            complete(file, path)
-    finally:
-        partial_path(path).unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends without an error. Raises ValueError if it exists."""
-    path = Path(path).absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists already: remove it, or choose another name.")
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -19,8 +19,9 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...extras import optional_import
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ._parsing import MAX_BYTES, optional_import, read_index
+from ._parsing import MAX_BYTES, listed, read_index
 
 NAME = "hdf5"
 SUFFIXES = (".hdf5", ".h5")
@@ -80,9 +81,7 @@ def read(
 
 
 def _files(path: str | PathLike) -> list[Path]:
-    path = Path(path)
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [file for file in found if file.suffix in SUFFIXES and file.is_file()]
+    return [file for file in listed(path) if file.suffix in SUFFIXES and file.is_file()]
 
 
 def _index_file(file: Path) -> Path:

@@ -19,7 +19,8 @@ from os import PathLike
 import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ._parsing import files, first_fields, integer, matrix, new_file, num_boxes, read_tsv
+from ..tensor_files import new_file
+from ._parsing import files, first_fields, integer, matrix, num_boxes, read_tsv
 
 NAME = "lxmert-tsv"
 FIELDS = tuple("img_id img_h img_w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split())

@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 
 from ...feature_extraction_unicoder_vl import RegionRecord
-from ._parsing import read_index
+from ._parsing import listed, read_index
 from .restricted_pickle import load_npy
 
 NAME = "scan-npy"
@@ -71,9 +71,7 @@ def read(
 
 
 def _files(path: str | PathLike) -> list[Path]:
-    path = Path(path)
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [file for file in found if file.name.endswith(ENDING) and file.is_file()]
+    return [file for file in listed(path) if file.name.endswith(ENDING) and file.is_file()]
 
 
 def _rows(path: Path) -> np.ndarray:

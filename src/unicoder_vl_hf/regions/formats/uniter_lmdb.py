@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from ...extras import optional_import
 from ...feature_extraction_unicoder_vl import RegionRecord
+from ..tensor_files import new_folder
 from . import _lmdb
-from ._parsing import from_json, new_folder, optional_import
+from ._parsing import from_json
 from ._pickled import array
 from .restricted_pickle import array_of, dtype_of, load_npz
 from .uniter_npz import ARRAYS, arrays_of, record
