@@ -20,9 +20,11 @@ from accelerate import Accelerator
 from unicoder_vl_hf import (
     ImageTextScorer,
     RegionStore,
+    RegionStoreWriter,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
     preparation,
+    pretraining,
     training,
 )
 from unicoder_vl_hf.data.captions import read_captions
@@ -56,7 +58,7 @@ def bert(tmp_path_factory):
 def warnings(monkeypatch):
     """What is warned of, as text."""
     found = []
-    for module in (preparation, training):
+    for module in (preparation, pretraining, training):
         monkeypatch.setattr(module.logger, "warning", found.append)
     return found
 
@@ -317,6 +319,61 @@ def test_captions_without_splits(world, bert, tmp_path):
     captions.write_text(json.dumps({"image_id": "train-00000", "caption": "a red circle"}) + "\n")
     with pytest.raises(ValueError, match=r"captions.jsonl: no column 'split'"):
         prepare_pretraining(dataclasses.replace(on_world(world, bert), captions=str(captions)), tmp_path, seed=0)
+
+
+def with_object_ids(world, folder, image_id, change, **options):
+    """A copy of the world's regions, without class names, that has other `object_ids` for one image."""
+    with RegionStoreWriter(folder, **options) as writer:
+        for record in RegionStore(world / "regions").values():
+            changed = change(record.object_ids.copy()) if record.image_id == image_id else record.object_ids
+            writer.write(dataclasses.replace(record, object_ids=changed))
+    return str(folder)
+
+
+def last_is(value):
+    def change(object_ids):
+        object_ids[-1] = value
+        return object_ids
+
+    return change
+
+
+@pytest.mark.parametrize("image_id", ["train-00039", "val-00009"])
+def test_an_object_id_out_of_range_stops_the_run_before_it_trains(world, bert, tmp_path, image_id):
+    regions = with_object_ids(world, tmp_path / "regions", image_id, last_is(12))
+    arguments = dataclasses.replace(on_world(world, bert, num_region_classes=12), regions=regions)
+    says = rf"regions, image '{image_id}' \(one of 1\): object_ids hold 12, expected 0 to 11.*--num_region_classes"
+    with pytest.raises(ValueError, match=says):
+        prepare_pretraining(arguments, tmp_path, seed=0)
+    prepare_pretraining(dataclasses.replace(arguments, moc=False), tmp_path, seed=0)
+    prepare_pretraining(dataclasses.replace(arguments, num_region_classes=13), tmp_path, seed=0)
+
+
+def test_images_that_are_not_used_may_hold_any_class(world, bert, tmp_path):
+    regions = with_object_ids(world, tmp_path / "regions", "test-00000", last_is(12))
+    arguments = dataclasses.replace(on_world(world, bert, num_region_classes=12), regions=regions)
+    prepare_pretraining(arguments, tmp_path, seed=0)
+
+
+def test_one_image_without_object_ids(world, bert, tmp_path):
+    regions = with_object_ids(world, tmp_path / "regions", "train-00039", lambda ids: None, num_classes=12)
+    arguments = dataclasses.replace(on_world(world, bert), regions=regions)
+    says = r"image 'train-00039' \(one of 1\): the record has no object_ids.*--no_moc"
+    with pytest.raises(ValueError, match=says):
+        prepare_pretraining(arguments, tmp_path, seed=0)
+
+
+def test_a_number_of_classes_that_is_assumed_is_said(world, bert, tmp_path, warnings):
+    regions = with_object_ids(world, tmp_path / "regions", "train-00000", last_is(37))
+    arguments = dataclasses.replace(on_world(world, bert), regions=regions)
+    made = prepare_pretraining(arguments, tmp_path, seed=0)
+    assert made.model.config.num_region_classes == 1600
+    (said,) = (text for text in warnings if "--num_region_classes" in text)
+    assert "The model predicts 1,600; the highest id of these images is 37." in said
+    warnings.clear()
+    prepare_pretraining(dataclasses.replace(arguments, num_region_classes=40), tmp_path, seed=0)
+    prepare_pretraining(on_world(world, bert), tmp_path, seed=0)  # a store that knows
+    assert not any("--num_region_classes" in text for text in warnings)
 
 
 def test_missing_regions_stop_the_run_unless_skipped(world, bert, tmp_path):

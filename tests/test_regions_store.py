@@ -47,6 +47,17 @@ def test_get_many_keeps_the_order_asked_for(small):
     assert small.get_many([]) == []
 
 
+def test_highest_object_ids_of_some_images(small):
+    numbers = [33, 2, 2, 17, 0, 39, 1]
+    ids = [make(number).object_ids for number in numbers]
+    found = small.highest_object_ids(make(number).image_id for number in numbers)
+    assert found.tolist() == [-2 if of_image is None else of_image.max() for of_image in ids]
+    assert -2 in found and len(set(found.tolist())) > 3
+    assert small.highest_object_ids([]).tolist() == []
+    with pytest.raises(KeyError, match="has no image 'nobody'"):
+        small.highest_object_ids(["nobody"])
+
+
 def test_a_record_is_a_read_only_view(small):
     record = small[make(1).image_id]
     with pytest.raises(ValueError, match="read-only"):

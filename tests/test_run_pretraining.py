@@ -365,7 +365,7 @@ def test_regions_without_classes(script, command, world, tmp_path):
             fields = {name: getattr(record, name) for name in ("image_width", "image_height", "boxes", "features")}
             writer.write(type(record)(image_id=image_id, **fields))
     options = {"regions": tmp_path / "bare", "max_steps": 2}
-    with pytest.raises(ValueError, match=r"has no object classes.*unicoder-vl label.*--no-moc"):
+    with pytest.raises(ValueError, match=r"has no object_ids.*unicoder-vl label.*--no_moc"):
         run(script, command(script, tmp_path / "with", **options))
     run(script, command(script, tmp_path / "without", no_moc=True, **options))
     assert (tmp_path / "without" / "model.safetensors").exists()

@@ -40,23 +40,13 @@ SCENES_MODEL: dict[str, Any] = {
 
 
 @dataclass
-class DataArguments:
-    """Data and model of a run. Without `captions` it runs on the rendered scenes with a small model."""
+class ModelArguments:
+    """Where a model starts, and how it reads text and regions: of a run of any task."""
 
-    captions: str | None = field(
-        default=None,
-        metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
-    )
-    regions: str | None = field(
-        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
-    )
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none."},
     )
-    train_split: str = field(default="train", metadata={"help": "Split of the captions to train on."})
-    validation_split: str = field(default="val", metadata={"help": "Split of the captions to evaluate on."})
-    skip_missing: bool = field(default=False, metadata={"help": "Leave out captions whose image has no regions."})
     num_region_classes: int | None = field(
         default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
     )
@@ -76,13 +66,10 @@ class DataArguments:
         metadata={"help": "Subtract the training regions' mean from features, divide by their standard deviation."},
     )
 
-    def __post_init__(self):
-        if (self.captions is None) != (self.regions is None):
-            raise ValueError("Give both --captions and --regions, or neither for the rendered scenes.")
-
     @property
     def on_scenes(self) -> bool:
-        return self.captions is None
+        """Whether the run has no data of its own, and so draws some."""
+        raise NotImplementedError
 
     @property
     def base_model(self) -> str | None:
@@ -90,6 +77,30 @@ class DataArguments:
         if self.model_name_or_path is None and not self.on_scenes:
             return "google-bert/bert-base-uncased"
         return self.model_name_or_path
+
+
+@dataclass
+class DataArguments(ModelArguments):
+    """Data and model of a run. Without `captions` it runs on the rendered scenes with a small model."""
+
+    captions: str | None = field(
+        default=None,
+        metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
+    )
+    regions: str | None = field(
+        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the captions to train on."})
+    validation_split: str = field(default="val", metadata={"help": "Split of the captions to evaluate on."})
+    skip_missing: bool = field(default=False, metadata={"help": "Leave out captions whose image has no regions."})
+
+    def __post_init__(self):
+        if (self.captions is None) != (self.regions is None):
+            raise ValueError("Give both --captions and --regions, or neither for the rendered scenes.")
+
+    @property
+    def on_scenes(self) -> bool:
+        return self.captions is None
 
 
 @dataclass
@@ -127,7 +138,7 @@ def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegi
         path, store = folder / "captions.jsonl", RegionStore(folder / "regions")
     else:
         path = Path(str(arguments.captions))
-        store = _open_or_convert(
+        store = open_or_convert(
             Path(str(arguments.regions)), Path(output_dir, DATA_FOLDER, "regions"), arguments.num_region_classes
         )
     captions, report = join(read_captions(path), store, skip_missing=arguments.skip_missing)
@@ -136,7 +147,7 @@ def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegi
     return CaptionedRegions(store, captions, train, path, "rendered scenes" if arguments.on_scenes else path.stem)
 
 
-def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> RegionStore:
+def open_or_convert(path: Path, converted: Path, num_classes: int | None) -> RegionStore:
     """A store as it is; feature files of another format as a store in the output folder, converted once."""
     if (path / MANIFEST).exists():
         return RegionStore(path)
@@ -150,14 +161,14 @@ def _open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Re
     return RegionStore(converted)
 
 
-def load_model(arguments: DataArguments, store: RegionStore, model_class: type[Model], **fields: Any) -> Model:
+def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[Model], **fields: Any) -> Model:
     """
     A Unicoder-VL checkpoint of any kind, a BERT, or new weights; `fields` are further ones of its configuration.
 
     Raises:
         `ValueError`: a checkpoint of another kind, or one that the regions or `max_length` do not fit.
     """
-    known = len(store.provenance.get("class_names") or ()) or store.provenance.get("num_classes")
+    known = store.provenance["num_classes"]
     regions: dict[str, Any] = {
         "region_feature_dim": store.feature_dim,
         "num_region_classes": arguments.num_region_classes or known or UnicoderVLConfig().num_region_classes,
@@ -189,11 +200,21 @@ def load_model(arguments: DataArguments, store: RegionStore, model_class: type[M
 
 
 def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:
+    """As [`processor_for`]; says how many captions are cut."""
+    processor = processor_for(arguments, data.store, data.train.unique("image_id"))
+    cut = processor.count_truncated(data.train["caption"], arguments.max_length)
+    logger.warning(
+        f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
+    )
+    return processor
+
+
+def processor_for(arguments: ModelArguments, store: RegionStore, train_image_ids: Sequence[str]) -> UnicoderVLProcessor:
     """
     That of a Unicoder-VL checkpoint, its feature scale included, or one for a BERT or new weights. It records the
     provenance of the regions that are trained on; a checkpoint that was trained on others says so.
     """
-    name, provenance = arguments.base_model, data.store.provenance
+    name, provenance = arguments.base_model, store.provenance
     if name is not None and is_unicoder_vl(name):
         processor = UnicoderVLProcessor.from_pretrained(name)
         extractor = processor.feature_extractor
@@ -202,14 +223,14 @@ def load_processor(arguments: DataArguments, data: CaptionedRegions) -> Unicoder
             raise ValueError(f"{name} was trained on unscaled features: leave out --scale_features.")
         if arguments.max_regions is not None:
             extractor.max_regions = arguments.max_regions
-        extractor.feature_dim, extractor.region_provenance = data.store.feature_dim, provenance
+        extractor.feature_dim, extractor.region_provenance = store.feature_dim, provenance
     else:
         scale: dict[str, Any] = {}
         if arguments.scale_features:
-            scale["feature_mean"], scale["feature_std"] = feature_statistics(data.store, data.train.unique("image_id"))
+            scale["feature_mean"], scale["feature_std"] = feature_statistics(store, train_image_ids)
         extractor = UnicoderVLFeatureExtractor(
             max_regions=arguments.max_regions or 100,
-            feature_dim=data.store.feature_dim,
+            feature_dim=store.feature_dim,
             region_provenance=provenance,
             **scale,
         )
@@ -219,10 +240,6 @@ def load_processor(arguments: DataArguments, data: CaptionedRegions) -> Unicoder
             processor = UnicoderVLProcessor(extractor, scene_tokenizer())
         else:
             processor = UnicoderVLProcessor(extractor, AutoTokenizer.from_pretrained(name))
-    cut = processor.count_truncated(data.train["caption"], arguments.max_length)
-    logger.warning(
-        f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
-    )
     return processor
 
 

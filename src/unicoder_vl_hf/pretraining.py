@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
@@ -26,8 +27,12 @@ from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
 from .preparation import DataArguments, load_model, load_processor, open_data
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .regions.shards import NO_OBJECT_IDS
+from .regions.store import RegionStore
 from .retrieval.metrics import chance_recalls, retrieval_metrics, roc_auc
 from .retrieval.scoring import ImageTextScorer
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -127,14 +132,17 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
         validation = validation.select(range(0, len(validation), step))
 
-    if arguments.moc and store[(first := train[0]["image_id"])].object_ids is None:
-        raise ValueError(
-            f"Image {first!r} in {store.path} has no object classes, which masked object classification predicts: add "
-            "them with `unicoder-vl label`, or train without (--no-moc)."
-        )
-
     model = load_model(arguments, store, UnicoderVLForPreTraining)
-    model.sparse_prediction = True
+    if arguments.moc:
+        images = [image_id for part in (train, validation) if part is not None for image_id in part.unique("image_id")]
+        highest = check_object_ids(store, images, model.config.num_region_classes)
+        if arguments.num_region_classes is None and store.provenance["num_classes"] is None:
+            logger.warning(
+                f"{store.path} does not say how many object classes its detector knows. The model predicts "
+                f"{model.config.num_region_classes:,}; the highest id of these images is {highest}. Give the number with "
+                "--num_region_classes, or once for all with `unicoder-vl convert --num-classes`."
+            )
+    model.sparse_prediction = model.bert.padding_free = True
     processor = load_processor(arguments, data)
     collator = DataCollatorForUnicoderVLPreTraining(
         processor,
@@ -156,6 +164,31 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         validation=None if validation is None else PairsWithMismatches(validation, seed=seed, fixed_epoch=0),
         data_name=data.name,
     )
+
+
+def check_object_ids(store: RegionStore, image_ids: Sequence[str], num_classes: int) -> int:
+    """
+    The highest object id of these images, all of which masked object classification is to predict.
+
+    Raises:
+        `ValueError`: an image has no object ids, or one that is not below `num_classes`. The collator would say so, too,
+            but perhaps days later.
+    """
+    highest = store.highest_object_ids(image_ids)
+    lacking, wrong = np.flatnonzero(highest == NO_OBJECT_IDS), np.flatnonzero(highest >= num_classes)
+    if len(lacking) > 0:
+        raise ValueError(
+            f"{store.path}, image {image_ids[lacking[0]]!r} (one of {len(lacking):,}): the record has no object_ids, "
+            "which masked object classification predicts. Add them with `unicoder-vl label`, or train without (--no_moc)."
+        )
+    if len(wrong) > 0:
+        raise ValueError(
+            f"{store.path}, image {image_ids[wrong[0]]!r} (one of {len(wrong):,}): object_ids hold {highest[wrong[0]]}, "
+            f"expected 0 to {num_classes - 1}, the classes that the model predicts, or -1 for none. Ids count from 0 and "
+            "without background: convert the regions anew if theirs do not, give a detector's larger number of classes "
+            "with --num_region_classes, or train without (--no_moc)."
+        )
+    return int(highest.max())
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4
 NARROW_FIELDS = ("boxes", "object_ids", "object_scores", "attribute_ids", "attribute_scores")
 # The bits of a shard's `present`, lowest first: new fields go to the end.
 OPTIONAL_FIELDS = (*NARROW_FIELDS, "class_probabilities")
+NO_OBJECT_IDS = -2  # where -1 is a region without a class
 # As wide as features: fetched per record. The other tensors are about 1 % of a shard, fetched with the first record.
 WIDE_FIELDS = ("features", "class_probabilities")
 # Each open shard holds a file descriptor, of which a process has 1,024 by default.
@@ -137,6 +138,14 @@ class Shard(TensorFile):
         for name, bit, tensor in self._fields:
             values[name] = tensor[first:last] if tensor is not None and present & bit else None
         return RegionRecord.unchecked(values)
+
+    def highest_object_ids(self) -> np.ndarray:
+        """Of each image; `NO_OBJECT_IDS` where there are none. Nothing else of the shard is read."""
+        _, bit, object_ids = next(field for field in self._fields if field[0] == "object_ids")
+        if object_ids is None:
+            return np.full(len(self), NO_OBJECT_IDS)
+        highest = np.maximum.reduceat(object_ids, self.region_offsets[:-1])
+        return np.where(self._present & bit, highest, NO_OBJECT_IDS)
 
     def is_intact(self, row: int, record: RegionRecord) -> bool:
         """Whether `record`, which was read from `row`, is what was written there."""
