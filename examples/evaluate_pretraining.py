@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None):
     store = RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store)
     model = AutoModelForPreTraining.from_pretrained(args.model)
-    model.sparse_prediction = True
+    model.sparse_prediction = model.bert.padding_free = True
     model = accelerator.prepare(model)
     processor = AutoProcessor.from_pretrained(args.model)
     processor.set_store(store)

@@ -681,6 +681,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self.embeddings = UnicoderVLEmbeddings(config)
         self.encoder = UnicoderVLEncoder(config)
         self.pooler = UnicoderVLPooler(config)
+        self.padding_free = False
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -707,6 +708,70 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
+        hidden_states, joint_mask, text_mask = self._embed(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+            region_attention_mask, token_region_ids, caption_index, image_index,
+        )  # fmt: skip
+        if joint_mask is not None and self.packs(**kwargs):
+            hidden_states = self._encode_without_padding(hidden_states, joint_mask)
+        else:
+            encoder_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=joint_mask
+            )
+            hidden_states = self.encoder(hidden_states, encoder_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, text_mask)
+        )
+
+    def packs(self, **kwargs) -> bool:
+        """Whether `forward` computes no padding: it was asked to, it pays, and nothing of the layers is recorded."""
+        recorded = any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        )
+        flash = is_flash_attention_requested(requested_attention_implementation=self.config._attn_implementation)
+        return self.padding_free and not recorded and (flash or self.device.type == "cpu")
+
+    def pool(self, *inputs: MaybeTensor) -> torch.Tensor:
+        """
+        The `pooler_output` of `forward`, whose arguments it takes in their order, where nothing else is asked for:
+        without padding, and with a last layer that computes `[CLS]` alone.
+        """
+        hidden_states, mask, _ = self._embed(*inputs)
+        packed, groups, _, rows = _pack(hidden_states, mask)
+        first = self.encode_packed(packed, groups)
+        return self.pooler(first.new_zeros(len(hidden_states), first.shape[-1]).index_copy(0, rows, first)[:, None])
+
+    def mean_states(self, *inputs: MaybeTensor) -> torch.Tensor:
+        """
+        The mean over attended positions, embeddings and all layers, `(batch_size, hidden_size)`, float32; arguments as
+        in `forward`, in their order.
+        """
+        # The last layer of a pre-trained encoder tells less of one modality alone: with it frozen, recall on Flickr8k
+        # is a fifth lower than that of the mean over all.
+        hidden_states, mask, _ = self._embed(*inputs)
+        packed, groups, index, _ = _pack(hidden_states, mask)
+        attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
+        states, total = packed[None], packed.float()
+        for layer in self.encoder.layer:
+            states = layer(states, **attention)
+            total = total + states[0].float()
+        row = index // hidden_states.shape[1]
+        sums = total.new_zeros(len(hidden_states), total.shape[-1]).index_add(0, row, total)
+        counts = row.bincount(minlength=len(hidden_states)).clamp(min=1)
+        return sums / (counts[:, None] * (len(self.encoder.layer) + 1))
+
+    def _encode_without_padding(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        packed, groups, index, _ = _pack(hidden_states, mask)
+        sequences = PackedSequences(groups, packed.device, self.config._attn_implementation)
+        encoded = self.encoder(packed[None], **sequences.attention_kwargs())[0]
+        padded = encoded.new_zeros(mask.numel(), encoded.shape[-1]).index_copy(0, index, encoded)
+        return padded.view(*mask.shape, -1)
+
+    def _embed(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features=None,
+        region_locations=None, region_attention_mask=None, token_region_ids=None, caption_index=None, image_index=None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """The embeddings of text and regions, their mask, and that of the text; no mask where there is no padding."""
         self._check_shapes(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
             region_attention_mask, token_region_ids, caption_index, image_index,
@@ -736,13 +801,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             )
             region_part = ones.expand(batch_size, num_regions) if region_mask is None else region_mask
             joint_mask = torch.cat((text_part.bool(), region_part.bool()), dim=1)
-        encoder_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=joint_mask
-        )
-        hidden_states = self.encoder(hidden_states, encoder_mask, **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, text_mask)
-        )
+        return hidden_states, joint_mask, text_mask
 
     def encode_packed(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
         r"""
@@ -1057,10 +1116,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What `encode_text` projects, `(batch_size, hidden_size)`: the mean over tokens, embeddings and layers."""
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states=True
-        )
-        return _mean_state(outputs.hidden_states, attention_mask)
+        return self.bert.mean_states(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
 
     def image_states(
         self,
@@ -1071,14 +1127,9 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         """What `encode_image` projects, as in `text_states`."""
         # An image alone is a sequence with a text of no token.
         no_text = region_locations.new_empty((region_features.shape[0], 0, self.config.hidden_size), dtype=self.dtype)
-        outputs = self.bert(
-            inputs_embeds=no_text,
-            region_features=region_features,
-            region_locations=region_locations,
-            region_attention_mask=region_attention_mask,
-            output_hidden_states=True,
+        return self.bert.mean_states(
+            None, None, None, None, no_text, region_features, region_locations, region_attention_mask
         )
-        return _mean_state(outputs.hidden_states, region_attention_mask)
 
     def _first_stage(self) -> UnicoderVLFirstStage:
         if self.first_stage is None:
@@ -1114,20 +1165,14 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             raise ValueError(
                 "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
             )
-        outputs = self.bert(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            region_features=region_features,
-            region_locations=region_locations,
-            region_attention_mask=region_attention_mask,
-            token_region_ids=token_region_ids,
-            caption_index=caption_index,
-            image_index=image_index,
-            **kwargs,
-        )
+        inputs = (
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+            region_attention_mask, token_region_ids, caption_index, image_index,
+        )  # fmt: skip
+        if self.bert.packs(**kwargs):
+            outputs = BaseModelOutputWithPooling(pooler_output=self.bert.pool(*inputs))
+        else:
+            outputs = self.bert(*inputs, **kwargs)
         matching_logits = self.matching_head(outputs.pooler_output)
         scores = matching_logits[:, 1] - matching_logits[:, 0]
         _check_shape("labels", labels, tuple(scores.shape))
@@ -1408,15 +1453,23 @@ def _masked_prediction_loss(
     return (losses.view_as(labels) * _target_weights(labels, counted)).sum()
 
 
-def _mean_state(hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Over the embeddings, all layers and the attended positions, `(batch_size, hidden_size)`, float32."""
-    # The last layer of a pre-trained encoder tells less of one modality alone: with it frozen, recall on Flickr8k is a
-    # fifth lower than that of the mean over all.
-    states = torch.stack(hidden_states).float().mean(dim=0)
-    if attention_mask is None:
-        return states.mean(dim=1)
-    weights = attention_mask.float()[..., None]
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+def _pack(
+    hidden_states: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """
+    The attended positions of a batch (all without a mask), one behind the other, rows of equal length side by side.
+
+    Returns:
+        The states `(num_tokens, hidden_size)`, the groups of [`PackedSequences`], where in the flattened batch each
+        state was `(num_tokens,)`, and which row each sequence was (rows without an attended position are none).
+    """
+    mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    lengths = mask.sum(-1)
+    rows = lengths.argsort(stable=True)
+    counts = lengths.bincount().tolist()
+    groups = [(count, length) for length, count in enumerate(counts) if count and length]
+    index = torch.arange(mask.numel(), device=mask.device).view_as(mask)[rows][mask[rows]]
+    return hidden_states.flatten(0, 1).index_select(0, index), groups, index, rows[counts[0] :]
 
 
 def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTensor:
