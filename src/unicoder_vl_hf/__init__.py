@@ -28,7 +28,11 @@ from .modeling_unicoder_vl import (
 from .processing_unicoder_vl import UnicoderVLProcessor
 
 if TYPE_CHECKING:
-    from .data.collators import DataCollatorForUnicoderVLPreTraining, DataCollatorForUnicoderVLRetrieval
+    from .data.collators import (
+        DataCollatorForUnicoderVLMultipleChoice,
+        DataCollatorForUnicoderVLPreTraining,
+        DataCollatorForUnicoderVLRetrieval,
+    )
     from .regions.store import RegionStore, RegionStoreWriter
     from .retrieval.metrics import retrieval_metrics
     from .retrieval.scoring import ImageTextScorer
@@ -47,6 +51,7 @@ AutoFeatureExtractor.register(UnicoderVLConfig, UnicoderVLFeatureExtractor)
 AutoProcessor.register(UnicoderVLConfig, UnicoderVLProcessor)
 
 _LAZY = {
+    "DataCollatorForUnicoderVLMultipleChoice": ".data.collators",
     "DataCollatorForUnicoderVLPreTraining": ".data.collators",
     "DataCollatorForUnicoderVLRetrieval": ".data.collators",
     "ImageTextScorer": ".retrieval.scoring",
@@ -67,6 +72,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DataCollatorForUnicoderVLMultipleChoice",
     "DataCollatorForUnicoderVLPreTraining",
     "DataCollatorForUnicoderVLRetrieval",
     "ImageTextScorer",
