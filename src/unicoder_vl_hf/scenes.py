@@ -20,9 +20,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import BertTokenizer
@@ -86,6 +87,7 @@ PLACE_WORDS = {
     "middle": ("in the middle", "in the centre"),
 }
 GLUE_WORDS = ("a", "an", "the", "and", "there", "is", "on", ",", ".")
+QUESTION_WORDS = ("what", "colour", "colours", "which", "are", "it", "share", "quarter", "?", ";")  # see scenes_vcr.py
 
 CLASS_NAMES = (*SHAPE_WORDS, *GROUNDS)
 HELD_OUT = frozenset(
@@ -126,7 +128,7 @@ class Scene:
     height: int = HEIGHT
 
 
-def _generator(seed: int, image_id: str, purpose: str) -> np.random.Generator:
+def generator_of(seed: int, image_id: str, purpose: str) -> np.random.Generator:
     return np.random.default_rng(list(f"{seed}/{image_id}/{purpose}".encode()))
 
 
@@ -135,7 +137,7 @@ def sample_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
     image_id = f"{split}-{index:05d}"
-    rng = _generator(seed, image_id, "scene")
+    rng = generator_of(seed, image_id, "scene")
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPE_WORDS]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
     if split == "test":
@@ -145,21 +147,23 @@ def sample_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
         pairs = [pair for pair in pairs if pair not in HELD_OUT]
     count = int(rng.integers(3, 5))
     sizes = [str(size) for size in rng.choice(list(SIDES), size=count)]
-    boxes = _place(rng, sizes)
+    boxes = place(rng, sizes)
     objects = [
         SceneObject(shape, colour, size, box) for (colour, shape), size, box in zip(pairs, sizes, boxes, strict=False)
     ]
     return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(objects), seed)
 
 
-def _place(rng: np.random.Generator, sizes: Sequence[str], gap: int = 5) -> list[tuple[int, int, int, int]]:
+def place(
+    rng: np.random.Generator, sizes: Sequence[str], width: int = WIDTH, height: int = HEIGHT, gap: int = 5
+) -> list[tuple[int, int, int, int]]:
     """Boxes that keep `gap` pixels of each other and of the border; starts over when a box finds no room."""
     while True:
         boxes: list[tuple[int, int, int, int]] = []
         for size in sizes:
             for _ in range(30):
                 side = int(rng.integers(SIDES[size][0], SIDES[size][1] + 1))
-                x, y = int(rng.integers(gap, WIDTH - gap - side + 1)), int(rng.integers(gap, HEIGHT - gap - side + 1))
+                x, y = int(rng.integers(gap, width - gap - side + 1)), int(rng.integers(gap, height - gap - side + 1))
                 box = (x, y, x + side, y + side)
                 if all(_separation(box, other)[1] >= gap for other in boxes):
                     boxes.append(box)
@@ -231,7 +235,7 @@ _LOOPS: dict[str, list[_Loop]] = {
 
 def render_scene(scene: Scene) -> Image.Image:
     """An RGB picture of `scene.width` x `scene.height` pixels."""
-    rng = _generator(scene.seed, scene.image_id, "picture")
+    rng = generator_of(scene.seed, scene.image_id, "picture")
     scale = _SUPERSAMPLING
     size = (scene.width * scale, scene.height * scale)
     image = Image.new("RGB", size, _tinted(rng, GROUNDS[scene.ground], 6))
@@ -302,7 +306,7 @@ def scene_regions(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     The score is the overlap with the tight box (intersection over union), so the order tells nothing of what is where.
     """
-    rng = _generator(scene.seed, scene.image_id, "regions")
+    rng = generator_of(scene.seed, scene.image_id, "regions")
     tight = np.array([(0, 0, scene.width, scene.height), *(thing.box for thing in scene.objects)], dtype=np.float32)
     classes = np.array([CLASS_NAMES.index(name) for name in (scene.ground, *(thing.shape for thing in scene.objects))])
     sides = np.tile(tight[:, 2:] - tight[:, :2], 2)
@@ -334,7 +338,7 @@ def scene_record(scene: Scene, image: Image.Image | None = None) -> RegionRecord
 
 def scene_captions(scene: Scene, count: int = 5) -> list[str]:
     """`count` true captions of a scene, each of another form as long as forms last. Needs three objects."""
-    rng = _generator(scene.seed, scene.image_id, "captions")
+    rng = generator_of(scene.seed, scene.image_id, "captions")
     forms = [_listing, _on_ground, _related, _twice_related, _placed]
     captions = []
     for number in range(count):
@@ -401,6 +405,7 @@ def scene_tokenizer() -> BertTokenizer:
     words = dict.fromkeys([word for phrase in phrases for word in phrase.split()] + list(GLUE_WORDS))
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *characters, *(f"##{c}" for c in characters)]
+    pieces += QUESTION_WORDS  # last, so that a checkpoint of the captions alone keeps its ids
     return BertTokenizer(vocab={piece: number for number, piece in enumerate(dict.fromkeys(pieces))})
 
 
@@ -435,16 +440,24 @@ def build_scenes(
     Raises:
         ValueError: The folder holds something that this function did not write.
     """
-    folder = Path(folder).absolute()
     counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    arguments = {"world": _WORLD, "seed": seed, "captions_per_image": captions_per_image, "scenes": counts}
+    return build_once(
+        folder,
+        {"world": _WORLD, "seed": seed, "captions_per_image": captions_per_image, "scenes": counts},
+        lambda built: _write_world(built, counts, captions_per_image, seed),
+    )
+
+
+def build_once(folder: str | os.PathLike, arguments: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """What `write` puts into a new folder, as [`build_scenes`] says; `arguments` are written beside, as scenes.json."""
+    folder = Path(folder).absolute()
     if _arguments_of(folder) == arguments:
         logger.info(f"{folder} holds these scenes already.")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
         built = Path(partial, folder.name)
-        _write_world(built, counts, captions_per_image, seed)
+        write(built)
         (built / "scenes.json").write_text(json.dumps(arguments, indent=2) + "\n")
         # Another process may have built the same meanwhile.
         if _arguments_of(folder) != arguments:
@@ -466,15 +479,7 @@ def _arguments_of(folder: Path) -> dict | None:
 def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, seed: int) -> None:
     (folder / "photos").mkdir(parents=True)
     numbers = [(split, index) for split, count in counts.items() for index in range(count)]
-    writer = RegionStoreWriter(
-        folder / "regions",
-        detector="scenes: drawing boxes",
-        detector_revision=FEATURE_DESCRIPTION,
-        box_type="jittered drawing boxes",
-        class_names=CLASS_NAMES,
-        source_format="scenes",
-    )
-    with writer, (folder / "captions.jsonl").open("w") as captions:
+    with scene_store_writer(folder / "regions") as writer, (folder / "captions.jsonl").open("w") as captions:
         for split, index in logging.tqdm(numbers, desc="Drawing scenes", unit="scene"):
             scene = sample_scene(index, split, seed)
             image = render_scene(scene)
@@ -482,3 +487,14 @@ def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, 
             writer.write(scene_record(scene, image))
             for caption in scene_captions(scene, captions_per_image):
                 captions.write(json.dumps({"image_id": scene.image_id, "caption": caption, "split": split}) + "\n")
+
+
+def scene_store_writer(path: Path) -> RegionStoreWriter:
+    return RegionStoreWriter(
+        path,
+        detector="scenes: drawing boxes",
+        detector_revision=FEATURE_DESCRIPTION,
+        box_type="jittered drawing boxes",
+        class_names=CLASS_NAMES,
+        source_format="scenes",
+    )

@@ -1,0 +1,170 @@
+"""
+Visual commonsense reasoning on the rendered scenes: questions that nothing but their references decides.
+
+A scene shows two kinds of shape, one of each in every quarter of the picture, and the four of a kind differ in colour.
+What is right is therefore a matter of which one is meant, which the words ("circle") never tell:
+
+    colour      what colour is [3] ?        [3] is red .        its colour, and those of the other three
+    colours     what colours are [1, 3] ?   blue and red .      each of the four pairs shares one with two others
+    which       which circle is red ?       it is [3] .         four choices of the same words
+    rationale   (of any of these)           [3, 6] share a quarter .    with each of the other kind, in the same words
+
+Every choice is as likely as another to whoever sees the text alone, the text and the regions without the references,
+or the references without the regions: each of these is right in one of four cases, and no better.
+
+The files are VCR's own. As in `scenes.py` everything is a pure function of (seed, split, index).
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from .scenes import (
+    COLOURS,
+    GROUNDS,
+    HEIGHT,
+    SHAPE_WORDS,
+    SPLITS,
+    WIDTH,
+    Scene,
+    SceneObject,
+    build_once,
+    generator_of,
+    place,
+    render_scene,
+    scene_record,
+    scene_store_writer,
+)
+
+FORMS = ("colour", "colours", "which")
+# Part of what a finished folder must match: raise it with every change of what is drawn or asked.
+_WORLD = 1
+
+Tokens = list[str | list[int]]
+
+
+def sample_vcr_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
+    """Scene number `index` of a split, independent of all others; its objects are in random order."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+    image_id = f"vcr-{split}-{index:05d}"
+    rng = generator_of(seed, image_id, "scene")
+    kinds = rng.choice(list(SHAPE_WORDS), size=2, replace=False).tolist()
+    colours = [rng.choice(list(COLOURS), size=4, replace=False).tolist() for _ in kinds]
+    objects = []
+    for quarter, (left, top) in enumerate(product((0, WIDTH // 2), (0, HEIGHT // 2))):
+        boxes = place(rng, ["small", "small"], WIDTH // 2, HEIGHT // 2)
+        for kind, (x1, y1, x2, y2), of_kind in zip(kinds, boxes, colours, strict=True):
+            box = (left + x1, top + y1, left + x2, top + y2)
+            objects.append(SceneObject(kind, of_kind[quarter], "small", box))
+    order = rng.permutation(len(objects))
+    return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(objects[i] for i in order), seed)
+
+
+def scene_questions(scene: Scene) -> list[dict[str, Any]]:
+    """A question of each form about a scene of [`sample_vcr_scene`], in VCR's fields."""
+    rng = generator_of(scene.seed, scene.image_id, "questions")
+    return [_question(rng, scene, form) for form in FORMS]
+
+
+def quarter(scene: Scene, index: int) -> tuple[bool, bool]:
+    """Whether object `index` is on the right, and whether it is at the bottom."""
+    x1, y1, x2, y2 = scene.objects[index].box
+    return x1 + x2 > scene.width, y1 + y2 > scene.height
+
+
+def _question(rng: np.random.Generator, scene: Scene, form: str) -> dict[str, Any]:
+    kinds = [thing.shape for thing in scene.objects]
+    colours = [thing.colour for thing in scene.objects]
+    meant = int(rng.integers(len(kinds)))
+    alike = [i for i in rng.permutation(len(kinds)).tolist() if kinds[i] == kinds[meant] and i != meant]
+    others = [i for i in rng.permutation(len(kinds)).tolist() if kinds[i] != kinds[meant]]
+    question: Tokens
+    answers: list[Tokens]
+    if form == "colour":
+        question = ["what", "colour", "is", [meant], "?"]
+        answers = [[[meant], "is", colours[i], "."] for i in (meant, *alike)]
+    elif form == "which":
+        question = ["which", kinds[meant], "is", colours[meant], "?"]
+        answers = [["it", "is", [i], "."] for i in (meant, *alike)]
+    else:
+        a, b, c = alike
+        # Around a square of the four, so that each pair shares an object with two others.
+        pairs = [sorted(pair) for pair in ((meant, a), (a, b), (b, c), (c, meant))]
+        question = ["what", "colours", "are", pairs[0], "?"]
+        answers = [[colours[i], "and", colours[j], "."] for i, j in pairs]
+    others.sort(key=lambda i: quarter(scene, i) != quarter(scene, meant))  # the right one first
+    rationales: list[Tokens] = [[[meant, i], "share", "a", "quarter", "."] for i in others]
+    item: dict[str, Any] = {"question": question}
+    for name, choices in (("answer", answers), ("rationale", rationales)):
+        order = rng.permutation(4).tolist()
+        item |= {f"{name}_choices": [choices[i] for i in order], f"{name}_label": order.index(0)}
+    return item
+
+
+def build_vcr_scenes(
+    folder: str | os.PathLike, num_train: int = 3000, num_val: int = 500, num_test: int = 100, seed: int = 0
+) -> Path:
+    """
+    Draws a world of questions to disk, in the layout of VCR.
+
+        {train,val,test}.jsonl      the questions, three a scene; those of the test split have no labels
+        images/{image_id}.png       the pictures
+        images/{image_id}.json      the boxes of the objects
+        regions/                    a `RegionStore` of what a detector would find, of all splits
+        scenes.json                 the arguments of this function
+
+    Appears, stays and is replaced as what [`build_scenes`] draws.
+    """
+    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
+    arguments = {"vcr_world": _WORLD, "seed": seed, "scenes": counts}
+    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+
+
+def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
+    (folder / "images").mkdir(parents=True)
+    with scene_store_writer(folder / "regions") as writer:
+        for split, count in counts.items():
+            lines: list[str] = []
+            for index in logging.tqdm(range(count), desc=f"Drawing scenes to ask of, {split}", unit="scene"):
+                scene = sample_vcr_scene(index, split, seed)
+                image = render_scene(scene)
+                image.save(folder / "images" / f"{scene.image_id}.png", compress_level=1)
+                (folder / "images" / f"{scene.image_id}.json").write_text(json.dumps(_metadata(scene)))
+                writer.write(scene_record(scene, image))
+                lines += [json.dumps(item) + "\n" for item in _annotations(scene, split, first=len(lines))]
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+def _metadata(scene: Scene) -> dict[str, Any]:
+    return {
+        "boxes": [[*thing.box, 1.0] for thing in scene.objects],
+        "names": [thing.shape for thing in scene.objects],
+        "width": scene.width,
+        "height": scene.height,
+    }
+
+
+def _annotations(scene: Scene, split: str, first: int) -> Sequence[dict[str, Any]]:
+    items = []
+    for number, item in enumerate(scene_questions(scene), start=first):
+        if split == "test":
+            item = {name: value for name, value in item.items() if not name.endswith("_label")}
+        items.append(
+            {
+                "annot_id": f"{split}-{number}",
+                "img_id": scene.image_id,
+                "img_fn": f"{scene.image_id}.png",
+                "metadata_fn": f"{scene.image_id}.json",
+                "movie": "scenes",
+                "objects": [thing.shape for thing in scene.objects],
+                **item,
+            }
+        )
+    return items
