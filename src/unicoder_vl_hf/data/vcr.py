@@ -468,12 +468,12 @@ def _best(record: RegionRecord, rows: np.ndarray, count: int) -> np.ndarray:
     return np.sort(rows[:count])
 
 
-def _columns(record: RegionRecord, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _columns(record: RegionRecord, rows: np.ndarray) -> dict[str, Any]:
     names = ("boxes", "features", "object_ids", "object_scores")
     return {name: value[rows] for name in names if (value := getattr(record, name)) is not None}
 
 
-def _record(whole: RegionRecord, columns: Mapping[str, np.ndarray]) -> RegionRecord:
+def _record(whole: RegionRecord, columns: dict[str, Any]) -> RegionRecord:
     """A record of the image of `whole` with these columns alone, whose values were checked before."""
     kept = ("image_id", "image_width", "image_height")
     fields = {name: value if name in kept else None for name, value in vars(whole).items()}
