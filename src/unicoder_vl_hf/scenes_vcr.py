@@ -2,15 +2,16 @@
 Visual commonsense reasoning on the rendered scenes: questions that nothing but their references decides.
 
 A scene shows two kinds of shape, one of each in every quarter of the picture, and the four of a kind differ in colour.
-What is right is therefore a matter of which one is meant, which the words ("circle") never tell:
+What is right is therefore a matter of which one is meant, and the words ("circle") never tell:
 
-    colour      what colour is [3] ?        [3] is red .        its colour, and those of the other three
-    colours     what colours are [1, 3] ?   blue and red .      each of the four pairs shares one with two others
-    which       which circle is red ?       it is [3] .         four choices of the same words
-    rationale   (of any of these)           [3, 6] share a quarter .    with each of the other kind, in the same words
+    what colour is [3] ?        [3] is red .                        its colour, or that of another of its kind
+    what colours are [1, 3] ?   blue and red .                      of four pairs, each sharing one with two others
+    where is [3] ?              [3] is at the top on the left .     its quarter, or another
 
-Every choice is as likely as another to whoever sees the text alone, the text and the regions without the references,
-or the references without the regions: each of these is right in one of four cases, and no better.
+The rationale is of an object of the other kind, which it refers to itself: where it is, or after "where" its colour.
+
+Every choice is as likely as another to whoever sees the text alone, the regions without the references, or the
+references without the regions: one in four guesses is right.
 
 The files are VCR's own. As in `scenes.py` everything is a pure function of (seed, split, index).
 """
@@ -42,7 +43,7 @@ from .scenes import (
     scene_store_writer,
 )
 
-FORMS = ("colour", "colours", "which")
+FORMS = ("colour", "colours", "where")
 # Part of what a finished folder must match: raise it with every change of what is drawn or asked.
 _WORLD = 1
 
@@ -73,39 +74,46 @@ def scene_questions(scene: Scene) -> list[dict[str, Any]]:
     return [_question(rng, scene, form) for form in FORMS]
 
 
-def quarter(scene: Scene, index: int) -> tuple[bool, bool]:
-    """Whether object `index` is on the right, and whether it is at the bottom."""
-    x1, y1, x2, y2 = scene.objects[index].box
-    return x1 + x2 > scene.width, y1 + y2 > scene.height
-
-
 def _question(rng: np.random.Generator, scene: Scene, form: str) -> dict[str, Any]:
-    kinds = [thing.shape for thing in scene.objects]
-    colours = [thing.colour for thing in scene.objects]
-    meant = int(rng.integers(len(kinds)))
-    alike = [i for i in rng.permutation(len(kinds)).tolist() if kinds[i] == kinds[meant] and i != meant]
-    others = [i for i in rng.permutation(len(kinds)).tolist() if kinds[i] != kinds[meant]]
+    """The right choices come first, until they are shuffled."""
+    meant = int(rng.integers(len(scene.objects)))
+    kind = scene.objects[meant].shape
+    order = rng.permutation(len(scene.objects)).tolist()
+    alike = [meant, *(i for i in order if scene.objects[i].shape == kind and i != meant)]
+    others = [i for i in order if scene.objects[i].shape != kind]
     question: Tokens
-    answers: list[Tokens]
     if form == "colour":
         question = ["what", "colour", "is", [meant], "?"]
-        answers = [[[meant], "is", colours[i], "."] for i in (meant, *alike)]
-    elif form == "which":
-        question = ["which", kinds[meant], "is", colours[meant], "?"]
-        answers = [["it", "is", [i], "."] for i in (meant, *alike)]
+        answers, rationales = _colours(scene, alike), _places(scene, others)
+    elif form == "where":
+        question = ["where", "is", [meant], "?"]
+        answers, rationales = _places(scene, alike), _colours(scene, others)
     else:
-        a, b, c = alike
         # Around a square of the four, so that each pair shares an object with two others.
-        pairs = [sorted(pair) for pair in ((meant, a), (a, b), (b, c), (c, meant))]
+        pairs = [sorted(pair) for pair in zip(alike, [*alike[1:], meant], strict=True)]
         question = ["what", "colours", "are", pairs[0], "?"]
-        answers = [[colours[i], "and", colours[j], "."] for i, j in pairs]
-    others.sort(key=lambda i: quarter(scene, i) != quarter(scene, meant))  # the right one first
-    rationales: list[Tokens] = [[[meant, i], "share", "a", "quarter", "."] for i in others]
+        answers = [[scene.objects[i].colour, "and", scene.objects[j].colour, "."] for i, j in pairs]
+        rationales = _places(scene, others)
     item: dict[str, Any] = {"question": question}
     for name, choices in (("answer", answers), ("rationale", rationales)):
-        order = rng.permutation(4).tolist()
+        order = rng.permutation(len(choices)).tolist()
         item |= {f"{name}_choices": [choices[i] for i in order], f"{name}_label": order.index(0)}
     return item
+
+
+def _colours(scene: Scene, objects: Sequence[int]) -> list[Tokens]:
+    """That the first of `objects` has its colour, or that of another of them."""
+    return [[[objects[0]], "is", scene.objects[i].colour, "."] for i in objects]
+
+
+def _places(scene: Scene, objects: Sequence[int]) -> list[Tokens]:
+    """That the first of `objects` is in its quarter, or in that of another of them."""
+    choices: list[Tokens] = []
+    for i in objects:
+        x1, y1, x2, y2 = scene.objects[i].box
+        side, end = "right" if x1 + x2 > scene.width else "left", "bottom" if y1 + y2 > scene.height else "top"
+        choices.append([[objects[0]], *f"is at the {end} on the {side} .".split()])
+    return choices
 
 
 def build_vcr_scenes(

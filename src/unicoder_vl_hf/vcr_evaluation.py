@@ -39,8 +39,8 @@ def vcr_metrics(
     Raises:
         ValueError: Shapes do not fit, a score is NaN, or a label is no choice.
     """
-    answers = _right("answer", answer_scores, answer_labels)
-    rationales = _right("rationale", rationale_scores, rationale_labels)
+    answers = right_choices("answer", answer_scores, answer_labels)
+    rationales = right_choices("rationale", rationale_scores, rationale_labels)
     if len(answers) != len(rationales):
         raise ValueError(f"{len(answers)} questions have answers, {len(rationales)} rationales; expected the same.")
     return {
@@ -50,7 +50,7 @@ def vcr_metrics(
     }
 
 
-def _right(name: str, scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
+def right_choices(name: str, scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Whether the right choice of each question scores above all others."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or 0 in scores.shape or labels.shape != scores.shape[:1]:
