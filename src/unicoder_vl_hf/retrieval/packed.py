@@ -70,6 +70,9 @@ class PairEncoder:
         self.matching_head = model.matching_head
         self.max_tokens = max_tokens
         onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        # oneDNN refuses bfloat16 where the CPU lacks AVX-512; PyTorch emulates it, slowly.
+        if self.bert.dtype == torch.bfloat16:
+            onednn = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if onednn and self.device.type == "cpu" and self.bert.dtype in (torch.float32, torch.bfloat16):
             self.bert = with_onednn(self.bert)
 
