@@ -138,10 +138,8 @@ plain: are [0,1] here ?
   [0] sees [1] . | [1] sees [0] . | they look alike . | [2] is by [0] .
 """
 
-_WORDS = (
-    "person tie cup bottle plant casey riley jes ##sie jackie avery jaime peyton kerry jody kendall skyler frankie pat"
-)
-_WORDS += " quinn pot ##ted and ; ' s"
+_NAMES = "casey riley jes ##sie jackie avery jaime peyton kerry jody kendall skyler frankie pat quinn"
+_WORDS = f"{_NAMES} person tie cup bottle pot ##ted plant and ;"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY += sorted({*_WORDS.split(), *re.findall(r"(?<= )[a-z.?]+(?=\s)", VALIDATION + TEST)})
 
@@ -225,7 +223,7 @@ STORE = {
         detections("edge", [[90, 40, 100, 50], [0, 0, 30, 40], [40, 0, 60, 10]], [0.2, 0.9, 0.3]),
         detections("nosize", [RIGHT, LEFT], [0.9, 0.8]),
         # One on each object, the last object's first; and one more.
-        detections("crowd", [box for _, box in OBJECTS["crowd"]][::-1] + [[0, 20, 20, 40]], [0.5] * 32),
+        detections("crowd", [*[box for _, box in OBJECTS["crowd"][::-1]], [0, 20, 20, 40]], [0.5] * 32),
         detections("fractions", [[0, 0, 0.5, 0.5], [0.5, 0, 1, 1], [0, 0.5, 0.5, 1]], [0.9, 0.8, 0.7], size=None),
         detections("resized", [[100, 0, 200, 100], [0, 0, 100, 100]], [0.9, 0.8], size=(200, 100)),
         detections("noscores", [[40, 40, 50, 50], [0, 0, 20, 20], [0, 0, 20, 20], [60, 0, 80, 20]], None),

@@ -364,15 +364,23 @@ def ground_truth_boxes(row: Mapping[str, Any], record: RegionRecord) -> np.ndarr
             f"{where}: boxes is None, expected one box an object: read with metadata_dir (--metadata), or give "
             "features of the ground-truth boxes (--gt-features)."
         )
-    stored = None if record.image_width is None else (record.image_width, record.image_height)
-    size = stored if row["image_width"] is None else (row["image_width"], row["image_height"])
+    size = _size(row) or _size(vars(record))
     if size is None:
         raise ValueError(
             f"{where}: neither the metadata nor the store knows width and height, so that its boxes in pixels and the "
             "store's in fractions do not meet: add width and height to the metadata."
         )
-    boxes = np.array(row["boxes"], dtype=np.float64).reshape(-1, 4) / (*size, *size)
-    return (boxes.clip(0, 1) * (1 if stored is None else (*stored, *stored))).astype(np.float32)
+    return _rescaled(row["boxes"], size, record)
+
+
+def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    return None if image["image_width"] is None else (image["image_width"], image["image_height"])
+
+
+def _rescaled(boxes: Any, size: tuple[int, int], record: RegionRecord) -> np.ndarray:
+    """Boxes in an image of `size`, cut at its border, in the coordinates of `record`; float32."""
+    fractions = np.array(boxes, dtype=np.float64).reshape(-1, 4) / (size * 2)
+    return (fractions.clip(0, 1) * ((_size(vars(record)) or (1, 1)) * 2)).astype(np.float32)
 
 
 def match_boxes(boxes: np.ndarray, record: RegionRecord) -> tuple[np.ndarray, np.ndarray]:
@@ -450,8 +458,7 @@ def _given_boxes(row: Mapping[str, Any], record: RegionRecord, given: RegionReco
             f"{'no ' * (record.boxes is None)}boxes, the ground truth features of width {given.features.shape[1]}; "
             "expected boxes, and features of one detector."
         )
-    size = (1, 1) if record.image_width is None else (record.image_width, record.image_height)
-    return given.locations()[:, :4] * np.array([*size, *size], dtype=np.float32)
+    return _rescaled(given.boxes, _size(vars(given)) or (1, 1), record)
 
 
 def _kept_objects(count: int, referenced: set[int], max_regions: int) -> np.ndarray:
