@@ -183,6 +183,66 @@ def test_sets_deal_out_every_image_once(monkeypatch):
     assert len(rows) < 7 * 5 and all(len(names) == 2 for names in mined["negative_image_ids"])
 
 
+class Planes:
+    """A first stage of given embeddings: of each row of `small_split`, and of images 0 to 4."""
+
+    def __init__(self, texts, images):
+        self.texts, self.images = (np.array(rows, dtype=np.float32) for rows in (texts, images))
+
+    def embed_captions(self, captions):
+        assert list(captions) == small_split()["caption"][:]
+        return self.texts
+
+    def embed_images(self, image_ids):
+        assert list(image_ids) == ["0", "1", "2", "3", "4"]
+        return self.images
+
+
+# A row of numbers for each caption: its inner products with the images.
+NEAR = Planes(
+    [[0, 4, 3, 2, 1], [0, 0, 9, 1, 8], [3, 1, 5, 0, 6], [2, 3, 0, 1, 7], [9, 1, 2, 0, 8], [5, 7, 1, 6, 0],
+     [1, 0, 2, 5, 3]],
+    np.eye(5),
+)  # fmt: skip
+
+
+def test_candidates_by_hand():
+    """Row 1, "one" of image 0, is scored with the nearest images 2 and 4 and its own, never with the hard image 1."""
+    mined = mined_by_hand(encoder=NEAR, candidates=2, rule=MiningRule(num_negatives=2))
+    assert mined["negative_image_ids"][1] == ["2", "4"] and mined["negative_image_scores"][1] == sigmoids(3, 2)
+    # The nearest rows of image 4 are row 1 (8) and row 4 (8); of these "three" (0) scores worse than "one" (2).
+    assert mined["negative_captions"][6] == ["one", "three"] and mined["negative_caption_scores"][6] == sigmoids(2, 0)
+    # Those of image 3 are row 5, its own, and row 6; the second negative is drawn.
+    assert mined["negative_captions"][5][0] == "five" and mined["negative_caption_scores"][5][1] is None
+
+
+def test_only_candidates_and_matches_are_scored(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        Matrix,
+        "score_pairs",
+        lambda self, captions, images, rows, columns, **_: (
+            asked.extend(zip(rows, columns, strict=True)) or np.zeros(len(rows))
+        ),
+    )
+    mined_by_hand(encoder=NEAR, candidates=1, rule=MiningRule(num_negatives=1))
+    own = {(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 3), (6, 4)}
+    of_rows = {(0, 1), (1, 2), (2, 4), (3, 4), (4, 0), (5, 1), (6, 3)}
+    of_images = {(4, 0), (5, 1), (1, 2), (5, 3), (1, 4)}
+    assert sorted(asked) == sorted(own | of_rows | of_images)
+
+
+@pytest.mark.parametrize("rule", [MiningRule(num_negatives=2), MiningRule(absolute_margin=0.01, range_min=1)])
+def test_candidates_that_are_all_there_is_find_what_one_set_of_all_finds(rule):
+    everything = mined_by_hand(rule=rule)
+    assert mined_by_hand(rule=rule, encoder=NEAR, candidates=7).to_dict() == everything.to_dict()
+
+
+def test_too_few_candidates_are_refused():
+    with pytest.raises(ValueError, match=r"candidates=2; expected at least range_min \+ num_negatives = 3"):
+        mined_by_hand(rule=MiningRule(num_negatives=2, range_min=1), encoder=NEAR, candidates=2)
+
+
 # The whole command
 
 
@@ -242,6 +302,27 @@ def test_hardest_first_by_the_model_itself(job, mined):
         assert [v for _, v in known] == sorted((v for _, v in known), reverse=True)
         for image_id, value in known:
             assert value == pytest.approx(scores[row, image_ids.index(image_id)], abs=1e-5) and value <= 0.999
+
+
+def test_all_candidates_of_the_first_stage_find_what_one_set_of_all_finds(job):
+    folder, (checkpoint, *data), _ = job
+    model = UnicoderVLForImageTextRetrieval.from_pretrained(checkpoint, projection_dim=8)
+    model.config.first_stage_trained = True
+    model.save_pretrained(folder / "search")
+    UnicoderVLProcessor.from_pretrained(checkpoint).save_pretrained(folder / "search")
+    rule = {"num_negatives": 4, "max_score": 0.999}
+    everything = mine(checkpoint, *data, str(folder / "everything"), images_per_set=40, **rule)
+    candidates = mine(str(folder / "search"), *data, str(folder / "candidates"), candidates=80, **rule)
+    assert candidates.to_dict() == everything.to_dict()
+    few = mine(str(folder / "search"), *data, str(folder / "few"), candidates=4, **rule)
+    assert few.to_dict() != everything.to_dict()
+
+
+def test_candidates_need_a_first_stage(job):
+    folder, inputs, _ = job
+    with pytest.raises(ValueError, match=r"The first stage of .*model was not trained"):
+        mine(*inputs, str(folder / "none"), candidates=10)
+    assert not (folder / "none").exists()
 
 
 def test_a_stopped_job_goes_on_without_scoring_again(job, mined, monkeypatch):

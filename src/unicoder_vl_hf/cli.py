@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     mine.add_argument("--split", default="train", help="of the captions (default: train)")
     mine.add_argument("--num-negatives", type=int, default=3, help="captions, and images, of each pair (default: 3)")
     mine.add_argument("--images-per-set", type=int, default=100, help="images that meet one another (default: 100)")
+    mine.add_argument(
+        "--candidates", type=int, help="instead of sets, so many of the whole split, by the checkpoint's first stage"
+    )
     mine.add_argument("--range-min", type=int, default=0, help="pass over so many of the hardest")
     mine.add_argument("--range-max", type=int, help="look at so many of the hardest")
     for name, text in (
@@ -177,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--candidates", type=int, default=100, help="of the first stage, to be scored (default: 100)")
     search.add_argument("--top-k", type=int, default=10, help="to be shown (default: 10)")
     search.add_argument("--gallery", help="HTML of what was found, with regions drawn on --photos")
+
+    vcr_check = command(_vcr_check, "Would VCR's leaderboard take this submission?", ("submission", "CSV"))
+    vcr_check.add_argument("--annotations", required=True, metavar="FILE", help="VCR's test.jsonl")
     return parser
 
 
@@ -298,12 +304,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _validate(args: argparse.Namespace) -> int:
     from .regions.validation import validate
 
-    problems = 0
-    for problem in validate(args.store):
-        problems += 1
-        print(problem)
-    print(f"{problems} problems." if problems else "No problem found.")
-    return int(problems > 0)
+    return _print_problems(validate(args.store))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -353,6 +354,22 @@ def _search(args: argparse.Namespace) -> None:
     from .retrieval.searching import run_search
 
     print(run_search(**_arguments(args)))
+
+
+def _vcr_check(args: argparse.Namespace) -> int:
+    from .vcr_evaluation import check_submission
+
+    return _print_problems(check_submission(args.submission, args.annotations))
+
+
+def _print_problems(problems: Iterable[str]) -> int:
+    """Prints each problem and their number. Returns 1 where there are any."""
+    count = 0
+    for problem in problems:
+        count += 1
+        print(problem)
+    print(f"{count} problems." if count else "No problem found.")
+    return int(count > 0)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ class UnicoderVLDualEncoder:
         if model.first_stage is None or not model.config.first_stage_trained:
             raise UntrainedFirstStage(
                 f"The first stage of {name} was not trained: it can score a caption with an image, but embed neither "
-                f"alone. Train it, a matter of minutes: `unicoder-vl train-first-stage {name} CAPTIONS REGIONS OUTPUT`."
-                f" Or score every pair, `unicoder-vl search … --exhaustive`: {_exhaustive(model, processor, store)}."
+                f"alone. Train it, in minutes: `unicoder-vl train-first-stage {name} CAPTIONS REGIONS OUTPUT`."
+                f" Or search without it, `unicoder-vl search … --exhaustive`: {_exhaustive(model, processor, store)}."
             )
         self.model, self.processor, self.store = model, processor, store
         self.name, self.max_length = str(name), max_length

@@ -1,9 +1,10 @@
 """Hard negatives: what the current model takes for a match, and is none.
 
-The images of a split are dealt at random into sets; within a set every caption is scored with every image, and of
-each query (a caption among images, an image among captions) the best that do not match it are kept. The guards against
-matches that nobody wrote down are those of sentence-transformers' `mine_hard_negatives`. Left out: candidates from a
-first stage; scoring N x M of a large split is out of reach for a cross-encoder, hence the sets.
+Scoring N x M of a large split is out of reach for a cross-encoder. So each query (a caption among images, an image
+among captions) meets few: the images of a split are dealt at random into sets, within which every caption is scored
+with every image; or a first stage proposes what is nearest to the query in the whole split. Of these the best that do
+not match are kept. The guards against matches that nobody wrote down are those of sentence-transformers'
+`mine_hard_negatives`.
 """
 
 import os
@@ -22,7 +23,9 @@ from ..data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, 
 from ..regions.store import RegionStore
 from ..regions.tensor_files import new_folder
 from ..training import start_processes
-from .checkpoints import load_for_scoring
+from .checkpoints import load_for_store
+from .encoders import DualEncoder, UnicoderVLDualEncoder
+from .index import nearest
 from .scoring import ImageTextScorer
 
 logger = logging.get_logger(__name__)
@@ -120,6 +123,8 @@ def mine_hard_negatives(
     rule: MiningRule = MiningRule(),
     *,
     images_per_set: int = 100,
+    encoder: DualEncoder | None = None,
+    candidates: int = 50,
     duplicates: Iterable[Sequence[str]] = (),
     seed: int = 0,
     max_length: int = 44,
@@ -136,6 +141,9 @@ def mine_hard_negatives(
         rule ([`MiningRule`], *optional*): what is kept.
         images_per_set (`int`, *optional*, defaults to 100): images that are scored with the captions of one another;
             time grows with it, as do the chances of finding what is hard.
+        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`], *optional*): a first stage, which replaces
+            the sets: each query is scored with what is nearest to it in the whole split.
+        candidates (`int`, *optional*, defaults to 50): how many of these, beside the query's own matches.
         duplicates, seed, max_length: as in [`PairsWithNegatives`] and [`ImageTextScorer`].
         scores_dir (`str` or `os.PathLike`, *optional*): where the scorer keeps what it finished, to go on from there.
 
@@ -145,47 +153,50 @@ def mine_hard_negatives(
         too few were found and one was drawn at random, which is said). No false negative is among them, as in
         [`PairsWithNegatives`].
     """
-    if images_per_set < 2:
-        raise ValueError(f"images_per_set={images_per_set}; expected at least 2.")
-    image_ids, image_of_row = encode_column(pairs, "image_id")
-    index = MismatchIndex.from_pairs(pairs, duplicates)
-    order = np.random.default_rng([seed, SALT]).permutation(len(image_ids))
-    sets = [np.sort(part) for part in np.array_split(order, max(1, round(len(order) / images_per_set)))]
+    captions = pairs["caption"][:]
+    codes, image_of_row = encode_column(pairs, "image_id")
+    image_ids, index = codes.to_pylist(), MismatchIndex.from_pairs(pairs, duplicates)
     rows_of_image = np.split(np.argsort(image_of_row, kind="stable"), np.cumsum(np.bincount(image_of_row))[:-1])
-    rows_of_set = [np.concatenate([rows_of_image[image] for image in images]) for images in sets]
+    if encoder is None:
+        rows_met, images_met = _sets(rows_of_image, images_per_set, seed)
+    elif candidates < rule.range_min + rule.num_negatives:
+        raise ValueError(
+            f"candidates={candidates}; expected at least range_min + num_negatives = "
+            f"{rule.range_min + rule.num_negatives}."
+        )
+    else:
+        texts, images = encoder.embed_captions(captions), encoder.embed_images(image_ids)
+        rows_met = [np.union1d(*met) for met in zip(_nearest(images, texts, candidates), rows_of_image, strict=True)]
+        images_met = [np.union1d(*met) for met in zip(_nearest(texts, images, candidates), image_of_row, strict=True)]
 
+    width = len(image_ids)  # pairs are numbered as in the matrix of all captions and images
+    by_image = [rows * width + image for image, rows in enumerate(rows_met)]
+    by_row = [row * width + images for row, images in enumerate(images_met)]
+    numbers = np.unique(np.concatenate(by_image + by_row))
     scores = scorer.score_pairs(
-        pairs["caption"][:],
-        image_ids.to_pylist(),
-        np.concatenate([np.repeat(rows, len(images)) for rows, images in zip(rows_of_set, sets, strict=True)]),
-        np.concatenate([np.tile(images, len(rows)) for rows, images in zip(rows_of_set, sets, strict=True)]),
-        max_length=max_length,
-        output_dir=scores_dir,
+        captions, image_ids, *np.divmod(numbers, width), max_length=max_length, output_dir=scores_dir
     )
     miner = _Miner(index, rule, seed)
+    firsts = np.array([rows[0] for rows in rows_of_image])  # a row that stands for each image
     hard_captions: list[_Found] = [([], [])] * len(pairs)
-    hard_images: list[_Found] = [([], [])] * len(pairs)
-    start = 0
-    for rows, images in zip(rows_of_set, sets, strict=True):
-        of_set = scores[start : start + len(rows) * len(images)].reshape(len(rows), len(images))
-        start += of_set.size
-        firsts = np.array([rows_of_image[image][0] for image in images])  # a row that stands for each image
-        for column, image in enumerate(images):
-            found = miner.mine(firsts[column], rows, of_set[:, column], replace_image=False)
-            for row in rows_of_image[image]:
-                hard_captions[row] = found
-        for position, row in enumerate(rows):
-            hard_images[row] = miner.mine(row, firsts, of_set[position], replace_image=True)
+    for image, (rows, pairs_met) in enumerate(zip(rows_met, by_image, strict=True)):
+        found = miner.mine(firsts[image], rows, scores[np.searchsorted(numbers, pairs_met)], replace_image=False)
+        for row in rows_of_image[image]:
+            hard_captions[row] = found
+    hard_images = [
+        miner.mine(row, firsts[images], scores[np.searchsorted(numbers, pairs_met)], replace_image=True)
+        for row, (images, pairs_met) in enumerate(zip(images_met, by_row, strict=True))
+    ]
     if miner.lacking:
         logger.warning(
             f"{miner.lacking:,} of {miner.wanted:,} negatives were not found within the guards, for {miner.short:,} of "
-            f"{miner.queries:,} queries, and are drawn at random. More images_per_set or looser guards find more."
+            f"{miner.queries:,} queries, and are drawn at random. "
+            f"More {'images_per_set' if encoder is None else 'candidates'} or looser guards find more."
         )
-    captions = pairs["caption"][:]
     columns = {
         NEGATIVE_CAPTIONS: [[captions[row] for row in rows] for rows, _ in hard_captions],
         CAPTION_SCORES: [values for _, values in hard_captions],
-        NEGATIVE_IMAGES: [[image_ids[image_of_row[row]].as_py() for row in rows] for rows, _ in hard_images],
+        NEGATIVE_IMAGES: [[image_ids[image_of_row[row]] for row in rows] for rows, _ in hard_images],
         IMAGE_SCORES: [values for _, values in hard_images],
     }
     kinds = {CAPTION_SCORES: "float64", IMAGE_SCORES: "float64"}
@@ -194,6 +205,26 @@ def mine_hard_negatives(
         feature = datasets.List(datasets.Value(kinds.get(name, "string")))
         pairs = pairs.add_column(name, values, feature=feature)
     return pairs
+
+
+def _sets(
+    rows_of_image: Sequence[np.ndarray], images_per_set: int, seed: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Images dealt at random into sets: the rows that each image meets, and the images that each row meets."""
+    if images_per_set < 2:
+        raise ValueError(f"images_per_set={images_per_set}; expected at least 2.")
+    order = np.random.default_rng([seed, SALT]).permutation(len(rows_of_image))
+    rows_met: dict[int, np.ndarray] = {}
+    images_met: dict[int, np.ndarray] = {}
+    for images in map(np.sort, np.array_split(order, max(1, round(len(order) / images_per_set)))):
+        rows = np.concatenate([rows_of_image[image] for image in images])
+        rows_met |= dict.fromkeys(images.tolist(), rows)
+        images_met |= dict.fromkeys(rows.tolist(), images)
+    return [rows_met[image] for image in sorted(rows_met)], [images_met[row] for row in sorted(images_met)]
+
+
+def _nearest(queries: np.ndarray, embeddings: np.ndarray, count: int) -> np.ndarray:
+    return nearest(queries, embeddings, min(count, len(embeddings)))[0]
 
 
 _Found = tuple[list[int], list[float | None]]  # rows, and sigmoid(score) of each
@@ -245,6 +276,7 @@ def mine(
     relative_margin: float | None = None,
     sampling_strategy: Literal["top", "random"] = "top",
     images_per_set: int = 100,
+    candidates: int | None = None,
     duplicates: str | None = None,
     seed: int = 0,
     max_length: int = 44,
@@ -253,7 +285,8 @@ def mine(
     """
     Mines one split of a caption file, and writes ALL its splits as a dataset folder that `read_captions` and
     `run_retrieval.py --captions` read; the other splits have no negatives. A call that was stopped goes on when it is
-    repeated. The other arguments are those of [`MiningRule`] and [`mine_hard_negatives`].
+    repeated. With `candidates` they are what the checkpoint's own first stage proposes. The other arguments are those
+    of [`MiningRule`] and [`mine_hard_negatives`].
 
     Args:
         model (`str`): a Unicoder-VL checkpoint with its processor.
@@ -285,14 +318,15 @@ def mine(
         pairs = select_split(table, captions, split)
         rest = table.select([row for row, name in enumerate(table["split"]) if name != split])
 
-    scored_by, processor = load_for_scoring(model)
-    scorer = ImageTextScorer(scored_by.to(state.device), processor, store)
+    loaded, processor = load_for_store(model, store)
     scores_dir = target.with_name(f"{target.name}.scores")
     mined = mine_hard_negatives(
         pairs,
-        scorer,
+        ImageTextScorer(loaded, processor, store),
         rule,
         images_per_set=images_per_set,
+        encoder=None if candidates is None else UnicoderVLDualEncoder(loaded, processor, store, model, max_length),
+        candidates=candidates or 0,
         duplicates=[] if duplicates is None else read_duplicate_groups(duplicates),
         seed=seed,
         max_length=max_length,
