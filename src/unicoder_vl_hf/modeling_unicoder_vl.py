@@ -671,6 +671,10 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
     custom_intro="""
     The bare Unicoder-VL encoder over the sequence of text, then regions. Without regions it is BERT, to the same
     values.
+
+    With `model.padding_free = True` (it is not saved) the layers compute no padding, on CPUs and where FlashAttention
+    is chosen: the same values where there is something, and zeros where there is padding, in less time. Shapes then
+    depend on the data, which breaks a compiled graph. The training scripts set it.
     """
 )
 class UnicoderVLModel(UnicoderVLPreTrainedModel):
@@ -724,22 +728,25 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         )
 
     def packs(self, **kwargs) -> bool:
-        """Whether `forward` computes no padding: it was asked to, it pays, and nothing of the layers is recorded."""
+        """Whether padding is left out: it was asked for, it pays, and no layer's output is."""
         recorded = any(
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
         flash = is_flash_attention_requested(requested_attention_implementation=self.config._attn_implementation)
         return self.padding_free and not recorded and (flash or self.device.type == "cpu")
 
-    def pool(self, *inputs: MaybeTensor) -> torch.Tensor:
+    def pooled(self, *inputs: MaybeTensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """
-        The `pooler_output` of `forward`, whose arguments it takes in their order, where nothing else is asked for:
-        without padding, and with a last layer that computes `[CLS]` alone.
+        `forward`, whose arguments it takes in their order, for a head that reads `pooler_output` alone: where padding
+        is left out, the last layer computes `[CLS]` alone, and there is no `last_hidden_state`.
         """
+        if not self.packs(**kwargs):
+            return self(*inputs, **kwargs)
         hidden_states, mask, _ = self._embed(*inputs)
         packed, groups, _, rows = _pack(hidden_states, mask)
         first = self.encode_packed(packed, groups)
-        return self.pooler(first.new_zeros(len(hidden_states), first.shape[-1]).index_copy(0, rows, first)[:, None])
+        first = first.new_zeros(len(hidden_states), first.shape[-1]).index_copy(0, rows, first)
+        return BaseModelOutputWithPooling(pooler_output=self.pooler(first[:, None]))
 
     def mean_states(self, *inputs: MaybeTensor) -> torch.Tensor:
         """
@@ -1042,6 +1049,8 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
 )
 class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
     _auto_class = "AutoModelForSequenceClassification"
+    # The other heads of pre-training, which zero-shot does without.
+    _keys_to_ignore_on_load_unexpected = [r"^(cls|region_head)\."]
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config)
@@ -1165,14 +1174,10 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             raise ValueError(
                 "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
             )
-        inputs = (
+        outputs = self.bert.pooled(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-            region_attention_mask, token_region_ids, caption_index, image_index,
+            region_attention_mask, token_region_ids, caption_index, image_index, **kwargs,
         )  # fmt: skip
-        if self.bert.packs(**kwargs):
-            outputs = BaseModelOutputWithPooling(pooler_output=self.bert.pool(*inputs))
-        else:
-            outputs = self.bert(*inputs, **kwargs)
         matching_logits = self.matching_head(outputs.pooler_output)
         scores = matching_logits[:, 1] - matching_logits[:, 0]
         _check_shape("labels", labels, tuple(scores.shape))
@@ -1275,17 +1280,18 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
             region_features = _flatten_choices("region_features", region_features, choices)
             region_locations = _flatten_choices("region_locations", region_locations, choices)
             region_attention_mask = _flatten_choices("region_attention_mask", region_attention_mask, choices)
-        outputs = self.bert(
-            input_ids=_flatten_choices("input_ids", input_ids, choices),
-            attention_mask=_flatten_choices("attention_mask", attention_mask, choices),
-            token_type_ids=_flatten_choices("token_type_ids", token_type_ids, choices),
-            position_ids=_flatten_choices("position_ids", position_ids, choices),
-            inputs_embeds=_flatten_choices("inputs_embeds", inputs_embeds, choices),
-            region_features=region_features,
-            region_locations=region_locations,
-            region_attention_mask=region_attention_mask,
-            token_region_ids=_flatten_choices("token_region_ids", token_region_ids, choices),
-            image_index=image_index,
+        outputs = self.bert.pooled(
+            _flatten_choices("input_ids", input_ids, choices),
+            _flatten_choices("attention_mask", attention_mask, choices),
+            _flatten_choices("token_type_ids", token_type_ids, choices),
+            _flatten_choices("position_ids", position_ids, choices),
+            _flatten_choices("inputs_embeds", inputs_embeds, choices),
+            region_features,
+            region_locations,
+            region_attention_mask,
+            _flatten_choices("token_region_ids", token_region_ids, choices),
+            None,
+            image_index,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch_size, num_choices).float()

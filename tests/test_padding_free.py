@@ -1,0 +1,163 @@
+"""What the models compute without padding is what they compute with it, in values and gradients."""
+
+import pytest
+import torch
+
+import tiny
+from unicoder_vl_hf import (
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForMultipleChoice,
+    UnicoderVLForPreTraining,
+    UnicoderVLModel,
+)
+from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLEncoder, UnicoderVLLayer
+
+TEXT_LENGTHS, NUM_REGIONS = [3, 7, 5, 7], [4, 1, 2, 4]
+
+
+def lengths_mask(lengths, left=False):
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return (mask.flip(1) if left else mask).long()
+
+
+def padded_batch(left=False):
+    generator = torch.Generator().manual_seed(0)
+    size = (len(TEXT_LENGTHS), max(TEXT_LENGTHS))
+    regions = (len(NUM_REGIONS), max(NUM_REGIONS))
+    return {
+        "input_ids": torch.randint(5, len(tiny.WORDS), size, generator=generator),
+        "attention_mask": lengths_mask(TEXT_LENGTHS, left),
+        "region_features": torch.randn(*regions, tiny.FEATURE_DIM, generator=generator),
+        "region_locations": torch.rand(*regions, 5, generator=generator),
+        "region_attention_mask": lengths_mask(NUM_REGIONS),
+    }
+
+
+def pretraining_batch():
+    batch = padded_batch()
+    labels = torch.where(batch["attention_mask"].bool() & (torch.arange(7) % 3 == 1), batch["input_ids"], -100)
+    region_labels = torch.where(batch["region_attention_mask"].bool(), torch.arange(4) % 5, -100)
+    return batch | {
+        "labels": labels,
+        "region_labels": region_labels,
+        "matching_labels": torch.tensor([1, 0, 1, -100]),
+    }
+
+
+def retrieval_batch():
+    """Two groups of a match, a caption negative and an image negative, with the contrastive loss beside."""
+    return padded_batch() | {
+        "caption_index": torch.tensor([0, 1, 0, 2, 3, 2]),
+        "image_index": torch.tensor([0, 0, 1, 3, 3, 2]),
+        "group_ids": torch.tensor([0, 0, 0, 1, 1, 1]),
+        "labels": torch.tensor([1, 0, 0, 1, 0, 0]),
+        "mismatches": torch.tensor([[False, True], [True, False]]),
+    }
+
+
+def multiple_choice_batch():
+    batch = padded_batch()
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = batch[name].view(2, 2, -1)
+    batch["token_region_ids"] = torch.where(torch.arange(7) == 1, 0, -1).expand(2, 2, -1)
+    return {name: tensor[:2] if "region_" in name and name != "token_region_ids" else tensor
+            for name, tensor in batch.items()} | {"labels": torch.tensor([1, 0])}  # fmt: skip
+
+
+def retrieval_model(model_class):
+    torch.manual_seed(1)
+    model = model_class(tiny.config(projection_dim=8))
+    model.contrastive_weight = 0.5
+    return model.eval()
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many positions each layer took, forward pass by forward pass."""
+    counts, forward = [], UnicoderVLLayer.forward
+
+    def counting(self, hidden_states, *arguments, **kwargs):
+        counts.append(hidden_states.shape[:-1].numel())
+        return forward(self, hidden_states, *arguments, **kwargs)
+
+    monkeypatch.setattr(UnicoderVLLayer, "forward", counting)
+    return counts
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "model_class, build, batch",
+    [
+        (UnicoderVLForPreTraining, tiny.model, pretraining_batch),
+        (UnicoderVLForImageTextRetrieval, retrieval_model, retrieval_batch),
+        (UnicoderVLForMultipleChoice, tiny.model, multiple_choice_batch),
+    ],
+)
+def test_same_loss_and_gradients(model_class, build, batch, implementation, computed):
+    model = build(model_class)
+    model.set_attn_implementation(implementation)
+    loss, gradients = loss_and_gradients(model, batch())
+    padded = list(computed)
+    computed.clear()
+    model.bert.padding_free = True
+    found, found_gradients = loss_and_gradients(model, batch())
+    assert max(computed) < max(padded)
+    torch.testing.assert_close(found, loss, rtol=0, atol=1e-6)
+    assert found_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_same_states_and_no_padding_is_computed(left, computed):
+    model, batch = tiny.model(UnicoderVLModel), padded_batch(left)
+    wanted = model(**batch)
+    computed.clear()
+    model.padding_free = True
+    found = model(**batch)
+    attended = torch.cat((batch["attention_mask"], batch["region_attention_mask"]), dim=1).bool()
+    assert computed == [sum(TEXT_LENGTHS) + sum(NUM_REGIONS)] * 2
+    torch.testing.assert_close(found.last_hidden_state[attended], wanted.last_hidden_state[attended], rtol=0, atol=1e-5)
+    assert not found.last_hidden_state[~attended].any()
+    torch.testing.assert_close(found.pooler_output, wanted.pooler_output, rtol=0, atol=1e-5)
+
+
+def test_a_row_without_anything_is_zero_and_changes_no_other():
+    model, batch = tiny.model(UnicoderVLModel), padded_batch()
+    model.padding_free = True
+    wanted = model(**batch).last_hidden_state
+    batch["attention_mask"][1] = batch["region_attention_mask"][1] = 0
+    found = model(**batch).last_hidden_state
+    assert not found[1].any()
+    torch.testing.assert_close(found[[0, 2, 3]], wanted[[0, 2, 3]], rtol=0, atol=1e-5)
+    inputs = [batch.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")]
+    regions = [batch[name] for name in ("region_features", "region_locations", "region_attention_mask")]
+    pooled = model.pooled(*inputs, None, *regions).pooler_output
+    torch.testing.assert_close(pooled, model(**batch).pooler_output, rtol=0, atol=1e-5)
+
+
+def test_what_is_recorded_has_the_shape_of_the_batch():
+    model, batch = tiny.model(UnicoderVLModel), padded_batch()
+    model.padding_free = True
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(4, 11, 16)] * 3
+    assert len(outputs.attentions) == 2 or model.config._attn_implementation == "sdpa"
+
+
+def test_a_batch_without_masks_goes_through_the_encoder_as_it_is(monkeypatch):
+    model, batch = tiny.model(UnicoderVLModel), padded_batch()
+    model.padding_free = True
+    shapes, forward = [], UnicoderVLEncoder.forward
+    monkeypatch.setattr(
+        UnicoderVLEncoder, "forward", lambda self, states, *a, **k: (shapes.append(states.shape), forward(self, states, *a, **k))[1]
+    )  # fmt: skip
+    model(**{name: tensor for name, tensor in batch.items() if not name.endswith("mask")})
+    assert shapes == [(4, 11, 16)]
