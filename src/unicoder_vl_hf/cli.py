@@ -362,7 +362,7 @@ def _vcr_check(args: argparse.Namespace) -> int:
     return _print_problems(check_submission(args.submission, args.annotations))
 
 
-def _print_problems(problems: Iterable[str]) -> int:
+def _print_problems(problems: Iterable[object]) -> int:
     """Prints each problem and their number. Returns 1 where there are any."""
     count = 0
     for problem in problems:
