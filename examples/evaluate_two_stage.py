@@ -8,7 +8,8 @@
 The first stage proposes K candidates a query, in both directions, and the cross-encoder scores these pairs alone: the
 table has a row for each of `--candidates`. The first stage is the model's own, which must have been trained
 (`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), or a dual encoder of transformers.
-`--scores_dir` keeps what is done: the same command goes on after a kill.
+`--num_queries 1000` asks with that many captions and images only, among all there are, where 200 pairs for each caption
+take too long. `--scores_dir` keeps what is done: the same command goes on after a kill.
 """
 
 import dataclasses
@@ -43,6 +44,9 @@ class TwoStageArguments:
     )
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
     num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
+    num_queries: int | None = field(
+        default=None, metadata={"help": "Ask with so many captions and images only, drawn evenly, among all there are."}
+    )
     candidates: list[int] = field(
         default_factory=lambda: [10, 50, 100, 200], metadata={"help": "K: how many the first stage proposes a query."}
     )
@@ -68,13 +72,17 @@ def main(argv: list[str] | None = None):
     else:
         encoder = TransformersDualEncoder(args.dual_encoder, Photos(args.photos), state.device)
     scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
-    report = two_stage_report(encoder, scorer, test.folds[0], args.candidates, args.scores_dir)
+    report = two_stage_report(encoder, scorer, test.folds[0], args.candidates, args.num_queries, args.scores_dir)
     if not state.is_main_process:
         return
-    print(f"{test.title}; first stage {encoder.name}\n\n{report}")
+    title = test.title
+    if args.num_queries is not None:
+        captions_asked, images_asked = report.num_queries["image_retrieval"], report.num_queries["text_retrieval"]
+        title += f", asked with {captions_asked:,} captions and {images_asked:,} images, drawn evenly"
+    print(f"{title}; first stage {encoder.name}\n\n{report}")
     if args.output is not None:
         values = {
-            "test": test.title,
+            "test": title,
             "arguments": dataclasses.asdict(args),
             "first_stage": encoder.identity(),
             "checkpoint": checkpoint_provenance(args.model, model),

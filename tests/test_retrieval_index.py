@@ -356,6 +356,28 @@ def test_report_by_hand():
     assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, for comparison | 9 | about ")
 
 
+def test_report_of_some_queries_by_hand():
+    """Of five captions, the first and the third; of three images, the first and the second; among all."""
+    fold = RetrievalFold(list("abcde"), ["A", "B", "C"], np.array([0, 1, 2, 2, 1]))
+    encoder = Given(np.array([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3], [0.0, 0.6, 0.5], [0.1, 0.1, 0.9], [0.8, 0.3, 0.4]]))
+    scorer = GivenScores(np.array([[1.0, 5.0, 0], [0, 7.0, 9.0], [9.0, 2.0, 3.0], [0, 0, 0], [0, 0, 0]]))
+    alone, two = (report := two_stage_report(encoder, scorer, fold, candidates=[2], num_queries=2)).rows
+    assert report.num_queries == {"image_retrieval": 2, "text_retrieval": 2}
+    # a finds A, c finds B before C; of the images A finds a, and B finds a and c before e and b.
+    assert [alone.metrics[f"{name}_recall@1"] for name in ("image_retrieval", "text_retrieval")] == [0.5, 0.5]
+    assert [alone.metrics[f"{name}_mean_rank"] for name in ("image_retrieval", "text_retrieval")] == [1.5, 2.0]
+    # Caption a with A and B, c with B and C; image A with a and e, B with a and c.
+    assert sorted(scorer.pairs) == [(0, 0), (0, 1), (2, 1), (2, 2), (4, 0)] and two.pairs == 5
+    assert two.ceiling == {"text_retrieval": 0.5, "image_retrieval": 1.0}
+    # a prefers B, c prefers C; A prefers a, and what is right for B was not proposed.
+    assert [two.metrics[f"{name}_recall@1"] for name in ("image_retrieval", "text_retrieval")] == [0.5, 0.5]
+    everything = two_stage_report(encoder, scorer, fold, candidates=[2], num_queries=9)
+    assert everything.num_queries == {"image_retrieval": 5, "text_retrieval": 3}
+    assert everything.rows[1].metrics == two_stage_report(encoder, scorer, fold, candidates=[2]).rows[1].metrics
+    with pytest.raises(ValueError, match="num_queries=0; expected at least 1"):
+        two_stage_report(encoder, scorer, fold, num_queries=0)
+
+
 def test_report_of_a_model_at_full_depth_is_exhaustive(folder, tmp_path):
     encoder, scorer, _ = parts(folder)
     fold = RetrievalFold(CAPTIONS, IMAGES, IMAGE_OF_CAPTION)
@@ -540,3 +562,10 @@ def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
         assert report["report"]["rows"][1]["metrics"] == pytest.approx(exhaustive)
         assert report["first_stage"]["family"] == ("clip" if options else "unicoder-vl")
         assert "Retrieval: 7 images, all 9 captions; first stage" in capsys.readouterr().out
+    script.main(
+        [word for name, value in shared.items() for word in (f"--{name}", str(value))]
+        + ["--model", str(folder / "model"), "--num_queries", "8"]
+    )
+    title = "Retrieval: 7 images, all 9 captions, asked with 8 captions and 7 images, drawn evenly"
+    assert f"{title}; first stage" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["test"] == title

@@ -7,7 +7,7 @@ How many ranks hang on a tie is counted, since a matrix in float16 or bfloat16 i
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -98,6 +98,10 @@ class QueryRanks:
     average_precisions: np.ndarray
     tied: np.ndarray
     image_of_query: np.ndarray
+
+    def select(self, queries: np.ndarray) -> "QueryRanks":
+        """Of some of the queries, by their numbers."""
+        return QueryRanks(*(getattr(self, field.name)[queries] for field in fields(self)))
 
 
 def rank_queries(scores: ArrayLike, image_of_caption: ArrayLike) -> dict[str, QueryRanks]:

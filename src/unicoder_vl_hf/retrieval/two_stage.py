@@ -7,7 +7,7 @@ and what each K costs. Left out: the encoders, see `encoders`, and the index its
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from ..feature_extraction_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .encoders import DualEncoder
 from .index import SearchIndex, nearest
-from .metrics import rank_queries, summarize
+from .metrics import QueryRanks, rank_queries, summarize
 from .protocols import DIRECTIONS, KS, RetrievalFold
 from .scoring import ImageTextScorer
 
@@ -108,10 +108,18 @@ class StageResult:
 
 @dataclass(frozen=True)
 class TwoStageReport:
-    """What [`two_stage_report`] measured; `str` of it is a table in Markdown."""
+    """
+    What [`two_stage_report`] measured; `str` of it is a table in Markdown.
+
+    Attributes:
+        num_captions, num_images (`int`): Among which is searched.
+        num_queries (`dict[str, int]`): By direction.
+        rows (`tuple[StageResult, ...]`): The first stage alone, then each K.
+    """
 
     num_captions: int
     num_images: int
+    num_queries: dict[str, int]
     rows: tuple[StageResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,6 +148,7 @@ def two_stage_report(
     scorer: ImageTextScorer,
     fold: RetrievalFold,
     candidates: Sequence[int] = (10, 50, 100, 200),
+    num_queries: int | None = None,
     scores_dir: str | os.PathLike[str] | None = None,
 ) -> TwoStageReport:
     """
@@ -150,26 +159,35 @@ def two_stage_report(
         fold ([`RetrievalFold`]): Captions and images, as [`retrieval_test`] gives them.
         candidates (sequence of `int`, *optional*, defaults to `(10, 50, 100, 200)`): The Ks. The pairs of the largest
             hold those of all others and are scored once; the time of the others is their share of it.
+        num_queries (`int`, *optional*): Ask with so many captions and so many images only, drawn evenly, among all
+            there are: the figures of fewer queries, of a task as hard.
         scores_dir (`str` or `os.PathLike`, *optional*): Where the scorer keeps what it finished, to go on from there;
             the time is then unknown where it went on.
 
     Raises:
-        `ValueError`: no K, or one below 1.
+        `ValueError`: no K, or one below 1; or no query.
     """
+    if num_queries is not None and num_queries < 1:
+        raise ValueError(f"num_queries={num_queries}; expected at least 1, or None for all.")
     if not candidates or min(candidates) < 1:
         raise ValueError(f"candidates={tuple(candidates)}; expected at least one number, each at least 1.")
     shape = num_captions, num_images = len(fold.captions), len(fold.image_ids)
     right_image = np.asarray(fold.image_of_caption)
     started = time.perf_counter()
     texts, images = encoder.embed_captions(fold.captions), encoder.embed_images(fold.image_ids)
-    alone = summarize([rank_queries(texts @ images.T, right_image)], KS)
+    asked = {"image_retrieval": _evenly(num_captions, num_queries), "text_retrieval": _evenly(num_images, num_queries)}
+
+    def metrics_of(ranked: Mapping[str, QueryRanks]) -> dict[str, float]:
+        return summarize([{name: ranked[name].select(queries) for name, queries in asked.items()}], KS)
+
+    alone = metrics_of(rank_queries(texts @ images.T, right_image))
     rows = [StageResult(0, 0, time.perf_counter() - started, {}, alone)]
 
-    largest = max(candidates)
-    images_of, _ = nearest(texts, images, min(largest, num_images))
-    captions_of, _ = nearest(images, texts, min(largest, num_captions))
-    of_caption = np.arange(num_captions)[:, None] * num_images + images_of  # pairs, as numbers
-    of_image = captions_of * num_images + np.arange(num_images)[:, None]
+    largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
+    images_of, _ = nearest(texts[by_caption], images, min(largest, num_images))
+    captions_of, _ = nearest(images[by_image], texts, min(largest, num_captions))
+    of_caption = by_caption[:, None] * num_images + images_of  # pairs, as numbers
+    of_image = captions_of * num_images + by_image[:, None]
     pairs = np.union1d(of_caption, of_image)
     resumed = scores_dir is not None and Path(scores_dir).exists()
     started = time.perf_counter()
@@ -185,8 +203,8 @@ def two_stage_report(
             ranked[direction] = rank_queries(matrix, right_image)[direction]
         num_pairs = len(np.union1d(*chosen.values()))
         ceiling = {
-            "text_retrieval": right_image[captions_of[:, :count]] == np.arange(num_images)[:, None],
-            "image_retrieval": images_of[:, :count] == right_image[:, None],
+            "text_retrieval": right_image[captions_of[:, :count]] == by_image[:, None],
+            "image_retrieval": images_of[:, :count] == right_image[by_caption, None],
         }
         rows.append(
             StageResult(
@@ -194,10 +212,18 @@ def two_stage_report(
                 pairs=num_pairs,
                 seconds=None if seconds is None else seconds * num_pairs / len(pairs),
                 ceiling={direction: float(hits.any(axis=1).mean()) for direction, hits in ceiling.items()},
-                metrics=summarize([ranked], KS),
+                metrics=metrics_of(ranked),
             )
         )
-    return TwoStageReport(num_captions, num_images, tuple(rows))
+    return TwoStageReport(
+        num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows)
+    )
+
+
+def _evenly(total: int, count: int | None) -> np.ndarray:
+    """`count` of the numbers below `total`, at even steps; all of them where there are no more."""
+    count = min(total, count or total)
+    return np.arange(count) * total // count
 
 
 def _seconds(seconds: float | None) -> str:
