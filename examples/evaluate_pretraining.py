@@ -1,7 +1,7 @@
 """Evaluates a pre-trained checkpoint: the three tasks, and zero-shot image-text retrieval, each beside chance.
 
     python examples/evaluate_pretraining.py --model runs/flickr8k \
-        --captions dataset_flickr8k.json --regions runs/flickr8k/_data/regions --num_images 200
+        --captions dataset_flickr8k.json --regions runs/flickr8k/_data/regions --num_retrieval_images 200
 
 `--shuffle_regions` gives every image the regions of another. A model that reads the regions falls to chance in
 matching and retrieval; one that does not was never looking.
@@ -20,6 +20,7 @@ from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParse
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
+from unicoder_vl_hf.preparation import in_words, is_unicoder_vl
 from unicoder_vl_hf.pretraining import (
     ShuffledStore,
     evaluate_pretraining,
@@ -36,7 +37,12 @@ class EvaluationArguments:
     captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
     regions: str = field(metadata={"help": "RegionStore."})
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
-    num_images: int | None = field(default=None, metadata={"help": "Retrieval over the first images. Default: all."})
+    num_images: int | None = field(
+        default=None, metadata={"help": "The first images of the split, with all their captions. Default: all."}
+    )
+    num_retrieval_images: int | None = field(
+        default=None, metadata={"help": "Retrieval over the first of these: its cost grows with their square."}
+    )
     shuffle_regions: bool = field(default=False, metadata={"help": "Give every image the regions of another."})
     moc: bool = field(default=True, metadata={"help": "Masked object classification; --no_moc without classes."})
     mixed_precision: str = field(default="no", metadata={"help": "auto, no, bf16 or fp16."})
@@ -49,7 +55,11 @@ def main(argv: list[str] | None = None):
     (args,) = parser.parse_args_into_dataclasses(argv)
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, start_processes().device.type))
     store = RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split), store)
+    captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
+    kept = set(captions.unique("image_id")[: args.num_images])
+    captions = captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
+    if not is_unicoder_vl(args.model):
+        raise ValueError(f"--model {args.model} is no Unicoder-VL: expected a checkpoint of run_pretraining.py.")
     model = AutoModelForPreTraining.from_pretrained(args.model)
     model.sparse_prediction = model.bert.padding_free = True
     model = accelerator.prepare(model)
@@ -62,13 +72,14 @@ def main(argv: list[str] | None = None):
     )
     pairs = PairsWithMismatches(captions, seed=args.seed, fixed_epoch=0)
     metrics = evaluate_pretraining(model, pairs, collator, accelerator)
+    print(f"The tasks of pre-training, {in_words(captions)}")
     print(metrics_table(metrics, pretraining_chance(metrics)))
 
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
     retrieval = zero_shot_retrieval(
-        accelerator.unwrap_model(model), processor, regions, captions, args.num_images, dtype
+        accelerator.unwrap_model(model), processor, regions, captions, args.num_retrieval_images, dtype
     )
-    print(f"\nZero-shot retrieval, {len(retrieval.image_ids):,} images x {len(retrieval.captions):,} captions")
+    print(f"\nZero-shot retrieval, {len(retrieval.captions):,} captions of {len(retrieval.image_ids):,} images")
     print(metrics_table(retrieval.metrics, retrieval.chance))
     if args.output is not None:
         values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}

@@ -10,57 +10,50 @@ step in 4 micro-steps. Ctrl-C leaves a checkpoint; --resume_from_checkpoint late
 """
 
 import contextlib
-import json
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from unicoder_vl_hf.data.samplers import StepBatchSampler
+from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.pretraining import (
-    MAY_CHANGE,
+    PAPER,
+    SCENES,
     LoopArguments,
+    LossMeter,
     PretrainingArguments,
     evaluate_pretraining,
     prepare_pretraining,
-    preset,
+    run_identity,
 )
 from unicoder_vl_hf.training import (
     CheckpointFolder,
     JsonLog,
     StopSignal,
     create_hub_repository,
-    push_folder,
+    finish_run,
     resolve_precision,
     save_weights_as_pretrained,
     start_processes,
-    write_model_card,
 )
 
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    # Without abbreviations, or --caption would not choose the paper's preset.
-    parser = HfArgumentParser((PretrainingArguments, LoopArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    parser.set_defaults(**preset(argv))
-    data_args, args = parser.parse_args_into_dataclasses(argv)
-
+    data_args, args = parse_arguments((PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES)
     output_dir = Path(args.output_dir)
     checkpoints = CheckpointFolder(output_dir, keep=args.save_total_limit)
     resume_from = checkpoints.resolve(args.resume_from_checkpoint)
-    state = start_processes()
+
     accelerator = Accelerator(
-        mixed_precision=resolve_precision(args.mixed_precision, state.device.type),
+        mixed_precision=resolve_precision(args.mixed_precision, start_processes().device.type),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=str(output_dir),
     )
@@ -68,7 +61,6 @@ def main(argv: list[str] | None = None):
     set_seed(args.seed)
     with accelerator.main_process_first():
         setup = prepare_pretraining(data_args, output_dir, seed=args.seed)
-    processor, collator = setup.processor, setup.collator
 
     sampler = StepBatchSampler(
         len(setup.train),
@@ -90,22 +82,19 @@ def main(argv: list[str] | None = None):
     accelerator.register_for_checkpointing(scheduler)
     save_weights_as_pretrained(accelerator)
 
-    arguments = {**asdict(data_args), **asdict(args)}
-    identity = {name: value for name, value in arguments.items() if name not in MAY_CHANGE}
-    identity |= {"train_pairs": len(setup.train), "total_steps": total_steps}
-    # Since the last line of the log: of the loss, its three parts, and the share of matches.
-    step, sums = 0, torch.zeros(5, device=accelerator.device)
+    identity = run_identity(data_args, args, train_pairs=len(setup.train), total_steps=total_steps)
+    step, meter = 0, LossMeter(accelerator)
     if resume_from is None:
         set_seed(args.seed, device_specific=True)  # another dropout in every process
     else:
         saved = checkpoints.read(resume_from, identity)
         step = saved["step"]
-        sums += torch.tensor(saved["losses"], device=accelerator.device)
+        meter.load(saved["losses"])
         accelerator.load_state(str(resume_from))
         logger.warning(f"Resumed from {resume_from} after {step:,} of {total_steps:,} steps.")
     log = JsonLog(output_dir / "log.jsonl", resume_step=step, enabled=accelerator.is_main_process)
     if args.report_to != "none":
-        accelerator.init_trackers("pretraining", arguments)
+        accelerator.init_trackers("pretraining", {**asdict(data_args), **asdict(args)})
     accelerator.print(
         f"{total_steps:,} steps of {args.train_batch_size} of {len(setup.train):,} pairs; processes: "
         f"{accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}"
@@ -119,46 +108,31 @@ def main(argv: list[str] | None = None):
         if setup.validation is None:
             return {}
         metrics = evaluate_pretraining(
-            model, setup.validation, collator, accelerator, num_workers=args.dataloader_num_workers
+            model, setup.validation, setup.collator, accelerator, num_workers=args.dataloader_num_workers
         )
         record({f"eval_{name}": value for name, value in metrics.items()})
         accelerator.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
 
-    def save():
-        checkpoints.save({"step": step, "losses": sums.tolist()}, identity, accelerator, processor)
-
     if args.eval_on_start and step == 0:
         evaluate()
     model.train()
-    of_step = torch.zeros_like(sums)
-    since, rows_since = time.perf_counter(), 0
+    meter.start_clock()
     progress = tqdm(
         total=total_steps, initial=step, unit="step", desc="Pre-training", disable=not accelerator.is_local_main_process
     )
     with StopSignal() as stop, progress:
         while step < total_steps and not stop.is_set():
             epoch, start_step = divmod(step, steps_per_epoch)
-            setup.train.set_epoch(epoch)
             sampler.set_epoch(epoch, start_step=start_step)
-            loader = DataLoader(
-                setup.train,
-                batch_sampler=sampler,
-                collate_fn=collator,
-                num_workers=args.dataloader_num_workers,
-                generator=torch.Generator(),  # or it would draw from the dropout's
-            )
-            for index, (batch, weight) in enumerate(zip(loader, sampler.weights(), strict=True), start=1):
-                batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            batches = setup.train_batches(sampler, accelerator.device, num_workers=args.dataloader_num_workers)
+            for index, (batch, weight) in enumerate(batches, start=1):
                 last = index % args.gradient_accumulation_steps == 0
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     outputs = model(**batch)
                     # Rows of this micro-batch over the rows of the step; DDP divides by the processes.
                     accelerator.backward(outputs.loss * (weight * accelerator.num_processes))
-                matches = (batch["matching_labels"] == 1).float().mean()
-                parts = (outputs.loss, outputs.mlm_loss, outputs.moc_loss, outputs.matching_loss, matches)
-                of_step += torch.stack([part.detach() for part in parts]) * weight
-                rows_since += len(batch["matching_labels"])
+                meter.add(outputs, batch["matching_labels"], weight)
                 if not last:
                     continue
 
@@ -168,54 +142,30 @@ def main(argv: list[str] | None = None):
                 if not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
                 optimizer.zero_grad()
-                sums += accelerator.reduce(of_step, reduction="sum")  # the same in every process
-                of_step.zero_()
+                meter.end_step()
                 step += 1
                 progress.update()
                 if step % args.logging_steps == 0:
-                    loss, mlm, moc, matching, matches = (sums / args.logging_steps).tolist()
-                    now = time.perf_counter()
-                    record(
-                        # Of masked tokens and regions the mean over matches, as in the evaluation.
-                        {"loss": loss, "mlm_loss": mlm / matches, "moc_loss": moc / matches, "matching_loss": matching}
-                        | {
-                            "learning_rate": scheduler.get_last_lr()[0],
-                            "epoch": step / steps_per_epoch,
-                            "rows_per_second": rows_since * accelerator.num_processes / (now - since),
-                        }
-                    )
-                    progress.set_postfix(loss=f"{loss:.3f}")
-                    sums.zero_()
-                    since, rows_since = now, 0
+                    position = {"learning_rate": scheduler.get_last_lr()[0], "epoch": step / steps_per_epoch}
+                    record(meter.mean(args.logging_steps) | position)
                 if step % (args.eval_steps or steps_per_epoch) == 0 and step < total_steps:
                     evaluate()
-                    since, rows_since = time.perf_counter(), 0
-                if stop.is_set():
-                    accelerator.set_trigger()
-                if accelerator.check_trigger():  # in any process: all stop at the same step
-                    stop.set()
-                if step % args.save_steps == 0 or stop.is_set():
-                    save()
-                if step == total_steps or stop.is_set():
+                    meter.start_clock()
+                ends = stop.agreed(accelerator) or step == total_steps
+                if step % args.save_steps == 0 or ends:
+                    checkpoints.save({"step": step, "losses": meter.state()}, identity, accelerator, setup.processor)
+                if ends:
                     break
-        metrics = evaluate() if step == total_steps else {}
 
     if step < total_steps:
         accelerator.print(f"Stopped after {step} of {total_steps} steps: go on with --resume_from_checkpoint latest.")
-    elif accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output_dir)
-        processor.save_pretrained(output_dir)
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        write_model_card(
-            output_dir,
-            base_model=data_args.base_model,
-            repo_id=repo_id,
-            data_name=setup.data_name,
-            provenance=setup.processor.feature_extractor.region_provenance,
-            metrics=metrics,
-        )
-        if repo_id is not None:
-            push_folder(repo_id, output_dir)
+    else:
+        if accelerator.is_main_process:  # before the last evaluation: whatever happens there, the model is saved
+            accelerator.unwrap_model(model).save_pretrained(output_dir)
+            setup.processor.save_pretrained(output_dir)
+        metrics = evaluate()
+        if accelerator.is_main_process:
+            finish_run(output_dir, metrics, repo_id=repo_id, base_model=data_args.base_model, **setup.card)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -8,18 +8,19 @@
 defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processes divide one of the two by P.
 """
 
-import sys
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from unicoder_vl_hf.pretraining import PretrainingArguments, evaluate_pretraining, prepare_pretraining, preset
+from unicoder_vl_hf.preparation import parse_arguments
+from unicoder_vl_hf.pretraining import PAPER, SCENES, PretrainingArguments, evaluate_pretraining, prepare_pretraining
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import PRETRAINED, CheckpointFolder
+from unicoder_vl_hf.training import CheckpointFolder
 
 
 class PretrainingTrainer(TaskTrainer):
-    trained_by = PRETRAINED
+    def card(self):
+        return self.setup.card
 
     def evaluate_task(self, rows):
         # Trainer's own loop keeps the logits of every token over the vocabulary: 30 GB for 5,000 pairs.
@@ -34,11 +35,12 @@ class PretrainingTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((PretrainingArguments, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    parser.set_defaults(**training_defaults(preset(argv)))
-    data_args, training_args = parser.parse_args_into_dataclasses(argv)
-
+    data_args, training_args = parse_arguments(
+        (PretrainingArguments, TrainingArguments),
+        argv,
+        paper=training_defaults(PAPER),
+        scenes=training_defaults(SCENES),
+    )
     checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
     resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights

@@ -16,13 +16,20 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 
+from unicoder_vl_hf.preparation import in_words
 from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, evaluate_retrieval, prepare_retrieval, preset
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import FINE_TUNED, CheckpointFolder
+from unicoder_vl_hf.training import FINE_TUNED, FINE_TUNED_ON_MINED, CheckpointFolder
 
 
 class RetrievalTrainer(TaskTrainer):
     trained_by = FINE_TUNED
+
+    def card(self):
+        train, validation = self.setup.train, self.setup.validation
+        fields = super().card() | {"measured_on": None if validation is None else in_words(validation)}
+        mined = train.hard_captions is not None or train.hard_images is not None
+        return fields | ({"trained_by": FINE_TUNED_ON_MINED} if mined else {})
 
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator

@@ -3,14 +3,16 @@
 import re
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 import tiny
 import yaml
 
-from unicoder_vl_hf import UnicoderVLForPreTraining
-from unicoder_vl_hf.pretraining import PretrainingArguments
-from unicoder_vl_hf.training import write_model_card
+from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, UnicoderVLForPreTraining
+from unicoder_vl_hf.data.negatives import PairsWithMismatches
+from unicoder_vl_hf.pretraining import PretrainingArguments, PretrainingSetup
+from unicoder_vl_hf.training import FINE_TUNED, PRETRAINED, PRETRAINED_WITHOUT_CLASSES, write_model_card
 
 PROVENANCE = {
     "detector": "Faster R-CNN: ResNet-101",
@@ -27,6 +29,7 @@ def write(folder: Path, **changes) -> huggingface_hub.ModelCard:
     arguments = {
         "data_name": "flickr8k",
         "metrics": {"matching_accuracy": 0.87654321, "mlm_perplexity": 12.0},
+        "measured_on": "500 captions of 100 images",
         "provenance": PROVENANCE,
         "base_model": "google-bert/bert-base-uncased",
     }
@@ -61,11 +64,13 @@ def test_the_card_names_everything(tmp_path):
         "- feature_dim: 6",
         '- dtype: "float16"',
     ]
+    assert section(card, "Evaluation")[0] == "| metric | validation: 500 captions of 100 images |"
     assert section(card, "Evaluation")[2:] == ["| matching_accuracy | 0.8765 |", "| mlm_perplexity | 12.0000 |"]
 
 
 def test_what_is_unknown_is_said(tmp_path):
-    card = write(tmp_path, metrics={}, provenance=None, base_model=None)
+    card = write(tmp_path, metrics={}, measured_on=None, provenance=None, base_model=None)
+    assert section(card, "Evaluation")[0] == "| metric | validation |"
     assert "- Base model: none, trained from scratch" in card.text
     assert section(card, "Regions")[-1] == "- unknown"
     assert section(card, "Evaluation")[-1] == "| not evaluated | |"
@@ -93,6 +98,34 @@ def test_a_local_base_model_is_named_in_the_text_only(tmp_path, monkeypatch, for
 def test_a_repository_is_named_in_the_metadata_too(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert write(tmp_path, base_model=name).data.base_model == name
+
+
+@pytest.mark.parametrize("trained_by, tag", [(PRETRAINED_WITHOUT_CLASSES, "pre-training"), (FINE_TUNED, "fine-tuning")])
+def test_the_card_says_how_the_model_was_trained(tmp_path, trained_by, tag):
+    card = write(tmp_path, trained_by=trained_by)
+    assert f"), {trained_by}, with unicoder-vl-hf.\n" in card.text
+    assert tag in card.data.tags
+
+
+def test_a_setup_says_what_its_card_needs(tmp_path):
+    rows = datasets.Dataset.from_dict({"image_id": ["a", "a", "b"], "caption": ["one", "two", "three"]})
+    pairs, processor = PairsWithMismatches(rows, seed=0), tiny.processor(region_provenance=PROVENANCE)
+    setup = PretrainingSetup(
+        model=None,
+        processor=processor,
+        collator=DataCollatorForUnicoderVLPreTraining(processor, {}),
+        train=pairs,
+        validation=pairs,
+        data_name="flickr8k",
+    )
+    assert setup.card == {
+        "data_name": "flickr8k",
+        "provenance": PROVENANCE,
+        "trained_by": PRETRAINED,
+        "measured_on": "3 captions of 2 images",
+    }
+    setup.collator.moc_probability, setup.validation = 0.0, None
+    assert (setup.card["trained_by"], setup.card["measured_on"]) == (PRETRAINED_WITHOUT_CLASSES, None)
 
 
 def test_the_base_model_of_a_run_is_what_it_starts_from():

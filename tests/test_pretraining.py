@@ -28,18 +28,20 @@ from unicoder_vl_hf import (
     training,
 )
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.pretraining import (
     PAPER,
     SCENES,
+    LoopArguments,
     PretrainingArguments,
     ShuffledStore,
     evaluate_pretraining,
     metrics_table,
     prepare_pretraining,
-    preset,
     pretraining_chance,
     zero_shot_retrieval,
 )
+from unicoder_vl_hf.regions.conversion import export
 from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
 from unicoder_vl_hf.training import CheckpointFolder, JsonLog, StopSignal, fast_precision, resolve_precision
 
@@ -275,11 +277,28 @@ def test_chance_equals_random_scores():
 # Arguments, data and model
 
 
-def test_preset():
-    assert preset([]) is SCENES
-    assert preset(["--output_dir", "x"]) is SCENES
-    assert preset(["--captions", "x.json"]) is PAPER
-    assert preset(["--captions=x.json"]) is PAPER
+@pytest.mark.parametrize("given, recipe", [([], SCENES), (["--captions=x.json", "--regions", "y"], PAPER)])
+def test_the_defaults_are_those_of_the_data(given, recipe):
+    _, args = parse_arguments(
+        (PretrainingArguments, LoopArguments), ["--output_dir", "x", *given], paper=PAPER, scenes=SCENES
+    )
+    assert {name: getattr(args, name) for name in recipe} == recipe
+
+
+def test_help_shows_the_defaults_of_the_paper_and_names_those_of_the_scenes(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments((PretrainingArguments, LoopArguments), ["--help"], paper=PAPER, scenes=SCENES)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Without --captions, on the rendered scenes: num_train_epochs 4, learning_rate 0.001, train_batch" in shown
+    assert "Passes over the training pairs. (default: 10)" in shown
+    assert "--no_moc, --no-moc Turn --moc off. --moc_probability" in shown
+    assert "--no_image_token, --no-image-token Turn --image_token off. --max_length" in shown
+
+
+def test_turned_off():
+    given = ["--output_dir", "x", "--no_moc"]
+    data_args, _ = parse_arguments((PretrainingArguments, LoopArguments), given, paper=PAPER, scenes=SCENES)
+    assert (data_args.moc, data_args.image_token) == (False, True)
 
 
 @pytest.mark.parametrize("given", [{"captions": "a.json"}, {"regions": "r"}])
@@ -381,7 +400,7 @@ def test_missing_regions_stop_the_run_unless_skipped(world, bert, tmp_path):
     lost = {"image_id": "lost", "caption": "a red circle", "split": "train"}
     captions.write_text((world / "captions.jsonl").read_text() + json.dumps(lost) + "\n")
     arguments = dataclasses.replace(on_world(world, bert), captions=str(captions))
-    with pytest.raises(ValueError, match="lost"):
+    with pytest.raises(ValueError, match=r"lost(.|\n)*leave them out: --skip_missing\.$"):
         prepare_pretraining(arguments, tmp_path, seed=0)
     skipping = dataclasses.replace(arguments, skip_missing=True)
     assert len(prepare_pretraining(skipping, tmp_path, seed=0).train) == small_world.NUM_TRAIN_PAIRS
@@ -418,6 +437,27 @@ def test_foreign_regions_are_converted_once(world, bert, tmp_path):
     other = dataclasses.replace(arguments, regions=str(tmp_path))
     with pytest.raises(ValueError, match=f"{re.escape(str(converted))} was converted from {re.escape(str(foreign))}"):
         prepare_pretraining(other, tmp_path / "output", seed=0)
+
+
+def test_a_failed_conversion_leaves_the_folder_to_others(world, bert, tmp_path):
+    """Unless it left records, with which others would mix."""
+    broken = tmp_path / "broken.tsv"
+    broken.write_text("a photo\tof nothing\n")
+    arguments = on_world(world, bert, num_region_classes=12)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"broken\.tsv"):
+            prepare_pretraining(dataclasses.replace(arguments, regions=str(broken)), tmp_path / "output", seed=0)
+        assert list((tmp_path / "output" / "_data").glob("*.source")) == []
+    export(RegionStore(world / "regions"), tmp_path / "whole.tsv", "lxmert-tsv")
+    made = prepare_pretraining(
+        dataclasses.replace(arguments, regions=str(tmp_path / "whole.tsv")), tmp_path / "output", seed=0
+    )
+    assert len(made.collator.store) == len(RegionStore(world / "regions"))
+
+
+def test_a_misspelt_model(world, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no model '/no/such/bert': no folder of that name"):
+        prepare_pretraining(on_world(world, "/no/such/bert"), tmp_path, seed=0)
 
 
 def test_checkpoint_of_another_feature_width(world, tmp_path):
@@ -601,7 +641,7 @@ def test_checkpoints_are_numbered_and_limited(tmp_path):
 def test_which_checkpoint_to_resume(tmp_path):
     folder = CheckpointFolder(tmp_path / "run", keep=2)
     assert folder.resolve(None) is None
-    with pytest.raises(ValueError, match=r"checkpoint-\* is no checkpoint"):
+    with pytest.raises(ValueError, match=r"run has no checkpoint yet: start the run without --resume_from_checkpoint"):
         folder.resolve("latest")
     save(folder, 5)
     save(folder, 7)
@@ -611,6 +651,18 @@ def test_which_checkpoint_to_resume(tmp_path):
         folder.resolve(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"holds a run, up to checkpoint-7.*--resume_from_checkpoint latest"):
         folder.resolve(None)
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 5)
+    (tmp_path / "model.safetensors").touch()
+    assert folder.resolve("latest").name == "checkpoint-5"  # the last evaluation failed, or is yet to come
+    (tmp_path / "README.md").touch()
+    for requested in (None, "latest"):
+        with pytest.raises(ValueError, match=r"finished run, with its model: there is nothing left to train"):
+            folder.resolve(requested)
+    assert folder.resolve(str(tmp_path / "checkpoint-5")).name == "checkpoint-5"  # who names it means it
 
 
 def test_another_run_is_refused_by_name(tmp_path):

@@ -305,6 +305,16 @@ def test_batch_decode(processor):
     assert processor.decode(TOKENS[0], skip_special_tokens=True) == "a dog runs."
 
 
+def test_what_is_saved_does_not_depend_on_the_last_call(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "before")
+    called = processor(text=["a dog", "a dog runs on the grass"], max_length=4)
+    processor.save_pretrained(tmp_path / "after")
+    saved = (tmp_path / "after" / "tokenizer.json").read_text()
+    assert saved == (tmp_path / "before" / "tokenizer.json").read_text()
+    assert json.loads(saved)["padding"] is None and json.loads(saved)["truncation"] is None
+    assert processor(text=["a dog", "a dog runs on the grass"], max_length=4) == called
+
+
 @pytest.mark.parametrize("loader", [UnicoderVLProcessor, AutoProcessor])
 def test_saved_and_loaded_processors_are_equal(loader, tmp_path):
     processor = tiny.processor(max_regions=2, score_threshold=0.2, region_provenance={"detector": "pythia"})

@@ -160,8 +160,6 @@ def test_log_of_the_loop(straight, script):
 @pytest.mark.parametrize("step", [8, 24, 40])
 def test_resume_equals_never_stopped(script, command, straight, tmp_path, step):
     """From the middle of either epoch, between two lines of the log, and from the very end; with dropout."""
-    if script == "run_pretraining_trainer" and step == 40:
-        pytest.skip("nothing is left to do for Trainer")
     folder = tmp_path / script
     shutil.copytree(straight, folder, ignore=shutil.ignore_patterns("*.safetensors", "metrics.json", "checkpoint-*"))
     shutil.copytree(straight / f"checkpoint-{step}", folder / f"checkpoint-{step}")
@@ -258,15 +256,40 @@ def test_ctrl_c_in_one_process_stops_all_at_the_same_step(script, command, tmp_p
         assert step * 2 <= len(examples_of(tmp_path / f"examples0-{rank}")) <= (step + 1) * 2
 
 
+def test_a_last_evaluation_that_fails_loses_nothing(script, command, straight, tmp_path, monkeypatch):
+    """Not the run whose model it is either: the next one goes on from there, and ends."""
+    module = importlib.import_module(script)
+    evaluate, calls = module.evaluate_pretraining, []
+
+    def fails_at_the_end(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate_pretraining", fails_at_the_end)
+    folder = tmp_path / script
+    arguments = command(script, folder, dropout=0.1, save_steps=16)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(script, arguments)
+    assert_same_weights(folder, straight)
+    assert AutoProcessor.from_pretrained(folder)(text="a red circle")["input_ids"]
+    assert not (folder / "README.md").exists()
+    run(script, [*arguments, "--resume_from_checkpoint", "latest"])
+    assert_same_weights(folder, straight)
+    assert "matching_accuracy" in (folder / "README.md").read_text()
+
+
 def test_a_run_is_never_overwritten(script, command, straight):
-    with pytest.raises(ValueError, match=r"holds a run, up to checkpoint-40\. Go on with --resume_from_checkpoint"):
-        run(script, command(script, straight, dropout=0.1))
+    for resume in ({}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ValueError, match="holds a finished run, with its model: there is nothing left to train"):
+            run(script, command(script, straight, dropout=0.1, **resume))
 
 
 def test_other_arguments_are_another_run(straight, script, command):
     if script != "run_pretraining":
         pytest.skip("Trainer goes on with other arguments, and warns")
-    resumed = command(script, straight, dropout=0.1, save_steps=8, resume_from_checkpoint="latest")
+    resumed = command(script, straight, dropout=0.1, save_steps=8, resume_from_checkpoint=straight / "checkpoint-40")
     changes = ["--learning_rate", "0.01", "--mlm_probability", "0.3", "--no_moc"]
     with pytest.raises(ValueError, match="another run") as error:
         run(script, resumed + changes)
@@ -278,8 +301,7 @@ def test_other_arguments_are_another_run(straight, script, command):
 def test_save_total_limit(script, command, tmp_path):
     run(script, command(script, tmp_path, save_steps=3, save_total_limit=2, max_steps=10, max_validation_pairs=0))
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
-    last = ["checkpoint-6", "checkpoint-9"] if script == "run_pretraining" else ["checkpoint-10", "checkpoint-9"]
-    assert names == last  # Trainer saves the last step too
+    assert names == ["checkpoint-10", "checkpoint-9"]
 
 
 # Cut into micro-batches, processes and workers

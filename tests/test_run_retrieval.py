@@ -99,7 +99,9 @@ def test_what_a_run_leaves(straight, berts, world):
         if "recall" in name:
             assert best[f"eval_{name}"] == kept[f"eval_{name}"] == pytest.approx(value)
             assert f"| eval_{name} | {value:.4f} |" in card
-    assert "fine-tuned for image-text retrieval" in card and "drawing boxes" in card and "- fine-tuning\n" in card
+    assert "on groups of a match and mismatches drawn at random" in card
+    assert "| metric | validation: 8 captions of 4 images |" in card
+    assert "drawing boxes" in card and "- fine-tuning\n" in card
     assert processor.feature_extractor.region_provenance == store.provenance
 
 
@@ -132,7 +134,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(command, straight, tmp_path):
 
 
 def test_a_run_is_never_overwritten(command, straight):
-    with pytest.raises(ValueError, match=r"holds a run, up to checkpoint-40\. Go on with --resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="holds a finished run, with its model: there is nothing left to train"):
         run(SCRIPT, command(straight, dropout=0.1))
 
 
@@ -194,6 +196,7 @@ def test_on_mined_captions(command, plain, world, tmp_path):
     options = {"captions": tmp_path / "mined", "max_steps": 2, "loss": "softmax", "in_batch_negatives": True}
     run(SCRIPT, command(tmp_path / "run", **options))
     assert_trained(tmp_path / "run", plain)
+    assert "on groups of a match and mined hard negatives" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_without_data_it_draws_scenes(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
-"""What every training script starts from: captions joined with their regions, a model, and its processor."""
+"""What every training script starts from: arguments, captions joined with their regions, a model, its processor."""
 
+import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 from .configuration_unicoder_vl import UnicoderVLConfig
@@ -18,7 +20,8 @@ from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtra
 from .modeling_unicoder_vl import UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.conversion import convert
-from .regions.store import MANIFEST, RegionStore
+from .regions.shards import MANIFEST, UNFINISHED
+from .regions.store import RegionStore
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +40,29 @@ SCENES_MODEL: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+def parse_arguments(
+    classes: tuple[type, ...], argv: Sequence[str] | None, *, paper: dict[str, Any], scenes: dict[str, Any]
+) -> tuple[Any, ...]:
+    """
+    A command line as dataclasses. The defaults are `paper` where it names captions, and so in the help, and `scenes`
+    where it does not.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    on_scenes = {name: value for name, value in scenes.items() if paper.get(name) != value}
+    parser = HfArgumentParser(
+        classes,  # type: ignore[arg-type]
+        allow_abbrev=False,  # or --caption would not choose the paper's defaults
+        description="The defaults below are the paper's. Without --captions, on the rendered scenes: "
+        + ", ".join(f"{name} {value}" for name, value in on_scenes.items()),
+    )
+    names = {word.split("=")[0] for word in argv}
+    parser.set_defaults(**(paper if names & {"--captions", "--help", "-h"} else scenes))
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
+            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
+    return parser.parse_args_into_dataclasses(argv)
 
 
 @dataclass
@@ -124,6 +150,11 @@ class CaptionedRegions:
         return select_split(self.captions, self.path, name)
 
 
+def in_words(captions: datasets.Dataset) -> str:
+    """How many captions and images these are, without which recall at K says little."""
+    return f"{len(captions):,} captions of {len(captions.unique('image_id')):,} images"
+
+
 def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegions:
     """
     Reads captions and regions and joins them. What is rendered or converted goes into the output folder.
@@ -141,7 +172,9 @@ def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegi
         store = open_or_convert(
             Path(str(arguments.regions)), Path(output_dir, DATA_FOLDER, "regions"), arguments.num_region_classes
         )
-    captions, report = join(read_captions(path), store, skip_missing=arguments.skip_missing)
+    captions, report = join(
+        read_captions(path), store, skip_missing=arguments.skip_missing, skip_option="--skip_missing"
+    )
     logger.warning(f"{path} with {store}:\n{report}")
     train = select_split(captions, path, arguments.train_split)
     return CaptionedRegions(store, captions, train, path, "rendered scenes" if arguments.on_scenes else path.stem)
@@ -157,7 +190,13 @@ def open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Reg
     if not (converted / MANIFEST).exists():
         converted.parent.mkdir(parents=True, exist_ok=True)
         origin.write_text(str(path.absolute()), encoding="utf-8")
-        convert(path, converted, resume=True, num_classes=num_classes)
+        try:
+            convert(path, converted, resume=True, num_classes=num_classes)
+        except BaseException:
+            if not any(converted.glob("regions-*.safetensors")):  # nothing that the same files could go on with
+                (converted / UNFINISHED).unlink(missing_ok=True)
+                origin.unlink()
+            raise
     return RegionStore(converted)
 
 
@@ -260,4 +299,16 @@ def feature_statistics(
 
 
 def is_unicoder_vl(name: str) -> bool:
-    return AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type
+    """
+    Whether a folder or repository holds a Unicoder-VL.
+
+    Raises:
+        `ValueError`: there is no model of that name.
+    """
+    try:
+        return AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type
+    except OSError as error:
+        raise ValueError(
+            f"There is no model {name!r}: no folder of that name with a config.json, and no repository of the Hub that "
+            f"can be reached from here ({str(error).splitlines()[0]})"
+        ) from error

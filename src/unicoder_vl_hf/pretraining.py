@@ -7,7 +7,8 @@ Follows the paper's pre-training tasks; the loops are in `examples/run_pretraini
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from transformers.utils import logging
 
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
+from .data.samplers import StepBatchSampler
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
-from .preparation import DataArguments, load_model, load_processor, open_data
+from .preparation import DataArguments, in_words, load_model, load_processor, open_data
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.shards import NO_OBJECT_IDS
 from .regions.store import RegionStore
 from .retrieval.metrics import chance_recalls, retrieval_metrics, roc_auc
 from .retrieval.scoring import ImageTextScorer
+from .training import PRETRAINED, PRETRAINED_WITHOUT_CLASSES
 
 logger = logging.get_logger(__name__)
 
@@ -94,14 +97,15 @@ MAY_CHANGE = set(
 )
 
 
+def run_identity(*arguments: Any, **facts: Any) -> dict[str, Any]:
+    """What makes a run the run it is, of the dataclasses of its command line, and `facts` of its data."""
+    given = {name: value for of_class in arguments for name, value in dataclasses.asdict(of_class).items()}
+    return {name: value for name, value in given.items() if name not in MAY_CHANGE} | facts
+
+
 # The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 4, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
-
-
-def preset(argv: Sequence[str]) -> dict[str, Any]:
-    """The recipe of a command line: the paper's where it names captions, else that of the scenes."""
-    return PAPER if any(word.split("=")[0] == "--captions" for word in argv) else SCENES
 
 
 @dataclass
@@ -114,6 +118,77 @@ class PretrainingSetup:
     train: PairsWithMismatches
     validation: PairsWithMismatches | None
     data_name: str
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the model card says of data and training: arguments of [`write_model_card`]."""
+        return {
+            "data_name": self.data_name,
+            "provenance": self.processor.feature_extractor.region_provenance,
+            "trained_by": PRETRAINED if self.collator.moc_probability > 0 else PRETRAINED_WITHOUT_CLASSES,
+            "measured_on": None if self.validation is None else in_words(self.validation.pairs),
+        }
+
+    def train_batches(
+        self, sampler: StepBatchSampler, device: torch.device, num_workers: int = 0
+    ) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
+        """The micro-batches of the sampler's epoch from the step where it stands, each with its weight in its step."""
+        self.train.set_epoch(sampler.epoch)
+        loader = DataLoader(
+            self.train,
+            batch_sampler=sampler,
+            collate_fn=self.collator,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # or it would draw from the dropout's
+        )
+        for batch, weight in zip(loader, sampler.weights(), strict=True):
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, weight
+
+
+class LossMeter:
+    """The loss and its parts since the last line of the log, over all processes. A checkpoint keeps its `state`."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        # Of the loss, its three parts, and the share of matches.
+        self._sums = torch.zeros(5, device=accelerator.device)
+        self._of_step = torch.zeros_like(self._sums)
+        self.start_clock()
+
+    def start_clock(self):
+        """Anew, so that an evaluation does not count as training."""
+        self._since, self._rows = time.perf_counter(), 0
+
+    def add(self, outputs: Mapping[str, torch.Tensor], matching_labels: torch.Tensor, weight: float):
+        """One micro-batch, of so much weight in its step."""
+        losses = [outputs[name].detach() for name in ("loss", "mlm_loss", "moc_loss", "matching_loss")]
+        self._of_step += torch.stack([*losses, (matching_labels == 1).float().mean()]) * weight
+        self._rows += len(matching_labels)
+
+    def end_step(self):
+        """Every process calls it."""
+        self._sums += self.accelerator.reduce(self._of_step, reduction="sum")  # the same in every process
+        self._of_step.zero_()
+
+    def mean(self, steps: int) -> dict[str, float]:
+        """Over the last steps, of masked tokens and regions over their matches, as in evaluation; begins anew."""
+        loss, mlm, moc, matching, matches = (self._sums / steps).tolist()
+        rows = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
+        self._sums.zero_()
+        self.start_clock()
+        return {
+            "loss": loss,
+            "mlm_loss": mlm / matches,
+            "moc_loss": moc / matches,
+            "matching_loss": matching,
+            "rows_per_second": rows,
+        }
+
+    def state(self) -> list[float]:
+        return self._sums.tolist()
+
+    def load(self, state: Sequence[float]):
+        self._sums.copy_(torch.tensor(state))
 
 
 def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path, seed: int) -> PretrainingSetup:
@@ -139,8 +214,8 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         if arguments.num_region_classes is None and store.provenance["num_classes"] is None:
             logger.warning(
                 f"{store.path} does not say how many object classes its detector knows. The model predicts "
-                f"{model.config.num_region_classes:,}; the highest id of these images is {highest}. Give the number with "
-                "--num_region_classes, or once for all with `unicoder-vl convert --num-classes`."
+                f"{model.config.num_region_classes:,}; the highest id of these images is {highest}. If that is not the "
+                "detector's number, give it: --num_region_classes, or once for all `unicoder-vl convert --num-classes`."
             )
     model.sparse_prediction = model.bert.padding_free = True
     processor = load_processor(arguments, data)
@@ -171,22 +246,22 @@ def check_object_ids(store: RegionStore, image_ids: Sequence[str], num_classes: 
     The highest object id of these images, all of which masked object classification is to predict.
 
     Raises:
-        `ValueError`: an image has no object ids, or one that is not below `num_classes`. The collator would say so, too,
-            but perhaps days later.
+        `ValueError`: an image has no object ids, or one that is not below `num_classes`. The collator would say so,
+            too, but perhaps days later.
     """
     highest = store.highest_object_ids(image_ids)
     lacking, wrong = np.flatnonzero(highest == NO_OBJECT_IDS), np.flatnonzero(highest >= num_classes)
     if len(lacking) > 0:
         raise ValueError(
             f"{store.path}, image {image_ids[lacking[0]]!r} (one of {len(lacking):,}): the record has no object_ids, "
-            "which masked object classification predicts. Add them with `unicoder-vl label`, or train without (--no_moc)."
+            "which masked object classification predicts. Add them with `unicoder-vl label`, or leave it out: --no_moc."
         )
     if len(wrong) > 0:
         raise ValueError(
-            f"{store.path}, image {image_ids[wrong[0]]!r} (one of {len(wrong):,}): object_ids hold {highest[wrong[0]]}, "
-            f"expected 0 to {num_classes - 1}, the classes that the model predicts, or -1 for none. Ids count from 0 and "
-            "without background: convert the regions anew if theirs do not, give a detector's larger number of classes "
-            "with --num_region_classes, or train without (--no_moc)."
+            f"{store.path}, image {image_ids[wrong[0]]!r} (one of {len(wrong):,}): object_ids hold "
+            f"{highest[wrong[0]]}, expected 0 to {num_classes - 1}, as the model predicts, or -1 for none. Ids count "
+            "from 0, without background: convert the regions anew if theirs do not; or give the detector's number of "
+            "classes with --num_region_classes; or leave the task out: --no_moc."
         )
     return int(highest.max())
 

@@ -126,6 +126,13 @@ class UnicoderVLProcessor(ProcessorMixin):
             data.update(self.feature_extractor(records, return_tensors=return_tensors))
         return BatchFeature(data)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As [`~ProcessorMixin.save_pretrained`], without the padding and truncation of the tokenizer's last call."""
+        if self.tokenizer.is_fast:
+            self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.backend_tokenizer.no_truncation()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def load_records(self, regions, store: Mapping[str, RegionRecord] | None = None) -> list[RegionRecord]:
         """The records behind `regions`, which is anything that a call takes."""
         if store is None:

@@ -30,7 +30,8 @@ def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
 
 class TaskTrainer(Trainer):
     """
-    A Trainer for one of our tasks: a subclass says how a model is evaluated, and how it was trained.
+    A Trainer for one of our tasks: a subclass says how a model is evaluated, and in `card` or `trained_by` how it was
+    trained.
 
     Args:
         setup: What [`prepare_pretraining`] or [`prepare_retrieval`] built.
@@ -65,10 +66,20 @@ class TaskTrainer(Trainer):
         """The metrics of the model on the validation rows, the same in every process."""
         raise NotImplementedError
 
+    def card(self) -> dict[str, Any]:
+        """What the model card says of data and training: arguments of [`write_model_card`]."""
+        return {
+            "data_name": self.setup.data_name,
+            "provenance": self.setup.processor.feature_extractor.region_provenance,
+            "trained_by": self.trained_by,
+        }
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         rows = self.setup.validation if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There is nothing to validate on: see --validation_split and --max_validation_….")
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+            self.save_model()  # before the last evaluation, in which it would otherwise be lost
         metrics = self.evaluate_task(rows)
         self.last_metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(self.last_metrics))
@@ -79,12 +90,10 @@ class TaskTrainer(Trainer):
         if self.is_world_process_zero():
             write_model_card(
                 Path(str(self.args.output_dir)),
-                trained_by=self.trained_by,
                 base_model=self.base_model,
                 repo_id=self.hub_model_id,
-                data_name=self.setup.data_name,
-                provenance=self.setup.processor.feature_extractor.region_provenance,
                 metrics=self.last_metrics,
+                **self.card(),
             )
 
     def run(self, resume_from: Path | None = None):
@@ -106,6 +115,8 @@ class TaskTrainer(Trainer):
         if self.args.load_best_model_at_end and best:  # which may not be the last
             self.last_metrics = {name: value for name, value in best[-1].items() if name.startswith("eval_")}
         self.save_model()
+        if self.args.eval_strategy != "no" and not self.last_metrics:  # all that the run we resumed had left to do
+            self.evaluate()
         self.save_state()
         self.save_metrics("eval", self.last_metrics)
         self.create_model_card()
@@ -129,7 +140,5 @@ class _StopWithCheckpoint(TrainerCallback):
         self.stopped = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.stop.is_set():
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() and state.global_step < state.max_steps:
+        if self.stop.agreed(self.accelerator) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True

@@ -82,7 +82,7 @@ class StopSignal:
     with StopSignal() as stop:
         for step in steps:
             ...
-            if stop.is_set():
+            if stop.agreed(accelerator):
                 save_checkpoint()
                 break
     ```
@@ -100,13 +100,18 @@ class StopSignal:
     def is_set(self) -> bool:
         return self._is_set
 
-    def set(self):
-        self._is_set = True
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether it is set in any process, so that all end at the same step. Every process calls it."""
+        if self._is_set:
+            accelerator.set_trigger()
+        if accelerator.check_trigger():
+            self._is_set = True
+        return self._is_set
 
     def _handle(self, number: int, frame: FrameType | None):
         if self._is_set:
             raise KeyboardInterrupt
-        self.set()
+        self._is_set = True
         logger.warning("Stopping after this step, with a checkpoint. Once more to stop at once, without one.")
 
 
@@ -132,14 +137,23 @@ class CheckpointFolder:
         found = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
         return sorted(filter(self._is_complete, found), key=lambda path: int(path.name[11:]))
 
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: the model is here, and its card, which is written last."""
+        return all((self.output_dir / name).exists() for name in ("model.safetensors", "README.md"))
+
     def resolve(self, requested: str | None) -> Path | None:
         """
         The checkpoint to resume from: a folder, the newest for `"latest"`, None for None.
 
         Raises:
-            `ValueError`: there is none, or a run lies in the folder that is not to be resumed.
+            `ValueError`: there is none, the run is finished, or one lies in the folder that is not to be resumed.
         """
         present = self.list()
+        if requested in (None, "latest") and self.is_finished():
+            raise ValueError(
+                f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. Take another "
+                "--output_dir."
+            )
         if requested is None:
             if present:
                 raise ValueError(
@@ -147,12 +161,17 @@ class CheckpointFolder:
                     "latest, or take another --output_dir."
                 )
             if (self.output_dir / "model.safetensors").exists():
-                raise ValueError(f"{self.output_dir} holds a finished model: take another --output_dir.")
+                raise ValueError(f"{self.output_dir} holds a model: take another --output_dir.")
             return None
-        path = (present or [self.output_dir / "checkpoint-*"])[-1] if requested == "latest" else Path(requested)
-        if not self._is_complete(path):
-            raise ValueError(f"{path} is no checkpoint of a run: it has no {self.state_file}.")
-        return path
+        if requested == "latest":
+            if not present:
+                raise ValueError(
+                    f"{self.output_dir} has no checkpoint yet: start the run without --resume_from_checkpoint."
+                )
+            return present[-1]
+        if not self._is_complete(Path(requested)):
+            raise ValueError(f"{requested} is no checkpoint of a run: it has no {self.state_file}.")
+        return Path(requested)
 
     def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """
@@ -271,8 +290,18 @@ def push_folder(repo_id: str, folder: Path):
 
 # How a model was trained, for its card.
 PRETRAINED = "pre-trained by masked language modelling, masked object classification and visual-linguistic matching"
-FINE_TUNED = "fine-tuned for image-text retrieval on groups of a match and its hard negatives"
+PRETRAINED_WITHOUT_CLASSES = "pre-trained by masked language modelling and visual-linguistic matching"
+FINE_TUNED = "fine-tuned for image-text retrieval on groups of a match and mismatches drawn at random"
+FINE_TUNED_ON_MINED = "fine-tuned for image-text retrieval on groups of a match and mined hard negatives"
 FIRST_STAGE = "given a first stage of search, trained by a contrastive loss with the encoder frozen"
+
+
+def finish_run(output_dir: Path, metrics: dict[str, float], *, repo_id: str | None = None, **card: Any):
+    """What follows the last evaluation: `metrics.json`, the model card, which `card` is for, and the push."""
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    write_model_card(output_dir, metrics=metrics, repo_id=repo_id, **card)
+    if repo_id is not None:
+        push_folder(repo_id, output_dir)
 
 
 def write_model_card(
@@ -281,6 +310,7 @@ def write_model_card(
     data_name: str,
     metrics: dict[str, float],
     provenance: dict[str, Any] | None,
+    measured_on: str | None = None,
     trained_by: str = PRETRAINED,
     base_model: str | None = None,
     repo_id: str | None = None,
@@ -293,12 +323,13 @@ def write_model_card(
         data_name (`str`): What it was trained on, in words.
         metrics (`dict[str, float]`): On the validation split; may be empty.
         provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
+        measured_on (`str`, *optional*): How many captions and images of it, without which recall at K says little.
         trained_by (`str`, *optional*): How, in words that follow "Unicoder-VL, ".
         base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
     """
     name = repo_id or folder.resolve().name
-    tag = "pre-training" if trained_by == PRETRAINED else "fine-tuning"
+    tag = "pre-training" if trained_by in (PRETRAINED, PRETRAINED_WITHOUT_CLASSES) else "fine-tuning"
     results = [
         huggingface_hub.EvalResult(
             task_type="image-text-matching",
@@ -327,6 +358,7 @@ def write_model_card(
         data_name=data_name,
         trained_by=trained_by,
         regions="\n".join(f"- {field}: {_shorten(value)}" for field, value in known.items()) or "- unknown",
+        measured_on=f"validation: {measured_on}" if measured_on else "validation",
         metrics="\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items()) or "| not evaluated | |",
         location=repo_id or folder.as_posix(),
     )
@@ -338,8 +370,7 @@ def write_model_card(
 # With trust_remote_code the snippet needs no package of ours: it gives the regions as a dict.
 _CARD = """# {name}
 
-Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), {trained_by}, with
-[unicoder-vl-hf](https://pypi.org/project/unicoder-vl-hf/).
+Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), {trained_by}, with unicoder-vl-hf.
 
 - Base model: {base_model}
 - Training data: {data_name}
@@ -352,7 +383,7 @@ The model reads region features of this kind, and no other:
 
 ## Evaluation
 
-| metric | validation |
+| metric | {measured_on} |
 |---|---|
 {metrics}
 

@@ -118,7 +118,8 @@ def detect_format(path: str | PathLike[str]) -> str:
         return "csv"
     raise ValueError(
         f"{path} has no layout that is known: its first line is {line.strip()[:80]!r}. Expected one of "
-        f"{', '.join(FORMATS)}; a csv or tsv needs a header with image_id and caption. Name the layout with format=…"
+        f"{', '.join(FORMATS)}; a csv or tsv needs a header with image_id and caption. In Python, "
+        "read_captions(…, format=…) names the layout."
     )
 
 
@@ -157,7 +158,11 @@ class JoinReport:
 
 
 def join(
-    captions: datasets.Dataset, store: Mapping[str, Any], *, skip_missing: bool = False
+    captions: datasets.Dataset,
+    store: Mapping[str, Any],
+    *,
+    skip_missing: bool = False,
+    skip_option: str | None = "skip_missing=True (--skip-missing)",
 ) -> tuple[datasets.Dataset, JoinReport]:
     """
     Keep the captions whose image is in `store`, and report what does not meet. No record of the store is read.
@@ -167,6 +172,7 @@ def join(
         store (`Mapping`): image id -> record, such as a `RegionStore`.
         skip_missing (`bool`, *optional*, defaults to `False`): drop captions whose image is not in `store`, with a
             warning, instead of raising.
+        skip_option (`str`, *optional*): how the caller's user asks for that, for the message; None if they cannot.
 
     Raises:
         `ValueError`: an image is missing from `store` and `skip_missing` is not set, or no image at all is there.
@@ -203,9 +209,10 @@ def join(
             "extract regions for these images."
         )
     if not skip_missing:
+        leave_out = "take these captions out of the file" if skip_option is None else f"leave them out: {skip_option}"
         raise ValueError(
-            f"{summary}\nEither bring the ids of both sides to one spelling (compare the examples) or extract the "
-            "missing regions; or leave these captions out with skip_missing=True (--skip-missing)."
+            f"{summary}\nBring the ids of both sides to one spelling (compare the examples), extract the missing "
+            f"regions, or {leave_out}."
         )
     logger.warning(f"Leaving captions out: {summary}")
     return captions.select(np.flatnonzero(keep)), report
@@ -444,7 +451,7 @@ def _check_row(row: Any, path: str | PathLike[str], where: str, skip_empty: bool
         return False
     raise ValueError(
         f"{path}, {where}: caption of image {image_id!r} is {caption!r}; expected a text that is not empty. Mend the "
-        "file, or leave such captions out with skip_empty=True."
+        "file; in Python, read_captions(…, skip_empty=True) leaves such captions out."
     )
 
 
@@ -457,7 +464,7 @@ def _check_entries(
         rows += 1
         if split is not None and isinstance(row, dict):
             if "split" not in row:
-                raise ValueError(_no_column(f"{path}, {where}", "split", row))
+                raise ValueError(_no_split_column(f"{path}, {where}", row))
             splits[row["split"]] = None
             if row["split"] != split:
                 continue
@@ -502,7 +509,7 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
 def select_split(table: datasets.Dataset, path: str | PathLike[str], split: str) -> datasets.Dataset:
     """The rows of a split, by the column of that name. Raises ValueError naming `path`, where they come from."""
     if "split" not in table.column_names:
-        raise ValueError(_no_column(path, "split", table.column_names))
+        raise ValueError(_no_split_column(path, table.column_names))
     splits = table.select_columns(["split"]).with_format("arrow")[:]["split"].to_pylist()
     if split not in splits:
         raise ValueError(_no_split(path, split, dict.fromkeys(splits)))
@@ -511,6 +518,13 @@ def select_split(table: datasets.Dataset, path: str | PathLike[str], split: str)
 
 def _no_column(place: str | PathLike[str], name: str, columns: Iterable[str]) -> str:
     return f"{place}: no column {name!r}; the columns are {list(columns)}. Rename the one that holds it to {name!r}."
+
+
+def _no_split_column(place: str | PathLike[str], columns: Iterable[str]) -> str:
+    return (
+        f"{place}: no column 'split'; the columns are {list(columns)}. Add it: train, val or test for each caption. "
+        "COCO's json and Flickr's .token have no place for it: write what read_captions gives as jsonl, and the column."
+    )
 
 
 def _no_split(path: str | PathLike[str], split: str, splits: Iterable[str]) -> str:
