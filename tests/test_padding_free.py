@@ -1,9 +1,9 @@
 """What the models compute without padding is what they compute with it, in values and gradients."""
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from unicoder_vl_hf import (
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
@@ -152,12 +152,27 @@ def test_what_is_recorded_has_the_shape_of_the_batch():
     assert len(outputs.attentions) == 2 or model.config._attn_implementation == "sdpa"
 
 
+def test_mean_states_by_a_slow_loop():
+    model, batch = tiny.model(UnicoderVLModel), padded_batch()
+    inputs = [batch.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")]
+    regions = [batch[name] for name in ("region_features", "region_locations", "region_attention_mask")]
+    found = model.mean_states(*inputs, None, *regions)
+    layers = model(**batch, output_hidden_states=True).hidden_states
+    attended = torch.cat((batch["attention_mask"], batch["region_attention_mask"]), dim=1).bool()
+    for row in range(4):
+        wanted = torch.stack([states[row][attended[row]].mean(0) for states in layers]).mean(0)
+        torch.testing.assert_close(found[row], wanted, rtol=0, atol=1e-5)
+
+
 def test_a_batch_without_masks_goes_through_the_encoder_as_it_is(monkeypatch):
     model, batch = tiny.model(UnicoderVLModel), padded_batch()
     model.padding_free = True
     shapes, forward = [], UnicoderVLEncoder.forward
-    monkeypatch.setattr(
-        UnicoderVLEncoder, "forward", lambda self, states, *a, **k: (shapes.append(states.shape), forward(self, states, *a, **k))[1]
-    )  # fmt: skip
+
+    def noting(self, states, *arguments, **kwargs):
+        shapes.append(states.shape)
+        return forward(self, states, *arguments, **kwargs)
+
+    monkeypatch.setattr(UnicoderVLEncoder, "forward", noting)
     model(**{name: tensor for name, tensor in batch.items() if not name.endswith("mask")})
     assert shapes == [(4, 11, 16)]
