@@ -9,7 +9,8 @@ import pytest
 from foreign_arrays import IMAGES, WRITERS
 from PIL import Image
 
-from unicoder_vl_hf import RegionStore, cli
+import unicoder_vl_hf
+from unicoder_vl_hf import RegionStore, RegionStoreWriter, cli
 from unicoder_vl_hf.cli import main
 from unicoder_vl_hf.regions.extraction import extract
 from unicoder_vl_hf.retrieval.mining import mine
@@ -50,13 +51,24 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     image = IMAGES[0]
     Image.new("RGB", (image.width, image.height), "white").save(tmp_path / "photo.png")
     drawing = tmp_path / "drawn.png"
+    for holder in (store, source):
+        assert main(["inspect", str(holder), "--photo", str(tmp_path / "photo.png"), "--output", str(drawing)]) == 1
+        error = capsys.readouterr().err
+        assert "has no image 'photo'; its first is" in error and "Say with --image-id which image" in error
+    assert not drawing.exists()
     options = ["--image-id", str(image.number), "--photo", str(tmp_path / "photo.png"), "--output", str(drawing)]
     assert main(["inspect", str(store), *options]) == 0
     assert len(np.unique(np.asarray(Image.open(drawing)).reshape(-1, 3), axis=0)) > 2
+    other = IMAGES[1]  # found by the name of its photo
+    named = tmp_path / f"{other.number}.png"
+    Image.new("RGB", (other.width, other.height), "white").save(named)
+    assert main(["inspect", str(store), "--photo", str(named), "--output", str(drawing)]) == 0
+    assert f"Boxes of '{other.number}' drawn on {named}" in capsys.readouterr().out
+    assert main(["inspect", str(store)]) == 0
     output = capsys.readouterr().out
     assert f"images    {len(IMAGES)}\n" in output and "detector             vg" in output
     assert main(["inspect", str(source), "--max-images", "2"]) == 0
-    assert "images    2 looked at, there are more" in capsys.readouterr().out
+    assert "format    lxmert-tsv\nimages    2 looked at, there are more" in capsys.readouterr().out
 
 
 def test_validate_tells_damage_by_its_exit(store, capsys):
@@ -67,14 +79,56 @@ def test_validate_tells_damage_by_its_exit(store, capsys):
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     assert main(["validate", str(store)]) == 1
-    assert "1 problem" in capsys.readouterr().out
+    assert "\n1 problem.\n" in capsys.readouterr().out
+
+
+def test_what_is_no_store_is_said(store, source, tmp_path, capsys):
+    RegionStoreWriter(tmp_path / "begun", detector="vg")  # killed
+    for arguments, says in (
+        (["validate", str(source)], f"{source} is a file, expected the folder of a region store."),
+        (["compare", str(store), str(source)], f"{source} is a file, expected the folder of a region store."),
+        (["validate", str(tmp_path / "none")], "none is no region store: there is no manifest.json."),
+        (["compare", str(tmp_path / "none"), str(store)], "none is no region store: there is no manifest.json."),
+        (["inspect", str(tmp_path / "begun")], "begun is an unfinished store: its writer is at work or was stopped"),
+    ):
+        assert main(arguments) == 1
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"), [("convert", "stopped. With --resume it goes on."), ("validate", "stopped.")]
+)
+def test_stopped_it_says_how_to_go_on(command, says, source, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unicoder_vl_hf.regions.conversion.convert", stop)
+    monkeypatch.setattr("unicoder_vl_hf.regions.validation.validate", stop)
+    arguments = {"convert": ["convert", str(source), str(tmp_path / "store")], "validate": ["validate", str(source)]}
+    assert main(arguments[command]) == 130
+    assert capsys.readouterr().err == f"unicoder-vl {command}: {says}\n"
+
+
+def test_images_without_an_id_may_be_skipped(source, tmp_path, capsys):
+    (tmp_path / "ids.csv").write_text(f"source_id,image_id\n{IMAGES[0].name},dog\n")
+    arguments = ["convert", str(source), str(tmp_path / "store"), "--ids", str(tmp_path / "ids.csv")]
+    assert main(arguments) == 1
+    assert "--skip-unmapped" in capsys.readouterr().err
+    assert main([*arguments, "--skip-unmapped"]) == 0
+    assert list(RegionStore(tmp_path / "store")) == ["dog"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"unicoder-vl-hf {unicoder_vl_hf.__version__}\n"
 
 
 def test_compare_and_merge(store, source, tmp_path, capsys):
     assert main(["compare", str(store), str(store)]) == 0
     assert f"{len(IMAGES)} in both, 0 in A alone" in capsys.readouterr().out
     assert main(["convert", str(source), str(tmp_path / "other"), "--source-detector", "vg@abc"]) == 0
-    assert main(["merge", str(tmp_path / "both"), str(store), str(tmp_path / "other")]) == 0
+    assert main(["merge", str(store), str(tmp_path / "other"), "--output", str(tmp_path / "both")]) == 0
     assert len(RegionStore(tmp_path / "both")) == 2 * len(IMAGES)
 
 
@@ -87,11 +141,28 @@ def test_export_round_trip(store, tmp_path):
         np.testing.assert_array_equal(again[image_id].boxes, record.boxes)
 
 
-def test_label_needs_a_detector_that_classifies(store, tmp_path, capsys):
-    pytest.importorskip("torchvision")
-    arguments = ["label", str(store), str(tmp_path / "labelled"), "--detector"]
-    assert main([*arguments, "torchvision:fasterrcnn_mobilenet_v3_large_fpn", "-o", "weights"]) == 1
-    assert "'weights', expected NAME=VALUE" in capsys.readouterr().err
+def test_label_fetches_no_weights_before_it_has_checked_the_store(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("unicoder_vl_hf.regions.labelling.load_detector", lambda name, **options: pytest.fail(name))
+    (tmp_path / "plain").mkdir()
+    source = WRITERS["scan-npy"](tmp_path / "plain")
+    for name, options in {"silent": [], "told": ["--source-detector", "visual-genome:a/b@c"]}.items():
+        assert main(["convert", str(source), str(tmp_path / name), *options]) == 0
+    capsys.readouterr()
+    for labelled, detector, options, says in (
+        (store, "visual-genome:a/b", ["-o", "revision"], "'revision', expected NAME=VALUE"),
+        (store, "visual-genome:a/b", [], "has object classes already"),
+        (tmp_path / "told", "torchvision:x", [], "torchvision:x cannot classify stored features"),
+        (tmp_path / "silent", "visual-genome:a/b", [], "does not tell what found its regions"),
+        (
+            tmp_path / "told",
+            "visual-genome:a/x",
+            [],
+            "holds the features of visual-genome:a/b, not of visual-genome:a/x",
+        ),
+    ):
+        assert main(["label", str(labelled), str(tmp_path / "labelled"), "--detector", detector, *options]) == 1
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "labelled").exists()
 
 
 def test_commands_pass_on_what_their_functions_take():

@@ -24,7 +24,7 @@ from extract_client import ColourDetector
 from photos import SIZES, photo
 from PIL import Image
 
-from unicoder_vl_hf import RegionStore
+from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.regions.detectors.torchvision_models import TorchvisionDetector
 from unicoder_vl_hf.regions.extraction import MAX_PIXELS, decode_photo, extract
 
@@ -194,7 +194,9 @@ def test_duplicate_ids_are_an_error_before_any_work(tmp_path):
         (tmp_path / name).parent.mkdir()
         quarters().save(tmp_path / name)
     # The detector does not exist: it is not even looked for.
-    with pytest.raises(ValueError, match=r"a/1\.jpg and .*b/1\.jpg both have the id '1': with ids='path'"):
+    with pytest.raises(
+        ValueError, match=r"a/1\.jpg and .*b/1\.jpg both have the id '1': with ids='path' \(--ids path\)"
+    ):
         extract(tmp_path, tmp_path / "store", "transformers:/nowhere")
     assert not list(tmp_path.glob("store*"))
 
@@ -462,15 +464,60 @@ def test_told_to_stop_it_loses_nothing(tmp_path, num_workers):
 
 def test_a_finished_store_is_left_alone(tmp_path):
     photos = save_photos(tmp_path / "photos", 4)
-    (photos / "broken.jpg").write_bytes(b"no photo")
     run(photos, tmp_path / "store")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
     assert len(run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"))) == 4
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
     assert not computed(tmp_path / "computed")
+    with pytest.raises(ValueError, match=r"store was begun with dtype='float16', not 'float32'"):
+        run(photos, tmp_path / "store", dtype="float32")
+    other = ColourDetector()
+    other.provenance["detector"] = "greys"
+    with pytest.raises(ValueError, match=r"store was begun with detector='colours', not 'greys'"):
+        run(photos, tmp_path / "store", other)
+    with pytest.raises(ValueError, match=r"store was begun with box_type='.*', not 'given'"):
+        run(photos, tmp_path / "store", boxes={})
     save_photos(photos, 1, prefix="new")
     with pytest.raises(ValueError, match="is finished and lacks 1 of these photos, such as 'new_000'"):
         run(photos, tmp_path / "store")
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    assert not (tmp_path / "store.parts").exists()
+
+
+def test_skipped_photos_are_tried_again(tmp_path):
+    photos = save_photos(tmp_path / "photos", 4)
+    for name in ("photo_001", "photo_002"):
+        (photos / f"{name}.png").write_bytes(b"no photo")
+    assert set(skipped(run(photos, tmp_path / "store"))) == {"photo_001", "photo_002"}
+    assert set(skipped(run(photos, tmp_path / "store"))) == {"photo_001", "photo_002"}
+    for number, left in ((1, {"photo_002"}), (2, set())):
+        photo(*SIZES[number], seed=number).save(photos / f"photo_{number:03d}.png")
+        store = run(photos, tmp_path / "store", ColourDetector(tmp_path / f"again-{number}"))
+        assert computed(tmp_path / "again") == Counter(f"photo_{done:03d}" for done in range(1, number + 1))
+        assert set(skipped(store)) == left
+    save_photos(tmp_path / "undamaged", 4)
+    assert_same(store, run(tmp_path / "undamaged", tmp_path / "expected"))
+    assert not (tmp_path / "store.parts").exists()
+
+
+def test_one_extraction_a_store(tmp_path):
+    photos = save_photos(tmp_path / "photos", 2)
+
+    class Twice(ColourDetector):
+        def __call__(self, prepared, image_ids, boxes=None):
+            with pytest.raises(ValueError, match=r"store\.parts is being written by another process"):
+                run(photos, tmp_path / "store")
+            return super().__call__(prepared, image_ids, boxes)
+
+    assert len(run(photos, tmp_path / "store", Twice())) == 2
+
+
+def test_an_output_that_holds_something_else(tmp_path):
+    photos = save_photos(tmp_path / "photos", 2)
+    (tmp_path / "file").touch()
+    RegionStoreWriter(tmp_path / "begun", detector="other")  # killed
+    for name in ("file", "begun"):
+        with pytest.raises(ValueError, match=f"{name} is a file, or the beginning of another store"):
+            run(photos, tmp_path / name)
 
 
 def test_options_are_those_of_a_detector_by_name(tmp_path):

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -93,7 +95,7 @@ def test_workers_share_the_images(workers, tmp_path):
     store = convert(source, tmp_path / "store", workers=workers, detector="vg", detector_revision="1")
     assert_holds(store, range(1, 30))
     assert (store.provenance["detector"], store.provenance["source_format"]) == ("vg", "bottom-up-tsv")
-    assert [path.name for path in tmp_path.iterdir() if "parts" in path.name] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.tsv", "store"]
 
 
 def test_more_workers_than_images(tmp_path):
@@ -105,10 +107,10 @@ def test_more_workers_than_images(tmp_path):
 
 def test_parts_whose_removal_was_interrupted(tmp_path):
     source = write_lines(tmp_path / "features.tsv", range(1, 6))
-    convert(source, tmp_path / "store")
-    (tmp_path / ".store.parts-2").mkdir()
-    assert_holds(convert(source, tmp_path / "store", workers=2), range(1, 6))
-    assert not (tmp_path / ".store.parts-2").exists()
+    convert(source, tmp_path / "store", workers=2)
+    (tmp_path / ".store.parts").mkdir()
+    assert_holds(convert(source, tmp_path / "store", workers=2, resume=True), range(1, 6))
+    assert not (tmp_path / ".store.parts").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -122,6 +124,54 @@ def test_resuming_after_an_error_reads_no_image_twice(workers, tmp_path):
     with pytest.raises(ValueError, match="resume"):
         convert(source, tmp_path / "store", workers=workers, shard_size=100)
     assert_holds(convert(source, tmp_path / "store", workers=workers, shard_size=100, resume=True), range(1, 30))
+
+
+def test_a_failure_before_the_first_shard_binds_nobody(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 6), damaged=4)
+    for options in ({}, {"num_classes": 7}, {"workers": 2}):
+        with pytest.raises(ValueError, match="line 4"):
+            convert(source, tmp_path / "store", **options)
+        shutil.rmtree(tmp_path / ".store.parts", ignore_errors=True)  # of two workers, one was well
+    write_lines(source, range(1, 6))
+    assert_holds(convert(source, tmp_path / "store", num_classes=8), range(1, 6))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_resuming_with_other_settings_is_refused_by_name(finished, tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 6), damaged=None if finished else 5)
+    options = {"rename": id_mapping("stem"), "shard_size": 1}
+    with suppress(ValueError):
+        convert(source, tmp_path / "store", **options)
+    write_lines(source, range(1, 7))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    with pytest.raises(ValueError, match=r"store was begun with ids='stem', not 'coco': resume with equal settings"):
+        convert(source, tmp_path / "store", **options | {"rename": id_mapping("coco")}, resume=True)
+    with pytest.raises(ValueError, match=r"store was begun with ids='stem', not None"):
+        convert(source, tmp_path / "store", resume=True)
+    with pytest.raises(ValueError, match=r"store was begun with background=None, not True"):
+        convert(source, tmp_path / "store", **options, resume=True, format_options={"background": True})
+    with pytest.raises(ValueError, match=r"store was begun with num_classes=None, not 7"):
+        convert(source, tmp_path / "store", **options, resume=True, num_classes=7)
+    if not finished:
+        with pytest.raises(ValueError, match=r"store was begun with workers=1, not 2"):
+            convert(source, tmp_path / "store", **options, resume=True, workers=2)
+    with pytest.raises(ValueError, match=r"or the beginning of one: go on with it by resume=True \(--resume\)"):
+        convert(source, tmp_path / "store", **options)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    assert_holds(convert(source, tmp_path / "store", **options, resume=True), range(1, 7))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_without_an_id_are_left_out_and_listed(workers, tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 6))
+    (tmp_path / "ids.csv").write_text("source_id,image_id\n1,1\n3,3\n4,4\n")
+    rename = id_mapping(str(tmp_path / "ids.csv"))
+    with pytest.raises(ValueError, match=r"Image '2' is not in .*ids\.csv, .* skip_unmapped=True \(--skip-unmapped\)"):
+        convert(source, tmp_path / "store", rename=rename)
+    assert_holds(convert(source, tmp_path / "store", rename=rename, skip_unmapped=True, workers=workers), [1, 3, 4])
+    rows = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(row["image_id"] for row in rows) == ["2", "5"]
+    assert all(row["file"] == str(source) and "is not in" in row["reason"] for row in rows)
 
 
 def test_ids_that_become_one_are_an_error(karpathy, tmp_path):

@@ -298,13 +298,49 @@ def test_a_resumed_store_equals_an_undisturbed_one(stop, small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_store(interrupted(), folder, **options)
     assert not list(folder.glob("*.partial"))
-    with pytest.raises(ValueError, match="unfinished"):
-        RegionStore(folder)
-    with pytest.raises(ValueError, match="an unfinished store: pass resume=True"):
-        RegionStoreWriter(folder, **options)
+    if stop < 2:
+        assert not any(folder.iterdir())  # no shard, so that nothing is begun
+    else:
+        with pytest.raises(ValueError, match=r"an unfinished store: .* goes on with resume=True \(--resume\)"):
+            RegionStore(folder)
+        with pytest.raises(ValueError, match=r"an unfinished store: go on with it by resume=True \(--resume\)"):
+            RegionStoreWriter(folder, **options)
     (folder / "regions-00077.safetensors.partial").write_bytes(b"what a kill leaves")
     write_store(map(make, range(40)), folder, resume=True, **options)
     assert files_of(folder) == files_of(small.path)
+
+
+def test_before_the_first_shard_no_setting_is_fixed(tmp_path):
+    folder = tmp_path / "store"
+    RegionStoreWriter(folder, detector="a")  # killed
+    assert (folder / "unfinished.json").exists()
+    with pytest.raises(RuntimeError), RegionStoreWriter(folder, detector="b") as writer:
+        writer.write(make(0))
+        raise RuntimeError
+    assert not any(folder.iterdir())
+    with RegionStoreWriter(folder, resume=True, detector="c") as writer:
+        writer.write(make(0))
+    assert RegionStore(folder).provenance["detector"] == "c"
+
+
+def test_one_writer_a_folder(tmp_path):
+    folder = tmp_path / "store"
+    with RegionStoreWriter(folder) as writer:
+        writer.write(make(0))
+        with pytest.raises(ValueError, match=r"store is being written by another process: wait until it ends"):
+            RegionStoreWriter(folder, resume=True)
+        writer.write(make(1))
+    with RegionStoreWriter(folder, resume=True) as writer:  # the lock ended with the block
+        assert len(writer) == 2
+
+
+def test_what_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, expected the folder of a region store"):
+        RegionStore(tmp_path / "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(ValueError, match="is, or is below, a file: take another folder"):
+            RegionStoreWriter(path)
 
 
 KILLED = {"shard_size": 1000, "detector": "d", "resume": True}
@@ -508,8 +544,7 @@ def peak_memory() -> int:
 def test_a_million_ids_open_at_once(tmp_path):
     """The index is mapped, not parsed: under a second and 200 MB for a million ids."""
     folder, count = tmp_path / "store", 1_000_000
-    with pytest.raises(KeyboardInterrupt), RegionStoreWriter(folder):
-        raise KeyboardInterrupt
+    RegionStoreWriter(folder)  # killed
     # A shard of a million images of one region, as the writer would have left it.
     names = [f"COCO_train2014_{number:012d}" for number in range(count)]
     offsets = np.arange(count + 1)

@@ -1,4 +1,4 @@
-"""`unicoder-vl`: what one does with region features and photos, from the shell. Thin over the rooms of the package."""
+"""`unicoder-vl`: region features, from photos or from files of other tools, and search with them, from the shell."""
 
 import argparse
 import json
@@ -9,7 +9,18 @@ from typing import Any
 
 from transformers.utils import logging
 
+from . import __version__
+
 logger = logging.get_logger(__name__)
+
+# How to go on with a command that was stopped; the others leave nothing behind.
+GO_ON = {
+    "extract": "The same command goes on.",
+    "convert": "With --resume it goes on.",
+    "label": "With --resume it goes on.",
+    "merge": "The same command goes on.",
+    "index": "The same command goes on.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,17 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unicoder-vl {args.command}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"unicoder-vl {args.command}: stopped.", file=sys.stderr)
+        print(f"unicoder-vl {args.command}: stopped. {GO_ON.get(args.command, '')}".rstrip(), file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .regions.conversion import EXPORTS
+
     parser = argparse.ArgumentParser(prog="unicoder-vl", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"unicoder-vl-hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(run, help: str, *positional: tuple[str, str]) -> argparse.ArgumentParser:
         name = run.__name__.strip("_").replace("_", "-")
-        added = commands.add_parser(name, help=help, description=f"{help}.", allow_abbrev=False)
+        added = commands.add_parser(
+            name, help=help, description=help if help.endswith("?") else f"{help}.", allow_abbrev=False
+        )
         added.set_defaults(run=run)
         for argument, text in positional:
             added.add_argument(argument, help=text)
@@ -68,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--ids", help="other names for the images: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN"
     )
+    convert.add_argument("--skip-unmapped", action="store_true", help="leave out images that --ids does not cover")
     convert.add_argument("--dtype", default="float16", help="of the features: float16 (default), bfloat16 or float32")
     convert.add_argument("--workers", type=int, default=1, help="processes")
     convert.add_argument("--resume", action="store_true", help="go on with a conversion that was stopped")
@@ -77,15 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     export = command(
         _export, "A store → files that other tools read", ("store", "its folder"), ("path", "what to write")
     )
-    export.add_argument(
-        "--format", required=True, help="parquet, or a format that can be written (see --help of convert)"
-    )
+    export.add_argument("--format", required=True, help=f"one of {', '.join(EXPORTS)}")
 
     inspect = command(_inspect, "What a store or a feature file holds", ("source", "store, file or folder"))
     _add_format(inspect)
     inspect.add_argument("--max-images", type=int, help="look at so many (default: all of a store, 1,000 of a file)")
     inspect.add_argument("--image-id", help="show the record of this image")
-    inspect.add_argument("--photo", help="its photo: draws the boxes on it")
+    inspect.add_argument("--photo", help="draw the boxes on it (default of --image-id: its name without suffix)")
     inspect.add_argument("--output", default="regions.png", help="where the drawing goes (default: regions.png)")
 
     command(_validate, "Look for damage in a store, and name the images", ("store", "its folder"))
@@ -108,8 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.add_argument("--resume", action="store_true", help="go on after an interruption")
 
-    merge = command(_merge, "Several stores → one", ("output", "folder of the new store"))
+    merge = command(_merge, "Several stores → one")
     merge.add_argument("stores", nargs="+", help="of different images and one provenance")
+    merge.add_argument("--output", required=True, help="folder of the new store")
 
     mine = command(
         _mine,
@@ -238,7 +254,7 @@ def _convert(args: argparse.Namespace) -> None:
     from .data.image_ids import id_mapping
     from .regions.conversion import convert
 
-    options: dict[str, Any] = {"dtype": args.dtype, "resume": args.resume, "num_classes": args.num_classes}
+    options: dict[str, Any] = {"dtype": args.dtype, "num_classes": args.num_classes}
     if args.source_detector is not None:
         name, at, revision = args.source_detector.rpartition("@")
         if not (name and at and revision):
@@ -249,7 +265,9 @@ def _convert(args: argparse.Namespace) -> None:
         args.store,
         format=args.format,
         rename=None if args.ids is None else id_mapping(args.ids),
+        skip_unmapped=args.skip_unmapped,
         workers=args.workers,
+        resume=args.resume,
         format_options=_format_options(args),
         **options,
     )
@@ -265,11 +283,13 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .regions.formats import read_records
+    from .regions.formats import detect_format, read_records
     from .regions.inspection import inspect_records
-    from .regions.store import MANIFEST, RegionStore
+    from .regions.shards import MANIFEST, UNFINISHED
+    from .regions.store import RegionStore
 
-    if (Path(args.source) / MANIFEST).exists():
+    image_id = Path(args.photo).stem if args.image_id is None and args.photo is not None else args.image_id
+    if any((Path(args.source) / name).exists() for name in (MANIFEST, UNFINISHED)):
         store = RegionStore(args.source)
         found = inspect_records(store.values(), args.max_images, total=args.max_images or len(store))
         known = {name: value for name, value in store.provenance.items() if value not in (None, [], {})}
@@ -277,22 +297,21 @@ def _inspect(args: argparse.Namespace) -> None:
             f"{store}\n{found}\n\nprovenance\n"
             + "\n".join(f"  {name:20} {value}"[:160] for name, value in known.items())
         )
-        record = None if args.image_id is None else store[args.image_id]
+        record = store.get(image_id)
     else:
-        options = _format_options(args)
-        records = read_records(args.source, args.format, **options)
-        found = inspect_records(records, args.max_images or 1000)
-        print(found)
-        record = None
-        if args.image_id is not None:
-            every = read_records(args.source, args.format, **options)
-            record = next((each for each in every if each.image_id == args.image_id), None)
-            if record is None:
-                raise ValueError(f"{args.source} has no image {args.image_id!r}.")
-    record = record or found.example
-    if args.image_id is not None:
-        print(record)
-    if args.photo is not None and record is not None:
+        format, options = args.format or detect_format(args.source), _format_options(args)
+        found = inspect_records(read_records(args.source, format, **options), args.max_images or 1000)
+        print(f"format    {format}\n{found}")
+        every = read_records(args.source, format, **options) if image_id is not None else ()
+        record = next((each for each in every if each.image_id == image_id), None)
+    if image_id is None:
+        return
+    if record is None:
+        first = "" if found.example is None else f"; its first is {found.example.image_id!r}"
+        hint = "" if args.image_id is not None else f". Say with --image-id which image {args.photo} is"
+        raise ValueError(f"{args.source} has no image {image_id!r}{first}{hint}.")
+    print(record)
+    if args.photo is not None:
         from PIL import Image
 
         from .pictures import draw_regions
@@ -315,14 +334,12 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _label(args: argparse.Namespace) -> None:
-    from .regions.detectors import load_detector
-    from .regions.labelling import Classifier, label
+    from .regions.labelling import label, load_classifier
     from .regions.store import RegionStore
 
-    store, detector = RegionStore(args.store), load_detector(args.detector, **dict(map(_option, args.option)))
-    if not isinstance(detector, Classifier):
-        raise ValueError(f"{args.detector} cannot classify stored features, only visual-genome detectors can.")
-    print(label(store, args.output, detector, resume=args.resume))
+    store = RegionStore(args.store)
+    classifier = load_classifier(store, args.detector, **dict(map(_option, args.option)))
+    print(label(store, args.output, classifier, resume=args.resume))
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -368,7 +385,7 @@ def _print_problems(problems: Iterable[object]) -> int:
     for problem in problems:
         count += 1
         print(problem)
-    print(f"{count} problems." if count else "No problem found.")
+    print(f"{count} problem{'s' * (count > 1)}." if count else "No problem found.")
     return int(count > 0)
 
 

@@ -9,4 +9,4 @@ def optional_import(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"This needs {module}: pip install 'unicoder-vl-hf[{extra}]'.") from error
+        raise ImportError(f"This needs {module}: pip install '.[{extra}]' in a checkout of unicoder-vl-hf.") from error

@@ -22,7 +22,7 @@ from .feature_extraction_unicoder_vl import RegionRecord
 try:
     from PIL import Image, ImageDraw, ImageFont
 except ImportError as error:
-    raise ImportError("Pictures are drawn with Pillow: pip install 'unicoder-vl-hf[demo]'") from error
+    raise ImportError("Pictures need Pillow: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
 
 # Told apart by most kinds of colour vision (Okabe and Ito), dark enough for white text and thin lines.
 PALETTE = ("#0072b2", "#d55e00", "#007a5a", "#a8437f", "#5b4ea3", "#8a6100", "#00748c", "#b3262e")
@@ -61,7 +61,7 @@ def training_curves(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Curves are drawn with matplotlib: pip install 'unicoder-vl-hf[demo]'") from error
+        raise ImportError("Curves need matplotlib: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
     if isinstance(log, str | os.PathLike):
         log = [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
     rows = list(log)
@@ -143,6 +143,7 @@ def draw_regions(
     record: RegionRecord,
     *,
     class_names: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
     max_regions: int | None = None,
     min_width: int = 640,
 ) -> Image.Image:
@@ -153,6 +154,7 @@ def draw_regions(
         image (`PIL.Image.Image`): The photo, of any size: boxes are scaled to it.
         record (`RegionRecord`): Its regions.
         class_names (sequence of `str`, *optional*): Name of each object id; without, the id is shown.
+        labels (sequence of `str`, *optional*): What stands at each box, instead of index, class and score.
         max_regions (`int`, *optional*): Only the best by score (the first, where there are no scores).
         min_width (`int`, defaults to 640): Narrower photos are enlarged to it, so that the labels can be read.
 
@@ -179,7 +181,7 @@ def draw_regions(
         draw.rectangle(_inside(boxes[index], canvas.size), outline=PALETTE[index % len(PALETTE)], width=line)
     taken: list[tuple[float, float, float, float]] = []
     for index in shown:
-        label = _region_label(record, index, class_names)
+        label = _region_label(record, index, class_names) if labels is None else labels[index]
         place = _free_place(draw.textbbox((0, 0), label, font=font), boxes[index], canvas.size, taken)
         taken.append(place)
         draw.rectangle(place, fill=PALETTE[index % len(PALETTE)])

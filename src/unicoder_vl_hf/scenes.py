@@ -35,7 +35,7 @@ from .regions.store import RegionStoreWriter
 try:
     from PIL import Image, ImageDraw
 except ImportError as error:
-    raise ImportError("Scenes are drawn with Pillow: pip install 'unicoder-vl-hf[demo]'") from error
+    raise ImportError("Scenes are drawn with Pillow: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
 
 logger = logging.get_logger(__name__)
 

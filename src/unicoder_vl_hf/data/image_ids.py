@@ -7,13 +7,12 @@ converted, to those that `read_captions` gives; captions stay as they are.
 
 import csv
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..regions.conversion import Rename, UnmappedId
 from .captions import read_captions
-
-Rename = Callable[[str], str]
 
 
 def id_mapping(rule: str) -> Rename:
@@ -32,12 +31,12 @@ def id_mapping(rule: str) -> Rename:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The rule or its file is malformed. So does the function on an id that the rule does not cover.
+        ValueError: The rule or its file is malformed. The function raises `UnmappedId`, which is one.
     """
     if rule == "stem":
-        return _stem
+        return Rename(rule, _stem)
     if rule == "coco":
-        return _coco_number
+        return Rename(rule, _coco_number)
     if rule.endswith(".csv"):
         return _look_up(_read_pairs(Path(rule)), rule)
     path, _, column = rule.rpartition(":")
@@ -63,7 +62,7 @@ def _stem(image_id: str) -> str:
 def _coco_number(image_id: str) -> str:
     number = re.search(r"(\d+)$", PurePosixPath(image_id).stem)
     if number is None:
-        raise ValueError(f"Image {image_id!r} ends in no number, expected COCO's, as in COCO_val2014_000000391895.")
+        raise UnmappedId(f"Image {image_id!r} ends in no number, expected COCO's, as in COCO_val2014_000000391895.")
     return str(int(number[1]))
 
 
@@ -81,7 +80,7 @@ def _look_up(pairs: Iterable[tuple[str, str]], rule: str) -> Rename:
     for source_id, image_id in pairs:
         if names.setdefault(source_id, image_id) != image_id:
             raise ValueError(f"{rule}: {source_id!r} stands for both {names[source_id]!r} and {image_id!r}.")
-    return _Names(rule, names)
+    return Rename(rule, _Names(rule, names))
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ class _Names:
     def __call__(self, source_id: str) -> str:
         if source_id not in self.names:
             examples = ", ".join(map(repr, list(self.names)[:3]))
-            raise ValueError(
-                f"Image {source_id!r} is not in {self.rule}, whose {len(self.names):,} ids are like {examples}."
+            raise UnmappedId(
+                f"Image {source_id!r} is not in {self.rule}, whose {len(self.names):,} ids are like {examples}; "
+                "skip_unmapped=True (--skip-unmapped) leaves such images out."
             )
         return self.names[source_id]

@@ -1,12 +1,12 @@
 """Foreign files → `RegionStore`, in one pass and constant memory, by one process or several."""
 
+import json
 import multiprocessing
 import shutil
 import zlib
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,37 @@ from transformers.utils import logging
 from ..feature_extraction_unicoder_vl import RegionRecord
 from .editing import merge_stores
 from .formats import FORMATS, known_provenance, read_records
-from .store import MANIFEST, NoRecordWritten, RegionStore, RegionStoreWriter
+from .shards import MANIFEST, shard_path
+from .store import NoRecordWritten, RegionStore, RegionStoreWriter
+from .tensor_files import locked, make_folder, write_json
 
-Rename = Callable[[str], str]
+logger = logging.get_logger(__name__)
+
+WRITERS = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
+EXPORTS = ("parquet", *WRITERS)  # formats that `export` writes
+PLAN = "conversion.json"  # in the store's folder: what a conversion that goes on must not change
+SKIPPED = "skipped.jsonl"
+
+
+class UnmappedId(ValueError):
+    """A rule does not cover an id."""
+
+
+@dataclass(frozen=True)
+class Rename:
+    """
+    A function from ids to ids that can be sent to other processes, and the rule that it stands for.
+
+    Args:
+        rule (`str`): What it is called where it is recorded.
+        function (`Callable[[str], str]`): Raises `UnmappedId` on an id that the rule does not cover.
+    """
+
+    rule: str
+    function: Callable[[str], str]
+
+    def __call__(self, image_id: str) -> str:
+        return self.function(image_id)
 
 
 def write_store(
@@ -49,7 +77,9 @@ def convert(
     *,
     format: str | None = None,
     rename: Rename | None = None,
+    skip_unmapped: bool = False,
     workers: int = 1,
+    resume: bool = False,
     format_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> RegionStore:
@@ -60,37 +90,74 @@ def convert(
         source (`str` or `os.PathLike`): See `formats.read_records`.
         destination (`str` or `os.PathLike`): Folder of the store.
         format (`str`, *optional*): A key of `formats.FORMATS`; None detects it.
-        rename (function of an id, *optional*): Gives the id to store an image under, see `data.image_ids.id_mapping`.
+        rename (`Rename`, *optional*): Gives the id to store an image under, see `data.image_ids.id_mapping`.
+        skip_unmapped (`bool`, defaults to `False`): Leave out images that `rename` does not cover; `skipped.jsonl` in
+            the store's folder lists them.
         workers (`int`, defaults to 1): Processes. Each takes the images whose ids hash to its number, and reads past
             the others; their parts lie beside the destination until all are whole, and are then merged.
+        resume (`bool`, defaults to `False`): Go on after an interruption, with as many workers as before, or add what
+            is new to a finished store.
         format_options (`dict`, *optional*): Arguments of the format's `read`, such as `class_names`.
-        options: Arguments of `RegionStoreWriter`: provenance, `dtype`, `resume=True` to go on after an interruption
-            (with as many workers as before).
+        options: Arguments of `RegionStoreWriter`: provenance and `dtype`.
 
     Raises:
-        ValueError: The format is unknown, a record is malformed, or see `RegionStoreWriter`.
+        ValueError: The format is unknown, a record is malformed, the destination was begun with other settings, or see
+            `RegionStoreWriter`.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1.")
-    options = known_provenance(source, format) | options
-    task = _Task(Path(source), options["source_format"], rename, format_options or {}, options)
-    if workers == 1:
-        task.run(Path(destination))
-        return RegionStore(destination)
+    folder, format_options = Path(destination).absolute(), format_options or {}
+    options = known_provenance(source, format) | options | {"resume": resume}
+    task = _Task(Path(source), options["source_format"], rename, skip_unmapped, format_options, options)
+    plan = {"workers": workers, "ids": None if rename is None else rename.rule, **format_options}
+    plan = json.loads(json.dumps(plan, default=str))  # as it will be read again
+    parts = folder.with_name(f".{folder.name}.parts")
+    _check_plan(folder, parts, plan, resume)
+    finished = (folder / MANIFEST).exists()
+    if workers == 1 or finished:
+        skipped = task.run(folder, plan=None if finished else plan)
+    else:
+        make_folder(folder)
+        with locked(folder):
+            write_json(folder / PLAN, plan)
+            skipped = task.share(parts, workers)
+            stores = [part for part in sorted(parts.iterdir()) if (part / MANIFEST).exists()]
+            if not stores:
+                raise ValueError(f"{source} holds no records.")
+            merge_stores(stores, folder)
+    shutil.rmtree(parts, ignore_errors=True)
+    write_skipped(folder, skipped)
+    return RegionStore(folder)
 
-    parts = Path(destination).with_name(f".{Path(destination).name}.parts-{workers}")
-    if not (Path(destination) / MANIFEST).exists():
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for future in [pool.submit(task.run_part, parts / str(part), part, workers) for part in range(workers)]:
-                future.result()
-        stores = [parts / str(part) for part in range(workers) if (parts / str(part) / MANIFEST).exists()]
-        if not stores:
-            raise ValueError(f"{source} holds no records.")
-        merge_stores(stores, destination)
-    elif not parts.exists():  # where they do, only removing them was interrupted
-        raise ValueError(f"{destination} holds a store: take another folder.")
-    shutil.rmtree(parts)
-    return RegionStore(destination)
+
+def write_skipped(folder: Path, rows: list[dict[str, str]]) -> None:
+    """Lists what a store lacks, each image with its file and the reason; where it lacks none, there is no list."""
+    path = folder / SKIPPED
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    logger.warning(f"{len(rows):,} image(s) skipped: {path} says why.")
+
+
+def _check_plan(folder: Path, parts: Path, plan: dict[str, Any], resume: bool) -> None:
+    """Raises ValueError where something is begun that `resume` does not allow, or that other settings began."""
+    begun = [store for store in (folder, *parts.glob("*")) if shard_path(store, 0).exists()]
+    if not begun:
+        return
+    place = folder if begun[0] == folder else parts
+    if not resume:
+        raise ValueError(
+            f"{place} holds a store, or the beginning of one: go on with it by resume=True (--resume), remove it, or "
+            "take another folder."
+        )
+    before = json.loads((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).exists() else {}
+    for name in before.keys() | plan.keys():
+        if before.get(name) != plan.get(name) and not (name == "workers" and (folder / MANIFEST).exists()):
+            raise ValueError(
+                f"{place} was begun with {name}={before.get(name)!r:.80}, not {plan.get(name)!r:.80}: resume with "
+                "equal settings, remove it, or take another folder."
+            )
 
 
 @dataclass
@@ -98,37 +165,60 @@ class _Task:
     source: Path
     format: str
     rename: Rename | None
+    skip_unmapped: bool
     format_options: dict[str, Any]
     options: dict[str, Any]
 
-    def run(self, destination: Path, part: int = 0, parts: int = 1) -> None:
+    def run(self, destination: Path, part: int = 0, parts: int = 1, plan: dict[str, Any] | None = None) -> list[dict]:
+        """Writes a share of the images. Returns what was left out, a row an image."""
         with RegionStoreWriter(destination, **self.options) as writer:
-            skip = _Skip(writer.resumed, self.rename, part, parts)
+            if plan is not None:
+                write_json(destination / PLAN, plan)
+            skip = _Skip(writer.resumed, self.rename, self.skip_unmapped, part, parts)
             records = read_records(self.source, self.format, skip=skip, **self.format_options)
             for record in logging.tqdm(records, desc=f"Converting {self.format}", unit="image", position=part):
                 if self.rename is not None:
                     record.image_id = self.rename(record.image_id)
                 writer.write(record)
+        return [{"image_id": name, "file": str(self.source), "reason": why} for name, why in skip.unmapped.items()]
 
-    def run_part(self, destination: Path, part: int, parts: int) -> None:
-        with suppress(NoRecordWritten):  # a small source may leave nothing for one of many
-            self.run(destination, part, parts)
+    def run_part(self, destination: Path, part: int, parts: int) -> list[dict]:
+        try:
+            return self.run(destination, part, parts)
+        except NoRecordWritten:  # a small source may leave nothing for one of many
+            return []
+
+    def share(self, folder: Path, workers: int) -> list[dict]:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            parts = [pool.submit(self.run_part, folder / str(part), part, workers) for part in range(workers)]
+            return [row for part in parts for row in part.result()]
 
 
 @dataclass
 class _Skip(Container[str]):
-    """The ids of a source that a worker passes over: what its store holds already, and the share of others."""
+    """
+    The ids of a source that a worker passes over: what its store holds already, the share of others, and, if they are
+    to be left out, those without a new id, which it notes with the reason.
+    """
 
     stored: Container[str]
     rename: Rename | None
+    skip_unmapped: bool
     part: int
     parts: int
+    unmapped: dict[str, str] = field(default_factory=dict)
 
     def __contains__(self, image_id: object) -> bool:
         image_id = str(image_id)
         if self.parts > 1 and zlib.crc32(image_id.encode()) % self.parts != self.part:
             return True
-        return (image_id if self.rename is None else self.rename(image_id)) in self.stored
+        try:
+            return (image_id if self.rename is None else self.rename(image_id)) in self.stored
+        except UnmappedId as error:
+            if not self.skip_unmapped:
+                raise
+            self.unmapped[image_id] = str(error)
+            return True
 
 
 def export(store: RegionStore, path: str | PathLike, format: str) -> None:
@@ -138,17 +228,16 @@ def export(store: RegionStore, path: str | PathLike, format: str) -> None:
     Args:
         store (`RegionStore`): What to write.
         path (`str` or `os.PathLike`): A new file or folder, as the format has it.
-        format (`str`): `parquet`, which `datasets` reads by itself, or a key of `formats.FORMATS` that can be written.
+        format (`str`): One of `EXPORTS`: `parquet`, which `datasets` reads by itself, or a format of other tools.
 
     Raises:
         ValueError: The format cannot be written, or a record lacks what it needs.
     """
-    writers = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
     if format == "parquet":
         from .parquet import export_parquet
 
         export_parquet(store, path)
-    elif format in writers:
-        writers[format](logging.tqdm(store.values(), desc=f"Writing {format}", unit="image", total=len(store)), path)
+    elif format in WRITERS:
+        WRITERS[format](logging.tqdm(store.values(), desc=f"Writing {format}", unit="image", total=len(store)), path)
     else:
-        raise ValueError(f"{format!r} cannot be written, only {['parquet', *writers]}.")
+        raise ValueError(f"{format!r} cannot be written, only {list(EXPORTS)}.")

@@ -39,7 +39,7 @@ def merge_stores(sources: Sequence[str | PathLike], destination: str | PathLike,
         raise ValueError("sources is empty, expected at least one store.")
     names = [str(path) for path in paths]
     if (folder / UNFINISHED).exists():
-        if json.loads((folder / UNFINISHED).read_text(encoding="utf-8")).get(MERGE) != names:
+        if merged_stores(folder) != names:
             raise ValueError(f"{folder} is unfinished and no merge of {names}: take another folder.")
     elif (folder / MANIFEST).exists() or shard_path(folder, 0).exists():
         raise ValueError(f"{folder} holds a store already: take another folder.")
@@ -50,6 +50,12 @@ def merge_stores(sources: Sequence[str | PathLike], destination: str | PathLike,
             _remove(path)
     (folder / UNFINISHED).unlink(missing_ok=True)
     return RegionStore(folder)
+
+
+def merged_stores(folder: Path) -> list[str]:
+    """The stores whose merge into a folder was interrupted; none where there was no such merge."""
+    progress = folder / UNFINISHED
+    return json.loads(progress.read_text(encoding="utf-8")).get(MERGE, []) if progress.exists() else []
 
 
 def subset_store(source: str | PathLike, image_ids: Iterable[str], destination: str | PathLike) -> RegionStore:

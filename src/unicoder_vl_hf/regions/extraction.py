@@ -12,11 +12,11 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from io import BytesIO
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -30,9 +30,12 @@ from transformers.utils import logging
 
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..training import StopSignal
+from .conversion import SKIPPED, write_skipped, write_store
 from .detectors import Detector, load_detector
-from .editing import merge_stores
-from .store import MANIFEST, NoRecordWritten, RegionStore, RegionStoreWriter
+from .editing import merge_stores, merged_stores
+from .shards import MANIFEST, UNFINISHED
+from .store import NoRecordWritten, RegionStore, RegionStoreWriter
+from .tensor_files import locked, make_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SUFFIXES = frozenset(".avif .bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-SKIPPED = "skipped.jsonl"
 # Pillow refuses files that claim more than about 179 million pixels. Photos of 500 exist; a small file may claim more.
 MAX_PIXELS = 500_000_000
 # Photos of four times as many pixels are halved, and so on: every detector scales them down further.
@@ -76,7 +78,7 @@ def extract(
     Run again after an interruption, it goes on: what complete shards hold is not extracted again. Ctrl-C and SIGTERM
     complete the shard first. Under `accelerate launch` or `torchrun` the processes share the photos. Photos that cannot
     be read, or in which nothing can be extracted, are listed in `skipped.jsonl` in the store's folder: image_id, file,
-    reason.
+    reason. Run again, it tries them again.
 
     Args:
         photos (`str`, `os.PathLike` or `datasets.Dataset`): A folder, with all photos and .tar files below it; one
@@ -100,7 +102,7 @@ def extract(
 
     Raises:
         ValueError: Two photos have one id, no photo is found or none gives regions, the store was begun with other
-            settings, or it is finished and lacks photos.
+            settings or is being written, or it is finished and lacks photos that were not there.
         KeyboardInterrupt: It was told to stop, and can go on.
     """
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. They wait
@@ -111,8 +113,6 @@ def extract(
     given = None if boxes is None else read_boxes(boxes)
     folder = Path(output).absolute()
     parts = folder.with_name(f"{folder.name}.parts")
-    if (folder / MANIFEST).exists() and not parts.exists():
-        return _finished(folder, source)
     if isinstance(detector, str):
         detector = load_detector(detector, device=device or state.device, precision=precision, **options)
     elif options:
@@ -121,29 +121,36 @@ def extract(
     if given is not None:
         settings["box_type"] = "given"
 
-    if state.is_main_process:
-        _finish_parts(parts, settings)
-    state.wait_for_everyone()
-    before = _parts(parts)
-    done = {image_id for part in before for image_id in RegionStore(part)}
-    state.wait_for_everyone()  # before new parts appear
-    left = [index for index, image_id in enumerate(source.ids) if image_id not in done]
-    reader = _Reader(source, left[state.process_index :: state.num_processes], detector.prepare, given)
-    if done and state.is_main_process:
-        logger.warning(f"{len(done)} photos are in {parts} already; {len(left)} are left.")
-    results = logging.tqdm(
-        _results(detector, reader, batch_size, num_workers),
-        desc=f"Extracting {folder.name}",
-        unit="photo",
-        total=len(reader),
-        disable=not state.is_main_process,
-    )
-    rank = f"{state.process_index:05d}"
-    _extract_part(results, source, parts / f"part-{len(before):05d}-{rank}", parts / f"skipped-{rank}.jsonl", settings)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _join_parts(parts, folder)
-    state.wait_for_everyone()
+    with ExitStack() as stack:
+        if state.is_main_process:
+            make_folder(parts)
+            stack.callback(_remove_if_empty, parts)
+            stack.enter_context(locked(parts))
+            _finish_parts(parts, folder, settings)
+        state.wait_for_everyone()
+        before = _parts(parts)
+        done = {image_id for store in (*before, *_finished(folder)) for image_id in RegionStore(store)}
+        left = [index for index, image_id in enumerate(source.ids) if image_id not in done]
+        state.wait_for_everyone()  # before new parts appear
+        if done and state.is_main_process:
+            if not before:  # finished
+                _check_left(folder, [source.ids[index] for index in left])
+            logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
+        reader = _Reader(source, left[state.process_index :: state.num_processes], detector.prepare, given)
+        results = logging.tqdm(
+            _results(detector, reader, batch_size, num_workers),
+            desc=f"Extracting {folder.name}",
+            unit="photo",
+            total=len(reader),
+            disable=not state.is_main_process,
+        )
+        rank = f"{state.process_index:05d}"
+        part = parts / f"part-{len(before):05d}-{rank}"
+        _extract_part(results, source, part, parts / f"skipped-{rank}.jsonl", settings)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _join_parts(parts, folder, settings, source.ids)
+        state.wait_for_everyone()
     return RegionStore(folder)
 
 
@@ -223,8 +230,8 @@ def list_photos(
     for index, image_id in enumerate(source.ids):
         if (other := first.setdefault(image_id, index)) != index:
             raise ValueError(
-                f"{source.name(other)} and {source.name(index)} both have the id {image_id!r}: with ids='path' the "
-                "path is the id; in a dataset give different ids."
+                f"{source.name(other)} and {source.name(index)} both have the id {image_id!r}: with ids='path' "
+                "(--ids path) the path is the id; in a dataset give different ids."
             )
     return source
 
@@ -235,7 +242,7 @@ def _open_dataset(path: Path, split: str | None) -> "datasets.Dataset":
     table = datasets.Dataset.from_parquet(str(path)) if path.is_file() else datasets.load_from_disk(path)
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
-            raise ValueError(f"{path} has the splits {list(table)}, got split={split!r}: name one.")
+            raise ValueError(f"{path} has the splits {list(table)}, got {split!r}: name one with split (--split).")
         table = table[split]
     return table
 
@@ -246,7 +253,8 @@ def _column(table: "datasets.Dataset", image_column: str, id_column: str) -> _Co
     missing = [name for name in (image_column, id_column) if name not in table.column_names]
     if missing:
         raise ValueError(
-            f"The dataset has no column {missing}, but {table.column_names}: name image_column and id_column."
+            f"The dataset has no column {missing}, but {table.column_names}: name image_column (--image-column) "
+            "and id_column (--id-column)."
         )
     images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return _Column([str(image_id) for image_id in table[id_column]], images, image_column)
@@ -531,15 +539,27 @@ def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*"))
 
 
-def _finish_parts(folder: Path, settings: dict[str, Any]) -> None:
+def _finished(folder: Path) -> list[Path]:
+    return [folder] * (folder / MANIFEST).exists()
+
+
+def _finish_parts(parts: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Makes stores of what an interrupted run left, and forgets what it skipped, which is tried again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in _parts(folder):
-        with suppress(NoRecordWritten), RegionStoreWriter(part, resume=True, **settings):
+    if sources := merged_stores(folder):  # it was stopped at its very end
+        merge_stores(sources, folder)
+    elif folder.is_file() or ((folder / UNFINISHED).exists() and not _finished(folder)):
+        raise ValueError(f"{folder} is a file, or the beginning of another store: take another folder.")
+    for store in _parts(parts) or _finished(folder):  # a finished store must be of these settings, too
+        with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **settings):
             pass
-        _remove_empty(part)
-    for skipped in folder.glob("skipped-*.jsonl"):
+        _remove_empty(store)
+    for skipped in parts.glob("skipped-*.jsonl"):
         skipped.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _remove_empty(part: Path) -> None:
@@ -547,32 +567,35 @@ def _remove_empty(part: Path) -> None:
         shutil.rmtree(part)
 
 
-def _join_parts(parts: Path, folder: Path) -> None:
-    skips = [json.loads(line) for file in sorted(parts.glob("skipped-*.jsonl")) for line in file.open(encoding="utf-8")]
+def _check_left(folder: Path, left: Sequence[str]) -> None:
+    """A finished store takes what it skipped before, and no other photos. Raises ValueError."""
+    skipped = {row["image_id"] for row in _read_rows(folder / SKIPPED)}
+    new = [image_id for image_id in left if image_id not in skipped]
+    if new:
+        raise ValueError(
+            f"{folder} is finished and lacks {len(new)} of these photos, such as {new[0]!r}: extract those to another "
+            "store and merge the two."
+        )
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], image_ids: Sequence[str]) -> None:
+    """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
+    stores, tried = _parts(parts), set(image_ids)
+    skips = [row for row in _read_rows(folder / SKIPPED) if row["image_id"] not in tried]
+    skips += [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in _read_rows(file)]
     skips.sort(key=lambda row: row["file"])
-    stores = _parts(parts)
-    if not stores:
+    if _finished(folder):
+        records = chain.from_iterable(RegionStore(part).values() for part in stores)
+        write_store(records, folder, resume=True, **settings)
+    elif stores:
+        merge_stores(stores, folder)
+    else:
         reason = f"of {skips[0]['file']}: {skips[0]['reason']}"
         raise ValueError(f"None of {len(skips)} photos gave regions; the first reason, {reason}. All are in {parts}.")
-    merge_stores(stores, folder)
-    if skips:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in skips)
-        (folder / SKIPPED).write_text("".join(lines), encoding="utf-8")
-        logger.warning(f"{len(skips)} photos were skipped: {folder / SKIPPED} says why.")
+    write_skipped(folder, skips)
     shutil.rmtree(parts)
-
-
-def _finished(folder: Path, source: _Source) -> RegionStore:
-    """The store of an earlier run. Raises ValueError where it lacks photos."""
-    store = RegionStore(folder)
-    skipped = folder / SKIPPED
-    rows = skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else []
-    known = set(store) | {json.loads(row)["image_id"] for row in rows}
-    missing = [image_id for image_id in source.ids if image_id not in known]
-    if missing:
-        raise ValueError(
-            f"{folder} is finished and lacks {len(missing)} of these photos, such as {missing[0]!r}: extract those to "
-            "another store and merge the two."
-        )
-    logger.warning(f"{folder} holds these photos already.")
-    return store

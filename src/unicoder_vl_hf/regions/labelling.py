@@ -9,18 +9,19 @@ mean nothing. So the store's provenance must name that detector.
 import dataclasses
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from ..feature_extraction_unicoder_vl import RegionRecord
 from .conversion import write_store
+from .detectors import load_detector
 from .store import RegionStore
 
 Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
-@runtime_checkable
 class Classifier(Protocol):
     """A detector that can classify stored features, such as `detectors.visual_genome`'s."""
 
@@ -29,6 +30,35 @@ class Classifier(Protocol):
     def classify(self, features: np.ndarray) -> Classes:
         """Of features `(n, D)`: object ids and scores, attribute ids and scores or None, `(n,)` each."""
         ...
+
+
+def load_classifier(store: RegionStore, name: str, **options: Any) -> Classifier:
+    """
+    The classifier of a store's features by the name of their detector. What can be known without its weights is checked
+    before they are fetched.
+
+    Raises:
+        ValueError: The detector cannot classify, is not that of the store, or see `label`.
+    """
+    family, _, model = name.partition(":")
+    if family != "visual-genome":
+        raise ValueError(f"{name} cannot classify stored features, only visual-genome detectors can.")
+    _check_unlabelled(store)
+    detector = store.provenance["detector"]
+    if not Path(model).is_dir() and name != detector:  # a folder goes by its last name
+        raise ValueError(f"{store.path} holds the features of {detector}, not of {name}: name that detector.")
+    return cast(Classifier, load_detector(name, **options))
+
+
+def _check_unlabelled(store: RegionStore) -> None:
+    if None in (store.provenance["detector"], store.provenance["detector_revision"]):
+        raise ValueError(
+            f"{store.path} does not tell what found its regions, and a classifier of other weights would label them "
+            "with nonsense. If you know, convert the source again with --source-detector NAME@REVISION."
+        )
+    first = next(iter(store.values()))
+    if first.object_ids is not None:
+        raise ValueError(f"{store.path} has object classes already, as image {first.image_id!r} shows.")
 
 
 def label(
@@ -47,21 +77,14 @@ def label(
     Raises:
         ValueError: The store does not name its detector, names another, or has object classes already.
     """
+    _check_unlabelled(store)
     provenance, expected = store.provenance, classifier.provenance
-    name, revision = provenance.get("detector"), provenance.get("detector_revision")
-    if name is None or revision is None:
-        raise ValueError(
-            f"{store.path} does not tell what found its regions, and a classifier of other weights would label them "
-            "with nonsense. If you know, convert the source again with --source-detector NAME@REVISION."
-        )
+    name, revision = provenance["detector"], provenance["detector_revision"]
     if (name, revision) != (expected["detector"], expected["detector_revision"]):
         raise ValueError(
             f"{store.path} holds the features of {name}@{revision}, but this classifier is of {expected['detector']}@"
             f"{expected['detector_revision']}: load that one."
         )
-    first = next(iter(store.values()))
-    if first.object_ids is not None:
-        raise ValueError(f"{store.path} has object classes already, as image {first.image_id!r} shows.")
     kept = {key: value for key, value in provenance.items() if key not in ("feature_dim", "package_version", "dtype")}
     kept |= {key: expected.get(key) for key in ("class_names", "num_classes")} | {"dtype": provenance["dtype"]}
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,7 @@ from .shards import (
     to_bfloat16,
     write_index,
 )
-from .tensor_files import write_json
+from .tensor_files import locked, make_folder, write_json
 
 FORMAT_VERSION = 1
 MERGE = "merge_of"  # in unfinished.json: the stores that are merged here
@@ -133,6 +134,19 @@ class RegionStore(Mapping[str, RegionRecord]):
             raise KeyError(f"{self.path} has no image {image_id!r}; its {len(self)} ids are like {examples}.")
         return number
 
+    def highest_object_ids(self, image_ids: Iterable[str]) -> np.ndarray:
+        """
+        The highest object id of each of these images: -1 where no region has a class, `shards.NO_OBJECT_IDS` where the
+        record has none. Reads the ids alone, and so tells for a million images within seconds.
+        """
+        numbers = np.fromiter(map(self.number_of, image_ids), np.int64)
+        shard_of = np.searchsorted(self.shards.starts, numbers, side="right") - 1
+        highest = np.empty(len(numbers), np.int64)
+        for shard in np.unique(shard_of).tolist():
+            here = shard_of == shard
+            highest[here] = self.shards[shard].highest_object_ids()[numbers[here] - self.shards.starts[shard]]
+        return highest
+
     def record_at(self, number: int) -> RegionRecord:
         """The record at a place in disk order."""
         shard, row = self.shards.find(number)
@@ -212,9 +226,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise ValueError(
-                f"{folder} is an unfinished store: its writer is at work or was stopped; resume=True goes on."
+                f"{folder} is an unfinished store: its writer is at work or was stopped, and goes on with resume=True "
+                "(--resume)."
             ) from None
         raise FileNotFoundError(f"{folder} is no region store: there is no {MANIFEST}.") from None
+    except NotADirectoryError:
+        raise ValueError(f"{folder} is a file, expected the folder of a region store.") from None
     except ValueError as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}): copy it again.") from error
     version = manifest.get("format_version")
@@ -299,7 +316,11 @@ class RegionStoreWriter:
         self._new: set[str] = set()  # of the pending one
         self._pending: ShardWriter | None = None
         self._open = True
-        self._start(resume)
+        make_folder(self.path)
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path))
+            self._start(resume)
+            self._lock = stack.pop_all()
         self.resumed = self._ids.copy()
 
     def __enter__(self) -> Self:
@@ -309,10 +330,14 @@ class RegionStoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
-        if kind is None:
-            self._finish()
-        elif self._pending is not None:
-            self._pending.discard()
+        with self._lock:
+            try:
+                if kind is None:
+                    self._finish()
+                elif self._pending is not None:
+                    self._pending.discard()
+            finally:
+                self._forget_empty()
 
     def __contains__(self, image_id: object) -> bool:
         return image_id in self._new or image_id in self._ids
@@ -337,13 +362,23 @@ class RegionStoreWriter:
         if self._pending.num_bytes >= self.shard_size or len(self._pending) >= MAX_SHARD_IMAGES:
             self._commit_shard()
 
+    def _forget_empty(self) -> None:
+        """Where no shard is, nothing was begun, and other settings may be."""
+        progress = self.path / UNFINISHED
+        if shard_path(self.path, 0).exists() or not progress.exists():
+            return
+        if MERGE not in json.loads(progress.read_text(encoding="utf-8")):
+            progress.unlink()
+
     def _start(self, resume: bool) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._forget_empty()
         # An unfinished store may be one that is being extended, and then knows more shards than the manifest.
         known = [self.path / name for name in (UNFINISHED, MANIFEST) if (self.path / name).exists()]
         if known and not resume:
             state = "a finished" if known[-1].name == MANIFEST else "an unfinished"
-            raise ValueError(f"{self.path} holds {state} store: pass resume=True to go on with it, or another folder.")
+            raise ValueError(
+                f"{self.path} holds {state} store: go on with it by resume=True (--resume), or take another folder."
+            )
         if not known and shard_path(self.path, 0).exists():
             raise ValueError(f"{self.path} holds shards but neither {MANIFEST} nor {UNFINISHED}: take another folder.")
         for partial in self.path.glob("*.partial"):  # what a kill left
@@ -371,7 +406,7 @@ class RegionStoreWriter:
 
     def _check_same(self, before: dict[str, Any]) -> None:
         if MERGE in before:
-            raise ValueError(f"{self.path} is being merged from {before[MERGE]}: call merge_stores with them again.")
+            raise ValueError(f"{self.path} is being merged from {before[MERGE]}: merge them again.")
         if before.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{self.path} has format version {before.get('format_version')}, expected {FORMAT_VERSION}."
@@ -414,7 +449,7 @@ class RegionStoreWriter:
             if largest > LARGEST[dtype]:
                 raise ValueError(
                     f"Image {name!r}: features hold a magnitude of {largest}, but {dtype} ends at {LARGEST[dtype]}: "
-                    "write the store with dtype='float32'."
+                    "write the store with dtype='float32' (--dtype float32)."
                 )
         return to_bfloat16(features) if dtype == "bfloat16" else features.astype(dtype, copy=False)
 

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -75,6 +75,41 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
         complete(file, path)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder where there is none. Raises ValueError where a file is in its place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{folder} is, or is below, a file: take another folder.") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """
+    Keeps a folder for one writer: the system holds the lock, and frees it when the process ends, however it does.
+
+    Raises:
+        ValueError: Another writer is at work in the folder.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is being written by another process: wait until it ends.") from None
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to processes forked meanwhile
+        os.close(handle)
 
 
 @contextmanager

@@ -195,12 +195,12 @@ def load(
         # The names of torchvision's files end with the beginning of their SHA-256.
         digest = revision.removeprefix("sha256:")[:8]
         known = next((one for one in published if Path(one.url).stem.endswith(digest)), None)
-    elif weights in ("DEFAULT", *published.__members__):
+    elif weights in published.__members__:
         known = published[weights]
         revision = Path(known.url).name
         model = get_model(name, weights=known)
     else:
-        raise ValueError(f"weights is {weights!r}, neither a file nor one of {['DEFAULT', *published.__members__]}.")
+        raise ValueError(f"weights is {weights!r}, neither a file nor one of {list(published.__members__)}.")
     return TorchvisionDetector(
         model,
         device=device,

@@ -63,7 +63,7 @@ def detect_format(path: str | PathLike) -> str:
     found = [name for name, module in FORMATS.items() if module.matches(path)]
     if len(found) != 1:
         state = f"could be any of {found}" if found else f"is none of the known formats {list(FORMATS)}"
-        raise ValueError(f"{path} {state}: name its format.")
+        raise ValueError(f"{path} {state}: name its format (--format).")
     return found[0]
 
 
