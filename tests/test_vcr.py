@@ -16,6 +16,7 @@ from unicoder_vl_hf.data.vcr import (
     PERSON_NAMES,
     Token,
     VCRExamples,
+    boxes_of_images,
     ground_truth_boxes,
     ground_truth_record,
     match_boxes,
@@ -332,6 +333,14 @@ def test_locations_are_those_of_the_ground_truth():
     assert ground_truth_boxes(row_of("resized"), STORE["resized"]).tolist() == [[0, 0, 100, 100], [100, 0, 200, 100]]
     unsized = row_of("nosize", image_width=None, image_height=None)
     assert ground_truth_boxes(unsized, STORE["nosize"]).tolist() == [[0, 0, 50, 50], [50, 0, 100, 50]]
+
+
+def test_boxes_to_extract_features_in(rows):
+    boxes = boxes_of_images(rows)
+    assert list(boxes) == IMAGES[:8]
+    assert boxes["edge"].tolist() == [[0, 0, 30, 40], [90, 40, 100, 50], [100, 0, 100, 20]]
+    assert boxes["nosize"].tolist() == [[0, 0, 50, 50], [50, 0, 100, 50]]
+    assert boxes["edge"].dtype == np.float32
 
 
 def test_ious_and_their_ties():

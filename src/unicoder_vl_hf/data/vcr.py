@@ -40,7 +40,7 @@ FEATURES = datasets.Features(
 )
 
 Segment = Sequence[str | Sequence[int]]  # the tokens of a question, an answer or a rationale
-_CHUNK = 10_000
+_CHUNK = 2_000
 
 
 def read_vcr(
@@ -373,6 +373,19 @@ def ground_truth_boxes(row: Mapping[str, Any], record: RegionRecord) -> np.ndarr
     return _rescaled(row["boxes"], size, record)
 
 
+def boxes_of_images(rows: datasets.Dataset) -> dict[str, np.ndarray]:
+    """
+    The boxes of each image, `(n, 4)` float32 in pixels, cut at its border where the metadata has its size: what
+    `extract(..., boxes=…)` takes, to pool features in the ground-truth boxes.
+    """
+    found = {}
+    for row in rows.select_columns(["annot_id", "image_id", "boxes", "image_width", "image_height"]):
+        if row["image_id"] not in found:
+            corner = np.array(_size(row) or (np.inf, np.inf), dtype=np.float32)
+            found[row["image_id"]] = np.array(row["boxes"], dtype=np.float32).reshape(-1, 4).clip(0, np.tile(corner, 2))
+    return found
+
+
 def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
     return None if image["image_width"] is None else (image["image_width"], image["image_height"])
 
@@ -425,16 +438,15 @@ def ground_truth_record(
     Raises:
         ValueError: Boxes are missing, or `given` has not one row an object.
     """
+    detections = np.arange(len(record))
     if given is None:
         boxes = ground_truth_boxes(row, record)
-        serving, _ = match_boxes(boxes, record)
-        source = record
+        source, (serving, _) = record, match_boxes(boxes, record)
+        free = np.setdiff1d(detections, serving)
     else:
         boxes = _given_boxes(row, record, given)
-        serving = np.arange(len(boxes))
-        source = given
+        source, serving, free = given, np.arange(len(boxes)), detections
     kept = _kept_objects(len(boxes), set(referenced), max_regions)
-    free = np.arange(len(record)) if given is not None else np.setdiff1d(np.arange(len(record)), serving)
     others = _best(record, free, max(0, max_regions - len(kept)))
     heads = _columns(source, serving[kept]) | {"boxes": boxes[kept]}
     rest = _columns(record, others)
