@@ -89,7 +89,7 @@ def training_curves(
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=9, framealpha=0.9, edgecolor="none")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9, frameon=False)
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=130)
@@ -229,7 +229,8 @@ class GalleryItem:
         caption (`str`): The query.
         image_id (`str`, *optional*): Its right image; without, nothing is marked.
         score (`float`): Of the right image; higher = better match.
-        rank (`int`): Of the right image, from 1; a wrong image of the same score ranks before it.
+        rank (`int`): Of the right image, from 1; a wrong image of the same score ranks before it. 0 if it is not among
+            the candidates that were scored.
         best (tuple of `(image_id, score)`): The best images, best first.
     """
 
@@ -247,6 +248,13 @@ class GalleryItem:
         best = tuple((image_ids[column], float(row[column])) for column in order[:top_k].tolist())
         return cls(caption, image_id, float(row[right]), int(np.flatnonzero(order == right)[0]) + 1, best)
 
+    @classmethod
+    def from_hits(cls, caption: str, image_id: str, hits: Sequence[tuple[str, float]], top_k: int = 5) -> Self:
+        """From the candidates of a search, `(image_id, score)`, the best first."""
+        found = {name: (score, rank) for rank, (name, score) in enumerate(hits, start=1)}
+        score, rank = found.get(image_id, (float("nan"), 0))
+        return cls(caption, image_id, score, rank, tuple(hits[:top_k]))
+
 
 def write_gallery(
     path: str | os.PathLike,
@@ -255,8 +263,7 @@ def write_gallery(
     *,
     title: str = "Image retrieval",
     intro: str = "",
-    metrics: Mapping[str, float] | None = None,
-    chance: Mapping[str, float] | None = None,
+    results: Mapping[str, Mapping[str, float]] | None = None,
     picture_width: int = 320,
 ) -> Path:
     """
@@ -268,9 +275,8 @@ def write_gallery(
         picture (callable): Picture of an image_id, for example
             `lambda image_id: Image.open(f"photos/{image_id}.jpg")`.
         title, intro (`str`): Heading, and a sentence or two beneath; plain text.
-        metrics (`dict`, *optional*): As from `retrieval_metrics`: names `{direction}_recall@{k}` are shown as
-            percentages, others as they are.
-        chance (`dict`, *optional*): What guessing reaches, by the same names.
+        results (`dict`, *optional*): Of each model, and of chance, the recalls by the names of `retrieval_metrics`;
+            what else these hold is left out.
         picture_width (`int`, defaults to 320): Wider pictures are embedded at this width.
 
     Returns:
@@ -286,7 +292,7 @@ def write_gallery(
     page = _PAGE.format(
         title=html.escape(title),
         intro=f"<p>{html.escape(intro)}</p>" if intro else "",
-        table=_metrics_table(metrics or {}, chance or {}),
+        table=_results_table(results or {}),
         items="\n".join(_item_html(item, source) for item in items),
         style=_STYLE,
     )
@@ -308,35 +314,37 @@ def _data_url(image: Image.Image, width: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:
-    if not metrics:
+def _results_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """A row for each result, a column for each recall, in percent."""
+    recalls = list(dict.fromkeys(name for metrics in results.values() for name in metrics if "recall@" in name))
+    if not recalls:
         return ""
-
-    def shown(name: str, value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.1f} %" if "recall@" in name else f"{value:.4g}"
-
-    names = {name: html.escape(name.replace("_", " ").replace("recall@", "R@")) for name in metrics}
+    head = "".join(f"<th>{html.escape(name.replace('_', ' ').replace('recall@', 'R@'))}</th>" for name in recalls)
     rows = "\n".join(
-        f"<tr><th>{label}</th><td>{shown(name, metrics[name])}</td><td>{shown(name, chance.get(name))}</td></tr>"
-        for name, label in names.items()
+        f"<tr><th>{html.escape(label)}</th>"
+        + "".join(f"<td>{100 * metrics[name]:.1f} %</td>" if name in metrics else "<td></td>" for name in recalls)
+        + "</tr>"
+        for label, metrics in results.items()
     )
-    return f"<table><thead><tr><th></th><th>model</th><th>chance</th></tr></thead><tbody>\n{rows}\n</tbody></table>"
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
 
 
 def _item_html(item: GalleryItem, source: Callable[[str], str]) -> str:
     shown = [(rank, image_id, score) for rank, (image_id, score) in enumerate(item.best, start=1)]
     if item.image_id is not None and all(image_id != item.image_id for image_id, _ in item.best):
-        shown.append((item.rank, item.image_id, item.score))
+        shown.append((item.rank, item.image_id, item.score))  # rank 0: never scored
     figures = "\n".join(
         f'<figure class="{_figure_class(item, image_id, rank)}"><img src="{source(image_id)}" '
-        f'alt="{html.escape(image_id)}"><figcaption><b>{rank}</b> <span>{score:+.2f}</span> '
+        f'alt="{html.escape(image_id)}"><figcaption>{f"<b>{rank}</b> <span>{score:+.2f}</span> " if rank else ""}'
         f"<small>{'right image' if image_id == item.image_id else html.escape(image_id)}</small></figcaption></figure>"
         for rank, image_id, score in shown
     )
     verdict, row = "", "row found"
     if item.image_id is not None:
         row = "row"
-        words = "found first" if item.rank == 1 else f"right image at rank {item.rank}"
+        words = {0: "right image not among the candidates", 1: "found first"}.get(
+            item.rank, f"right image at rank {item.rank}"
+        )
         verdict = f'<p class="{"hit" if item.rank == 1 else "miss"}">{words}</p>'
     return f'<section><h2>{html.escape(item.caption)}</h2>{verdict}\n<div class="{row}">\n{figures}\n</div></section>'
 
@@ -346,7 +354,7 @@ def _figure_class(item: GalleryItem, image_id: str, rank: int) -> str:
         return "found"
     if image_id != item.image_id:
         return "wrong"
-    return "right" if rank <= len(item.best) else "right beyond"
+    return "right" if 0 < rank <= len(item.best) else "right beyond"
 
 
 _STYLE = """
@@ -359,8 +367,7 @@ header p { max-width: 44rem; margin: 0 0 1.2rem; color: var(--soft); }
 table { border-collapse: collapse; margin: 0 0 2rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child { text-align: left; font-weight: 500; }
-thead th, td:last-child { color: var(--soft); font-weight: 400; }
-td:nth-child(2) { font-weight: 600; }
+thead th, tr:last-child > * { color: var(--soft); font-weight: 400; }
 section { padding: 1.3rem 0 1.5rem; border-top: 1px solid var(--line); }
 h2 { display: inline; margin: 0; font-size: 1.12rem; font-weight: 600; }
 h2 + p { display: inline-block; margin: 0 0 .8rem .8rem; font-size: .85rem; font-weight: 600; white-space: nowrap; }
