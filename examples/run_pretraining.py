@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None):
         meter.load(saved["losses"])
         accelerator.load_state(str(resume_from))
         logger.warning(f"Resumed from {resume_from} after {step:,} of {total_steps:,} steps.")
-    log = JsonLog(output_dir / "log.jsonl", resume_step=step, enabled=accelerator.is_main_process)
+    log = JsonLog(output_dir / "log.jsonl", accelerator, resume_step=step)
     if args.report_to != "none":
         accelerator.init_trackers("pretraining", {**asdict(data_args), **asdict(args)})
     accelerator.print(
@@ -100,17 +100,13 @@ def main(argv: list[str] | None = None):
         f"{accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}"
     )
 
-    def record(values: dict[str, float]):
-        log.write(step, values)
-        accelerator.log(values, step=step)
-
     def evaluate() -> dict[str, float]:
         if setup.validation is None:
             return {}
         metrics = evaluate_pretraining(
             model, setup.validation, setup.collator, accelerator, num_workers=args.dataloader_num_workers
         )
-        record({f"eval_{name}": value for name, value in metrics.items()})
+        log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
         accelerator.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
 
@@ -147,7 +143,7 @@ def main(argv: list[str] | None = None):
                 progress.update()
                 if step % args.logging_steps == 0:
                     position = {"learning_rate": scheduler.get_last_lr()[0], "epoch": step / steps_per_epoch}
-                    record(meter.mean(args.logging_steps) | position)
+                    log.write(step, meter.mean(args.logging_steps) | position)
                 if step % (args.eval_steps or steps_per_epoch) == 0 and step < total_steps:
                     evaluate()
                     meter.start_clock()

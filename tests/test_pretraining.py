@@ -578,6 +578,10 @@ class Saver:
 
     def __init__(self, fails=None):
         self.fails = fails
+        self.logged = []
+
+    def log(self, values, step):
+        self.logged.append((step, values))
 
     def wait_for_everyone(self):
         pass
@@ -675,15 +679,18 @@ def test_another_run_is_refused_by_name(tmp_path):
 
 def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
     path = tmp_path / "run" / "log.jsonl"
-    log = JsonLog(path)
+    log = JsonLog(path, Saver())
     for step in (2, 4, 6):
         log.write(step, {"loss": 1 / 3})
     assert path.read_text().splitlines()[0] == '{"step": 2, "loss": 0.333333}'
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # a crash
-    JsonLog(path, resume_step=4).write(5, {"loss": 2.0})
+    JsonLog(path, Saver(), resume_step=4).write(5, {"loss": 2.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
-    JsonLog(path, resume_step=5, enabled=False).write(9, {"loss": 2.0})
+    other = Saver()
+    other.is_main_process = False
+    JsonLog(path, other, resume_step=5).write(9, {"loss": 2.0})
+    assert other.logged == [(9, {"loss": 2.0})]  # accelerate sees to its trackers itself
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
-    JsonLog(path)
+    JsonLog(path, Saver())
     assert path.read_text() == ""

@@ -247,18 +247,18 @@ def save_weights_as_pretrained(accelerator: Accelerator):
 
 class JsonLog:
     """
-    One JSON object a line: `step` and the values of that step.
+    One JSON object a line: `step` and the values of that step. The trackers of accelerate get them, too.
 
     Args:
-        path (`Path`): The file, made if need be.
+        path (`Path`): The file, made if need be, and written by the main process.
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
         resume_step (`int`): Lines after this step are dropped: a resumed run writes them again.
-        enabled (`bool`): False in all but one process.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0, enabled: bool = True):
+    def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0):
         self.path = path
-        self.enabled = enabled
-        if enabled:
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
             lines = path.read_text().splitlines(keepends=True) if path.exists() and resume_step > 0 else []
             # A crash may have cut the last line short.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
@@ -266,7 +266,8 @@ class JsonLog:
             path.write_text("".join(kept))
 
     def write(self, step: int, values: dict[str, float]):
-        if self.enabled:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(
                     json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
@@ -312,6 +313,7 @@ def write_model_card(
     provenance: dict[str, Any] | None,
     measured_on: str | None = None,
     trained_by: str = PRETRAINED,
+    task: Literal["image-text-retrieval", "visual-commonsense-reasoning"] = "image-text-retrieval",
     base_model: str | None = None,
     repo_id: str | None = None,
 ) -> Path:
@@ -325,6 +327,7 @@ def write_model_card(
         provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
         measured_on (`str`, *optional*): How many captions and images of it, without which recall at K says little.
         trained_by (`str`, *optional*): How, in words that follow "Unicoder-VL, ".
+        task (`str`, *optional*): What the model is used for.
         base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
     """
@@ -332,7 +335,7 @@ def write_model_card(
     tag = "pre-training" if trained_by in (PRETRAINED, PRETRAINED_WITHOUT_CLASSES) else "fine-tuning"
     results = [
         huggingface_hub.EvalResult(
-            task_type="image-text-matching",
+            task_type=_USES[task]["task_type"],
             task_name=tag.capitalize(),
             dataset_type="image-text",
             dataset_name=data_name,
@@ -346,7 +349,7 @@ def write_model_card(
         language="en",
         license="apache-2.0",
         library_name="transformers",
-        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", "image-text-retrieval", tag],
+        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", task, tag],
         base_model=base_model if base_model and _is_repository(base_model) else None,
         model_name=name,
         eval_results=results or None,
@@ -361,6 +364,7 @@ def write_model_card(
         measured_on=f"validation: {measured_on}" if measured_on else "validation",
         metrics="\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items()) or "| not evaluated | |",
         location=repo_id or folder.as_posix(),
+        **_USES[task],
     )
     path = folder / "README.md"
     huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(path)
@@ -391,10 +395,10 @@ The model reads region features of this kind, and no other:
 
 ```python
 import numpy as np
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+from transformers import {auto_class}, AutoProcessor
 
 name = "{location}"
-model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True)
+model = {auto_class}.from_pretrained(name, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 
 # The regions of one photo. Put what the detector found here: zeros stand in for its features.
@@ -405,11 +409,30 @@ regions = {{
     "boxes": np.array([[0, 0, 640, 480], [64, 120, 320, 360]]),  # x1, y1, x2, y2 in pixels
     "features": np.zeros((2, model.config.region_feature_dim), dtype=np.float32),
 }}
-captions = ["A dog runs.", "A cat sleeps."]
-inputs = processor(text=captions, regions=[regions, regions], return_tensors="pt")
-scores = model(**inputs).scores  # one for each caption; higher = better match
+{use}
 ```
 """
+
+_USES = {
+    "image-text-retrieval": {
+        "task_type": "image-text-matching",
+        "auto_class": "AutoModelForSequenceClassification",
+        "use": """captions = ["A dog runs.", "A cat sleeps."]
+inputs = processor(text=captions, regions=[regions, regions], return_tensors="pt")
+scores = model(**inputs).scores  # one for each caption; higher = better match""",
+    },
+    "visual-commonsense-reasoning": {
+        "task_type": "multiple-choice",
+        "auto_class": "AutoModelForMultipleChoice",
+        "use": """texts = ["What does the dog do? ; It runs.", "What does the dog do? ; It sleeps."]
+inputs = processor(text=texts, regions=[regions, regions], max_length=156, return_tensors="pt")
+# The region that each token names, or -1. Here the fifth, "dog", names the second region.
+inputs["token_region_ids"] = inputs["input_ids"] * 0 - 1
+inputs["token_region_ids"][:, 4] = 1
+choices = {name: tensor[None] for name, tensor in inputs.items()}
+probabilities = model(**choices).logits.softmax(dim=-1)  # of the two answers to one question""",
+    },
+}
 
 
 def _is_repository(name: str) -> bool:
