@@ -1,85 +1,145 @@
-"""The whole way on the rendered scenes: draw, store, pre-train, retrieve. `make demo` runs it.
+"""The whole way on the rendered scenes: draw, store, pre-train, fine-tune, search. `make demo` runs it.
 
     python examples/run_demo.py --output_dir demo
 
-Writes `curves.png`, `gallery.html` (caption -> best five scenes) and `metrics.json`, and fails below 5 times chance.
+Writes a pre-trained model, in `retrieval/` a fine-tuned one with a first stage of search, `curves.png`, `gallery.html`
+(caption -> best five scenes, found in two stages) and `metrics.json`; fails below 5 times chance. Ctrl-C stops it, and
+the same command goes on; what is trained already is not trained again.
 """
 
 import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import run_pretraining
+import run_retrieval
 from PIL import Image
-from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 
-from unicoder_vl_hf import RegionStore
+from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
 from unicoder_vl_hf.preparation import DATA_FOLDER
-from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance, zero_shot_retrieval
+from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance
+from unicoder_vl_hf.retrieval.checkpoints import load_for_store
+from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder
+from unicoder_vl_hf.retrieval.finetuning import SCENES
+from unicoder_vl_hf.retrieval.index import build_index
+from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.retrieval.protocols import DIRECTIONS, KS, chance, retrieval_test
+from unicoder_vl_hf.retrieval.two_stage import search, two_stage_report
+from unicoder_vl_hf.training import CheckpointFolder
 
 
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="demo", metadata={"help": "Where everything goes."})
-    seed: int = field(default=0, metadata={"help": "Of the training; the scenes stay the same."})
+    candidates: int = field(default=20, metadata={"help": "Of the first stage of the search, to be scored."})
     num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
 
 
-def main() -> int:
-    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+def main(argv: list[str] | None = None) -> int:
+    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    try:
+        return demo(args)
+    except KeyboardInterrupt:
+        print("\nThe demo was stopped. Run it again, as you did: it goes on where it stopped.", file=sys.stderr)
+        return 130
+
+
+def demo(args: DemoArguments) -> int:
     started, output_dir = time.perf_counter(), Path(args.output_dir)
-    for checkpoint in output_dir.glob("checkpoint-*"):  # of an earlier demo that was stopped
-        shutil.rmtree(checkpoint)
-    (output_dir / "model.safetensors").unlink(missing_ok=True)  # of one that was not
-    run_pretraining.main(["--output_dir", str(output_dir), "--seed", str(args.seed)])
-
-    model = AutoModelForPreTraining.from_pretrained(output_dir)
-    processor = AutoProcessor.from_pretrained(output_dir)
-    scenes = output_dir / DATA_FOLDER / "scenes"
-    captions = read_captions(scenes / "captions.jsonl", split="test")
-    retrieval = zero_shot_retrieval(model, processor, RegionStore(scenes / "regions"), captions)
-
-    metrics = json.loads((output_dir / "metrics.json").read_text())
-    chance = pretraining_chance(metrics)
-    training_curves(
-        output_dir / "log.jsonl", output_dir / "curves.png", chance=chance, title="Pre-training on the scenes"
+    fine_tuned, scenes = output_dir / "retrieval", output_dir / DATA_FOLDER / "scenes"
+    train(run_pretraining.main, CheckpointFolder(output_dir))
+    train(
+        run_retrieval.main,
+        CheckpointFolder(fine_tuned, state_file="trainer_state.json"),
+        captions=scenes / "captions.jsonl",
+        regions=scenes / "regions",
+        model_name_or_path=output_dir,
+        contrastive_weight=1,
+        num_train_epochs=SCENES["num_train_epochs"],
+        learning_rate=SCENES["learning_rate"],
+        per_device_train_batch_size=SCENES["train_batch_size"],
+        gradient_accumulation_steps=SCENES["gradient_accumulation_steps"],
     )
-    rng = np.random.default_rng(args.seed)
+
+    store = RegionStore(scenes / "regions")
+    test = retrieval_test(read_captions(scenes / "captions.jsonl", split="test"))
+    (fold,) = test.folds
+    zero_shot = ImageTextScorer(*load_for_store(output_dir, store), store)
+    model, processor = load_for_store(fine_tuned, store)
+    scorer = ImageTextScorer(model, processor, store)
+    results = {
+        name: retrieval_metrics(each.score(fold.captions, fold.image_ids), fold.image_of_caption)
+        for name, each in (("zero-shot", zero_shot), ("fine-tuned", scorer))
+    }
+    encoder = UnicoderVLDualEncoder(model, processor, store, fine_tuned)
+    first_stage, two_stages = two_stage_report(encoder, scorer, fold, [args.candidates]).rows
+    results |= {"first stage alone": first_stage.metrics, f"best {args.candidates} of it scored": two_stages.metrics}
+    results["chance"] = chance(test)
+
+    index_path = output_dir / "test-scenes.index"
+    shutil.rmtree(index_path, ignore_errors=True)  # of an earlier run, perhaps of other models
+    index = build_index(encoder, store, index_path, image_ids=fold.image_ids)
+    rows = np.random.default_rng(0).permutation(len(fold.captions))[: args.num_queries]
+    captions = [fold.captions[row] for row in rows]
+    found = search(captions, index, encoder, scorer, top_k=args.candidates, candidates=args.candidates)
     write_gallery(
         output_dir / "gallery.html",
         [
-            GalleryItem.from_scores(
-                retrieval.captions[row],
-                retrieval.image_ids[retrieval.image_of_caption[row]],
-                retrieval.image_ids,
-                retrieval.scores[row],
-            )
-            for row in rng.permutation(len(retrieval.captions))[: args.num_queries]
+            GalleryItem.from_hits(fold.captions[row], fold.image_ids[image], [(hit.name, hit.score) for hit in hits])
+            for row, image, hits in zip(rows, fold.image_of_caption[rows], found, strict=True)
         ],
         lambda image_id: Image.open(scenes / "photos" / f"{image_id}.png"),
-        title="Zero-shot retrieval on rendered scenes",
+        title="Search in two stages among rendered scenes",
         intro="Captions drawn at random from the test scenes, each of which holds a colour and shape that never meet "
-        "in training, with the five scenes that the pre-trained matching head scores best.",
-        metrics=retrieval.metrics,
-        chance=retrieval.chance,
+        f"in training. The first stage proposes {args.candidates} of {len(index)} scenes, the matching head scores "
+        "these, and the best five are shown with their scores.",
+        results=results,
     )
-    (output_dir / "metrics.json").write_text(json.dumps(metrics | retrieval.metrics, indent=2) + "\n")
 
-    print(f"\nValidation scenes\n{metrics_table(metrics, chance)}")
-    print(f"\nZero-shot retrieval on {len(retrieval.image_ids)} test scenes x {len(retrieval.captions)} captions")
-    print(metrics_table(retrieval.metrics, retrieval.chance))
+    log = output_dir / "log.jsonl"
+    last = [json.loads(line) for line in log.read_text().splitlines() if '"eval_' in line][-1]
+    pretraining = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    by_chance = pretraining_chance(pretraining)
+    training_curves(log, output_dir / "curves.png", chance=by_chance, title="Pre-training on the scenes")
+    (output_dir / "metrics.json").write_text(json.dumps({"pretraining": pretraining, **results}, indent=2) + "\n")
+
+    print(f"\nPre-training, validation scenes\n{metrics_table(pretraining, by_chance)}")
+    print(f"\n{test.title} (percent)\n{recall_table(results)}")
     print(f"\n{time.perf_counter() - started:.0f} s. Look at curves.png and gallery.html in {output_dir}.")
-    name = "image_retrieval_recall@1"
-    if retrieval.metrics[name] < 5 * retrieval.chance[name]:
-        print(f"{name} is below 5 times chance: the model did not learn.", file=sys.stderr)
-        return 1
-    return 0
+    name, failed = "image_retrieval_recall@1", False
+    for result in ("zero-shot", "fine-tuned"):
+        if results[result][name] < 5 * results["chance"][name]:
+            print(f"{result}: {name} is below 5 times chance: the model did not learn.", file=sys.stderr)
+            failed = True
+    return int(failed)
+
+
+def train(run: Callable[[list[str]], None], checkpoints: CheckpointFolder, **options: object) -> None:
+    """Begins a training, goes on with one that was stopped, or leaves a finished one as it is."""
+    if checkpoints.is_finished():
+        print(f"{checkpoints.output_dir} was trained before. Delete it to train it anew.")
+        return
+    options |= {"output_dir": checkpoints.output_dir}
+    if checkpoints.list():
+        options["resume_from_checkpoint"] = "latest"
+    run([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    if not checkpoints.is_finished():  # Ctrl-C, which the script took to leave a checkpoint
+        raise KeyboardInterrupt
+
+
+def recall_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    names = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
+    lines = [f"{'':24}" + "".join(f"{letter + 'R@' + str(k):>8}" for letter in "TI" for k in KS)]
+    lines += [f"{row:24}" + "".join(f"{100 * of[name]:8.1f}" for name in names) for row, of in results.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -230,12 +230,9 @@ def test_a_gallery_marks_the_right_image_and_says_its_rank(tmp_path):
         GalleryItem.from_scores('a "red" <b> & more', "a", "abc", [2.0, 0.5, -1.0], top_k=2),
         GalleryItem.from_scores("blue", "c", "abc", [2.0, 0.5, -1.0], top_k=2),
     ]
-    metrics = {"image_retrieval_recall@1": 0.5, "image_retrieval_median_rank": 2.0}
-    page = Page(
-        write_gallery(
-            tmp_path / "gallery.html", items, plain, metrics=metrics, chance={"image_retrieval_recall@1": 1 / 3}
-        )
-    )
+    metrics = {"image_retrieval_recall@1": 0.5, "text_retrieval_recall@5": 1.0, "image_retrieval_median_rank": 2.0}
+    results = {"fine-tuned": metrics, "chance": {"image_retrieval_recall@1": 1 / 3}}
+    page = Page(write_gallery(tmp_path / "gallery.html", items, plain, results=results))
     assert page.path == []
     first, second = page.sections
     assert (first["caption"], first["verdict"]) == ('a "red" <b> & more', "found first")
@@ -249,8 +246,21 @@ def test_a_gallery_marks_the_right_image_and_says_its_rank(tmp_path):
         ["3", "-1.00", "right", "image"],
     ]
     assert [figure["picture"].getpixel((0, 0)) for figure in second["figures"]] == [COLOURS[i] for i in "abc"]
-    assert page.cells[:2] == ["model", "chance"]
-    assert page.cells[2:] == ["image retrieval R@1", "50.0 %", "33.3 %", "image retrieval median rank", "2"]
+    assert page.cells == [
+        "image retrieval R@1", "text retrieval R@5", "fine-tuned", "50.0 %", "100.0 %", "chance", "33.3 %"
+    ]  # fmt: skip
+
+
+def test_a_gallery_of_a_search_says_what_was_not_among_the_candidates(tmp_path):
+    hits = [("b", 3.0), ("a", 1.0)]
+    items = [GalleryItem.from_hits("x", image_id, hits, top_k=1) for image_id in "abc"]
+    assert [(item.rank, item.best) for item in items] == [(rank, (("b", 3.0),)) for rank in (2, 1, 0)]
+    assert items[0].score == 1.0
+    second, first, lost = Page(write_gallery(tmp_path / "gallery.html", items, plain)).sections
+    assert (second["verdict"], first["verdict"]) == ("right image at rank 2", "found first")
+    assert lost["verdict"] == "right image not among the candidates"
+    assert [figure["class"] for figure in lost["figures"]] == [["wrong"], ["right", "beyond"]]
+    assert lost["figures"][1]["text"] == "right image"
 
 
 def test_a_gallery_needs_no_other_file(tmp_path):

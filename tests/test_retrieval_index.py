@@ -356,6 +356,13 @@ def test_report_by_hand():
     assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, for comparison | 9 | about ")
 
 
+def test_an_index_of_some_images(folder, tmp_path):
+    encoder, _, store = parts(folder)
+    index = build_index(encoder, store, tmp_path / "some", image_ids=[IMAGES[4], IMAGES[1]])
+    assert index.names == [IMAGES[4], IMAGES[1]]
+    assert np.array_equal(index.embeddings, encoder.embed_images([IMAGES[4], IMAGES[1]]))
+
+
 def test_report_of_some_queries_by_hand():
     """Of five captions, the first and the third; of three images, the first and the second; among all."""
     fold = RetrievalFold(list("abcde"), ["A", "B", "C"], np.array([0, 1, 2, 2, 1]))

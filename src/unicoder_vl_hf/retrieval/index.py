@@ -127,16 +127,18 @@ def build_index(
     store: RegionStore,
     output: str | os.PathLike[str],
     *,
+    image_ids: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
     faiss: str | None = None,
 ) -> SearchIndex:
     """
-    Embeds every image of a store, or captions, and writes the index. Under `accelerate launch` processes share the
+    Embeds the images of a store, or captions, and writes the index. Under `accelerate launch` processes share the
     work; the same call goes on where a killed one stopped.
 
     Args:
         encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): What embeds.
         store ([`RegionStore`]): Its images are indexed, and re-ranking reads their regions.
+        image_ids (sequence of `str`, *optional*): These images only, such as those of one split.
         output (`str` or `os.PathLike`): The folder, which must not exist.
         captions (sequence of `str`, *optional*): Index these instead, each text once, to be searched by an image.
         faiss (`str`, *optional*): A structure of FAISS in the words of its `index_factory`, such as `"HNSW32"`, for
@@ -147,7 +149,8 @@ def build_index(
     """
     output = Path(output)
     items: Items = "images" if captions is None else "captions"
-    names = list(store) if captions is None else list(dict.fromkeys(captions))
+    chosen = store if image_ids is None else image_ids
+    names = list(dict.fromkeys(chosen if captions is None else captions))
     if output.exists():
         raise ValueError(f"{output} exists: name another folder for the index.")
     if not names:

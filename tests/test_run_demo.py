@@ -1,0 +1,76 @@
+"""The demo: what it trains again and what not, Ctrl-C, and all of it on a tiny world."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from unicoder_vl_hf import scenes
+from unicoder_vl_hf.training import CheckpointFolder
+
+NAMES = [f"{direction}_recall@{k}" for direction in ("text_retrieval", "image_retrieval") for k in (1, 5, 10)]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module("run_demo")
+
+
+def finish(folder):
+    for name in ("model.safetensors", "README.md"):
+        (folder / name).write_text("")
+
+
+def test_training_begins_goes_on_and_is_not_repeated(script, tmp_path):
+    calls = []
+
+    def run(words):
+        calls.append(words)
+        checkpoint = tmp_path / f"checkpoint-{len(calls)}"
+        checkpoint.mkdir()
+        (checkpoint / "training_state.json").write_text("{}")
+        if len(calls) == 2:
+            finish(tmp_path)
+
+    output = ["--output_dir", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        script.train(run, CheckpointFolder(tmp_path), seed=3)
+    script.train(run, CheckpointFolder(tmp_path), seed=3)
+    script.train(run, CheckpointFolder(tmp_path), seed=3)
+    assert calls == [["--seed", "3", *output], ["--seed", "3", *output, "--resume_from_checkpoint", "latest"]]
+
+
+def test_ctrl_c_ends_in_a_line(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script.run_pretraining, "main", lambda words: None)  # stopped, with a checkpoint
+    assert script.main(["--output_dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nThe demo was stopped. Run it again, as you did: it goes on where it stopped.\n"
+
+
+def test_the_whole_way(script, monkeypatch, tmp_path, capsys):
+    """With a few steps on a few scenes: it learned nothing, and says so; and again, without training."""
+    sizes = {"num_train": 40, "num_val": 6, "num_test": 8, "captions_per_image": 2}
+    build = scenes.build_scenes
+    monkeypatch.setattr(scenes, "build_scenes", lambda folder: build(folder, **sizes))
+    for module in (script.run_pretraining, script.run_retrieval):
+        monkeypatch.setattr(module, "main", lambda words, run=module.main: run([*words, "--max_steps", "2"]))
+    arguments = ["--output_dir", str(tmp_path / "demo"), "--candidates", "3", "--num_queries", "2"]
+    first = script.main(arguments)
+    written = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert list(written) == [
+        "pretraining", "zero-shot", "fine-tuned", "first stage alone", "best 3 of it scored", "chance"
+    ]  # fmt: skip
+    assert written["chance"]["image_retrieval_recall@1"] == 1 / 8
+    assert first == int(min(written[name]["image_retrieval_recall@1"] for name in ("zero-shot", "fine-tuned")) < 5 / 8)
+    page = (tmp_path / "demo" / "gallery.html").read_text()
+    assert page.count("<section>") == 2 and "The first stage proposes 3 of 8 scenes" in page
+    table = capsys.readouterr().out.split("all 16 captions (percent)\n")[1].splitlines()
+    assert table[5].split() == ["chance", *(f"{100 * written['chance'][name]:.1f}" for name in NAMES)]
+    assert table[2].split() == ["fine-tuned", *(f"{100 * written['fine-tuned'][name]:.1f}" for name in NAMES)]
+
+    models = {path: path.read_bytes() for path in (tmp_path / "demo").rglob("model.safetensors")}
+    assert script.main(arguments) == first
+    assert "was trained before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "demo" / "metrics.json").read_text()) == written
+    assert all(path.read_bytes() == weights for path, weights in models.items())
