@@ -28,6 +28,12 @@ class VCRTrainer(TaskTrainer):
         super().__init__(*args, **kwargs)
         self.tasks = tasks
 
+    def card(self):
+        return super().card() | {
+            "task": "visual-commonsense-reasoning",
+            "measured_on": f"{len(self.setup.validation):,} questions",
+        }
+
     def evaluate_task(self, rows):
         with self.accelerator.autocast():
             return evaluate_vcr(
@@ -46,7 +52,7 @@ def main(argv: list[str] | None = None):
     recipe = preset(argv)
     parser.set_defaults(
         **training_defaults(recipe),
-        max_length=recipe.get("max_length", VCRArguments.max_length),
+        **{name: recipe[name] for name in ("max_length", "num_hidden_layers") if name in recipe},
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,

@@ -87,7 +87,7 @@ PLACE_WORDS = {
     "middle": ("in the middle", "in the centre"),
 }
 GLUE_WORDS = ("a", "an", "the", "and", "there", "is", "on", ",", ".")
-QUESTION_WORDS = ("what", "where", "colour", "colours", "are", "?", ";")  # see scenes_vcr.py
+QUESTION_WORDS = ("what", "colour", "colours", "are", "?", ";")  # see scenes_vcr.py
 
 CLASS_NAMES = (*SHAPE_WORDS, *GROUNDS)
 HELD_OUT = frozenset(

@@ -6,9 +6,8 @@ What is right is therefore a matter of which one is meant, and the words ("circl
 
     what colour is [3] ?        [3] is red .                        its colour, or that of another of its kind
     what colours are [1, 3] ?   blue and red .                      of four pairs, each sharing one with two others
-    where is [3] ?              [3] is at the top on the left .     its quarter, or another
 
-The rationale is of an object of the other kind, which it refers to itself: where it is, or after "where" its colour.
+The rationale says the colour of an object of the other kind, which it refers to itself.
 
 Every choice is as likely as another to whoever sees the text alone, the regions without the references, or the
 references without the regions: one in four guesses is right.
@@ -43,7 +42,7 @@ from .scenes import (
     scene_store_writer,
 )
 
-FORMS = ("colour", "colours", "where")
+FORMS = ("colour", "colours")
 # Part of what a finished folder must match: raise it with every change of what is drawn or asked.
 _WORLD = 1
 
@@ -81,21 +80,16 @@ def _question(rng: np.random.Generator, scene: Scene, form: str) -> dict[str, An
     order = rng.permutation(len(scene.objects)).tolist()
     alike = [meant, *(i for i in order if scene.objects[i].shape == kind and i != meant)]
     others = [i for i in order if scene.objects[i].shape != kind]
-    question: Tokens
     if form == "colour":
-        question = ["what", "colour", "is", [meant], "?"]
-        answers, rationales = _colours(scene, alike), _places(scene, others)
-    elif form == "where":
-        question = ["where", "is", [meant], "?"]
-        answers, rationales = _places(scene, alike), _colours(scene, others)
+        question: Tokens = ["what", "colour", "is", [meant], "?"]
+        answers = _colours(scene, alike)
     else:
         # Around a square of the four, so that each pair shares an object with two others.
         pairs = [sorted(pair) for pair in zip(alike, [*alike[1:], meant], strict=True)]
         question = ["what", "colours", "are", pairs[0], "?"]
         answers = [[scene.objects[i].colour, "and", scene.objects[j].colour, "."] for i, j in pairs]
-        rationales = _places(scene, others)
     item: dict[str, Any] = {"question": question}
-    for name, choices in (("answer", answers), ("rationale", rationales)):
+    for name, choices in (("answer", answers), ("rationale", _colours(scene, others))):
         order = rng.permutation(len(choices)).tolist()
         item |= {f"{name}_choices": [choices[i] for i in order], f"{name}_label": order.index(0)}
     return item
@@ -106,23 +100,13 @@ def _colours(scene: Scene, objects: Sequence[int]) -> list[Tokens]:
     return [[[objects[0]], "is", scene.objects[i].colour, "."] for i in objects]
 
 
-def _places(scene: Scene, objects: Sequence[int]) -> list[Tokens]:
-    """That the first of `objects` is in its quarter, or in that of another of them."""
-    choices: list[Tokens] = []
-    for i in objects:
-        x1, y1, x2, y2 = scene.objects[i].box
-        side, end = "right" if x1 + x2 > scene.width else "left", "bottom" if y1 + y2 > scene.height else "top"
-        choices.append([[objects[0]], *f"is at the {end} on the {side} .".split()])
-    return choices
-
-
 def build_vcr_scenes(
-    folder: str | os.PathLike, num_train: int = 3000, num_val: int = 500, num_test: int = 100, seed: int = 0
+    folder: str | os.PathLike, num_train: int = 2000, num_val: int = 400, num_test: int = 50, seed: int = 0
 ) -> Path:
     """
     Draws a world of questions to disk, in the layout of VCR.
 
-        {train,val,test}.jsonl      the questions, three a scene; those of the test split have no labels
+        {train,val,test}.jsonl      the questions, two a scene; those of the test split have no labels
         images/{image_id}.png       the pictures
         images/{image_id}.json      the boxes of the objects
         regions/                    a `RegionStore` of what a detector would find, of all splits
