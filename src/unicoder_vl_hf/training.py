@@ -332,7 +332,7 @@ def write_model_card(
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
     """
     name = repo_id or folder.resolve().name
-    tag = "pre-training" if trained_by in (PRETRAINED, PRETRAINED_WITHOUT_CLASSES) else "fine-tuning"
+    tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
     results = [
         huggingface_hub.EvalResult(
             task_type=_USES[task]["task_type"],

@@ -353,7 +353,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         texts = [text for row_texts in self._texts(rows) for text, _ in row_texts]
-        regions, region_of_object = self._regions(rows)
+        records, region_of_object = self._records(rows)
         shape = (len(rows), len(rows[0]["choices"]), max(map(len, texts)))
         input_ids = np.full((len(texts), shape[2]), tokenizer.pad_token_id)
         token_region_ids = np.full_like(input_ids, -1)
@@ -369,7 +369,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
             "token_type_ids": np.zeros(shape, dtype=np.int64),
             "attention_mask": attention_mask.reshape(shape),
             "token_region_ids": token_region_ids.reshape(shape),
-            **regions,
+            **self._tensors(records),
             "labels": np.array([row["label"] for row in rows]),
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -416,7 +416,8 @@ class DataCollatorForUnicoderVLMultipleChoice:
             text = [*text, *separator, *part]
         return [start, *text, end], is_cut
 
-    def _regions(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, np.ndarray], list[np.ndarray]]:
+    def _records(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[RegionRecord], list[np.ndarray]]:
+        """For each row the regions that it is shown, and the one of each of its objects."""
         image_ids = [row["image_id"] for row in rows]
         found = _fetch(self.store, image_ids)
         given = [None] * len(rows) if self.gt_features is None else _fetch(self.gt_features, image_ids)
@@ -431,9 +432,12 @@ class DataCollatorForUnicoderVLMultipleChoice:
             )
             records.append(combined)
             region_of_object.append(regions)
+        return records, region_of_object
+
+    def _tensors(self, records: Sequence[RegionRecord]) -> Mapping[str, np.ndarray]:
         extractor = copy(self.processor.feature_extractor)  # which must not select again, and lose what is referred to
         extractor.max_regions, extractor.score_threshold = max(map(len, records)), None
-        return extractor(records, return_tensors="np"), region_of_object
+        return extractor(records, return_tensors="np")
 
     def _detections(self, record: RegionRecord) -> RegionRecord:
         kept = self.processor.feature_extractor.select(record)

@@ -1,0 +1,56 @@
+"""Pre-trains a Unicoder-VL further on the text of VCR, before run_vcr.py fine-tunes it: not in the paper, but UNITER's.
+
+    accelerate launch examples/run_vcr_pretraining.py --output_dir runs/vcr-second-stage \
+        --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/pretrained
+    accelerate launch examples/run_vcr.py --output_dir runs/vcr \
+        --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/vcr-second-stage
+
+Masked tokens and masked object classes of each question with its right answer and rationale; references point at their
+regions. The defaults are those of the fine-tuning.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
+from unicoder_vl_hf.training import CheckpointFolder
+from unicoder_vl_hf.vcr_pretraining import VCRPretrainingArguments, evaluate_vcr_pretraining, prepare_vcr_pretraining
+from unicoder_vl_hf.vcr_training import preset
+
+
+class VCRPretrainingTrainer(TaskTrainer):
+    trained_by = "pre-trained further on the text of VCR by masked language modelling and masked object classification"
+
+    def evaluate_task(self, rows):
+        return evaluate_vcr_pretraining(
+            self.setup.model,
+            rows,
+            self.setup.collator,
+            self.accelerator,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((VCRPretrainingArguments, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
+    recipe = preset(argv)
+    parser.set_defaults(
+        **training_defaults(recipe),
+        **{name: recipe[name] for name in ("max_length", "num_hidden_layers") if name in recipe},
+    )
+    data_args, training_args = parser.parse_args_into_dataclasses(argv)
+
+    checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
+    resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
+    set_seed(training_args.seed)  # Trainer does so too late for the new weights
+    with training_args.main_process_first():
+        setup = prepare_vcr_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
+    trainer = VCRPretrainingTrainer(setup, training_args, base_model=data_args.base_model)
+    trainer.run(resume_from)
+
+
+if __name__ == "__main__":
+    main()

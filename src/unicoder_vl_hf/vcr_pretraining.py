@@ -1,0 +1,183 @@
+"""Second-stage pre-training on the text of VCR, as UNITER showed it to help: not in the paper.
+
+The text is question `;` right answer `;` right rationale, whose references point at regions as in fine-tuning. Masked
+tokens and masked object classes are predicted; matching is unknown. A masked region has no feature for the tokens that
+refer to it either. Left out: whole-word masking.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .data.collators import IGNORED, SALT, DataCollatorForUnicoderVLMultipleChoice, DataCollatorForUnicoderVLPreTraining
+from .data.vcr import NO_LABEL
+from .feature_extraction_unicoder_vl import RegionRecord
+from .modeling_unicoder_vl import UnicoderVLForPreTraining
+from .preparation import load_model, processor_for
+from .processing_unicoder_vl import UnicoderVLProcessor
+from .vcr_training import SCENES_MODEL, VCRDataArguments, open_vcr
+
+
+@dataclass
+class VCRPretrainingArguments(VCRDataArguments):
+    """Data, model and tasks of a second stage of pre-training on VCR. Without `annotations` it reads of scenes."""
+
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
+    moc_probability: float = field(
+        default=0.15, metadata={"help": "Share of the regions that are predicted; 0 for regions without classes."}
+    )
+
+
+class RightTexts(Dataset[dict[str, Any]]):
+    """
+    A question with its right answer and rationale, one a row, as an example of a single choice; with the row's number
+    and the epoch, or a fixed one, which decide what is masked.
+
+    Raises:
+        ValueError: A row has no labels.
+    """
+
+    def __init__(self, rows: datasets.Dataset, fixed_epoch: int | None = None):
+        for name in ("answer_label", "rationale_label"):
+            unknown = np.flatnonzero(np.asarray(rows[name]) == NO_LABEL)
+            if len(unknown):
+                raise ValueError(
+                    f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {name}: give a labelled split."
+                )
+        self.rows, self.epoch, self.is_fixed = rows, fixed_epoch or 0, fixed_epoch is not None
+
+    def set_epoch(self, epoch: int):
+        if not self.is_fixed:
+            self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        right = [row[f"{name}_choices"][row[f"{name}_label"]] for name in ("answer", "rationale")]
+        return row | {"choices": [[row["question"], *right]], "label": 0, "row_index": index, "epoch": self.epoch}
+
+
+@dataclass
+class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
+    """
+    Batches N rows of [`RightTexts`], masked as `masking` would.
+
+    Args:
+        masking ([`DataCollatorForUnicoderVLPreTraining`]): Its seed, shares and checks are taken.
+
+    Returns:
+        `dict` as of [`DataCollatorForUnicoderVLPreTraining`], and `token_region_ids`; `matching_labels` are -100.
+    """
+
+    masking: DataCollatorForUnicoderVLPreTraining = field(kw_only=True)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {name: tensor.numpy() for name, tensor in super().__call__(rows).items()}
+        for name in ("input_ids", "token_type_ids", "attention_mask", "token_region_ids"):
+            batch[name] = batch[name][:, 0]
+        object_ids = batch.pop("object_ids")
+        input_ids, tokenizer = batch["input_ids"], self.processor.tokenizer
+        is_word = ~np.isin(input_ids, tokenizer.all_special_ids)
+        batch["labels"] = np.full_like(input_ids, IGNORED)
+        batch["region_labels"] = np.full_like(object_ids, IGNORED)
+        batch["matching_labels"] = np.full(len(rows), IGNORED)
+        for index, row in enumerate(rows):
+            rng = np.random.default_rng([self.masking.seed, row["epoch"], row["row_index"], 0, SALT])
+            if self.masking.mlm_probability > 0:
+                words = np.flatnonzero(is_word[index])
+                self.masking._mask_tokens(rng, input_ids[index], batch["labels"][index], words, None)
+            if self.masking.moc_probability > 0:
+                self.masking._mask_regions(
+                    rng, batch["region_features"][index], batch["region_labels"][index], object_ids[index]
+                )
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _tensors(self, records: Sequence[RegionRecord]) -> Mapping[str, np.ndarray]:
+        tensors = super()._tensors(records)
+        mask = tensors["region_attention_mask"]
+        kept = np.where(mask, np.arange(mask.shape[1]), -1)  # nothing is left out of these records
+        return {**tensors, "object_ids": self.masking._object_ids(records, kept)}
+
+
+@dataclass
+class VCRPretrainingSetup:
+    """What [`prepare_vcr_pretraining`] builds."""
+
+    model: UnicoderVLForPreTraining
+    processor: UnicoderVLProcessor
+    collator: DataCollatorForVCRPreTraining
+    train: RightTexts
+    validation: RightTexts
+    data_name: str
+
+
+def prepare_vcr_pretraining(
+    arguments: VCRPretrainingArguments, output_dir: str | Path, seed: int
+) -> VCRPretrainingSetup:
+    """
+    Reads questions and regions, and builds the model, before any time is spent on training.
+
+    Raises:
+        `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
+    """
+    data = open_vcr(arguments, output_dir)
+    fields = SCENES_MODEL if arguments.base_model is None else {}
+    model = load_model(arguments, data.store, UnicoderVLForPreTraining, **fields)
+    processor = processor_for(arguments, data.store, data.train.unique("image_id"))
+    masking = DataCollatorForUnicoderVLPreTraining(
+        processor,
+        data.store,
+        seed=seed,
+        mlm_probability=arguments.mlm_probability,
+        moc_probability=arguments.moc_probability,
+        num_region_classes=model.config.num_region_classes,
+    )
+    choices = data.collator(processor, arguments)
+    collator = DataCollatorForVCRPreTraining(**{**vars(choices), "masking": masking})
+    return VCRPretrainingSetup(
+        model=model,
+        processor=processor,
+        collator=collator,
+        train=RightTexts(data.train),
+        validation=RightTexts(data.validation, fixed_epoch=0),
+        data_name=data.name,
+    )
+
+
+@torch.no_grad()
+def evaluate_vcr_pretraining(
+    model: torch.nn.Module,
+    texts: RightTexts,
+    collator: DataCollatorForVCRPreTraining,
+    accelerator: Accelerator,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """`mlm_accuracy` and `moc_accuracy`: the share of the masked tokens and classes that are told. In all processes."""
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all
+    mine = Subset(texts, range(accelerator.process_index, len(texts), accelerator.num_processes))
+    for batch in DataLoader(mine, batch_size=batch_size, collate_fn=collator, generator=torch.Generator()):
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        with accelerator.autocast():
+            outputs = model(**batch)
+        tasks = ((outputs.prediction_logits, batch["labels"]), (outputs.region_logits, batch["region_labels"]))
+        for task, (logits, labels) in enumerate(tasks):
+            chosen = labels != IGNORED
+            counts[task] += torch.stack(((logits.argmax(-1) == labels)[chosen].sum(), chosen.sum()))
+    model.train(was_training)
+    totals = accelerator.reduce(counts, reduction="sum").tolist()
+    return {
+        f"{name}_accuracy": right / count
+        for name, (right, count) in zip(("mlm", "moc"), totals, strict=True)
+        if count > 0
+    }
