@@ -397,7 +397,7 @@ def test_features_of_the_ground_truth_itself():
 def test_faults_of_regions():
     kitchen = STORE["kitchen"]
     with pytest.raises(
-        ValueError, match=r"annot_id 'val-0', image 'kitchen': boxes is None, .*--metadata.*--gt-features"
+        ValueError, match=r"annot_id 'val-0', image 'kitchen': boxes is None, .*--metadata.*--gt_features"
     ):
         ground_truth_record(row_of("kitchen", boxes=None), kitchen)
     with pytest.raises(

@@ -362,7 +362,7 @@ def ground_truth_boxes(row: Mapping[str, Any], record: RegionRecord) -> np.ndarr
     if row["boxes"] is None:
         raise ValueError(
             f"{where}: boxes is None, expected one box an object: read with metadata_dir (--metadata), or give "
-            "features of the ground-truth boxes (--gt-features)."
+            "features of the ground-truth boxes (--gt_features)."
         )
     size = _size(row) or _size(vars(record))
     if size is None:
