@@ -1,4 +1,4 @@
-"""Evaluates image-text retrieval of any checkpoint, zero-shot (pre-trained) or fine-tuned, beside the paper's figures.
+"""Evaluates image-text retrieval of any checkpoint, zero-shot where it is a pre-trained one, beside the paper's figures.
 
     python examples/evaluate_retrieval.py --model runs/flickr30k --captions dataset_flickr30k.json \
         --regions flickr30k-regions --protocol flickr30k --bf16 --output flickr30k_test.json
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None):
     state = start_processes()
     store = RegionStore(args.regions)
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.
-    captions, _ = join(read_captions(args.captions, split=args.split), store)
+    captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
     count = args.captions_per_image
     test = retrieval_test(
         captions,
@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None):
             folder = None if args.scores_dir is None else Path(args.scores_dir) / f"{name}-{index}"
             yield scorer.score(fold.captions, fold.image_ids, output_dir=folder)
 
-    use = "zero-shot" if checkpoint["saved_by"] == "UnicoderVLForPreTraining" else "fine-tuned"
+    # One of retrieval may be fine-tuned, or a pre-trained one that was given a first stage of search.
+    use = "zero-shot" if checkpoint["saved_by"] == "UnicoderVLForPreTraining" else "retrieval checkpoint"
     dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if args.bf16 else {})
     results = {f"{use}, {name}": evaluate_folds(test, scores(dtype, name)) for name, dtype in dtypes.items()}
     if not state.is_main_process:

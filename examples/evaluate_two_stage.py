@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None):
     parser = HfArgumentParser(TwoStageArguments, allow_abbrev=False)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(argv)
     state, store = start_processes(), RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split), store)
+    captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
     test = retrieval_test(captions, args.protocol, num_images=args.num_images)
     if len(test.folds) > 1:
         raise ValueError(f"{test.title}: the report is of one fold; give another protocol, or none.")

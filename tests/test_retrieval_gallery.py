@@ -1,0 +1,73 @@
+"""The gallery of a search on photos: what it shows, and that it may do without the photos."""
+
+import importlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_world
+import torch
+from test_pictures import Page
+
+from unicoder_vl_hf import UnicoderVLForImageTextRetrieval
+from unicoder_vl_hf.pictures import GalleryItem
+from unicoder_vl_hf.preparation import DataArguments, load_model, load_processor, open_data
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module("retrieval_gallery")
+
+
+def item(name, rank, score=float("nan"), others=()):
+    best = [("x", other) for other in others] + ([(name, score)] if rank else [])
+    return GalleryItem(name, name, score, rank, tuple(best))
+
+
+def test_a_quarter_is_the_best_and_one_the_worst_of_what_chance_left(script):
+    items = [
+        item("clear", 1, 5.0, [1.0]), item("close", 1, 5.0, [4.0]), item("second", 2, 3.0, [4.0]),
+        item("lost", 0, others=[9.0]), item("fortieth", 40, 0.0, [2.0]), item("third", 3, 1.0, [2.0]),
+    ]  # fmt: skip
+    names = [[each.caption for each in part] for part in script.choose(items, 4, seed=0)]
+    drawn = np.random.default_rng(0).permutation(6)
+    assert names[0] == [items[row].caption for row in sorted(drawn[:2])]
+    order = ["clear", "close", "second", "third", "fortieth", "lost"]
+    rest = [name for name in order if name not in names[0]]
+    assert names[1:] == [rest[:1], rest[-1:]]
+    shown = [each.caption for part in script.choose(items, 20, seed=1) for each in part]
+    assert sorted(shown) == sorted(order)  # few items: each once
+
+
+def test_with_photos_and_without(script, tmp_path, capsys):
+    world = small_world.build(tmp_path)
+    arguments = DataArguments(
+        captions=str(world / "captions.jsonl"),
+        regions=str(world / "regions"),
+        model_name_or_path=str(small_world.save_bert(tmp_path / "bert", dropout=0.0)),
+    )
+    data = open_data(arguments, tmp_path)
+    torch.manual_seed(0)
+    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, projection_dim=8)
+    model.config.first_stage_trained = True
+    model.save_pretrained(tmp_path / "model")
+    load_processor(arguments, data).save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--captions", arguments.captions, "--regions", arguments.regions]
+    words += ["--output", str(tmp_path / "gallery.html"), "--asked", "8", "--shown", "4", "--candidates", "3"]
+    script.main(words)
+    page = Page(tmp_path / "gallery.html")
+    assert len(page.sections) == 4 and capsys.readouterr().out.endswith("gallery.html: 4 captions.\n")
+    captions = set(data.split("test")["caption"])
+    assert {section["caption"] for section in page.sections} <= captions
+    for section in page.sections:
+        assert len(section["figures"]) == 3 + ("beyond" in section["figures"][-1]["class"])
+        for figure in section["figures"]:
+            picture, buffer = figure["picture"], io.BytesIO()
+            picture.save(buffer, "PNG", optimize=True)
+            assert picture.size == (240, 180) and len(buffer.getvalue()) < 4000
+            assert picture.convert("RGB").getcolors(16) is not None  # boxes on a blank page
+    script.main([*words, "--photos", str(world / "photos")])
+    figure = Page(tmp_path / "gallery.html").sections[0]["figures"][0]
+    assert figure["picture"].size == (192, 144)
