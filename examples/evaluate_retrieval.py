@@ -1,4 +1,4 @@
-"""Evaluates image-text retrieval of any checkpoint, zero-shot where it is a pre-trained one, beside the paper's figures.
+"""Evaluates the retrieval of any checkpoint, zero-shot where it is a pre-trained one, beside the paper's figures.
 
     python examples/evaluate_retrieval.py --model runs/flickr30k --captions dataset_flickr30k.json \
         --regions flickr30k-regions --protocol flickr30k --bf16 --output flickr30k_test.json

@@ -71,7 +71,9 @@ def scores_pair_by_pair(num_images=3, captions_per_image=9) -> tuple[np.ndarray,
     return np.array(scores, dtype=np.float32), [i for _, i in pairs]
 
 
-@pytest.mark.parametrize("model, row", [("pretrained", "zero-shot, float32"), ("retrieval", "retrieval checkpoint, float32")])
+@pytest.mark.parametrize(
+    "model, row", [("pretrained", "zero-shot, float32"), ("retrieval", "retrieval checkpoint, float32")]
+)
 def test_either_checkpoint_gives_what_pair_by_pair_gives(run, model, row):
     printed, values = run(model)
     scores, image_of_caption = scores_pair_by_pair()
