@@ -51,7 +51,7 @@ def command(world, berts):
         shared |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
         if plain:  # see plain_descent
             shared |= {
-                "learning_rate": 0.3,
+                "learning_rate": 1.0,
                 "max_grad_norm": 0,
                 "optim": "sgd",
                 "max_validation_images": 0,
