@@ -63,7 +63,7 @@ def demo(args: DemoArguments) -> int:
         regions=scenes / "regions",
         model_name_or_path=output_dir,
         contrastive_weight=1,
-        num_train_epochs=SCENES["num_train_epochs"],
+        num_train_epochs=1,
         learning_rate=SCENES["learning_rate"],
         per_device_train_batch_size=SCENES["train_batch_size"],
         gradient_accumulation_steps=SCENES["gradient_accumulation_steps"],

@@ -73,7 +73,7 @@ def training_curves(
     if not panels:
         raise ValueError(f"{len(rows)} log rows hold no step with a loss or an accuracy: is this a training log?")
 
-    figure = Figure(figsize=(6.4 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     colours = _colours([*losses, *accuracies])
     for axes, (label, series) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
