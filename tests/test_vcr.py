@@ -367,6 +367,7 @@ def test_the_best_of_the_other_detections_follow_in_record_order():
 def test_a_cut_loses_no_referenced_object(max_regions, kept):
     record, region_of_object = ground_truth_record(row_of("crowd"), STORE["crowd"], max_regions, referenced=[16, 2])
     assert record.object_ids.tolist() == [30 - index for index in kept] + [31] * (max_regions == 32)
+    assert record.boxes[: len(kept)].tolist() == [OBJECTS["crowd"][index][1] for index in kept]
     assert region_of_object.tolist() == [kept.index(index) if index in kept else -1 for index in range(31)]
 
 
