@@ -11,13 +11,18 @@ loss of both directions on sigmoid(score), margin 0.2, learning rate 5e-5, 192 p
 counts by P. The model that scores the highest sum of recalls on a part of the validation split is kept.
 """
 
-import sys
 from pathlib import Path
 
-from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from unicoder_vl_hf.preparation import in_words
-from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, evaluate_retrieval, prepare_retrieval, preset
+from unicoder_vl_hf.preparation import in_words, parse_arguments
+from unicoder_vl_hf.retrieval.finetuning import (
+    PAPER,
+    SCENES,
+    RetrievalArguments,
+    evaluate_retrieval,
+    prepare_retrieval,
+)
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
 from unicoder_vl_hf.training import FINE_TUNED, FINE_TUNED_ON_MINED, CheckpointFolder
 
@@ -37,21 +42,20 @@ class RetrievalTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((RetrievalArguments, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    recipe = preset(argv)
-    parser.set_defaults(
-        **training_defaults(recipe),
-        loss=recipe.get("loss", RetrievalArguments.loss),
-        save_strategy="epoch",
-        save_total_limit=2,  # the best and the last
-        load_best_model_at_end=True,
-        metric_for_best_model="recall_sum",
-        greater_is_better=True,
-        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
+    shared = {
+        "save_strategy": "epoch",
+        "save_total_limit": 2,  # the best and the last
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "recall_sum",
+        "greater_is_better": True,
+        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
+    }
+    data_args, training_args = parse_arguments(
+        (RetrievalArguments, TrainingArguments),
+        argv,
+        paper=training_defaults(PAPER) | shared,
+        scenes=training_defaults(SCENES) | shared,
     )
-    data_args, training_args = parser.parse_args_into_dataclasses(argv)
-
     checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
     resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights

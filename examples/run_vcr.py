@@ -11,14 +11,14 @@ example is a question with its four answers, or one with its right answer and fo
 process: on P, divide one of the two counts by P. The model of the highest validation accuracy (Q->AR) is kept.
 """
 
-import sys
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
+from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
 from unicoder_vl_hf.training import CheckpointFolder
-from unicoder_vl_hf.vcr_training import TASKS, VCRArguments, evaluate_vcr, prepare_vcr, preset
+from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS, TASKS, VCRArguments, evaluate_vcr, prepare_vcr
 
 
 class VCRTrainer(TaskTrainer):
@@ -47,18 +47,19 @@ class VCRTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((VCRArguments, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    recipe = preset(argv)
-    parser.set_defaults(
-        **training_defaults(recipe),
-        **{name: recipe[name] for name in ("max_length", "num_hidden_layers") if name in recipe},
-        save_strategy="epoch",
-        save_total_limit=2,  # the best and the last
-        load_best_model_at_end=True,
-        greater_is_better=True,
+    shared = {
+        "save_strategy": "epoch",
+        "save_total_limit": 2,  # the best and the last
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+    }
+    data_args, training_args = parse_arguments(
+        (VCRArguments, TrainingArguments),
+        argv,
+        paper=training_defaults(PAPER) | shared,
+        scenes=training_defaults(SCENES) | SCENES_FIELDS | shared,
+        data="--annotations",
     )
-    data_args, training_args = parser.parse_args_into_dataclasses(argv)
     if training_args.metric_for_best_model in (None, "loss"):
         single = TASKS[data_args.tasks[0]] if len(data_args.tasks) == 1 else None
         training_args.metric_for_best_model = single or "joint_accuracy"

@@ -9,15 +9,15 @@ Masked tokens and masked object classes of each question with its right answer a
 regions. The defaults are those of the fine-tuning.
 """
 
-import sys
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
+from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
 from unicoder_vl_hf.training import CheckpointFolder
 from unicoder_vl_hf.vcr_pretraining import VCRPretrainingArguments, evaluate_vcr_pretraining, prepare_vcr_pretraining
-from unicoder_vl_hf.vcr_training import preset
+from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS
 
 
 class VCRPretrainingTrainer(TaskTrainer):
@@ -34,14 +34,13 @@ class VCRPretrainingTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((VCRPretrainingArguments, TrainingArguments), allow_abbrev=False)  # type: ignore[arg-type]
-    recipe = preset(argv)
-    parser.set_defaults(
-        **training_defaults(recipe),
-        **{name: recipe[name] for name in ("max_length", "num_hidden_layers") if name in recipe},
+    data_args, training_args = parse_arguments(
+        (VCRPretrainingArguments, TrainingArguments),
+        argv,
+        paper=training_defaults(PAPER),
+        scenes=training_defaults(SCENES) | SCENES_FIELDS,
+        data="--annotations",
     )
-    data_args, training_args = parser.parse_args_into_dataclasses(argv)
 
     checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
     resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)

@@ -23,15 +23,18 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.data import negatives
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import PairsWithNegatives, read_duplicate_groups
-from unicoder_vl_hf.modeling_unicoder_vl import binary_matching_loss, group_softmax_loss
+from unicoder_vl_hf.modeling_unicoder_vl import (
+    binary_matching_loss,
+    group_softmax_loss,
+    hardest_negative_triplet_loss,
+    sum_of_negatives_triplet_loss,
+)
 from unicoder_vl_hf.retrieval.finetuning import (
     PAPER,
-    SCENES,
     RetrievalArguments,
     captions_of_images,
     evaluate_retrieval,
     prepare_retrieval,
-    preset,
 )
 from unicoder_vl_hf.retrieval.metrics import chance_recalls
 
@@ -316,12 +319,26 @@ def arguments(world, model, **options):
 
 
 def test_presets():
-    assert preset(["--captions", "x"]) == PAPER and PAPER["learning_rate"] == 5e-5
-    assert PAPER["train_batch_size"] == 192 and PAPER["gradient_accumulation_steps"] == 4
-    assert preset([])["loss"] == "sum" and preset(["--model_name_or_path=x"]) == SCENES
+    assert (
+        PAPER["learning_rate"] == 5e-5
+        and PAPER["train_batch_size"] == 192
+        and PAPER["gradient_accumulation_steps"] == 4
+    )
     paper = RetrievalArguments()
     assert (paper.num_negative_captions, paper.num_negative_images, paper.margin) == (3, 3, 0.2)
-    assert (paper.loss, paper.caption_weight, paper.image_weight) == ("hardest", 1.0, 1.0)
+    assert (paper.caption_weight, paper.image_weight) == (1.0, 1.0)
+
+
+def test_new_weights_begin_with_the_sum_of_negatives():
+    found = {
+        name: RetrievalArguments(model_name_or_path=name, loss=loss).group_loss.func
+        for name, loss in ((None, None), ("a-model", None), ("another", "sum"))
+    }
+    assert found == {
+        None: sum_of_negatives_triplet_loss,
+        "a-model": hardest_negative_triplet_loss,
+        "another": sum_of_negatives_triplet_loss,
+    }
 
 
 def test_from_a_pretraining_checkpoint(world, bert, tmp_path, monkeypatch):
@@ -398,7 +415,7 @@ def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_pat
     )
     optimizer = torch.optim.AdamW(setup.model.parameters(), lr=3e-3, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(setup.model.train(), optimizer, loader)
-    for epoch in range(20):
+    for epoch in range(30):
         setup.train.set_epoch(epoch)
         for batch in loader:
             accelerator.backward(model(**batch).loss)

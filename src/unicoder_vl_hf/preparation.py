@@ -43,22 +43,27 @@ SCENES_MODEL: dict[str, Any] = {
 
 
 def parse_arguments(
-    classes: tuple[type, ...], argv: Sequence[str] | None, *, paper: dict[str, Any], scenes: dict[str, Any]
+    classes: tuple[type, ...],
+    argv: Sequence[str] | None,
+    *,
+    paper: dict[str, Any],
+    scenes: dict[str, Any],
+    data: str = "--captions",
 ) -> tuple[Any, ...]:
     """
-    A command line as dataclasses. The defaults are `paper` where it names captions, and so in the help, and `scenes`
+    A command line as dataclasses. The defaults are `paper` where it names `data`, and so in the help, and `scenes`
     where it does not.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     on_scenes = {name: value for name, value in scenes.items() if paper.get(name) != value}
     parser = HfArgumentParser(
         classes,  # type: ignore[arg-type]
-        allow_abbrev=False,  # or --caption would not choose the paper's defaults
-        description="The defaults below are the paper's. Without --captions, on the rendered scenes: "
+        allow_abbrev=False,  # or --capt would not choose the paper's defaults
+        description=f"The defaults below are the paper's. Without {data}, on the rendered scenes: "
         + ", ".join(f"{name} {value}" for name, value in on_scenes.items()),
     )
     names = {word.split("=")[0] for word in argv}
-    parser.set_defaults(**(paper if names & {"--captions", "--help", "-h"} else scenes))
+    parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
     for action in parser._actions:
         if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
             action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS

@@ -100,9 +100,9 @@ SCENES = {
     "learning_rate": 3e-3,
     "train_batch_size": 32,
     "gradient_accumulation_steps": 1,
-    "max_length": 64,  # the positions of the scenes' model
-    "num_hidden_layers": 2,
 }
+# Of its model, which has no more positions.
+SCENES_FIELDS = {"max_length": 64, "num_hidden_layers": 2}
 # New weights of the size that BERT begins with learn nothing from choices for a thousand steps, in a model so narrow.
 SCENES_MODEL: dict[str, Any] = {
     "hidden_size": 64,
@@ -110,11 +110,6 @@ SCENES_MODEL: dict[str, Any] = {
     "intermediate_size": 256,
     "initializer_range": 0.12,
 }
-
-
-def preset(argv: Sequence[str]) -> dict[str, Any]:
-    """The recipe of a command line: the paper's where it names annotations, else that of the scenes."""
-    return PAPER if any(word.split("=")[0] == "--annotations" for word in argv) else SCENES
 
 
 @dataclass

@@ -7,7 +7,7 @@ in-batch negatives. Hard negatives are mined by `mining.py`.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -51,11 +51,11 @@ class RetrievalArguments(DataArguments):
         default=None,
         metadata={"help": "Groups of images that show the same, a line each: .jsonl of lists of image ids, or .csv."},
     )
-    loss: Literal["hardest", "sum", "binary", "softmax"] = field(
-        default="hardest",
+    loss: Literal["hardest", "sum", "binary", "softmax"] | None = field(
+        default=None,
         metadata={
             "help": "Triplet loss on the hardest negative (the paper's) or the sum of all, binary cross-entropy of "
-            "each pair (Oscar), or softmax over the group (ViLBERT)."
+            "each pair (Oscar), or softmax over the group (ViLBERT). Default: hardest; for new weights sum."
         },
     )
     margin: float = field(default=0.2, metadata={"help": "Of the triplet losses, on sigmoid(score)."})
@@ -80,26 +80,15 @@ class RetrievalArguments(DataArguments):
             "binary": binary_matching_loss,
             "softmax": group_softmax_loss,
         }
-        return losses[self.loss]
+        # New weights learn nothing from the hardest of several negatives: all scores become one, and the loss stays at
+        # twice the margin.
+        return losses[self.loss or ("sum" if self.base_model is None else "hardest")]
 
 
 # The paper's recipe, but for the epochs and the warm-up, on which it is silent; and one for the scenes. A batch is
 # counted in positive pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 5e-5, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, "gradient_accumulation_steps": 1}
-
-
-def preset(argv: Sequence[str]) -> dict[str, Any]:
-    """
-    The recipe of a command line: the paper's where it names captions, else that of the scenes.
-
-    New weights learn nothing from the hardest of several negatives: all scores become one, and the loss stays at twice
-    the margin. They begin with the sum.
-    """
-    named = {word.split("=")[0] for word in argv}
-    if "--captions" in named:
-        return PAPER
-    return SCENES if "--model_name_or_path" in named else SCENES | {"loss": "sum"}
 
 
 @dataclass
