@@ -96,8 +96,8 @@ class VCRArguments(VCRDataArguments):
 # question of one task, with its four choices.
 PAPER = {"num_train_epochs": 20, "learning_rate": 3e-5, "train_batch_size": 48, "gradient_accumulation_steps": 4}
 SCENES = {
-    "num_train_epochs": 3,
-    "learning_rate": 3e-3,
+    "num_train_epochs": 5,
+    "learning_rate": 1e-3,
     "train_batch_size": 32,
     "gradient_accumulation_steps": 1,
 }
