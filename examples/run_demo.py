@@ -122,7 +122,7 @@ def demo(args: DemoArguments) -> int:
     return int(failed)
 
 
-def train(run: Callable[[list[str]], None], checkpoints: CheckpointFolder, **options: object) -> None:
+def train(run: Callable[[list[str]], object], checkpoints: CheckpointFolder, **options: object) -> None:
     """Begins a training, goes on with one that was stopped, or leaves a finished one as it is."""
     if checkpoints.is_finished():
         print(f"{checkpoints.output_dir} was trained before. Delete it to train it anew.")

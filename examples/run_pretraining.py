@@ -33,12 +33,15 @@ from unicoder_vl_hf.pretraining import (
     run_identity,
 )
 from unicoder_vl_hf.training import (
+    PRECISIONS,
     CheckpointFolder,
     JsonLog,
     StopSignal,
+    TrainingRun,
     create_hub_repository,
     finish_run,
     resolve_precision,
+    run_script,
     save_weights_as_pretrained,
     start_processes,
 )
@@ -46,7 +49,7 @@ from unicoder_vl_hf.training import (
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> bool:
     data_args, args = parse_arguments((PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES)
     output_dir = Path(args.output_dir)
     checkpoints = CheckpointFolder(output_dir, keep=args.save_total_limit)
@@ -97,7 +100,7 @@ def main(argv: list[str] | None = None):
         accelerator.init_trackers("pretraining", {**asdict(data_args), **asdict(args)})
     accelerator.print(
         f"{total_steps:,} steps of {args.train_batch_size} of {len(setup.train):,} pairs; processes: "
-        f"{accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}"
+        f"{accelerator.num_processes}, precision: {PRECISIONS[accelerator.mixed_precision]}"
     )
 
     def evaluate() -> dict[str, float]:
@@ -154,17 +157,28 @@ def main(argv: list[str] | None = None):
                     break
 
     if step < total_steps:
-        accelerator.print(f"Stopped after {step} of {total_steps} steps: go on with --resume_from_checkpoint latest.")
+        accelerator.print(f"Stopped after {step} of {total_steps} steps.")
     else:
         if accelerator.is_main_process:  # before the last evaluation: whatever happens there, the model is saved
             accelerator.unwrap_model(model).save_pretrained(output_dir)
             setup.processor.save_pretrained(output_dir)
         metrics = evaluate()
         if accelerator.is_main_process:
-            finish_run(output_dir, metrics, repo_id=repo_id, base_model=data_args.base_model, **setup.card)
+            training = TrainingRun(
+                steps=step,
+                epochs=step / steps_per_epoch,
+                batch_size=args.train_batch_size,
+                learning_rate=args.learning_rate,
+                seed=args.seed,
+                mixed_precision=accelerator.mixed_precision,
+            )
+            finish_run(
+                output_dir, metrics, repo_id=repo_id, base_model=data_args.base_model, training=training, **setup.card
+            )
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    return step == total_steps
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,7 +15,7 @@ from transformers import TrainingArguments, set_seed
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.pretraining import PAPER, SCENES, PretrainingArguments, evaluate_pretraining, prepare_pretraining
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder
+from unicoder_vl_hf.training import CheckpointFolder, run_script
 
 
 class PretrainingTrainer(TaskTrainer):
@@ -34,7 +34,7 @@ class PretrainingTrainer(TaskTrainer):
         )
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> bool:
     data_args, training_args = parse_arguments(
         (PretrainingArguments, TrainingArguments),
         argv,
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None):
     if setup.validation is None:
         training_args.eval_strategy = "no"
     trainer = PretrainingTrainer(setup, training_args, base_model=data_args.base_model)
-    trainer.run(resume_from)
+    return trainer.run(resume_from)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,7 +24,7 @@ from unicoder_vl_hf.retrieval.finetuning import (
     prepare_retrieval,
 )
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import FINE_TUNED, FINE_TUNED_ON_MINED, CheckpointFolder
+from unicoder_vl_hf.training import FINE_TUNED, FINE_TUNED_ON_MINED, CheckpointFolder, run_script
 
 
 class RetrievalTrainer(TaskTrainer):
@@ -41,7 +41,7 @@ class RetrievalTrainer(TaskTrainer):
         return evaluate_retrieval(setup.model, setup.processor, collator.store, rows, max_length=collator.max_length)
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> bool:
     shared = {
         "save_strategy": "epoch",
         "save_total_limit": 2,  # the best and the last
@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None):
         base_model=data_args.base_model,
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
     )
-    trainer.run(resume_from)
+    return trainer.run(resume_from)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,12 +17,13 @@ from transformers import TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder
+from unicoder_vl_hf.training import CheckpointFolder, run_script
 from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS, TASKS, VCRArguments, evaluate_vcr, prepare_vcr
 
 
 class VCRTrainer(TaskTrainer):
     trained_by = "fine-tuned for visual commonsense reasoning"
+    rows = "examples"
 
     def __init__(self, tasks: list[str], *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -46,7 +47,7 @@ class VCRTrainer(TaskTrainer):
             )
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> bool:
     shared = {
         "save_strategy": "epoch",
         "save_total_limit": 2,  # the best and the last
@@ -70,8 +71,8 @@ def main(argv: list[str] | None = None):
     with training_args.main_process_first():
         setup = prepare_vcr(data_args, training_args.output_dir)
     trainer = VCRTrainer(data_args.tasks, setup, training_args, base_model=data_args.base_model)
-    trainer.run(resume_from)
+    return trainer.run(resume_from)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,13 +15,14 @@ from transformers import TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder
+from unicoder_vl_hf.training import CheckpointFolder, run_script
 from unicoder_vl_hf.vcr_pretraining import VCRPretrainingArguments, evaluate_vcr_pretraining, prepare_vcr_pretraining
 from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS
 
 
 class VCRPretrainingTrainer(TaskTrainer):
     trained_by = "pre-trained further on the text of VCR by masked language modelling and masked object classification"
+    rows = "examples"
 
     def evaluate_task(self, rows):
         return evaluate_vcr_pretraining(
@@ -33,7 +34,7 @@ class VCRPretrainingTrainer(TaskTrainer):
         )
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> bool:
     data_args, training_args = parse_arguments(
         (VCRPretrainingArguments, TrainingArguments),
         argv,
@@ -48,8 +49,8 @@ def main(argv: list[str] | None = None):
     with training_args.main_process_first():
         setup = prepare_vcr_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
     trainer = VCRPretrainingTrainer(setup, training_args, base_model=data_args.base_model)
-    trainer.run(resume_from)
+    return trainer.run(resume_from)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

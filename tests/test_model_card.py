@@ -1,5 +1,6 @@
 """`write_model_card`: what it names, that its metadata are valid, and that its snippet runs as written."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import yaml
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, UnicoderVLForPreTraining
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
 from unicoder_vl_hf.pretraining import PretrainingArguments, PretrainingSetup
-from unicoder_vl_hf.training import FINE_TUNED, PRETRAINED, PRETRAINED_WITHOUT_CLASSES, write_model_card
+from unicoder_vl_hf.training import (
+    FINE_TUNED,
+    PRETRAINED,
+    PRETRAINED_WITHOUT_CLASSES,
+    TrainingRun,
+    write_model_card,
+)
 
 PROVENANCE = {
     "detector": "Faster R-CNN: ResNet-101",
@@ -22,7 +29,11 @@ PROVENANCE = {
     "class_names": [f"class {number}" for number in range(1600)],
     "feature_dim": 6,
     "dtype": "float16",
+    "package_version": "0.1",
 }
+RUN = TrainingRun(
+    steps=12000, epochs=9.9999, batch_size=192, learning_rate=1e-4, seed=7, mixed_precision="bf16", kept_step=12000
+)
 
 
 def write(folder: Path, **changes) -> huggingface_hub.ModelCard:
@@ -62,10 +73,42 @@ def test_the_card_names_everything(tmp_path):
         '- thresholds: {"score": 0.2}',
         '- class_names: ["class 0", "class 1", "class 2", "class 3", "class 4", …] (1600 in all)',
         "- feature_dim: 6",
-        '- dtype: "float16"',
     ]
     assert section(card, "Evaluation")[0] == "| metric | validation: 500 captions of 100 images |"
     assert section(card, "Evaluation")[2:] == ["| matching_accuracy | 0.8765 |", "| mlm_perplexity | 12.0000 |"]
+
+
+@pytest.mark.parametrize(
+    "changes, steps, precision",
+    [
+        ({}, "12,000 of 192 pairs (over all processes)", "bfloat16 (mixed)"),
+        ({"kept_step": None, "mixed_precision": "no"}, "12,000 of 192 pairs (over all processes)", "float32"),
+        (
+            {"kept_step": 8000, "rows": "examples", "mixed_precision": "fp8"},
+            "12,000 of 192 examples (over all processes); the model is that of step 8,000",
+            "fp8",
+        ),
+    ],
+)
+def test_the_card_says_how_the_training_ran(tmp_path, changes, steps, precision):
+    assert section(write(tmp_path, training=dataclasses.replace(RUN, **changes)), "Training") == [
+        f"- Steps: {steps}",
+        "- Epochs: 10",
+        "- Learning rate: 0.0001 at its peak",
+        "- Seed: 7",
+        f"- Precision: {precision}",
+    ]
+
+
+def test_ranks_are_counts(tmp_path):
+    metrics = {"image_retrieval_recall@1": 0.5, "text_retrieval_mean_rank": 1234.5678, "eval_x_median_rank": 2.0}
+    metrics |= {"image_retrieval_tied_ranks": 1500}
+    assert section(write(tmp_path, metrics=metrics), "Evaluation")[2:] == [
+        "| image_retrieval_recall@1 | 0.5000 |",
+        "| text_retrieval_mean_rank | 1,234.6 |",
+        "| eval_x_median_rank | 2.0 |",
+        "| image_retrieval_tied_ranks | 1,500 |",
+    ]
 
 
 def test_what_is_unknown_is_said(tmp_path):
@@ -73,13 +116,14 @@ def test_what_is_unknown_is_said(tmp_path):
     assert section(card, "Evaluation")[0] == "| metric | validation |"
     assert "- Base model: none, trained from scratch" in card.text
     assert section(card, "Regions")[-1] == "- unknown"
+    assert "## Training" not in card.text
     assert section(card, "Evaluation")[-1] == "| not evaluated | |"
     assert card.data.base_model is None and card.data.eval_results is None
     assert "null" not in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form", ["absolute", "relative", "gone", "dotted", "windows"])
-def test_a_local_base_model_is_named_in_the_text_only(tmp_path, monkeypatch, form):
+def test_of_a_local_base_model_the_text_names_the_folder_alone(tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     Path("models/bert").mkdir(parents=True)
     name = {
@@ -91,7 +135,7 @@ def test_a_local_base_model_is_named_in_the_text_only(tmp_path, monkeypatch, for
     }[form]
     card = write(tmp_path, base_model=name)
     assert card.data.base_model is None
-    assert f"- Base model: {name}\n" in card.text
+    assert "- Base model: bert\n" in card.text
 
 
 @pytest.mark.parametrize("name", ["google-bert/bert-base-uncased", "bert-base-uncased"])

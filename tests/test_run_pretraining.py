@@ -119,6 +119,14 @@ def test_what_a_run_leaves(script, straight, berts, world):
         assert processor(text="a red circle")["input_ids"]
     card = (straight / "README.md").read_text()
     assert "Unicoder-VL" in card and "matching_accuracy" in card and "drawing boxes" in card
+    for line in (
+        "Steps: 40 of 4 pairs",
+        "Epochs: 2",
+        "Learning rate: 0.001 at its peak",
+        "Seed: 5",
+        "Precision: float32",
+    ):
+        assert f"\n- {line}" in card
     assert_same_weights(straight / "checkpoint-40", straight)
 
 
@@ -362,6 +370,7 @@ def test_two_processes_equal_one(script, command, tmp_path, plain):
         # Losses and evaluation are over all processes.
         for line, other in zip(log_of(tmp_path / "dry"), log_of(plain), strict=True):
             assert line == pytest.approx(other, abs=2e-4)
+    assert "\n- Steps: 40 of 4 pairs" in (tmp_path / "dry" / "README.md").read_text()
     assert_same_weights(tmp_path / "dry", plain, tolerance=2e-5)
     assert_same_weights(tmp_path / "resumed", tmp_path / "wet")
     for rank in range(2):

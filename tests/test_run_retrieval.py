@@ -149,7 +149,9 @@ def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path,
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path, tmp_path / "checkpoint-32")
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_recall_sum": 3.0}
-    assert "| eval_recall_sum | 3.0000 |" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "| eval_recall_sum | 3.0000 |" in card and "- Steps: 32 of" in card
+    assert "; the model is that of step 16\n" in card
     assert "Stopped after" not in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .training import StopSignal, fast_precision, write_model_card
+from .training import StopSignal, TrainingRun, fast_precision, write_model_card
 
 
 def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +41,7 @@ class TaskTrainer(Trainer):
     """
 
     trained_by: ClassVar[str]
+    rows: ClassVar[str] = "pairs"  # what a batch counts
 
     def __init__(
         self,
@@ -74,6 +75,20 @@ class TaskTrainer(Trainer):
             "trained_by": self.trained_by,
         }
 
+    def training_run(self) -> TrainingRun:
+        """The training as it really ran, for the card."""
+        args, state = self.args, self.state
+        return TrainingRun(
+            steps=state.global_step,
+            epochs=state.epoch or 0,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+            mixed_precision=self.accelerator.mixed_precision,
+            rows=self.rows,
+            kept_step=state.best_global_step if args.load_best_model_at_end else None,
+        )
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         rows = self.setup.validation if eval_dataset is None else eval_dataset
         if rows is None:
@@ -93,21 +108,22 @@ class TaskTrainer(Trainer):
                 base_model=self.base_model,
                 repo_id=self.hub_model_id,
                 metrics=self.last_metrics,
+                training=self.training_run(),
                 **self.card(),
             )
 
-    def run(self, resume_from: Path | None = None):
-        """Trains, saves the model with its card, and pushes it if asked; Ctrl-C leaves a checkpoint to resume from."""
+    def run(self, resume_from: Path | None = None) -> bool:
+        """
+        Trains, saves the model with its card, and pushes it if asked. False where Ctrl-C stopped it, which leaves a
+        checkpoint to resume from.
+        """
         with StopSignal() as stop:
             stopping = _StopWithCheckpoint(stop, self)
             self.add_callback(stopping)
             self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         if stopping.stopped:
-            self.accelerator.print(
-                f"Stopped after {self.state.global_step} of {self.state.max_steps} steps: "
-                "go on with --resume_from_checkpoint latest."
-            )
-            return
+            self.accelerator.print(f"Stopped after {self.state.global_step} of {self.state.max_steps} steps.")
+            return False
         best = [
             entry for entry in self.state.log_history
             if entry["step"] == self.state.best_global_step and f"eval_{self.args.metric_for_best_model}" in entry
@@ -122,6 +138,7 @@ class TaskTrainer(Trainer):
         self.create_model_card()
         if self.args.push_to_hub:
             self.push_to_hub()
+        return True
 
 
 class _EpochOfData(TrainerCallback):

@@ -6,7 +6,10 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 from types import FrameType
 from typing import Any, Literal, cast
 
@@ -20,6 +23,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Precision = Literal["no", "bf16", "fp16"]
+PRECISIONS: dict[str, str] = {"no": "float32", "bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)"}  # in words
 
 
 def fast_precision(device_type: str) -> Precision:
@@ -48,7 +52,8 @@ def resolve_precision(requested: str, device_type: str) -> Precision:
         raise ValueError(f"mixed precision is {requested!r}, expected auto, no, bf16 or fp16.")
     fast = fast_precision(device_type)
     if requested == "auto":
-        logger.warning(f"Mixed precision: {fast}, which this {device_type} is fast in.")
+        device = {"cuda": "GPU"}.get(device_type, device_type.upper())
+        logger.warning(f"Precision: {PRECISIONS[fast]}, the fastest of this {device}.")
         return fast
     precision = cast(Precision, requested)
     if device_type == "cpu" and precision not in ("no", fast):
@@ -115,6 +120,31 @@ class StopSignal:
         logger.warning("Stopping after this step, with a checkpoint. Once more to stop at once, without one.")
 
 
+class FinishedRun(ValueError):
+    """There is nothing left to train."""
+
+
+def run_script(main: Callable[[], bool]):
+    """
+    `main` as a command. A training that was stopped ends with 130, as the shell has it for Ctrl-C, so that what follows
+    after `&&` does not take up half a model; one that was finished before ends well.
+    """
+    try:
+        trained = main()
+    except FinishedRun as finished:
+        _warn_once(str(finished))
+        return
+    if not trained:
+        _warn_once("Go on with the same command and --resume_from_checkpoint latest.")
+        sys.exit(130)
+
+
+def _warn_once(text: str):
+    """In one of the launcher's processes."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(text)
+
+
 class CheckpointFolder:
     """
     The checkpoints `checkpoint-<step>` of a run: written whole or not at all, the oldest removed, resumed exactly.
@@ -146,11 +176,12 @@ class CheckpointFolder:
         The checkpoint to resume from: a folder, the newest for `"latest"`, None for None.
 
         Raises:
-            `ValueError`: there is none, the run is finished, or one lies in the folder that is not to be resumed.
+            `FinishedRun`: the run is finished. `ValueError`: there is none, or one lies in the folder that is not to be
+                resumed.
         """
         present = self.list()
         if requested in (None, "latest") and self.is_finished():
-            raise ValueError(
+            raise (ValueError if requested is None else FinishedRun)(
                 f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. Take another "
                 "--output_dir."
             )
@@ -305,6 +336,42 @@ def finish_run(output_dir: Path, metrics: dict[str, float], *, repo_id: str | No
         push_folder(repo_id, output_dir)
 
 
+@dataclass
+class TrainingRun:
+    """
+    A training as it really ran, for the card.
+
+    Args:
+        steps (`int`): Of the optimiser.
+        epochs (`float`): Passes over the training data.
+        batch_size (`int`): `rows` of a step over all processes and micro-steps.
+        learning_rate (`float`): Its peak.
+        seed (`int`): Of the run.
+        mixed_precision (`str`): As accelerate has it.
+        rows (`str`, *optional*): What a batch counts.
+        kept_step (`int`, *optional*): The step whose model was kept, where it is not the last.
+    """
+
+    steps: int
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    seed: int
+    mixed_precision: str
+    rows: str = "pairs"
+    kept_step: int | None = None
+
+    def __str__(self) -> str:
+        kept = "" if self.kept_step in (None, self.steps) else f"; the model is that of step {self.kept_step:,}"
+        return "\n".join([
+            f"- Steps: {self.steps:,} of {self.batch_size:,} {self.rows} (over all processes){kept}",
+            f"- Epochs: {round(self.epochs, 2):g}",
+            f"- Learning rate: {self.learning_rate:g} at its peak",
+            f"- Seed: {self.seed}",
+            f"- Precision: {PRECISIONS.get(self.mixed_precision, self.mixed_precision)}",
+        ])  # fmt: skip
+
+
 def write_model_card(
     folder: Path,
     *,
@@ -316,9 +383,10 @@ def write_model_card(
     task: Literal["image-text-retrieval", "visual-commonsense-reasoning"] = "image-text-retrieval",
     base_model: str | None = None,
     repo_id: str | None = None,
+    training: TrainingRun | None = None,
 ) -> Path:
     """
-    Writes `README.md`, the model card: tags, base model, data, where the regions come from, metrics and use.
+    Writes `README.md`, the model card: tags, base model, data, training, where the regions come from, metrics and use.
 
     Args:
         folder (`Path`): The saved model's.
@@ -328,8 +396,10 @@ def write_model_card(
         measured_on (`str`, *optional*): How many captions and images of it, without which recall at K says little.
         trained_by (`str`, *optional*): How, in words that follow "Unicoder-VL, ".
         task (`str`, *optional*): What the model is used for.
-        base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository.
+        base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository,
+            and the text a folder by its name alone, which may be published where its path may not.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
+        training ([`TrainingRun`], *optional*): As it really ran.
     """
     name = repo_id or folder.resolve().name
     tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
@@ -345,24 +415,32 @@ def write_model_card(
         )
         for metric, value in metrics.items()
     ]
+    on_hub = base_model is not None and _is_repository(base_model)
     metadata = huggingface_hub.ModelCardData(
         language="en",
         license="apache-2.0",
         library_name="transformers",
         tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", task, tag],
-        base_model=base_model if base_model and _is_repository(base_model) else None,
+        base_model=base_model if on_hub else None,
         model_name=name,
         eval_results=results or None,
     )
-    known = {field: value for field, value in (provenance or {}).items() if value not in (None, [], {})}
+    if base_model is not None and not on_hub:
+        base_model = PureWindowsPath(os.path.abspath(base_model)).name  # of either kind of path
+    known = {
+        field: value
+        for field, value in (provenance or {}).items()
+        if value not in (None, [], {}) and field not in ("dtype", "package_version")  # which do not change the features
+    }
     text = _CARD.format(
         name=name,
         base_model=base_model or "none, trained from scratch",
         data_name=data_name,
         trained_by=trained_by,
+        training="" if training is None else f"\n## Training\n\n{training}\n",
         regions="\n".join(f"- {field}: {_shorten(value)}" for field, value in known.items()) or "- unknown",
         measured_on=f"validation: {measured_on}" if measured_on else "validation",
-        metrics="\n".join(f"| {metric} | {value:.4f} |" for metric, value in metrics.items()) or "| not evaluated | |",
+        metrics="\n".join(_metric_row(*item) for item in metrics.items()) or "| not evaluated | |",
         location=repo_id or folder.as_posix(),
         **_USES[task],
     )
@@ -378,7 +456,7 @@ Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), {trained
 
 - Base model: {base_model}
 - Training data: {data_name}
-
+{training}
 ## Regions
 
 The model reads region features of this kind, and no other:
@@ -442,6 +520,12 @@ def _is_repository(name: str) -> bool:
     except huggingface_hub.errors.HFValidationError:
         return False
     return not Path(name).exists()
+
+
+def _metric_row(name: str, value: float) -> str:
+    """Of the table: fractions and losses to four decimals; ranks count images or captions."""
+    decimals = 0 if name.endswith("_tied_ranks") else 1 if name.endswith("_rank") else 4
+    return f"| {name} | {value:,.{decimals}f} |"
 
 
 def _shorten(value: Any) -> str:
