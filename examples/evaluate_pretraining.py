@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForPreTraining, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForPreTraining, AutoProcessor
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
-from unicoder_vl_hf.preparation import in_words, is_unicoder_vl
+from unicoder_vl_hf.preparation import in_words, is_unicoder_vl, make_parser
 from unicoder_vl_hf.pretraining import (
     ShuffledStore,
     evaluate_pretraining,
@@ -51,8 +51,7 @@ class EvaluationArguments:
 
 
 def main(argv: list[str] | None = None):
-    parser = HfArgumentParser(EvaluationArguments)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = make_parser(EvaluationArguments).parse_args_into_dataclasses(argv)
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, start_processes().device.type))
     store = RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)

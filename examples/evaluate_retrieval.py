@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import HfArgumentParser
 
 import unicoder_vl_hf
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
 from unicoder_vl_hf.training import start_processes
@@ -49,8 +49,7 @@ class RetrievalArguments:
 
 
 def main(argv: list[str] | None = None):
-    parser = HfArgumentParser(RetrievalArguments, allow_abbrev=False)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = make_parser(RetrievalArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store = RegionStore(args.regions)
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.

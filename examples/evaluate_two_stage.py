@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, retrieval_test
@@ -56,8 +56,7 @@ class TwoStageArguments:
 
 
 def main(argv: list[str] | None = None):
-    parser = HfArgumentParser(TwoStageArguments, allow_abbrev=False)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = make_parser(TwoStageArguments).parse_args_into_dataclasses(argv)
     state, store = start_processes(), RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
     test = retrieval_test(captions, args.protocol, num_images=args.num_images)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers import HfArgumentParser
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore
 from unicoder_vl_hf.data.vcr import NO_LABEL, VCRExamples, read_vcr
+from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.training import start_processes
 from unicoder_vl_hf.vcr_evaluation import vcr_metrics, write_submission
 from unicoder_vl_hf.vcr_pictures import draw_question
@@ -51,8 +51,7 @@ class VCREvaluationArguments:
 
 
 def main(argv: list[str] | None = None):
-    parser = HfArgumentParser(VCREvaluationArguments, allow_abbrev=False)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = make_parser(VCREvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store = RegionStore(args.regions)
     rows = read_vcr(args.annotations, metadata_dir=args.metadata, store=store, ids=args.ids)

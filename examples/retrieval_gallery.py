@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers import HfArgumentParser
 
 from unicoder_vl_hf import ImageTextScorer, RegionRecord, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.pictures import GalleryItem, draw_regions, write_gallery
+from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import load_for_store
 from unicoder_vl_hf.retrieval.encoders import Photos, UnicoderVLDualEncoder
 from unicoder_vl_hf.retrieval.index import build_index
@@ -46,8 +46,7 @@ class GalleryArguments:
 
 
 def main(argv: list[str] | None = None):
-    parser = HfArgumentParser(GalleryArguments, allow_abbrev=False)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = make_parser(GalleryArguments).parse_args_into_dataclasses(argv)
     store = RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
     (fold,) = retrieval_test(captions).folds

@@ -19,12 +19,11 @@ import numpy as np
 import run_pretraining
 import run_retrieval
 from PIL import Image
-from transformers import HfArgumentParser
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
-from unicoder_vl_hf.preparation import DATA_FOLDER
+from unicoder_vl_hf.preparation import DATA_FOLDER, make_parser
 from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance
 from unicoder_vl_hf.retrieval.checkpoints import load_for_store
 from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder
@@ -44,7 +43,7 @@ class DemoArguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    (args,) = make_parser(DemoArguments).parse_args_into_dataclasses(argv)
     try:
         return demo(args)
     except KeyboardInterrupt:

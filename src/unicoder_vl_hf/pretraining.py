@@ -253,17 +253,21 @@ def check_object_ids(store: RegionStore, image_ids: Sequence[str], num_classes: 
     lacking, wrong = np.flatnonzero(highest == NO_OBJECT_IDS), np.flatnonzero(highest >= num_classes)
     if len(lacking) > 0:
         raise ValueError(
-            f"{store.path}, image {image_ids[lacking[0]]!r} (one of {len(lacking):,}): the record has no object_ids, "
+            f"{store.path}, image {image_ids[lacking[0]]!r}{_one_of(lacking)}: the record has no object_ids, "
             "which masked object classification predicts. Add them with `unicoder-vl label`, or leave it out: --no_moc."
         )
     if len(wrong) > 0:
         raise ValueError(
-            f"{store.path}, image {image_ids[wrong[0]]!r} (one of {len(wrong):,}): object_ids hold "
+            f"{store.path}, image {image_ids[wrong[0]]!r}{_one_of(wrong)}: object_ids hold "
             f"{highest[wrong[0]]}, expected 0 to {num_classes - 1}, as the model predicts, or -1 for none. Ids count "
             "from 0, without background: convert the regions anew if theirs do not; or give the detector's number of "
             "classes with --num_region_classes; or leave the task out: --no_moc."
         )
     return int(highest.max())
+
+
+def _one_of(images: np.ndarray) -> str:
+    return f" (one of {len(images):,})" if len(images) > 1 else ""
 
 
 @torch.no_grad()
