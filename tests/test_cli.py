@@ -53,8 +53,12 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     drawing = tmp_path / "drawn.png"
     for holder in (store, source):
         assert main(["inspect", str(holder), "--photo", str(tmp_path / "photo.png"), "--output", str(drawing)]) == 1
-        error = capsys.readouterr().err
-        assert "has no image 'photo'; its first is" in error and "Say with --image-id which image" in error
+        output, error = capsys.readouterr()
+        assert (
+            output == ""
+            and "has no image 'photo'; its first is" in error
+            and "Say with --image-id which image" in error
+        )
     assert not drawing.exists()
     options = ["--image-id", str(image.number), "--photo", str(tmp_path / "photo.png"), "--output", str(drawing)]
     assert main(["inspect", str(store), *options]) == 0
@@ -63,7 +67,15 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     named = tmp_path / f"{other.number}.png"
     Image.new("RGB", (other.width, other.height), "white").save(named)
     assert main(["inspect", str(store), "--photo", str(named), "--output", str(drawing)]) == 0
-    assert f"Boxes of '{other.number}' drawn on {named}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"Boxes of '{other.number}' drawn on {named}: {drawing}\n" in output
+    assert f"\nrecord: '{other.number}'\n  image_width          {other.width}\n" in output
+    assert "RegionRecord(" not in output
+    (tmp_path / "text.png").write_text("no picture")
+    for wrong, says in (("text.png", "its 10 bytes are no image"), ("none.png", "No such file")):
+        assert main(["inspect", str(store), *options[:2], "--photo", str(tmp_path / wrong)]) == 1
+        output, error = capsys.readouterr()
+        assert output == "" and wrong in error and says in error
     assert main(["inspect", str(store)]) == 0
     output = capsys.readouterr().out
     assert f"images    {len(IMAGES)}\n" in output and "detector             vg" in output

@@ -68,12 +68,15 @@ def test_what_differs_is_counted():
     assert found.same_class.tolist() == [False]
     assert "1 ids in B are those of A +1: is background counted in one?" in str(found)
     assert "y (-1.000)" in str(found)
+    assert "3 matched; without a match 1 in A, 1 in B" in str(found)
+    assert "could not be compared" not in str(found)
 
 
 def test_other_widths_have_no_cosine():
     a, b = {"x": record("x", BOXES, np.ones((3, 2)))}, {"x": record("x", BOXES, np.ones((3, 4)))}
     found = compare_stores(a, b)
     assert len(found.cosines) == 0 and "differ in width" in str(found)
+    assert "object class  could not be compared: no matched region has one in both" in str(found)
 
 
 def test_stores_that_do_not_meet():

@@ -1,6 +1,7 @@
 """Foreign files → stores: by one process or two, resumed, renamed, and joined with captions."""
 
 import base64
+import dataclasses
 import json
 from contextlib import suppress
 
@@ -208,10 +209,14 @@ def write_store(path, **options):
     return RegionStore(path)
 
 
-@pytest.mark.parametrize("name", [name for name, module in FORMATS.items() if "write" in vars(module)])
+WRITTEN = [name for name, module in FORMATS.items() if "write" in vars(module)]
+NAMES = {"lxmert-tsv": "out.tsv", "uniter-lmdb": "feat_th0.2_max100_min10"}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 def test_what_we_write_reads_back(name, tmp_path):
     store = write_store(tmp_path / "store", num_classes=6)
-    written = tmp_path / {"lxmert-tsv": "out.tsv", "uniter-lmdb": "feat_th0.2_max100_min10"}.get(name, "out")
+    written = tmp_path / NAMES.get(name, "out")
     export(store, written, name)
     back = {record.image_id: record for record in read_records(written, name)}
     assert back.keys() == set(store)
@@ -221,6 +226,59 @@ def test_what_we_write_reads_back(name, tmp_path):
         np.testing.assert_array_equal(back[image_id].object_ids, record.object_ids)
     with pytest.raises((ValueError, FileExistsError), match=str(tmp_path)):
         export(store, written, name)
+
+
+NOT_WRITTEN = {
+    "lxmert-tsv": {"class_probabilities"},
+    "milvlg-npz": {"class_probabilities"},
+    "uniter-npz": {"image_width", "image_height", "attribute_ids", "attribute_scores"},
+    "uniter-lmdb": {"image_width", "image_height", "attribute_ids", "attribute_scores"},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_fields_that_a_format_cannot_hold_are_said_once(name, tmp_path, caplog):
+    """What is lost is what does not read back, of a whole record and of one that lacks fields."""
+    store = write_store(tmp_path / "store")
+    whole = store["image_1"]
+    for number, unknown in enumerate(([], ["class_probabilities"], ["object_ids", "attribute_ids"])):
+        record = dataclasses.replace(whole, **dict.fromkeys(unknown))
+        written = tmp_path / str(number) / NAMES.get(name, "out")
+        written.parent.mkdir()
+        FORMATS[name].write([record], written)
+        (back,) = read_records(written, name)
+        lost = {field for field in record.to_dict() if field not in back.to_dict()}
+        assert set(FORMATS[name].not_written(record)) == lost
+        assert lost == NOT_WRITTEN[name] or unknown
+    export(store, tmp_path / NAMES.get(name, "out"), name)
+    (said,) = [each.message for each in caplog.records]
+    assert f"{name} has no place" in said and all(f"{field} (3)" in said for field in NOT_WRITTEN[name])
+    assert "object_ids" not in said
+
+
+def test_classes_without_probabilities_are_lost_to_uniter():
+    record = RegionRecord("x", features=[[1.0]], object_ids=[2])
+    assert FORMATS["uniter-lmdb"].not_written(record) == ["object_ids"]
+    other = dataclasses.replace(record, class_probabilities=[[0, 0.6, 0.4]])  # of which 1 is read back
+    assert FORMATS["uniter-lmdb"].not_written(other) == ["object_ids"]
+    assert FORMATS["uniter-lmdb"].not_written(dataclasses.replace(other, object_ids=[1])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("lxmert-tsv", r"out\.tsv"), ("uniter-lmdb", "feat_th0.2_max100_min10")]
+)
+def test_a_wrong_name_is_refused_before_any_record_is_read(name, expected, tmp_path, monkeypatch):
+    store = write_store(tmp_path / "store")
+    monkeypatch.setattr(RegionStore, "values", lambda self: pytest.fail("read"))
+    with pytest.raises(ValueError, match=f"out: .*expected .*{expected}"):
+        export(store, tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_called_empty(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="nothing is empty: no store was finished there"):
+        convert(tmp_path / "nothing", tmp_path / "store")
 
 
 def test_export_names_what_can_be_written(tmp_path):

@@ -242,6 +242,9 @@ def test_the_writer_copies_what_the_caller_may_reuse(tmp_path):
 
 
 def test_opening_what_is_no_finished_store(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is empty: no store was finished there"):
+        RegionStore(tmp_path)
+    (tmp_path / "note.txt").touch()
     with pytest.raises(FileNotFoundError, match="no region store"):
         RegionStore(tmp_path)
     with RegionStoreWriter(tmp_path / "store") as writer:
@@ -587,3 +590,13 @@ def test_writing_takes_little_memory(tmp_path):
 
     assert in_child(growth) < 20e6
     assert (tmp_path / "store" / "regions-00000.safetensors").stat().st_size > 120e6
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_writer_whose_first_record_is_refused_leaves_no_folder_of_its_own(existed, tmp_path):
+    folder = tmp_path / "store"
+    if existed:
+        folder.mkdir()
+    with pytest.raises(ValueError, match="below the store's 2 classes"), RegionStoreWriter(folder, num_classes=2) as to:
+        to.write(RegionRecord("x", features=[[1.0]], object_ids=[2]))
+    assert folder.exists() == existed

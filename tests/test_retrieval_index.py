@@ -462,7 +462,7 @@ def run(capsys, *words):
     return code, output.out if code == 0 else output.err
 
 
-def test_commands(folder, clip, tmp_path, capsys):
+def test_commands(folder, clip, tmp_path, capsys, caplog):
     index = tmp_path / "images"
     code, output = run(capsys, "index", folder / "store", "--model", folder / "model", "--output", index)
     assert code == 0 and f"{index}: 7 images, 6 numbers each, by {folder / 'model'}." in output
@@ -473,6 +473,14 @@ def test_commands(folder, clip, tmp_path, capsys):
     assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
     page = gallery.read_text()
     assert page.count("<figure") == 3 and expected[0][0] in page and "right image" not in page
+
+    (tmp_path / "few").mkdir()
+    shutil.copy(folder / "photos" / f"{expected[0][0]}.png", tmp_path / "few")
+    gallery.unlink()
+    code, output = run(capsys, *words, "--photos", tmp_path / "few", "--gallery", gallery)
+    assert code == 0 and gallery.read_text().count("<figure") == 3
+    names = ", ".join(repr(name) for name, _ in expected[1:])
+    assert f"lacks 2 of 3 found images, which get a blank page: {names}." in caplog.text
 
     captions = tmp_path / "captions"
     options = ["--model", folder / "model", "--output", captions, "--captions", folder / "captions.jsonl"]
@@ -536,7 +544,7 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
         ({"text": "a", "index": "i", "exhaustive": True}, "either --index"),
         ({"text": "a", "exhaustive": True}, "--exhaustive needs --model and --regions"),
         ({"image": "a", "index": "i", "gallery": "g", "photos": "p"}, "--gallery shows the images"),
-        ({"text": "a", "index": "i", "gallery": "g"}, "--gallery shows the images"),
+        ({"text": "a", "index": "i", "gallery": "g"}, "--gallery draws regions on photos: give --photos"),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, message):

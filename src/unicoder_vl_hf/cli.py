@@ -5,11 +5,14 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.get_logger(__name__)
 
@@ -92,14 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--num-classes", type=int, help="object classes of the detector, without background")
 
     export = command(
-        _export, "A store → files that other tools read", ("store", "its folder"), ("path", "what to write")
+        _export,
+        "A store → files that other tools read",
+        ("store", "its folder"),
+        ("path", "new folder; for lxmert-tsv a .tsv, for uniter-lmdb named such as feat_th0.2_max100_min10"),
     )
     export.add_argument("--format", required=True, help=f"one of {', '.join(EXPORTS)}")
 
     inspect = command(_inspect, "What a store or a feature file holds", ("source", "store, file or folder"))
     _add_format(inspect)
     inspect.add_argument("--max-images", type=int, help="look at so many (default: all of a store, 1,000 of a file)")
-    inspect.add_argument("--image-id", help="show the record of this image")
+    inspect.add_argument("--image-id", help="show the regions of this image")
     inspect.add_argument("--photo", help="draw the boxes on it (default of --image-id: its name without suffix)")
     inspect.add_argument("--output", default="regions.png", help="where the drawing goes (default: regions.png)")
 
@@ -284,40 +290,53 @@ def _export(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from .regions.formats import detect_format, read_records
-    from .regions.inspection import inspect_records
+    from .regions.inspection import describe, inspect_records
     from .regions.shards import MANIFEST, UNFINISHED
     from .regions.store import RegionStore
 
+    photo = None if args.photo is None else _open_photo(args.photo)
     image_id = Path(args.photo).stem if args.image_id is None and args.photo is not None else args.image_id
+    store, format, options = None, args.format, _format_options(args)
     if any((Path(args.source) / name).exists() for name in (MANIFEST, UNFINISHED)):
         store = RegionStore(args.source)
+        record = store.get(image_id)
+    else:
+        format = format or detect_format(args.source)
+        every = read_records(args.source, format, **options) if image_id is not None else ()
+        record = next((each for each in every if each.image_id == image_id), None)
+    if image_id is not None and record is None:
+        first = next(iter(read_records(args.source, format, **options) if store is None else store.values()), None)
+        like = "" if first is None else f"; its first is {first.image_id!r}"
+        hint = "" if args.image_id is not None else f". Say with --image-id which image {args.photo} is"
+        raise ValueError(f"{args.source} has no image {image_id!r}{like}{hint}.")
+    if store is None:
+        found = inspect_records(read_records(args.source, format, **options), args.max_images or 1000)
+        print(f"format    {format}\n{found}")
+    else:
         found = inspect_records(store.values(), args.max_images, total=args.max_images or len(store))
         known = {name: value for name, value in store.provenance.items() if value not in (None, [], {})}
         print(
             f"{store}\n{found}\n\nprovenance\n"
             + "\n".join(f"  {name:20} {value}"[:160] for name, value in known.items())
         )
-        record = store.get(image_id)
-    else:
-        format, options = args.format or detect_format(args.source), _format_options(args)
-        found = inspect_records(read_records(args.source, format, **options), args.max_images or 1000)
-        print(f"format    {format}\n{found}")
-        every = read_records(args.source, format, **options) if image_id is not None else ()
-        record = next((each for each in every if each.image_id == image_id), None)
-    if image_id is None:
-        return
     if record is None:
-        first = "" if found.example is None else f"; its first is {found.example.image_id!r}"
-        hint = "" if args.image_id is not None else f". Say with --image-id which image {args.photo} is"
-        raise ValueError(f"{args.source} has no image {image_id!r}{first}{hint}.")
-    print(record)
-    if args.photo is not None:
-        from PIL import Image
-
+        return
+    print(f"\n{describe(record)}")
+    if photo is not None:
         from .pictures import draw_regions
 
-        draw_regions(Image.open(args.photo), record).save(args.output)
-        print(f"Boxes of {record.image_id!r} drawn on {args.photo}: {args.output}")
+        draw_regions(photo, record).save(args.output)
+        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo}: {args.output}")
+
+
+def _open_photo(path: str) -> "Image.Image":
+    """Raises ValueError or OSError, both of which name the file."""
+    from .regions.extraction import decode_photo
+
+    try:
+        return decode_photo(Path(path).read_bytes())[0]
+    except ValueError as error:
+        raise ValueError(f"--photo {path}: {error}") from error
 
 
 def _validate(args: argparse.Namespace) -> int:

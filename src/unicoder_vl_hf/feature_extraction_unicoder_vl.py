@@ -404,16 +404,14 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
     def check_provenance(self, provenance: Mapping[str, Any]) -> bool:
         """
         Whether a store's `provenance` is of the kind that the model was trained on; warns, naming both, if it is not.
-        Anything goes where none was recorded. What leaves the features alone (`PROVENANCE_DETAILS`) is not compared.
+        What one of them does not know is no difference, and what leaves the features alone (`PROVENANCE_DETAILS`) is
+        not compared.
         """
-        trained = self.region_provenance
-        if trained is None:
-            return True
-        names = sorted((set(trained) | set(provenance)) - PROVENANCE_DETAILS)
+        trained = self.region_provenance or {}
         differences = [
-            f"{name} {_shorten(trained.get(name))} in training, {_shorten(provenance.get(name))} here"
-            for name in names
-            if trained.get(name) != provenance.get(name)
+            f"{name} {_shorten(trained[name])} in training, {_shorten(provenance[name])} here"
+            for name in sorted((trained.keys() & provenance.keys()) - PROVENANCE_DETAILS)
+            if None not in (trained[name], provenance[name]) and trained[name] != provenance[name]
         ]
         if differences:
             logger.warning(

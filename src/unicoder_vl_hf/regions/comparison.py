@@ -49,7 +49,8 @@ class StoreComparison:
     def __str__(self) -> str:
         lines = [
             f"images        {self.images:,} in both, {self.only_in_a:,} in A alone, {self.only_in_b:,} in B alone",
-            f"regions       {self.matched:,} matched; {self.unmatched_in_a:,} of A, {self.unmatched_in_b:,} of B not",
+            f"regions       {self.matched:,} matched; without a match {self.unmatched_in_a:,} in A, "
+            f"{self.unmatched_in_b:,} in B",
         ]
         if self.without_boxes:
             lines.append(f"without boxes {self.without_boxes:,} images, which were not compared")
@@ -66,6 +67,8 @@ class StoreComparison:
                 lines.append(
                     f"              {count:,} ids in B are those of A {offset:+d}: is background counted in one?"
                 )
+        elif self.matched:
+            lines.append("object class  could not be compared: no matched region has one in both")
         if self.worst and self.worst[0][1] < 0.99:
             lines.append("worst images  " + ", ".join(f"{name} ({cosine:.3f})" for name, cosine in self.worst))
         return "\n".join(lines)

@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import shutil
 import zlib
-from collections.abc import Callable, Container, Iterable
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from os import PathLike
@@ -223,7 +224,8 @@ class _Skip(Container[str]):
 
 def export(store: RegionStore, path: str | PathLike, format: str) -> None:
     """
-    Writes a store in a format that other tools read.
+    Writes a store in a format that other tools read, with a progress bar. What the format has no place for is left
+    out, with a warning that names these fields.
 
     Args:
         store (`RegionStore`): What to write.
@@ -231,13 +233,24 @@ def export(store: RegionStore, path: str | PathLike, format: str) -> None:
         format (`str`): One of `EXPORTS`: `parquet`, which `datasets` reads by itself, or a format of other tools.
 
     Raises:
-        ValueError: The format cannot be written, or a record lacks what it needs.
+        ValueError: The format cannot be written or not by this name, or a record lacks what it needs.
     """
     if format == "parquet":
         from .parquet import export_parquet
 
         export_parquet(store, path)
     elif format in WRITERS:
-        WRITERS[format](logging.tqdm(store.values(), desc=f"Writing {format}", unit="image", total=len(store)), path)
+        lost: Counter[str] = Counter()
+        WRITERS[format](_counting_lost(store, format, lost), path)
+        if lost:
+            fields = ", ".join(f"{name} ({images:,})" for name, images in lost.items())
+            logger.warning(f"{path}: {format} has no place for what the store knows as {fields} (of so many images).")
     else:
         raise ValueError(f"{format!r} cannot be written, only {list(EXPORTS)}.")
+
+
+def _counting_lost(store: RegionStore, format: str, lost: Counter[str]) -> Iterator[RegionRecord]:
+    """The records of a store; `lost` counts the images of each field that is not written."""
+    for record in logging.tqdm(store.values(), desc=f"Writing {format}", unit="image", total=len(store)):
+        lost.update(FORMATS[format].not_written(record))
+        yield record

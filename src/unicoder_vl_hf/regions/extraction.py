@@ -564,7 +564,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _remove_empty(part: Path) -> None:
     if not (part / MANIFEST).exists():
-        shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)  # a writer that wrote nothing has removed it
 
 
 def _check_left(folder: Path, left: Sequence[str]) -> None:

@@ -46,11 +46,16 @@ class Inspection:
         ]
         lines += ["", "regions an image", *_histogram(self.regions)]
         if self.example is not None:
-            lines += ["", f"first record: {self.example.image_id!r}"]
-            lines += [
-                f"  {name:20} {_shown(value)}" for name, value in self.example.to_dict().items() if name != "image_id"
-            ]
+            lines += ["", f"first {describe(self.example)}"]
         return "\n".join(lines)
+
+
+def describe(record: RegionRecord) -> str:
+    """A line a field that is known: its kind, range and first row."""
+    known = {name: value for name, value in record.to_dict().items() if name != "image_id"}
+    return "\n".join(
+        [f"record: {record.image_id!r}", *(f"  {name:20} {_shown(value)}" for name, value in known.items())]
+    )
 
 
 def inspect_records(

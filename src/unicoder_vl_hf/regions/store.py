@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -229,6 +229,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder} is an unfinished store: its writer is at work or was stopped, and goes on with resume=True "
                 "(--resume)."
             ) from None
+        if folder.is_dir() and not any(folder.iterdir()):
+            raise FileNotFoundError(f"{folder} is empty: no store was finished there.") from None
         raise FileNotFoundError(f"{folder} is no region store: there is no {MANIFEST}.") from None
     except NotADirectoryError:
         raise ValueError(f"{folder} is a file, expected the folder of a region store.") from None
@@ -316,6 +318,7 @@ class RegionStoreWriter:
         self._new: set[str] = set()  # of the pending one
         self._pending: ShardWriter | None = None
         self._open = True
+        self._made = not self.path.exists()
         make_folder(self.path)
         with ExitStack() as stack:
             stack.enter_context(locked(self.path))
@@ -338,6 +341,9 @@ class RegionStoreWriter:
                     self._pending.discard()
             finally:
                 self._forget_empty()
+                if self._made:
+                    with suppress(OSError):  # it holds something
+                        self.path.rmdir()
 
     def __contains__(self, image_id: object) -> bool:
         return image_id in self._new or image_id in self._ids

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from transformers.utils import logging
 
 from ..data.captions import join, read_captions
 from ..feature_extraction_unicoder_vl import RegionRecord
@@ -16,6 +17,8 @@ from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDu
 from .index import SearchIndex, build_index
 from .scoring import ImageTextScorer
 from .two_stage import Hit, search
+
+logger = logging.get_logger(__name__)
 
 # Drawn on a photo of the gallery: more would hide it.
 REGIONS_DRAWN = 10
@@ -95,8 +98,10 @@ def run_search(
         raise ValueError("Give either a sentence, to search images, or --image, to search captions.")
     if (index is None) != exhaustive:
         raise ValueError("Give either --index, to search it in two stages, or --exhaustive, to score every pair.")
-    if gallery is not None and (photos is None or text is None):
-        raise ValueError("--gallery shows the images that a sentence finds: give a sentence, and --photos.")
+    if gallery is not None and text is None:
+        raise ValueError("--gallery shows the images that a sentence finds: give a sentence, not --image.")
+    if gallery is not None and photos is None:
+        raise ValueError("--gallery draws regions on photos: give --photos, the folder that these are in.")
     if index is None:
         if model is None or regions is None or (image is not None and captions is None):
             raise ValueError("--exhaustive needs --model and --regions, and with --image --captions.")
@@ -173,12 +178,24 @@ def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScore
 def _write_gallery(
     path: str | os.PathLike[str], query: str, hits: Sequence[Hit], store: RegionStore, photo: Photos
 ) -> Path:
+    from PIL import Image
+
     from ..pictures import GalleryItem, draw_regions, write_gallery
 
     class_names = store.provenance.get("class_names") or None
+    missing = [hit.name for hit in hits if hit.name not in photo.number]
+    if missing:
+        some = ", ".join(map(repr, missing[:3])) + (", …" if len(missing) > 3 else "")
+        logger.warning(
+            f"--photos {photo.path} lacks {len(missing)} of {len(hits)} found images, which get a blank page: {some}."
+        )
 
-    def picture(image_id: str):
-        record, image = store[image_id], photo(image_id)
+    def picture(image_id: str) -> Image.Image:
+        record = store[image_id]
+        if image_id in photo.number:
+            image = photo(image_id)
+        else:
+            image = Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
         if record.boxes is None:
             return image
         return draw_regions(image, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)

@@ -2,7 +2,8 @@
 Region features as other tools leave them, one module a format.
 
 Each module has `NAME`, `matches(path)` (a look at the first bytes) and `read(path, skip)`, a generator of records in
-constant memory. What a format lacks is None in the record; ids are those of the source.
+constant memory. What a format lacks is None in the record; ids are those of the source. Some also have
+`write(records, path)`, and `not_written(record)`: the fields that a record knows and the file will not.
 """
 
 import inspect
@@ -55,11 +56,13 @@ def detect_format(path: str | PathLike) -> str:
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
-        ValueError: No format, or more than one, matches.
+        ValueError: No format, or more than one, matches, or the folder is empty.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    if path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"{path} is empty: no store was finished there, and there is nothing to convert.")
     found = [name for name, module in FORMATS.items() if module.matches(path)]
     if len(found) != 1:
         state = f"could be any of {found}" if found else f"is none of the known formats {list(FORMATS)}"

@@ -15,6 +15,7 @@ of shapes (n, 1601), (n, 401) and (n, 1601), whose column 0 is background. Of th
 from base64 import b64encode
 from collections.abc import Container, Iterable, Iterator
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 
@@ -57,11 +58,23 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
         path (`str` or `os.PathLike`): The file, complete or not there at all.
 
     Raises:
-        ValueError: `path` exists, or a record lacks what LXMERT needs.
+        ValueError: `path` exists or does not end in .tsv, or a record lacks what LXMERT needs.
     """
+    if Path(path).suffix != ".tsv":
+        raise ValueError(f"{path}: LXMERT reads files of the name *.tsv, expected such as {Path(path).name}.tsv.")
     with new_file(path) as file:
         for record in records:
             file.write(_line(record))
+
+
+def not_written(record: RegionRecord) -> list[str]:
+    """The class probabilities; and scores without ids, which `read` takes for unknown."""
+    lost = ["class_probabilities"]
+    for ids, scores in (("object_ids", "object_scores"), ("attribute_ids", "attribute_scores")):
+        known = getattr(record, ids)
+        if known is None or (known == -1).all():
+            lost += [ids, scores]
+    return [name for name in lost if getattr(record, name) is not None]
 
 
 def _record(image_id: str, fields: list[bytes]) -> RegionRecord:

@@ -60,6 +60,11 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     write_files(records, path, _arrays)
 
 
+def not_written(record: RegionRecord) -> list[str]:
+    """The class probabilities."""
+    return [] if record.class_probabilities is None else ["class_probabilities"]
+
+
 def _record(image_id: str, arrays: dict[str, Any], background: bool) -> RegionRecord:
     missing = [key for key in REQUIRED if key not in arrays]
     if missing:

@@ -28,7 +28,9 @@ from . import _lmdb
 from ._parsing import from_json
 from ._pickled import array
 from .restricted_pickle import array_of, dtype_of, load_npz
-from .uniter_npz import ARRAYS, arrays_of, record
+from .uniter_npz import ARRAYS, arrays_of, not_written, record
+
+__all__ = ["matches", "not_written", "provenance", "read", "write"]
 
 NAME = "uniter-lmdb"
 KEYS = b"__keys__"
@@ -92,7 +94,10 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     name = _folder_name(path)
     fixed = _FIXED.fullmatch(name)
     if not fixed and not _FILTERED.fullmatch(name):
-        raise ValueError(f"{path} has a name by which UNITER finds nothing, expected such as feat_th0.2_max100_min10.")
+        raise ValueError(
+            f"{path}: UNITER finds no folder of this name, expected feat_th0.2_max100_min10 or feat_numbb36 (of other "
+            "numbers too, and with _compressed behind it)."
+        )
     counts_file = _counts_file(path, name)
     if not fixed and counts_file.exists():
         raise ValueError(f"{counts_file} exists already: remove it, or choose another folder.")

@@ -46,6 +46,15 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     write_files(records, path, arrays_of)
 
 
+def not_written(record: RegionRecord) -> list[str]:
+    """The image size; attributes; object classes other than the most probable ones, which `record` takes them from."""
+    lost = ["image_width", "image_height", "attribute_ids", "attribute_scores"]
+    ids, probabilities = record.object_ids, record.class_probabilities
+    if probabilities is None or ids is None or (probabilities.argmax(axis=1) != ids).any():
+        lost.append("object_ids")
+    return [name for name in lost if getattr(record, name) is not None]
+
+
 def record(image_id: str, arrays: Mapping[str, Any], num_regions: int | None = None) -> RegionRecord:
     """The record of the first `num_regions` rows. Raises ValueError naming the image and the field."""
     # Other members are passed over: np.savez made a stray one of its keyword argument.
