@@ -1,6 +1,7 @@
 """What the pre-training scripts share, and what they need around their loop."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -43,7 +44,14 @@ from unicoder_vl_hf.pretraining import (
 )
 from unicoder_vl_hf.regions.conversion import export
 from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
-from unicoder_vl_hf.training import CheckpointFolder, JsonLog, StopSignal, fast_precision, resolve_precision
+from unicoder_vl_hf.training import (
+    CheckpointFolder,
+    JsonLog,
+    StopSignal,
+    fast_precision,
+    resolve_precision,
+    run_script,
+)
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +303,13 @@ def test_help_shows_the_defaults_of_the_paper_and_names_those_of_the_scenes(caps
     assert "--no_image_token, --no-image-token Turn --image_token off. --max_length" in shown
 
 
+def test_help_of_an_evaluation(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    with pytest.raises(SystemExit):
+        importlib.import_module("evaluate_pretraining").main(["--help"])
+    assert "--no_moc, --no-moc Turn --moc off. --mixed_precision" in " ".join(capsys.readouterr().out.split())
+
+
 def test_turned_off():
     given = ["--output_dir", "x", "--no_moc"]
     data_args, _ = parse_arguments((PretrainingArguments, LoopArguments), given, paper=PAPER, scenes=SCENES)
@@ -361,7 +376,7 @@ def last_is(value):
 def test_an_object_id_out_of_range_stops_the_run_before_it_trains(world, bert, tmp_path, image_id):
     regions = with_object_ids(world, tmp_path / "regions", image_id, last_is(12))
     arguments = dataclasses.replace(on_world(world, bert, num_region_classes=12), regions=regions)
-    says = rf"regions, image '{image_id}' \(one of 1\): object_ids hold 12, expected 0 to 11.*--num_region_classes"
+    says = rf"regions, image '{image_id}': object_ids hold 12, expected 0 to 11.*--num_region_classes"
     with pytest.raises(ValueError, match=says):
         prepare_pretraining(arguments, tmp_path, seed=0)
     prepare_pretraining(dataclasses.replace(arguments, moc=False), tmp_path, seed=0)
@@ -377,7 +392,7 @@ def test_images_that_are_not_used_may_hold_any_class(world, bert, tmp_path):
 def test_one_image_without_object_ids(world, bert, tmp_path):
     regions = with_object_ids(world, tmp_path / "regions", "train-00039", lambda ids: None, num_classes=12)
     arguments = dataclasses.replace(on_world(world, bert), regions=regions)
-    says = r"image 'train-00039' \(one of 1\): the record has no object_ids.*--no_moc"
+    says = r"image 'train-00039': the record has no object_ids.*--no_moc"
     with pytest.raises(ValueError, match=says):
         prepare_pretraining(arguments, tmp_path, seed=0)
 
@@ -442,13 +457,16 @@ def test_foreign_regions_are_converted_once(world, bert, tmp_path):
 def test_a_failed_conversion_leaves_the_folder_to_others(world, bert, tmp_path):
     """Unless it left records, with which others would mix."""
     broken = tmp_path / "broken.tsv"
-    broken.write_text("a photo\tof nothing\n")
+    broken.write_text("a photo\tof nothing\n")  # of no format
+    malformed = tmp_path / "malformed.tsv"
     arguments = on_world(world, bert, num_region_classes=12)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"broken\.tsv"):
-            prepare_pretraining(dataclasses.replace(arguments, regions=str(broken)), tmp_path / "output", seed=0)
-        assert list((tmp_path / "output" / "_data").glob("*.source")) == []
     export(RegionStore(world / "regions"), tmp_path / "whole.tsv", "lxmert-tsv")
+    fields = (tmp_path / "whole.tsv").read_text().splitlines()[0].split("\t")
+    malformed.write_text("\t".join([*fields[:-1], fields[-1][:-8]]) + "\n")  # of one, but cut short
+    for regions in (broken, malformed):
+        with pytest.raises(ValueError, match=regions.name):
+            prepare_pretraining(dataclasses.replace(arguments, regions=str(regions)), tmp_path / "output", seed=0)
+        assert not (tmp_path / "output").exists()
     made = prepare_pretraining(
         dataclasses.replace(arguments, regions=str(tmp_path / "whole.tsv")), tmp_path / "output", seed=0
     )
@@ -456,7 +474,7 @@ def test_a_failed_conversion_leaves_the_folder_to_others(world, bert, tmp_path):
 
 
 def test_a_misspelt_model(world, tmp_path):
-    with pytest.raises(ValueError, match=r"There is no model '/no/such/bert': no folder of that name"):
+    with pytest.raises(ValueError, match=r"There is no model '/no/such/bert': no folder of that name.*bert'\.\)$"):
         prepare_pretraining(on_world(world, "/no/such/bert"), tmp_path, seed=0)
 
 
@@ -464,7 +482,9 @@ def test_checkpoint_of_another_feature_width(world, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     tiny.model(UnicoderVLForPreTraining).save_pretrained(checkpoint)
     tiny.processor().save_pretrained(checkpoint)
-    with pytest.raises(ValueError, match=f"takes features of width {tiny.FEATURE_DIM}, but .*256"):
+    says = f"{checkpoint} takes features of width {tiny.FEATURE_DIM}, but those of {world / 'regions'} have width "
+    says += f"{RegionStore(world / 'regions').feature_dim}. Give --regions of the detector"
+    with pytest.raises(ValueError, match=re.escape(says)):
         prepare_pretraining(on_world(world, checkpoint), tmp_path, seed=0)
 
 
@@ -541,7 +561,10 @@ def test_precision_of_a_cpu(monkeypatch, warnings, capabilities, fast):
     warnings.clear()
     assert resolve_precision("fp16", "cpu") == "fp16"
     assert len(warnings) == 1 and "fp16" in warnings[0]
+    warnings.clear()
     assert resolve_precision("auto", "cpu") == fast
+    name = {"no": "float32", "bf16": "bfloat16 (mixed)"}[fast]
+    assert warnings == [f"Precision: {name}, the fastest of this CPU."]
 
 
 @pytest.mark.parametrize("has_bf16, fast", [(True, "bf16"), (False, "fp16")])
@@ -556,6 +579,24 @@ def test_unknown_precision():
 
 
 # The end, checkpoints and the log
+
+
+def test_a_script_that_was_stopped_ends_with_130(warnings):
+    run_script(lambda: True)
+    assert not warnings
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: False)
+    assert ended.value.code == 130
+    assert warnings == ["Go on with the same command and --resume_from_checkpoint latest."]
+
+
+def test_a_script_that_was_finished_says_so_and_ends_well(tmp_path, warnings):
+    for name in ("model.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    run_script(lambda: CheckpointFolder(tmp_path).resolve("latest"))
+    assert len(warnings) == 1 and "nothing left to train" in warnings[0]
+    with pytest.raises(ValueError, match="nothing left to train"):  # it was to begin
+        run_script(lambda: CheckpointFolder(tmp_path).resolve(None))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,7 @@
 """What every training script starts from: arguments, captions joined with their regions, a model, its processor."""
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from .data.captions import join, read_captions, select_split
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
 from .modeling_unicoder_vl import UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
-from .regions.conversion import convert
+from .regions.conversion import PLAN, convert
 from .regions.shards import MANIFEST, UNFINISHED
 from .regions.store import RegionStore
 
@@ -42,6 +43,15 @@ SCENES_MODEL: dict[str, Any] = {
 }
 
 
+def make_parser(*classes: type, **options: Any) -> HfArgumentParser:
+    """A parser of dataclasses, whose options are spelt out, and whose help says of `--no_x` that it turns x off."""
+    parser = HfArgumentParser(classes, allow_abbrev=False, **options)  # type: ignore[arg-type]
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
+            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
+    return parser
+
+
 def parse_arguments(
     classes: tuple[type, ...],
     argv: Sequence[str] | None,
@@ -56,17 +66,13 @@ def parse_arguments(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     on_scenes = {name: value for name, value in scenes.items() if paper.get(name) != value}
-    parser = HfArgumentParser(
-        classes,  # type: ignore[arg-type]
-        allow_abbrev=False,  # or --capt would not choose the paper's defaults
+    parser = make_parser(
+        *classes,
         description=f"The defaults below are the paper's. Without {data}, on the rendered scenes: "
         + ", ".join(f"{name} {value}" for name, value in on_scenes.items()),
     )
     names = {word.split("=")[0] for word in argv}
     parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
-    for action in parser._actions:
-        if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
-            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
     return parser.parse_args_into_dataclasses(argv)
 
 
@@ -193,14 +199,18 @@ def open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Reg
     if origin.exists() and (source := origin.read_text(encoding="utf-8")) != str(path.absolute()):
         raise ValueError(f"{converted} was converted from {source}, not from {path}: take another --output_dir.")
     if not (converted / MANIFEST).exists():
+        made = [folder for folder in (converted, *converted.parents) if not folder.exists()]
         converted.parent.mkdir(parents=True, exist_ok=True)
         origin.write_text(str(path.absolute()), encoding="utf-8")
         try:
             convert(path, converted, resume=True, num_classes=num_classes)
         except BaseException:
             if not any(converted.glob("regions-*.safetensors")):  # nothing that the same files could go on with
-                (converted / UNFINISHED).unlink(missing_ok=True)
-                origin.unlink()
+                for file in (converted / UNFINISHED, converted / PLAN, origin):
+                    file.unlink(missing_ok=True)
+                for folder in made:
+                    with contextlib.suppress(OSError):  # it was not made, or holds something else
+                        folder.rmdir()
             raise
     return RegionStore(converted)
 
@@ -232,7 +242,9 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         model = model_class.from_pretrained(name, **fields)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
-                f"{name} takes features of width {model.config.region_feature_dim}, but {store} has others."
+                f"{name} takes features of width {model.config.region_feature_dim}, but those of {store.path} have "
+                f"width {store.feature_dim}. Give --regions of the detector that it was trained with (`unicoder-vl "
+                "extract` or `convert`), or train anew from a BERT: --model_name_or_path google-bert/bert-base-uncased."
             )
     else:
         model = model_class.from_bert(name, **regions, **fields)
@@ -313,7 +325,8 @@ def is_unicoder_vl(name: str) -> bool:
     try:
         return AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type
     except OSError as error:
+        reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0]  # an argument of another function
         raise ValueError(
             f"There is no model {name!r}: no folder of that name with a config.json, and no repository of the Hub that "
-            f"can be reached from here ({str(error).splitlines()[0]})"
+            f"can be reached from here ({reason})"
         ) from error
