@@ -243,8 +243,8 @@ def export(store: RegionStore, path: str | PathLike, format: str) -> None:
         lost: Counter[str] = Counter()
         WRITERS[format](_counting_lost(store, format, lost), path)
         if lost:
-            fields = ", ".join(f"{name} ({images:,})" for name, images in lost.items())
-            logger.warning(f"{path}: {format} has no place for what the store knows as {fields} (of so many images).")
+            fields = ", ".join(f"{name} ({images:,} images)" for name, images in lost.items())
+            logger.warning(f"{path} lacks what {format} has no place for: {fields}.")
     else:
         raise ValueError(f"{format!r} cannot be written, only {list(EXPORTS)}.")
 
