@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import small_world
@@ -16,12 +17,14 @@ from test_run_pretraining import (
     output_of,
     stopped,
 )
-from transformers import AutoModelForSequenceClassification, AutoProcessor
+from transformers import AutoModelForSequenceClassification, AutoProcessor, TrainerControl
 from two_processes import examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, scenes
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.trainer import _StopWithCheckpoint
+from unicoder_vl_hf.training import StopSignal
 
 SCRIPT = "run_retrieval"
 
@@ -131,6 +134,21 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(command, straight, tmp_path):
     stopped(launch(tmp_path, (SCRIPT, arguments)), tmp_path, folder)
     run(SCRIPT, [*arguments, "--resume_from_checkpoint", "latest"])
     assert_same_weights(folder / "checkpoint-40", straight / "checkpoint-40")
+
+
+def test_a_stop_within_an_epoch_evaluates_nothing(monkeypatch):
+    """A long validation between Ctrl-C and the end; and of a model that no straight run would have looked at."""
+    stop = StopSignal()
+    monkeypatch.setattr(stop, "agreed", lambda accelerator: True)
+    callback = _StopWithCheckpoint(stop, SimpleNamespace(accelerator=None))
+    control = TrainerControl()
+    callback.on_epoch_end(None, None, control)
+    assert not callback.stopped
+    callback.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), control)
+    assert control.should_save and control.should_training_stop
+    control.should_evaluate = True  # as the epoch's end asks, with eval_strategy="epoch"
+    callback.on_epoch_end(None, None, control)
+    assert not control.should_evaluate and not control.should_save
 
 
 def test_a_run_is_never_overwritten(command, straight):

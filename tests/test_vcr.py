@@ -202,7 +202,10 @@ def test_a_fault_of_metadata_is_named(folder, tmp_path, change, message):
     (tmp_path / "val.jsonl").write_text(json.dumps(ITEM))
     (tmp_path / "film").mkdir()
     path = tmp_path / "film/kitchen.json"
-    with pytest.raises(FileNotFoundError, match=r"kitchen.json does not exist: is metadata_dir the folder"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"kitchen.json, the metadata of annot_id '[^']+', does not exist",
+    ):
         read_vcr(tmp_path / "val.jsonl", metadata_dir=tmp_path)
     path.write_text(json.dumps(json.loads((folder / "film/kitchen.json").read_text()) | change))
     with pytest.raises(ValueError) as error:

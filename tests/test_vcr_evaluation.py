@@ -129,6 +129,10 @@ HALF = "line 3, annot_id 'test-1': {} sum to {}, expected 1 within 0.001."
         (lambda lines: [], ["line 1: the header is '', expected 'annot_id,answer_0,"]),
         (lambda lines: lines[:-1], ["annot_id 'test-5' is missing."]),
         (
+            lambda lines: lines[:1],
+            [*(f"annot_id 'test-{number}' is missing." for number in range(5)), "1 more are missing, of 6."],
+        ),
+        (
             lambda lines: [*lines, lines[1].replace("test-0", "val-0")],
             ["line 8, annot_id 'val-0': not among the 6 of "],
         ),

@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from unicoder_vl_hf.vcr_training import (
     choice_probabilities,
     evaluate_vcr,
     load_for_vcr,
+    open_vcr,
     prepare_vcr,
     score_choices,
 )
@@ -74,6 +76,19 @@ def test_unknown_tasks_are_refused(tasks):
 def test_annotations_and_regions_come_together():
     with pytest.raises(ValueError, match="both --annotations and --regions"):
         VCRArguments(annotations="vcr1annots")
+
+
+def test_a_split_without_labels_is_refused_before_anything_is_trained(world, tmp_path):
+    shutil.copytree(world, tmp_path / "questions")
+    shutil.copy(world / "test.jsonl", tmp_path / "questions" / "val.jsonl")
+    arguments = VCRArguments(
+        annotations=str(tmp_path / "questions"),
+        metadata=str(world / "images"),
+        regions=str(world / "regions"),
+        tasks=["qa"],
+    )
+    with pytest.raises(ValueError, match=r"val\.jsonl: annot_id 'test-0' has no answer_label.*Is it the test split\?"):
+        open_vcr(arguments, tmp_path / "run")
 
 
 def test_a_run_trains_on_both_tasks_and_knows_the_epoch(setup):

@@ -250,7 +250,8 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         model = model_class.from_bert(name, **regions, **fields)
     if arguments.max_length > model.config.max_position_embeddings:
         raise ValueError(
-            f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions."
+            f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions: "
+            f"give --max_length {model.config.max_position_embeddings} or less."
         )
     return model
 

@@ -159,3 +159,7 @@ class _StopWithCheckpoint(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop.agreed(self.accelerator) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # within the epoch, to which its evaluation and its checkpoint do not belong
+            control.should_evaluate = control.should_save = False

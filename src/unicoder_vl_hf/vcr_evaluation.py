@@ -120,6 +120,9 @@ def write_submission(
         partial.unlink(missing_ok=True)
 
 
+MISSING_SHOWN = 5  # of a file that was cut off, thousands are
+
+
 def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]) -> Iterator[str]:
     """
     What the leaderboard would not take of the submission at `path`, one problem at a time, with its line; nothing where
@@ -150,7 +153,10 @@ def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]
                     yield f"{where}: {problem}."
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, after line {reader.line_num}: no CSV in UTF-8 ({error}).") from error
-    yield from (f"annot_id {annot_id!r} is missing." for annot_id, line in line_of.items() if not line)
+    missing = [annot_id for annot_id, line in line_of.items() if not line]
+    yield from (f"annot_id {annot_id!r} is missing." for annot_id in missing[:MISSING_SHOWN])
+    if len(missing) > MISSING_SHOWN:
+        yield f"{len(missing) - MISSING_SHOWN:,} more are missing, of {len(expected):,}."
 
 
 def _problems_of_cells(cells: Sequence[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
-from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr
+from .data.vcr import NO_LABEL, NUM_CHOICES, VCRExamples, read_vcr
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from .preparation import DATA_FOLDER, ModelArguments, load_model, open_or_convert, processor_for
@@ -157,11 +157,22 @@ def open_vcr(arguments: VCRDataArguments, output_dir: str | Path) -> VCRData:
         metadata = None if arguments.metadata is None else Path(arguments.metadata)
         store = open_or_convert(Path(str(arguments.regions)), own / "regions", arguments.num_region_classes)
     train, validation = (
-        read_vcr(folder / f"{split}.jsonl", metadata_dir=metadata, store=store, ids=arguments.ids)
+        _labelled(folder / f"{split}.jsonl", metadata_dir=metadata, store=store, ids=arguments.ids)
         for split in ("train", "val")
     )
     gt_features = None if arguments.gt_features is None else RegionStore(arguments.gt_features)
     return VCRData(store, gt_features, train, validation, name)
+
+
+def _labelled(path: Path, **options: Any) -> datasets.Dataset:
+    rows = read_vcr(path, **options)
+    for row, label in enumerate(rows["answer_label"]):
+        if label == NO_LABEL:
+            raise ValueError(
+                f"{path}: annot_id {rows[row]['annot_id']!r} has no answer_label, without which there is nothing to "
+                "learn or to measure. Is it the test split?"
+            )
+    return rows
 
 
 class EpochOfExamples(Dataset[dict[str, Any]]):

@@ -202,7 +202,7 @@ class _Metadata:
     def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         name = row["metadata_fn"]
         if name not in self._read:
-            self._read[name] = _read_metadata(self.folder / name)
+            self._read[name] = _read_metadata(self.folder / name, row["annot_id"])
         found = dict(self._read[name])
         names = found.pop("names")
         if len(found["boxes"]) != len(row["objects"]) or names not in (None, row["objects"]):
@@ -214,9 +214,12 @@ class _Metadata:
         return found
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path, annot_id: str) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: is metadata_dir the folder that metadata_fn starts from?")
+        raise FileNotFoundError(
+            f"{path}, the metadata of annot_id {annot_id!r}, does not exist. Is metadata_dir (--metadata) the folder "
+            "that metadata_fn starts from, and complete?"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         boxes = [[float(corner) for corner in box[:4]] for box in content["boxes"]]
