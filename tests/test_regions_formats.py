@@ -214,7 +214,6 @@ def test_detection(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for write in (
-        lambda path: None,
         lambda path: np.savez(path / "other.npz", features=FEATURES, boxes=BOXES),
         lambda path: (path / "lxmert.tsv").write_text("\t".join(["1"] * 10)),
         lambda path: (path / "captions.tsv").write_text("a caption\thttp://x\n"),
