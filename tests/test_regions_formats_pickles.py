@@ -574,7 +574,7 @@ def test_nothing_is_written_over(write, tmp_path):
     (tmp_path / "nbb_th0.5_max9_min1.json").touch()
     with pytest.raises(ValueError, match=r"nbb_th0\.5_max9_min1\.json exists already"):
         uniter_lmdb.write([], tmp_path / "feat_th0.5_max9_min1_compressed")
-    with pytest.raises(ValueError, match="UNITER finds nothing"):
+    with pytest.raises(ValueError, match="UNITER finds no folder of this name"):
         uniter_lmdb.write([], tmp_path / "regions")
 
 

@@ -171,5 +171,5 @@ def test_an_image_in_two_shards(store, tmp_path):
 
 
 def test_what_is_no_finished_store(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no region store"):
+    with pytest.raises(FileNotFoundError, match="is empty: no store was finished there"):
         list(validate(tmp_path))

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is, or is below, a file: take another folder.") from None
 
 
+LOCK_PATIENCE = 5.0  # seconds
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
@@ -101,10 +105,16 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{folder} is being written by another process: wait until it ends.") from None
+            # Forked readers of a writer that was killed hold its lock until they notice.
+            give_up = time.monotonic() + LOCK_PATIENCE
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        raise ValueError(f"{folder} is being written by another process: wait until it ends.") from None
+                    time.sleep(0.1)
         yield
     finally:
         with suppress(OSError):
