@@ -1,16 +1,19 @@
 """What the models compute without padding is what they compute with it, in values and gradients."""
 
 import pytest
+import small_world
 import tiny
 import torch
 
 from unicoder_vl_hf import (
+    RegionStore,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
     UnicoderVLModel,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLEncoder, UnicoderVLLayer
+from unicoder_vl_hf.preparation import DataArguments, load_model
 
 TEXT_LENGTHS, NUM_REGIONS = [3, 7, 5, 7], [4, 1, 2, 4]
 
@@ -176,3 +179,11 @@ def test_a_batch_without_masks_goes_through_the_encoder_as_it_is(monkeypatch):
     monkeypatch.setattr(UnicoderVLEncoder, "forward", noting)
     model(**{name: tensor for name, tensor in batch.items() if not name.endswith("mask")})
     assert shapes == [(4, 11, 16)]
+
+
+@pytest.mark.parametrize("model_class", [UnicoderVLForPreTraining, UnicoderVLForImageTextRetrieval])
+def test_every_training_begins_without_padding(model_class, tmp_path):
+    world = small_world.build(tmp_path)
+    arguments = DataArguments(captions=str(world / "captions.jsonl"), regions=str(world / "regions"))
+    arguments.model_name_or_path = str(small_world.save_bert(tmp_path / "bert", dropout=0.0))
+    assert load_model(arguments, RegionStore(world / "regions"), model_class).bert.padding_free

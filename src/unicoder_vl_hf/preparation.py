@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import datasets
 import numpy as np
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .configuration_unicoder_vl import UnicoderVLConfig
 from .data.captions import join, read_captions, select_split
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
-from .modeling_unicoder_vl import UnicoderVLPreTrainedModel
+from .modeling_unicoder_vl import UnicoderVLModel, UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.conversion import PLAN, convert
 from .regions.shards import MANIFEST, UNFINISHED
@@ -253,6 +253,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
             f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions: "
             f"give --max_length {model.config.max_position_embeddings} or less."
         )
+    cast(UnicoderVLModel, model.base_model).padding_free = True
     return model
 
 

@@ -217,7 +217,7 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
                 f"{model.config.num_region_classes:,}; the highest id of these images is {highest}. If that is not the "
                 "detector's number, give it: --num_region_classes, or once for all `unicoder-vl convert --num-classes`."
             )
-    model.sparse_prediction = model.bert.padding_free = True
+    model.sparse_prediction = True
     processor = load_processor(arguments, data)
     collator = DataCollatorForUnicoderVLPreTraining(
         processor,

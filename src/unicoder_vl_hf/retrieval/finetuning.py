@@ -127,7 +127,6 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     model.config.first_stage_trained = arguments.contrastive_weight > 0
     model.config.triplet_margin = arguments.margin
     model.group_loss = arguments.group_loss
-    model.bert.padding_free = True
     processor = load_processor(arguments, data)
     return RetrievalSetup(
         model=model,
