@@ -10,6 +10,7 @@ after each of the answers; `unicoder-vl vcr-check` looks it through. `--rational
 each task has a model of its own.
 """
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,8 +60,10 @@ def main(argv: list[str] | None = None):
     if not labelled and args.submission is None:
         raise ValueError(f"{args.annotations} has no labels: give --submission for the leaderboard's file.")
 
+    load = functools.cache(lambda name: load_for_vcr(name, store))
+
     def probabilities(name: str, examples: VCRExamples) -> np.ndarray:
-        model, processor = load_for_vcr(name, store)
+        model, processor = load(name)
         collator = DataCollatorForUnicoderVLMultipleChoice(
             processor,
             store,

@@ -5,7 +5,6 @@ of the four answers, and of the four rationales after each of them. Left out: th
 """
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .data.vcr import NUM_CHOICES, read_vcr
+from .regions.tensor_files import complete, partial_path
 
 GROUPS = ("answer", *(f"rationale_conditioned_on_a{answer}" for answer in range(NUM_CHOICES)))
 HEADER = ["annot_id", *(f"{group}_{choice}" for group in GROUPS for choice in range(NUM_CHOICES))]
@@ -108,16 +108,12 @@ def write_submission(
         for problem in _problems_of_values(groups):
             raise ValueError(f"annot_id {annot_id!r}: {problem}.")
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
-            for annot_id, groups in zip(annot_ids, rows, strict=True):
-                writer.writerow([annot_id, *groups.ravel().tolist()])
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        for annot_id, groups in zip(annot_ids, rows, strict=True):
+            writer.writerow([annot_id, *groups.ravel().tolist()])
+        complete(file, path)
 
 
 MISSING_SHOWN = 5  # of a file that was cut off, thousands are

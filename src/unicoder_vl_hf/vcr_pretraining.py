@@ -17,12 +17,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .data.collators import IGNORED, SALT, DataCollatorForUnicoderVLMultipleChoice, DataCollatorForUnicoderVLPreTraining
-from .data.vcr import NO_LABEL
+from .data.vcr import require_labels
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
-from .preparation import load_model, processor_for
 from .processing_unicoder_vl import UnicoderVLProcessor
-from .vcr_training import SCENES_MODEL, VCRDataArguments, open_vcr
+from .vcr_training import VCRDataArguments, open_and_load
 
 
 @dataclass
@@ -46,11 +45,7 @@ class RightTexts(Dataset[dict[str, Any]]):
 
     def __init__(self, rows: datasets.Dataset, fixed_epoch: int | None = None):
         for name in ("answer_label", "rationale_label"):
-            unknown = np.flatnonzero(np.asarray(rows[name]) == NO_LABEL)
-            if len(unknown):
-                raise ValueError(
-                    f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {name}: give a labelled split."
-                )
+            require_labels(rows, name, "which belongs to the text: give a labelled split.")
         self.rows, self.epoch, self.is_fixed = rows, fixed_epoch or 0, fixed_epoch is not None
 
     def set_epoch(self, epoch: int):
@@ -129,10 +124,7 @@ def prepare_vcr_pretraining(
     Raises:
         `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
     """
-    data = open_vcr(arguments, output_dir)
-    fields = SCENES_MODEL if arguments.base_model is None else {}
-    model = load_model(arguments, data.store, UnicoderVLForPreTraining, **fields)
-    processor = processor_for(arguments, data.store, data.train.unique("image_id"))
+    data, model, processor = open_and_load(arguments, output_dir, UnicoderVLForPreTraining)
     masking = DataCollatorForUnicoderVLPreTraining(
         processor,
         data.store,

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
-from .data.vcr import NO_LABEL, NUM_CHOICES, VCRExamples, read_vcr
+from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
-from .preparation import DATA_FOLDER, ModelArguments, load_model, open_or_convert, processor_for
+from .preparation import DATA_FOLDER, Model, ModelArguments, load_model, open_or_convert, processor_for
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.store import RegionStore
 from .vcr_evaluation import right_choices, vcr_metrics
@@ -166,13 +166,23 @@ def open_vcr(arguments: VCRDataArguments, output_dir: str | Path) -> VCRData:
 
 def _labelled(path: Path, **options: Any) -> datasets.Dataset:
     rows = read_vcr(path, **options)
-    for row, label in enumerate(rows["answer_label"]):
-        if label == NO_LABEL:
-            raise ValueError(
-                f"{path}: annot_id {rows[row]['annot_id']!r} has no answer_label, without which there is nothing to "
-                "learn or to measure. Is it the test split?"
-            )
+    try:
+        require_labels(
+            rows, "answer_label", "without which there is nothing to learn or to measure. Is it the test split?"
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return rows
+
+
+def open_and_load(
+    arguments: VCRDataArguments, output_dir: str | Path, model_class: type[Model]
+) -> tuple[VCRData, Model, UnicoderVLProcessor]:
+    """[`open_vcr`], and the model and the processor that the arguments ask for."""
+    data = open_vcr(arguments, output_dir)
+    fields = SCENES_MODEL if arguments.base_model is None else {}
+    model = load_model(arguments, data.store, model_class, **fields)
+    return data, model, processor_for(arguments, data.store, data.train.unique("image_id"))
 
 
 class EpochOfExamples(Dataset[dict[str, Any]]):
@@ -222,10 +232,7 @@ def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
     Raises:
         `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
     """
-    data = open_vcr(arguments, output_dir)
-    fields = SCENES_MODEL if arguments.base_model is None else {}
-    model = load_model(arguments, data.store, UnicoderVLForMultipleChoice, **fields)
-    processor = processor_for(arguments, data.store, data.train.unique("image_id"))
+    data, model, processor = open_and_load(arguments, output_dir, UnicoderVLForMultipleChoice)
     collator = data.collator(processor, arguments)
     _report(collator, data.train, arguments.tasks)
     return VCRSetup(

@@ -236,6 +236,13 @@ def _read_metadata(path: Path, annot_id: str) -> dict[str, Any]:
     return {"boxes": boxes, **size, "names": content.get("names")}
 
 
+def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
+    """Raises ValueError, which names the first question without this label and ends in `otherwise`."""
+    unknown = np.flatnonzero(np.asarray(rows[field]) == NO_LABEL)
+    if len(unknown):
+        raise ValueError(f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {field}, {otherwise}")
+
+
 class VCRExamples(Dataset[dict[str, Any]]):
     """
     What is scored: one example a question for Q->A, and for QA->R with the right answer as its premise; or, with
@@ -259,12 +266,8 @@ class VCRExamples(Dataset[dict[str, Any]]):
         if every_answer and task == "qa":
             raise ValueError("every_answer is for task='qar': Q->A has no answer as its premise.")
         if task == "qar" and not every_answer:
-            unknown = np.flatnonzero(np.asarray(rows["answer_label"]) == NO_LABEL)
-            if len(unknown):
-                raise ValueError(
-                    f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no answer_label, which QA->R takes as its "
-                    "premise: give a labelled split, or score every_answer=True."
-                )
+            otherwise = "which QA->R takes as its premise: give a labelled split, or score every_answer=True."
+            require_labels(rows, "answer_label", otherwise)
         self.rows, self.task = rows, task
         self.per_row = NUM_CHOICES if every_answer else 1
 
