@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from unicoder_vl_hf import UnicoderVLForImageTextRetrieval
+from unicoder_vl_hf.preparation import DataArguments, load_model, load_processor, open_data
 from unicoder_vl_hf.scenes import build_scenes, scene_tokenizer
 
 # 40 training images of 2 captions: 20 steps of 4 pairs an epoch.
@@ -34,6 +36,24 @@ def save_bert(folder: Path, *, dropout: float, vocab_size: int | None = None) ->
     BertForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_retrieval(folder: Path, world: Path, spread: float | None = None, **fields) -> tuple[str, str, str]:
+    """A retrieval checkpoint for the world, of new weights, or all of them of this spread; with its data."""
+    arguments = DataArguments(
+        captions=str(world / "captions.jsonl"),
+        regions=str(world / "regions"),
+        model_name_or_path=str(save_bert(folder.with_name("bert"), dropout=0.0)),
+    )
+    data = open_data(arguments, folder.parent)
+    torch.manual_seed(0)
+    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **fields)
+    if spread is not None:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=spread)
+    model.save_pretrained(folder)
+    load_processor(arguments, data).save_pretrained(folder)
+    return str(folder), str(arguments.captions), str(arguments.regions)
 
 
 def save_lively_bert(folder: Path) -> Path:

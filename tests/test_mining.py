@@ -6,12 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import small_world
-import torch
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, UnicoderVLForImageTextRetrieval, UnicoderVLProcessor
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import MismatchIndex, PairsWithNegatives
-from unicoder_vl_hf.preparation import DataArguments, load_model, load_processor, open_data
 from unicoder_vl_hf.retrieval import mining
 from unicoder_vl_hf.retrieval.mining import MiningRule, mine, mine_hard_negatives
 
@@ -250,20 +248,9 @@ def test_too_few_candidates_are_refused():
 def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mining")
     world = small_world.build(folder)
-    arguments = DataArguments(
-        captions=str(world / "captions.jsonl"),
-        regions=str(world / "regions"),
-        model_name_or_path=str(small_world.save_bert(folder / "bert", dropout=0.0)),
-    )
-    data = open_data(arguments, folder)
-    torch.manual_seed(0)
-    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder / "model")
-    load_processor(arguments, data).save_pretrained(folder / "model")
+    inputs = small_world.save_retrieval(folder / "model", world, spread=0.2)
     options = {"images_per_set": 10, "num_negatives": 4, "max_score": 0.999, "seed": 3}
-    return folder, (str(folder / "model"), arguments.captions, arguments.regions), options
+    return folder, inputs, options
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_world
-import torch
 from test_pictures import Page
 
-from unicoder_vl_hf import UnicoderVLForImageTextRetrieval
+from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.pictures import GalleryItem
-from unicoder_vl_hf.preparation import DataArguments, load_model, load_processor, open_data
 
 
 @pytest.fixture
@@ -43,24 +41,16 @@ def test_a_quarter_is_the_best_and_one_the_worst_of_what_chance_left(script):
 
 def test_with_photos_and_without(script, tmp_path, capsys):
     world = small_world.build(tmp_path)
-    arguments = DataArguments(
-        captions=str(world / "captions.jsonl"),
-        regions=str(world / "regions"),
-        model_name_or_path=str(small_world.save_bert(tmp_path / "bert", dropout=0.0)),
+    model, captions, regions = small_world.save_retrieval(
+        tmp_path / "model", world, projection_dim=8, first_stage_trained=True
     )
-    data = open_data(arguments, tmp_path)
-    torch.manual_seed(0)
-    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, projection_dim=8)
-    model.config.first_stage_trained = True
-    model.save_pretrained(tmp_path / "model")
-    load_processor(arguments, data).save_pretrained(tmp_path / "model")
-    words = ["--model", str(tmp_path / "model"), "--captions", arguments.captions, "--regions", arguments.regions]
+    words = ["--model", model, "--captions", captions, "--regions", regions]
     words += ["--output", str(tmp_path / "gallery.html"), "--asked", "8", "--shown", "4", "--candidates", "3"]
     script.main(words)
     page = Page(tmp_path / "gallery.html")
     assert len(page.sections) == 4 and capsys.readouterr().out.endswith("gallery.html: 4 captions.\n")
-    captions = set(data.split("test")["caption"])
-    assert {section["caption"] for section in page.sections} <= captions
+    asked = set(read_captions(captions, split="test")["caption"])
+    assert {section["caption"] for section in page.sections} <= asked
     for section in page.sections:
         assert len(section["figures"]) == 3 + ("beyond" in section["figures"][-1]["class"])
         for figure in section["figures"]:
