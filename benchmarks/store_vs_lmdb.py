@@ -162,8 +162,11 @@ def touch(paths: Sequence[Path]) -> None:
 
 
 def collate_and_keep(images: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """A batch is made, which reads every byte, and stays with its worker but for a number an image."""
-    features, _ = default_collate(images)
+    """
+    A batch is made, which reads every byte, and stays with its worker but for a number an image. `default_collate`
+    would make it in shared memory, ready to be sent.
+    """
+    features, _ = (torch.stack(tensors) for tensors in zip(*images, strict=True))
     return features[:, 0, 0].clone()
 
 

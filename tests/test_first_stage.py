@@ -20,7 +20,7 @@ from unicoder_vl_hf import (
 )
 from unicoder_vl_hf.data.captions import read_captions, select_split
 from unicoder_vl_hf.data.negatives import PairsWithNegatives
-from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss
+from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss, group_softmax_loss, hard_negatives
 from unicoder_vl_hf.retrieval.encoders import image_states, text_states
 from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, prepare_retrieval
 from unicoder_vl_hf.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
@@ -221,9 +221,7 @@ def test_the_temperature_is_bounded():
     encoder = model()
     nn.init.constant_(encoder.first_stage.logit_scale, 20.0)
     texts, images = nn.functional.normalize(torch.randn(2, 3, 4), dim=-1)
-    mismatches = ~torch.eye(3, dtype=torch.bool)
-    found = encoder.first_stage.loss(texts, images, mismatches)
-    torch.testing.assert_close(found, contrastive_loss(100 * texts @ images.T, mismatches))
+    torch.testing.assert_close(encoder.first_stage.logits(texts, images), 100 * texts @ images.T)
 
 
 def test_without_mismatches_the_loss_is_refused():
@@ -232,6 +230,68 @@ def test_without_mismatches_the_loss_is_refused():
     inputs = batch()
     inputs.pop("mismatches")
     with pytest.raises(ValueError, match=r"contrastive_weight=1.0 needs mismatches.*contrastive=True"):
+        encoder(**inputs)
+
+
+# Hard negatives of the batch
+
+
+def test_hard_negatives_by_hand():
+    """Captions in rows, images in columns: 0 and 1 are of one image, 2 mismatches both, 3 mismatches all but 2."""
+    logits = torch.tensor([[9.0, 8.0, 1.0, 2.0], [8.0, 9.0, 4.0, 3.0], [5.0, 6.0, 9.0, 7.0], [1.0, 0.0, 8.0, 9.0]])
+    mismatches = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]).bool()
+    match, caption, image, label = hard_negatives(logits, mismatches, 1)
+    assert match.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert caption.tolist() == [0, 1, 2, 3, 2, 2, 1, 1]
+    assert image.tolist() == [3, 2, 1, 0, 0, 1, 2, 3]
+    assert label.tolist() == [0] * 8
+    match, caption, image, label = hard_negatives(logits, mismatches, 9)  # but four matches, two mismatches each
+    assert match.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + match[:16].tolist()
+    assert label.tolist() == [0, 0, -100, -100] * 8
+    real = label == 0
+    assert mismatches[caption[real], image[real]].all() and ((caption == match) | (image == match)).all()
+
+
+@pytest.mark.parametrize("in_batch_negatives", [False, True])
+def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
+    """The loss is that of the pairs given and chosen, as if the collator had made all of them."""
+    encoder, inputs = model(), batch((0, 2, 3, 4), in_batch_negatives=in_batch_negatives)
+    encoder.group_loss, encoder.contrastive_weight = group_softmax_loss, 0.5
+    plain = encoder(**inputs)
+    encoder.num_hard_negatives = 2
+    found = encoder(**inputs)
+
+    matches = [row for row, label in enumerate(inputs["labels"].tolist()) if label == 1]
+    captions, images = inputs["caption_index"][matches], inputs["image_index"][matches]
+    text, regions = ({name: value for name, value in inputs.items() if name.startswith(start)}
+                     for start in (("input_ids", "token_type_ids", "attention_mask"), "region_"))  # fmt: skip
+    similarities = encoder.encode_text(**text)[captions] @ encoder.encode_image(**regions)[images].T
+    match, caption, image, label = hard_negatives(similarities, inputs["mismatches"], 2)
+    index = {"caption_index": captions[caption], "image_index": images[image], "labels": label}
+    index["group_ids"] = inputs["group_ids"][matches][match]
+    given = {name: torch.cat((inputs[name], more)) for name, more in index.items()}
+    encoder.num_hard_negatives = 0
+    torch.testing.assert_close(found.loss, encoder(**inputs | given).loss)
+    torch.testing.assert_close(found.scores[: len(plain.scores)], plain.scores)
+    assert len(found.scores) == len(plain.scores) + 16 and found.loss > plain.loss
+
+
+def test_without_a_loss_of_groups_the_first_stage_learns_alone():
+    encoder, inputs = model(), batch()
+    encoder.contrastive_weight = 0.5
+    both = encoder(**inputs).loss
+    of_groups = encoder(**{name: value for name, value in inputs.items() if name != "mismatches"} | {"labels": None})
+    of_groups = encoder.group_loss(
+        of_groups.scores, *(inputs[name] for name in ("labels", "group_ids", "caption_index", "image_index"))
+    )
+    encoder.group_loss = None
+    alone = encoder(**inputs)
+    torch.testing.assert_close(alone.loss, both - of_groups)
+    assert alone.scores is None
+    alone.loss.backward()
+    assert encoder.matching_head.weight.grad is None and encoder.bert.encoder.layer[1].output.dense.weight.grad.any()
+    encoder.contrastive_weight = 0.0
+    with pytest.raises(ValueError, match=r"group_loss is None.*contrastive_weight"):
         encoder(**inputs)
 
 
@@ -342,5 +402,14 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     options["model_name_or_path"] = str(world.parent / "checkpoint")
     new = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
     assert new.model.config.projection_dim == 256
-    with pytest.raises(ValueError, match=r"contrastive_weight=-1\.0; expected at least 0"):
-        prepare_retrieval(RetrievalArguments(**options, contrastive_weight=-1.0), world.parent / "run", seed=0)
+    hard = RetrievalArguments(**options, contrastive_weight=1.0, num_hard_negatives=2, loss="none")
+    model = prepare_retrieval(hard, world.parent / "run", seed=0).model
+    assert model.group_loss is None and model.num_hard_negatives == 2
+    for wrong, message in (
+        ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),
+        ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),
+        ({"num_hard_negatives": 1}, r"num_hard_negatives=1 need a first stage.*--contrastive_weight"),
+        ({"loss": "none"}, r"loss=none.*need a first stage.*--contrastive_weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare_retrieval(RetrievalArguments(**options, **wrong), world.parent / "run", seed=0)

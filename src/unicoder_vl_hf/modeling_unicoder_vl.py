@@ -506,12 +506,10 @@ class UnicoderVLFirstStage(nn.Module):
             projected = nn.functional.linear(states.float(), projection.weight.float(), projection.bias.float())
         return nn.functional.normalize(projected, dim=-1)
 
-    def loss(
-        self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor, mismatches: torch.Tensor
-    ) -> torch.Tensor:
-        """[`contrastive_loss`] at the learned temperature, of at least 1/100 as in CLIP."""
+    def logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
+        """Similarities over the learned temperature, of at least 1/100 as in CLIP: `(num_texts, num_images)`."""
         scale = self.logit_scale.float().clamp(max=math.log(100)).exp()
-        return contrastive_loss(scale * text_embeddings @ image_embeddings.T, mismatches)
+        return scale * text_embeddings @ image_embeddings.T
 
 
 @dataclass
@@ -1040,11 +1038,14 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
     pre-trained checkpoint scores pairs without fine-tuning (paper, Image-Text Retrieval, zero-shot).
 
     `model.group_loss` is what groups are trained with: the paper's hardest-negative triplet loss with
-    `config.triplet_margin`, or any function of its first five arguments that is set in its place.
+    `config.triplet_margin`, or any function of its first five arguments that is set in its place; with `None` pairs are
+    not scored in training, and the first stage learns alone.
 
     With `config.projection_dim` the model has a first stage as well, `encode_text` and `encode_image`, for a search
     among more images than can be scored. It is trained by `model.contrastive_weight` times [`contrastive_loss`] beside
-    the loss of the groups (0 by default, as the paper has none), or alone, by `unicoder-vl train-first-stage`.
+    the loss of the groups (0 by default, as the paper has none), or alone, by `unicoder-vl train-first-stage`. Along
+    with it, `model.num_hard_negatives` captions and as many images join the group of each match: those of the batch's
+    mismatches that the first stage likes best (as in ALBEF, the best in place of a draw).
     """
 )
 class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
@@ -1060,11 +1061,14 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             )
         self.bert = UnicoderVLModel(config)
         self.matching_head = UnicoderVLMatchingHead(config)
-        self.group_loss: GroupLoss = functools.partial(hardest_negative_triplet_loss, margin=config.triplet_margin)
+        self.group_loss: GroupLoss | None = functools.partial(
+            hardest_negative_triplet_loss, margin=config.triplet_margin
+        )
         self.first_stage = (
             None if config.projection_dim is None else UnicoderVLFirstStage(config, config.projection_dim)
         )
         self.contrastive_weight = 0.0
+        self.num_hard_negatives = 0
         self.post_init()
 
     @classmethod
@@ -1174,23 +1178,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             raise ValueError(
                 "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
             )
-        outputs = self.bert.pooled(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-            region_attention_mask, token_region_ids, caption_index, image_index, **kwargs,
-        )  # fmt: skip
-        matching_logits = self.matching_head(outputs.pooler_output)
-        scores = matching_logits[:, 1] - matching_logits[:, 0]
-        _check_shape("labels", labels, tuple(scores.shape))
-        _check_shape("group_ids", group_ids, tuple(scores.shape))
-
-        if labels is None:
-            loss = None
-        elif group_ids is None or caption_index is None or image_index is None:  # group_ids has both, see above
-            row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
-            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
-        else:
-            loss = self.group_loss(scores, labels, group_ids, caption_index, image_index)
-        if loss is not None and labels is not None and self.contrastive_weight != 0:
+        contrastive = None
+        if labels is not None and self.contrastive_weight != 0:
             if mismatches is None:
                 raise ValueError(
                     f"contrastive_weight={self.contrastive_weight} needs mismatches: what is a negative of what? "
@@ -1205,10 +1194,40 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 position_ids = position_ids.expand(len(source), -1)
             text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
             regions: Any = (region_features, region_locations, region_attention_mask)
-            text_embeddings = self.encode_text(*(_pick_rows(tensor, captions) for tensor in text))
-            image_embeddings = self.encode_image(*(_pick_rows(tensor, images) for tensor in regions))
-            contrastive = self._first_stage().loss(text_embeddings, image_embeddings, mismatches)
-            loss = loss + self.contrastive_weight * contrastive
+            logits = self._first_stage().logits(
+                self.encode_text(*(_pick_rows(tensor, captions) for tensor in text)),
+                self.encode_image(*(_pick_rows(tensor, images) for tensor in regions)),
+            )
+            contrastive = self.contrastive_weight * contrastive_loss(logits, mismatches)
+            if group_ids is not None and self.group_loss is None:
+                return UnicoderVLForImageTextRetrievalOutput(loss=contrastive)
+            if group_ids is not None and self.num_hard_negatives > 0:
+                match, caption, image, label = hard_negatives(logits, mismatches, self.num_hard_negatives)
+                caption_index = torch.cat((caption_index, captions[caption]))
+                image_index = torch.cat((image_index, images[image]))
+                group_ids = torch.cat((group_ids, group_ids[matches[match]]))
+                labels = torch.cat((labels, label))
+
+        outputs = self.bert.pooled(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+            region_attention_mask, token_region_ids, caption_index, image_index, **kwargs,
+        )  # fmt: skip
+        matching_logits = self.matching_head(outputs.pooler_output)
+        scores = matching_logits[:, 1] - matching_logits[:, 0]
+        _check_shape("labels", labels, tuple(scores.shape))
+        _check_shape("group_ids", group_ids, tuple(scores.shape))
+
+        if labels is None:
+            loss = None
+        elif group_ids is None or caption_index is None or image_index is None:  # group_ids has both, see above
+            row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+        elif self.group_loss is None:
+            raise ValueError("model.group_loss is None: pairs of groups have no loss but with a contrastive_weight.")
+        else:
+            loss = self.group_loss(scores, labels, group_ids, caption_index, image_index)
+        if loss is not None and contrastive is not None:
+            loss = loss + contrastive
         return UnicoderVLForImageTextRetrievalOutput(
             loss=loss,
             matching_logits=matching_logits,
@@ -1408,6 +1427,35 @@ def contrastive_loss(logits: torch.Tensor, mismatches: torch.Tensor) -> torch.Te
     logits = logits.masked_fill(~(mismatches | own), float("-inf"))
     log_normalizers = logits.logsumexp(dim=1) + logits.logsumexp(dim=0)
     return (log_normalizers / 2 - logits.diagonal()).mean()
+
+
+def hard_negatives(
+    logits: torch.Tensor, mismatches: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"""
+    The mismatches of a batch that a first stage takes for matches most: of each match the `count` images with the
+    highest logits that its caption does not match, and the `count` captions that its image does not (ALBEF draws them
+    by these logits).
+
+    Args:
+        logits, mismatches: As in [`contrastive_loss`].
+        count (`int`): In each direction; at most `num_matches` are taken.
+
+    Returns:
+        Four `torch.LongTensor` of shape `(2 * count * num_matches,)`: whose negative a pair is, whose caption and whose
+        image it has, all as numbers of matches, and its label: 0, or -100 where there are not so many mismatches.
+    """
+    likely = logits.detach().masked_fill(~mismatches, float("-inf"))
+    count = min(count, len(likely))
+    images, captions = likely.topk(count, dim=1), likely.T.topk(count, dim=1)
+    own = torch.arange(len(likely), device=likely.device).repeat_interleave(count)
+    found = torch.cat((images.values, captions.values)).flatten()
+    return (
+        own.repeat(2),
+        torch.cat((own, captions.indices.flatten())),
+        torch.cat((images.indices.flatten(), own)),
+        torch.full_like(found, -100, dtype=torch.long).masked_fill(found > float("-inf"), 0),
+    )
 
 
 # Of scores, labels, group_ids, caption_index and image_index, each of shape (batch_size,).

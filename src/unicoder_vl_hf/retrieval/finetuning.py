@@ -29,6 +29,7 @@ from ..modeling_unicoder_vl import (
 )
 from ..preparation import DataArguments, is_unicoder_vl, load_model, load_processor, open_data
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from .encoders import UnicoderVLDualEncoder
 from .metrics import retrieval_metrics, with_recall_sum
 from .scoring import ImageTextScorer
 
@@ -51,11 +52,12 @@ class RetrievalArguments(DataArguments):
         default=None,
         metadata={"help": "Groups of images that show the same, a line each: .jsonl of lists of image ids, or .csv."},
     )
-    loss: Literal["hardest", "sum", "binary", "softmax"] | None = field(
+    loss: Literal["hardest", "sum", "binary", "softmax", "none"] | None = field(
         default=None,
         metadata={
             "help": "Triplet loss on the hardest negative (the paper's) or the sum of all, binary cross-entropy of "
-            "each pair (Oscar), or softmax over the group (ViLBERT). Default: hardest; for new weights sum."
+            "each pair (Oscar), or softmax over the group (ViLBERT); none scores no pairs and trains a first stage of "
+            "search alone, with its encoder. Default: hardest; for new weights sum."
         },
     )
     margin: float = field(default=0.2, metadata={"help": "Of the triplet losses, on sigmoid(score)."})
@@ -66,19 +68,24 @@ class RetrievalArguments(DataArguments):
         metadata={"help": "Train a first stage of search as well, by so much of its contrastive loss; 0 trains none."},
     )
     projection_dim: int = field(default=256, metadata={"help": "Width of its embeddings, where it is new."})
+    num_hard_negatives: int = field(
+        default=0,
+        metadata={"help": "For each pair, so many captions and images of the micro-batch that it takes for matches."},
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
     )
 
     @property
-    def group_loss(self) -> GroupLoss:
+    def group_loss(self) -> GroupLoss | None:
         weights = {"caption_weight": self.caption_weight, "image_weight": self.image_weight}
         triplet: dict[str, Any] = {"margin": self.margin, **weights}
-        losses: dict[str, GroupLoss] = {
+        losses: dict[str, GroupLoss | None] = {
             "hardest": functools.partial(hardest_negative_triplet_loss, **triplet),
             "sum": functools.partial(sum_of_negatives_triplet_loss, **triplet),
             "binary": binary_matching_loss,
             "softmax": group_softmax_loss,
+            "none": None,
         }
         # New weights learn nothing from the hardest of several negatives: all scores become one, and the loss stays at
         # twice the margin.
@@ -124,6 +131,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     )
     model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **_first_stage_fields(arguments))
     model.contrastive_weight = arguments.contrastive_weight
+    model.num_hard_negatives = arguments.num_hard_negatives
     model.config.first_stage_trained = arguments.contrastive_weight > 0
     model.config.triplet_margin = arguments.margin
     model.group_loss = arguments.group_loss
@@ -146,8 +154,14 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     """Of the configuration: a first stage that is trained, or none, since an old one would not fit the new encoder."""
-    if arguments.contrastive_weight < 0:
-        raise ValueError(f"contrastive_weight={arguments.contrastive_weight}; expected at least 0.")
+    for option in ("contrastive_weight", "num_hard_negatives"):
+        if getattr(arguments, option) < 0:
+            raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
+    if arguments.contrastive_weight == 0 and (arguments.loss == "none" or arguments.num_hard_negatives > 0):
+        raise ValueError(
+            f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "
+            "give --contrastive_weight, such as 1."
+        )
     name, old = arguments.base_model, None
     if name is not None and is_unicoder_vl(name):
         old = AutoConfig.from_pretrained(name).projection_dim
@@ -176,13 +190,18 @@ def evaluate_retrieval(
     max_length: int = 44,
 ) -> dict[str, float]:
     """
-    Scores all captions with all their images and ranks them. Every process calls it, and gets the whole.
+    Scores all captions with all their images and ranks them; by the first stage, where that is all that is trained
+    (`model.group_loss` is None). Every process calls it, and gets the whole.
 
     Returns:
         `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls.
     """
     image_ids = captions.unique("image_id")
-    scorer = ImageTextScorer(model, processor, store, verbose=False)
-    scores = scorer.score(captions["caption"][:], image_ids, max_length=max_length)
+    texts = captions["caption"][:]
+    if model.group_loss is None:
+        encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
+        scores = encoder.embed_captions(texts) @ encoder.embed_images(image_ids).T
+    else:
+        scores = ImageTextScorer(model, processor, store, verbose=False).score(texts, image_ids, max_length=max_length)
     column = {image_id: index for index, image_id in enumerate(image_ids)}
     return with_recall_sum(retrieval_metrics(scores, [column[image_id] for image_id in captions["image_id"]]))

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..data.captions import encode_column, join, read_captions, select_split
 from ..data.negatives import MismatchIndex, read_duplicate_groups
-from ..modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval
+from ..modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval, contrastive_loss
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from ..regions.tensor_files import new_folder
@@ -119,7 +119,8 @@ def fit_first_stage(
             for start in range(0, len(order), batch_size):
                 texts, images, mismatches = train.batch(order[start : start + batch_size])
                 texts, images = (nn.functional.dropout(states, dropout) for states in (texts, images))
-                loss = first_stage.loss(first_stage.embed_text(texts), first_stage.embed_image(images), mismatches)
+                logits = first_stage.logits(first_stage.embed_text(texts), first_stage.embed_image(images))
+                loss = contrastive_loss(logits, mismatches)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
