@@ -50,6 +50,9 @@ class TwoStageArguments:
     candidates: list[int] = field(
         default_factory=lambda: [10, 50, 100, 200], metadata={"help": "K: how many the first stage proposes a query."}
     )
+    similarity_weight: float = field(
+        default=0.0, metadata={"help": "Add so much of the first stage's similarity to the matching score."}
+    )
     bf16: bool = field(default=False, metadata={"help": "Score in bfloat16."})
     scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the table and its provenance."})
@@ -71,7 +74,9 @@ def main(argv: list[str] | None = None):
     else:
         encoder = TransformersDualEncoder(args.dual_encoder, Photos(args.photos), state.device)
     scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
-    report = two_stage_report(encoder, scorer, test.folds[0], args.candidates, args.num_queries, args.scores_dir)
+    report = two_stage_report(
+        encoder, scorer, test.folds[0], args.candidates, args.num_queries, args.scores_dir, args.similarity_weight
+    )
     if not state.is_main_process:
         return
     title = test.title

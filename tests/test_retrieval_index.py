@@ -272,12 +272,12 @@ def test_an_untrained_first_stage_is_refused_with_a_way_out(folder, tmp_path, ca
 # Two stages
 
 
-@pytest.mark.parametrize("candidates", [1, 3, 99])
-def test_two_stages_equal_brute_force(folder, indices, candidates):
+@pytest.mark.parametrize(("candidates", "weight"), [(1, 0.0), (3, 0.0), (99, 0.0), (99, 0.3)])
+def test_two_stages_equal_brute_force(folder, indices, candidates, weight):
     encoder, scorer, _ = parts(folder)
     with torch.no_grad():
         similarities = encoder.embed_captions(CAPTIONS) @ encoder.embed_images(IMAGES).T
-    scores = scorer.score(CAPTIONS, IMAGES)
+    scores = scorer.score(CAPTIONS, IMAGES) + weight * similarities
     # Of images for captions, then of captions for images, each text once.
     for queries, names, near, exact in (
         (CAPTIONS, IMAGES, similarities, scores),
@@ -285,7 +285,8 @@ def test_two_stages_equal_brute_force(folder, indices, candidates):
     ):
         index = indices["images" if queries is CAPTIONS else "captions"]
         kept = [names.index(name) for name in index.names]
-        found = search(queries, index, encoder, scorer, top_k=2, candidates=candidates)
+        options = {"candidates": candidates, "similarity_weight": weight}
+        found = search(queries, index, encoder, scorer, top_k=2, **options)
         for hits, of_query, row in zip(found, near[:, kept], exact[:, kept], strict=True):
             chosen = np.argsort(-of_query, kind="stable")[: max(candidates, 2)]
             best = chosen[np.argsort(-row[chosen], kind="stable")[:2]]
@@ -351,6 +352,13 @@ def test_report_by_hand():
     (_, again) = two_stage_report(encoder, scorer, fold, candidates=(1,)).rows
     assert (again.pairs, again.metrics) == (5, one.metrics)
     assert sorted(scorer.pairs) == [(0, 0), (0, 1), (1, 0), (2, 1), (2, 2)]  # none but the proposed, of both directions
+    # 10 times the similarity: a scores 10, 13, 10; b 7, 9, 12; c 9, 8, 8.
+    both = two_stage_report(encoder, scorer, fold, candidates=(50,), similarity_weight=10.0).rows[1].metrics
+    assert [both[f"image_retrieval_recall@{k}"] for k in (1, 5)] == [0.0, 1.0]
+    assert both["image_retrieval_mean_rank"] == pytest.approx((3 + 2 + 3) / 3)  # ties count against it
+    # 100 times: the order of the first stage.
+    by_first = two_stage_report(encoder, scorer, fold, candidates=(50,), similarity_weight=100.0).rows[1].metrics
+    assert by_first == alone.metrics
     lines = str(report).splitlines()
     assert lines[2].startswith("| first stage alone | 0 |") and lines[4].startswith("| 2 | 6 |")
     assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, for comparison | 9 | about ")

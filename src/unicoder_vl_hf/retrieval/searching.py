@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -83,6 +84,7 @@ def run_search(
     captions: str | None = None,
     split: str | None = None,
     candidates: int = 100,
+    similarity_weight: float = 0.0,
     top_k: int = 10,
     gallery: str | None = None,
 ) -> SearchResult:
@@ -117,7 +119,8 @@ def run_search(
         store = RegionStore(regions or opened.facts["store"]["name"])
         query = _query(text, image, store)
         encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos)
-        hits = search([query], opened, encoder, scorer, top_k=top_k, candidates=candidates)[0]
+        options: dict[str, Any] = {"candidates": candidates, "similarity_weight": similarity_weight}
+        hits = search([query], opened, encoder, scorer, top_k=top_k, **options)[0]
     hits = hits[:top_k]
     shown = query if isinstance(query, str) else query.image_id
     path = None if gallery is None else _write_gallery(gallery, shown, hits, store, Photos(str(photos)))

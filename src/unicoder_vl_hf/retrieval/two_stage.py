@@ -26,8 +26,8 @@ from .scoring import ImageTextScorer
 @dataclass(frozen=True)
 class Hit:
     """
-    An image id, or a caption, that was found: its matching `score`, by which hits are ordered, and the `similarity`
-    in `[-1, 1]` that the first stage saw, if there was one.
+    An image id, or a caption, that was found: the `score` by which hits are ordered, which is the matching score plus
+    what was asked for of the `similarity` in `[-1, 1]` that the first stage saw, if there was one.
     """
 
     name: str
@@ -43,6 +43,7 @@ def search(
     *,
     top_k: int = 10,
     candidates: int = 100,
+    similarity_weight: float = 0.0,
 ) -> list[list[Hit]]:
     """
     The images of an index that match each caption best, or the captions of an index that match each image best.
@@ -54,6 +55,8 @@ def search(
         scorer ([`ImageTextScorer`]): The second.
         top_k (`int`, *optional*, defaults to 10): Hits of a query.
         candidates (`int`, *optional*, defaults to 100): Of the first stage, scored by the second.
+        similarity_weight (`float`, *optional*, defaults to 0.0): So much of the first stage's similarity is added to
+            the matching score, as BLIP adds it.
 
     Returns:
         `list[list[Hit]]`: of each query the best hits, the best first.
@@ -61,7 +64,7 @@ def search(
     index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
     embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
     positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
-    scores = rerank(queries, index, positions, scorer)
+    scores = rerank(queries, index, positions, scorer) + similarity_weight * similarities
     found = []
     for of_query, near, row in zip(scores, similarities, positions, strict=True):
         best = [place for place in np.argsort(-of_query, kind="stable")[:top_k] if row[place] >= 0]
@@ -150,6 +153,7 @@ def two_stage_report(
     candidates: Sequence[int] = (10, 50, 100, 200),
     num_queries: int | None = None,
     scores_dir: str | os.PathLike[str] | None = None,
+    similarity_weight: float = 0.0,
 ) -> TwoStageReport:
     """
     Recall of the first stage alone, and of the second among the best K of the first, for each K, in both directions.
@@ -163,6 +167,7 @@ def two_stage_report(
             there are: the figures of fewer queries, of a task as hard.
         scores_dir (`str` or `os.PathLike`, *optional*): Where the scorer keeps what it finished, to go on from there;
             the time is then unknown where it went on.
+        similarity_weight (`float`, *optional*, defaults to 0.0): As in [`search`].
 
     Raises:
         `ValueError`: no K, or one below 1; or no query.
@@ -180,7 +185,8 @@ def two_stage_report(
     def metrics_of(ranked: Mapping[str, QueryRanks]) -> dict[str, float]:
         return summarize([{name: ranked[name].select(queries) for name, queries in asked.items()}], KS)
 
-    alone = metrics_of(rank_queries(texts @ images.T, right_image))
+    similarities = texts @ images.T
+    alone = metrics_of(rank_queries(similarities, right_image))
     rows = [StageResult(0, 0, time.perf_counter() - started, {}, alone)]
 
     largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
@@ -193,6 +199,7 @@ def two_stage_report(
     started = time.perf_counter()
     scores = scorer.score_pairs(fold.captions, fold.image_ids, *np.divmod(pairs, num_images), output_dir=scores_dir)
     seconds = None if resumed else time.perf_counter() - started
+    scores = scores + similarity_weight * similarities.flat[pairs]
 
     for count in sorted(candidates):
         chosen = {"image_retrieval": of_caption[:, :count], "text_retrieval": of_image[:, :count]}
