@@ -255,7 +255,7 @@ def test_hard_negatives_by_hand():
 @pytest.mark.parametrize("in_batch_negatives", [False, True])
 def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
     """The loss is that of the pairs given and chosen, as if the collator had made all of them."""
-    encoder, inputs = model(), batch((0, 2, 3, 4), in_batch_negatives=in_batch_negatives)
+    encoder, inputs = model(), batch((3, 0, 2, 4), in_batch_negatives=in_batch_negatives)
     encoder.group_loss, encoder.contrastive_weight = group_softmax_loss, 0.5
     plain = encoder(**inputs)
     encoder.num_hard_negatives = 2
@@ -263,6 +263,7 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
 
     matches = [row for row, label in enumerate(inputs["labels"].tolist()) if label == 1]
     captions, images = inputs["caption_index"][matches], inputs["image_index"][matches]
+    assert in_batch_negatives or images.tolist() != list(range(4)) != captions.tolist()
     text, regions = ({name: value for name, value in inputs.items() if name.startswith(start)}
                      for start in (("input_ids", "token_type_ids", "attention_mask"), "region_"))  # fmt: skip
     similarities = encoder.encode_text(**text)[captions] @ encoder.encode_image(**regions)[images].T
