@@ -1,15 +1,11 @@
 """The two pre-training scripts: however a run is cut (steps, processes, workers, Ctrl-C), it is the same run."""
 
-import contextlib
 import importlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,12 +14,11 @@ import small_world
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoProcessor
-from two_processes import examples_recorded, plain_descent, run
+from two_processes import Processes, examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.training import fast_precision
 
-LAUNCHED = Path(__file__).with_name("two_processes.py")
 STEPS_PER_EPOCH = 20
 
 
@@ -197,33 +192,12 @@ def launch(tmp_path, *runs, processes=1):
         }
         for index, (script, arguments, *plain) in enumerate(runs)
     ]
-    (tmp_path / "runs.json").write_text(json.dumps(entries))
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", port]
-    return subprocess.Popen(
-        [*command, LAUNCHED, tmp_path / "runs.json"],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Processes(tmp_path, entries, processes)
 
 
 def output_of(process, tmp_path):
-    """What a launched process prints to its end; one that hangs is killed, and so are those that torchrun started."""
-    try:
-        return process.communicate(timeout=150)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        for path in tmp_path.glob("*.pid"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(path.read_text()), signal.SIGKILL)
-        raise
+    """What launched processes print to their end."""
+    return process.output(timeout=150)
 
 
 def stopped(process, tmp_path, folder, rank=0):

@@ -1,15 +1,17 @@
-"""Runs the training scripts one after another, for torchrun: `two_processes.py runs.json`.
+"""Runs the training scripts in this process, or in others: two share their runs as if torchrun had started them.
 
-`runs.json` lists {"script": …, "arguments": […], "examples": file, "plain_descent": bool}. Each process writes to
+A run is {"script": …, "arguments": […], "examples": file, "plain_descent": bool}. Each process writes to
 `<examples>-<rank>` the epoch and the row of each example that it trains on, to `<examples>-<rank>.pid` its id, and
 prints the size of the world.
 """
 
 import contextlib
 import importlib
-import json
+import multiprocessing
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,10 +62,59 @@ def run(script: str, arguments: list[str]):
     importlib.import_module(script).main(arguments)
 
 
-if __name__ == "__main__":
+class Processes:
+    """One, or two of the same runs, with the interface of a `subprocess.Popen`; what they print goes to `folder`."""
+
+    def __init__(self, folder: Path, runs: list[dict], count: int):
+        environment = {"ACCELERATE_USE_CPU": "true"}
+        if count > 1:
+            environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        context = multiprocessing.get_context("forkserver")
+        self.outputs = [folder / f"output-{rank}" for rank in range(count)]
+        self.processes = []
+        for rank, output in enumerate(self.outputs):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            arguments = (runs, environment | ranks, output, torch.get_num_threads())
+            self.processes.append(context.Process(target=work, args=arguments))
+            self.processes[-1].start()
+
+    @property
+    def returncode(self) -> int | None:
+        """The first that is not 0; None until all have ended."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def output(self, timeout: float) -> str:
+        """All that they print until their end; one that fails, or hangs, takes the others with it."""
+        deadline = time.monotonic() + timeout
+        while self.returncode is None and time.monotonic() < deadline and not any(p.exitcode for p in self.processes):
+            time.sleep(0.02)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return "".join(path.read_text() for path in self.outputs)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def work(runs: list[dict], environment: dict[str, str], output: Path, num_threads: int):
+    """What each of `Processes` does: the runs, one after another."""
+    with output.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ |= environment
+    torch.set_num_threads(num_threads)
     # Between runs: a second group would look for its peers where the first one's were, and fail in connectFullMesh.
     PartialState.destroy_process_group = lambda self, group: None
-    for entry in json.loads(Path(sys.argv[1]).read_text()):
+    for entry in runs:
         descent = plain_descent() if entry["plain_descent"] else contextlib.nullcontext()
         with examples_recorded(entry["examples"]), descent:
             run(entry["script"], entry["arguments"])
