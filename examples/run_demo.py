@@ -35,10 +35,15 @@ from unicoder_vl_hf.retrieval.two_stage import search, two_stage_report
 from unicoder_vl_hf.training import CheckpointFolder
 
 
+# Rows of the table: the first stage's order, that of the matching head among its best, and that of both.
+FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best, both added"
+
+
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="demo", metadata={"help": "Where everything goes."})
     candidates: int = field(default=20, metadata={"help": "Of the first stage of the search, to be scored."})
+    similarity_weight: float = field(default=30, metadata={"help": "Of its similarity, added to the score."})
     num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
 
 
@@ -61,8 +66,13 @@ def demo(args: DemoArguments) -> int:
         captions=scenes / "captions.jsonl",
         regions=scenes / "regions",
         model_name_or_path=output_dir,
+        num_negative_captions=0,
+        num_negative_images=0,
+        num_hard_negatives=1,
+        loss="softmax",
         contrastive_weight=1,
         num_train_epochs=1,
+        max_validation_images=0,
         learning_rate=SCENES["learning_rate"],
         per_device_train_batch_size=SCENES["train_batch_size"],
         gradient_accumulation_steps=SCENES["gradient_accumulation_steps"],
@@ -72,15 +82,14 @@ def demo(args: DemoArguments) -> int:
     test = retrieval_test(read_captions(scenes / "captions.jsonl", split="test"))
     (fold,) = test.folds
     zero_shot = ImageTextScorer(*load_for_store(output_dir, store), store)
+    scores = zero_shot.score(fold.captions, fold.image_ids)
+    results = {"zero-shot": retrieval_metrics(scores, fold.image_of_caption)}
     model, processor = load_for_store(fine_tuned, store)
-    scorer = ImageTextScorer(model, processor, store)
-    results = {
-        name: retrieval_metrics(each.score(fold.captions, fold.image_ids), fold.image_of_caption)
-        for name, each in (("zero-shot", zero_shot), ("fine-tuned", scorer))
-    }
     encoder = UnicoderVLDualEncoder(model, processor, store, fine_tuned)
-    first_stage, two_stages = two_stage_report(encoder, scorer, fold, [args.candidates]).rows
-    results |= {"first stage alone": first_stage.metrics, f"best {args.candidates} of it scored": two_stages.metrics}
+    scorer = ImageTextScorer(model, processor, store)
+    for name, weight in ((SCORED, 0.0), (BOTH_STAGES, args.similarity_weight)):
+        report = two_stage_report(encoder, scorer, fold, [args.candidates], similarity_weight=weight)
+        results |= {FIRST_STAGE: report.rows[0].metrics, name: report.rows[1].metrics}
     results["chance"] = chance(test)
 
     index_path = output_dir / "test-scenes.index"
@@ -88,7 +97,8 @@ def demo(args: DemoArguments) -> int:
     index = build_index(encoder, store, index_path, image_ids=fold.image_ids)
     rows = np.random.default_rng(0).permutation(len(fold.captions))[: args.num_queries]
     captions = [fold.captions[row] for row in rows]
-    found = search(captions, index, encoder, scorer, top_k=args.candidates, candidates=args.candidates)
+    stages = {"candidates": args.candidates, "similarity_weight": args.similarity_weight}
+    found = search(captions, index, encoder, scorer, top_k=args.candidates, **stages)
     write_gallery(
         output_dir / "gallery.html",
         [
@@ -99,7 +109,7 @@ def demo(args: DemoArguments) -> int:
         title="Search in two stages among rendered scenes",
         intro="Captions drawn at random from the test scenes, each of which holds a colour and shape that never meet "
         f"in training. The first stage proposes {args.candidates} of {len(index)} scenes, the matching head scores "
-        "these, and the best five are shown with their scores.",
+        f"these, {args.similarity_weight:g} times the first stage's similarity is added, and the best five are shown.",
         results=results,
     )
 
@@ -114,7 +124,7 @@ def demo(args: DemoArguments) -> int:
     print(f"\n{test.title} (percent)\n{recall_table(results)}")
     print(f"\n{time.perf_counter() - started:.0f} s. Look at curves.png and gallery.html in {output_dir}.")
     name, failed = "image_retrieval_recall@1", False
-    for result in ("zero-shot", "fine-tuned"):
+    for result in ("zero-shot", BOTH_STAGES):
         if results[result][name] < 5 * results["chance"][name]:
             print(f"{result}: {name} is below 5 times chance: the model did not learn.", file=sys.stderr)
             failed = True

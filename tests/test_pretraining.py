@@ -297,7 +297,7 @@ def test_help_shows_the_defaults_of_the_paper_and_names_those_of_the_scenes(caps
     with pytest.raises(SystemExit):
         parse_arguments((PretrainingArguments, LoopArguments), ["--help"], paper=PAPER, scenes=SCENES)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Without --captions, on the rendered scenes: num_train_epochs 4, learning_rate 0.001, train_batch" in shown
+    assert "Without --captions, on the rendered scenes: num_train_epochs 3, learning_rate 0.001, train_batch" in shown
     assert "Passes over the training pairs. (default: 10)" in shown
     assert "--no_moc, --no-moc Turn --moc off. --moc_probability" in shown
     assert "--no_image_token, --no-image-token Turn --image_token off. --max_length" in shown
@@ -404,6 +404,7 @@ def test_a_number_of_classes_that_is_assumed_is_said(world, bert, tmp_path, warn
     assert made.model.config.num_region_classes == 1600
     (said,) = (text for text in warnings if "--num_region_classes" in text)
     assert "The model predicts 1,600; the highest id of these images is 37." in said
+    assert f"`unicoder-vl merge {regions} --output NEW --num-classes NUMBER`" in said
     warnings.clear()
     prepare_pretraining(dataclasses.replace(arguments, num_region_classes=40), tmp_path, seed=0)
     prepare_pretraining(on_world(world, bert), tmp_path, seed=0)  # a store that knows
@@ -595,8 +596,54 @@ def test_a_script_that_was_finished_says_so_and_ends_well(tmp_path, warnings):
         (tmp_path / name).touch()
     run_script(lambda: CheckpointFolder(tmp_path).resolve("latest"))
     assert len(warnings) == 1 and "nothing left to train" in warnings[0]
-    with pytest.raises(ValueError, match="nothing left to train"):  # it was to begin
+    with pytest.raises(SystemExit) as ended:  # it was to begin
         run_script(lambda: CheckpointFolder(tmp_path).resolve(None))
+    assert ended.value.code == 1
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("rank, process", [(None, ""), ("1", " (process 1)")])
+@pytest.mark.parametrize("error", [ValueError, OSError, ImportError, KeyError])
+def test_what_a_user_can_mend_is_one_line(error, rank, process, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["examples/run_x.py", "--y"])
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: fail(error("There is no 'z'.")))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"run_x.py{process}: There is no 'z'.\n"
+    monkeypatch.setenv("UNICODER_VL_TRACEBACK", "1")
+    with pytest.raises(error, match="There is no 'z'"):
+        run_script(lambda: fail(error("There is no 'z'.")))
+
+
+@pytest.mark.parametrize("error", [KeyError("z"), KeyError(), RuntimeError("not of a user"), TypeError("neither")])
+def test_what_is_a_defect_keeps_its_traceback(error, capsys):
+    with pytest.raises(type(error)):
+        run_script(lambda: fail(error))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--captions", "x.json"], "Give both --captions and --regions, or neither for the rendered scenes"),
+        (["--bogus"], "Some specified arguments are not used by the HfArgumentParser: ['--bogus']"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(given, says, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["examples/run_x.py"])
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(
+            (PretrainingArguments, LoopArguments), ["--output_dir", "o", *given], paper=PAPER, scenes=SCENES
+        )
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"run_x.py: {says}. --help lists the options.\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -105,7 +105,7 @@ def run_identity(*arguments: Any, **facts: Any) -> dict[str, Any]:
 
 # The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
-SCENES = {"num_train_epochs": 4, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+SCENES = {"num_train_epochs": 3, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
 
 
 @dataclass
@@ -215,7 +215,8 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
             logger.warning(
                 f"{store.path} does not say how many object classes its detector knows. The model predicts "
                 f"{model.config.num_region_classes:,}; the highest id of these images is {highest}. If that is not the "
-                "detector's number, give it: --num_region_classes, or once for all `unicoder-vl convert --num-classes`."
+                "detector's number, give it: --num_region_classes, or once for all "
+                f"`unicoder-vl merge {store.path} --output NEW --num-classes NUMBER`."
             )
     model.sparse_prediction = True
     processor = load_processor(arguments, data)
