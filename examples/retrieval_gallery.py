@@ -8,7 +8,6 @@ random by `--seed`, a quarter is what went best and a quarter what went worst. W
 blank page, which may be published where the photos may not.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from unicoder_vl_hf.retrieval.encoders import Photos, UnicoderVLDualEncoder
 from unicoder_vl_hf.retrieval.index import build_index
 from unicoder_vl_hf.retrieval.protocols import retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import search
+from unicoder_vl_hf.training import run_script
 
 WIDTH = 240  # of a page of regions, in pixels
 
@@ -41,6 +41,9 @@ class GalleryArguments:
     asked: int = field(default=200, metadata={"help": "Captions that are asked."})
     shown: int = field(default=20, metadata={"help": "Of these in the gallery."})
     candidates: int = field(default=50, metadata={"help": "Of the first stage, to be scored."})
+    similarity_weight: float = field(
+        default=0.0, metadata={"help": "Add so much of the first stage's similarity to the matching score."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the half that is drawn at random."})
     max_regions: int = field(default=8, metadata={"help": "Drawn on a blank page; the best by score."})
 
@@ -59,7 +62,8 @@ def main(argv: list[str] | None = None):
     with tempfile.TemporaryDirectory() as folder:
         index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
         scorer = ImageTextScorer(model, processor, store)
-        found = search(texts, index, encoder, scorer, top_k=args.candidates, candidates=args.candidates)
+        stages = {"candidates": args.candidates, "similarity_weight": args.similarity_weight}
+        found = search(texts, index, encoder, scorer, top_k=args.candidates, **stages)
     right = [fold.image_ids[image] for image in fold.image_of_caption[rows]]
     items = [
         GalleryItem.from_hits(text, image_id, [(hit.name, hit.score) for hit in hits])
@@ -79,7 +83,9 @@ def main(argv: list[str] | None = None):
         title="Search in two stages",
         intro=f"{len(random)} of {len(items):,} captions, drawn at random, then the {len(best)} that went best and the "
         f"{len(worst)} that went worst. The first stage proposes {args.candidates} of {len(fold.image_ids):,} images, "
-        "the matching head scores these, and the best five are shown with their scores"
+        "the matching head scores these, "
+        + (f"{args.similarity_weight:g} times the first stage's similarity is added, " if args.similarity_weight else "")
+        + "and the best five are shown with their scores"
         + ("." if photos else f", as the boxes of their {args.max_regions} surest regions."),
     )
     print(f"{args.output}: {len(random) + len(best) + len(worst)} captions.")
@@ -113,4 +119,4 @@ def diagram(record: RegionRecord, class_names: Sequence[str] | None, max_regions
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)
