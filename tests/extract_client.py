@@ -1,17 +1,13 @@
 """
-Extracts the colours of photos, for tests that need processes of their own: `extract_client.py call.json`, which has
-the arguments of `extract`; `computed`, whose `<computed>-<rank>` gets the ids of what a process computes; and `delay`,
-the seconds that a photo takes.
+Extracts the colours of photos, as a script of two_processes.py. Its arguments are those of `extract`; `computed`, whose
+`<computed>-<rank>` gets the ids of what a process computes; and `delay`, the seconds that a photo takes.
 """
 
-import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from unicoder_vl_hf.regions.detectors.grid import GridDetector, Prepare
@@ -45,10 +41,3 @@ def main(call: dict) -> None:
     rank = os.environ.get("RANK", 0)
     detector = ColourDetector(Path(f"{call.pop('computed')}-{rank}"), call.pop("delay", 0))
     extract(detector=detector, **call)
-    print(f"world size {PartialState().num_processes}", flush=True)
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -327,7 +327,7 @@ def test_seed_epoch_and_row_each_change_the_masks():
     assert_equal(first, made(rows))
 
 
-@pytest.mark.parametrize("num_workers, method", [(1, "fork"), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize("num_workers, method", [(1, "fork"), (2, "fork"), (1, "forkserver")])
 def test_workers_change_no_batch(pairs, store, num_workers, method):
     def batches(**options):
         loader = DataLoader(pairs, batch_size=5, collate_fn=collator(store, seed=1), **options)

@@ -5,8 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 import zlib
@@ -23,12 +21,12 @@ pytest.importorskip("torchvision")
 from extract_client import ColourDetector
 from photos import SIZES, photo
 from PIL import Image
+from two_processes import Processes
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.regions.detectors.torchvision_models import TorchvisionDetector
 from unicoder_vl_hf.regions.extraction import MAX_PIXELS, decode_photo, extract
 
-CLIENT = Path(__file__).with_name("extract_client.py")
 RED, GREEN, BLUE, GREY, WHITE = (230, 30, 40), (30, 200, 60), (30, 50, 220), (120, 120, 120), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, GREY)  # in reading order
 
@@ -374,10 +372,8 @@ def test_batches_and_workers_change_nothing(tmp_path):
     assert_same(stores[1], stores[0], tolerance=1e-3)
 
 
-def client(tmp_path: Path, **call) -> list[str]:
-    path = tmp_path / f"{Path(call['output']).name}.json"
-    path.write_text(json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in call.items()}))
-    return [str(CLIENT), str(path)]
+def launch(folder: Path, count: int, **call) -> Processes:
+    return Processes(folder, [{"script": "extract_client", "arguments": call}], count)
 
 
 def computed(path: Path) -> Counter:
@@ -388,11 +384,10 @@ def test_two_processes_share_the_photos(tmp_path):
     photos = save_photos(tmp_path / "photos", 13)
     (photos / "broken_a.jpg").write_bytes(b"no photo")
     (photos / "broken_b.jpg").write_bytes(b"no photo")
-    call = client(tmp_path, photos=photos, output=tmp_path / "two", computed=tmp_path / "ids", num_workers=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *call]
-    result = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("world size 2") == 2
+    processes = launch(tmp_path, 2, photos=photos, output=tmp_path / "two", computed=tmp_path / "ids", num_workers=1)
+    output = processes.output(timeout=240)
+    assert processes.returncode == 0, output
+    assert output.count("world size 2") == 2
     shares = [(tmp_path / f"ids-{rank}").read_text().split() for rank in (0, 1)]
     assert not set(shares[0]) & set(shares[1])
     assert min(map(len, shares)) >= 6
@@ -407,16 +402,14 @@ def test_goes_on_after_kill(tmp_path):
     photos = save_photos(tmp_path / "photos", 30)
     (photos / "broken.jpg").write_bytes(b"no photo")
     options = {"photos": photos, "output": tmp_path / "store", "batch_size": 2, "num_workers": 1, "shard_size": 400}
-    call = client(tmp_path, computed=tmp_path / "first", delay=0.1, **options)
-    process = subprocess.Popen([sys.executable, *call], start_new_session=True)
+    process = launch(tmp_path, 1, computed=tmp_path / "first", delay=0.1, **options)
     try:
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("store.parts/*/regions-*.safetensors"))) < 3:
-            assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+            assert process.returncode is None and time.monotonic() < deadline, "it ended before it could be killed"
             time.sleep(0.01)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # with its reader
-        process.wait()
+        process.kill()  # with its reader
     assert not (tmp_path / "store").exists()
     store = run(detector=ColourDetector(tmp_path / "second-0"), **options)
     assert_same(store, run(photos, tmp_path / "undisturbed"))

@@ -229,11 +229,11 @@ def test_refuses_missing_columns_and_values():
         PairsWithMismatches(datasets.Dataset.from_dict({"image_id": ["1", "2"], "caption": ["a", None]}), seed=0)
 
 
-def keep(items):  # at the top of the module, so that spawn finds it
+def keep(items):  # at the top of the module, so that a pickle finds it
     return items
 
 
-@pytest.mark.parametrize("context, workers", [("fork", 2), ("spawn", 1)])  # a spawned worker imports for seconds
+@pytest.mark.parametrize("context, workers", [("fork", 2), ("forkserver", 1)])
 def test_set_epoch_reaches_persistent_workers(context, workers):
     rows = pairs(8, 2)
     made, expected = PairsWithMismatches(rows, seed=0), PairsWithMismatches(rows, seed=0)

@@ -197,14 +197,14 @@ def launch(tmp_path, *runs, processes=1):
 
 def output_of(process, tmp_path):
     """What launched processes print to their end."""
-    return process.output(timeout=150)
+    return process.output(timeout=240)
 
 
 def stopped(process, tmp_path, folder, rank=0):
     """The step after which the run in `folder` stopped, with a checkpoint, after one of its processes got Ctrl-C."""
     trained = tmp_path / f"examples0-{rank}"
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.returncode is None and time.monotonic() < deadline:
         if trained.exists() and len(trained.read_text().splitlines()) >= 4 * 4:  # of 160 in all
             os.kill(int(Path(f"{trained}.pid").read_text()), signal.SIGINT)
             break

@@ -1,14 +1,15 @@
-"""Runs the training scripts in this process, or in others: two share their runs as if torchrun had started them.
+"""Runs scripts in this process, or in others: two share their runs as if torchrun had started them.
 
-A run is {"script": …, "arguments": […], "examples": file, "plain_descent": bool}. Each process writes to
-`<examples>-<rank>` the epoch and the row of each example that it trains on, to `<examples>-<rank>.pid` its id, and
-prints the size of the world.
+A run is {"script": …, "arguments": …}, of a script of examples/ or tests/. One that trains may have "examples", a path:
+each process writes to `<examples>-<rank>` the epoch and the row of each example that it trains on, and to
+`<examples>-<rank>.pid` its id; and "plain_descent", a bool.
 """
 
 import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -55,7 +56,7 @@ def plain_descent():
         torch.optim.AdamW = adamw
 
 
-def run(script: str, arguments: list[str]):
+def run(script: str, arguments):
     """The `main` of a script, as if in a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -63,40 +64,50 @@ def run(script: str, arguments: list[str]):
 
 
 class Processes:
-    """One, or two of the same runs, with the interface of a `subprocess.Popen`; what they print goes to `folder`."""
+    """One, or two that share the runs. What they print, the size of the world after each run too, goes to `folder`."""
 
     def __init__(self, folder: Path, runs: list[dict], count: int):
         environment = {"ACCELERATE_USE_CPU": "true"}
         if count > 1:
             environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        context = multiprocessing.get_context("forkserver")
+        server = multiprocessing.get_context("forkserver")
         self.outputs = [folder / f"output-{rank}" for rank in range(count)]
         self.processes = []
         for rank, output in enumerate(self.outputs):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
             arguments = (runs, environment | ranks, output, torch.get_num_threads())
-            self.processes.append(context.Process(target=work, args=arguments))
-            self.processes[-1].start()
+            process = server.Process(target=work, args=arguments)
+            process.start()
+            self.processes.append(process)
 
     @property
     def returncode(self) -> int | None:
         """The first that is not 0; None until all have ended."""
-        codes = [process.exitcode for process in self.processes]
+        codes = self.exitcodes
         return None if None in codes else next(filter(None, codes), 0)
 
-    def poll(self) -> int | None:
-        return self.returncode
+    @property
+    def exitcodes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
 
     def output(self, timeout: float) -> str:
-        """All that they print until their end; one that fails, or hangs, takes the others with it."""
+        """All that they print to their end; one that fails, or hangs, takes the other with it."""
         deadline = time.monotonic() + timeout
-        while self.returncode is None and time.monotonic() < deadline and not any(p.exitcode for p in self.processes):
-            time.sleep(0.02)
-        for process in self.processes:
-            process.kill()
-            process.join()
+        try:
+            while None in (codes := self.exitcodes) and not any(codes) and time.monotonic() < deadline:
+                time.sleep(0.02)
+        finally:
+            self.kill()
         return "".join(path.read_text() for path in self.outputs)
+
+    def kill(self):
+        """With the workers that they started."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # where it has no group yet
+            process.join()
 
 
 def free_port() -> int:
@@ -107,16 +118,21 @@ def free_port() -> int:
 
 def work(runs: list[dict], environment: dict[str, str], output: Path, num_threads: int):
     """What each of `Processes` does: the runs, one after another."""
+    os.setpgid(0, 0)
     with output.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, as in a process that no server forked
     torch.set_num_threads(num_threads)
     # Between runs: a second group would look for its peers where the first one's were, and fail in connectFullMesh.
     PartialState.destroy_process_group = lambda self, group: None
     for entry in runs:
-        descent = plain_descent() if entry["plain_descent"] else contextlib.nullcontext()
-        with examples_recorded(entry["examples"]), descent:
+        with contextlib.ExitStack() as stack:
+            if "examples" in entry:
+                stack.enter_context(examples_recorded(entry["examples"]))
+            if entry.get("plain_descent"):
+                stack.enter_context(plain_descent())
             run(entry["script"], entry["arguments"])
         print(f"{entry['script']}: world size {PartialState().num_processes}", flush=True)
     if torch.distributed.is_initialized():
