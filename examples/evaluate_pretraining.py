@@ -9,7 +9,6 @@ matching and retrieval; one that does not was never looking.
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from unicoder_vl_hf.pretraining import (
     pretraining_chance,
     zero_shot_retrieval,
 )
-from unicoder_vl_hf.training import resolve_precision, start_processes
+from unicoder_vl_hf.training import resolve_precision, run_script, start_processes
 
 
 @dataclass
@@ -86,4 +85,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -12,7 +12,6 @@ scorer says first how long it will take. `--scores_dir` keeps what is done: the 
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
-from unicoder_vl_hf.training import start_processes
+from unicoder_vl_hf.training import run_script, start_processes
 
 
 @dataclass
@@ -93,4 +92,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

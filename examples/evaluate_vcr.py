@@ -21,7 +21,7 @@ from PIL import Image
 from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore
 from unicoder_vl_hf.data.vcr import NO_LABEL, VCRExamples, read_vcr
 from unicoder_vl_hf.preparation import make_parser
-from unicoder_vl_hf.training import start_processes
+from unicoder_vl_hf.training import run_script, start_processes
 from unicoder_vl_hf.vcr_evaluation import vcr_metrics, write_submission
 from unicoder_vl_hf.vcr_pictures import draw_question
 from unicoder_vl_hf.vcr_training import choice_probabilities, load_for_vcr
@@ -98,4 +98,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,9 +14,11 @@ from foreign_pickles import WRITERS as PICKLES
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
 from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.data.image_ids import id_mapping
+from unicoder_vl_hf.regions import conversion, tensor_files
 from unicoder_vl_hf.regions.conversion import convert, export
 from unicoder_vl_hf.regions.formats import FORMATS, detect_format, read_records
 from unicoder_vl_hf.regions.labelling import label
+from unicoder_vl_hf.regions.tensor_files import locked
 
 WRITERS = ARRAYS | PICKLES
 # What makes the ids of a format those of Karpathy's file, where they are not already.
@@ -131,8 +133,30 @@ def test_a_failure_before_the_first_shard_binds_nobody(tmp_path):
     for options in ({}, {"num_classes": 7}):
         with pytest.raises(ValueError, match="line 4"):
             convert(source, tmp_path / "store", **options)
+        assert list(tmp_path.iterdir()) == [source]
     write_lines(source, range(1, 6))
     assert_holds(convert(source, tmp_path / "store", num_classes=8), range(1, 6))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failed_start_leaves_what_is_not_its_own(workers, tmp_path, monkeypatch):
+    source, folder = write_lines(tmp_path / "features.tsv", [1], damaged=1), tmp_path / "store"
+
+    def share(self, parts, workers):
+        (parts / "0").mkdir(parents=True)
+        raise ValueError("line 1")
+
+    monkeypatch.setattr(conversion._Task, "share", share)
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    with pytest.raises(ValueError, match="line 1"):
+        convert(source, folder, workers=workers)
+    assert sorted(tmp_path.rglob("*")) == [source, folder, folder / "notes.txt"]
+    monkeypatch.setattr(tensor_files, "LOCK_PATIENCE", 0)
+    (folder / conversion.PLAN).touch()
+    with locked(folder), pytest.raises(ValueError, match="is being written by another process"):
+        convert(source, folder, workers=workers)
+    assert (folder / conversion.PLAN).exists()  # of that process
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -149,7 +173,7 @@ def test_resuming_with_other_settings_is_refused_by_name(finished, tmp_path):
         convert(source, tmp_path / "store", resume=True)
     with pytest.raises(ValueError, match=r"store was begun with background=None, not True"):
         convert(source, tmp_path / "store", **options, resume=True, format_options={"background": True})
-    with pytest.raises(ValueError, match=r"store was begun with num_classes=None, not 7"):
+    with pytest.raises(ValueError, match=r"num_classes=None, not 7: .*`unicoder-vl merge --num-classes` tells"):
         convert(source, tmp_path / "store", **options, resume=True, num_classes=7)
     if not finished:
         with pytest.raises(ValueError, match=r"store was begun with workers=1, not 2"):

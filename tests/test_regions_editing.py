@@ -100,6 +100,25 @@ def test_an_interrupted_merge_goes_on(target, call, parts, tmp_path, monkeypatch
     assert not any(part.path.exists() for part in parts)
 
 
+def test_a_store_is_told_its_number_of_classes(tmp_path):
+    silent = write_store(map(make, range(10)), tmp_path / "silent", shard_size=1000, detector="d")
+    highest = int(silent.highest_object_ids(silent).max())
+    image_id = next(each for each in silent if silent.highest_object_ids([each]) == highest)
+    with pytest.raises(ValueError, match=rf"'{image_id}': object_ids hold {highest}, .*below num_classes={highest}, "):
+        merge_stores([silent], tmp_path / "told", num_classes=highest)
+    assert not (tmp_path / "told").exists()
+    told = merge_stores([silent], tmp_path / "told", num_classes=highest + 1)
+    assert_holds(told, range(10))
+    assert told.provenance == silent.provenance | {"num_classes": highest + 1}
+    both = write_store(map(make, range(10, 13)), tmp_path / "more", shard_size=1000, detector="d")
+    with pytest.raises(ValueError, match=rf"told has num_classes={highest + 1}, .*more has None: a store holds"):
+        merge_stores([told, both], tmp_path / "merged")
+    merged = merge_stores([told, both], tmp_path / "merged", num_classes=highest + 1)
+    assert_holds(merged, range(13))
+    with pytest.raises(ValueError, match=rf"told has num_classes={highest + 1}, not 1600\."):
+        merge_stores([told], tmp_path / "other", num_classes=1600)
+
+
 def test_duplicates_name_the_image_and_both_stores(parts, tmp_path):
     other = write_store([make(40), make(11)], tmp_path / "other", **OPTIONS)
     with pytest.raises(ValueError, match=rf"'{name(11)}' is in {parts[1].path} and in {other.path}"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from . import __version__
+from .errors import USER_ERRORS, end_with
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,10 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error  # str() of a KeyError is quoted
-        print(f"unicoder-vl {args.command}: {message}", file=sys.stderr)
-        return 1
+    except USER_ERRORS as error:
+        return end_with(error, f"unicoder-vl {args.command}")
     except KeyboardInterrupt:
         print(f"unicoder-vl {args.command}: stopped. {GO_ON.get(args.command, '')}".rstrip(), file=sys.stderr)
         return 130
@@ -129,9 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     label.add_argument("--resume", action="store_true", help="go on after an interruption")
 
-    merge = command(_merge, "Several stores → one")
+    merge = command(_merge, "Several stores → one, or one that is told its number of classes")
     merge.add_argument("stores", nargs="+", help="of different images and one provenance")
     merge.add_argument("--output", required=True, help="folder of the new store")
+    merge.add_argument("--num-classes", type=int, help="object classes of the detector, for stores that do not tell")
 
     mine = command(
         _mine,
@@ -200,6 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--captions", help="file, for --exhaustive with --image")
     search.add_argument("--split", help="of the captions (default: all)")
     search.add_argument("--candidates", type=int, default=100, help="of the first stage, to be scored (default: 100)")
+    search.add_argument(
+        "--similarity-weight", type=float, default=0.0, help="of its similarity, added to the score (default: 0)"
+    )
     search.add_argument("--top-k", type=int, default=10, help="to be shown (default: 10)")
     search.add_argument("--gallery", help="HTML of what was found, with regions drawn on --photos")
 
@@ -364,7 +367,7 @@ def _label(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from .regions.editing import merge_stores
 
-    print(merge_stores(args.stores, args.output))
+    print(merge_stores(args.stores, args.output, num_classes=args.num_classes))
 
 
 def _mine(args: argparse.Namespace) -> None:

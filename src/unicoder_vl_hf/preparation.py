@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import datasets
 import numpy as np
@@ -20,8 +20,8 @@ from .data.captions import join, read_captions, select_split
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
 from .modeling_unicoder_vl import UnicoderVLModel, UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
-from .regions.conversion import PLAN, convert
-from .regions.shards import MANIFEST, UNFINISHED
+from .regions.conversion import convert
+from .regions.shards import MANIFEST, shard_path
 from .regions.store import RegionStore
 
 logger = logging.get_logger(__name__)
@@ -43,9 +43,22 @@ SCENES_MODEL: dict[str, Any] = {
 }
 
 
+class _Parser(HfArgumentParser):
+    """Says in one line what is wrong, where the usage of TrainingArguments takes two hundred, and ends with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.removesuffix('.')}. --help lists the options.\n")
+
+    def parse_args_into_dataclasses(self, *args: Any, **options: Any) -> tuple[Any, ...]:
+        try:
+            return super().parse_args_into_dataclasses(*args, **options)
+        except ValueError as error:
+            self.error(str(error))
+
+
 def make_parser(*classes: type, **options: Any) -> HfArgumentParser:
     """A parser of dataclasses, whose options are spelt out, and whose help says of `--no_x` that it turns x off."""
-    parser = HfArgumentParser(classes, allow_abbrev=False, **options)  # type: ignore[arg-type]
+    parser = _Parser(classes, allow_abbrev=False, **options)  # type: ignore[arg-type]
     for action in parser._actions:
         if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
             action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
@@ -205,9 +218,8 @@ def open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Reg
         try:
             convert(path, converted, resume=True, num_classes=num_classes)
         except BaseException:
-            if not any(converted.glob("regions-*.safetensors")):  # nothing that the same files could go on with
-                for file in (converted / UNFINISHED, converted / PLAN, origin):
-                    file.unlink(missing_ok=True)
+            if not shard_path(converted, 0).exists():  # nothing that the same files could go on with
+                origin.unlink()
                 for folder in made:
                     with contextlib.suppress(OSError):  # it was not made, or holds something else
                         folder.rmdir()

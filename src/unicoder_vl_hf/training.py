@@ -20,6 +20,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
+from .errors import USER_ERRORS, end_with
+
 logger = logging.get_logger(__name__)
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -124,17 +126,21 @@ class FinishedRun(ValueError):
     """There is nothing left to train."""
 
 
-def run_script(main: Callable[[], bool]):
+def run_script(main: Callable[[], bool | None]):
     """
-    `main` as a command. A training that was stopped ends with 130, as the shell has it for Ctrl-C, so that what follows
-    after `&&` does not take up half a model; one that was finished before ends well.
+    `main` as a command. A training that was stopped (False) ends with 130, as the shell has it for Ctrl-C, so that what
+    follows after `&&` does not take up half a model; one that was finished before ends well. An error that the user can
+    mend is said in one line by each process that meets it, and ends with 1, whereupon the launcher ends the others.
     """
     try:
         trained = main()
     except FinishedRun as finished:
         _warn_once(str(finished))
         return
-    if not trained:
+    except USER_ERRORS as error:
+        rank = os.environ.get("RANK")
+        sys.exit(end_with(error, Path(sys.argv[0]).name + (f" (process {rank})" if rank else "")))
+    if trained is False:
         _warn_once("Go on with the same command and --resume_from_checkpoint latest.")
         sys.exit(130)
 

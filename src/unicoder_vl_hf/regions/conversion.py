@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -114,18 +115,22 @@ def convert(
     plan = json.loads(json.dumps(plan, default=str))  # as it will be read again
     parts = folder.with_name(f".{folder.name}.parts")
     _check_plan(folder, parts, plan, resume)
-    finished = (folder / MANIFEST).exists()
-    if workers == 1 or finished:
-        skipped = task.run(folder, plan=None if finished else plan)
-    else:
-        make_folder(folder)
-        with locked(folder):
-            write_json(folder / PLAN, plan)
-            skipped = task.share(parts, workers)
-            stores = [part for part in sorted(parts.iterdir()) if (part / MANIFEST).exists()]
-            if not stores:
-                raise ValueError(f"{source} holds no records.")
-            merge_stores(stores, folder)
+    made, finished = not folder.exists(), (folder / MANIFEST).exists()
+    try:
+        if workers == 1 or finished:
+            skipped = task.run(folder, plan=None if finished else plan)
+        else:
+            make_folder(folder)
+            with locked(folder):
+                write_json(folder / PLAN, plan)
+                skipped = task.share(parts, workers)
+                stores = [part for part in sorted(parts.iterdir()) if (part / MANIFEST).exists()]
+                if not stores:
+                    raise ValueError(f"{source} holds no records.")
+                merge_stores(stores, folder)
+    except BaseException:
+        _forget_empty(folder, parts, made)
+        raise
     shutil.rmtree(parts, ignore_errors=True)
     write_skipped(folder, skipped)
     return RegionStore(folder)
@@ -141,10 +146,25 @@ def write_skipped(folder: Path, rows: list[dict[str, str]]) -> None:
     logger.warning(f"{len(rows):,} image(s) skipped: {path} says why.")
 
 
+def _begun(folder: Path, parts: Path) -> list[Path]:
+    """The folders that hold something converted."""
+    return [store for store in (folder, *parts.glob("*")) if shard_path(store, 0).exists()]
+
+
+def _forget_empty(folder: Path, parts: Path, made: bool) -> None:
+    """Removes what a failed start leaves, where nothing was converted, and no other process is at work."""
+    with suppress(OSError, ValueError), locked(folder):
+        if not _begun(folder, parts):
+            (folder / PLAN).unlink(missing_ok=True)
+            shutil.rmtree(parts, ignore_errors=True)
+    if made:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
 def _check_plan(folder: Path, parts: Path, plan: dict[str, Any], resume: bool) -> None:
     """Raises ValueError where something is begun that `resume` does not allow, or that other settings began."""
-    begun = [store for store in (folder, *parts.glob("*")) if shard_path(store, 0).exists()]
-    if not begun:
+    if not (begun := _begun(folder, parts)):
         return
     place = folder if begun[0] == folder else parts
     if not resume:

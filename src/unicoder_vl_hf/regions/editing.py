@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -21,7 +22,13 @@ from .store import FORMAT_VERSION, MERGE, RegionStore, RegionStoreWriter, finish
 from .tensor_files import complete, partial_path, sync_folder, write_json
 
 
-def merge_stores(sources: Sequence[str | PathLike], destination: str | PathLike, *, move: bool = False) -> RegionStore:
+def merge_stores(
+    sources: Sequence[str | PathLike],
+    destination: str | PathLike,
+    *,
+    num_classes: int | None = None,
+    move: bool = False,
+) -> RegionStore:
     """
     Makes one store of several, images in the order of the sources. Shards are hard links where the file system has
     them, else copies, and never rewritten.
@@ -29,10 +36,12 @@ def merge_stores(sources: Sequence[str | PathLike], destination: str | PathLike,
     Args:
         sources (sequence of `str` or `os.PathLike`): Finished stores of equal provenance (but for `package_version`).
         destination (`str` or `os.PathLike`): A new folder.
+        num_classes (`int`, *optional*): Number of object classes, for sources that do not tell; one source will do.
         move (`bool`, defaults to `False`): Removes the sources once the destination is whole.
 
     Raises:
-        ValueError: Provenances differ, an image is in two stores, or the destination holds something else.
+        ValueError: Provenances differ, an image is in two stores, an object id is not below `num_classes`, or the
+            destination holds something else.
     """
     folder, paths = Path(destination).absolute(), [Path(source).absolute() for source in sources]
     if not paths:
@@ -44,7 +53,7 @@ def merge_stores(sources: Sequence[str | PathLike], destination: str | PathLike,
     elif (folder / MANIFEST).exists() or shard_path(folder, 0).exists():
         raise ValueError(f"{folder} holds a store already: take another folder.")
     if not (folder / MANIFEST).exists():
-        _merge([RegionStore(path) for path in paths], folder)
+        _merge([RegionStore(path) for path in paths], folder, num_classes)
     if move:
         for path in paths:
             _remove(path)
@@ -101,8 +110,8 @@ def split_store(
     return {name: _copy(store, own, Path(folder) / name) for name, own in numbers.items()}
 
 
-def _merge(stores: list[RegionStore], folder: Path) -> None:
-    _check_provenances(stores)
+def _merge(stores: list[RegionStore], folder: Path, num_classes: int | None) -> None:
+    provenance = _common_provenance(stores, num_classes)
     starts = [0, *accumulate(map(len, stores))]
 
     def find(number: int) -> tuple[RegionStore, str]:
@@ -129,19 +138,36 @@ def _merge(stores: list[RegionStore], folder: Path) -> None:
             _link_or_copy(store.path / facts["file"], path)
             shards.add({**facts, "file": path.name})
     sync_folder(folder)
-    provenance = stores[0].provenance
     finish_store(shards, ids, provenance)
 
 
-def _check_provenances(stores: list[RegionStore]) -> None:
-    first, *others = stores
-    for other in others:
-        for name, value in first.provenance.items():
-            found = other.provenance[name]
-            if found != value and name != "package_version":
+def _common_provenance(stores: list[RegionStore], num_classes: int | None) -> dict[str, Any]:
+    first, *others = [_provenance(store, num_classes) for store in stores]
+    for store, other in zip(stores[1:], others, strict=True):
+        for name, value in first.items():
+            if other[name] != value and name != "package_version":
                 raise ValueError(
-                    f"{first.path} has {name}={value!r}, {other.path} has {found!r}: a store holds regions of one kind."
+                    f"{stores[0].path} has {name}={value!r}, {store.path} has {other[name]!r}: a store holds regions "
+                    "of one kind."
                 )
+    return first
+
+
+def _provenance(store: RegionStore, num_classes: int | None) -> dict[str, Any]:
+    """That of a store, with the number of classes where it does not tell."""
+    provenance = store.provenance
+    if num_classes is None or provenance["num_classes"] == num_classes:
+        return provenance
+    if provenance["num_classes"] is not None:
+        raise ValueError(f"{store.path} has num_classes={provenance['num_classes']}, not {num_classes}.")
+    highest = store.highest_object_ids(store)
+    if highest.max() >= num_classes:
+        image_id = store.record_at(int(highest.argmax())).image_id
+        raise ValueError(
+            f"{store.path}, image {image_id!r}: object_ids hold {highest.max()}, expected ids below num_classes="
+            f"{num_classes}, 0-based and without background."
+        )
+    return provenance | {"num_classes": num_classes}
 
 
 def _link_or_copy(source: Path, path: Path) -> None:

@@ -420,9 +420,10 @@ class RegionStoreWriter:
         now = json.loads(json.dumps(self._provenance))  # tuples become lists, as they did before
         for name, value in now.items():
             if before["provenance"].get(name) != value:
+                told = "; `unicoder-vl merge --num-classes` tells it to a finished one" * (name == "num_classes")
                 raise ValueError(
                     f"{self.path} was begun with {name}={before['provenance'].get(name)!r}, not {value!r}: resume with "
-                    "equal settings, or write another store."
+                    f"equal settings, or write another store{told}."
                 )
 
     def _check(self, record: RegionRecord) -> np.ndarray:

@@ -1,0 +1,19 @@
+"""Errors that a user can mend, as a command says them: in one line, without the way they took through the code."""
+
+import os
+import sys
+
+USER_ERRORS = (ValueError, OSError, ImportError, KeyError)
+TRACEBACK = "UNICODER_VL_TRACEBACK"  # set in the environment: the way, too
+
+
+def end_with(error: Exception, program: str) -> int:
+    """
+    Says one of `USER_ERRORS` and returns the exit code 1. Raises it again where the environment asks for the traceback,
+    and where it is a KeyError of a bare key: ours are sentences, that one is a defect of the code.
+    """
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # whose str() is quoted
+    if TRACEBACK in os.environ or (isinstance(error, KeyError) and " " not in message):
+        raise error
+    sys.stderr.write(f"{program}: {message}\n")
+    return 1
