@@ -1,5 +1,7 @@
 """The first stage: embeddings of one modality alone, the contrastive loss, and training it along or alone."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
@@ -344,6 +346,8 @@ def test_training_alone_learns_and_leaves_the_scores(world, trained):
     card = (output / "README.md").read_text()
     assert "trained by a contrastive loss with the encoder frozen" in card
     assert f"| first_stage_recall_sum | {metrics['recall_sum']:.4f} |" in card
+    steps = 20 * math.ceil(len(read_captions(world / "captions.jsonl", split="train")) / 40)
+    assert f"- Steps: {steps} of 40 pairs (over all processes)\n- Epochs: 20\n- Learning rate: 0.002 at" in card
     assert not list(output.parent.glob("*.partial"))
 
 

@@ -164,6 +164,25 @@ def test_labels_of_equal_boxes_do_not_cover_each_other():
         assert all(x2 <= u1 or u2 <= x1 or y2 <= v1 or v2 <= y1 for u1, v1, u2, v2 in taken[:number])
 
 
+@pytest.mark.parametrize("size, numbered", [(5, True), (40, False)])
+def test_cells_of_a_grid_are_numbered_where_there_is_room(size, numbered):
+    boxes = np.array([(x, y, x + 1, y + 1) for y in range(size) for x in range(size)]) * 800 / size
+    grid = RegionRecord("photo", image_width=800, image_height=800, boxes=boxes, features=np.zeros((size**2, 1)))
+    drawn = draw_regions(Image.new("RGB", (800, 800)), grid)
+    inside = np.array([drawn.crop((x1 + 2, y1 + 2, x2 - 2, y2 - 2)) for x1, y1, x2, y2 in boxes])
+    assert ((inside > 200).any(axis=(1, 2, 3)) == numbered).all()
+    assert drawn.getpixel((800 // size, 400 // size)) == ImageColor.getrgb(PALETTE[0])
+    assert not has_colour(drawn, PALETTE[1])
+
+
+def test_boxes_of_one_size_that_lie_apart_are_no_grid():
+    apart = np.array([(x, y, x + 10, y + 10) for y in (0, 30, 60) for x in (0, 50, 100)])
+    touching = np.array([(x, y, x + 10, y + 10) for y in (0, 10, 20) for x in (50, 60, 70)])
+    assert pictures._grid_cells(apart) == []
+    assert pictures._grid_cells(np.array([[0, 0, 200, 100], *touching])) == list(range(1, 10))
+    assert pictures._grid_cells(touching[:8]) == []
+
+
 def test_boxes_at_the_border_and_of_no_size_are_drawn():
     boxes = np.array([[0, 0, 200, 100], [200, 100, 200, 100]], np.float32)
     drawn = draw_regions(Image.new("RGB", (200, 100)), record(boxes=boxes), min_width=1)

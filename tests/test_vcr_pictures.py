@@ -1,10 +1,10 @@
 """Pictures of VCR's questions: the objects that are spoken of, and texts as VCR prints them."""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from unicoder_vl_hf.pictures import PALETTE
-from unicoder_vl_hf.vcr_pictures import _draw_objects, draw_question, spell
+from unicoder_vl_hf.vcr_pictures import RIGHT, _draw_objects, draw_question, spell
 
 ROW = {
     "image_id": "photo",
@@ -43,3 +43,10 @@ def test_the_picture_of_a_question(tmp_path):
     path = draw_question(tmp_path / "q.png", photo, ROW, [0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4])
     whole, answers = Image.open(path), Image.open(draw_question(tmp_path / "a.png", photo, ROW, np.full(4, 0.25)))
     assert whole.width == answers.width and whole.height > answers.height
+
+
+def test_a_bar_of_all_ends_at_the_border(tmp_path):
+    path = draw_question(tmp_path / "q.png", Image.new("RGB", (400, 300), "white"), ROW, [1, 0, 0, 0])
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    (green,) = np.flatnonzero((picture == ImageColor.getrgb(RIGHT)).all(axis=-1).any(axis=0))[-1:] / picture.shape[1]
+    assert 0.98 < green < 1

@@ -148,7 +148,7 @@ def draw_regions(
     min_width: int = 640,
 ) -> Image.Image:
     """
-    Draws the boxes of a record on its photo, each with its index, class and score.
+    Draws the boxes of a record on its photo, each with its index, class and score; cells of a grid with their index.
 
     Args:
         image (`PIL.Image.Image`): The photo, of any size: boxes are scaled to it.
@@ -176,17 +176,43 @@ def draw_regions(
     if record.object_scores is not None:
         order = np.argsort(-record.object_scores, kind="stable")
     shown = sorted(order[:max_regions].tolist())
+    cells = [shown[place] for place in _grid_cells(boxes[shown])] if labels is None else []
     line = max(2, canvas.width // 200)
-    for index in shown:
-        draw.rectangle(_inside(boxes[index], canvas.size), outline=PALETTE[index % len(PALETTE)], width=line)
+    for index in sorted(shown, key=lambda index: index not in cells):  # what is no cell lies above them
+        colour, width = (PALETTE[0], 1) if index in cells else (PALETTE[index % len(PALETTE)], line)
+        draw.rectangle(_inside(boxes[index], canvas.size), outline=colour, width=width)
+    for index in cells:
+        _number_cell(draw, boxes[index], str(index))
     taken: list[tuple[float, float, float, float]] = []
     for index in shown:
+        if index in cells:
+            continue
         label = _region_label(record, index, class_names) if labels is None else labels[index]
         place = _free_place(draw.textbbox((0, 0), label, font=font), boxes[index], canvas.size, taken)
         taken.append(place)
         draw.rectangle(place, fill=PALETTE[index % len(PALETTE)])
         draw.text((place[0] + 3, (place[1] + place[3]) / 2), label, fill="white", font=font, anchor="lm")
     return canvas
+
+
+def _grid_cells(boxes: np.ndarray) -> list[int]:
+    """Which of the boxes are of one size, at least nine, and lie side by side; labels as of others would hide all."""
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    size = np.median(sizes, axis=0)
+    cells = np.flatnonzero((abs(sizes - size) <= 1.5).all(axis=1))
+    extent = boxes[cells, 2:].max(axis=0) - boxes[cells, :2].min(axis=0) if len(cells) else size
+    covers = 0.9 <= len(cells) * size.prod() / max(extent.prod(), 1.0) <= 1.1
+    return cells.tolist() if len(cells) >= 9 and covers else []
+
+
+def _number_cell(draw: ImageDraw.ImageDraw, box: np.ndarray, text: str) -> None:
+    """In its middle, where it can be read at all."""
+    width, height = box[2:] - box[:2]
+    size = min(14.0, width / 2.5, height / 1.5)
+    if size >= 12:
+        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        font = ImageFont.load_default(size=size)
+        draw.text(middle, text, fill="white", font=font, anchor="mm", stroke_width=1, stroke_fill="black")
 
 
 def _inside(box: np.ndarray, size: tuple[int, int]) -> tuple[float, ...]:

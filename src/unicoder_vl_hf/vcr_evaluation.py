@@ -135,7 +135,7 @@ def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]
         try:
             header = next(reader, [])
             if header != HEADER:
-                yield f"line 1: the header is {','.join(header)[:200]!r}, expected {','.join(HEADER)!r}."
+                yield f"line 1: {_problem_of_header(header)}."
                 return
             for row in reader:
                 annot_id, cells = "".join(row[:1]), row[1:]  # a blank line has no cell
@@ -153,6 +153,20 @@ def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]
     yield from (f"annot_id {annot_id!r} is missing." for annot_id in missing[:MISSING_SHOWN])
     if len(missing) > MISSING_SHOWN:
         yield f"{len(missing) - MISSING_SHOWN:,} more are missing, of {len(expected):,}."
+
+
+def _problem_of_header(header: Sequence[str]) -> str:
+    missing, unknown = (
+        [name for name in names if name not in others] for names, others in ((HEADER, header), (header, HEADER))
+    )
+    problems = [f"{verb} {_some(names)}" for verb, names in (("lacks", missing), ("holds", unknown)) if names]
+    found = " and ".join(problems) or "has its columns in another order, or twice"
+    return f"the header {found}; expected {HEADER[0]}, {HEADER[1]}, … {HEADER[-1]}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > 3 else ""
+    return ", ".join(f"{name!r:.60}" for name in names[:3]) + more
 
 
 def _problems_of_cells(cells: Sequence[str]) -> Iterator[str]:

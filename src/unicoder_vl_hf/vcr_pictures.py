@@ -93,8 +93,12 @@ def _draw_choices(axes: Any, name: str, texts: Sequence[str], probabilities: np.
     for index, (text, probability) in enumerate(zip(texts, probabilities, strict=True)):
         weight = "bold" if index == chosen else "normal"
         axes.text(0, index - 0.2, "\n".join(textwrap.wrap(text, _WRAP)), va="bottom", fontsize=9, fontweight=weight)
-        axes.text(probability + 0.01, index, f"{100 * probability:.1f} %", va="center", fontsize=9, fontweight=weight)
+        beside = probability < 0.85  # else there is no room
+        axes.text(
+            probability + (0.01 if beside else -0.01), index, f"{100 * probability:.1f} %", va="center", fontsize=9,
+            fontweight=weight, ha="left" if beside else "right", color="black" if beside else "white",
+        )  # fmt: skip
     verdict = "" if label == NO_LABEL else ": right" if label == chosen else ": wrong"
     axes.set_title(f"{name}{verdict}", loc="left", fontsize=10)
-    axes.set(xlim=(0, 1.15), ylim=(len(texts) - 0.6, -0.9))
+    axes.set(xlim=(0, 1), ylim=(len(texts) - 0.6, -0.9))
     axes.set_axis_off()

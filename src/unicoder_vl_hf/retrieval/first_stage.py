@@ -23,7 +23,7 @@ from ..modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextR
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from ..regions.tensor_files import new_folder
-from ..training import FIRST_STAGE, start_processes, write_model_card
+from ..training import FIRST_STAGE, TrainingRun, start_processes, write_model_card
 from .checkpoints import load_for_scoring
 from .encoders import image_states, text_states
 from .metrics import retrieval_metrics, with_recall_sum
@@ -216,5 +216,13 @@ def train_first_stage(
         data_name=path.stem,
         provenance=processor.feature_extractor.region_provenance,
         metrics={f"first_stage_{name}": value for name, value in metrics.items()},
+        training=TrainingRun(
+            steps=epochs * math.ceil(len(train) / batch_size),
+            epochs=epochs,
+            batch_size=min(batch_size, len(train)),
+            learning_rate=learning_rate,
+            seed=seed,
+            mixed_precision="no",
+        ),
     )
     return metrics
