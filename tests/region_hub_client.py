@@ -1,4 +1,4 @@
-"""Run by test_regions_hub.py in processes whose Hub is the stub: `region_hub_client.py ACTION FOLDER`, JSON out."""
+"""Run by test_regions_hub.py in a process whose Hub is the stub: `region_hub_client.py FOLDER`; actions in, JSON out."""
 
 import json
 import sys
@@ -64,5 +64,5 @@ def fetch_all(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    action, folder = sys.argv[1], Path(sys.argv[2])
-    print(json.dumps({"push": push, "fetch": fetch}[action](folder)))
+    for line in sys.stdin:
+        print(json.dumps({"push": push, "fetch": fetch}[line.strip()](Path(sys.argv[1]))), flush=True)

@@ -1,4 +1,4 @@
-"""The `evaluate` modules load from their folders, in a process that has an empty cache and no network."""
+"""The `evaluate` modules load from their folders, in one process that has an empty cache and no network."""
 
 import json
 import os
@@ -8,12 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_vcr_evaluation import ANSWER_LABELS, ANSWERS, RATIONALE_LABELS, RATIONALES
 
 from unicoder_vl_hf.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
+from unicoder_vl_hf.vcr_evaluation import vcr_metrics
 
 ROOT = Path(__file__).parents[1]
 SCORES = np.round(np.random.default_rng(0).standard_normal((40, 12)), 1).astype(np.float32)  # with ties
 IMAGE_OF_CAPTION = np.concatenate([np.arange(12), np.random.default_rng(1).integers(12, size=28)])
+QUESTIONS = {
+    "predictions": ANSWERS,
+    "rationale_predictions": RATIONALES,
+    "references": ANSWER_LABELS,
+    "rationale_references": RATIONALE_LABELS,
+}
 
 CLIENT = """
 import json, socket, sys
@@ -26,7 +34,7 @@ socket.socket.connect = socket.getaddrinfo = refuse
 import evaluate
 
 found = {}
-folder, world = sys.argv[1:]
+folder, vcr_folder, world, questions = sys.argv[1:]
 scores, image_of_caption = (np.array(values) for values in json.loads(world))
 sys.modules["unicoder_vl_hf"] = None  # as if it were not installed
 try:
@@ -46,16 +54,22 @@ for name, predictions in (("ragged", [[0.9, 0.1], [0.8]]), ("nan", [[0.9, float(
         evaluate.load(folder).compute(predictions=predictions, references=[0, 1])
     except ValueError as error:
         found[name] = str(error)
+
+metric = evaluate.load(vcr_folder)
+for start in (0, 4):
+    metric.add_batch(**{name: values[start : start + 4] for name, values in json.loads(questions).items()})
+found["vcr"] = metric.compute()
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    world = json.dumps([SCORES.tolist(), IMAGE_OF_CAPTION.tolist()])
+    folders = [str(ROOT / "metrics" / name) for name in ("image_text_retrieval", "vcr")]
+    worlds = [json.dumps(world) for world in ([SCORES.tolist(), IMAGE_OF_CAPTION.tolist()], QUESTIONS)]
     cache = tmp_path_factory.mktemp("hf")
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, str(ROOT / "metrics/image_text_retrieval"), world],
+        [sys.executable, "-c", CLIENT, *folders, *worlds],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(cache), "HF_EVALUATE_OFFLINE": "1"},
         cwd=cache,
         capture_output=True,
@@ -75,6 +89,10 @@ def test_batches_and_intervals(found):
     for name, bounds in confidence_intervals([rank_queries(SCORES, IMAGE_OF_CAPTION)], [2], level=0.9).items():
         expected |= dict(zip((f"{name}_low", f"{name}_high"), bounds, strict=True))
     assert found["in batches"] == expected
+
+
+def test_vcr_equals_the_pure_function(found):
+    assert found["vcr"] == vcr_metrics(ANSWERS, RATIONALES, ANSWER_LABELS, RATIONALE_LABELS)
 
 
 def test_errors_say_what_to_do(found):

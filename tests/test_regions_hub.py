@@ -27,25 +27,36 @@ def hub():
     assert hub.unknown == []
 
 
-def run(action: str, hub: HubStub, folder: Path) -> tuple[dict, list[str]]:
-    """What region_hub_client.py says of `action`, and what it asked the Hub for."""
+@pytest.fixture(scope="module")
+def run(hub, folder):
+    """Gives what region_hub_client.py says of an action, and what it asked the Hub for. Its own cache begins empty."""
     paths = [TESTS, Path(unicoder_vl_hf.__file__).parents[1]]
-    environment = hub.environment(folder / f"home_{action}") | {"PYTHONPATH": ":".join(map(str, paths))}
-    before = len(hub.requests)
-    done = subprocess.run(
-        [sys.executable, TESTS / "region_hub_client.py", action, folder],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, f"{done.stderr[-4000:]}\nunanswered: {hub.unknown}"
-    return json.loads(done.stdout), hub.requests[before:]
+    environment = hub.environment(folder / "home") | {"PYTHONPATH": ":".join(map(str, paths))}
+    with (folder / "errors").open("w") as errors:
+        client = subprocess.Popen(
+            [sys.executable, TESTS / "region_hub_client.py", folder],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+
+    def ask(action: str) -> tuple[dict, list[str]]:
+        before = len(hub.requests)
+        client.stdin.write(f"{action}\n")
+        client.stdin.flush()
+        answer = client.stdout.readline()
+        assert answer, f"{(folder / 'errors').read_text()[-4000:]}\nunanswered: {hub.unknown}"
+        return json.loads(answer), hub.requests[before:]
+
+    with client:
+        yield ask
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, folder) -> tuple[dict, list[str]]:
-    return run("push", hub, folder)
+def pushed(run) -> tuple[dict, list[str]]:
+    return run("push")
 
 
 def test_bytes_on_the_hub_are_those_of_the_folder(hub, folder, pushed):
@@ -83,8 +94,8 @@ def test_a_card_written_by_hand_stays(hub, pushed):
     assert hub.files("datasets/someone/other")["README.md"] == b"# By hand\n"
 
 
-def test_only_the_shards_needed_are_fetched(hub, folder, pushed):
-    found, requests = run("fetch", hub, folder)
+def test_only_the_shards_needed_are_fetched(hub, run, pushed):
+    found, requests = run("fetch")
     shards = [name for name in hub.files(REPO) if name.startswith("regions-")]
     asked = {
         request.split("/")[-1] for request in requests if request.startswith(("GET", "HEAD")) and "resolve" in request

@@ -18,31 +18,47 @@ from unicoder_vl_hf.regions.parquet import export_parquet
 READER = """
 import json, os, sys
 import datasets
-rows = datasets.load_dataset("parquet", data_dir=sys.argv[1], streaming=True)["train"]
-types = {name: str(feature) for name, feature in rows.features.items()}
-rows = list(rows)
+found = []
+for folder in sys.argv[1:]:
+    rows = datasets.load_dataset("parquet", data_dir=folder, streaming=True)["train"]
+    types = {name: str(feature) for name, feature in rows.features.items()}
+    found.append({"rows": list(rows), "types": types})
 assert not any("unicoder" in name for name in sys.modules)
-json.dump({"rows": rows, "types": types}, sys.stdout)
+json.dump(found, sys.stdout)
 sys.stdout.flush()
 os._exit(0)
 """
 
 
-def read_by_datasets(folder, home) -> dict:
+def read_by_datasets(folders, home) -> list[dict]:
     environment = {"PATH": "", "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", READER, folder], env=environment, cwd=home, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", READER, *folders], env=environment, cwd=home, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_datasets_reads_what_was_written(dtype, tmp_path):
-    store = write_store(map(make, range(30)), tmp_path / "store", shard_size=1000, dtype=dtype)
-    files = export_parquet(store, tmp_path / "parquet")
-    assert len(files) == len(store.shards) > 4
-    found = read_by_datasets(tmp_path / "parquet", tmp_path)
+DTYPES = {"float16": "float16", "bfloat16": "float32"}  # in the store, in Parquet
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict:
+    """Of each type of features a store, and what `datasets` reads of its export."""
+    folder = tmp_path_factory.mktemp("parquet")
+    stores = {}
+    for dtype in DTYPES:
+        store = write_store(map(make, range(30)), folder / dtype, shard_size=1000, dtype=dtype)
+        files = export_parquet(store, folder / f"{dtype} parquet")
+        assert len(files) == len(store.shards) > 4
+        stores[dtype] = store
+    found = read_by_datasets([folder / f"{dtype} parquet" for dtype in DTYPES], folder)
+    return dict(zip(DTYPES, zip(stores.values(), found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_datasets_reads_what_was_written(dtype, written):
+    store, found = written[dtype]
     assert len(found["rows"]) == 30
     for number, row in enumerate(found["rows"]):
         assert set(row) == set(FIELDS)
@@ -55,8 +71,7 @@ def test_datasets_reads_what_was_written(dtype, tmp_path):
         assert {name for name in FIELDS if row[name] is None} == {
             name for name in FIELDS if getattr(expected, name) is None
         }
-    stored = "float16" if dtype == "float16" else "float32"
-    assert found["types"]["features"] == f"List(List(Value('{stored}'), length=8))"
+    assert found["types"]["features"] == f"List(List(Value('{DTYPES[dtype]}'), length=8))"
     assert found["types"]["boxes"] == "List(List(Value('float32'), length=4))"
 
 
