@@ -28,6 +28,7 @@ except ImportError as error:
 PALETTE = ("#0072b2", "#d55e00", "#007a5a", "#a8437f", "#5b4ea3", "#8a6100", "#00748c", "#b3262e")
 _EVAL = "eval_"
 _MAJORITY = "_majority_accuracy"
+_SHARES = ("accuracy", "auc", "recall@1", "recall@5", "recall@10")  # what ends so lies in 0..1, and more is better
 
 
 def training_curves(
@@ -38,12 +39,12 @@ def training_curves(
     title: str | None = None,
 ) -> Path:
     """
-    Draws a training log: losses over steps on the left, accuracies on the right, validation as points.
+    Draws a training log: losses over steps on the left, accuracies and recalls on the right, validation as points.
 
     Args:
         log (`str`, `os.PathLike` or iterable of `dict`):
             Rows, or a jsonl file of rows, as `Trainer.state.log_history` has them: each has a `step`; names that end
-            with `loss`, `accuracy` or `auc` are drawn, those that begin with `eval_` as validation.
+            with `loss`, `accuracy`, `auc` or `recall@1`, 5, 10 are drawn, those that begin with `eval_` as validation.
         path (`str` or `os.PathLike`): Where the PNG goes.
         chance (`dict`, *optional*): Value that guessing reaches, by name without `eval_`, for example
             `{"matching_accuracy": 0.5}`; drawn as a dotted line. That of `moc_accuracy` is `moc_majority_accuracy` of
@@ -65,11 +66,11 @@ def training_curves(
     if isinstance(log, str | os.PathLike):
         log = [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
     rows = list(log)
-    losses, accuracies = _series(rows, ("loss",)), _series(rows, ("accuracy", "auc"))
+    losses, accuracies = _series(rows, ("loss",)), _series(rows, _SHARES)
     majorities = [name for name in accuracies if name.endswith(_MAJORITY)]
     baselines = {name.removeprefix(_EVAL).replace(_MAJORITY, "_accuracy"): accuracies.pop(name) for name in majorities}
     chance = {name: float(values[-1]) for name, (_, values) in baselines.items()} | dict(chance or {})
-    panels = [panel for panel in (("loss", losses), ("accuracy", accuracies)) if panel[1]]
+    panels = [panel for panel in (("loss", losses), ("accuracy or recall", accuracies)) if panel[1]]
     if not panels:
         raise ValueError(f"{len(rows)} log rows hold no step with a loss or an accuracy: is this a training log?")
 
@@ -85,7 +86,7 @@ def training_curves(
                     f"chance {chance[name]:.2f}", (1, chance[name]), xycoords=("axes fraction", "data"),
                     color=colours[name], fontsize=8, ha="right", va="bottom",
                 )  # fmt: skip
-        axes.set(xlabel="step", ylabel=label, ylim=(0, 1.02) if label == "accuracy" else (0, None))
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None) if label == "loss" else (0, 1.02))
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
