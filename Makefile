@@ -27,7 +27,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@touch $@
 
 test: $(INSTALLED)  ## Run the tests; ARGS='-k name' goes to pytest
-	OMP_NUM_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED)  ## Check style, formatting and types
 	$(RUN) -m ruff check

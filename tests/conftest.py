@@ -8,3 +8,21 @@ import multiprocessing
 get_context = multiprocessing.get_context
 multiprocessing.get_context = lambda method=None: get_context("forkserver" if method == "spawn" else method)
 multiprocessing.set_forkserver_preload(["pytest", "datasets", "transformers.trainer", "unicoder_vl_hf"])
+
+# The files that take longest begin, so that of two workers none is left alone with one of them at the end.
+FIRST = [
+    "test_run_pretraining.py",
+    "test_modeling.py",
+    "test_hf_common.py",
+    "test_run_retrieval.py",
+    "test_hub.py",
+    "test_leak.py",
+    "test_detectors_visual_genome.py",
+    "test_remote_code.py",
+    "test_retrieval_finetuning.py",
+    "test_negatives.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

@@ -9,13 +9,13 @@ survives. `PYTHONPATH=src python tests/test_regions_formats_fuzz.py FOLDER 17 18
 """
 
 import io
+import multiprocessing
 import os
 import pickle
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 import zipfile
@@ -39,7 +39,6 @@ from unicoder_vl_hf.regions.formats import FORMATS, read_records  # noqa: E402
 CASES = int(os.environ.get("UNICODER_VL_FUZZ", "300"))
 BATCH = 1000  # for one test, which a few minutes must do for
 SECONDS = 60  # for one small file, on a busy machine
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 MEMORY = 4 * 2**30  # more than this process has already
 # Format, and a writer of an example.
 SOURCES: list[tuple[str, Callable[[Path], Path]]] = [
@@ -161,23 +160,33 @@ def run(folder: Path, first: int, last: int) -> None:
             shutil.rmtree("changed", ignore_errors=True)
 
 
+def run_aside(folder: Path, first: int, last: int) -> None:
+    """`run` in a process of its own, which leaves in files of `folder` what it prints."""
+    for stream, name in ((sys.stdout, "printed"), (sys.stderr, "errors")):
+        with (folder / name).open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    run(folder, first, last)
+
+
 @pytest.mark.parametrize("start", range(0, CASES, BATCH))
 def test_changed_files(start, tmp_path):
     counts: Counter[tuple[str, str]] = Counter()
     failures = []
     first, last = start, min(CASES, start + BATCH)
     while first < last and len(failures) < 20:
-        command = [sys.executable, __file__, str(tmp_path), str(first), str(last)]
-        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        process = multiprocessing.get_context("forkserver").Process(target=run_aside, args=(tmp_path, first, last))
+        process.start()
+        process.join()
+        printed, errors = ((tmp_path / name).read_text() for name in ("printed", "errors"))
         first = last
-        for line in done.stdout.splitlines():
+        for line in printed.splitlines():
             case, format, result = re.fullmatch(r"case (\d+), ([\w-]+): ?(.*)", line).groups()
             counts[format, result if result in ("read", "refused") else "FAILED"] += 1
             if result not in ("read", "refused"):
                 failures.append(line)
-        if done.returncode:
-            assert done.stdout, done.stderr
-            failures.append(f"The process ended by {done.returncode} in {line} {done.stderr[-2000:]}")
+        if process.exitcode:
+            assert printed, errors
+            failures.append(f"The process ended by {process.exitcode} in {line} {errors[-2000:]}")
             first = int(case) + 1
     for format in FORMATS:
         print(format, {result: count for (name, result), count in counts.items() if name == format})
