@@ -385,7 +385,7 @@ def test_two_processes_share_the_photos(tmp_path):
     (photos / "broken_a.jpg").write_bytes(b"no photo")
     (photos / "broken_b.jpg").write_bytes(b"no photo")
     processes = launch(tmp_path, 2, photos=photos, output=tmp_path / "two", computed=tmp_path / "ids", num_workers=1)
-    output = processes.output(timeout=240)
+    output = processes.output(timeout=150)
     assert processes.returncode == 0, output
     assert output.count("world size 2") == 2
     shares = [(tmp_path / f"ids-{rank}").read_text().split() for rank in (0, 1)]

@@ -197,7 +197,7 @@ def launch(tmp_path, *runs, processes=1):
 
 def output_of(process, tmp_path):
     """What launched processes print to their end."""
-    return process.output(timeout=240)
+    return process.output(timeout=150)
 
 
 def stopped(process, tmp_path, folder, rank=0):
