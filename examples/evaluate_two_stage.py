@@ -14,7 +14,6 @@ take too long. `--scores_dir` keeps what is done: the same command goes on after
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for
 from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import two_stage_report
-from unicoder_vl_hf.training import start_processes
+from unicoder_vl_hf.training import run_script, start_processes
 
 
 @dataclass
@@ -96,4 +95,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None):
     with tempfile.TemporaryDirectory() as folder:
         index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
         scorer = ImageTextScorer(model, processor, store)
-        stages = {"candidates": args.candidates, "similarity_weight": args.similarity_weight}
-        found = search(texts, index, encoder, scorer, top_k=args.candidates, **stages)
+        found = search(
+            texts, index, encoder, scorer,
+            top_k=args.candidates, candidates=args.candidates, similarity_weight=args.similarity_weight,
+        )  # fmt: skip
     right = [fold.image_ids[image] for image in fold.image_of_caption[rows]]
     items = [
         GalleryItem.from_hits(text, image_id, [(hit.name, hit.score) for hit in hits])
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None):
     def picture(image_id: str) -> Image.Image:
         return photos(image_id) if photos else diagram(store[image_id], class_names, args.max_regions)
 
+    weight = args.similarity_weight
+    added = f"{weight:g} times the first stage's similarity is added, " if weight else ""
     random, best, worst = choose(items, args.shown, args.seed)
     write_gallery(
         args.output,
@@ -84,8 +88,7 @@ def main(argv: list[str] | None = None):
         intro=f"{len(random)} of {len(items):,} captions, drawn at random, then the {len(best)} that went best and the "
         f"{len(worst)} that went worst. The first stage proposes {args.candidates} of {len(fold.image_ids):,} images, "
         "the matching head scores these, "
-        + (f"{args.similarity_weight:g} times the first stage's similarity is added, " if args.similarity_weight else "")
-        + "and the best five are shown with their scores"
+        f"{added}and the best five are shown with their scores"
         + ("." if photos else f", as the boxes of their {args.max_regions} surest regions."),
     )
     print(f"{args.output}: {len(random) + len(best) + len(worst)} captions.")

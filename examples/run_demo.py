@@ -22,6 +22,7 @@ from PIL import Image
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.errors import USER_ERRORS, end_with
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
 from unicoder_vl_hf.preparation import DATA_FOLDER, make_parser
 from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance
@@ -33,7 +34,6 @@ from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.retrieval.protocols import DIRECTIONS, KS, chance, retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import search, two_stage_report
 from unicoder_vl_hf.training import CheckpointFolder
-
 
 # Rows of the table: the first stage's order, that of the matching head among its best, and that of both.
 FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best, both added"
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = make_parser(DemoArguments).parse_args_into_dataclasses(argv)
     try:
         return demo(args)
+    except USER_ERRORS as error:
+        return end_with(error, "run_demo.py")
     except KeyboardInterrupt:
         print("\nThe demo was stopped. Run it again, as you did: it goes on where it stopped.", file=sys.stderr)
         return 130
@@ -97,8 +99,10 @@ def demo(args: DemoArguments) -> int:
     index = build_index(encoder, store, index_path, image_ids=fold.image_ids)
     rows = np.random.default_rng(0).permutation(len(fold.captions))[: args.num_queries]
     captions = [fold.captions[row] for row in rows]
-    stages = {"candidates": args.candidates, "similarity_weight": args.similarity_weight}
-    found = search(captions, index, encoder, scorer, top_k=args.candidates, **stages)
+    found = search(
+        captions, index, encoder, scorer,
+        top_k=args.candidates, candidates=args.candidates, similarity_weight=args.similarity_weight,
+    )  # fmt: skip
     write_gallery(
         output_dir / "gallery.html",
         [

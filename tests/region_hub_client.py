@@ -1,4 +1,4 @@
-"""Run by test_regions_hub.py in a process whose Hub is the stub: `region_hub_client.py FOLDER`; actions in, JSON out."""
+"""Run by test_regions_hub.py in a process whose Hub is the stub: `region_hub_client.py FOLDER`, actions to JSON."""
 
 import json
 import sys

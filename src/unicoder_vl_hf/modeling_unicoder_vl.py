@@ -1199,9 +1199,9 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 self.encode_image(*(_pick_rows(tensor, images) for tensor in regions)),
             )
             contrastive = self.contrastive_weight * contrastive_loss(logits, mismatches)
-            if group_ids is not None and self.group_loss is None:
-                return UnicoderVLForImageTextRetrievalOutput(loss=contrastive)
-            if group_ids is not None and self.num_hard_negatives > 0:
+            if group_ids is not None and caption_index is not None and image_index is not None:  # see above
+                if self.group_loss is None:
+                    return UnicoderVLForImageTextRetrievalOutput(loss=contrastive)
                 match, caption, image, label = hard_negatives(logits, mismatches, self.num_hard_negatives)
                 caption_index = torch.cat((caption_index, captions[caption]))
                 image_index = torch.cat((image_index, images[image]))
@@ -1219,7 +1219,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
 
         if labels is None:
             loss = None
-        elif group_ids is None or caption_index is None or image_index is None:  # group_ids has both, see above
+        elif group_ids is None or caption_index is None or image_index is None:
             row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
             loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
         elif self.group_loss is None:
