@@ -119,6 +119,7 @@ def free_port() -> int:
 def work(runs: list[dict], environment: dict[str, str], output: Path, num_threads: int):
     """What each of `Processes` does: the runs, one after another."""
     os.setpgid(0, 0)
+    signal.alarm(300)  # the end of a process that hangs and whose test is gone
     with output.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())

@@ -74,6 +74,7 @@ def small_yaml(**changes) -> dict:
         "anchor_generator__sizes": [SIZES],
         "input__min_size_test": 96,
         "input__max_size_test": 200,
+        "proposal_generator__hidden_channels": 32,
         "resnets__depth": 50,
         "resnets__width_per_group": 4,
         "roi_box_head__num_attrs": ATTRIBUTES,
