@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from unicoder_vl_hf.preparation import in_words, parse_arguments
+from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.retrieval.finetuning import (
     PAPER,
     SCENES,
@@ -24,17 +24,12 @@ from unicoder_vl_hf.retrieval.finetuning import (
     prepare_retrieval,
 )
 from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import FINE_TUNED, FINE_TUNED_ON_MINED, CheckpointFolder, run_script
+from unicoder_vl_hf.training import CheckpointFolder, run_script
 
 
 class RetrievalTrainer(TaskTrainer):
-    trained_by = FINE_TUNED
-
     def card(self):
-        train, validation = self.setup.train, self.setup.validation
-        fields = super().card() | {"measured_on": None if validation is None else in_words(validation)}
-        mined = train.hard_captions is not None or train.hard_images is not None
-        return fields | ({"trained_by": FINE_TUNED_ON_MINED} if mined else {})
+        return self.setup.card
 
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator

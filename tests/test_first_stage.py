@@ -408,8 +408,18 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     new = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
     assert new.model.config.projection_dim == 256
     hard = RetrievalArguments(**options, contrastive_weight=1.0, num_hard_negatives=2, loss="none")
-    model = prepare_retrieval(hard, world.parent / "run", seed=0).model
-    assert model.group_loss is None and model.num_hard_negatives == 2
+    setup = prepare_retrieval(hard, world.parent / "run", seed=0)
+    assert setup.model.group_loss is None and setup.model.num_hard_negatives == 2
+    assert setup.card["trained_by"].startswith("fine-tuned as a first stage of image-text retrieval, by a contrastive")
+    hard.loss, hard.in_batch_negatives = None, True
+    assert (
+        prepare_retrieval(hard, world.parent / "run", seed=0)
+        .card["trained_by"]
+        .endswith(
+            "on groups of a match and mismatches drawn at random and all mismatches of the batch and the mismatches of the "
+            "batch that its first stage likes best, along with a first stage, by a contrastive loss"
+        )
+    )
     for wrong, message in (
         ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),
         ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),

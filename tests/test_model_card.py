@@ -14,7 +14,6 @@ from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, UnicoderVLForPr
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
 from unicoder_vl_hf.pretraining import PretrainingArguments, PretrainingSetup
 from unicoder_vl_hf.training import (
-    FINE_TUNED,
     PRETRAINED,
     PRETRAINED_WITHOUT_CLASSES,
     TrainingRun,
@@ -144,7 +143,7 @@ def test_a_repository_is_named_in_the_metadata_too(tmp_path, monkeypatch, name):
     assert write(tmp_path, base_model=name).data.base_model == name
 
 
-@pytest.mark.parametrize("trained_by, tag", [(PRETRAINED_WITHOUT_CLASSES, "pre-training"), (FINE_TUNED, "fine-tuning")])
+@pytest.mark.parametrize("trained_by, tag", [(PRETRAINED_WITHOUT_CLASSES, "pre-training"), ("fine-tuned", "fine-tuning")])
 def test_the_card_says_how_the_model_was_trained(tmp_path, trained_by, tag):
     card = write(tmp_path, trained_by=trained_by)
     assert f"), {trained_by}, with unicoder-vl-hf.\n" in card.text

@@ -329,8 +329,6 @@ def push_folder(repo_id: str, folder: Path):
 # How a model was trained, for its card.
 PRETRAINED = "pre-trained by masked language modelling, masked object classification and visual-linguistic matching"
 PRETRAINED_WITHOUT_CLASSES = "pre-trained by masked language modelling and visual-linguistic matching"
-FINE_TUNED = "fine-tuned for image-text retrieval on groups of a match and mismatches drawn at random"
-FINE_TUNED_ON_MINED = "fine-tuned for image-text retrieval on groups of a match and mined hard negatives"
 FIRST_STAGE = "given a first stage of search, trained by a contrastive loss with the encoder frozen"
 
 

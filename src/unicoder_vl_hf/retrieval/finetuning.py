@@ -27,7 +27,7 @@ from ..modeling_unicoder_vl import (
     hardest_negative_triplet_loss,
     sum_of_negatives_triplet_loss,
 )
-from ..preparation import DataArguments, is_unicoder_vl, load_model, load_processor, open_data
+from ..preparation import DataArguments, in_words, is_unicoder_vl, load_model, load_processor, open_data
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from .encoders import UnicoderVLDualEncoder
 from .metrics import retrieval_metrics, with_recall_sum
@@ -108,6 +108,33 @@ class RetrievalSetup:
     train: PairsWithNegatives
     validation: datasets.Dataset | None
     data_name: str
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the model card says of data and training: arguments of [`write_model_card`]."""
+        return {
+            "data_name": self.data_name,
+            "provenance": self.processor.feature_extractor.region_provenance,
+            "trained_by": self._trained_by(),
+            "measured_on": None if self.validation is None else in_words(self.validation),
+        }
+
+    def _trained_by(self) -> str:
+        model, train = self.model, self.train
+        if model.group_loss is None:
+            return "fine-tuned as a first stage of image-text retrieval, by a contrastive loss"
+        negatives = []
+        if train.hard_captions is not None or train.hard_images is not None:
+            negatives.append("mined hard negatives")
+        elif train.num_captions + train.num_images > 0:
+            negatives.append("mismatches drawn at random")
+        if self.collator.in_batch_negatives:
+            negatives.append("all mismatches of the batch")
+        if model.num_hard_negatives > 0:
+            negatives.append("the mismatches of the batch that its first stage likes best")
+        along = ", along with a first stage, by a contrastive loss" if model.contrastive_weight > 0 else ""
+        groups = " and ".join(["a match", *negatives])
+        return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
 
 
 def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, seed: int) -> RetrievalSetup:
