@@ -412,13 +412,11 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     assert setup.model.group_loss is None and setup.model.num_hard_negatives == 2
     assert setup.card["trained_by"].startswith("fine-tuned as a first stage of image-text retrieval, by a contrastive")
     hard.loss, hard.in_batch_negatives = None, True
-    assert (
-        prepare_retrieval(hard, world.parent / "run", seed=0)
-        .card["trained_by"]
-        .endswith(
-            "on groups of a match and mismatches drawn at random and all mismatches of the batch and the mismatches of the "
-            "batch that its first stage likes best, along with a first stage, by a contrastive loss"
-        )
+    trained_by = prepare_retrieval(hard, world.parent / "run", seed=0).card["trained_by"]
+    assert trained_by == (
+        "fine-tuned for image-text retrieval on groups of a match and mismatches drawn at random and all mismatches of "
+        "the batch and the mismatches of the batch that its first stage likes best, along with a first stage, by a "
+        "contrastive loss"
     )
     for wrong, message in (
         ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),

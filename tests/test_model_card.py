@@ -143,7 +143,7 @@ def test_a_repository_is_named_in_the_metadata_too(tmp_path, monkeypatch, name):
     assert write(tmp_path, base_model=name).data.base_model == name
 
 
-@pytest.mark.parametrize("trained_by, tag", [(PRETRAINED_WITHOUT_CLASSES, "pre-training"), ("fine-tuned", "fine-tuning")])
+@pytest.mark.parametrize("trained_by, tag", [(PRETRAINED, "pre-training"), ("fine-tuned for", "fine-tuning")])
 def test_the_card_says_how_the_model_was_trained(tmp_path, trained_by, tag):
     card = write(tmp_path, trained_by=trained_by)
     assert f"), {trained_by}, with unicoder-vl-hf.\n" in card.text
