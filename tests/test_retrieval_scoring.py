@@ -478,7 +478,6 @@ def test_two_processes_killed_at_random(model, expected, tmp_path):
     """One of two is killed at a random moment, again and again, and both are started anew: the bits of one process."""
     folder, rng = tmp_path / "scores", random.Random(0)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["scoring_process"])
     for victim in rng.sample(range(2), 2):
         goal, port = blocks_in(folder) + rng.randint(1, 8), free_port()
         pair = [server.Process(target=scoring_process.work, args=(folder, rank, port, 0.1)) for rank in range(2)]
