@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None):
     if args.num_queries is not None:
         captions_asked, images_asked = report.num_queries["image_retrieval"], report.num_queries["text_retrieval"]
         title += f", asked with {captions_asked:,} captions and {images_asked:,} images, drawn evenly"
+    if args.similarity_weight:
+        title += f", {args.similarity_weight:g} times the similarity added to the score"
     print(f"{title}; first stage {encoder.name}\n\n{report}")
     if args.output is not None:
         values = {

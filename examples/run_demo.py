@@ -3,8 +3,9 @@
     python examples/run_demo.py --output_dir demo
 
 Writes a pre-trained model, in `retrieval/` a fine-tuned one with a first stage of search, `curves.png`, `gallery.html`
-(caption -> best five scenes, found in two stages) and `metrics.json`; fails below 5 times chance. Ctrl-C stops it, and
-the same command goes on; what is trained already is not trained again.
+(caption -> best five scenes, found in two stages) and `metrics.json`. It fails below 5 times chance, or where the matching
+head orders what the first stage proposes hardly better than at random. Ctrl-C stops it, and the same command goes on; what
+is trained already is not trained again.
 """
 
 import json
@@ -128,9 +129,12 @@ def demo(args: DemoArguments) -> int:
     print(f"\n{test.title} (percent)\n{recall_table(results)}")
     print(f"\n{time.perf_counter() - started:.0f} s. Look at curves.png and gallery.html in {output_dir}.")
     name, failed = "image_retrieval_recall@1", False
-    for result in ("zero-shot", BOTH_STAGES):
-        if results[result][name] < 5 * results["chance"][name]:
-            print(f"{result}: {name} is below 5 times chance: the model did not learn.", file=sys.stderr)
+    # Among the first stage's candidates, any order of them is right more often than chance.
+    guessed = report.rows[1].ceiling["image_retrieval"] / args.candidates
+    bars = {"zero-shot": 5 * results["chance"][name], SCORED: 2 * guessed, BOTH_STAGES: 5 * results["chance"][name]}
+    for result, bar in bars.items():
+        if results[result][name] < bar:
+            print(f"{result}: {name} is below {100 * bar:.1f} %: the model did not learn.", file=sys.stderr)
             failed = True
     return int(failed)
 

@@ -24,7 +24,7 @@ from unicoder_vl_hf.data.captions import read_captions, select_split
 from unicoder_vl_hf.data.negatives import PairsWithNegatives
 from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss, group_softmax_loss, hard_negatives
 from unicoder_vl_hf.retrieval.encoders import image_states, text_states
-from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, prepare_retrieval
+from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, evaluate_retrieval, prepare_retrieval
 from unicoder_vl_hf.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
 
 
@@ -223,7 +223,9 @@ def test_the_temperature_is_bounded():
     encoder = model()
     nn.init.constant_(encoder.first_stage.logit_scale, 20.0)
     texts, images = nn.functional.normalize(torch.randn(2, 3, 4), dim=-1)
-    torch.testing.assert_close(encoder.first_stage.logits(texts, images), 100 * texts @ images.T)
+    with torch.autocast("cpu", torch.bfloat16):  # which would tie many of them
+        found = encoder.first_stage.logits(texts, images)
+    torch.testing.assert_close(found, 100 * texts @ images.T)
 
 
 def test_without_mismatches_the_loss_is_refused():
@@ -233,6 +235,24 @@ def test_without_mismatches_the_loss_is_refused():
     inputs.pop("mismatches")
     with pytest.raises(ValueError, match=r"contrastive_weight=1.0 needs mismatches.*contrastive=True"):
         encoder(**inputs)
+
+
+def test_validation_of_the_first_stage_alone_knows_no_dropout(world, trained):
+    store = RegionStore(world / "regions")
+    captions = read_captions(world / "captions.jsonl", split="val")
+    encoder = AutoModelForSequenceClassification.from_pretrained(trained[0], hidden_dropout_prob=0.5).train()
+    encoder.group_loss = None
+    processor = AutoProcessor.from_pretrained(trained[0])
+    first, again = (evaluate_retrieval(encoder, processor, store, captions) for _ in range(2))
+    assert first == again and encoder.training
+    encoder.eval()
+    assert evaluate_retrieval(encoder, processor, store, captions) == first
+    texts = text_states(encoder, processor, captions["caption"][:])
+    assert {"first_stage_image_retrieval_recall@1", "recall_sum"} <= set(
+        first
+    ) and "image_retrieval_recall@1" not in first
+    encoder.train()
+    torch.testing.assert_close(text_states(encoder, processor, captions["caption"][:]), texts)
 
 
 # Hard negatives of the batch
@@ -275,8 +295,13 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
     given = {name: torch.cat((inputs[name], more)) for name, more in index.items()}
     encoder.num_hard_negatives = 0
     torch.testing.assert_close(found.loss, encoder(**inputs | given).loss)
-    torch.testing.assert_close(found.scores[: len(plain.scores)], plain.scores)
-    assert len(found.scores) == len(plain.scores) + 16 and found.loss > plain.loss
+    torch.testing.assert_close(found.scores, plain.scores)  # of the pairs that were given
+    assert len(found.matching_logits) == len(plain.scores) and found.loss > plain.loss
+    encoder.num_hard_negatives, encoder.contrastive_weight = 2, 0.0
+    with pytest.raises(ValueError, match=r"num_hard_negatives need a first stage.*contrastive_weight"):
+        encoder(**inputs)
+    with pytest.raises(ValueError, match=r"labels has shape \(3,\)"):
+        encoder(**inputs | {"labels": inputs["labels"][:3]})
 
 
 def test_without_a_loss_of_groups_the_first_stage_learns_alone():
@@ -294,7 +319,7 @@ def test_without_a_loss_of_groups_the_first_stage_learns_alone():
     alone.loss.backward()
     assert encoder.matching_head.weight.grad is None and encoder.bert.encoder.layer[1].output.dense.weight.grad.any()
     encoder.contrastive_weight = 0.0
-    with pytest.raises(ValueError, match=r"group_loss is None.*contrastive_weight"):
+    with pytest.raises(ValueError, match=r"group_loss=None.*contrastive_weight"):
         encoder(**inputs)
 
 
@@ -407,11 +432,16 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     options["model_name_or_path"] = str(world.parent / "checkpoint")
     new = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
     assert new.model.config.projection_dim == 256
-    hard = RetrievalArguments(**options, contrastive_weight=1.0, num_hard_negatives=2, loss="none")
-    setup = prepare_retrieval(hard, world.parent / "run", seed=0)
-    assert setup.model.group_loss is None and setup.model.num_hard_negatives == 2
+    alone = RetrievalArguments(**options, contrastive_weight=1.0, loss="none")
+    setup = prepare_retrieval(alone, world.parent / "run", seed=0)
+    assert setup.model.group_loss is None and "leaves the matching head behind" in caplog.text
     assert setup.card["trained_by"].startswith("fine-tuned as a first stage of image-text retrieval, by a contrastive")
-    hard.loss, hard.in_batch_negatives = None, True
+    batch = setup.collator([setup.train[row] for row in (0, 7)])
+    assert batch["labels"].tolist() == [1, 1]  # nothing is read that would not be scored
+    setup.model(**batch).loss.backward()
+    trained_ones = {name for name, parameter in setup.model.named_parameters() if parameter.requires_grad}
+    assert trained_ones == {name for name, parameter in setup.model.named_parameters() if parameter.grad is not None}
+    hard = RetrievalArguments(**options, contrastive_weight=1.0, num_hard_negatives=2, in_batch_negatives=True)
     trained_by = prepare_retrieval(hard, world.parent / "run", seed=0).card["trained_by"]
     assert trained_by == (
         "fine-tuned for image-text retrieval on groups of a match and mismatches drawn at random and all mismatches of "
@@ -423,6 +453,10 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),
         ({"num_hard_negatives": 1}, r"num_hard_negatives=1 need a first stage.*--contrastive_weight"),
         ({"loss": "none"}, r"loss=none.*need a first stage.*--contrastive_weight"),
+        (
+            {"loss": "none", "contrastive_weight": 1.0, "num_hard_negatives": 1},
+            r"loss=none scores no pairs: it takes neither num_hard_negatives",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             prepare_retrieval(RetrievalArguments(**options, **wrong), world.parent / "run", seed=0)

@@ -141,9 +141,9 @@ def test_faiss_finds_the_same(folder, indices):
 
 def test_candidates_that_an_approximate_search_lacks_are_no_hits(folder, indices, monkeypatch):
     encoder, scorer, _ = parts(folder)
-    positions, similarities = np.array([[2, -1, 0]]), np.array([[0.5, -1.0, 0.1]], dtype=np.float32)
+    positions, similarities = np.array([[2, -1, 0]]), np.array([[0.5, -np.inf, 0.1]], dtype=np.float32)
     monkeypatch.setattr(indices["images"], "search", lambda queries, top_k: (positions, similarities))
-    (hits,) = search([CAPTIONS[0]], indices["images"], encoder, scorer)
+    (hits,) = search([CAPTIONS[0]], indices["images"], encoder, scorer, similarity_weight=10.0)
     assert {hit.name for hit in hits} == {IMAGES[2], IMAGES[0]}
 
 

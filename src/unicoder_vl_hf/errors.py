@@ -13,7 +13,7 @@ def end_with(error: Exception, program: str) -> int:
     and where it is a KeyError of a bare key: ours are sentences, that one is a defect of the code.
     """
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # whose str() is quoted
-    if TRACEBACK in os.environ or (isinstance(error, KeyError) and " " not in message):
+    if os.environ.get(TRACEBACK, "0") != "0" or (isinstance(error, KeyError) and " " not in message):
         raise error
-    sys.stderr.write(f"{program}: {message}\n")
+    sys.stderr.write(f"{program}: {message or type(error).__name__}\n")
     return 1

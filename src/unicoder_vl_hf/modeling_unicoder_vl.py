@@ -508,8 +508,8 @@ class UnicoderVLFirstStage(nn.Module):
 
     def logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
         """Similarities over the learned temperature, of at least 1/100 as in CLIP: `(num_texts, num_images)`."""
-        scale = self.logit_scale.float().clamp(max=math.log(100)).exp()
-        return scale * text_embeddings @ image_embeddings.T
+        with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
+            return self.logit_scale.float().clamp(max=math.log(100)).exp() * text_embeddings @ image_embeddings.T
 
 
 @dataclass
@@ -1038,8 +1038,8 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
     pre-trained checkpoint scores pairs without fine-tuning (paper, Image-Text Retrieval, zero-shot).
 
     `model.group_loss` is what groups are trained with: the paper's hardest-negative triplet loss with
-    `config.triplet_margin`, or any function of its first five arguments that is set in its place; with `None` pairs are
-    not scored in training, and the first stage learns alone.
+    `config.triplet_margin`, or any function of its first five arguments that is set in its place; with `None` groups
+    are not scored, and the first stage learns alone.
 
     With `config.projection_dim` the model has a first stage as well, `encode_text` and `encode_image`, for a search
     among more images than can be scored. It is trained by `model.contrastive_weight` times [`contrastive_loss`] beside
@@ -1178,6 +1178,9 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             raise ValueError(
                 "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
             )
+        num_pairs = len(region_features if image_index is None else image_index)
+        _check_shape("labels", labels, (num_pairs,))
+        _check_shape("group_ids", group_ids, (num_pairs,))
         contrastive = None
         if labels is not None and self.contrastive_weight != 0:
             if mismatches is None:
@@ -1214,24 +1217,24 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         )  # fmt: skip
         matching_logits = self.matching_head(outputs.pooler_output)
         scores = matching_logits[:, 1] - matching_logits[:, 0]
-        _check_shape("labels", labels, tuple(scores.shape))
-        _check_shape("group_ids", group_ids, tuple(scores.shape))
 
         if labels is None:
             loss = None
         elif group_ids is None or caption_index is None or image_index is None:
             row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
             loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
-        elif self.group_loss is None:
-            raise ValueError("model.group_loss is None: pairs of groups have no loss but with a contrastive_weight.")
+        elif self.group_loss is None or (self.num_hard_negatives > 0 and contrastive is None):
+            raise ValueError(
+                "group_loss=None and num_hard_negatives need a first stage that learns: contrastive_weight."
+            )
         else:
             loss = self.group_loss(scores, labels, group_ids, caption_index, image_index)
         if loss is not None and contrastive is not None:
             loss = loss + contrastive
         return UnicoderVLForImageTextRetrievalOutput(
             loss=loss,
-            matching_logits=matching_logits,
-            scores=scores,
+            matching_logits=matching_logits[:num_pairs],  # hard negatives are behind
+            scores=scores[:num_pairs],
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -149,6 +149,7 @@ def _common_provenance(stores: list[RegionStore], num_classes: int | None) -> di
                 raise ValueError(
                     f"{stores[0].path} has {name}={value!r}, {store.path} has {other[name]!r}: a store holds regions "
                     "of one kind."
+                    + (" Tell the one that does not know, with --num-classes." if name == "num_classes" else "")
                 )
     return first
 
@@ -158,6 +159,8 @@ def _provenance(store: RegionStore, num_classes: int | None) -> dict[str, Any]:
     provenance = store.provenance
     if num_classes is None or provenance["num_classes"] == num_classes:
         return provenance
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}; expected at least 1.")
     if provenance["num_classes"] is not None:
         raise ValueError(f"{store.path} has num_classes={provenance['num_classes']}, not {num_classes}.")
     highest = store.highest_object_ids(store)

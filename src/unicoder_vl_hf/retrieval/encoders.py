@@ -17,7 +17,7 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from .checkpoints import weights_digest
-from .scoring import ImageTextScorer
+from .scoring import ImageTextScorer, evaluating
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -177,7 +177,6 @@ class Photos:
         return decode_photo(self.source.read(self.number[image_id]))[0]
 
 
-@torch.inference_mode()
 def text_states(
     model: UnicoderVLForImageTextRetrieval,
     processor: UnicoderVLProcessor,
@@ -189,11 +188,11 @@ def text_states(
     batches = _alike([len(caption) for caption in captions])
     for rows in tqdm(batches, desc="Encoding captions", unit="batch", leave=False, disable=len(batches) == 1):
         inputs = processor(text=[captions[row] for row in rows], max_length=max_length, return_tensors="pt")
-        states[rows] = model.text_states(**inputs.to(model.device)).cpu()
+        with evaluating(model):
+            states[rows] = model.text_states(**inputs.to(model.device)).cpu()
     return states
 
 
-@torch.inference_mode()
 def image_states(
     model: UnicoderVLForImageTextRetrieval,
     processor: UnicoderVLProcessor,
@@ -210,7 +209,8 @@ def image_states(
         records = processor.load_records(some, store)
         for rows in _alike([len(record.features) for record in records]):
             inputs = processor.feature_extractor([records[row] for row in rows], return_tensors="pt")
-            states[[start + row for row in rows]] = model.image_states(**inputs.to(model.device)).cpu()
+            with evaluating(model):
+                states[[start + row for row in rows]] = model.image_states(**inputs.to(model.device)).cpu()
     return states
 
 

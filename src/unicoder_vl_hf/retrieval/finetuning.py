@@ -70,7 +70,9 @@ class RetrievalArguments(DataArguments):
     projection_dim: int = field(default=256, metadata={"help": "Width of its embeddings, where it is new."})
     num_hard_negatives: int = field(
         default=0,
-        metadata={"help": "For each pair, so many captions and images of the micro-batch that it takes for matches."},
+        metadata={
+            "help": "Of each pair, so many captions and images of the micro-batch that the first stage likes best."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
@@ -122,12 +124,14 @@ class RetrievalSetup:
     def _trained_by(self) -> str:
         model, train = self.model, self.train
         if model.group_loss is None:
-            return "fine-tuned as a first stage of image-text retrieval, by a contrastive loss"
+            return (
+                "fine-tuned as a first stage of image-text retrieval, by a contrastive loss; its matching head, which "
+                "scores pairs, was left behind"
+            )
         negatives = []
-        if train.hard_captions is not None or train.hard_images is not None:
-            negatives.append("mined hard negatives")
-        elif train.num_captions + train.num_images > 0:
-            negatives.append("mismatches drawn at random")
+        if train.num_captions + train.num_images > 0:
+            mined = train.hard_captions is not None or train.hard_images is not None
+            negatives.append("mined hard negatives" if mined else "mismatches drawn at random")
         if self.collator.in_batch_negatives:
             negatives.append("all mismatches of the batch")
         if model.num_hard_negatives > 0:
@@ -152,8 +156,8 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     train = PairsWithNegatives(
         data.train,
         seed=seed,
-        num_captions=arguments.num_negative_captions,
-        num_images=arguments.num_negative_images,
+        num_captions=0 if arguments.loss == "none" else arguments.num_negative_captions,
+        num_images=0 if arguments.loss == "none" else arguments.num_negative_images,
         duplicates=[] if arguments.duplicates is None else read_duplicate_groups(arguments.duplicates),
     )
     model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **_first_stage_fields(arguments))
@@ -162,6 +166,12 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     model.config.first_stage_trained = arguments.contrastive_weight > 0
     model.config.triplet_margin = arguments.margin
     model.group_loss = arguments.group_loss
+    if model.group_loss is None:
+        logger.warning(
+            "loss=none: the encoder leaves the matching head behind; train it again before pairs are scored."
+        )
+        for unused in (model.matching_head, model.bert.pooler):
+            unused.requires_grad_(False)  # DistributedDataParallel would wait for its gradients
     processor = load_processor(arguments, data)
     return RetrievalSetup(
         model=model,
@@ -189,6 +199,8 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
             f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "
             "give --contrastive_weight, such as 1."
         )
+    if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
+        raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")
     name, old = arguments.base_model, None
     if name is not None and is_unicoder_vl(name):
         old = AutoConfig.from_pretrained(name).projection_dim
@@ -221,14 +233,18 @@ def evaluate_retrieval(
     (`model.group_loss` is None). Every process calls it, and gets the whole.
 
     Returns:
-        `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls.
+        `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Those of the first
+        stage, but for the sum, begin with `first_stage_`.
     """
     image_ids = captions.unique("image_id")
-    texts = captions["caption"][:]
-    if model.group_loss is None:
-        encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
-        scores = encoder.embed_captions(texts) @ encoder.embed_images(image_ids).T
-    else:
-        scores = ImageTextScorer(model, processor, store, verbose=False).score(texts, image_ids, max_length=max_length)
     column = {image_id: index for index, image_id in enumerate(image_ids)}
-    return with_recall_sum(retrieval_metrics(scores, [column[image_id] for image_id in captions["image_id"]]))
+    texts, right = captions["caption"][:], [column[image_id] for image_id in captions["image_id"]]
+    if model.group_loss is not None:
+        scores = ImageTextScorer(model, processor, store, verbose=False).score(texts, image_ids, max_length=max_length)
+        return with_recall_sum(retrieval_metrics(scores, right))
+    encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
+    metrics = with_recall_sum(
+        retrieval_metrics(encoder.embed_captions(texts) @ encoder.embed_images(image_ids).T, right)
+    )
+    recall_sum = metrics.pop("recall_sum")
+    return {f"first_stage_{name}": value for name, value in metrics.items()} | {"recall_sum": recall_sum}

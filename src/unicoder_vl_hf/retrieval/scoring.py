@@ -191,7 +191,7 @@ class ImageTextScorer:
         """What `score` would do, and how long it would take, measured on a few pairs."""
         items = _Items(self.processor, self.store, captions, images, max_length)
         blocks = _Grid(items, self.block_pairs)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return self._plan(blocks, self._encoder(), set(), start_processes().num_processes)
 
     def _encoder(self) -> PairEncoder:
@@ -206,7 +206,7 @@ class ImageTextScorer:
             target = BlockFolder(output_dir, self._job(blocks), state.process_index)
         share = [] if target.is_complete else _share(len(blocks), target.done, state)
         if share:
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 self._compute(blocks, target, share, state)
         return target.result(len(blocks), blocks.shape, blocks.positions)
 
@@ -426,8 +426,8 @@ class _Memory:
 
 
 @contextmanager
-def _evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> Iterator[None]:
-    """Without dropout and graph, and in the dtype of the scorer, whatever autocast it is called under."""
+def evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> Iterator[None]:
+    """Without dropout and graph, and in the model's own dtype, whatever autocast it is called under."""
     was_training = model.training
     model.eval()
     try:

@@ -104,6 +104,10 @@ def run_search(
         raise ValueError("--gallery shows the images that a sentence finds: give a sentence, not --image.")
     if gallery is not None and photos is None:
         raise ValueError("--gallery draws regions on photos: give --photos, the folder that these are in.")
+    if exhaustive and similarity_weight:
+        raise ValueError(
+            "--exhaustive has no first stage whose similarity could be added: leave --similarity-weight out."
+        )
     if index is None:
         if model is None or regions is None or (image is not None and captions is None):
             raise ValueError("--exhaustive needs --model and --regions, and with --image --captions.")
@@ -204,5 +208,5 @@ def _write_gallery(
         return draw_regions(image, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)
 
     item = GalleryItem(query, best=tuple((hit.name, hit.score) for hit in hits))
-    intro = f"The best of {len(store):,} images by matching score, each with its {REGIONS_DRAWN} surest regions."
+    intro = f"The best of {len(store):,} images, by score, each with its {REGIONS_DRAWN} surest regions."
     return write_gallery(path, [item], picture, title="Image search", intro=intro, picture_width=640)

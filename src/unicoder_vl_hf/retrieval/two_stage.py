@@ -64,7 +64,8 @@ def search(
     index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
     embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
     positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
-    scores = rerank(queries, index, positions, scorer) + similarity_weight * similarities
+    scores = rerank(queries, index, positions, scorer)
+    scores += similarity_weight * np.where(positions >= 0, similarities, 0)
     found = []
     for of_query, near, row in zip(scores, similarities, positions, strict=True):
         best = [place for place in np.argsort(-of_query, kind="stable")[:top_k] if row[place] >= 0]
