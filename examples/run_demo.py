@@ -3,9 +3,9 @@
     python examples/run_demo.py --output_dir demo
 
 Writes a pre-trained model, in `retrieval/` a fine-tuned one with a first stage of search, `curves.png`, `gallery.html`
-(caption -> best five scenes, found in two stages) and `metrics.json`. It fails below 5 times chance, or where the matching
-head orders what the first stage proposes hardly better than at random. Ctrl-C stops it, and the same command goes on; what
-is trained already is not trained again.
+(caption -> best five scenes, found in two stages) and `metrics.json`. It fails below 5 times chance, or where the
+matching head orders what the first stage proposes hardly better than at random. Ctrl-C stops it, and the same command
+goes on; what is trained already is not trained again.
 """
 
 import json
