@@ -7,7 +7,8 @@
 
 The first stage proposes K candidates a query, in both directions, and the cross-encoder scores these pairs alone: the
 table has a row for each of `--candidates`. The first stage is the model's own, which must have been trained
-(`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), or a dual encoder of transformers.
+(`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of another Unicoder-VL, or a dual
+encoder of transformers.
 `--num_queries 1000` asks with that many captions and images only, among all there are, where 200 pairs for each caption
 take too long. `--scores_dir` keeps what is done: the same command goes on after a kill.
 """
@@ -23,7 +24,7 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
-from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
+from unicoder_vl_hf.retrieval.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import two_stage_report
 from unicoder_vl_hf.training import run_script, start_processes
@@ -35,7 +36,8 @@ class TwoStageArguments:
     captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
     regions: str = field(metadata={"help": "RegionStore."})
     dual_encoder: str | None = field(
-        default=None, metadata={"help": "CLIP, SigLIP or alike as the first stage, on --photos. Default: the model's."}
+        default=None,
+        metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
     )
     photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
     protocol: str | None = field(
@@ -68,10 +70,8 @@ def main(argv: list[str] | None = None):
     encoder: DualEncoder
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
-    elif args.photos is None:
-        raise ValueError(f"{args.dual_encoder} looks at photos: give --photos.")
     else:
-        encoder = TransformersDualEncoder(args.dual_encoder, Photos(args.photos), state.device)
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, state.device)
     scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
     report = two_stage_report(
         encoder, scorer, test.folds[0], args.candidates, args.num_queries, args.scores_dir, args.similarity_weight

@@ -21,21 +21,25 @@ from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.pictures import GalleryItem, draw_regions, write_gallery
 from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import load_for_store
-from unicoder_vl_hf.retrieval.encoders import Photos, UnicoderVLDualEncoder
+from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_dual_encoder
 from unicoder_vl_hf.retrieval.index import build_index
 from unicoder_vl_hf.retrieval.protocols import retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import search
-from unicoder_vl_hf.training import run_script
+from unicoder_vl_hf.training import run_script, start_processes
 
 WIDTH = 240  # of a page of regions, in pixels
 
 
 @dataclass
 class GalleryArguments:
-    model: str = field(metadata={"help": "Checkpoint with a first stage of search, and its processor."})
+    model: str = field(metadata={"help": "Checkpoint with its processor, which scores pairs."})
     captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
     regions: str = field(metadata={"help": "RegionStore."})
     output: str = field(metadata={"help": "HTML file."})
+    dual_encoder: str | None = field(
+        default=None,
+        metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
+    )
     photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
     asked: int = field(default=200, metadata={"help": "Captions that are asked."})
@@ -54,7 +58,11 @@ def main(argv: list[str] | None = None):
     captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
     (fold,) = retrieval_test(captions).folds
     model, processor = load_for_store(args.model, store)
-    encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
+    encoder: DualEncoder
+    if args.dual_encoder is None:
+        encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
+    else:
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, start_processes().device)
 
     count = min(args.asked, len(fold.captions))
     rows = np.arange(count) * len(fold.captions) // count

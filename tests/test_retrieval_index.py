@@ -575,8 +575,9 @@ def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shared = {"captions": tmp_path / "captions.jsonl", "regions": folder / "store", "output": tmp_path / "report.json"}
     shared["candidates"] = "9"
-    other = {"dual_encoder": folder / "clip", "photos": folder / "photos"}
-    for model, options in (("model", {}), ("untrained", other)):
+    clip = {"dual_encoder": folder / "clip", "photos": folder / "photos"}
+    ours = {"dual_encoder": folder / "model"}  # whose first stage proposes what another one scores
+    for model, options in (("model", {}), ("untrained", ours), ("untrained", clip)):
         words = [[f"--{name}", str(value)] for name, value in (shared | options | {"model": folder / model}).items()]
         script.main([word for pair in words for word in pair])
         report = json.loads((tmp_path / "report.json").read_text())
@@ -584,8 +585,15 @@ def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
         scorer = ImageTextScorer(loaded, tiny.processor(), STORE, verbose=False)
         exhaustive = retrieval_metrics(scorer.score(CAPTIONS, IMAGES), IMAGE_OF_CAPTION)
         assert report["report"]["rows"][1]["metrics"] == pytest.approx(exhaustive)
-        assert report["first_stage"]["family"] == ("clip" if options else "unicoder-vl")
+        assert report["first_stage"]["family"] == ("clip" if options == clip else "unicoder-vl")
+        assert report["first_stage"]["name"] == str(options.get("dual_encoder", folder / model))
+        near = parts(folder)[0]
+        by_first = retrieval_metrics(near.embed_captions(CAPTIONS) @ near.embed_images(IMAGES).T, IMAGE_OF_CAPTION)
+        assert (report["report"]["rows"][0]["metrics"] == pytest.approx(by_first)) == (options != clip)
         assert "Retrieval: 7 images, all 9 captions; first stage" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"clip looks at photos: give --photos"):
+        blind = shared | {"model": folder / "model", "dual_encoder": folder / "clip"}
+        script.main([word for name, value in blind.items() for word in (f"--{name}", str(value))])
     script.main(
         [word for name, value in shared.items() for word in (f"--{name}", str(value))]
         + ["--model", str(folder / "model"), "--num_queries", "8"]

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..preparation import is_unicoder_vl
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
-from .checkpoints import weights_digest
+from .checkpoints import load_for_store, weights_digest
 from .scoring import ImageTextScorer, evaluating
 
 if TYPE_CHECKING:
@@ -175,6 +176,22 @@ class Photos:
         if image_id not in self.number:
             raise KeyError(f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}.")
         return decode_photo(self.source.read(self.number[image_id]))[0]
+
+
+def open_dual_encoder(
+    name: str, store: RegionStore, photos: str | None = None, device: torch.device | str = "cpu"
+) -> DualEncoder:
+    """
+    A first stage that is not the scoring model's own: another Unicoder-VL, or a dual encoder of transformers on photos.
+
+    Raises:
+        `ValueError`: there is no such model, its first stage was not trained, or it needs `photos`.
+    """
+    if is_unicoder_vl(name):
+        return UnicoderVLDualEncoder(*load_for_store(name, store), store, name)
+    if photos is None:
+        raise ValueError(f"{name} looks at photos: give --photos.")
+    return TransformersDualEncoder(name, Photos(photos), device)
 
 
 def text_states(
