@@ -98,6 +98,7 @@ def test_the_majority_class_of_the_log_is_the_chance_of_its_accuracy(tmp_path):
 def test_recalls_are_drawn_beside_the_loss(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [{"step": 10, "loss": 1.0}, {"step": 10, "eval_image_retrieval_recall@5": 0.5, "eval_mean_rank": 3.0}]
+    rows.append({"step": 10, "train_loss": 2.0})  # Trainer's mean over the run is no curve
     training_curves(rows, tmp_path / "both.png")
     picture = Image.open(tmp_path / "both.png")
     right = picture.crop((picture.width // 2, 0, picture.width, picture.height))

@@ -28,6 +28,7 @@ except ImportError as error:
 PALETTE = ("#0072b2", "#d55e00", "#007a5a", "#a8437f", "#5b4ea3", "#8a6100", "#00748c", "#b3262e")
 _EVAL = "eval_"
 _MAJORITY = "_majority_accuracy"
+_MEAN_LOSS = "train_loss"  # of the whole run, in the last row of Trainer
 _SHARES = ("accuracy", "auc", "recall@1", "recall@5", "recall@10")  # what ends so lies in 0..1, and more is better
 
 
@@ -72,7 +73,7 @@ def training_curves(
     chance = {name: float(values[-1]) for name, (_, values) in baselines.items()} | dict(chance or {})
     panels = [panel for panel in (("loss", losses), ("accuracy or recall", accuracies)) if panel[1]]
     if not panels:
-        raise ValueError(f"{len(rows)} log rows hold no step with a loss or an accuracy: is this a training log?")
+        raise ValueError(f"{len(rows)} log rows hold no step with a loss, an accuracy or a recall: is this a training log?")
 
     figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -102,7 +103,7 @@ def _series(rows: Sequence[Mapping[str, Any]], endings: tuple[str, ...]) -> dict
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, value in row.items():
-            if name.endswith(endings) and "step" in row and value is not None:
+            if name.endswith(endings) and name != _MEAN_LOSS and "step" in row and value is not None:
                 found.setdefault(name, []).append((row["step"], value))
     return {name: tuple(np.array(sorted(points), dtype=float).T) for name, points in found.items()}
 
