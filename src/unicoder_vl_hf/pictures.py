@@ -73,7 +73,7 @@ def training_curves(
     chance = {name: float(values[-1]) for name, (_, values) in baselines.items()} | dict(chance or {})
     panels = [panel for panel in (("loss", losses), ("accuracy or recall", accuracies)) if panel[1]]
     if not panels:
-        raise ValueError(f"{len(rows)} log rows hold no step with a loss, an accuracy or a recall: is this a training log?")
+        raise ValueError(f"{len(rows)} log rows hold no step with a loss, accuracy or recall: is this a training log?")
 
     figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
