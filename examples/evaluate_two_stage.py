@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None):
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
     else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, state.device)
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos)
     scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
     report = two_stage_report(
         encoder, scorer, test.folds[0], args.candidates, args.num_queries, args.scores_dir, args.similarity_weight

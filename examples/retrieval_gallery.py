@@ -25,7 +25,7 @@ from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, UnicoderVLDua
 from unicoder_vl_hf.retrieval.index import build_index
 from unicoder_vl_hf.retrieval.protocols import retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import search
-from unicoder_vl_hf.training import run_script, start_processes
+from unicoder_vl_hf.training import run_script
 
 WIDTH = 240  # of a page of regions, in pixels
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None):
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
     else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, start_processes().device)
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos)
 
     count = min(args.asked, len(fold.captions))
     rows = np.arange(count) * len(fold.captions) // count
@@ -95,8 +95,7 @@ def main(argv: list[str] | None = None):
         title="Search in two stages",
         intro=f"{len(random)} of {len(items):,} captions, drawn at random, then the {len(best)} that went best and the "
         f"{len(worst)} that went worst. The first stage proposes {args.candidates} of {len(fold.image_ids):,} images, "
-        "the matching head scores these, "
-        f"{added}and the best five are shown with their scores"
+        f"the matching head scores these, {added}and the best five are shown with their scores"
         + ("." if photos else f", as the boxes of their {args.max_regions} surest regions."),
     )
     print(f"{args.output}: {len(random) + len(best) + len(worst)} captions.")

@@ -17,6 +17,7 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..preparation import is_unicoder_vl
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
+from ..training import start_processes
 from .checkpoints import load_for_store, weights_digest
 from .scoring import ImageTextScorer, evaluating
 
@@ -178,9 +179,14 @@ class Photos:
         return decode_photo(self.source.read(self.number[image_id]))[0]
 
 
-def open_dual_encoder(
-    name: str, store: RegionStore, photos: str | None = None, device: torch.device | str = "cpu"
-) -> DualEncoder:
+def open_transformers_encoder(name: str, photos: str | None, needs_photos: bool = True) -> TransformersDualEncoder:
+    """A dual encoder of transformers where this process computes. Raises ValueError without photos that it needs."""
+    if needs_photos and photos is None:
+        raise ValueError(f"{name} looks at photos: give --photos.")
+    return TransformersDualEncoder(name, None if photos is None else Photos(photos), start_processes().device)
+
+
+def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None) -> DualEncoder:
     """
     A first stage that is not the scoring model's own: another Unicoder-VL, or a dual encoder of transformers on photos.
 
@@ -189,9 +195,7 @@ def open_dual_encoder(
     """
     if is_unicoder_vl(name):
         return UnicoderVLDualEncoder(*load_for_store(name, store), store, name)
-    if photos is None:
-        raise ValueError(f"{name} looks at photos: give --photos.")
-    return TransformersDualEncoder(name, Photos(photos), device)
+    return open_transformers_encoder(name, photos)
 
 
 def text_states(
@@ -203,9 +207,9 @@ def text_states(
     """What the encoder makes of each caption alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
     states = torch.empty(len(captions), model.config.hidden_size)
     batches = _alike([len(caption) for caption in captions])
-    for rows in tqdm(batches, desc="Encoding captions", unit="batch", leave=False, disable=len(batches) == 1):
-        inputs = processor(text=[captions[row] for row in rows], max_length=max_length, return_tensors="pt")
-        with evaluating(model):
+    with evaluating(model):
+        for rows in tqdm(batches, desc="Encoding captions", unit="batch", leave=False, disable=len(batches) == 1):
+            inputs = processor(text=[captions[row] for row in rows], max_length=max_length, return_tensors="pt")
             states[rows] = model.text_states(**inputs.to(model.device)).cpu()
     return states
 
@@ -219,14 +223,14 @@ def image_states(
     """What the encoder makes of each image alone, as in [`text_states`]."""
     states = torch.empty(len(images), model.config.hidden_size)
     starts = range(0, len(images), READ_AT_ONCE)
-    for start in tqdm(starts, desc="Encoding images", unit="read", leave=False, disable=len(starts) == 1):
-        some = images[start : start + READ_AT_ONCE]
-        if isinstance(store, RegionStore) and all(isinstance(image, str) for image in some):
-            some = store.get_many(image for image in some if isinstance(image, str))
-        records = processor.load_records(some, store)
-        for rows in _alike([len(record.features) for record in records]):
-            inputs = processor.feature_extractor([records[row] for row in rows], return_tensors="pt")
-            with evaluating(model):
+    with evaluating(model):
+        for start in tqdm(starts, desc="Encoding images", unit="read", leave=False, disable=len(starts) == 1):
+            some = images[start : start + READ_AT_ONCE]
+            if isinstance(store, RegionStore) and all(isinstance(image, str) for image in some):
+                some = store.get_many(image for image in some if isinstance(image, str))
+            records = processor.load_records(some, store)
+            for rows in _alike([len(record.features) for record in records]):
+                inputs = processor.feature_extractor([records[row] for row in rows], return_tensors="pt")
                 states[[start + row for row in rows]] = model.image_states(**inputs.to(model.device)).cpu()
     return states
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -12,9 +11,8 @@ from transformers.utils import logging
 from ..data.captions import join, read_captions
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
-from ..training import start_processes
 from .checkpoints import load_for_store
-from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder
+from .encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_transformers_encoder
 from .index import SearchIndex, build_index
 from .scoring import ImageTextScorer
 from .two_stage import Hit, search
@@ -65,7 +63,7 @@ def make_index(
     if model is not None:
         encoder: DualEncoder = UnicoderVLDualEncoder(*load_for_store(model, regions), regions, model)
     else:
-        encoder = _dual_encoder(str(dual_encoder), photos, needs_photos=captions is None)
+        encoder = open_transformers_encoder(str(dual_encoder), photos, needs_photos=captions is None)
     texts = None if captions is None else _captions(captions, split, regions)
     index = build_index(encoder, regions, output, captions=texts, faiss=faiss)
     return f"{output}: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}."
@@ -123,8 +121,10 @@ def run_search(
         store = RegionStore(regions or opened.facts["store"]["name"])
         query = _query(text, image, store)
         encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos)
-        options: dict[str, Any] = {"candidates": candidates, "similarity_weight": similarity_weight}
-        hits = search([query], opened, encoder, scorer, top_k=top_k, **options)[0]
+        (hits,) = search(
+            [query], opened, encoder, scorer,
+            top_k=top_k, candidates=candidates, similarity_weight=similarity_weight,
+        )  # fmt: skip
     hits = hits[:top_k]
     shown = query if isinstance(query, str) else query.image_id
     path = None if gallery is None else _write_gallery(gallery, shown, hits, store, Photos(str(photos)))
@@ -145,18 +145,12 @@ def _two_stages(
     if ours:
         return UnicoderVLDualEncoder(loaded, processor, store, name), scorer
     needs_photos = index.items == "captions"  # which are searched by an image
-    return _dual_encoder(dual_encoder or made_by["name"], photos, needs_photos), scorer
+    return open_transformers_encoder(dual_encoder or made_by["name"], photos, needs_photos), scorer
 
 
 def _captions(path: str, split: str | None, store: RegionStore) -> list[str]:
     """The captions of a file whose images are in the store, each text once."""
     return list(dict.fromkeys(join(read_captions(path, split=split), store, skip_missing=True)[0]["caption"][:]))
-
-
-def _dual_encoder(name: str, photos: str | None, needs_photos: bool) -> TransformersDualEncoder:
-    if needs_photos and photos is None:
-        raise ValueError(f"{name} looks at photos: give --photos.")
-    return TransformersDualEncoder(name, None if photos is None else Photos(photos), start_processes().device)
 
 
 def _query(text: str | None, image: str | None, store: RegionStore) -> str | RegionRecord:
