@@ -7,23 +7,27 @@ UNITER's layout: a value is msgpack with msgpack_numpy; a read-only environment 
 with buffers that stays open, `msgpack.loads` of the value. Its class probabilities are left out, which would slow it
 down further. Every byte of the features goes into the new tensor of its batch, by PyTorch's `default_collate`:
 
-    store           `get_many`, batches of float16, as our feature extractor makes them
+    store           `get_many`, batches of float16, as our feature extractor makes them; the batch after it is
+                    announced by `ReadAhead`, as in pre-training
     LMDB            batches of float32, as UNITER makes them
     LMDB, float16   the same without UNITER's conversion: the least that an LMDB can do
 
-A `DataLoader` reads 16 images a batch, in random order; it is open, and its workers run, when the clock starts. With
-workers, a batch is also sent to the main process, through shared memory, whatever it was read from; "reading" measures
-workers without that: they make the same batches, and send a number an image. Warm:
-all images, out of the page cache. Cold: the kernel was told to drop the files' pages before (`posix_fadvise`; the share
-that stayed is reported), and an eighth of the images is read, as of a dataset larger than the memory: what the kernel
-reads ahead of a random place is then of no use. Systems take turns within a round; what counts is the median over
-rounds of the ratio within a round, so that whatever else runs on the machine weighs on all.
+A `DataLoader` reads 16 images a batch, in random order; it is open, and its workers run, when the clock starts. Two
+processes share the images, each with a loader of its own, as in training with two; two workers also send each batch to
+the main process, through shared memory, whatever it was read from. Warm: all images, out of the page cache. Cold: the
+kernel was told to drop the files' pages before (`posix_fadvise`; the share that stayed is reported), and an eighth of
+the images is read, as of a dataset larger than the memory: what the kernel reads ahead of a random place is then of no
+use. The disk itself: the cold images one after another, around the page cache (`O_DIRECT`). Systems take turns within a
+round; what counts is the median over rounds of the ratio within a round, so that whatever else runs on the machine
+weighs on all.
 """
 
 import argparse
 import ctypes
+import functools
 import json
 import mmap
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -38,9 +42,11 @@ import msgpack
 import msgpack_numpy
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
+from unicoder_vl_hf.data.samplers import ReadAhead
+from unicoder_vl_hf.regions.tensor_files import DATA_START
 
 msgpack_numpy.patch()
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -70,6 +76,9 @@ class OurImages(Dataset):
         records = self.store.get_many([self.ids[row] for row in rows])
         return [(torch.from_numpy(record.features), torch.from_numpy(record.boxes)) for record in records]
 
+    def announce(self, rows: list[int]) -> None:
+        self.store.will_need(self.ids[row] for row in rows)
+
     def close(self) -> None:
         """Lets go of the files, so that their pages can be dropped."""
         del self.store
@@ -98,7 +107,8 @@ class UniterImages(Dataset):
 class Order(Sampler):
     """Rows in an order that can be changed while workers run."""
 
-    rows: Sequence[int] = ()
+    def __init__(self, rows: Sequence[int]):
+        self.rows = rows
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.rows)
@@ -161,36 +171,99 @@ def touch(paths: Sequence[Path]) -> None:
                 pass
 
 
-def collate_and_keep(images: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """
-    A batch is made, which reads every byte, and stays with its worker but for a number an image. `default_collate`
-    would make it in shared memory, ready to be sent.
-    """
-    features, _ = (torch.stack(tensors) for tensors in zip(*images, strict=True))
-    return features[:, 0, 0].clone()
-
-
-def open_loader(images: Dataset, workers: int, collate: Callable = default_collate) -> DataLoader:
-    """A loader that has read the images of the warm-up; `sampler.rows` are what it reads next."""
+def open_loader(images: Dataset, workers: int = 0) -> tuple[DataLoader, Order]:
+    """A loader that has read the images of the warm-up, and the order of what it reads next."""
     options = {"multiprocessing_context": "fork", "persistent_workers": True} if workers else {}
-    loader = DataLoader(images, BATCH, sampler=Order(), collate_fn=collate, num_workers=workers, **options)
-    loader.sampler.rows = range(WARM_UP)
+    batches: Sampler[list[int]] = BatchSampler(order := Order(range(WARM_UP)), BATCH, drop_last=False)
+    if isinstance(images, OurImages):
+        batches = ReadAhead(batches, images.announce)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, **options)
     for _ in loader:
         pass
-    return loader
+    return loader, order
 
 
-def total_of(loader: DataLoader, rows: Sequence[int]) -> float:
-    loader.sampler.rows = rows
+def total_of(loader: DataLoader, order: Order, rows: Sequence[int]) -> float:
+    order.rows = rows
     return sum(float(features.sum(dtype=torch.float64)) for features, _ in loader)
 
 
-def seconds_of(loader: DataLoader, rows: Sequence[int]) -> float:
-    loader.sampler.rows = rows
+def seconds_of(loader: DataLoader, order: Order, rows: Sequence[int]) -> float:
+    order.rows = rows
     begin = time.perf_counter()
     batches = sum(1 for _ in loader)
     assert batches == len(loader)
     return time.perf_counter() - begin
+
+
+def set_up(state: str, paths: Sequence[Path], cached: list[float]) -> None:
+    """Makes the files warm or cold, and notes which share of their pages is cached."""
+    (touch if state == "warm" else drop)(paths)
+    cached.append(resident(paths))
+
+
+def in_one_process(
+    images: Callable[[], Dataset], rows: Sequence[int], prepare: Callable[[], None], workers: int = 0
+) -> float:
+    """Seconds; `prepare` is called between the warm-up and the clock."""
+    dataset = images()
+    loader, order = open_loader(dataset, workers)
+    prepare()
+    seconds = seconds_of(loader, order, rows)
+    del loader  # and its workers
+    dataset.close()
+    return seconds
+
+
+def in_two_processes(images: Callable[[], Dataset], rows: Sequence[int], prepare: Callable[[], None]) -> float:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+
+    def read(rows: Sequence[int]) -> None:
+        loader, order = open_loader(images())
+        for _ in range(2):
+            barrier.wait()
+        seconds_of(loader, order, rows)
+        barrier.wait()
+
+    processes = [context.Process(target=read, args=(rows[part::2],), daemon=True) for part in range(2)]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    prepare()
+    barrier.wait()
+    begin = time.perf_counter()
+    barrier.wait()
+    seconds = time.perf_counter() - begin
+    for process in processes:
+        process.join()
+    return seconds
+
+
+MEASURES: dict[str, Callable[..., float]] = {
+    "1 process": in_one_process,
+    "2 processes": in_two_processes,
+    "2 workers, sending": functools.partial(in_one_process, workers=2),
+}
+
+
+def seconds_of_disk(store: RegionStore, image_ids: Sequence[str]) -> float:
+    """The features of these images, one after another in disk order, around the page cache."""
+    places = []
+    for shard, row in (store.shards.find(number) for number in sorted(map(store.number_of, image_ids))):
+        first, last = shard.region_offsets[row : row + 2].tolist()
+        row_bytes = shard.features.strides[0]
+        assert row_bytes % mmap.PAGESIZE == 0  # and so are the places, as O_DIRECT needs
+        places.append((shard.path, DATA_START + first * row_bytes, (last - first) * row_bytes))
+    handles = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in {path for path, _, _ in places}}
+    buffer = memoryview(mmap.mmap(-1, max(size for _, _, size in places)))
+    begin = time.perf_counter()
+    for path, start, size in places:
+        assert os.preadv(handles[path], [buffer[:size]], start) == size
+    seconds = time.perf_counter() - begin
+    for handle in handles.values():
+        os.close(handle)
+    return seconds
 
 
 def main() -> None:
@@ -219,7 +292,7 @@ def compare(folder: Path, num_images: int, rounds: int) -> dict:
     rows = range(WARM_UP, num_images)
     for images, _ in systems.values():
         dataset = images()
-        assert np.isclose(total_of(open_loader(dataset, 0), rows), total, rtol=1e-9)
+        assert np.isclose(total_of(*open_loader(dataset), rows), total, rtol=1e-9)
         dataset.close()
 
     print(f"{len(rows)} records of 100 x 2048 float16 ({len(rows) // 8} cold), {rounds} rounds, medians")
@@ -232,8 +305,7 @@ def compare(folder: Path, num_images: int, rounds: int) -> dict:
     report: dict = {"images": num_images, "rounds": rounds, "load": os.getloadavg(), "results": {}}
     rng = np.random.default_rng(0)
     for state in ("warm", "cold"):
-        for workers, collate in ((0, default_collate), (2, default_collate), (2, collate_and_keep)):
-            label = f"{state}, {workers} workers" + (", reading" if collate is collate_and_keep else "")
+        for label in MEASURES:
             seconds: dict[str, list[float]] = {name: [] for name in systems}
             cached: dict[str, list[float]] = {name: [] for name in systems}
             count = len(rows) if state == "warm" else len(rows) // 8
@@ -241,13 +313,9 @@ def compare(folder: Path, num_images: int, rounds: int) -> dict:
                 order = rng.permutation(rows)[:count].tolist()
                 for name in np.roll(list(systems), round_):
                     images, paths = systems[name]
-                    dataset = images()
-                    loader = open_loader(dataset, workers, collate)
-                    (touch if state == "warm" else drop)(paths)
-                    cached[name].append(resident(paths))
-                    seconds[name].append(seconds_of(loader, order))
-                    del loader  # and its workers
-                    dataset.close()
+                    prepare = functools.partial(set_up, state, paths, cached[name])
+                    seconds[name].append(MEASURES[label](images, order, prepare))
+            label = f"{state}, {label}"
             ratios = {
                 name: [theirs / ours for ours, theirs in zip(seconds["store"], seconds[name], strict=True)]
                 for name in systems
@@ -266,6 +334,12 @@ def compare(folder: Path, num_images: int, rounds: int) -> dict:
                 f"{median['LMDB, float16']:9.2f}   cached {max(map(max, cached.values())):.0%}",
                 flush=True,
             )
+    disk = []
+    for _ in range(rounds):
+        drop(store_files)
+        disk.append(seconds_of_disk(RegionStore(folder / "store"), rng.permutation(ids)[: len(rows) // 8].tolist()))
+    report["disk_seconds"] = disk
+    print(f"{'the disk itself':26}{len(rows) // 8 / statistics.median(disk):15.0f}")
     return report
 
 

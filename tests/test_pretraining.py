@@ -29,6 +29,7 @@ from unicoder_vl_hf import (
     training,
 )
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.pretraining import (
     PAPER,
@@ -90,6 +91,19 @@ def setup(world, bert, tmp_path_factory):
     for parameter in made.model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made
+
+
+def test_the_images_of_a_micro_batch_are_asked_for_while_the_one_before_is_here(setup, monkeypatch):
+    asked = []
+    monkeypatch.setattr(RegionStore, "will_need", lambda _, image_ids: asked.append(set(image_ids)))
+    sampler = StepBatchSampler(len(setup.train), rows_per_step=4, micro_batches=2, seed=0)
+    batches = setup.train_batches(sampler, torch.device("cpu"))
+    rows = list(sampler)
+    for number in (1, 2):
+        next(batches)
+        pairs = [setup.train[row] for row in rows[number]]
+        assert asked[-1] == {pair[name] for pair in pairs for name in ("image_id", "mismatch_image_id")}
+        assert len(asked) == number
 
 
 # Evaluation

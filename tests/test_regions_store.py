@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
 from unicoder_vl_hf.regions import shards as shards_module
+from unicoder_vl_hf.regions import store as store_module
 from unicoder_vl_hf.regions.tensor_files import TensorFileWriter
 
 
@@ -46,6 +47,27 @@ def test_get_many_keeps_the_order_asked_for(small):
     for number, record in zip(numbers, small.get_many(make(n).image_id for n in numbers), strict=True):
         assert_same(record, make(number))
     assert small.get_many([]) == []
+
+
+def test_what_was_announced_is_asked_for_once(small, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shards_module.Shard, "will_need_row", lambda shard, row: asked.append(shard.image_ids[row]))
+    first, second, third = (make(number).image_id for number in (33, 2, 17))
+    small.will_need([first, second, first])
+    assert asked == [second, first]  # in disk order
+    for _ in range(2):
+        for image_id, record in zip([second, third, second], small.get_many([second, third, second]), strict=True):
+            assert record.image_id == image_id
+    assert asked == [second, first, third, second, third]  # anew once it was read
+    with pytest.raises(KeyError, match="has no image 'nobody'"):
+        small.will_need(["nobody"])
+
+
+def test_images_announced_and_never_read_are_forgotten(small, monkeypatch):
+    monkeypatch.setattr(store_module, "MAX_COMING", 3)
+    for number in range(40):
+        small.will_need([make(number).image_id])
+    assert len(small._coming) <= 4
 
 
 def test_highest_object_ids_of_some_images(small):

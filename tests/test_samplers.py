@@ -2,9 +2,9 @@ import itertools
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
-from unicoder_vl_hf.data.samplers import StepBatchSampler, epoch_order, step_parts
+from unicoder_vl_hf.data.samplers import ReadAhead, StepBatchSampler, epoch_order, step_parts
 
 GRID = list(itertools.product((1, 5, 23, 24), (1, 4, 7, 30), (1, 2, 3), (1, 2, 4)))
 
@@ -133,3 +133,14 @@ def test_refuses_a_step_outside_the_epoch():
         sampler(23, 7).set_start_step(5)
     with pytest.raises(ValueError, match="epoch=-1"):
         sampler().set_epoch(-1)
+
+
+def test_each_batch_is_announced_while_the_one_before_it_is_here():
+    events = []
+    ahead = ReadAhead(BatchSampler(range(5), 2, drop_last=False), lambda rows: events.append(f"announced {rows}"))
+    assert len(ahead) == 3
+    for _ in range(2):  # epochs
+        events.clear()
+        for rows in ahead:
+            events.append(f"given {rows}")
+        assert events == ["announced [2, 3]", "given [0, 1]", "announced [4]", "given [2, 3]", "given [4]"]

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
-from .data.samplers import StepBatchSampler
+from .data.samplers import ReadAhead, StepBatchSampler
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
 from .preparation import DataArguments, in_words, load_model, load_processor, open_data
@@ -136,13 +136,18 @@ class PretrainingSetup:
         self.train.set_epoch(sampler.epoch)
         loader = DataLoader(
             self.train,
-            batch_sampler=sampler,
+            batch_sampler=ReadAhead(sampler, self._announce),
             collate_fn=self.collator,
             num_workers=num_workers,
             generator=torch.Generator(),  # or it would draw from the dropout's
         )
         for batch, weight in zip(loader, sampler.weights(), strict=True):
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, weight
+
+    def _announce(self, rows: list[int]) -> None:
+        if isinstance(store := self.collator.store, RegionStore):
+            pairs = self.train.__getitems__(rows)
+            store.will_need({pair[name] for pair in pairs for name in ("image_id", "mismatch_image_id")})
 
 
 class LossMeter:

@@ -5,7 +5,9 @@ so that a resume on another machine trains on the same steps. Every row occurs e
 step of an epoch is smaller.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -139,3 +141,27 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.start_step) * self.micro_batches
+
+
+class ReadAhead(Sampler[list[int]]):
+    """
+    The batches of a sampler, each announced one batch before it is given, for `DataLoader(batch_sampler=…)`: so the
+    disk reads what the next batch needs while this one is made and computed on.
+
+    Args:
+        batches (`Sampler`): Gives lists of rows.
+        announce (callable): Takes the rows of a batch, such as
+            `lambda rows: store.will_need(image_ids[row] for row in rows)`.
+    """
+
+    def __init__(self, batches: Sampler[list[int]], announce: Callable[[list[int]], Any]):
+        self.batches, self.announce = batches, announce
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch, following in pairwise(chain(self.batches, [[]])):
+            if following:
+                self.announce(following)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]

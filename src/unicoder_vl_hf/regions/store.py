@@ -47,6 +47,7 @@ from .tensor_files import locked, make_folder, write_json
 
 FORMAT_VERSION = 1
 MERGE = "merge_of"  # in unfinished.json: the stores that are merged here
+MAX_COMING = 2**14
 
 
 class RegionStore(Mapping[str, RegionRecord]):
@@ -70,6 +71,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         self.manifest = read_manifest(self.path)
         self.shards = Shards(self.path, self.manifest["shards"])
         self._index: Index | None = None
+        self._coming: dict[str, int] = {}  # numbers of images that `will_need` named and nobody read yet
 
     @property
     def index(self) -> Index:
@@ -120,11 +122,28 @@ class RegionStore(Mapping[str, RegionRecord]):
 
     def get_many(self, image_ids: Iterable[str]) -> list[RegionRecord]:
         """The records of these images, in the order asked for; the kernel fetches them all at once, in disk order."""
-        numbers = [self.number_of(image_id) for image_id in image_ids]
-        for number in sorted(set(numbers)):
+        image_ids = list(image_ids)
+        wanted = set(image_ids)
+        numbers = {image_id: n for image_id in wanted if (n := self._coming.pop(image_id, None)) is not None}
+        numbers |= self._fetch(wanted - numbers.keys())
+        return [shard.record(row) for shard, row in (self.shards.find(numbers[image_id]) for image_id in image_ids)]
+
+    def will_need(self, image_ids: Iterable[str]) -> None:
+        """
+        Has the kernel fetch these images, without waiting for them: say what comes next before you compute on what is
+        here, and the disk works meanwhile ([`ReadAhead`] does so for the batches of a `DataLoader`).
+        """
+        if len(self._coming) > MAX_COMING:  # read by other processes, or never
+            self._coming = {}
+        self._coming |= self._fetch(image_ids)
+
+    def _fetch(self, image_ids: Iterable[str]) -> dict[str, int]:
+        """Has the kernel fetch images, in disk order. Their numbers."""
+        numbers = {image_id: self.number_of(image_id) for image_id in image_ids}
+        for number in sorted(numbers.values()):
             shard, row = self.shards.find(number)
             shard.will_need_row(row)
-        return [shard.record(row) for shard, row in map(self.shards.find, numbers)]
+        return numbers
 
     def number_of(self, image_id: str) -> int:
         """Place of an image in disk order, from 0. Raises KeyError where there is none of this id."""
