@@ -252,6 +252,43 @@ def test_groups_share_what_is_embedded():
     assert outputs.scores.shape == (10,) and outputs.loss.item() > 0
 
 
+def test_words_and_regions_are_hidden_and_nothing_else():
+    processor = tiny.processor()
+    plain = DataCollatorForUnicoderVLRetrieval(processor, STORE)(ROWS)
+    before = {name: record.features.copy() for name, record in STORE.items()}
+    hide = DataCollatorForUnicoderVLRetrieval(processor, STORE, mask_probability=0.3, seed=1)
+    is_word = ~np.isin(plain["input_ids"], processor.tokenizer.all_special_ids)
+    is_region = plain["region_attention_mask"].bool().numpy()
+    words, regions, batches = 0, 0, 200
+    for row_index in range(batches):
+        rows = [{**ROWS[0], "row_index": row_index}, *ROWS[1:]]
+        batch = hide(rows)
+        changed = (batch["input_ids"] != plain["input_ids"]).numpy()
+        assert not (changed & ~is_word).any()
+        assert (batch["input_ids"].numpy()[changed] == processor.tokenizer.mask_token_id).all()
+        zero = (batch["region_features"] == 0).all(-1).numpy()
+        assert torch.equal(batch["region_features"][~zero], plain["region_features"][~zero])
+        words, regions = words + changed.sum(), regions + (zero & is_region).sum()
+        others = batch.keys() - {"input_ids", "region_features"}
+        assert all(torch.equal(batch[name], plain[name]) for name in others) and batch.keys() == plain.keys()
+        assert all(torch.equal(value, hide(rows)[name]) for name, value in batch.items())
+    for count, of in ((words, is_word.sum() * batches), (regions, is_region.sum() * batches)):
+        assert abs(count / of - 0.3) < 4 * (0.3 * 0.7 / of) ** 0.5
+    for rows in ([{**ROWS[0], "row_index": 1}, *ROWS[1:]], [{**ROWS[0], "epoch": 1}, *ROWS[1:]]):
+        assert not torch.equal(hide(rows)["input_ids"], hide(ROWS)["input_ids"])
+    assert all(np.array_equal(record.features, before[name]) for name, record in STORE.items())
+
+
+def test_hiding_out_of_range():
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"mask_probability={share}, expected a share"):
+            DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, mask_probability=share)
+    without = tiny.processor()
+    without.tokenizer.mask_token = None
+    with pytest.raises(ValueError, match="no mask token"):
+        DataCollatorForUnicoderVLRetrieval(without, STORE, mask_probability=0.1)
+
+
 def test_a_batch_equals_its_pairs_one_by_one():
     processor, model = tiny.processor(), tiny.model(UnicoderVLForImageTextRetrieval)
     batch = DataCollatorForUnicoderVLRetrieval(processor, STORE)(ROWS)
@@ -384,11 +421,13 @@ def test_from_a_pretraining_checkpoint(world, bert, tmp_path, monkeypatch):
 def test_options_reach_the_loss_and_the_data(world, bert, tmp_path):
     (tmp_path / "same.csv").write_text("train-00000,train-00001\n")
     options = {"loss": "sum", "margin": 0.3, "image_weight": 2.0, "num_negative_captions": 1, "num_negative_images": 2}
+    options["mask_probability"] = 0.2
     setup = prepare_retrieval(
         arguments(world, bert, duplicates=str(tmp_path / "same.csv"), in_batch_negatives=True, **options), tmp_path, 4
     )
     assert setup.model.group_loss.keywords == {"margin": 0.3, "caption_weight": 1.0, "image_weight": 2.0}
     assert setup.model.config.triplet_margin == 0.3 and setup.collator.in_batch_negatives
+    assert (setup.collator.mask_probability, setup.collator.seed) == (0.2, 4)
     assert (setup.train.num_captions, setup.train.num_images, setup.train.seed) == (1, 2, 4)
     assert setup.train[0]["image_code"] == setup.train[2]["image_code"] != setup.train[4]["image_code"]
     for loss, function in (("binary", binary_matching_loss), ("softmax", group_softmax_loss)):

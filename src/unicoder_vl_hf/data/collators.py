@@ -241,6 +241,12 @@ class DataCollatorForUnicoderVLRetrieval:
             N * N pairs, beside the negatives that the rows carry. What a row meets then depends on its batch.
         contrastive (`bool`, *optional*, defaults to `False`):
             Add `mismatches`, which tells the contrastive loss what captions and images of different rows mismatch.
+        mask_probability (`float`, *optional*, defaults to 0.0):
+            Share of the tokens that become `[MASK]`, and of the regions whose feature is set to zero, as the model
+            knows them from pre-training, in `[0, 1)`: so that it does not learn few photos by heart. A function of
+            `seed` and of the epoch and row index that the first row carries.
+        seed (`int`, *optional*, defaults to 0):
+            At least 0.
 
     Rows are dicts as [`PairsWithNegatives`] gives them.
 
@@ -250,7 +256,7 @@ class DataCollatorForUnicoderVLRetrieval:
         [`UnicoderVLForImageTextRetrieval`], and nothing else. The pairs of a row follow one another, its match first.
 
     Raises:
-        `ValueError`: an empty caption. `KeyError`: an image that the store lacks.
+        `ValueError`: an empty caption, or an option out of range. `KeyError`: an image that the store lacks.
 
     Example:
 
@@ -267,6 +273,14 @@ class DataCollatorForUnicoderVLRetrieval:
     max_length: int = 44
     in_batch_negatives: bool = False
     contrastive: bool = False
+    mask_probability: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.mask_probability < 1:
+            raise ValueError(f"mask_probability={self.mask_probability}, expected a share in 0..1, below 1.")
+        if self.mask_probability > 0 and self.processor.tokenizer.mask_token_id is None:
+            raise ValueError("The tokenizer has no mask token, which mask_probability needs: use BERT's.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         captions: dict[str, int] = {}  # caption -> its row of input_ids
@@ -294,6 +308,8 @@ class DataCollatorForUnicoderVLRetrieval:
         index = torch.tensor(pairs).unbind(1)
         inputs = self.processor(text=list(captions), padding=True, max_length=self.max_length, return_tensors="pt")
         inputs |= self.processor.feature_extractor(_fetch(self.store, list(images)), return_tensors="pt")
+        if self.mask_probability > 0:
+            self._mask(inputs, [self.seed, rows[0]["epoch"], rows[0]["row_index"], SALT])
         batch = {**inputs, **dict(zip(("caption_index", "image_index", "group_ids", "labels"), index, strict=True))}
         if self.contrastive:
             matches = rows
@@ -301,6 +317,13 @@ class DataCollatorForUnicoderVLRetrieval:
                 matches = list({(row["caption"], row["image_id"]): row for row in rows}.values())
             batch["mismatches"] = torch.tensor([[_mismatch(row, other) for other in matches] for row in matches])
         return batch
+
+    def _mask(self, inputs: Mapping[str, torch.Tensor], seed: Sequence[int]) -> None:
+        rng, tokenizer = np.random.default_rng(seed), self.processor.tokenizer
+        input_ids, features = inputs["input_ids"].numpy(), inputs["region_features"].numpy()
+        is_word = ~np.isin(input_ids, tokenizer.all_special_ids)
+        input_ids[is_word & (rng.random(input_ids.shape) < self.mask_probability)] = tokenizer.mask_token_id
+        features[rng.random(features.shape[:2]) < self.mask_probability] = 0
 
 
 @dataclass

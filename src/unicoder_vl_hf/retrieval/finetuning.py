@@ -74,6 +74,13 @@ class RetrievalArguments(DataArguments):
             "help": "Of each pair, so many captions and images of the micro-batch that the first stage likes best."
         },
     )
+    mask_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
+            "learned by heart."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
     )
@@ -182,6 +189,8 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
             max_length=arguments.max_length,
             in_batch_negatives=arguments.in_batch_negatives,
             contrastive=arguments.contrastive_weight > 0,
+            mask_probability=arguments.mask_probability,
+            seed=seed,
         ),
         train=train,
         validation=validation,
