@@ -131,7 +131,13 @@ def demo(args: DemoArguments) -> int:
 
     print(f"\nPre-training, validation scenes\n{metrics_table(pretraining, by_chance)}")
     print(f"\n{test.title} (percent)\n{recall_table(results)}")
-    print(f"\n{time.perf_counter() - started:.0f} s. Look at curves.png and gallery.html in {output_dir}.")
+    print(
+        f"\n{time.perf_counter() - started:.0f} s. Look at curves.png and gallery.html in {output_dir}, or search it:"
+    )
+    print(
+        f'unicoder-vl search "{captions[0]}" --index {index_path} --similarity-weight {args.similarity_weight:g} '
+        f"--photos {scenes / 'photos'} --gallery found.html"
+    )
     name, failed = "image_retrieval_recall@1", False
     # Among the first stage's candidates, any order of them is right more often than chance.
     guessed = report.rows[1].ceiling["image_retrieval"] / args.candidates
