@@ -143,9 +143,7 @@ def test_without_the_duplicates_the_photo_shown_twice_is_taken():
     assert mined_by_hand(duplicates=[])["negative_image_ids"][1] == ["3", "1"]
 
 
-def test_too_few_are_said_and_drawn_at_random_never_false(monkeypatch):
-    said = []
-    monkeypatch.setattr(mining.logger, "warning", said.append)
+def test_too_few_are_drawn_at_random_never_false():
     rule = MiningRule(num_negatives=2, max_score=0.9)  # score 2.197
     index, filled = MismatchIndex.from_pairs(small_split(), [["0", "3"]]), set()
     for seed in range(12):
@@ -161,7 +159,23 @@ def test_too_few_are_said_and_drawn_at_random_never_false(monkeypatch):
             assert not index.makes_match(row, np.array(rows), False).any()
         filled.add(tuple(mined["negative_image_ids"][1]))
     assert filled == {("4", "1"), ("4", "2")}  # "one"
-    assert "of 24 negatives were not found within the guards" in said[0]  # 7 captions and 5 images ask for 2 each
+
+
+@pytest.mark.parametrize(
+    ("max_score", "says"),
+    [
+        # Scores up to 1.05. Captions: 1 lacks for image 0 and its two rows, 2 for image 2, 1 for image 3.
+        (0.74, "5 of 14 negative captions (36%) and 8 of 14 negative images (57%) were not found within the guards"),
+        # Up to 4.6: image 2 has 6.0 with "a  DOG", to which image 4 alone is left.
+        (0.99, "1 of 14 negative images (7%) were not found within the guards"),
+        (0.9999, None),
+    ],
+)
+def test_what_lacks_is_said_as_a_share_of_the_rows(max_score, says, monkeypatch):
+    said = []
+    monkeypatch.setattr(mining.logger, "warning", said.append)
+    mined_by_hand(rule=MiningRule(num_negatives=2, max_score=max_score))
+    assert [text.split(",")[0] for text in said] == ([] if says is None else [says])
 
 
 def test_sets_deal_out_every_image_once(monkeypatch):

@@ -7,6 +7,7 @@ not match are kept. The guards against matches that nobody wrote down are those 
 `mine_hard_negatives`.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -176,21 +177,25 @@ def mine_hard_negatives(
     scores = scorer.score_pairs(
         captions, image_ids, *np.divmod(numbers, width), max_length=max_length, output_dir=scores_dir
     )
-    miner = _Miner(index, rule, seed)
+    hardest = functools.partial(_hard_negatives, index, rule, seed)
     firsts = np.array([rows[0] for rows in rows_of_image])  # a row that stands for each image
     hard_captions: list[_Found] = [([], [])] * len(pairs)
     for image, (rows, pairs_met) in enumerate(zip(rows_met, by_image, strict=True)):
-        found = miner.mine(firsts[image], rows, scores[np.searchsorted(numbers, pairs_met)], replace_image=False)
+        found = hardest(firsts[image], rows, scores[np.searchsorted(numbers, pairs_met)], replace_image=False)
         for row in rows_of_image[image]:
             hard_captions[row] = found
     hard_images = [
-        miner.mine(row, firsts[images], scores[np.searchsorted(numbers, pairs_met)], replace_image=True)
+        hardest(row, firsts[images], scores[np.searchsorted(numbers, pairs_met)], replace_image=True)
         for row, (images, pairs_met) in enumerate(zip(images_met, by_row, strict=True))
     ]
-    if miner.lacking:
+    shares = []
+    for name, found in (("captions", hard_captions), ("images", hard_images)):
+        drawn, wanted = sum(values.count(None) for _, values in found), len(pairs) * rule.num_negatives
+        if drawn:
+            shares.append(f"{drawn:,} of {wanted:,} negative {name} ({drawn / wanted:.0%})")
+    if shares:
         logger.warning(
-            f"{miner.lacking:,} of {miner.wanted:,} negatives were not found within the guards, for {miner.short:,} of "
-            f"{miner.queries:,} queries, and are drawn at random. "
+            f"{' and '.join(shares)} were not found within the guards, and are drawn at random. "
             f"More {'images_per_set' if encoder is None else 'candidates'} or looser guards find more."
         )
     columns = {
@@ -230,34 +235,30 @@ def _nearest(queries: np.ndarray, embeddings: np.ndarray, count: int) -> np.ndar
 _Found = tuple[list[int], list[float | None]]  # rows, and sigmoid(score) of each
 
 
-class _Miner:
-    """Chooses the negatives of one query after another, and counts what was lacking."""
+def _hard_negatives(
+    index: MismatchIndex,
+    rule: MiningRule,
+    seed: int,
+    row: int,
+    candidates: np.ndarray,
+    scores: np.ndarray,
+    *,
+    replace_image: bool,
+) -> _Found:
+    """
+    The negatives of one query; those that the rule does not find are drawn at random, and have no value.
 
-    def __init__(self, index: MismatchIndex, rule: MiningRule, seed: int):
-        self.index, self.rule, self.seed = index, rule, seed
-        self.queries = self.short = self.lacking = 0
-
-    @property
-    def wanted(self) -> int:
-        return self.queries * self.rule.num_negatives
-
-    def mine(self, row: int, candidates: np.ndarray, scores: np.ndarray, replace_image: bool) -> _Found:
-        """
-        Args:
-            row: the query is its caption, and what is sought are images (`replace_image`), or the other way round.
-            candidates: rows whose images (or captions) were scored with it.
-        """
-        codes = self.index.images if replace_image else self.index.texts
-        match = self.index.makes_match(row, candidates, replace_image)
-        rng = np.random.default_rng([self.seed, int(row), int(replace_image), SALT])
-        chosen = self.rule.choose(scores, match, codes[candidates], rng)
-        found, values = candidates[chosen].tolist(), list(sigmoid(scores[chosen]).tolist())
-        lacking = self.rule.num_negatives - len(found)
-        self.queries += 1
-        self.short += lacking > 0
-        self.lacking += lacking
-        found += self.index.draw_distinct(rng, int(row), replace_image, lacking, but=found)
-        return found, values + [None] * (len(found) - len(values))
+    Args:
+        row: the query is its caption, and what is sought are images (`replace_image`), or the other way round.
+        candidates: rows whose images (or captions) were scored with it.
+    """
+    codes = index.images if replace_image else index.texts
+    match = index.makes_match(row, candidates, replace_image)
+    rng = np.random.default_rng([seed, int(row), int(replace_image), SALT])
+    chosen = rule.choose(scores, match, codes[candidates], rng)
+    found, values = candidates[chosen].tolist(), list(sigmoid(scores[chosen]).tolist())
+    found += index.draw_distinct(rng, int(row), replace_image, rule.num_negatives - len(found), but=found)
+    return found, values + [None] * (len(found) - len(values))
 
 
 def mine(
