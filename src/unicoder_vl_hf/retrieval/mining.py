@@ -189,8 +189,8 @@ def mine_hard_negatives(
         for row, (images, pairs_met) in enumerate(zip(images_met, by_row, strict=True))
     ]
     shares = []
-    for name, found in (("captions", hard_captions), ("images", hard_images)):
-        drawn, wanted = sum(values.count(None) for _, values in found), len(pairs) * rule.num_negatives
+    for name, hard in (("captions", hard_captions), ("images", hard_images)):
+        drawn, wanted = sum(values.count(None) for _, values in hard), len(pairs) * rule.num_negatives
         if drawn:
             shares.append(f"{drawn:,} of {wanted:,} negative {name} ({drawn / wanted:.0%})")
     if shares:
