@@ -321,7 +321,7 @@ def test_all_candidates_of_the_first_stage_find_what_one_set_of_all_finds(job):
 
 def test_candidates_need_a_first_stage(job):
     folder, inputs, _ = job
-    with pytest.raises(ValueError, match=r"The first stage of .*model was not trained"):
+    with pytest.raises(ValueError, match=r"The first stage of .*model was not trained.*`unicoder-vl mine` without --c"):
         mine(*inputs, str(folder / "none"), candidates=10)
     assert not (folder / "none").exists()
 

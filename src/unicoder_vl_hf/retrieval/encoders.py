@@ -74,7 +74,8 @@ class UnicoderVLDualEncoder:
             raise UntrainedFirstStage(
                 f"The first stage of {name} was not trained: it can score a caption with an image, but embed neither "
                 f"alone. Train it, in minutes: `unicoder-vl train-first-stage {name} CAPTIONS REGIONS OUTPUT`."
-                f" Or search without it, `unicoder-vl search … --exhaustive`: {_exhaustive(model, processor, store)}."
+                " Or do without: `unicoder-vl mine` without --candidates, examples/evaluate_retrieval.py, or "
+                f"`unicoder-vl search … --exhaustive`: {_exhaustive(model, processor, store)}."
             )
         self.model, self.processor, self.store = model, processor, store
         self.name, self.max_length = str(name), max_length
