@@ -208,8 +208,53 @@ def test_an_index_is_whole_or_not_there(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "index").exists()
     monkeypatch.undo()
     assert len(build_index(encoder, store, tmp_path / "index")) == len(IMAGES)
-    with pytest.raises(ValueError, match=r"index exists: name another folder"):
-        build_index(encoder, store, tmp_path / "index")
+
+
+def test_a_complete_index_is_opened_again_and_none_other_overwritten(folder, indices, tmp_path, monkeypatch):
+    encoder, _, store = parts(folder)
+    monkeypatch.setattr(encoder, "embed_images", None)  # none is embedded again
+    again = build_index(encoder, store, folder / "images")
+    assert again.path == folder / "images" and np.array_equal(again.embeddings, indices["images"].embeddings)
+    holds = "exists and holds something else: name another folder"
+    for options in ({"image_ids": IMAGES[:2]}, {"captions": CAPTIONS}, {"captions": IMAGES}, {"faiss": "Flat"}):
+        with pytest.raises(ValueError, match=f"images {holds}"):
+            build_index(encoder, store, folder / "images", **options)
+    with pytest.raises(ValueError, match=r"was made by the checkpoint .* or index into another folder\."):
+        build_index(other_checkpoint(folder), store, folder / "images")
+    write_store(tmp_path / "other", [tiny.record(image_id, 2) for image_id in IMAGES])
+    with pytest.raises(ValueError, match=r"was made from the store"):
+        build_index(encoder, RegionStore(tmp_path / "other"), folder / "images")
+    with pytest.raises(ValueError, match=f"photos {holds}"):
+        build_index(encoder, store, folder / "photos")
+    assert len(list((folder / "photos").iterdir())) == len(IMAGES)
+
+
+def test_an_index_finds_its_folders_from_elsewhere_and_names_the_option_where_they_are_gone(
+    folder, tmp_path, monkeypatch, capsys
+):
+    for name in ("store", "model"):
+        shutil.copytree(folder / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second finds it complete
+        code, output = run(capsys, "index", "store", "--model", "model", "--output", "index")
+        assert code == 0 and "index is complete: 7 images, 6 numbers each, by model." in output
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    words = ["search", CAPTIONS[0], "--index", tmp_path / "index"]
+    assert run(capsys, *words)[0] == 0
+    for name, option in (("model", "--model"), ("store", "--regions")):
+        (tmp_path / name).rename("moved")
+        code, error = run(capsys, *words)
+        assert code == 1
+        assert f"made with {tmp_path / name}, which is not there any more: say where it is, {option}.\n" in error
+        assert run(capsys, *words, option, "moved")[0] == 0
+        Path("moved").rename(tmp_path / name)
+
+
+def test_a_name_of_the_hub_stays_a_name(folder, tmp_path):
+    encoder, _, store = parts(folder)
+    encoder.name = "owner/model"
+    assert build_index(encoder, store, tmp_path / "index").facts["encoder"]["name"] == "owner/model"
 
 
 def test_what_is_no_index_is_refused(folder, indices, tmp_path):
@@ -473,7 +518,7 @@ def run(capsys, *words):
 def test_commands(folder, clip, tmp_path, capsys, caplog):
     index = tmp_path / "images"
     code, output = run(capsys, "index", folder / "store", "--model", folder / "model", "--output", index)
-    assert code == 0 and f"{index}: 7 images, 6 numbers each, by {folder / 'model'}." in output
+    assert code == 0 and f"{index} is complete: 7 images, 6 numbers each, by {folder / 'model'}." in output
     gallery = tmp_path / "gallery.html"
     words = ["search", CAPTIONS[1], "--index", index, "--top-k", 3]
     code, output = run(capsys, *words, "--photos", folder / "photos", "--gallery", gallery)

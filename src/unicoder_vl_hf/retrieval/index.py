@@ -133,31 +133,34 @@ def build_index(
 ) -> SearchIndex:
     """
     Embeds the images of a store, or captions, and writes the index. Under `accelerate launch` processes share the
-    work; the same call goes on where a killed one stopped.
+    work; the same call goes on where a killed one stopped, and opens an index that is complete.
 
     Args:
         encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): What embeds.
         store ([`RegionStore`]): Its images are indexed, and re-ranking reads their regions.
         image_ids (sequence of `str`, *optional*): These images only, such as those of one split.
-        output (`str` or `os.PathLike`): The folder, which must not exist.
+        output (`str` or `os.PathLike`): A new folder, or that of the same index.
         captions (sequence of `str`, *optional*): Index these instead, each text once, to be searched by an image.
         faiss (`str`, *optional*): A structure of FAISS in the words of its `index_factory`, such as `"HNSW32"`, for
             millions of images; the search is then approximate. Needs the extra `[faiss]`.
 
     Raises:
-        `ValueError`: `output` exists, nothing to index, or what an earlier call left is of another job.
+        `ValueError`: `output` holds something else, nothing to index, or what an earlier call left is of another job.
     """
     output = Path(output)
     items: Items = "images" if captions is None else "captions"
     chosen = store if image_ids is None else image_ids
     names = list(dict.fromkeys(chosen if captions is None else captions))
     if output.exists():
-        raise ValueError(f"{output} exists: name another folder for the index.")
+        return _open_complete(output, encoder, store, items, names, faiss)
     if not names:
         raise ValueError(f"There are no {items} to index.")
     library = None if faiss is None else optional_import("faiss", "faiss")
     facts: dict[str, Any] = {"items": items, "count": len(names), "dim": encoder.dim, "faiss": faiss}
-    facts |= {"encoder": encoder.identity(), "store": store_identity(store)}
+    identity = encoder.identity()
+    if Path(identity["name"]).exists():  # a folder, not a name of the Hub
+        identity["name"] = str(Path(identity["name"]).absolute())
+    facts |= {"encoder": identity, "store": store_identity(store)}
 
     state = start_processes()
     state.wait_for_everyone()  # until all of them have seen that there is no output
@@ -195,6 +198,18 @@ def build_index(
     return SearchIndex(output)
 
 
+def _open_complete(
+    path: Path, encoder: DualEncoder, store: RegionStore, items: Items, names: list[str], faiss: str | None
+) -> SearchIndex:
+    """The index that is there already, where it is the one that is asked for."""
+    if (path / INDEX).exists():
+        index = SearchIndex(path)
+        index.check(encoder, store)
+        if (index.items, index.names, index.facts["faiss"]) == (items, names, faiss):
+            return index
+    raise ValueError(f"{path} exists and holds something else: name another folder for the index.")
+
+
 def store_identity(store: RegionStore) -> dict[str, str]:
     """What tells a store from others: its place, and the checksum of its manifest, which lists all others."""
     return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
@@ -202,7 +217,9 @@ def store_identity(store: RegionStore) -> dict[str, str]:
 
 def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:
     if any(before.get(key) != value for key, value in now.items() if key != "name"):
-        raise ValueError(f"{what} {_words(before)}, but given is {_words(now)}: give that one, or index again.")
+        raise ValueError(
+            f"{what} {_words(before)}, but given is {_words(now)}: give that one, or index into another folder."
+        )
 
 
 def _words(identity: dict[str, str]) -> str:

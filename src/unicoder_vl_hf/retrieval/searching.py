@@ -66,7 +66,7 @@ def make_index(
         encoder = open_transformers_encoder(str(dual_encoder), photos, needs_photos=captions is None)
     texts = None if captions is None else _captions(captions, split, regions)
     index = build_index(encoder, regions, output, captions=texts, faiss=faiss)
-    return f"{output}: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}."
+    return f"{output} is complete: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}."
 
 
 def run_search(
@@ -118,7 +118,7 @@ def run_search(
         wanted = "captions" if text is None else "images"
         if opened.items != wanted:
             raise ValueError(f"{index} holds {opened.items}, but what is sought are {wanted}: give an index of these.")
-        store = RegionStore(regions or opened.facts["store"]["name"])
+        store = RegionStore(regions or _place(opened, "store", "--regions"))
         query = _query(text, image, store)
         encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos)
         (hits,) = search(
@@ -137,7 +137,7 @@ def _two_stages(
     """The encoder that made the index, unless another is named, which `search` checks; and the scorer."""
     made_by = index.facts["encoder"]
     ours = made_by["family"] == "unicoder-vl" and dual_encoder is None
-    name = made_by["name"] if ours and model is None else model
+    name = _place(index, "encoder", "--model") if ours and model is None else model
     if name is None:
         raise ValueError(f"{index.path} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")
     loaded, processor = load_for_store(name, store)
@@ -145,7 +145,16 @@ def _two_stages(
     if ours:
         return UnicoderVLDualEncoder(loaded, processor, store, name), scorer
     needs_photos = index.items == "captions"  # which are searched by an image
-    return open_transformers_encoder(dual_encoder or made_by["name"], photos, needs_photos), scorer
+    first = dual_encoder or _place(index, "encoder", "--dual-encoder")
+    return open_transformers_encoder(first, photos, needs_photos), scorer
+
+
+def _place(index: SearchIndex, made: str, option: str) -> str:
+    """Where the encoder or the store of an index was when it was made. Raises ValueError where it is not any more."""
+    name = index.facts[made]["name"]
+    if os.path.isabs(name) and not os.path.exists(name):
+        raise ValueError(f"{index.path} was made with {name}, which is not there any more: say where it is, {option}.")
+    return name
 
 
 def _captions(path: str, split: str | None, store: RegionStore) -> list[str]:
