@@ -92,4 +92,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, go_on="With --scores_dir the same command goes on.")

@@ -108,7 +108,12 @@ def test_what_is_no_store_is_said(store, source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "says"), [("convert", "stopped. With --resume it goes on."), ("validate", "stopped.")]
+    ("command", "says"),
+    [
+        ("convert", "stopped. With --resume it goes on."),
+        ("mine", "stopped. The same command goes on."),
+        ("validate", "stopped."),
+    ],
 )
 def test_stopped_it_says_how_to_go_on(command, says, source, tmp_path, monkeypatch, capsys):
     def stop(*arguments, **options):
@@ -116,8 +121,9 @@ def test_stopped_it_says_how_to_go_on(command, says, source, tmp_path, monkeypat
 
     monkeypatch.setattr("unicoder_vl_hf.regions.conversion.convert", stop)
     monkeypatch.setattr("unicoder_vl_hf.regions.validation.validate", stop)
-    arguments = {"convert": ["convert", str(source), str(tmp_path / "store")], "validate": ["validate", str(source)]}
-    assert main(arguments[command]) == 130
+    monkeypatch.setattr("unicoder_vl_hf.retrieval.mining.mine", stop)
+    names = {"convert": ("a", "b"), "mine": ("a", "b", "c", "d"), "validate": ("a",)}
+    assert main([command, *names[command]]) == 130
     assert capsys.readouterr().err == f"unicoder-vl {command}: {says}\n"
 
 

@@ -605,6 +605,15 @@ def test_a_script_that_was_stopped_ends_with_130(warnings):
     assert warnings == ["Go on with the same command and --resume_from_checkpoint latest."]
 
 
+@pytest.mark.parametrize("go_on, says", [("", "stopped."), ("The same goes on.", "stopped. The same goes on.")])
+def test_a_script_that_ctrl_c_ends_at_once_says_what_goes_on(go_on, says, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["examples/run_x.py", "--y"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: fail(KeyboardInterrupt()), go_on)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"run_x.py: {says}\n"
+
+
 def test_a_script_that_was_finished_says_so_and_ends_well(tmp_path, warnings):
     for name in ("model.safetensors", "README.md"):
         (tmp_path / name).touch()

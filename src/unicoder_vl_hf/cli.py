@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from . import __version__
-from .errors import USER_ERRORS, end_with
+from .errors import USER_ERRORS, end_with, stopped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +23,7 @@ GO_ON = {
     "convert": "With --resume it goes on.",
     "label": "With --resume it goes on.",
     "merge": "The same command goes on.",
+    "mine": "The same command goes on.",
     "index": "The same command goes on.",
 }
 
@@ -35,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         return end_with(error, f"unicoder-vl {args.command}")
     except KeyboardInterrupt:
-        print(f"unicoder-vl {args.command}: stopped. {GO_ON.get(args.command, '')}".rstrip(), file=sys.stderr)
-        return 130
+        return stopped(f"unicoder-vl {args.command}", GO_ON.get(args.command, ""))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,7 @@
-"""Errors that a user can mend, as a command says them: in one line, without the way they took through the code."""
+"""
+How a command ends: errors that a user can mend, and Ctrl-C, are said in one line, without the way they took through the
+code.
+"""
 
 import os
 import sys
@@ -17,3 +20,9 @@ def end_with(error: Exception, program: str) -> int:
         raise error
     sys.stderr.write(f"{program}: {message or type(error).__name__}\n")
     return 1
+
+
+def stopped(program: str, go_on: str = "") -> int:
+    """Says that Ctrl-C ended it, and in `go_on` what goes on where; returns 130, as the shell has it."""
+    sys.stderr.write(f"{program}: stopped. {go_on}".rstrip() + "\n")
+    return 130

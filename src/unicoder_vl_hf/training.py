@@ -20,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from .errors import USER_ERRORS, end_with
+from .errors import USER_ERRORS, end_with, stopped
 
 logger = logging.get_logger(__name__)
 
@@ -126,20 +126,24 @@ class FinishedRun(ValueError):
     """There is nothing left to train."""
 
 
-def run_script(main: Callable[[], bool | None]):
+def run_script(main: Callable[[], bool | None], go_on: str = ""):
     """
-    `main` as a command. A training that was stopped (False) ends with 130, as the shell has it for Ctrl-C, so that what
-    follows after `&&` does not take up half a model; one that was finished before ends well. An error that the user can
-    mend is said in one line by each process that meets it, and ends with 1, whereupon the launcher ends the others.
+    `main` as a command. What Ctrl-C stopped ends with 130, as the shell has it, so that what follows after `&&` does
+    not take up half a model: a training that returned False, after a checkpoint, or anything else, at once; `go_on`
+    then says what goes on. A training that was finished before ends well. An error that the user can mend is said in
+    one line by each process that meets it, and ends with 1, whereupon the launcher ends the others.
     """
+    rank = os.environ.get("RANK")
+    program = Path(sys.argv[0]).name + (f" (process {rank})" if rank else "")
     try:
         trained = main()
     except FinishedRun as finished:
         _warn_once(str(finished))
         return
     except USER_ERRORS as error:
-        rank = os.environ.get("RANK")
-        sys.exit(end_with(error, Path(sys.argv[0]).name + (f" (process {rank})" if rank else "")))
+        sys.exit(end_with(error, program))
+    except KeyboardInterrupt:
+        sys.exit(stopped(program, go_on))
     if trained is False:
         _warn_once("Go on with the same command and --resume_from_checkpoint latest.")
         sys.exit(130)
