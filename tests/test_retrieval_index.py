@@ -14,6 +14,7 @@ import tiny
 import torch
 from PIL import Image
 from scoring_process import CAPTIONS, IMAGES, STORE
+from test_pictures import Page
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -36,8 +37,8 @@ from unicoder_vl_hf.retrieval.first_stage import train_first_stage
 from unicoder_vl_hf.retrieval.index import SearchIndex, build_index, nearest
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.retrieval.protocols import RetrievalFold
-from unicoder_vl_hf.retrieval.searching import run_search
-from unicoder_vl_hf.retrieval.two_stage import search, two_stage_report
+from unicoder_vl_hf.retrieval.searching import SearchResult, run_search
+from unicoder_vl_hf.retrieval.two_stage import Hit, search, two_stage_report
 
 # Of 9 captions and 7 images: two of them have two captions.
 IMAGE_OF_CAPTION = np.array([0, 1, 2, 3, 4, 5, 6, 1, 2])
@@ -369,6 +370,27 @@ class GivenScores:
         return self.table[caption_index, image_index]
 
 
+def test_numbers_below_one_are_refused(folder, indices):
+    encoder, scorer, _ = parts(folder)
+    for options in ({"top_k": 0}, {"candidates": -1}):
+        with pytest.raises(ValueError, match=r"top_k=.*, candidates=.*; expected at least 1 of each"):
+            search([CAPTIONS[0]], indices["images"], encoder, scorer, **options)
+
+
+def test_a_table_says_what_its_score_is():
+    hits = [Hit("a dog", 12.5, 0.25), Hit("a cat", -1.0, 0.5)]
+    assert str(SearchResult("x", hits)).splitlines() == [
+        "x",
+        "rank     score  similarity",
+        "   1   +12.500       0.250  a dog",
+        "   2    -1.000       0.500  a cat",
+    ]
+    assert str(SearchResult("x", hits, similarity_weight=10.0)).splitlines()[1:3] == [
+        "rank  score + 10 similarity  similarity",
+        "   1                +12.500       0.250  a dog",
+    ]
+
+
 def test_report_by_hand():
     fold = RetrievalFold(["a", "b", "c"], ["A", "B", "C"], np.array([0, 1, 2]))
     encoder = Given([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3], [0.0, 0.6, 0.5]])
@@ -398,11 +420,11 @@ def test_report_by_hand():
     assert (again.pairs, again.metrics) == (5, one.metrics)
     assert sorted(scorer.pairs) == [(0, 0), (0, 1), (1, 0), (2, 1), (2, 2)]  # none but the proposed, of both directions
     # 10 times the similarity: a scores 10, 13, 10; b 7, 9, 12; c 9, 8, 8.
-    both = two_stage_report(encoder, scorer, fold, candidates=(50,), similarity_weight=10.0).rows[1].metrics
+    both = two_stage_report(encoder, scorer, fold, candidates=(50,), similarity_weights=(10.0,)).rows[1].metrics
     assert [both[f"image_retrieval_recall@{k}"] for k in (1, 5)] == [0.0, 1.0]
     assert both["image_retrieval_mean_rank"] == pytest.approx((3 + 2 + 3) / 3)  # ties count against it
     # 100 times: the order of the first stage.
-    by_first = two_stage_report(encoder, scorer, fold, candidates=(50,), similarity_weight=100.0).rows[1].metrics
+    by_first = two_stage_report(encoder, scorer, fold, candidates=(50,), similarity_weights=(100.0,)).rows[1].metrics
     assert by_first == alone.metrics
     lines = str(report).splitlines()
     assert lines[2].startswith("| first stage alone | 0 |") and lines[4].startswith("| 2 | 6 |")
@@ -515,7 +537,7 @@ def run(capsys, *words):
     return code, output.out if code == 0 else output.err
 
 
-def test_commands(folder, clip, tmp_path, capsys, caplog):
+def test_commands(folder, clip, tmp_path, capsys, caplog, monkeypatch):
     index = tmp_path / "images"
     code, output = run(capsys, "index", folder / "store", "--model", folder / "model", "--output", index)
     assert code == 0 and f"{index} is complete: 7 images, 6 numbers each, by {folder / 'model'}." in output
@@ -529,11 +551,22 @@ def test_commands(folder, clip, tmp_path, capsys, caplog):
 
     (tmp_path / "few").mkdir()
     shutil.copy(folder / "photos" / f"{expected[0][0]}.png", tmp_path / "few")
+    junk = tmp_path / "few" / f"{expected[1][0]}.png"
+    junk.write_text("junk!")
     gallery.unlink()
     code, output = run(capsys, *words, "--photos", tmp_path / "few", "--gallery", gallery)
-    assert code == 0 and gallery.read_text().count("<figure") == 3
-    names = ", ".join(repr(name) for name, _ in expected[1:])
-    assert f"lacks 2 of 3 found images, which get a blank page: {names}." in caplog.text
+    assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
+    one, *blank = pictures(gallery)
+    assert corners(blank[0]) == corners(blank[1]) == [(255, 255, 255)] * 2 != corners(one)
+    assert (
+        f"2 of 3 found images get a blank page:\n{junk} cannot be read: its 5 bytes are no image of a known format.\n"
+        f"{tmp_path / 'few'} has no photo {expected[2][0]!r}; its ids are like"
+    ) in caplog.text
+    caplog.clear()
+    assert run(capsys, *words, "--gallery", gallery)[0] == 0
+    assert [corners(picture) for picture in pictures(gallery)] == [[(255, 255, 255)] * 2] * 3 and not caplog.text
+    code, output = run(capsys, *words, "--photos", tmp_path / "none", "--gallery", gallery)
+    assert code == 1 and "none does not exist" in output
 
     captions = tmp_path / "captions"
     options = ["--model", folder / "model", "--output", captions, "--captions", folder / "captions.jsonl"]
@@ -543,12 +576,33 @@ def test_commands(folder, clip, tmp_path, capsys, caplog):
     for image in (IMAGES[2], folder / "photos" / f"{IMAGES[2]}.png", tmp_path / "record.npz"):
         code, output = run(capsys, "search", "--image", image, "--index", captions, "--top-k", 2)
         assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
-    code, output = run(capsys, "search", "--image", "nobody.jpg", "--index", captions)
-    assert code == 1 and "unicoder-vl extract" in output
+    (tmp_path / "other").mkdir()
+    for suffix in ("png", "txt"):
+        (tmp_path / "other" / f"{IMAGES[2]}.{suffix}").write_text("junk!")
+    monkeypatch.chdir(tmp_path)
+    for name, says in {
+        "nobody": "unicoder-vl extract",
+        f"{IMAGES[2]}.jpg": "there is no such file",
+        f"other/{IMAGES[2]}": "there is no such file",
+        "none.npz": "there is no such file",
+        f"other/{IMAGES[2]}.png": f"{IMAGES[2]}.png cannot be read: its 5 bytes are no image",
+        f"other/{IMAGES[2]}.txt": f"{IMAGES[2]}.txt holds no photo",
+    }.items():
+        code, output = run(capsys, "search", "--image", name, "--index", captions)
+        assert code == 1 and says in output
     code, output = run(capsys, "search", "--image", IMAGES[2], "--index", index)
     assert code == 1 and "holds images, but what is sought are captions" in output
     code, output = run(capsys, *words, "--model", folder / "untrained")
     assert code == 1 and "was not trained" in output
+
+
+def pictures(gallery):
+    return [figure["picture"].convert("RGB") for figure in Page(gallery).sections[0]["figures"]]
+
+
+def corners(picture):
+    """Where no region was drawn."""
+    return [picture.getpixel(place) for place in ((0, 0), (picture.width - 1, picture.height - 1))]
 
 
 def ranks(output):
@@ -560,7 +614,7 @@ def test_exhaustive_search_says_first_how_long(folder, capsys):
     options = ["--exhaustive", "--model", folder / "untrained", "--regions", folder / "store", "--top-k", 9]
     assert cli.main(list(map(str, ["search", CAPTIONS[1], *options]))) == 0
     shown = capsys.readouterr()
-    assert "Scoring 1 captions x 7 images: 7 pairs" in shown.err and "about 0 s" in shown.err
+    assert "Scoring 1 caption x 7 images: 7 pairs" in shown.err and "about 0 s" in shown.err
     lines = [line.split(maxsplit=2)[2].strip() for line in shown.out.splitlines() if line[:4].strip().isdigit()]
     model = UnicoderVLForImageTextRetrieval.from_pretrained(folder / "untrained")
     scorer = ImageTextScorer(model, tiny.processor(), STORE, verbose=False)
@@ -597,7 +651,10 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
         ({"text": "a", "index": "i", "exhaustive": True}, "either --index"),
         ({"text": "a", "exhaustive": True}, "--exhaustive needs --model and --regions"),
         ({"image": "a", "index": "i", "gallery": "g", "photos": "p"}, "--gallery shows the images"),
-        ({"text": "a", "index": "i", "gallery": "g"}, "--gallery draws regions on photos: give --photos"),
+        ({"text": " ", "index": "i"}, "The sentence is empty"),
+        ({"text": "a", "index": "i", "top_k": 0}, "--top-k is 0, expected at least 1"),
+        ({"image": "a", "exhaustive": True, "top_k": -1}, "--top-k is -1, expected at least 1"),
+        ({"text": "a", "index": "i", "candidates": 0}, "--candidates is 0, expected at least 1"),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, message):

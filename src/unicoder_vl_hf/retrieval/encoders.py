@@ -177,7 +177,11 @@ class Photos:
 
         if image_id not in self.number:
             raise KeyError(f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}.")
-        return decode_photo(self.source.read(self.number[image_id]))[0]
+        number = self.number[image_id]
+        try:
+            return decode_photo(self.source.read(number))[0]
+        except Exception as error:  # of any kind, where a file is damaged
+            raise ValueError(f"{self.source.name(number)} cannot be read: {error}.") from error
 
 
 def open_transformers_encoder(name: str, photos: str | None, needs_photos: bool = True) -> TransformersDualEncoder:

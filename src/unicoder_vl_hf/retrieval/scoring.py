@@ -66,10 +66,15 @@ class ScoringPlan:
         done = f", {self.num_done:,} of them done before" if self.num_done else ""
         processes = f" on each of {self.num_processes} processes" if self.num_processes > 1 else ""
         return (
-            f"Scoring {self.num_captions:,} captions x {self.num_images:,} images: {self.num_pairs:,} pairs{done}, "
+            f"Scoring {_count(self.num_captions, 'caption')} x {_count(self.num_images, 'image')}: "
+            f"{_count(self.num_pairs, 'pair')}{done}, "
             f"{tqdm.format_sizeof(self.flops)}FLOP in {self.where}. At the measured "
             f"{tqdm.format_sizeof(self.flops_per_second)}FLOP/s{processes}: about {duration}."
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 class ImageTextScorer:

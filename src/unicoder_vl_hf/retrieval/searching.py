@@ -30,12 +30,15 @@ class SearchResult:
     query: str
     hits: list[Hit]
     gallery: Path | None = None
+    similarity_weight: float = 0.0
 
     def __str__(self) -> str:
-        lines = [self.query, "rank     score  similarity"]
+        score = "score" + f" + {self.similarity_weight:g} similarity" * bool(self.similarity_weight)
+        width = max(8, len(score))
+        lines = [self.query, f"rank  {score:>{width}}  similarity"]
         for rank, hit in enumerate(self.hits, start=1):
             similarity = "" if hit.similarity is None else f"{hit.similarity:.3f}"
-            lines.append(f"{rank:4}  {hit.score:+8.3f}  {similarity:>10}  {hit.name}")
+            lines.append(f"{rank:4}  {hit.score:+{width}.3f}  {similarity:>10}  {hit.name}")
         return "\n".join([*lines, *([] if self.gallery is None else [f"Gallery: {self.gallery}"])])
 
 
@@ -100,12 +103,16 @@ def run_search(
         raise ValueError("Give either --index, to search it in two stages, or --exhaustive, to score every pair.")
     if gallery is not None and text is None:
         raise ValueError("--gallery shows the images that a sentence finds: give a sentence, not --image.")
-    if gallery is not None and photos is None:
-        raise ValueError("--gallery draws regions on photos: give --photos, the folder that these are in.")
+    if text is not None and not text.strip():
+        raise ValueError("The sentence is empty: say what the images should show.")
+    for option, value in (("--top-k", top_k), ("--candidates", candidates)):
+        if value < 1:
+            raise ValueError(f"{option} is {value}, expected at least 1.")
     if exhaustive and similarity_weight:
         raise ValueError(
             "--exhaustive has no first stage whose similarity could be added: leave --similarity-weight out."
         )
+    photo = None if gallery is None or photos is None else Photos(photos)  # where there are none, before the search
     if index is None:
         if model is None or regions is None or (image is not None and captions is None):
             raise ValueError("--exhaustive needs --model and --regions, and with --image --captions.")
@@ -127,8 +134,8 @@ def run_search(
         )  # fmt: skip
     hits = hits[:top_k]
     shown = query if isinstance(query, str) else query.image_id
-    path = None if gallery is None else _write_gallery(gallery, shown, hits, store, Photos(str(photos)))
-    return SearchResult(shown, hits, path)
+    path = None if gallery is None else _write_gallery(gallery, shown, hits, store, photo)
+    return SearchResult(shown, hits, path, similarity_weight)
 
 
 def _two_stages(
@@ -169,9 +176,12 @@ def _query(text: str | None, image: str | None, store: RegionStore) -> str | Reg
     if image in store:
         return image
     path = Path(image)
-    if path.suffix == ".npz" and path.exists():
+    if str(path) != path.stem and not path.is_file():
+        raise FileNotFoundError(f"--image {image}: there is no such file, nor an image of that id in {store.path}.")
+    if path.suffix == ".npz":
         return RegionRecord.load(path)
     if path.stem in store:
+        Photos(path)(path.stem)  # says of a file that is no photo what it is
         return path.stem
     raise ValueError(
         f"--image is {image!r}: neither an image of {store.path}, nor a photo of one, nor a saved record (.npz). Find "
@@ -186,30 +196,31 @@ def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScore
 
 
 def _write_gallery(
-    path: str | os.PathLike[str], query: str, hits: Sequence[Hit], store: RegionStore, photo: Photos
+    path: str | os.PathLike[str], query: str, hits: Sequence[Hit], store: RegionStore, photo: Photos | None
 ) -> Path:
     from PIL import Image
 
     from ..pictures import GalleryItem, draw_regions, write_gallery
 
     class_names = store.provenance.get("class_names") or None
-    missing = [hit.name for hit in hits if hit.name not in photo.number]
-    if missing:
-        some = ", ".join(map(repr, missing[:3])) + (", …" if len(missing) > 3 else "")
-        logger.warning(
-            f"--photos {photo.path} lacks {len(missing)} of {len(hits)} found images, which get a blank page: {some}."
-        )
+    problems: list[str] = []
 
     def picture(image_id: str) -> Image.Image:
         record = store[image_id]
-        if image_id in photo.number:
-            image = photo(image_id)
-        else:
-            image = Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
+        image = Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
+        if photo is not None:
+            try:
+                image = photo(image_id)
+            except (KeyError, ValueError) as error:
+                problems.append(error.args[0])
         if record.boxes is None:
             return image
         return draw_regions(image, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)
 
     item = GalleryItem(query, best=tuple((hit.name, hit.score) for hit in hits))
     intro = f"The best of {len(store):,} images, by score, each with its {REGIONS_DRAWN} surest regions."
-    return write_gallery(path, [item], picture, title="Image search", intro=intro, picture_width=640)
+    written = write_gallery(path, [item], picture, title="Image search", intro=intro, picture_width=640)
+    if problems:
+        some = "\n".join(problems[:3]) + "\n…" * (len(problems) > 3)
+        logger.warning(f"{len(problems)} of {len(hits)} found images get a blank page:\n{some}")
+    return written

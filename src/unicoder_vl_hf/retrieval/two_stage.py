@@ -54,13 +54,18 @@ def search(
         encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): The first stage.
         scorer ([`ImageTextScorer`]): The second.
         top_k (`int`, *optional*, defaults to 10): Hits of a query.
-        candidates (`int`, *optional*, defaults to 100): Of the first stage, scored by the second.
+        candidates (`int`, *optional*, defaults to 100): Of the first stage, scored by the second; `top_k` at least.
         similarity_weight (`float`, *optional*, defaults to 0.0): So much of the first stage's similarity is added to
             the matching score, as BLIP adds it.
 
     Returns:
         `list[list[Hit]]`: of each query the best hits, the best first.
+
+    Raises:
+        `ValueError`: `top_k` or `candidates` below 1, or an index of another checkpoint or store.
     """
+    if min(top_k, candidates) < 1:
+        raise ValueError(f"top_k={top_k}, candidates={candidates}; expected at least 1 of each.")
     index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
     embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
     positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
@@ -96,6 +101,7 @@ class StageResult:
 
     Attributes:
         candidates (`int`): K, of each query; 0 for the first stage alone.
+        similarity_weight (`float`): Of the first stage's similarity, in the sum by which the K are ordered.
         pairs (`int`): That were scored, of both directions; those in common once.
         seconds (`float`, *optional*): For scoring, or for embedding all captions and images.
         ceiling (`dict[str, float]`): By direction, the share of queries with a right item among the K: no order of
@@ -104,6 +110,7 @@ class StageResult:
     """
 
     candidates: int
+    similarity_weight: float
     pairs: int
     seconds: float | None
     ceiling: dict[str, float]
@@ -118,7 +125,7 @@ class TwoStageReport:
     Attributes:
         num_captions, num_images (`int`): Among which is searched.
         num_queries (`dict[str, int]`): By direction.
-        rows (`tuple[StageResult, ...]`): The first stage alone, then each K.
+        rows (`tuple[StageResult, ...]`): The first stage alone, then each K by each weight.
     """
 
     num_captions: int
@@ -137,6 +144,8 @@ class TwoStageReport:
         ]
         for row in self.rows:
             name = str(row.candidates or "first stage alone")
+            if row.similarity_weight:
+                name += f", score + {row.similarity_weight:g} similarity"
             ceiling = ", ".join(f"{100 * row.ceiling[direction]:.1f}" for direction in DIRECTIONS if row.ceiling)
             figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in recalls)
             lines.append(f"| {name} | {row.pairs:,} | {_seconds(row.seconds)} | {ceiling} | {figures} |")
@@ -154,10 +163,11 @@ def two_stage_report(
     candidates: Sequence[int] = (10, 50, 100, 200),
     num_queries: int | None = None,
     scores_dir: str | os.PathLike[str] | None = None,
-    similarity_weight: float = 0.0,
+    similarity_weights: Sequence[float] = (0.0,),
 ) -> TwoStageReport:
     """
-    Recall of the first stage alone, and of the second among the best K of the first, for each K, in both directions.
+    Recall of the first stage alone, and of the second among the best K of the first, for each K and each weight of the
+    similarity, in both directions.
 
     Args:
         encoder, scorer: The first stage and the second.
@@ -168,15 +178,17 @@ def two_stage_report(
             there are: the figures of fewer queries, of a task as hard.
         scores_dir (`str` or `os.PathLike`, *optional*): Where the scorer keeps what it finished, to go on from there;
             the time is then unknown where it went on.
-        similarity_weight (`float`, *optional*, defaults to 0.0): As in [`search`].
+        similarity_weights (sequence of `float`, *optional*, defaults to `(0.0,)`): Each as in [`search`].
 
     Raises:
-        `ValueError`: no K, or one below 1; or no query.
+        `ValueError`: no K, or one below 1; no weight; or no query.
     """
     if num_queries is not None and num_queries < 1:
         raise ValueError(f"num_queries={num_queries}; expected at least 1, or None for all.")
     if not candidates or min(candidates) < 1:
         raise ValueError(f"candidates={tuple(candidates)}; expected at least one number, each at least 1.")
+    if not similarity_weights:
+        raise ValueError("similarity_weights is empty; expected at least one number, such as 0 for the score alone.")
     shape = num_captions, num_images = len(fold.captions), len(fold.image_ids)
     right_image = np.asarray(fold.image_of_caption)
     started = time.perf_counter()
@@ -188,7 +200,7 @@ def two_stage_report(
 
     similarities = texts @ images.T
     alone = metrics_of(rank_queries(similarities, right_image))
-    rows = [StageResult(0, 0, time.perf_counter() - started, {}, alone)]
+    rows = [StageResult(0, 0.0, 0, time.perf_counter() - started, {}, alone)]
 
     largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
     images_of, _ = nearest(texts[by_caption], images, min(largest, num_images))
@@ -200,29 +212,24 @@ def two_stage_report(
     started = time.perf_counter()
     scores = scorer.score_pairs(fold.captions, fold.image_ids, *np.divmod(pairs, num_images), output_dir=scores_dir)
     seconds = None if resumed else time.perf_counter() - started
-    scores = scores + similarity_weight * similarities.flat[pairs]
 
     for count in sorted(candidates):
         chosen = {"image_retrieval": of_caption[:, :count], "text_retrieval": of_image[:, :count]}
-        ranked = {}
-        for direction, numbers in chosen.items():
-            matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
-            matrix.flat[numbers.ravel()] = scores[np.searchsorted(pairs, numbers.ravel())]
-            ranked[direction] = rank_queries(matrix, right_image)[direction]
         num_pairs = len(np.union1d(*chosen.values()))
-        ceiling = {
+        hits = {
             "text_retrieval": right_image[captions_of[:, :count]] == by_image[:, None],
             "image_retrieval": images_of[:, :count] == right_image[by_caption, None],
         }
-        rows.append(
-            StageResult(
-                candidates=count,
-                pairs=num_pairs,
-                seconds=None if seconds is None else seconds * num_pairs / len(pairs),
-                ceiling={direction: float(hits.any(axis=1).mean()) for direction, hits in ceiling.items()},
-                metrics=metrics_of(ranked),
-            )
-        )
+        ceiling = {direction: float(found.any(axis=1).mean()) for direction, found in hits.items()}
+        share = None if seconds is None else seconds * num_pairs / len(pairs)
+        for weight in similarity_weights:
+            sums = scores + weight * similarities.flat[pairs]
+            ranked = {}
+            for direction, numbers in chosen.items():
+                matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
+                matrix.flat[numbers.ravel()] = sums[np.searchsorted(pairs, numbers.ravel())]
+                ranked[direction] = rank_queries(matrix, right_image)[direction]
+            rows.append(StageResult(count, weight, num_pairs, share, ceiling, metrics_of(ranked)))
     return TwoStageReport(
         num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows)
     )
