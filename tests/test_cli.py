@@ -136,6 +136,14 @@ def test_images_without_an_id_may_be_skipped(source, tmp_path, capsys):
     assert list(RegionStore(tmp_path / "store")) == ["dog"]
 
 
+def test_an_unknown_option_shows_the_usage_of_its_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "a dog", "--modle", "m"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("usage: unicoder-vl search ")
+    assert error.endswith("unicoder-vl search: error: unrecognized arguments: --modle m\n")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -426,6 +426,19 @@ def test_report_by_hand():
     # 100 times: the order of the first stage.
     by_first = two_stage_report(encoder, scorer, fold, candidates=(50,), similarity_weights=(100.0,)).rows[1].metrics
     assert by_first == alone.metrics
+    # Several weights by one call: a row for each K and weight, and no pair is scored twice.
+    scorer.pairs.clear()
+    several = two_stage_report(encoder, scorer, fold, candidates=(50, 1), similarity_weights=(0.0, 10.0))
+    assert [(row.candidates, row.similarity_weight) for row in several.rows] == [
+        (0, 0.0), (1, 0.0), (1, 10.0), (50, 0.0), (50, 10.0)
+    ]  # fmt: skip
+    assert (several.rows[3].metrics, several.rows[4].metrics) == (every.metrics, both)
+    assert len(scorer.pairs) == len(set(scorer.pairs)) == 9
+    assert [line.split(" |")[0] for line in str(several).splitlines()[3:7]] == [
+        "| 1", "| 1, score + 10 similarity", "| 50", "| 50, score + 10 similarity"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="similarity_weights is empty"):
+        two_stage_report(encoder, scorer, fold, similarity_weights=())
     lines = str(report).splitlines()
     assert lines[2].startswith("| first stage alone | 0 |") and lines[4].startswith("| 2 | 6 |")
     assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, for comparison | 9 | about ")
@@ -548,6 +561,9 @@ def test_commands(folder, clip, tmp_path, capsys, caplog, monkeypatch):
     assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
     page = gallery.read_text()
     assert page.count("<figure") == 3 and expected[0][0] in page and "right image" not in page
+
+    code, output = run(capsys, *words, "--similarity-weight", 2)
+    assert code == 0 and output.splitlines()[1] == "rank  score + 2 similarity  similarity"
 
     (tmp_path / "few").mkdir()
     shutil.copy(folder / "photos" / f"{expected[0][0]}.png", tmp_path / "few")

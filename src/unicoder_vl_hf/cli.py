@@ -30,7 +30,9 @@ GO_ON = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0, or 1 after an error that the user can mend, which is said in one line."""
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return args.run(args) or 0
     except USER_ERRORS as error:
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(
             name, help=help, description=help if help.endswith("?") else f"{help}.", allow_abbrev=False
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         for argument, text in positional:
             added.add_argument(argument, help=text)
         return added
@@ -184,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     index = command(_index, "A store, or captions, embedded for search", ("store", "its folder"))
-    index.add_argument("--output", required=True, help="new folder of the index; run again, it goes on")
+    index.add_argument("--output", required=True, help="new folder of the index; run again, it goes on, or is complete")
     _add_encoder(index)
     index.add_argument("--captions", help="index the captions of this file, whose images are in the store, instead")
     index.add_argument("--split", help="of the captions (default: all)")
@@ -192,19 +194,23 @@ def _parser() -> argparse.ArgumentParser:
 
     search = command(_search, "The images that match a sentence best, or the sentences that match an image")
     search.add_argument("text", nargs="?", help="the sentence")
-    search.add_argument("--image", help="search captions instead, by an image id, its photo, or a saved record")
+    search.add_argument(
+        "--image", help="search captions instead, by an image id, a photo file of that name, or a saved record"
+    )
     search.add_argument("--index", help="of images, or of captions for --image")
     search.add_argument("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
     search.add_argument("--regions", help="store (default: that of the index)")
     _add_encoder(search)
     search.add_argument("--captions", help="file, for --exhaustive with --image")
     search.add_argument("--split", help="of the captions (default: all)")
-    search.add_argument("--candidates", type=int, default=100, help="of the first stage, to be scored (default: 100)")
+    search.add_argument(
+        "--candidates", type=int, default=100, help="of the first stage, to be scored, --top-k at least (default: 100)"
+    )
     search.add_argument(
         "--similarity-weight", type=float, default=0.0, help="of its similarity, added to the score (default: 0)"
     )
     search.add_argument("--top-k", type=int, default=10, help="to be shown (default: 10)")
-    search.add_argument("--gallery", help="HTML of what was found, with regions drawn on --photos")
+    search.add_argument("--gallery", help="HTML of what was found, with regions drawn on --photos, or on blank pages")
 
     vcr_check = command(_vcr_check, "Would VCR's leaderboard take this submission?", ("submission", "CSV"))
     vcr_check.add_argument("--annotations", required=True, metavar="FILE", help="VCR's test.jsonl")
@@ -245,7 +251,7 @@ def _extract(args: argparse.Namespace) -> None:
 
 def _arguments(args: argparse.Namespace, *without: str) -> dict[str, Any]:
     """What was typed, as keyword arguments of the function that a command stands for."""
-    return {name: value for name, value in vars(args).items() if name not in ("command", "run", *without)}
+    return {name: value for name, value in vars(args).items() if name not in ("command", "run", "parser", *without)}
 
 
 def _option(text: str) -> tuple[str, Any]:
