@@ -5,10 +5,10 @@
     python examples/evaluate_two_stage.py --model runs/flickr30k --captions dataset_flickr30k.json \
         --regions flickr30k-regions --dual_encoder openai/clip-vit-base-patch32 --photos flickr30k-images
 
-The first stage proposes K candidates a query, in both directions, and the cross-encoder scores these pairs alone: the
-table has a row for each of `--candidates`. The first stage is the model's own, which must have been trained
-(`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of another Unicoder-VL, or a dual
-encoder of transformers.
+The first stage proposes K candidates a query, in both directions, and the cross-encoder scores these pairs alone, each
+once: the table has a row for each of `--candidates` and of `--similarity_weight`. The first stage is the model's own,
+which must have been trained (`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of
+another Unicoder-VL, or a dual encoder of transformers.
 `--num_queries 1000` asks with that many captions and images only, among all there are, where 200 pairs for each caption
 take too long. `--scores_dir` keeps what is done: the same command goes on after a kill.
 """
@@ -51,8 +51,9 @@ class TwoStageArguments:
     candidates: list[int] = field(
         default_factory=lambda: [10, 50, 100, 200], metadata={"help": "K: how many the first stage proposes a query."}
     )
-    similarity_weight: float = field(
-        default=0.0, metadata={"help": "Add so much of the first stage's similarity to the matching score."}
+    similarity_weight: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "Add so much of the first stage's similarity to the matching score; a row for each."},
     )
     bf16: bool = field(default=False, metadata={"help": "Score in bfloat16."})
     scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})
@@ -82,8 +83,6 @@ def main(argv: list[str] | None = None):
     if args.num_queries is not None:
         captions_asked, images_asked = report.num_queries["image_retrieval"], report.num_queries["text_retrieval"]
         title += f", asked with {captions_asked:,} captions and {images_asked:,} images, drawn evenly"
-    if args.similarity_weight:
-        title += f", {args.similarity_weight:g} times the similarity added to the score"
     print(f"{title}; first stage {encoder.name}\n\n{report}")
     if args.output is not None:
         values = {

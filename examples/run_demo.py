@@ -11,7 +11,6 @@ goes on; what is trained already is not trained again.
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -91,12 +90,11 @@ def demo(args: DemoArguments) -> int:
     model, processor = load_for_store(fine_tuned, store)
     encoder = UnicoderVLDualEncoder(model, processor, store, fine_tuned)
     scorer = ImageTextScorer(model, processor, store)
-    with tempfile.TemporaryDirectory() as folder:  # of scores, which both have in common
-        for name, weight in ((SCORED, 0.0), (BOTH_STAGES, args.similarity_weight)):
-            report = two_stage_report(
-                encoder, scorer, fold, [args.candidates], scores_dir=Path(folder, "scores"), similarity_weight=weight
-            )
-            results |= {FIRST_STAGE: report.rows[0].metrics, name: report.rows[1].metrics}
+    report = two_stage_report(
+        encoder, scorer, fold, [args.candidates], similarity_weights=(0.0, args.similarity_weight)
+    )
+    for name, row in zip((FIRST_STAGE, SCORED, BOTH_STAGES), report.rows, strict=True):
+        results[name] = row.metrics
     results["chance"] = chance(test)
 
     index_path = output_dir / "test-scenes.index"

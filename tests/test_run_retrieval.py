@@ -116,11 +116,12 @@ def test_every_pair_once_an_epoch_and_the_data_know_the_epoch(straight):
         assert sorted(row for _, row in of_epoch) == list(range(80))
 
 
-def test_resume_equals_never_stopped(command, straight, tmp_path):
+def test_resume_equals_never_stopped(command, straight, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(straight / "checkpoint-24", folder / "checkpoint-24")
     with examples_recorded(tmp_path / "examples"):
         run(SCRIPT, [*command(folder, dropout=0.1), "--resume_from_checkpoint", "latest"])
+    assert f"Going on from {folder / 'checkpoint-24'}, whose weights" in capsys.readouterr().out
     for step in (32, 40):
         assert_same_weights(folder / f"checkpoint-{step}", straight / f"checkpoint-{step}")
     assert examples_of(tmp_path / "examples-0") == examples_of(straight.parent / "examples-0")[4 * 24 :]

@@ -117,6 +117,8 @@ class TaskTrainer(Trainer):
         Trains, saves the model with its card, and pushes it if asked. False where Ctrl-C stopped it, which leaves a
         checkpoint to resume from.
         """
+        if resume_from is not None:
+            self.accelerator.print(f"Going on from {resume_from}, whose weights replace those loaded before.")
         with StopSignal() as stop:
             stopping = _StopWithCheckpoint(stop, self)
             self.add_callback(stopping)

@@ -67,7 +67,7 @@ def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTe
         "name": str(name),
         "saved_by": next(iter(model.config.architectures or ()), None),
         "revision": getattr(model.config, "_commit_hash", None),
-        "weights_sha256": weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()}),
+        "scoring_weights_sha256": weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()}),
     }
 
 
