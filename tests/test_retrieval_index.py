@@ -714,8 +714,11 @@ def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
         script.main([word for name, value in blind.items() for word in (f"--{name}", str(value))])
     script.main(
         [word for name, value in shared.items() for word in (f"--{name}", str(value))]
-        + ["--model", str(folder / "model"), "--num_queries", "8"]
+        + ["--model", str(folder / "model"), "--num_queries", "8", "--similarity_weight", "0", "10"]
     )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["similarity_weight"] for row in report["report"]["rows"]] == [0, 0, 10]
+    assert "weights_sha256" in report["first_stage"] and "scoring_weights_sha256" in report["checkpoint"]
     title = "Retrieval: 7 images, all 9 captions, asked with 8 captions and 7 images, drawn evenly"
     assert f"{title}; first stage" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["test"] == title
