@@ -1,6 +1,7 @@
 """The scorer: what it computes is what each pair alone gives, however the job is cut, shared, ordered or killed."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import random
@@ -469,6 +470,19 @@ def test_foreign_folder_is_refused(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"holds \['thesis.tex'\] and no job.json"):
         scorer(model).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+
+
+def test_another_process_begins_the_job_right_after_we_looked(tmp_path, monkeypatch):
+    job, exists = {"pairs": 3}, Path.exists
+
+    def look(path):
+        found = exists(path)
+        if path.name == "job.json" and not found:
+            path.write_text(json.dumps(job))
+        return found
+
+    monkeypatch.setattr(Path, "exists", look)
+    assert BlockFolder(tmp_path, job, process=1).done == set()
 
 
 # Two processes

@@ -48,7 +48,8 @@ class BlockFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         known = self.path / JOB
         if not known.exists():
-            foreign = sorted(entry.name for entry in self.path.iterdir() if not _is_ours(entry))
+            # Where another process has written the job meanwhile, it is here now.
+            foreign = sorted(entry.name for entry in self.path.iterdir() if not _is_ours(entry) and entry.name != JOB)
             if foreign:
                 raise ValueError(f"{self.path} holds {foreign[:3]} and no {JOB}: give an empty folder, or a new one.")
             _write_text(known, json.dumps(job, indent=2))
