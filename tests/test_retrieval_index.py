@@ -648,7 +648,8 @@ def test_exhaustive_search_says_first_how_long(folder, capsys):
 
 def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
     index, photos = tmp_path / "clip", ["--photos", folder / "photos"]
-    words = ["index", folder / "store", "--dual-encoder", folder / "clip", "--output", index]
+    shutil.copytree(folder / "clip", tmp_path / "encoder")
+    words = ["index", folder / "store", "--dual-encoder", tmp_path / "encoder", "--output", index]
     assert "looks at photos" in run(capsys, *words)[1]
     assert run(capsys, *words, *photos)[0] == 0
     code, output = run(capsys, "search", CAPTIONS[0], "--index", index)
@@ -656,6 +657,9 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
     code, output = run(capsys, "search", CAPTIONS[0], "--index", index, "--model", folder / "untrained", "--top-k", 7)
     assert code == 0 and sorted(name for name, _ in ranks(output)) == IMAGES
     assert "either --model" in run(capsys, *words, "--model", folder / "model")[1]
+    (tmp_path / "encoder").rename(tmp_path / "moved")
+    code, output = run(capsys, "search", CAPTIONS[0], "--index", index, "--model", folder / "untrained")
+    assert code == 1 and "encoder, which is not there any more: say where it is, --dual-encoder" in output
 
 
 @pytest.mark.parametrize(
