@@ -3,7 +3,8 @@
 Follows the paper's pre-training tasks: masked language modelling (15 % of the WordPiece tokens), masked object
 classification (15 % of the regions, the feature zeroed in 90 % of them) and visual-linguistic matching (one mismatch
 for each pair). What is masked is a pure function of (seed, epoch, row index), so that more workers, more processes,
-another micro-batch or a resume change no example. And its image-text retrieval: groups of a match and its negatives.
+another micro-batch or a resume change no example. And its image-text retrieval: groups of a match and its negatives,
+whose words and regions may be hidden, by micro-batch.
 And its visual commonsense reasoning: choices whose words point at regions of one image.
 Left out: drawing mismatches, which the rows carry (`negatives.py`).
 """
@@ -244,7 +245,7 @@ class DataCollatorForUnicoderVLRetrieval:
         mask_probability (`float`, *optional*, defaults to 0.0):
             Share of the tokens that become `[MASK]`, and of the regions whose feature is set to zero, as the model
             knows them from pre-training, in `[0, 1)`: so that it does not learn few photos by heart. A function of
-            `seed` and of the epoch and row index that the first row carries.
+            `seed` and of the epoch and row index of the first row: what is hidden depends on the micro-batch.
         seed (`int`, *optional*, defaults to 0):
             At least 0.
 
