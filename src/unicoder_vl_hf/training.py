@@ -532,7 +532,7 @@ def _is_repository(name: str) -> bool:
 
 def _metric_row(name: str, value: float) -> str:
     """Of the table: fractions and losses to four decimals; ranks count images or captions."""
-    decimals = 0 if name.endswith("_tied_ranks") else 1 if name.endswith("_rank") else 4
+    decimals = 0 if name.endswith(("_tied_ranks", "_ties")) else 1 if name.endswith("_rank") else 4
     return f"| {name} | {value:,.{decimals}f} |"
 
 

@@ -27,7 +27,7 @@ from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from .preparation import DATA_FOLDER, Model, ModelArguments, load_model, open_or_convert, processor_for
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.store import RegionStore
-from .vcr_evaluation import right_choices, vcr_metrics
+from .vcr_evaluation import choice_metrics, vcr_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -297,7 +297,7 @@ def evaluate_vcr(
     **options: int,
 ) -> dict[str, float]:
     """
-    Accuracies on questions with labels: as [`vcr_metrics`], or that of the one task. Every process calls it.
+    Accuracies and ties on questions with labels: as [`vcr_metrics`], or those of the one task. Every process calls it.
 
     Args:
         options: `batch_size` and `num_workers` of [`score_choices`].
@@ -306,7 +306,8 @@ def evaluate_vcr(
     labels = {"qa": rows["answer_label"][:], "qar": rows["rationale_label"][:]}
     if scores.keys() == TASKS.keys():
         return vcr_metrics(scores["qa"], scores["qar"], labels["qa"], labels["qar"])
-    return {TASKS[task]: float(right_choices(task, scores[task], labels[task]).mean()) for task in tasks}
+    (task,) = scores
+    return choice_metrics(TASKS[task].removesuffix("_accuracy"), scores[task], labels[task])
 
 
 def choice_probabilities(
