@@ -11,8 +11,6 @@ loss of both directions on sigmoid(score), margin 0.2, learning rate 5e-5, 192 p
 counts by P. The model that scores the highest sum of recalls on a part of the validation split is kept.
 """
 
-from pathlib import Path
-
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
@@ -23,14 +21,11 @@ from unicoder_vl_hf.retrieval.finetuning import (
     evaluate_retrieval,
     prepare_retrieval,
 )
-from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder, run_script
+from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.training import run_script
 
 
 class RetrievalTrainer(TaskTrainer):
-    def card(self):
-        return self.setup.card
-
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator
         return evaluate_retrieval(setup.model, setup.processor, collator.store, rows, max_length=collator.max_length)
@@ -51,8 +46,7 @@ def main(argv: list[str] | None = None) -> bool:
         paper=training_defaults(PAPER) | shared,
         scenes=training_defaults(SCENES) | shared,
     )
-    checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
-    resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
+    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_retrieval(data_args, training_args.output_dir, seed=training_args.seed)

@@ -47,6 +47,7 @@ from unicoder_vl_hf.regions.conversion import export
 from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
 from unicoder_vl_hf.training import (
     CheckpointFolder,
+    FinishedRun,
     JsonLog,
     StopSignal,
     fast_precision,
@@ -656,7 +657,8 @@ def test_what_is_a_defect_keeps_its_traceback(error, capsys):
     "given, says",
     [
         (["--captions", "x.json"], "Give both --captions and --regions, or neither for the rendered scenes"),
-        (["--bogus"], "Some specified arguments are not used by the HfArgumentParser: ['--bogus']"),
+        (["--bogus"], "unknown argument --bogus"),
+        (["--learning_rat=1"], "unknown argument --learning_rat=1, did you mean --learning_rate?"),
         (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
     ],
 )
@@ -774,17 +776,39 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path):
     save(folder, 5)
     (tmp_path / "model.safetensors").touch()
     assert folder.resolve("latest").name == "checkpoint-5"  # the last evaluation failed, or is yet to come
+    assert not folder.check_steps("latest", tmp_path / "checkpoint-5", 5, 5)
     (tmp_path / "README.md").touch()
-    for requested in (None, "latest"):
-        with pytest.raises(ValueError, match=r"finished run, with its model: there is nothing left to train"):
-            folder.resolve(requested)
-    assert folder.resolve(str(tmp_path / "checkpoint-5")).name == "checkpoint-5"  # who names it means it
+    with pytest.raises(ValueError, match=r"finished run, with its model: there is nothing left to train"):
+        folder.resolve(None)
+    checkpoint = folder.resolve("latest")
+    with pytest.raises(FinishedRun, match=r"nothing left to train.*a larger --num_train_epochs or --max_steps"):
+        folder.check_steps("latest", checkpoint, 5, 5)
+    assert folder.resolve(str(tmp_path / "checkpoint-5")).name == "checkpoint-5"
+    assert not folder.check_steps(str(checkpoint), checkpoint, 5, 5)  # who names it means it
+    shutil.rmtree(checkpoint)
+    with pytest.raises(FinishedRun, match=r"nothing left to train. It has no checkpoint from which more steps could"):
+        folder.resolve("latest")
+
+
+def test_a_run_can_become_longer_and_not_shorter(tmp_path, warnings):
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 5)
+    for name in ("model.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    checkpoint = folder.resolve("latest")
+    assert folder.check_steps("latest", checkpoint, 8, 5)
+    assert "a run of 5 steps. From here on the learning rate is that of a run of 8" in "".join(warnings)
+    folder.reopen()
+    assert not folder.is_finished() and (tmp_path / "model.safetensors").exists()
+    assert not folder.check_steps("latest", checkpoint, 8, 8)  # stopped on its way
+    with pytest.raises(ValueError, match="of a run of 8 steps, which cannot become one of 5"):
+        folder.check_steps("latest", checkpoint, 5, 8)
 
 
 def test_another_run_is_refused_by_name(tmp_path):
     folder = CheckpointFolder(tmp_path)
     save(folder, 5, learning_rate=0.1)
-    assert folder.read(folder.list()[0], {"learning_rate": 0.1, "seed": 1}) == {"step": 5}
+    assert folder.read(folder.list()[0], {"learning_rate": 0.1, "seed": 1}) == {"step": 5, "total_steps": 5}
     with pytest.raises(ValueError, match=r"another run: \(then, now\) differ in \{'learning_rate': \(0.1, 0.2\)\}"):
         folder.read(folder.list()[0], {"learning_rate": 0.2, "seed": 1})
 

@@ -20,7 +20,8 @@ from .data.collators import IGNORED, SALT, DataCollatorForUnicoderVLMultipleChoi
 from .data.vcr import require_labels
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
-from .processing_unicoder_vl import UnicoderVLProcessor
+from .preparation import TrainingSetup
+from .training import pretrained_by
 from .vcr_training import VCRDataArguments, open_and_load
 
 
@@ -104,15 +105,27 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
 
 
 @dataclass
-class VCRPretrainingSetup:
+class VCRPretrainingSetup(TrainingSetup):
     """What [`prepare_vcr_pretraining`] builds."""
 
     model: UnicoderVLForPreTraining
-    processor: UnicoderVLProcessor
     collator: DataCollatorForVCRPreTraining
     train: RightTexts
     validation: RightTexts
-    data_name: str
+
+    rows = "examples"
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        return self.collator.masking.loss_parts
+
+    @property
+    def trained_by(self) -> str:
+        return pretrained_by(self.loss_parts, "pre-trained further on the text of VCR by")
+
+    @property
+    def measured_on(self) -> str:
+        return f"{len(self.validation):,} questions"
 
 
 def prepare_vcr_pretraining(
@@ -133,6 +146,8 @@ def prepare_vcr_pretraining(
         moc_probability=arguments.moc_probability,
         num_region_classes=model.config.num_region_classes,
     )
+    if not masking.loss_parts:
+        raise ValueError("mlm_probability=0 and moc_probability=0 leave nothing to learn: raise one of them.")
     choices = data.collator(processor, arguments)
     collator = DataCollatorForVCRPreTraining(**{**vars(choices), "masking": masking})
     return VCRPretrainingSetup(

@@ -17,16 +17,24 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
 from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
-from .preparation import DATA_FOLDER, Model, ModelArguments, load_model, open_or_convert, processor_for
+from .preparation import (
+    DATA_FOLDER,
+    Model,
+    ModelArguments,
+    TrainingSetup,
+    load_model,
+    open_or_convert,
+    processor_for,
+)
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.store import RegionStore
+from .training import progress_bar
 from .vcr_evaluation import choice_metrics, vcr_metrics
 
 logger = logging.get_logger(__name__)
@@ -214,15 +222,20 @@ class WithoutInputs:
 
 
 @dataclass
-class VCRSetup:
+class VCRSetup(TrainingSetup):
     """What [`prepare_vcr`] builds."""
 
     model: UnicoderVLForMultipleChoice
-    processor: UnicoderVLProcessor
-    collator: Collator
     train: EpochOfExamples
     validation: datasets.Dataset
-    data_name: str
+
+    task = "visual-commonsense-reasoning"
+    rows = "examples"
+    trained_by = "fine-tuned for visual commonsense reasoning"
+
+    @property
+    def measured_on(self) -> str:
+        return f"{len(self.validation):,} questions"
 
 
 def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
@@ -280,7 +293,7 @@ def score_choices(
     was_training = model.training
     model.eval()
     scores: list[list[float]] = []
-    for batch in tqdm(loader, desc="Scoring choices", leave=False, disable=not state.is_local_main_process):
+    for batch in progress_bar(loader, desc="Scoring choices", leave=False, shown=state.is_local_main_process):
         inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
         scores += model(**inputs).logits.tolist()
     model.train(was_training)
@@ -327,7 +340,8 @@ def load_for_vcr(
     regions of another kind.
 
     Raises:
-        `ValueError`: the checkpoint has no head for choices, which would be new.
+        `ValueError`: the checkpoint has no head for choices, which would be new, or fewer rows than its tokenizer has
+            tokens.
     """
     loaded: Any = UnicoderVLForMultipleChoice.from_pretrained(name, output_loading_info=True)
     model, report = loaded
@@ -338,5 +352,6 @@ def load_for_vcr(
         )
     torch.nn.Module.to(model, PartialState().device)
     processor = UnicoderVLProcessor.from_pretrained(name)
+    processor.check_model(model)
     processor.set_store(store)
     return model.eval(), processor

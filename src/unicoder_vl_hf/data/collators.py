@@ -122,6 +122,12 @@ class DataCollatorForUnicoderVLPreTraining:
         if self.mlm_probability > 0 and self.processor.tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which masked language modelling needs: use BERT's.")
 
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """The losses of the masked tasks that are on, as the model's output names them."""
+        shares = {"mlm_loss": self.mlm_probability, "moc_loss": self.moc_probability}
+        return tuple(name for name, share in shares.items() if share > 0)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         pairs = [(row["image_id"], row["caption"]) for row in rows]
         with_mismatches = "mismatch_image_id" in rows[0]

@@ -27,7 +27,15 @@ from ..modeling_unicoder_vl import (
     hardest_negative_triplet_loss,
     sum_of_negatives_triplet_loss,
 )
-from ..preparation import DataArguments, in_words, is_unicoder_vl, load_model, load_processor, open_data
+from ..preparation import (
+    DataArguments,
+    TrainingSetup,
+    in_words,
+    is_unicoder_vl,
+    load_model,
+    load_processor,
+    open_data,
+)
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from .encoders import UnicoderVLDualEncoder
 from .metrics import retrieval_metrics, with_recall_sum
@@ -108,27 +116,20 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 
 
 @dataclass
-class RetrievalSetup:
+class RetrievalSetup(TrainingSetup):
     """What [`prepare_retrieval`] builds."""
 
     model: UnicoderVLForImageTextRetrieval
-    processor: UnicoderVLProcessor
     collator: DataCollatorForUnicoderVLRetrieval
     train: PairsWithNegatives
     validation: datasets.Dataset | None
-    data_name: str
 
     @property
-    def card(self) -> dict[str, Any]:
-        """What the model card says of data and training: arguments of [`write_model_card`]."""
-        return {
-            "data_name": self.data_name,
-            "provenance": self.processor.feature_extractor.region_provenance,
-            "trained_by": self._trained_by(),
-            "measured_on": None if self.validation is None else in_words(self.validation),
-        }
+    def measured_on(self) -> str | None:
+        return None if self.validation is None else in_words(self.validation)
 
-    def _trained_by(self) -> str:
+    @property
+    def trained_by(self) -> str:
         model, train = self.model, self.train
         if model.group_loss is None:
             return (
