@@ -5,7 +5,6 @@ Follows the paper's pre-training tasks; the loops are in `examples/run_pretraini
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +149,7 @@ class PretrainingSetup(TrainingSetup):
 
     def _announce(self, rows: list[int]) -> None:
         if isinstance(store := self.collator.store, RegionStore):
-            pairs = self.train.__getitems__(rows)
+            pairs = self.train.make_rows(rows)
             store.will_need({pair[name] for pair in pairs for name in ("image_id", "mismatch_image_id")})
 
 
@@ -283,7 +282,7 @@ def evaluate_pretraining(
     tasks = {"mlm": ("labels", config.vocab_size), "moc": ("region_labels", config.num_region_classes)}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in tasks}  # of losses, of right predictions
     counts = {name: torch.zeros(size, dtype=torch.float64) for name, (_, size) in tasks.items()}  # of each target
-    for batch, outputs in batches(functools.partial(_collate_matches, collator), "Evaluating masked prediction"):
+    for batch, outputs in batches(collator.collate_matches, "Evaluating masked prediction"):
         for name, logits in (("mlm", outputs.prediction_logits), ("moc", outputs.region_logits)):
             labels = batch[tasks[name][0]]
             targets = labels[labels != IGNORED]
@@ -321,11 +320,6 @@ def evaluate_pretraining(
         "matching_auc": roc_auc(all_scores, matches),
     }
     return metrics
-
-
-def _collate_matches(collator: DataCollatorForUnicoderVLPreTraining, rows: Sequence[Mapping[str, Any]]):
-    """The matches of the rows, without their mismatches."""
-    return collator([{name: row[name] for name in row if not name.startswith("mismatch")} for row in rows])
 
 
 class ShuffledStore(Mapping[str, RegionRecord]):

@@ -14,9 +14,10 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from .data.collators import IGNORED, SALT, DataCollatorForUnicoderVLMultipleChoice, DataCollatorForUnicoderVLPreTraining
+from .data.rows import Row, RowsOfEpoch
 from .data.vcr import require_labels
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
@@ -35,7 +36,7 @@ class VCRPretrainingArguments(VCRDataArguments):
     )
 
 
-class RightTexts(Dataset[dict[str, Any]]):
+class RightTexts(RowsOfEpoch):
     """
     A question with its right answer and rationale, one a row, as an example of a single choice; with the row's number
     and the epoch, or a fixed one, which decide what is masked.
@@ -47,19 +48,19 @@ class RightTexts(Dataset[dict[str, Any]]):
     def __init__(self, rows: datasets.Dataset, fixed_epoch: int | None = None):
         for name in ("answer_label", "rationale_label"):
             require_labels(rows, name, "which belongs to the text: give a labelled split.")
-        self.rows, self.epoch, self.is_fixed = rows, fixed_epoch or 0, fixed_epoch is not None
-
-    def set_epoch(self, epoch: int):
-        if not self.is_fixed:
-            self.epoch = epoch
+        super().__init__(fixed_epoch)
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        return [self._make_row(number) for number in numbers]
+
+    def _make_row(self, number: int) -> Row:
+        row = self.rows[number]
         right = [row[f"{name}_choices"][row[f"{name}_label"]] for name in ("answer", "rationale")]
-        return row | {"choices": [[row["question"], *right]], "label": 0, "row_index": index, "epoch": self.epoch}
+        return Row(row, choices=[[row["question"], *right]], label=0, row_index=number, epoch=self.epoch)
 
 
 @dataclass

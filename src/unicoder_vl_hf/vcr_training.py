@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from transformers.utils import logging
 
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
+from .data.rows import Row, RowsOfEpoch
 from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
@@ -193,21 +194,18 @@ def open_and_load(
     return data, model, processor_for(arguments, data.store, data.train.unique("image_id"))
 
 
-class EpochOfExamples(Dataset[dict[str, Any]]):
+class EpochOfExamples(RowsOfEpoch):
     """Examples one after another, each with its number and the epoch, which decide what is masked of it."""
 
     def __init__(self, parts: Sequence[VCRExamples]):
-        self.examples: ConcatDataset[dict[str, Any]] = ConcatDataset(parts)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+        super().__init__()
+        self.examples: ConcatDataset[Row] = ConcatDataset(parts)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples[index] | {"row_index": index, "epoch": self.epoch}
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        return [self.examples[number] | {"row_index": number, "epoch": self.epoch} for number in numbers]
 
 
 @dataclass
@@ -276,7 +274,7 @@ def _report(collator: DataCollatorForUnicoderVLMultipleChoice, rows: datasets.Da
 def score_choices(
     model: UnicoderVLForMultipleChoice,
     collator: Collator,
-    examples: Dataset[dict[str, Any]],
+    examples: Dataset[Row],
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> np.ndarray:
