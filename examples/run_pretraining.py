@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
+from unicoder_vl_hf.data.negatives import pairs_digest
 from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.pretraining import (
@@ -90,7 +91,8 @@ def main(argv: list[str] | None = None) -> bool:
     accelerator.register_for_checkpointing(scheduler)
     save_weights_as_pretrained(accelerator)
 
-    identity = run_identity(data_args, args, train_pairs=len(setup.train), total_steps=total_steps)
+    pairs = {"train_pairs": len(setup.train), "train_pairs_sha256": pairs_digest(setup.train.pairs)}
+    identity = run_identity(data_args, args, **pairs, total_steps=total_steps)
     step, meter = 0, LossMeter(accelerator, setup.loss_parts)
     if resume_from is None:
         set_seed(args.seed, device_specific=True)  # another dropout in every process

@@ -11,12 +11,21 @@ defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processe
 from transformers import TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.pretraining import PAPER, SCENES, PretrainingArguments, evaluate_pretraining, prepare_pretraining
+from unicoder_vl_hf.pretraining import (
+    PAPER,
+    SCENES,
+    PretrainingArguments,
+    PretrainingSetup,
+    evaluate_pretraining,
+    prepare_pretraining,
+)
 from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
 from unicoder_vl_hf.training import run_script
 
 
 class PretrainingTrainer(TaskTrainer):
+    setup: PretrainingSetup
+
     def evaluate_task(self, rows):
         # Trainer's own loop keeps the logits of every token over the vocabulary: 30 GB for 5,000 pairs.
         return evaluate_pretraining(

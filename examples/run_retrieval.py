@@ -18,6 +18,7 @@ from unicoder_vl_hf.retrieval.finetuning import (
     PAPER,
     SCENES,
     RetrievalArguments,
+    RetrievalSetup,
     evaluate_retrieval,
     prepare_retrieval,
 )
@@ -26,6 +27,8 @@ from unicoder_vl_hf.training import run_script
 
 
 class RetrievalTrainer(TaskTrainer):
+    setup: RetrievalSetup
+
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator
         return evaluate_retrieval(setup.model, setup.processor, collator.store, rows, max_length=collator.max_length)
@@ -50,9 +53,9 @@ def main(argv: list[str] | None = None) -> bool:
     set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_retrieval(data_args, training_args.output_dir, seed=training_args.seed)
-    patience = data_args.early_stopping_patience
     if setup.validation is None:
-        training_args.eval_strategy, training_args.load_best_model_at_end, patience = "no", False, None
+        training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
+    patience = data_args.early_stopping_patience
     trainer = RetrievalTrainer(
         setup,
         training_args,

@@ -16,10 +16,21 @@ from transformers import TrainingArguments, set_seed
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
 from unicoder_vl_hf.training import run_script
-from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS, TASKS, VCRArguments, evaluate_vcr, prepare_vcr
+from unicoder_vl_hf.vcr_training import (
+    PAPER,
+    SCENES,
+    SCENES_FIELDS,
+    TASKS,
+    VCRArguments,
+    VCRSetup,
+    evaluate_vcr,
+    prepare_vcr,
+)
 
 
 class VCRTrainer(TaskTrainer):
+    setup: VCRSetup
+
     def __init__(self, tasks: list[str], *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.tasks = tasks

@@ -14,11 +14,18 @@ from transformers import TrainingArguments, set_seed
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
 from unicoder_vl_hf.training import run_script
-from unicoder_vl_hf.vcr_pretraining import VCRPretrainingArguments, evaluate_vcr_pretraining, prepare_vcr_pretraining
+from unicoder_vl_hf.vcr_pretraining import (
+    VCRPretrainingArguments,
+    VCRPretrainingSetup,
+    evaluate_vcr_pretraining,
+    prepare_vcr_pretraining,
+)
 from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS
 
 
 class VCRPretrainingTrainer(TaskTrainer):
+    setup: VCRPretrainingSetup
+
     def evaluate_task(self, rows):
         return evaluate_vcr_pretraining(
             self.setup.model,

@@ -50,7 +50,10 @@ from unicoder_vl_hf.training import (
     Computing,
     FinishedRun,
     JsonLog,
+    LossMeter,
     StopSignal,
+    beside_the_bar,
+    progress_bar,
     run_script,
 )
 
@@ -771,6 +774,58 @@ def test_another_run_is_refused_by_name(tmp_path):
     assert folder.read(folder.list()[0], {"learning_rate": 0.1, "seed": 1}) == {"step": 5, "total_steps": 5}
     with pytest.raises(ValueError, match=r"another run: \(then, now\) differ in \{'learning_rate': \(0.1, 0.2\)\}"):
         folder.read(folder.list()[0], {"learning_rate": 0.2, "seed": 1})
+
+
+# What the log and the bar say of the losses
+
+
+def outputs_of(loss, **parts):
+    return {name: torch.tensor(value) for name, value in {"loss": loss, **parts}.items()}
+
+
+def test_means_of_the_losses_by_hand():
+    """Two steps, the first of two micro-batches; half of the rows are matches, over which mlm and moc are means."""
+    meter = LossMeter(Accelerator(cpu=True), ("mlm_loss", "moc_loss", "matching_loss"))
+    labels = torch.tensor([1, 0])
+    meter.add(outputs_of(6.0, mlm_loss=3.0, moc_loss=2.0, matching_loss=1.0), labels, 0.25)
+    meter.add(outputs_of(2.0, mlm_loss=1.0, moc_loss=0.0, matching_loss=1.0), labels, 0.75)
+    meter.gather()
+    meter.add(outputs_of(5.0, mlm_loss=2.5, moc_loss=1.5, matching_loss=1.0), labels, 1.0)
+    meter.gather()
+    state = meter.state()
+    means = meter.mean(2)
+    assert means.pop("rows_per_second") > 0
+    assert means == pytest.approx({"loss": 4.0, "mlm_loss": 4.0, "moc_loss": 2.0, "matching_loss": 1.0})
+    meter.load(state)
+    assert meter.state() == state == {"loss": 8, "mlm_loss": 4, "moc_loss": 2, "matching_loss": 2, "counted": 1}
+    meter.load([8.0, 4.0, 2.0, 2.0, 1.0])  # as checkpoints had it that gave no names
+    assert meter.state() == state
+
+
+def test_rows_of_unknown_matching_all_count():
+    meter = LossMeter(Accelerator(cpu=True), ("mlm_loss",))
+    meter.add(outputs_of(3.0, mlm_loss=3.0, moc_loss=0.0, matching_loss=0.0), torch.tensor([-100, -100]), 1.0)
+    meter.gather()
+    assert {name: value for name, value in meter.mean(1).items() if "loss" in name} == {"loss": 3.0, "mlm_loss": 3.0}
+
+
+def test_a_loss_that_is_off_is_absent_also_in_a_checkpoint_that_knew_it():
+    meter = LossMeter(Accelerator(cpu=True), ("mlm_loss", "matching_loss"))
+    meter.load([8.0, 4.0, 0.0, 2.0, 1.0])
+    assert meter.state() == {"loss": 8, "mlm_loss": 4, "matching_loss": 2, "counted": 1}
+    assert "moc_loss" not in meter.mean(2)
+
+
+def test_what_stands_beside_the_bar():
+    line = {"loss": 3.14159, "mlm_loss": 12.3456, "learning_rate": 0.0005, "epoch": 0.5, "rows_per_second": 99.0}
+    assert beside_the_bar(line) == {"loss": "3.14", "mlm": "12.3", "lr": "5.0e-04"}
+
+
+def test_a_bar_that_is_shown_leaves_it_to_the_environment(monkeypatch):
+    """TQDM_DISABLE, which tqdm reads when it is imported, is the default of an argument that must not be given."""
+    monkeypatch.setattr(training, "tqdm", lambda *args, **options: (args, options))
+    assert progress_bar(range(3), shown=True, desc="x") == ((range(3),), {"desc": "x"})
+    assert progress_bar(range(3), shown=False, desc="x") == ((range(3),), {"desc": "x", "disable": True})
 
 
 def test_log_drops_what_a_resumed_run_writes_again(tmp_path):

@@ -284,10 +284,12 @@ def hidden(collator, rows):
     batch = collator(rows)
     captions = dict.fromkeys(caption for row in rows for caption in (row["caption"], *row["negative_captions"]))
     images = dict.fromkeys(image for row in rows for image in (row["image_id"], *row["negative_image_ids"]))
-    words = [tuple(row[mask > 0].tolist()) for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    words = [
+        tuple(row[mask > 0].tolist()) for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
     regions = [
         tuple((row[mask > 0] == 0).all(-1).tolist())
-        for row, mask in zip(batch["region_features"], batch["region_attention_mask"])
+        for row, mask in zip(batch["region_features"], batch["region_attention_mask"], strict=True)
     ]
     return dict(zip(captions, words, strict=True)) | dict(zip(images, regions, strict=True))
 

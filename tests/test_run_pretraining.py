@@ -157,6 +157,42 @@ def test_log_of_the_loop(straight, script):
     }
 
 
+@pytest.fixture
+def lines(script):
+    """The lines of the log of a run in which there are losses."""
+
+    def read(folder):
+        state = folder / "trainer_state.json"
+        log = log_of(folder) if script == "run_pretraining" else json.loads(state.read_text())["log_history"]
+        return [line for line in log if "loss" in line]
+
+    return read
+
+
+@pytest.mark.parametrize("options, absent", [({}, []), ({"no_moc": True}, ["moc"]), ({"mlm_probability": 0}, ["mlm"])])
+def test_the_losses_of_what_is_trained_stand_beside_the_bar(script, command, lines, tmp_path, capsys, options, absent):
+    arguments = command(script, tmp_path, max_steps=3, accumulation=2, pairs=2, logging_steps=1, **options)
+    run(script, arguments if script == "run_pretraining" else [*arguments, "--disable_tqdm", "false"])
+    out, bar = capsys.readouterr()
+    present = [name for name in ("mlm", "moc", "matching") if name not in absent]
+    parts = {f"{name}_loss" for name in present}
+    assert len(lines(tmp_path)) == 3
+    for line in lines(tmp_path):
+        assert {name for name in line if name.endswith("_loss")} == parts
+        masked = sum(line[name] for name in parts - {"matching_loss"}) / 2  # half of the rows are matches
+        assert line["loss"] == pytest.approx(masked + line["matching_loss"], rel=1e-4)
+    last = lines(tmp_path)[-1]
+    shown = ", ".join(f"{name}={last[f'{name}_loss']:.3g}" for name in present)
+    assert f"loss={last['loss']:.3g}, {shown}, lr=" in bar
+    for name in absent:
+        assert f"{name}=" not in bar and f"{name}_" not in out
+        assert f"{name}_" not in (tmp_path / "README.md").read_text()
+        for file in tmp_path.glob("*.json"):
+            assert f"{name}_accuracy" not in file.read_text() and f'"eval_{name}' not in file.read_text()
+    assert "{'loss'" not in out + bar  # which transformers prints beside its bar
+    assert out.count("matching_accuracy") == 1  # the evaluation, in a line
+
+
 # Stopped and resumed
 
 

@@ -69,7 +69,11 @@ def warned(monkeypatch):
 
 
 def trainer(tmp_path, train, collator=DataCollatorForUnicoderVLPreTraining, **options):
-    head = UnicoderVLForPreTraining if collator is DataCollatorForUnicoderVLPreTraining else UnicoderVLForImageTextRetrieval
+    head = (
+        UnicoderVLForPreTraining
+        if collator is DataCollatorForUnicoderVLPreTraining
+        else UnicoderVLForImageTextRetrieval
+    )
     settings = {"per_device_train_batch_size": 2, "num_train_epochs": 3, "disable_tqdm": True, "report_to": "none"}
     settings |= {"use_cpu": True, "save_strategy": "no"} | options.pop("arguments", {})
     return Trainer(

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .configuration_unicoder_vl import UnicoderVLConfig
 from .data.captions import join, read_captions, select_split
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
-from .modeling_unicoder_vl import UnicoderVLModel, UnicoderVLPreTrainedModel
+from .modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLModel, UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.conversion import convert
 from .regions.shards import MANIFEST, shard_path
@@ -52,7 +52,7 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message.removesuffix('.')}. --help lists the options.\n")
 
-    def parse_args_into_dataclasses(self, args: Sequence[str] | None = None, **options: Any) -> tuple[Any, ...]:
+    def parse_args_into_dataclasses(self, args: Any = None, *_: Any, **options: Any) -> tuple[Any, ...]:
         try:
             *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **options)
         except ValueError as error:
@@ -109,9 +109,9 @@ def parse_arguments(
 
 def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """
-    A command line of a training script, in the options that the script has. Our loop and Trainer differ in a few: either
-    kind of script takes those of the other. `--eval_steps` and `--save_steps` count for Trainer whatever its default
-    strategy is.
+    A command line of a training script, in the options that the script has. Our loop and Trainer differ in a few:
+    either kind of script takes those of the other. `--eval_steps` and `--save_steps` count for Trainer whatever its
+    default strategy is.
 
     Raises:
         `ValueError`: options contradict each other, or a value has no counterpart.
@@ -267,8 +267,16 @@ class CaptionedRegions:
     path: Path
     name: str
 
-    def split(self, name: str) -> datasets.Dataset:
-        return select_split(self.captions, self.path, name)
+    def validation(self, split: str) -> datasets.Dataset:
+        """The captions of a split to validate on; warns where it shows images that are trained on."""
+        rows = select_split(self.captions, self.path, split)
+        images = rows.unique("image_id")
+        if trained := len(set(images).intersection(self.train.unique("image_id"))):
+            logger.warning(
+                f"{trained:,} of the {len(images):,} images of the split {split!r} are trained on, too: its figures "
+                "say less about images never seen."
+            )
+        return rows
 
 
 @dataclass
@@ -384,7 +392,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
     A Unicoder-VL checkpoint of any kind, a BERT, or new weights; `fields` are further ones of its configuration.
 
     Raises:
-        `ValueError`: a checkpoint of another kind, or one that the regions or `max_length` do not fit.
+        `ValueError`: a checkpoint of another kind, or one that the regions, `max_length` or an option do not fit.
     """
     known = store.provenance["num_classes"]
     regions: dict[str, Any] = {
@@ -404,6 +412,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         model = model_class(UnicoderVLConfig(**config))
     elif is_unicoder_vl(name):
         model = model_class.from_pretrained(name, **fields)
+        _check_unchanged(arguments, model)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
                 f"{name} takes features of width {model.config.region_feature_dim}, but those of {store.path} have "
@@ -419,6 +428,26 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         )
     cast(UnicoderVLModel, model.base_model).padding_free = True
     return model
+
+
+def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel):
+    """
+    Raises:
+        `ValueError`: an option would change what a Unicoder-VL is made of, and would else be passed over.
+    """
+    config, options = model.config, {"--num_hidden_layers": arguments.num_hidden_layers}
+    has = {"--num_hidden_layers": config.num_hidden_layers}
+    if not arguments.image_token:
+        options["--image_token"], has["--image_token"] = False, config.use_image_token_embedding
+    if isinstance(model, UnicoderVLForPreTraining):  # which alone predicts them
+        options["--num_region_classes"] = arguments.num_region_classes
+        has["--num_region_classes"] = config.num_region_classes
+    for option, wanted in options.items():
+        if wanted is not None and wanted != has[option]:
+            raise ValueError(
+                f"{option} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has[option]}, which "
+                "stays. Leave the option out, or begin with a BERT."
+            )
 
 
 def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:

@@ -167,9 +167,9 @@ class UnicoderVLProcessor(ProcessorMixin):
         tokens, rows = max(self.tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
         if tokens > rows:
             raise ValueError(
-                f"{model.name_or_path or type(model).__name__}: the tokenizer has {tokens:,} tokens, the model {rows:,} "
-                "rows of word embeddings. Take the tokenizer that the model was trained with, or add rows for the new "
-                f"tokens, model.resize_token_embeddings({tokens}), and save it."
+                f"{model.name_or_path or type(model).__name__}: the tokenizer has {tokens:,} tokens, the model "
+                f"{rows:,} rows of word embeddings. Take the tokenizer that the model was trained with, or add rows "
+                f"for the new tokens, model.resize_token_embeddings({tokens}), and save it."
             )
 
     def _load_record(self, region, store: Mapping[str, RegionRecord] | None) -> RegionRecord:

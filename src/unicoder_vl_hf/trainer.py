@@ -4,9 +4,11 @@ the losses beside one quiet progress bar.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .preparation import TrainingSetup
@@ -111,7 +113,7 @@ class TaskTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._goes_further:
-            follow_schedule(self.lr_scheduler)
+            follow_schedule(cast(LRScheduler, self.lr_scheduler))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -208,6 +210,8 @@ class EpochOfData(TrainerCallback):
 
 class _LossesBesideTheBar(ProgressCallback):
     """One bar, with the latest losses beside it, where transformers prints a dict for every line of the log."""
+
+    training_bar: tqdm | None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None:

@@ -81,9 +81,9 @@ class DataCollatorForUnicoderVLPreTraining:
         [`UnicoderVLForPreTraining`], and nothing else.
 
     Raises:
-        `ValueError`: an option out of range, a row that lacks something, an empty caption, an object class out of range,
-        or a store without object classes while `moc_probability` is above 0; the message names the image. `KeyError`: an
-        image the store lacks.
+        `ValueError`: an option out of range, a row that lacks something, an empty caption, an object class out of
+        range, or a store without object classes while `moc_probability` is above 0; the message names the image.
+        `KeyError`: an image the store lacks.
 
     Example:
 
@@ -137,8 +137,8 @@ class DataCollatorForUnicoderVLPreTraining:
         with_mismatches = any("mismatch_image_id" in row for row in rows)
         if not with_mismatches:
             logger.warning_once(
-                "These rows carry no mismatches: matching is unknown, and not learned. PairsWithMismatches(pairs, seed=0) "
-                "draws them."
+                "These rows carry no mismatches: matching is unknown, and not learned. PairsWithMismatches(pairs, "
+                "seed=0) draws them."
             )
         return self._collate(rows, with_mismatches)
 
@@ -148,7 +148,9 @@ class DataCollatorForUnicoderVLPreTraining:
 
     def _collate(self, rows: Sequence[Mapping[str, Any]], with_mismatches: bool) -> dict[str, torch.Tensor]:
         mismatch = ("mismatch_image_id", "mismatch_caption") if with_mismatches else ()
-        _check_rows(rows, ("image_id", "caption", "row_index", "epoch", *mismatch), "PairsWithMismatches(pairs, seed=0)")
+        _check_rows(
+            rows, ("image_id", "caption", "row_index", "epoch", *mismatch), "PairsWithMismatches(pairs, seed=0)"
+        )
         pairs = [(row["image_id"], row["caption"]) for row in rows]
         if with_mismatches:
             pairs += [(row["mismatch_image_id"], row["mismatch_caption"]) for row in rows]
@@ -517,8 +519,8 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], names: Sequence[str], wrapper
     for row in rows:
         if lacking := [name for name in names if name not in row]:
             raise ValueError(
-                f"A row holds {', '.join(row) or 'nothing'}, but no {', '.join(lacking)}. Give the dataset {wrapper}, "
-                "whose rows hold all that is needed. Of rows of another kind Trainer leaves out what the model's forward "
+                f"A row holds {', '.join(row) or 'nothing'}, but no {', '.join(lacking)}. Train on {wrapper}, whose "
+                "rows hold all that is needed. Of rows of another kind Trainer leaves out what the model's forward "
                 "does not name, unless TrainingArguments(remove_unused_columns=False)."
             )
 

@@ -8,6 +8,7 @@ are read from columns of the pairs; `retrieval/mining.py` finds them.
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -175,6 +176,16 @@ def _merged(image_ids: Sequence[str], duplicates: Iterable[Sequence[str]]) -> np
             parent[root(other)] = root(first)
     codes: dict[str, int] = {}
     return np.array([codes.setdefault(root(image_id), len(codes)) for image_id in image_ids], dtype=np.int32)
+
+
+def pairs_digest(pairs: datasets.Dataset) -> str:
+    """A SHA-256 of the image ids and captions of all rows, in their order."""
+    digest = hashlib.sha256()
+    for name in ("image_id", "caption"):
+        values, codes = encode_column(pairs, name)
+        digest.update("\0".join(values.to_pylist()).encode())
+        digest.update(codes.tobytes())
+    return digest.hexdigest()
 
 
 class _PairsOfEpoch(RowsOfEpoch):

@@ -66,9 +66,9 @@ class RowsOfEpoch(Dataset[Row]):
         self._given += count
         if before <= limit < before + count:
             logger.warning(
-                f"Of {len(self):,} rows {before + count:,} were asked for in epoch {self.epoch}, which has not changed. "
-                "Call set_epoch(epoch) of the dataset before each epoch (for Trainer: callbacks=[EpochOfData()]); "
-                "otherwise every epoch has the same masks and negatives."
+                f"Of {len(self):,} rows {before + count:,} were asked for in epoch {self.epoch}, which has not "
+                "changed. Call set_epoch(epoch) of the dataset before each epoch (for Trainer: "
+                "callbacks=[EpochOfData()]); otherwise every epoch has the same masks and negatives."
             )
 
 

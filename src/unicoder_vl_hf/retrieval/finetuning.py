@@ -93,6 +93,21 @@ class RetrievalArguments(DataArguments):
         default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_validation_images == 0 and self.early_stopping_patience is not None:
+            raise ValueError(
+                "--early_stopping_patience needs a validation, which --max_validation_images 0 leaves out."
+            )
+        if self.loss in ("binary", "softmax", "none") and (self.margin, self.caption_weight, self.image_weight) != (
+            type(self).margin,
+            type(self).caption_weight,
+            type(self).image_weight,
+        ):
+            raise ValueError(
+                f"--margin, --caption_weight and --image_weight are of the triplet losses: --loss {self.loss} has none."
+            )
+
     @property
     def group_loss(self) -> GroupLoss | None:
         weights = {"caption_weight": self.caption_weight, "image_weight": self.image_weight}
@@ -160,7 +175,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     data = open_data(arguments, output_dir)
     validation = None
     if arguments.max_validation_images > 0:
-        validation = captions_of_images(data.split(arguments.validation_split), arguments.max_validation_images)
+        validation = captions_of_images(data.validation(arguments.validation_split), arguments.max_validation_images)
     train = PairsWithNegatives(
         data.train,
         seed=seed,
