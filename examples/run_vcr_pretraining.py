@@ -33,6 +33,7 @@ class VCRPretrainingTrainer(TaskTrainer):
             self.setup.collator,
             self.accelerator,
             batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
         )
 
 

@@ -818,7 +818,7 @@ def test_a_loss_that_is_off_is_absent_also_in_a_checkpoint_that_knew_it():
 
 def test_what_stands_beside_the_bar():
     line = {"loss": 3.14159, "mlm_loss": 12.3456, "learning_rate": 0.0005, "epoch": 0.5, "rows_per_second": 99.0}
-    assert beside_the_bar(line) == {"loss": "3.14", "mlm": "12.3", "lr": "5.0e-04"}
+    assert beside_the_bar(line) == {"loss": "3.142", "mlm": "12.346", "lr": "5.0e-04"}
 
 
 def test_a_bar_that_is_shown_leaves_it_to_the_environment(monkeypatch):

@@ -182,8 +182,8 @@ def test_the_losses_of_what_is_trained_stand_beside_the_bar(script, command, lin
         masked = sum(line[name] for name in parts - {"matching_loss"}) / 2  # half of the rows are matches
         assert line["loss"] == pytest.approx(masked + line["matching_loss"], rel=1e-4)
     last = lines(tmp_path)[-1]
-    shown = ", ".join(f"{name}={last[f'{name}_loss']:.3g}" for name in present)
-    assert f"loss={last['loss']:.3g}, {shown}, lr=" in bar
+    shown = ", ".join(f"{name}={last[f'{name}_loss']:.3f}" for name in present)
+    assert f"loss={last['loss']:.3f}, {shown}, lr=" in bar
     for name in absent:
         assert f"{name}=" not in bar and f"{name}_" not in out
         assert f"{name}_" not in (tmp_path / "README.md").read_text()

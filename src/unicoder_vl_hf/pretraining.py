@@ -75,7 +75,10 @@ class LoopArguments:
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
     eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations. Default: every epoch."})
     eval_on_start: bool = field(default=False, metadata={"help": "Evaluate before the first step too."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint's folder, or 'latest'."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint's folder, or 'latest'. With more steps than before the run becomes longer."},
+    )
     report_to: str = field(default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the model, processor and card in the end."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Default: the output folder's name."})

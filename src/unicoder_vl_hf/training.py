@@ -527,7 +527,7 @@ class LossMeter:
 
 def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
     """The losses and the learning rate of a line of the log, short enough to stand beside a progress bar."""
-    losses = {name.removesuffix("_loss"): f"{value:.3g}" for name, value in values.items() if name.endswith("loss")}
+    losses = {name.removesuffix("_loss"): f"{value:.3f}" for name, value in values.items() if name.endswith("loss")}
     return losses | {"lr": f"{values['learning_rate']:.1e}"}
 
 

@@ -168,13 +168,21 @@ def evaluate_vcr_pretraining(
     collator: DataCollatorForVCRPreTraining,
     accelerator: Accelerator,
     batch_size: int = 32,
+    num_workers: int = 0,
 ) -> dict[str, float]:
     """`mlm_accuracy` and `moc_accuracy`: the share of the masked tokens and classes that are told. In all processes."""
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all
     mine = Subset(texts, range(accelerator.process_index, len(texts), accelerator.num_processes))
-    for batch in DataLoader(mine, batch_size=batch_size, collate_fn=collator, generator=torch.Generator()):
+    loader = DataLoader(
+        mine,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # or it would draw from the dropout's
+    )
+    for batch in loader:
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with accelerator.autocast():
             outputs = model(**batch)
