@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import ProcessorMixin
-from transformers.utils import logging
 
+from . import logging
 from .errors import USER_ERRORS, end_with, stopped
 
 logger = logging.get_logger(__name__)
