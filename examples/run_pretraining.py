@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
-from transformers.utils import logging
 
+from unicoder_vl_hf import logging
 from unicoder_vl_hf.data.negatives import pairs_digest
 from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.preparation import parse_arguments
@@ -44,7 +44,6 @@ from unicoder_vl_hf.training import (
     follow_schedule,
     in_a_line,
     new_accelerator,
-    progress_bar,
     run_script,
     save_weights_as_pretrained,
     start_processes,
@@ -132,8 +131,8 @@ def main(argv: list[str] | None = None) -> bool:
         evaluate()
     model.train()
     meter.start_clock()
-    progress = progress_bar(
-        total=total_steps, initial=step, unit="step", desc="Pre-training", shown=accelerator.is_local_main_process
+    progress = logging.tqdm(
+        total=total_steps, initial=step, unit="step", desc="Pre-training", disable=not accelerator.is_local_main_process
     )
     with StopSignal() as stop, progress, computing.threads():
         while step < total_steps and not stop.is_set():

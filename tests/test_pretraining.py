@@ -53,7 +53,6 @@ from unicoder_vl_hf.training import (
     LossMeter,
     StopSignal,
     beside_the_bar,
-    progress_bar,
     run_script,
 )
 
@@ -819,13 +818,6 @@ def test_a_loss_that_is_off_is_absent_also_in_a_checkpoint_that_knew_it():
 def test_what_stands_beside_the_bar():
     line = {"loss": 3.14159, "mlm_loss": 12.3456, "learning_rate": 0.0005, "epoch": 0.5, "rows_per_second": 99.0}
     assert beside_the_bar(line) == {"loss": "3.142", "mlm": "12.346", "lr": "5.0e-04"}
-
-
-def test_a_bar_that_is_shown_leaves_it_to_the_environment(monkeypatch):
-    """TQDM_DISABLE, which tqdm reads when it is imported, is the default of an argument that must not be given."""
-    monkeypatch.setattr(training, "tqdm", lambda *args, **options: (args, options))
-    assert progress_bar(range(3), shown=True, desc="x") == ((range(3),), {"desc": "x"})
-    assert progress_bar(range(3), shown=False, desc="x") == ((range(3),), {"desc": "x", "disable": True})
 
 
 def test_log_drops_what_a_resumed_run_writes_again(tmp_path):

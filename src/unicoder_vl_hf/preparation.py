@@ -13,16 +13,16 @@ from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import datasets
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import string_to_bool
-from transformers.utils import logging
 
+from . import logging
 from .configuration_unicoder_vl import UnicoderVLConfig
 from .data.captions import join, read_captions, select_split
-from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
+from .feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
 from .modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLModel, UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .records_unicoder_vl import RegionRecord
 from .regions.conversion import convert
 from .regions.shards import MANIFEST, shard_path
 from .regions.store import RegionStore
@@ -503,7 +503,7 @@ def feature_statistics(
     """
     image_ids = image_ids[:: max(1, math.ceil(len(image_ids) / max_images))]
     count, total, squares = 0, np.float64(0), np.float64(0)
-    for image_id in tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
+    for image_id in logging.tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
         features = np.asarray(store[image_id].features, dtype=np.float64)
         count, total, squares = count + len(features), total + features.sum(0), squares + (features**2).sum(0)
     mean = np.asarray(total / count)

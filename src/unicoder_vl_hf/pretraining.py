@@ -17,20 +17,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
-from transformers.utils import logging
 
+from . import logging
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
 from .data.samplers import ReadAhead, StepBatchSampler
-from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
 from .preparation import DataArguments, TrainingSetup, in_words, load_model, load_processor, open_data
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .records_unicoder_vl import RegionRecord
 from .regions.shards import NO_OBJECT_IDS
 from .regions.store import RegionStore
 from .retrieval.metrics import chance_recalls, retrieval_metrics, roc_auc
 from .retrieval.scoring import ImageTextScorer
-from .training import pretrained_by, progress_bar
+from .training import pretrained_by
 
 logger = logging.get_logger(__name__)
 
@@ -276,7 +276,7 @@ def evaluate_pretraining(
             num_workers=num_workers,
             generator=torch.Generator(),  # or it would draw from the dropout's
         )
-        for batch in progress_bar(loader, desc=name, leave=False, shown=accelerator.is_local_main_process):
+        for batch in logging.tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
             batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             with accelerator.autocast():
                 yield batch, model(**batch)

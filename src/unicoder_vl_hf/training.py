@@ -21,10 +21,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
-from transformers.utils import logging
 
+from . import logging
 from .errors import USER_ERRORS, end_with, stopped
 
 logger = logging.get_logger(__name__)
@@ -534,11 +533,6 @@ def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
 def in_a_line(step: int, metrics: Mapping[str, float]) -> str:
     """The metrics of an evaluation for the terminal."""
     return f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-
-
-def progress_bar(*args: Any, shown: bool, **options: Any) -> tqdm:
-    """A bar where it is `shown`; TQDM_DISABLE hides it there, too, which a given `disable` would overrule."""
-    return tqdm(*args, **options) if shown else tqdm(*args, **options, disable=True)
 
 
 def create_hub_repository(repo_id: str) -> str:

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Subset
 from .data.collators import IGNORED, SALT, DataCollatorForUnicoderVLMultipleChoice, DataCollatorForUnicoderVLPreTraining
 from .data.rows import Row, RowsOfEpoch
 from .data.vcr import require_labels
-from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
 from .preparation import TrainingSetup
+from .records_unicoder_vl import RegionRecord
 from .training import pretrained_by
 from .vcr_training import VCRDataArguments, open_and_load
 

@@ -17,12 +17,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from transformers.utils import logging
 
+from . import logging
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
 from .data.rows import Row, RowsOfEpoch
 from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr, require_labels
-from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from .preparation import (
     DATA_FOLDER,
@@ -34,8 +33,8 @@ from .preparation import (
     processor_for,
 )
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .records_unicoder_vl import RegionRecord
 from .regions.store import RegionStore
-from .training import progress_bar
 from .vcr_evaluation import choice_metrics, vcr_metrics
 
 logger = logging.get_logger(__name__)
@@ -291,7 +290,7 @@ def score_choices(
     was_training = model.training
     model.eval()
     scores: list[list[float]] = []
-    for batch in progress_bar(loader, desc="Scoring choices", leave=False, shown=state.is_local_main_process):
+    for batch in logging.tqdm(loader, desc="Scoring choices", leave=False, disable=not state.is_local_main_process):
         inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
         scores += model(**inputs).logits.tolist()
     model.train(was_training)

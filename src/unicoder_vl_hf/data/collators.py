@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from .. import logging
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .vcr import (
     LOW_IOU,
@@ -136,9 +136,10 @@ class DataCollatorForUnicoderVLPreTraining:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         with_mismatches = any("mismatch_image_id" in row for row in rows)
         if not with_mismatches:
-            logger.warning_once(
+            logging.warn_once(
+                logger,
                 "These rows carry no mismatches: matching is unknown, and not learned. PairsWithMismatches(pairs, "
-                "seed=0) draws them."
+                "seed=0) draws them.",
             )
         return self._collate(rows, with_mismatches)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers.utils import logging
 
+from .. import logging
 from .captions import encode_column
 from .rows import Row, RowsOfEpoch, natural
 

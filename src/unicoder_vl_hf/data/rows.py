@@ -3,11 +3,9 @@
 import os
 from collections import UserDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.data import Dataset
-from transformers.utils import logging
+from .. import logging
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +17,15 @@ class Row(UserDict[str, Any]):
     """
 
 
-class RowsOfEpoch(Dataset[Row]):
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    Rows = Dataset[Row]
+else:
+    Rows = object  # PyTorch asks a dataset for its length and items alone, and to read a file nobody needs PyTorch
+
+
+class RowsOfEpoch(Rows):
     """
     Rows that follow from their number and the epoch, which lives in shared memory and so reaches running workers.
 
@@ -30,6 +36,8 @@ class RowsOfEpoch(Dataset[Row]):
     """
 
     def __init__(self, fixed_epoch: int | None = None):
+        import torch
+
         self.fixed_epoch = None if fixed_epoch is None else natural("fixed_epoch", fixed_epoch)
         self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()
         self._given = torch.tensor(0).share_memory_()  # rows of the epoch, in this process and its workers

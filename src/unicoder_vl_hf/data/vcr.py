@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord
 from ..regions.comparison import box_iou
-from .rows import Row
+from .rows import Row, Rows
 
 # Gender-neutral, and distinct: the list in common use holds Peyton twice.
 PERSON_NAMES = (
@@ -244,7 +243,7 @@ def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
         raise ValueError(f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {field}, {otherwise}")
 
 
-class VCRExamples(Dataset[Row]):
+class VCRExamples(Rows):
     """
     What is scored: one example a question for Q->A, and for QA->R with the right answer as its premise; or, with
     `every_answer`, four a question, one for each answer as the premise, which the test split needs.

@@ -14,9 +14,8 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from .. import logging
 from ..data.captions import encode_column, join, read_captions, select_split
 from ..data.negatives import MismatchIndex, read_duplicate_groups
 from ..modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval, contrastive_loss
@@ -113,7 +112,7 @@ def fit_first_stage(
     best: dict[str, float] = {"recall_sum": -1.0}
     weights = copy.deepcopy(first_stage.state_dict())
     torch.manual_seed(seed)
-    with tqdm(total=epochs, desc="First stage", unit="epoch") as progress:
+    with logging.tqdm(total=epochs, desc="First stage", unit="epoch") as progress:
         for epoch in range(epochs):
             order = np.random.default_rng([seed, epoch, SALT]).permutation(len(train))
             for start in range(0, len(order), batch_size):

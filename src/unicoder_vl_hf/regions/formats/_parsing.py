@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
 from .restricted_pickle import brief
 
