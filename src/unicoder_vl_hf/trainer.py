@@ -75,6 +75,9 @@ class TaskTrainer(Trainer):
             "trained_by": self.trained_by,
         }
 
+    def conclude(self) -> None:
+        """Measures, in every process, what is saved with the model that was kept; by default nothing."""
+
     def training_run(self) -> TrainingRun:
         """The training as it really ran, for the card."""
         args, state = self.args, self.state
@@ -132,6 +135,7 @@ class TaskTrainer(Trainer):
         ]  # fmt: skip
         if self.args.load_best_model_at_end and best:  # which may not be the last
             self.last_metrics = {name: value for name, value in best[-1].items() if name.startswith("eval_")}
+        self.conclude()
         self.save_model()
         if self.args.eval_strategy != "no" and not self.last_metrics:  # all that the run we resumed had left to do
             self.evaluate()
