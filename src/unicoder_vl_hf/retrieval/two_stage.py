@@ -206,7 +206,8 @@ class TwoStageReport:
     @property
     def best(self) -> StageResult:
         """The re-ranked row of the highest sum of recalls; of equal ones that of the smallest weight, then K."""
-        return min(self.rows[1:], key=lambda row: (-row.recall_sum, row.similarity_weight, row.candidates))
+        # Equal sums of shares may differ in their last bits.
+        return min(self.rows[1:], key=lambda row: (-round(row.recall_sum, 9), row.similarity_weight, row.candidates))
 
     @property
     def choice(self) -> str:
