@@ -1051,10 +1051,17 @@ def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"clip looks at photos: give --photos"):
         blind = shared | {"model": folder / "model", "dual_encoder": folder / "clip"}
         script.main([word for name, value in blind.items() for word in (f"--{name}", str(value))])
-    script.main(
-        [word for name, value in shared.items() for word in (f"--{name}", str(value))]
-        + ["--model", str(folder / "model"), "--num_queries", "8", "--similarity_weight", "0", "10"]
-    )
+    # By default the score alone, and the weight that the checkpoint was measured with.
+    measured = UnicoderVLForImageTextRetrieval.from_pretrained(folder / "model", similarity_weight=30)
+    measured.save_pretrained(tmp_path / "measured")
+    tiny.processor().save_pretrained(tmp_path / "measured")
+    words = [word for name, value in shared.items() for word in (f"--{name}", str(value))]
+    script.main([*words, "--model", str(tmp_path / "measured")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["similarity_weight"] for row in report["report"]["rows"]] == [0, 0, 30]
+    said = "score + 30 similarity, the weight that was measured on validation captions"
+    assert report["order_of_a_search"] == said and f"A search orders by {said}.\n" in capsys.readouterr().out
+    script.main([*words, "--model", str(folder / "model"), "--num_queries", "8", "--similarity_weight", "0", "10"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["similarity_weight"] for row in report["report"]["rows"]] == [0, 0, 10]
     assert "weights_sha256" in report["first_stage"] and "scoring_weights_sha256" in report["checkpoint"]
