@@ -213,15 +213,20 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--captions", help="caption file, for --exhaustive with --image or --image-id")
     search.add_argument("--split", help="split of the captions (default: all)")
     search.add_argument(
-        "--candidates", type=int, default=100, help="of the first stage, to be scored, --top-k at least (default: 100)"
+        "--candidates",
+        type=int,
+        default=100,
+        help="images, or captions, of the first stage that are scored (default: 100)",
     )
     search.add_argument(
         "--similarity-weight",
         type=float,
         help="weight in the order, score + weight x similarity (default: as measured in training, else 0)",
     )
-    search.add_argument("--top-k", type=int, default=10, help="to be shown (default: 10)")
-    search.add_argument("--gallery", help="HTML of what was found, with regions drawn on --photos, or on blank pages")
+    search.add_argument("--top-k", type=int, default=10, help="hits that are shown (default: 10)")
+    search.add_argument(
+        "--gallery", help="HTML file of what was found: each of --photos whole, then its surest regions"
+    )
 
     vcr_check = command(_vcr_check, "Would VCR's leaderboard take this submission?", ("submission", "CSV"))
     vcr_check.add_argument("--annotations", required=True, metavar="FILE", help="VCR's test.jsonl")
@@ -229,10 +234,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="checkpoint of ours, which scores pairs (default: that of the index)")
+    parser.add_argument("--model", help="checkpoint of ours; to search, the one that scores (default: as in the index)")
     parser.add_argument("--dual-encoder", help="CLIP, SigLIP or alike as first stage, on --photos")
     parser.add_argument("--photos", help="photos of the store: folder, .tar, or folder of a dataset")
-    parser.add_argument("--ids", choices=("stem", "path"), default="stem", help="what their ids are (default: stem)")
+    parser.add_argument("--ids", choices=("stem", "path"), default="stem", help="what an image id is (default: stem)")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

@@ -268,7 +268,7 @@ class GalleryItem:
     score: float = float("nan")
     rank: int = 0
     best: tuple[tuple[str, float], ...] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_scores(cls, caption: str, image_id: str, image_ids: Sequence[str], scores: Any, top_k: int = 5) -> Self:
