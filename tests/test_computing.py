@@ -9,6 +9,7 @@ import tiny
 import torch
 from test_padding_free import loss_and_gradients, multiple_choice_batch, pretraining_batch, retrieval_batch
 from test_padding_free import retrieval_model as new_retrieval_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import plain_descent  # noqa: F401  (the examples are on its path)
 
 from unicoder_vl_hf import UnicoderVLForImageTextRetrieval, UnicoderVLForMultipleChoice, UnicoderVLForPreTraining
@@ -192,17 +193,20 @@ def test_runs_of_any_precision_in_one_process(world, bert, cpu, monkeypatch, tmp
 # Attention in bfloat16
 
 
+class Attended(TorchDispatchMode):
+    """Takes down the dtypes that attention is computed in, forward and backward, below autocast."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(function):
+            self.dtypes.add(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def attended(monkeypatch):
-    """The dtypes that PyTorch's attention is called with."""
-    dtypes, attend = [], torch.nn.functional.scaled_dot_product_attention
-
-    def recording(query, *arguments, **options):
-        dtypes.append(query.dtype)
-        return attend(query, *arguments, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
-    return dtypes
+def attended():
+    with Attended() as mode:
+        mode.dtypes = set()
+        yield mode.dtypes
 
 
 def slow_attention(module, hidden_states, lengths):
@@ -234,7 +238,7 @@ def test_attention_of_bfloat16_in_float32(packed, attended):
         found[mask] = module(states[mask][None], groups=[(1, 3), (2, 5)])[0][0]
     else:
         found = module(states, mask[:, None, None, :])[0]
-    assert found.dtype == torch.bfloat16 and set(attended) == {torch.float32}
+    assert found.dtype == torch.bfloat16 and attended == {torch.float32}
     found_gradients = torch.autograd.grad((found * weight).sum(), [states, *module.parameters()])
     torch.testing.assert_close(found[mask].double(), expected[mask], rtol=2**-8, atol=1e-3)  # rounded to bfloat16 once
     for value, reference in zip(found_gradients, gradients, strict=True):
@@ -257,11 +261,11 @@ def test_training_in_bfloat16(model_class, build, batch, attended):
     attended.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, found_gradients = loss_and_gradients(model, batch())
-    assert set(attended) == {torch.float32}
+    assert attended == {torch.float32}
     attended.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         model(**batch())
-    assert set(attended) == {torch.bfloat16}
+    assert attended == {torch.bfloat16}
     torch.testing.assert_close(found, loss, rtol=0.05, atol=0.05)
     cosine = torch.nn.functional.cosine_similarity
     flat, reference = (torch.cat([of[name].flatten() for name in gradients]) for of in (found_gradients, gradients))
