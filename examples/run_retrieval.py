@@ -34,6 +34,8 @@ class RetrievalTrainer(TaskTrainer):
 
     def conclude(self):
         self.setup.measure_similarity_weight()
+        if self.setup.search is not None:
+            self.accelerator.print(self.setup.search)
 
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator

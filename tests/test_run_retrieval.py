@@ -177,7 +177,7 @@ def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path,
     assert "Stopped after" not in capsys.readouterr().out
 
 
-def test_the_weight_of_the_similarity_is_that_of_the_model_that_was_kept(command, world, tmp_path, monkeypatch):
+def test_the_weight_of_the_similarity_is_that_of_the_model_that_was_kept(command, world, tmp_path, monkeypatch, capsys):
     """Measured when fine-tuning with a first stage ends, saved along, and named in the card."""
     module = importlib.import_module(SCRIPT)
     sums, measured = iter([1.0, 3.0, 2.0, 2.5, 2.0]), []
@@ -202,7 +202,7 @@ def test_the_weight_of_the_similarity_is_that_of_the_model_that_was_kept(command
     captions = read_captions(world / "captions.jsonl", split="val")
     report = measure_similarity_weight(encoder, ImageTextScorer(model, processor, store), captions)
     assert weight == report.best.similarity_weight and report.num_images == 10
-    assert report.choice in (tmp_path / "README.md").read_text()
+    assert report.choice in (tmp_path / "README.md").read_text() and report.choice in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,6 @@ class RetrievalSetup:
         encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
         scorer = ImageTextScorer(self.model, self.processor, store)
         self.search = measure_similarity_weight(encoder, scorer, self.weighing, max_length).choice
-        logger.warning(self.search)
 
     @property
     def card(self) -> dict[str, Any]:

@@ -215,12 +215,11 @@ class TwoStageReport:
         best, asked = self.best, self.num_queries
         tried = ", ".join(f"{row.similarity_weight:g}" for row in self.rows[1:])
         return (
-            f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} similarity: the sum of "
-            f"the recalls of {asked['image_retrieval']:,} captions and {asked['text_retrieval']:,} images of the "
-            f"validation split, each with up to {best.candidates} candidates among {self.num_images:,} images and "
-            f"{self.num_captions:,} captions, is then {best.recall_sum:.3f}, the highest of the weights {tried}. By "
-            f"the score alone it is {self.rows[1].recall_sum:.3f}, by the similarity alone "
-            f"{self.rows[0].recall_sum:.3f}."
+            f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} similarity. Of the weights "
+            f"{tried} this one has the highest sum of recalls on the validation split, {best.recall_sum:.3f} (by the "
+            f"score alone {self.rows[1].recall_sum:.3f}, by the similarity alone {self.rows[0].recall_sum:.3f}): of "
+            f"{asked['image_retrieval']:,} captions and {asked['text_retrieval']:,} images, each with up to "
+            f"{best.candidates} candidates among {self.num_images:,} images and {self.num_captions:,} captions."
         )
 
     def __str__(self) -> str:
