@@ -27,7 +27,7 @@ from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss, group_softmax_
 from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder, image_states, text_states
 from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, evaluate_retrieval, prepare_retrieval
 from unicoder_vl_hf.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
-from unicoder_vl_hf.retrieval.two_stage import measure_similarity_weight
+from unicoder_vl_hf.retrieval.two_stage import describe_weight, measure_similarity_weight
 
 
 def model(**config):
@@ -385,7 +385,7 @@ def test_training_alone_learns_and_leaves_the_scores(world, trained):
     encoder = UnicoderVLDualEncoder(after, processor, store, output)
     measured = measure_similarity_weight(encoder, ImageTextScorer(after, processor, store), captions)
     assert weight == after.config.similarity_weight == measured.best.similarity_weight
-    assert f"\n## Search\n\n{measured.choice}\n\n## Use\n" in card
+    assert f"\n## Search\n\n{describe_weight(measured)}\n\n## Use\n" in card
     assert measured.num_queries == {"image_retrieval": 20, "text_retrieval": 10}
     steps = 20 * math.ceil(len(read_captions(world / "captions.jsonl", split="train")) / 40)
     assert f"- Steps: {steps} of 40 pairs (over all processes)\n- Epochs: 20\n- Learning rate: 0.002 at" in card

@@ -48,6 +48,7 @@ from unicoder_vl_hf.retrieval.two_stage import (
     SIMILARITY_WEIGHTS,
     Hit,
     SimilarityWeight,
+    describe_weight,
     measure_similarity_weight,
     search,
     two_stage_report,
@@ -425,7 +426,8 @@ def test_the_weight_is_the_smallest_of_the_best_by_a_slow_loop(monkeypatch):
         assert {row.similarity_weight: row.recall_sum for row in report.rows[1:]} == pytest.approx(expected)
         best = min(weight for weight in expected if expected[weight] > max(expected.values()) - 1e-9)
         assert scorer.model.config.similarity_weight == report.best.similarity_weight == best
-        assert f"score + {best:g} similarity" in report.choice and f"split, {expected[best]:.3f} (by" in report.choice
+        says = describe_weight(report)
+        assert f"score + {best:g} similarity" in says and f"split, {expected[best]:.3f} (by" in says
         chosen.add(best)
     assert len(chosen) >= 4 and 0 in chosen  # the weights differ from world to world
 

@@ -25,7 +25,7 @@ from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder
 from unicoder_vl_hf.retrieval.finetuning import RetrievalSetup
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
-from unicoder_vl_hf.retrieval.two_stage import measure_similarity_weight
+from unicoder_vl_hf.retrieval.two_stage import describe_weight, measure_similarity_weight
 from unicoder_vl_hf.trainer import _StopWithCheckpoint
 from unicoder_vl_hf.training import StopSignal
 
@@ -202,7 +202,10 @@ def test_the_weight_of_the_similarity_is_that_of_the_model_that_was_kept(command
     captions = read_captions(world / "captions.jsonl", split="val")
     report = measure_similarity_weight(encoder, ImageTextScorer(model, processor, store), captions)
     assert weight == report.best.similarity_weight and report.num_images == 10
-    assert report.choice in (tmp_path / "README.md").read_text() and report.choice in capsys.readouterr().out
+    assert (
+        describe_weight(report) in (tmp_path / "README.md").read_text()
+        and describe_weight(report) in capsys.readouterr().out
+    )
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from .encoders import UnicoderVLDualEncoder
 from .metrics import retrieval_metrics, with_recall_sum
 from .protocols import captions_of_images
 from .scoring import ImageTextScorer
-from .two_stage import measure_similarity_weight
+from .two_stage import describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +143,7 @@ class RetrievalSetup:
         max_length, store = self.collator.max_length, self.collator.store
         encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
         scorer = ImageTextScorer(self.model, self.processor, store)
-        self.search = measure_similarity_weight(encoder, scorer, self.weighing, max_length).choice
+        self.search = describe_weight(measure_similarity_weight(encoder, scorer, self.weighing, max_length))
 
     @property
     def card(self) -> dict[str, Any]:

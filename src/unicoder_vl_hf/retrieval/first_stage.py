@@ -28,7 +28,7 @@ from .checkpoints import load_for_scoring
 from .encoders import UnicoderVLDualEncoder, image_states, text_states
 from .metrics import retrieval_metrics, with_recall_sum
 from .scoring import ImageTextScorer
-from .two_stage import measure_similarity_weight
+from .two_stage import describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
 
@@ -210,9 +210,8 @@ def train_first_stage(
     trained.config.first_stage_trained = True
     nn.Module.to(trained, start_processes().device)
     encoder = UnicoderVLDualEncoder(trained, processor, store, target, max_length)
-    search = measure_similarity_weight(
-        encoder, ImageTextScorer(trained, processor, store), splits[1], max_length
-    ).choice
+    scorer = ImageTextScorer(trained, processor, store)
+    search = describe_weight(measure_similarity_weight(encoder, scorer, splits[1], max_length))
     logger.warning(search)
 
     with new_folder(target) as folder:

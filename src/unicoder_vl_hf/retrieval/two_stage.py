@@ -209,19 +209,6 @@ class TwoStageReport:
         # Equal sums of shares may differ in their last bits.
         return min(self.rows[1:], key=lambda row: (-round(row.recall_sum, 9), row.similarity_weight, row.candidates))
 
-    @property
-    def choice(self) -> str:
-        """The weight of [`best`] in words, and what it was measured on and against."""
-        best, asked = self.best, self.num_queries
-        tried = ", ".join(f"{row.similarity_weight:g}" for row in self.rows[1:])
-        return (
-            f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} similarity. Of the weights "
-            f"{tried} this one has the highest sum of recalls on the validation split, {best.recall_sum:.3f} (by the "
-            f"score alone {self.rows[1].recall_sum:.3f}, by the similarity alone {self.rows[0].recall_sum:.3f}): of "
-            f"{asked['image_retrieval']:,} captions and {asked['text_retrieval']:,} images, each with up to "
-            f"{best.candidates} candidates among {self.num_images:,} images and {self.num_captions:,} captions."
-        )
-
     def __str__(self) -> str:
         recalls = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
         lines = [
@@ -352,6 +339,20 @@ def measure_similarity_weight(
     )
     scorer.model.config.similarity_weight = report.best.similarity_weight
     return report
+
+
+def describe_weight(report: TwoStageReport) -> str:
+    """Says which weight [`measure_similarity_weight`] chose, by what figures, and on what."""
+    alone, by_score, *_ = report.rows
+    best, asked = report.best, report.num_queries
+    tried = ", ".join(f"{row.similarity_weight:g}" for row in report.rows[1:])
+    return (
+        f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} similarity. Of the weights "
+        f"{tried} this one has the highest sum of recalls on the validation split, {best.recall_sum:.3f} (by the score "
+        f"alone {by_score.recall_sum:.3f}, by the similarity alone {alone.recall_sum:.3f}): of "
+        f"{asked['image_retrieval']:,} captions and {asked['text_retrieval']:,} images, each with up to "
+        f"{best.candidates} candidates among {report.num_images:,} images and {report.num_captions:,} captions."
+    )
 
 
 def _evenly(total: int, count: int | None) -> np.ndarray:
