@@ -17,17 +17,26 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
+from .data.rows import Row, RowsOfEpoch
 from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
-from .preparation import DATA_FOLDER, Model, ModelArguments, load_model, open_or_convert, processor_for
+from .preparation import (
+    DATA_FOLDER,
+    Model,
+    ModelArguments,
+    TrainingSetup,
+    load_model,
+    open_or_convert,
+    processor_for,
+)
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .regions.store import RegionStore
-from .vcr_evaluation import right_choices, vcr_metrics
+from .training import progress_bar
+from .vcr_evaluation import choice_metrics, vcr_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -185,21 +194,18 @@ def open_and_load(
     return data, model, processor_for(arguments, data.store, data.train.unique("image_id"))
 
 
-class EpochOfExamples(Dataset[dict[str, Any]]):
+class EpochOfExamples(RowsOfEpoch):
     """Examples one after another, each with its number and the epoch, which decide what is masked of it."""
 
     def __init__(self, parts: Sequence[VCRExamples]):
-        self.examples: ConcatDataset[dict[str, Any]] = ConcatDataset(parts)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+        super().__init__()
+        self.examples: ConcatDataset[Row] = ConcatDataset(parts)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples[index] | {"row_index": index, "epoch": self.epoch}
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        return [self.examples[number] | {"row_index": number, "epoch": self.epoch} for number in numbers]
 
 
 @dataclass
@@ -214,15 +220,20 @@ class WithoutInputs:
 
 
 @dataclass
-class VCRSetup:
+class VCRSetup(TrainingSetup):
     """What [`prepare_vcr`] builds."""
 
     model: UnicoderVLForMultipleChoice
-    processor: UnicoderVLProcessor
-    collator: Collator
     train: EpochOfExamples
     validation: datasets.Dataset
-    data_name: str
+
+    task = "visual-commonsense-reasoning"
+    rows = "examples"
+    trained_by = "fine-tuned for visual commonsense reasoning"
+
+    @property
+    def measured_on(self) -> str:
+        return f"{len(self.validation):,} questions"
 
 
 def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
@@ -263,7 +274,7 @@ def _report(collator: DataCollatorForUnicoderVLMultipleChoice, rows: datasets.Da
 def score_choices(
     model: UnicoderVLForMultipleChoice,
     collator: Collator,
-    examples: Dataset[dict[str, Any]],
+    examples: Dataset[Row],
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> np.ndarray:
@@ -280,7 +291,7 @@ def score_choices(
     was_training = model.training
     model.eval()
     scores: list[list[float]] = []
-    for batch in tqdm(loader, desc="Scoring choices", leave=False, disable=not state.is_local_main_process):
+    for batch in progress_bar(loader, desc="Scoring choices", leave=False, shown=state.is_local_main_process):
         inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
         scores += model(**inputs).logits.tolist()
     model.train(was_training)
@@ -297,7 +308,7 @@ def evaluate_vcr(
     **options: int,
 ) -> dict[str, float]:
     """
-    Accuracies on questions with labels: as [`vcr_metrics`], or that of the one task. Every process calls it.
+    Accuracies and ties on questions with labels: as [`vcr_metrics`], or those of the one task. Every process calls it.
 
     Args:
         options: `batch_size` and `num_workers` of [`score_choices`].
@@ -306,7 +317,8 @@ def evaluate_vcr(
     labels = {"qa": rows["answer_label"][:], "qar": rows["rationale_label"][:]}
     if scores.keys() == TASKS.keys():
         return vcr_metrics(scores["qa"], scores["qar"], labels["qa"], labels["qar"])
-    return {TASKS[task]: float(right_choices(task, scores[task], labels[task]).mean()) for task in tasks}
+    (task,) = scores
+    return choice_metrics(TASKS[task].removesuffix("_accuracy"), scores[task], labels[task])
 
 
 def choice_probabilities(
@@ -326,7 +338,8 @@ def load_for_vcr(
     regions of another kind.
 
     Raises:
-        `ValueError`: the checkpoint has no head for choices, which would be new.
+        `ValueError`: the checkpoint has no head for choices, which would be new, or fewer rows than its tokenizer has
+            tokens.
     """
     loaded: Any = UnicoderVLForMultipleChoice.from_pretrained(name, output_loading_info=True)
     model, report = loaded
@@ -337,5 +350,6 @@ def load_for_vcr(
         )
     torch.nn.Module.to(model, PartialState().device)
     processor = UnicoderVLProcessor.from_pretrained(name)
+    processor.check_model(model)
     processor.set_store(store)
     return model.eval(), processor

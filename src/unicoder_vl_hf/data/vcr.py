@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..regions.comparison import box_iou
+from .rows import Row
 
 # Gender-neutral, and distinct: the list in common use holds Peyton twice.
 PERSON_NAMES = (
@@ -243,7 +244,7 @@ def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
         raise ValueError(f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {field}, {otherwise}")
 
 
-class VCRExamples(Dataset[dict[str, Any]]):
+class VCRExamples(Dataset[Row]):
     """
     What is scored: one example a question for Q->A, and for QA->R with the right answer as its premise; or, with
     `every_answer`, four a question, one for each answer as the premise, which the test split needs.
@@ -274,7 +275,7 @@ class VCRExamples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows) * self.per_row
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         number, answer = divmod(index, self.per_row)
@@ -289,7 +290,7 @@ class VCRExamples(Dataset[dict[str, Any]]):
             choices = [[question, answers[answer], rationale] for rationale in row["rationale_choices"]]
             label = row["rationale_label"] if answer == row["answer_label"] else NO_LABEL
         beside = ("annot_id", "image_id", "objects", "boxes", "image_width", "image_height")
-        return {name: row[name] for name in beside} | {"choices": choices, "label": label}
+        return Row({name: row[name] for name in beside}, choices=choices, label=label)
 
 
 class Word(NamedTuple):

@@ -29,6 +29,7 @@ from ..modeling_unicoder_vl import (
 from ..preparation import (
     CaptionedRegions,
     DataArguments,
+    TrainingSetup,
     in_words,
     is_unicoder_vl,
     load_model,
@@ -94,6 +95,21 @@ class RetrievalArguments(DataArguments):
         default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_validation_images == 0 and self.early_stopping_patience is not None:
+            raise ValueError(
+                "--early_stopping_patience needs a validation, which --max_validation_images 0 leaves out."
+            )
+        if self.loss in ("binary", "softmax", "none") and (self.margin, self.caption_weight, self.image_weight) != (
+            type(self).margin,
+            type(self).caption_weight,
+            type(self).image_weight,
+        ):
+            raise ValueError(
+                f"--margin, --caption_weight and --image_weight are of the triplet losses: --loss {self.loss} has none."
+            )
+
     @property
     def group_loss(self) -> GroupLoss | None:
         weights = {"caption_weight": self.caption_weight, "image_weight": self.image_weight}
@@ -117,7 +133,7 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 
 
 @dataclass
-class RetrievalSetup:
+class RetrievalSetup(TrainingSetup):
     """
     What [`prepare_retrieval`] builds.
 
@@ -128,11 +144,9 @@ class RetrievalSetup:
     """
 
     model: UnicoderVLForImageTextRetrieval
-    processor: UnicoderVLProcessor
     collator: DataCollatorForUnicoderVLRetrieval
     train: PairsWithNegatives
     validation: datasets.Dataset | None
-    data_name: str
     weighing: datasets.Dataset | None = None
     search: str | None = None
 
@@ -147,16 +161,14 @@ class RetrievalSetup:
 
     @property
     def card(self) -> dict[str, Any]:
-        """What the model card says of data and training: arguments of [`write_model_card`]."""
-        return {
-            "data_name": self.data_name,
-            "provenance": self.processor.feature_extractor.region_provenance,
-            "trained_by": self._trained_by(),
-            "measured_on": None if self.validation is None else in_words(self.validation),
-            "search": self.search,
-        }
+        return {**super().card, "search": self.search}
 
-    def _trained_by(self) -> str:
+    @property
+    def measured_on(self) -> str | None:
+        return None if self.validation is None else in_words(self.validation)
+
+    @property
+    def trained_by(self) -> str:
         model, train = self.model, self.train
         if model.group_loss is None:
             return (
@@ -185,9 +197,9 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         negatives, or a fault in a file.
     """
     data = open_data(arguments, output_dir)
-    validation = None
-    if arguments.max_validation_images > 0:
-        validation = captions_of_images(data.split(arguments.validation_split), arguments.max_validation_images)
+    held_out, validation = _held_out(arguments, data), None
+    if held_out is not None and arguments.max_validation_images > 0:
+        validation = captions_of_images(held_out, arguments.max_validation_images)
     train = PairsWithNegatives(
         data.train,
         seed=seed,
@@ -224,16 +236,18 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         train=train,
         validation=validation,
         data_name=data.name,
-        weighing=_captions_to_weigh_by(arguments, data),
+        weighing=held_out if arguments.contrastive_weight > 0 else None,
     )
 
 
-def _captions_to_weigh_by(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets.Dataset | None:
-    """The validation split where a first stage is trained; without one, which no validation may miss, it is said."""
+def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets.Dataset | None:
+    """The validation split. Where nothing is validated it may be missing, and then the weight alone goes unmeasured."""
+    if arguments.max_validation_images > 0:
+        return data.validation(arguments.validation_split)
     if arguments.contrastive_weight == 0:
         return None
     try:
-        return data.split(arguments.validation_split)
+        return data.validation(arguments.validation_split)
     except ValueError as error:
         logger.warning(f"{error} The weight of the similarity in a search will not be measured.")
         return None
