@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> bool:
         setup = prepare_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
     if setup.validation is None:
         training_args.eval_strategy = "no"
-    trainer = PretrainingTrainer(setup, training_args, base_model=data_args.base_model)
-    return trainer.run(resume_from)
+    trainer = PretrainingTrainer(setup, training_args, base_model=data_args.base_model, resume_from=resume_from)
+    return trainer.run()
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> bool:
         training_args,
         base_model=data_args.base_model,
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        resume_from=resume_from,
     )
-    return trainer.run(resume_from)
+    return trainer.run()
 
 
 if __name__ == "__main__":

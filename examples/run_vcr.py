@@ -69,8 +69,10 @@ def main(argv: list[str] | None = None) -> bool:
     set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_vcr(data_args, training_args.output_dir)
-    trainer = VCRTrainer(data_args.tasks, setup, training_args, base_model=data_args.base_model)
-    return trainer.run(resume_from)
+    trainer = VCRTrainer(
+        data_args.tasks, setup, training_args, base_model=data_args.base_model, resume_from=resume_from
+    )
+    return trainer.run()
 
 
 if __name__ == "__main__":

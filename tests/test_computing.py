@@ -165,6 +165,30 @@ def test_a_checkpoint_records_it_and_a_resume_uses_it(world, bert, cpu, monkeypa
     assert "Precision: bfloat16" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_trainer_chooses_by_the_model_records_it_and_a_resume_uses_it(world, bert, cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(training_module, "BF16_FROM_HIDDEN_SIZE", {"avx512_bf16": 32})
+    main = importlib.import_module("run_retrieval").main
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_validation_images": 0}
+    options |= {"num_negative_captions": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"eval_strategy": "no", "load_best_model_at_end": False}
+
+    def trained(output, words=(), **changes):
+        assert main([*small_world.arguments(world, bert, tmp_path / output, **options, **changes), *words]) is True
+        (line,) = [line for line in (tmp_path / output / "README.md").read_text().splitlines() if "Precision" in line]
+        return line
+
+    cpu(avx512_bf16=True)
+    assert trained("run", max_steps=1) == "- Precision: bfloat16 (mixed)"
+    assert json.loads((tmp_path / "run" / "checkpoint-1" / Computing.FILE).read_text())["mixed_precision"] == "bf16"
+    cpu()
+    assert trained("run", ["--resume_from_checkpoint", "latest"], max_steps=2) == "- Precision: bfloat16 (mixed)"
+    assert trained("other", max_steps=1) == "- Precision: float32"
+    cpu(avx512_bf16=True)
+    assert trained("asked", max_steps=1, mixed_precision="no") == "- Precision: float32"
+    monkeypatch.setattr(training_module, "BF16_FROM_HIDDEN_SIZE", {"avx512_bf16": 33})
+    assert trained("small", max_steps=1) == "- Precision: float32"
+
+
 # One process, several runs
 
 

@@ -14,11 +14,11 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from .preparation import TrainingSetup
 from .training import (
     CheckpointFolder,
+    Computing,
     LossMeter,
     StopSignal,
     TrainingRun,
     beside_the_bar,
-    fast_precision,
     follow_schedule,
     in_a_line,
     write_model_card,
@@ -41,7 +41,7 @@ def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
         "per_device_train_batch_size": recipe["train_batch_size"] // micro_steps,
         "gradient_accumulation_steps": micro_steps,
         "warmup_steps": 0.1,
-        "bf16": fast_precision("cuda" if on_gpu else "cpu") == "bf16",
+        "bf16": None,  # as pays for the model, once it is known
         "use_cpu": not on_gpu,
         "eval_strategy": "epoch",
         "remove_unused_columns": False,
@@ -58,9 +58,10 @@ class TaskTrainer(Trainer):
 
     Args:
         setup ([`TrainingSetup`]): What is trained, such as [`prepare_retrieval`] builds it.
-        args ([`TrainingArguments`]): Of the run.
+        args ([`TrainingArguments`]): Of the run. `bf16=None` trains in the precision that pays for the model.
         base_model (`str`, *optional*): What the model started from, for the card.
         callbacks (sequence of [`TrainerCallback`], *optional*): As in Trainer.
+        resume_from (`Path`, *optional*): The checkpoint to go on from, as [`trainer_checkpoints`] resolves it.
     """
 
     def __init__(
@@ -69,7 +70,13 @@ class TaskTrainer(Trainer):
         args: TrainingArguments,
         base_model: str | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        resume_from: Path | None = None,
     ):
+        undecided = cast(bool | None, args.bf16) is None and not args.fp16
+        asked = "auto" if undecided else args.mixed_precision
+        self.computing = Computing.choose(asked, args.device.type, setup.model.config.hidden_size, resume_from)
+        args.mixed_precision = self.computing.mixed_precision
+        args.bf16, args.fp16 = (args.mixed_precision == name for name in ("bf16", "fp16"))
         super().__init__(
             model=setup.model,
             args=args,
@@ -77,7 +84,7 @@ class TaskTrainer(Trainer):
             train_dataset=setup.train,
             eval_dataset=setup.validation,
             processing_class=setup.processor,
-            callbacks=[EpochOfData(), *callbacks],
+            callbacks=[EpochOfData(), _RecordOfComputing(self.computing), *callbacks],
         )
         if self.pop_callback(ProgressCallback) is not None:  # none under --disable_tqdm
             self.add_callback(_LossesBesideTheBar())
@@ -86,7 +93,7 @@ class TaskTrainer(Trainer):
         self.last_metrics: dict[str, float] = {}
         self.meter = LossMeter(self.accelerator, setup.loss_parts)
         self._metered_step = 0
-        self._resumed_from: Path | None = None
+        self._resumed_from = resume_from
         self._goes_further = False
 
     def evaluate_task(self, rows: Any) -> dict[str, float]:
@@ -169,18 +176,19 @@ class TaskTrainer(Trainer):
                 **self.setup.card,
             )
 
-    def run(self, resume_from: Path | None = None) -> bool:
+    def run(self) -> bool:
         """
         Trains, saves the model with its card, and pushes it if asked. False where Ctrl-C stopped it, which leaves a
         checkpoint to resume from.
         """
-        self._resumed_from = resume_from
-        if resume_from is not None:
-            self.accelerator.print(f"Going on from {resume_from}, whose weights replace those loaded before.")
-        with StopSignal() as stop:
+        self.accelerator.print(f"How it computes: {self.computing}")
+        checkpoint = None if self._resumed_from is None else str(self._resumed_from)
+        if checkpoint is not None:
+            self.accelerator.print(f"Going on from {checkpoint}, whose weights replace those loaded before.")
+        with StopSignal() as stop, self.computing.threads():
             stopping = _StopWithCheckpoint(stop, self)
             self.add_callback(stopping)
-            self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+            self.train(resume_from_checkpoint=checkpoint)
         if stopping.stopped:
             self.accelerator.print(f"Stopped after {self.state.global_step} of {self.state.max_steps} steps.")
             return False
@@ -210,6 +218,17 @@ class EpochOfData(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class _RecordOfComputing(TrainerCallback):
+    """Writes into each checkpoint how the run computes."""
+
+    def __init__(self, computing: Computing):
+        self.computing = computing
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.computing.save(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 class _LossesBesideTheBar(ProgressCallback):
