@@ -423,9 +423,9 @@ figure img { display: block; width: 100%; height: auto; border-radius: 4px; }
 figure img + img { margin-top: 4px; }
 figure.right { padding: 2px; border: 3px solid var(--right); }
 figure.beyond { border-style: dashed; }
-figcaption { display: flex; flex-wrap: wrap; column-gap: .6rem; align-items: baseline; padding: .3rem .25rem 0;
+figcaption { display: flex; flex-wrap: wrap; column-gap: .4rem; align-items: baseline; padding: .3rem .2rem 0;
              font-size: .9rem; font-variant-numeric: tabular-nums; }
-figcaption em { flex-basis: 100%; color: var(--soft); font-size: .8rem; font-style: normal; }
+figcaption em { flex-basis: 100%; color: var(--soft); font-size: .75rem; font-style: normal; }
 figcaption small { flex: 1 1 0; min-width: 0; text-align: right; overflow: hidden; color: var(--soft);
                    white-space: nowrap; text-overflow: ellipsis; }
 .right small { color: var(--right); font-weight: 600; }
