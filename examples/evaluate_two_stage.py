@@ -6,7 +6,8 @@
         --regions flickr30k-regions --dual_encoder openai/clip-vit-base-patch32 --photos flickr30k-images
 
 The first stage proposes K candidates a query, in both directions, and the cross-encoder scores these pairs alone, each
-once: the table has a row for each of `--candidates` and of `--similarity_weight`. The first stage is the model's own,
+once: the table has a row for each of `--candidates` and of `--similarity_weight`, which by default are 0 and the weight
+that was measured when the checkpoint was trained. The first stage is the model's own,
 which must have been trained (`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of
 another Unicoder-VL, or a dual encoder of transformers.
 `--num_queries 1000` asks with that many captions and images only, among all there are, where 200 pairs for each caption
@@ -26,7 +27,7 @@ from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, retrieval_test
-from unicoder_vl_hf.retrieval.two_stage import two_stage_report
+from unicoder_vl_hf.retrieval.two_stage import SimilarityWeight, two_stage_report
 from unicoder_vl_hf.training import run_script, start_processes
 
 
@@ -40,6 +41,7 @@ class TwoStageArguments:
         metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
     )
     photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
+    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
     protocol: str | None = field(
         default=None, metadata={"help": f"{', '.join(PROTOCOLS)}, of one fold. Default: all images of the split."}
     )
@@ -52,8 +54,11 @@ class TwoStageArguments:
         default_factory=lambda: [10, 50, 100, 200], metadata={"help": "K: how many the first stage proposes a query."}
     )
     similarity_weight: list[float] = field(
-        default_factory=lambda: [0.0],
-        metadata={"help": "Add so much of the first stage's similarity to the matching score; a row for each."},
+        default_factory=list,
+        metadata={
+            "help": "Weights of the first stage's similarity in the order, score + weight x similarity; a row for "
+            "each. Default: 0, and the one that was measured when the checkpoint was trained."
+        },
     )
     bf16: bool = field(default=False, metadata={"help": "Score in bfloat16."})
     scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})
@@ -72,10 +77,12 @@ def main(argv: list[str] | None = None):
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
     else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos)
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.ids)
     scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
+    weight = SimilarityWeight.of(None, encoder, scorer)
+    weights = args.similarity_weight or sorted({0.0, weight.value})
     report = two_stage_report(
-        encoder, scorer, test.folds[0], args.candidates, args.num_queries, args.scores_dir, args.similarity_weight
+        encoder, scorer, test.folds[0], args.candidates, args.num_queries, args.scores_dir, weights
     )
     if not state.is_main_process:
         return
@@ -83,12 +90,13 @@ def main(argv: list[str] | None = None):
     if args.num_queries is not None:
         captions_asked, images_asked = report.num_queries["image_retrieval"], report.num_queries["text_retrieval"]
         title += f", asked with {captions_asked:,} captions and {images_asked:,} images, drawn evenly"
-    print(f"{title}; first stage {encoder.name}\n\n{report}")
+    print(f"{title}; first stage {encoder.name}\nA search orders by {weight}.\n\n{report}")
     if args.output is not None:
         values = {
             "test": title,
             "arguments": dataclasses.asdict(args),
             "first_stage": encoder.identity(),
+            "order_of_a_search": str(weight),
             "checkpoint": checkpoint_provenance(args.model, model),
             "report": report.as_dict(),
         }

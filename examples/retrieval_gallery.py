@@ -4,8 +4,9 @@
         --photos photos --output gallery.html
 
 So many captions of the split, drawn evenly, are asked among all of its images: of these half of the gallery is drawn at
-random by `--seed`, a quarter is what went best and a quarter what went worst. Without `--photos` regions are drawn on a
-blank page, which may be published where the photos may not.
+random by `--seed`, a quarter is what went best and a quarter what went worst. Without `--photos` the surest regions are
+drawn on a blank page, which may be published where the photos may not. What the first stage proposes is ordered by the
+weight of its similarity that was measured when the checkpoint was trained, unless `--similarity_weight` gives another.
 """
 
 import tempfile
@@ -24,7 +25,7 @@ from unicoder_vl_hf.retrieval.checkpoints import load_for_store
 from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_dual_encoder
 from unicoder_vl_hf.retrieval.index import build_index
 from unicoder_vl_hf.retrieval.protocols import retrieval_test
-from unicoder_vl_hf.retrieval.two_stage import search
+from unicoder_vl_hf.retrieval.two_stage import SimilarityWeight, search
 from unicoder_vl_hf.training import run_script
 
 WIDTH = 240  # of a page of regions, in pixels
@@ -41,15 +42,22 @@ class GalleryArguments:
         metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
     )
     photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
+    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
     asked: int = field(default=200, metadata={"help": "Captions that are asked."})
     shown: int = field(default=20, metadata={"help": "Of these in the gallery."})
     candidates: int = field(default=50, metadata={"help": "Of the first stage, to be scored."})
-    similarity_weight: float = field(
-        default=0.0, metadata={"help": "Add so much of the first stage's similarity to the matching score."}
+    similarity_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
+            "one that was measured when the checkpoint was trained, else 0."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Of the half that is drawn at random."})
-    max_regions: int = field(default=8, metadata={"help": "Drawn on a blank page; the best by score."})
+    max_regions: int = field(
+        default=8, metadata={"help": "Regions on a blank page, the best by score; without scores none are drawn."}
+    )
 
 
 def main(argv: list[str] | None = None):
@@ -62,7 +70,7 @@ def main(argv: list[str] | None = None):
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
     else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos)
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.ids)
 
     count = min(args.asked, len(fold.captions))
     rows = np.arange(count) * len(fold.captions) // count
@@ -70,23 +78,25 @@ def main(argv: list[str] | None = None):
     with tempfile.TemporaryDirectory() as folder:
         index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
         scorer = ImageTextScorer(model, processor, store)
+        weight = SimilarityWeight.of(args.similarity_weight, encoder, scorer)
         found = search(
             texts, index, encoder, scorer,
-            top_k=args.candidates, candidates=args.candidates, similarity_weight=args.similarity_weight,
+            top_k=args.candidates, candidates=args.candidates, similarity_weight=weight.value,
         )  # fmt: skip
     right = [fold.image_ids[image] for image in fold.image_of_caption[rows]]
     items = [
-        GalleryItem.from_hits(text, image_id, [(hit.name, hit.score) for hit in hits])
+        GalleryItem.from_hits(
+            text, image_id, [(hit.name, hit.score) for hit in hits], notes={hit.name: hit.summands for hit in hits}
+        )
         for text, image_id, hits in zip(texts, right, found, strict=True)
     ]
-    photos = None if args.photos is None else Photos(args.photos)
+    photos = None if args.photos is None else Photos(args.photos, args.ids)
     class_names = store.provenance.get("class_names") or None
 
     def picture(image_id: str) -> Image.Image:
-        return photos(image_id) if photos else diagram(store[image_id], class_names, args.max_regions)
+        record = store[image_id]
+        return photos.of(record) if photos else diagram(record, class_names, args.max_regions)
 
-    weight = args.similarity_weight
-    added = f"{weight:g} times the first stage's similarity is added, " if weight else ""
     random, best, worst = choose(items, args.shown, args.seed)
     write_gallery(
         args.output,
@@ -95,8 +105,8 @@ def main(argv: list[str] | None = None):
         title="Search in two stages",
         intro=f"{len(random)} of {len(items):,} captions, drawn at random, then the {len(best)} that went best and the "
         f"{len(worst)} that went worst. The first stage proposes {args.candidates} of {len(fold.image_ids):,} images, "
-        f"the matching head scores these, {added}and the best five are shown with their scores"
-        + ("." if photos else f", as the boxes of their {args.max_regions} surest regions."),
+        f"and they are ordered by {weight}. The best five are shown, "
+        + ("whole." if photos else f"as the boxes of their {args.max_regions} surest regions, if these have scores."),
     )
     print(f"{args.output}: {len(random) + len(best) + len(worst)} captions.")
 
@@ -121,9 +131,11 @@ def choose(
 
 
 def diagram(record: RegionRecord, class_names: Sequence[str] | None, max_regions: int) -> Image.Image:
-    """The regions on a blank page of the image's shape, in few colours: some 2 kB."""
+    """The surest regions, if any are, on a blank page of the image's shape, in few colours: some 2 kB."""
     width, height = record.image_width or 1, record.image_height or 1
     page = Image.new("RGB", (WIDTH, max(1, round(WIDTH * height / width))), "white")
+    if record.object_scores is None:  # such as the cells of a grid, none of which stands out
+        return page
     drawn = draw_regions(page, record, class_names=class_names, max_regions=max_regions, min_width=WIDTH)
     return drawn.quantize(16)
 

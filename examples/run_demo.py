@@ -33,7 +33,7 @@ from unicoder_vl_hf.retrieval.finetuning import SCENES
 from unicoder_vl_hf.retrieval.index import build_index
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.retrieval.protocols import DIRECTIONS, KS, chance, retrieval_test
-from unicoder_vl_hf.retrieval.two_stage import search, two_stage_report
+from unicoder_vl_hf.retrieval.two_stage import SimilarityWeight, search, two_stage_report
 from unicoder_vl_hf.training import CheckpointFolder
 
 # Rows of the table: the first stage's order, that of the matching head among its best, and that of both.
@@ -44,7 +44,13 @@ FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best,
 class DemoArguments:
     output_dir: str = field(default="demo", metadata={"help": "Where everything goes."})
     candidates: int = field(default=20, metadata={"help": "Of the first stage of the search, to be scored."})
-    similarity_weight: float = field(default=30, metadata={"help": "Of its similarity, added to the score."})
+    similarity_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of its similarity in the order, score + weight x similarity. Default: the one that "
+            "fine-tuning measured on the validation scenes."
+        },
+    )
     num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
 
 
@@ -89,9 +95,8 @@ def demo(args: DemoArguments) -> int:
     model, processor = load_for_store(fine_tuned, store)
     encoder = UnicoderVLDualEncoder(model, processor, store, fine_tuned)
     scorer = ImageTextScorer(model, processor, store)
-    report = two_stage_report(
-        encoder, scorer, fold, [args.candidates], similarity_weights=(0.0, args.similarity_weight)
-    )
+    weight = SimilarityWeight.of(args.similarity_weight, encoder, scorer)
+    report = two_stage_report(encoder, scorer, fold, [args.candidates], similarity_weights=(0.0, weight.value))
     for name, row in zip((FIRST_STAGE, SCORED, BOTH_STAGES), report.rows, strict=True):
         results[name] = row.metrics
     results["chance"] = chance(test)
@@ -103,19 +108,24 @@ def demo(args: DemoArguments) -> int:
     captions = [fold.captions[row] for row in rows]
     found = search(
         captions, index, encoder, scorer,
-        top_k=args.candidates, candidates=args.candidates, similarity_weight=args.similarity_weight,
+        top_k=args.candidates, candidates=args.candidates, similarity_weight=weight.value,
     )  # fmt: skip
     write_gallery(
         output_dir / "gallery.html",
         [
-            GalleryItem.from_hits(fold.captions[row], fold.image_ids[image], [(hit.name, hit.score) for hit in hits])
+            GalleryItem.from_hits(
+                fold.captions[row],
+                fold.image_ids[image],
+                [(hit.name, hit.score) for hit in hits],
+                notes={hit.name: hit.summands for hit in hits},
+            )
             for row, image, hits in zip(rows, fold.image_of_caption[rows], found, strict=True)
         ],
         lambda image_id: Image.open(scenes / "photos" / f"{image_id}.png"),
         title="Search in two stages among rendered scenes",
         intro="Captions drawn at random from the test scenes, each of which holds a colour and shape that never meet "
-        f"in training. The first stage proposes {args.candidates} of {len(index)} scenes, the matching head scores "
-        f"these, {args.similarity_weight:g} times the first stage's similarity is added, and the best five are shown.",
+        f"in training. The first stage proposes {args.candidates} of {len(index)} scenes, and these are ordered by "
+        f"{weight}. The best five are shown.",
         results=results,
     )
 
@@ -127,14 +137,11 @@ def demo(args: DemoArguments) -> int:
     (output_dir / "metrics.json").write_text(json.dumps({"pretraining": pretraining, **results}, indent=2) + "\n")
 
     print(f"\nPre-training, validation scenes\n{metrics_table(pretraining, by_chance)}")
-    print(f"\n{test.title} (percent)\n{recall_table(results)}")
+    print(f"\n{test.title} (percent)\n{recall_table(results)}\n{BOTH_STAGES}: {weight}")
     print(
         f"\n{time.perf_counter() - started:.0f} s. Look at curves.png and gallery.html in {output_dir}, or search it:"
     )
-    print(
-        f'unicoder-vl search "{captions[0]}" --index {index_path} --similarity-weight {args.similarity_weight:g} '
-        f"--photos {scenes / 'photos'} --gallery found.html"
-    )
+    print(f'unicoder-vl search "{captions[0]}" --index {index_path} --photos {scenes / "photos"} --gallery found.html')
     name, failed = "image_retrieval_recall@1", False
     # Among the first stage's candidates, any order of them is right more often than chance.
     guessed = report.rows[1].ceiling["image_retrieval"] / args.candidates

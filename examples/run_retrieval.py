@@ -8,7 +8,8 @@ Without --captions it trains a small model on the rendered scenes; with it, the 
 Image-Text Retrieval): for each positive pair 3 captions and 3 images that do not match, the hardest-negative triplet
 loss of both directions on sigmoid(score), margin 0.2, learning rate 5e-5, 192 positive pairs a step in 4 micro-steps.
 `--per_device_train_batch_size` counts positive pairs; the defaults are for one process: on P, divide one of the two
-counts by P. The model that scores the highest sum of recalls on a part of the validation split is kept.
+counts by P. The model that scores the highest sum of recalls on a part of the validation split is kept. With
+`--contrastive_weight` a first stage of search is trained along, and the weight of its similarity measured at the end.
 """
 
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
@@ -28,6 +29,11 @@ from unicoder_vl_hf.training import run_script
 
 class RetrievalTrainer(TaskTrainer):
     setup: RetrievalSetup
+
+    def conclude(self):
+        self.setup.measure_similarity_weight()
+        if self.setup.search is not None:
+            self.accelerator.print(self.setup.search)
 
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator

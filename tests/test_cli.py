@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import shutil
 import subprocess
 import sys
 
@@ -54,24 +55,25 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     Image.new("RGB", (image.width, image.height), "white").save(tmp_path / "photo.png")
     drawing = tmp_path / "drawn.png"
     for holder in (store, source):
-        assert main(["inspect", str(holder), "--photo", str(tmp_path / "photo.png"), "--output", str(drawing)]) == 1
+        named = tmp_path / f"{image.number}.png"  # which its name does not show
+        shutil.copy(tmp_path / "photo.png", named)
+        for photo in (tmp_path / "photo.png", named):
+            assert main(["inspect", str(holder), "--photo", str(photo), "--output", str(drawing)]) == 1
+            output, error = capsys.readouterr()
+            assert output == "" and f"Say with --image-id which image {photo} is a photo of" in error
+        Image.new("RGB", (image.width, image.height + 1), "white").save(named)
+        image_id = str(image.number) if holder == store else image.name
+        words = ["inspect", str(holder), "--image-id", image_id, "--photo", str(named), "--output", str(drawing)]
+        assert main(words) == 1
         output, error = capsys.readouterr()
-        assert (
-            output == ""
-            and "has no image 'photo'; its first is" in error
-            and "Say with --image-id which image" in error
-        )
+        assert output == "" and f"{named} is not the photo of {image_id!r}: it has {image.width} x " in error
     assert not drawing.exists()
     options = ["--image-id", str(image.number), "--photo", str(tmp_path / "photo.png"), "--output", str(drawing)]
     assert main(["inspect", str(store), *options]) == 0
     assert len(np.unique(np.asarray(Image.open(drawing)).reshape(-1, 3), axis=0)) > 2
-    other = IMAGES[1]  # found by the name of its photo
-    named = tmp_path / f"{other.number}.png"
-    Image.new("RGB", (other.width, other.height), "white").save(named)
-    assert main(["inspect", str(store), "--photo", str(named), "--output", str(drawing)]) == 0
     output = capsys.readouterr().out
-    assert f"Boxes of '{other.number}' drawn on {named}: {drawing}\n" in output
-    assert f"\nrecord: '{other.number}'\n  image_width          {other.width}\n" in output
+    assert f"Boxes of '{image.number}' drawn on {tmp_path / 'photo.png'}: {drawing}\n" in output
+    assert f"\nrecord: '{image.number}'\n  image_width          {image.width}\n" in output
     assert "RegionRecord(" not in output
     (tmp_path / "text.png").write_text("no picture")
     for wrong, says in (("text.png", "its 10 bytes are no image"), ("none.png", "No such file")):

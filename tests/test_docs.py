@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from unicoder_vl_hf.cli import _parser
+from unicoder_vl_hf.scenes import sample_scene, scene_captions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,6 +75,12 @@ def test_commands_name_scripts_and_options_that_exist(page, monkeypatch):
             }
             for option in re.findall(r"--(\w+)", script[2]):
                 assert option in known or option.removeprefix("no_") in known, f"{script[1]}.py --{option}"
+
+
+def test_what_is_sought_in_the_demo_is_there():
+    """The demo's index holds the test scenes of seed 0, of which one has this very caption."""
+    (sought,) = re.findall(r'unicoder-vl search "(.*)" --index demo/test-scenes', (ROOT / "README.md").read_text())
+    assert any(sought in scene_captions(sample_scene(index, "test")) for index in range(150))
 
 
 def test_make_targets_exist(page):

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoProcessor, Auto
 
 from unicoder_vl_hf import (
     DataCollatorForUnicoderVLRetrieval,
+    ImageTextScorer,
     RegionStore,
     UnicoderVLFeatureExtractor,
     UnicoderVLForImageTextRetrieval,
@@ -23,9 +24,10 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.data.captions import read_captions, select_split
 from unicoder_vl_hf.data.negatives import PairsWithNegatives
 from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss, group_softmax_loss, hard_negatives
-from unicoder_vl_hf.retrieval.encoders import image_states, text_states
+from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder, image_states, text_states
 from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, evaluate_retrieval, prepare_retrieval
 from unicoder_vl_hf.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
+from unicoder_vl_hf.retrieval.two_stage import describe_weight, measure_similarity_weight
 
 
 def model(**config):
@@ -89,8 +91,12 @@ def test_a_plain_model_has_no_first_stage():
     assert plain.config.projection_dim is None and plain.config.first_stage_trained is False
     with pytest.raises(ValueError, match=r"no first stage.*projection_dim is None.*train-first-stage"):
         plain.encode_text(torch.tensor([[2, 5, 3]]))
+    assert plain.config.similarity_weight is None
     with pytest.raises(StrictDataclassClassValidationError, match=r"projection_dim=0 must be at least 1"):
         tiny.config(projection_dim=0)
+    for wrong in (-1, float("inf"), float("nan")):
+        with pytest.raises(StrictDataclassClassValidationError, match=r"similarity_weight=.* must be at least 0"):
+            tiny.config(similarity_weight=wrong)
 
 
 @pytest.mark.parametrize("model_class", [UnicoderVLForPreTraining, UnicoderVLForImageTextRetrieval])
@@ -103,15 +109,17 @@ def test_a_checkpoint_without_projection_loads_as_untrained(model_class, tmp_pat
 
 
 def test_a_trained_first_stage_stays_so_and_never_outlives_its_weights(tmp_path):
-    trained = model(first_stage_trained=True)
+    trained = model(first_stage_trained=True, similarity_weight=30)
     trained.save_pretrained(tmp_path / "whole")
     loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert loaded.config.first_stage_trained and not report["missing_keys"]
+    assert loaded.config.similarity_weight == 30
     for name, weight in trained.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
     # Pre-training goes on from it: the config passes through a class that has no first stage.
     UnicoderVLForPreTraining.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "again")
-    assert not UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path / "again").config.first_stage_trained
+    again = UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path / "again").config
+    assert not again.first_stage_trained and again.similarity_weight is None
     dropped = UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path / "whole", projection_dim=None)
     assert dropped.first_stage is None and not dropped.config.first_stage_trained
 
@@ -371,6 +379,14 @@ def test_training_alone_learns_and_leaves_the_scores(world, trained):
     card = (output / "README.md").read_text()
     assert "trained by a contrastive loss with the encoder frozen" in card
     assert f"| first_stage_recall_sum | {metrics['recall_sum']:.4f} |" in card
+    # The weight that whoever loads it measures, too; the card says which and how.
+    weight = after.config.similarity_weight
+    after.config.similarity_weight = None
+    encoder = UnicoderVLDualEncoder(after, processor, store, output)
+    measured = measure_similarity_weight(encoder, ImageTextScorer(after, processor, store), captions)
+    assert weight == after.config.similarity_weight == measured.best.similarity_weight
+    assert f"\n## Search\n\n{describe_weight(measured)}\n\n## Use\n" in card
+    assert measured.num_queries == {"image_retrieval": 20, "text_retrieval": 10}
     steps = 20 * math.ceil(len(read_captions(world / "captions.jsonl", split="train")) / 40)
     assert f"- Steps: {steps} of 40 pairs (over all processes)\n- Epochs: 20\n- Learning rate: 0.002 at" in card
     assert not list(output.parent.glob("*.partial"))
@@ -427,6 +443,16 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     assert "would not fit the encoder after this training: it is left out" in caplog.text
     along = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
     assert along.model.config.projection_dim == 16 and along.model.config.first_stage_trained
+    # The weight was that of the encoder before; that of the new one is measured on the validation split at the end.
+    before = AutoModelForSequenceClassification.from_pretrained(trained[0]).config.similarity_weight
+    assert before is not None and along.model.config.similarity_weight is None and along.search is None
+    assert len(along.weighing) == 20 and dropped.weighing is None
+    lost = RetrievalArguments(**options, contrastive_weight=0.5, validation_split="dev")
+    assert prepare_retrieval(lost, world.parent / "run", seed=0).weighing is None
+    assert (
+        "has no split 'dev'; its splits are train, val, test. The weight of the similarity in a search will not be"
+        in (caplog.text)
+    )
     loss = along.model(**along.collator([along.train[row] for row in (0, 7)])).loss
     assert loss.isfinite() and along.model.contrastive_weight == 0.5
     options["model_name_or_path"] = str(world.parent / "checkpoint")

@@ -228,10 +228,12 @@ class Page(HTMLParser):
         if tag == "section":
             self.sections.append({"caption": "", "verdict": "", "figures": []})
         elif tag == "figure":
-            self.sections[-1]["figures"].append({"class": attributes["class"].split(), "text": ""})
+            self.sections[-1]["figures"].append({"class": attributes["class"].split(), "text": "", "pictures": []})
         elif tag == "img":
-            data = attributes["src"].removeprefix("data:image/png;base64,")
-            self.sections[-1]["figures"][-1]["picture"] = Image.open(io.BytesIO(base64.b64decode(data)))
+            data = attributes["src"].partition(";base64,")[2]
+            figure, picture = self.sections[-1]["figures"][-1], Image.open(io.BytesIO(base64.b64decode(data)))
+            figure["pictures"].append(picture)
+            figure.setdefault("picture", picture)
         if tag not in ("img", "meta"):
             self.path.append(tag)
 
@@ -290,6 +292,15 @@ def test_a_gallery_of_a_search_says_what_was_not_among_the_candidates(tmp_path):
     assert lost["verdict"] == "right image not among the candidates"
     assert [figure["class"] for figure in lost["figures"]] == [["wrong"], ["right", "beyond"]]
     assert lost["figures"][1]["text"] == "right image"
+
+
+def test_a_figure_may_have_several_pictures_and_a_note(tmp_path):
+    items = [GalleryItem.from_hits("x", "b", [("a", 1.0), ("b", 0.5)], notes={"b": "score <1>, similarity 2"})]
+    page = Page(write_gallery(tmp_path / "gallery.html", items, lambda image_id: [plain("c"), plain(image_id)]))
+    first, second = page.sections[0]["figures"]
+    assert [picture.getpixel((0, 0)) for picture in second["pictures"]] == [COLOURS["c"], COLOURS["b"]]
+    assert first["text"].split() == ["1", "+1.00", "a"]
+    assert second["text"] == "2 +0.50 right image score <1>, similarity 2" and page.path == []
 
 
 def test_a_gallery_needs_no_other_file(tmp_path):

@@ -1,5 +1,6 @@
 """The gallery of a search on photos: what it shows, and that it may do without the photos."""
 
+import dataclasses
 import importlib
 import io
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_world
+import tiny
 from test_pictures import Page
 
 from unicoder_vl_hf.data.captions import read_captions
@@ -42,7 +44,7 @@ def test_a_quarter_is_the_best_and_one_the_worst_of_what_chance_left(script):
 def test_with_photos_and_without(script, tmp_path, capsys):
     world = small_world.build(tmp_path)
     model, captions, regions = small_world.save_retrieval(
-        tmp_path / "model", world, projection_dim=8, first_stage_trained=True
+        tmp_path / "model", world, projection_dim=8, first_stage_trained=True, similarity_weight=30
     )
     words = ["--model", model, "--captions", captions, "--regions", regions]
     words += ["--output", str(tmp_path / "gallery.html"), "--asked", "8", "--shown", "4", "--candidates", "3"]
@@ -58,6 +60,22 @@ def test_with_photos_and_without(script, tmp_path, capsys):
             picture.save(buffer, "PNG", optimize=True)
             assert picture.size == (240, 180) and len(buffer.getvalue()) < 4000
             assert picture.convert("RGB").getcolors(16) is not None  # boxes on a blank page
-    script.main([*words, "--photos", str(world / "photos")])
+    text = (tmp_path / "gallery.html").read_text()
+    assert "they are ordered by score + 30 similarity, the weight that was measured on validation captions." in text
+    assert "as the boxes of their 8 surest regions, if these have scores." in text
+    rank, total, _, *parts = page.sections[0]["figures"][0]["text"].split()
+    score, similarity = float(parts[-3].strip(",")), float(parts[-1])
+    assert rank == "1" and float(total) == pytest.approx(score + 30 * similarity, abs=0.03)
+    script.main([*words, "--photos", str(world / "photos"), "--similarity_weight", "0"])
+    assert "ordered by score, the weight that was asked for. The best five are shown, whole." in (
+        (tmp_path / "gallery.html").read_text()
+    )
     figure = Page(tmp_path / "gallery.html").sections[0]["figures"][0]
     assert figure["picture"].size == (192, 144)
+
+
+def test_cells_of_a_grid_are_not_drawn(script):
+    record = tiny.record()  # whose regions have no scores
+    assert script.diagram(record, None, 8).getcolors() == [(240 * 180, (255, 255, 255))]
+    scored = dataclasses.replace(record, object_scores=np.array([0.5, 0.9, 0.1]))
+    assert len(script.diagram(scored, None, 8).getcolors()) > 1

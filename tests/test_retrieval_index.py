@@ -1,13 +1,17 @@
 """Indices and the search in two stages: against brute force, in both directions, and what is refused."""
 
+import dataclasses
 import importlib
 import inspect
 import json
+import re
 import shutil
 import string
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -27,18 +31,28 @@ from transformers import (
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, RegionStoreWriter, UnicoderVLForImageTextRetrieval, cli
 from unicoder_vl_hf.retrieval import index as index_module
+from unicoder_vl_hf.retrieval import two_stage
 from unicoder_vl_hf.retrieval.encoders import (
     Photos,
     TransformersDualEncoder,
     UnicoderVLDualEncoder,
     UntrainedFirstStage,
+    open_transformers_encoder,
 )
 from unicoder_vl_hf.retrieval.first_stage import train_first_stage
 from unicoder_vl_hf.retrieval.index import SearchIndex, build_index, nearest
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.retrieval.protocols import RetrievalFold
 from unicoder_vl_hf.retrieval.searching import SearchResult, run_search
-from unicoder_vl_hf.retrieval.two_stage import Hit, search, two_stage_report
+from unicoder_vl_hf.retrieval.two_stage import (
+    SIMILARITY_WEIGHTS,
+    Hit,
+    SimilarityWeight,
+    describe_weight,
+    measure_similarity_weight,
+    search,
+    two_stage_report,
+)
 
 # Of 9 captions and 7 images: two of them have two captions.
 IMAGE_OF_CAPTION = np.array([0, 1, 2, 3, 4, 5, 6, 1, 2])
@@ -57,8 +71,9 @@ def folder(tmp_path_factory):
     tiny.processor().save_pretrained(path / "untrained")
     (path / "photos").mkdir()
     for number, image_id in enumerate(IMAGES):
-        pixels = np.random.default_rng(number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path / "photos" / f"{image_id}.png")
+        pixels = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        photo = Image.fromarray(pixels).resize((640, 480), Image.Resampling.NEAREST)
+        photo.save(path / "photos" / f"{image_id}.png")
     pairs = zip(CAPTIONS, IMAGE_OF_CAPTION, strict=True)
     rows = [{"image_id": IMAGES[image], "caption": text} for text, image in pairs]
     (path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -173,7 +188,7 @@ def test_an_index_goes_on_after_a_kill(folder, indices, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build_index(encoder, store, tmp_path / "index")
     assert not (tmp_path / "index").exists()
-    with pytest.raises(ValueError, match=r"holds scores of another job: encoder was"):
+    with pytest.raises(ValueError, match=r"holds scores of another job: encoder was.* --restart begins anew\."):
         build_index(other_checkpoint(folder), store, tmp_path / "index")
     monkeypatch.setattr(encoder, "embed_images", lambda image_ids: embedded.append(image_ids) or embed(image_ids))
     index = build_index(encoder, store, tmp_path / "index")
@@ -220,7 +235,7 @@ def test_a_complete_index_is_opened_again_and_none_other_overwritten(folder, ind
     for options in ({"image_ids": IMAGES[:2]}, {"captions": CAPTIONS}, {"captions": IMAGES}, {"faiss": "Flat"}):
         with pytest.raises(ValueError, match=f"images {holds}"):
             build_index(encoder, store, folder / "images", **options)
-    with pytest.raises(ValueError, match=r"was made by the checkpoint .* or index into another folder\."):
+    with pytest.raises(ValueError, match=r"was made by the checkpoint .*, in another folder or by --restart\."):
         build_index(other_checkpoint(folder), store, folder / "images")
     write_store(tmp_path / "other", [tiny.record(image_id, 2) for image_id in IMAGES])
     with pytest.raises(ValueError, match=r"was made from the store"):
@@ -339,6 +354,95 @@ def test_two_stages_equal_brute_force(folder, indices, candidates, weight):
             assert [hit.name for hit in hits] == [index.names[place] for place in best]
             np.testing.assert_allclose([hit.score for hit in hits], row[best], atol=1e-5)
             np.testing.assert_allclose([hit.similarity for hit in hits], of_query[best], atol=1e-5)
+            alone = [hit.score - weight * hit.similarity for hit in hits]
+            np.testing.assert_allclose([hit.matching_score for hit in hits], alone, atol=1e-5)
+
+
+# The weight of the similarity
+
+
+def test_a_search_takes_the_weight_that_was_measured_for_its_two_stages(folder, indices):
+    encoder, scorer, _ = parts(folder)
+    (plain,) = search([CAPTIONS[0]], indices["images"], encoder, scorer)
+    assert SimilarityWeight.of(None, encoder, scorer) == SimilarityWeight(0.0, "unknown")
+    assert all(hit.score == hit.matching_score for hit in plain)
+    encoder.model.config.similarity_weight = 30
+    assert SimilarityWeight.of(None, encoder, scorer) == SimilarityWeight(30.0, "measured")
+    (measured,) = search([CAPTIONS[0]], indices["images"], encoder, scorer)
+    (asked_for,) = search([CAPTIONS[0]], indices["images"], encoder, scorer, similarity_weight=30.0)
+    assert measured == asked_for != plain
+    (alone,) = search([CAPTIONS[0]], indices["images"], encoder, scorer, similarity_weight=0)
+    assert alone == plain and SimilarityWeight.of(0, encoder, scorer) == SimilarityWeight(0, "given")
+    # It says nothing of how another first stage goes with this model, nor of this one with another model.
+    other, other_scorer, _ = parts(folder)
+    assert SimilarityWeight.of(None, other, scorer).origin == "unknown"
+    assert SimilarityWeight.of(None, encoder, other_scorer).origin == "unknown"
+    assert SimilarityWeight.of(None, Given(np.eye(3)), scorer).origin == "unknown"
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"similarity_weight=.*; expected a number that is at least 0"):
+            search([CAPTIONS[0]], indices["images"], encoder, scorer, similarity_weight=wrong)
+
+
+def slow_recall_sum(scores, similarities, right, weight, candidates, queries):
+    """By one query after another: candidates by similarity, then by the sum; a wrong one of an equal sum is before."""
+    total = 0.0
+    for matrix, near, columns in (
+        (scores, similarities, [[image] for image in right]),
+        (scores.T, similarities.T, [[c for c, i in enumerate(right) if i == image] for image in range(len(scores.T))]),
+    ):
+        asked = [number * len(matrix) // min(queries, len(matrix)) for number in range(min(queries, len(matrix)))]
+        ranks = []
+        for query in asked:
+            proposed = sorted(range(len(matrix[query])), key=lambda item: -near[query][item])[:candidates]
+            sums = {item: matrix[query][item] + weight * near[query][item] for item in proposed}
+            found = [sums[item] for item in columns[query] if item in sums]
+            wrong = [value for item, value in sums.items() if item not in columns[query]]
+            ranks.append(1 + sum(value >= max(found) for value in wrong) if found else np.inf)
+        total += sum(np.mean([rank <= k for rank in ranks]) for k in (1, 5, 10))
+    return total
+
+
+def test_the_weight_is_the_smallest_of_the_best_by_a_slow_loop(monkeypatch):
+    images, captions, candidates, queries = 13, 30, 12, 9
+    chosen = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        right = np.concatenate([np.arange(images), rng.integers(0, images, captions - images)])
+        rows = datasets.Dataset.from_dict(
+            {"image_id": [f"i{i}" for i in right], "caption": [f"c{c}" for c in range(captions)]}
+        )
+        # Sums that float32 holds exactly, with many ties; either stage knows something of what is right.
+        matches = right[:, None] == np.arange(images)
+        scores = rng.integers(-9, 10, (captions, images)) + matches * rng.integers(0, 12)
+        similarities = rng.integers(-4, 5, (captions, images)) / 8 + matches * rng.integers(0, 5) / 8
+        for name, value in (("CANDIDATES", candidates), ("QUERIES", queries), ("IMAGES", images)):
+            monkeypatch.setattr(two_stage, f"WEIGHING_{name}", value)
+        scorer = GivenScores(scores)
+        report = measure_similarity_weight(Given(similarities), scorer, rows)
+        expected = {
+            weight: slow_recall_sum(scores, similarities, right, weight, candidates, queries)
+            for weight in SIMILARITY_WEIGHTS
+        }
+        assert {row.similarity_weight: row.recall_sum for row in report.rows[1:]} == pytest.approx(expected)
+        best = min(weight for weight in expected if expected[weight] > max(expected.values()) - 1e-9)
+        assert scorer.model.config.similarity_weight == report.best.similarity_weight == best
+        says = describe_weight(report)
+        assert f"score + {best:g} similarity" in says and f"split, {expected[best]:.3f} (by" in says
+        chosen.add(best)
+    assert len(chosen) >= 4 and 0 in chosen  # the weights differ from world to world
+
+
+def test_what_is_measured_is_bounded(monkeypatch):
+    for name, value in (("CANDIDATES", 2), ("QUERIES", 3), ("IMAGES", 5)):
+        monkeypatch.setattr(two_stage, f"WEIGHING_{name}", value)
+    rows = datasets.Dataset.from_dict(
+        {"image_id": [f"i{i // 2}" for i in range(40)], "caption": list(map(str, range(40)))}
+    )
+    scorer = GivenScores(np.eye(10, 5))
+    report = measure_similarity_weight(Given(np.random.default_rng(0).random((10, 5))), scorer, rows)
+    assert (report.num_images, report.num_captions) == (5, 10)  # every fourth of 20 images, with its captions
+    assert report.num_queries == {"image_retrieval": 3, "text_retrieval": 3}
+    assert report.rows[-1].pairs == len(scorer.pairs) <= (3 + 3) * 2
 
 
 class Given:
@@ -364,8 +468,9 @@ class GivenScores:
     def __init__(self, table):
         self.table = np.array(table, dtype=np.float32)
         self.pairs = []
+        self.model = SimpleNamespace(config=SimpleNamespace(similarity_weight=None))
 
-    def score_pairs(self, captions, images, caption_index, image_index, output_dir=None):
+    def score_pairs(self, captions, images, caption_index, image_index, max_length=44, output_dir=None):
         self.pairs += zip(caption_index.tolist(), image_index.tolist(), strict=True)
         return self.table[caption_index, image_index]
 
@@ -378,17 +483,28 @@ def test_numbers_below_one_are_refused(folder, indices):
 
 
 def test_a_table_says_what_its_score_is():
-    hits = [Hit("a dog", 12.5, 0.25), Hit("a cat", -1.0, 0.5)]
-    assert str(SearchResult("x", hits)).splitlines() == [
+    hits = [Hit("a dog", 12.5, 0.25, 10.0), Hit("a cat", -1.0, 0.5, -6.0)]
+    plain = [
         "x",
         "rank     score  similarity",
         "   1   +12.500       0.250  a dog",
         "   2    -1.000       0.500  a cat",
     ]
-    assert str(SearchResult("x", hits, similarity_weight=10.0)).splitlines()[1:3] == [
-        "rank  score + 10 similarity  similarity",
-        "   1                +12.500       0.250  a dog",
+    assert str(SearchResult("x", hits)).splitlines() == plain
+    assert str(SearchResult("x", hits, weight=SimilarityWeight(10.0, "measured"))).splitlines() == [
+        "x",
+        "rank  score + 10 similarity     score  similarity",
+        "   1                +12.500   +10.000       0.250  a dog",
+        "   2                 -1.000    -6.000       0.500  a cat",
+        "Ordered by score + 10 similarity, the weight that was measured on validation captions.",
     ]
+    for origin, says in (
+        ("measured", "score + 0 similarity, the weight that was measured on validation captions"),
+        ("given", "score, the weight that was asked for"),
+        ("unknown", "score alone: no weight of the similarity was measured for this checkpoint with this first stage"),
+    ):
+        result = SearchResult("x", hits, Path("g.html"), SimilarityWeight(0.0, origin))
+        assert str(result).splitlines() == [*plain, f"Ordered by {says}.", "Gallery: g.html"]
 
 
 def test_report_by_hand():
@@ -562,8 +678,12 @@ def test_commands(folder, clip, tmp_path, capsys, caplog, monkeypatch):
     page = gallery.read_text()
     assert page.count("<figure") == 3 and expected[0][0] in page and "right image" not in page
 
+    assert f"The best 3 of 7 images, ordered by {SimilarityWeight(0.0, 'unknown')}." in page
+    assert f"\nOrdered by {SimilarityWeight(0.0, 'unknown')}.\n" in output
+
     code, output = run(capsys, *words, "--similarity-weight", 2)
-    assert code == 0 and output.splitlines()[1] == "rank  score + 2 similarity  similarity"
+    assert code == 0 and output.splitlines()[1] == "rank  score + 2 similarity     score  similarity"
+    assert output.endswith("Ordered by score + 2 similarity, the weight that was asked for.\n")
 
     (tmp_path / "few").mkdir()
     shutil.copy(folder / "photos" / f"{expected[0][0]}.png", tmp_path / "few")
@@ -589,27 +709,240 @@ def test_commands(folder, clip, tmp_path, capsys, caplog, monkeypatch):
     assert run(capsys, "index", folder / "store", *options)[0] == 0
     expected = parts(folder)[1].rank_captions(IMAGES[2], CAPTIONS, top_k=2)
     STORE[IMAGES[2]].save(tmp_path / "record.npz")
-    for image in (IMAGES[2], folder / "photos" / f"{IMAGES[2]}.png", tmp_path / "record.npz"):
-        code, output = run(capsys, "search", "--image", image, "--index", captions, "--top-k", 2)
+    photo = folder / "photos" / f"{IMAGES[2]}.png"
+    for image, shown in (
+        (["--image-id", IMAGES[2]], IMAGES[2]),
+        (["--image", photo, "--photos", folder / "photos"], f"{photo}, the photo of the stored image 'image 2'"),
+        (["--image", tmp_path / "record.npz"], f"{tmp_path}/record.npz, the saved regions of 'image 2'"),
+    ):
+        code, output = run(capsys, "search", *image, "--index", captions, "--top-k", 2)
         assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
-    (tmp_path / "other").mkdir()
-    for suffix in ("png", "txt"):
-        (tmp_path / "other" / f"{IMAGES[2]}.{suffix}").write_text("junk!")
-    monkeypatch.chdir(tmp_path)
-    for name, says in {
-        "nobody": "unicoder-vl extract",
-        f"{IMAGES[2]}.jpg": "there is no such file",
-        f"other/{IMAGES[2]}": "there is no such file",
-        "none.npz": "there is no such file",
-        f"other/{IMAGES[2]}.png": f"{IMAGES[2]}.png cannot be read: its 5 bytes are no image",
-        f"other/{IMAGES[2]}.txt": f"{IMAGES[2]}.txt holds no photo",
-    }.items():
-        code, output = run(capsys, "search", "--image", name, "--index", captions)
-        assert code == 1 and says in output
-    code, output = run(capsys, "search", "--image", IMAGES[2], "--index", index)
+        assert output.startswith(f"{shown}\n")
+    code, output = run(capsys, "search", "--image-id", IMAGES[2], "--index", index)
     assert code == 1 and "holds images, but what is sought are captions" in output
     code, output = run(capsys, *words, "--model", folder / "untrained")
     assert code == 1 and "was not trained" in output
+
+
+def test_a_file_is_a_photo_and_an_id_an_id(folder, tmp_path, capsys, monkeypatch):
+    """No file answers for the stored image whose name it bears, unless it is shown to be its photo."""
+    index, photos, known = tmp_path / "captions", folder / "photos", IMAGES[2]
+    build_index(*parts(folder)[::2], index, captions=CAPTIONS)
+    monkeypatch.chdir(tmp_path)
+    for name in ("same", "size", "other", "junk"):
+        Path(name).mkdir()
+    shutil.copy(photos / f"{known}.png", Path("same"))
+    Image.new("RGB", (500, 375), "red").save(Path("size", f"{known}.png"))
+    Image.new("RGB", (640, 480), "red").save(Path("other", f"{known}.png"))
+    Image.new("RGB", (640, 480), "red").save("new.jpg")
+    for suffix in ("png", "txt"):
+        Path("junk", f"{known}.{suffix}").write_text("junk!")
+
+    def searched(*words):
+        return run(capsys, "search", *words, "--index", index)
+
+    asked = searched("--image-id", known)
+    assert asked[0] == 0
+    code, output = searched("--image", f"same/{known}.png", "--photos", photos)  # the same bytes elsewhere
+    assert code == 0 and ranks(output) == ranks(asked[1])
+    for words, *says in (
+        ([f"size/{known}.png"], "is not the photo of the image 'image 2'", "500 x 375 pixels, that has 640 x 480"),
+        ([f"size/{known}.png", "--photos", photos], "is not the photo of the image", "unicoder-vl extract size/"),
+        ([f"other/{known}.png"], "has the name of the image 'image 2'", "Give --photos", "--image-id image 2"),
+        ([f"same/{known}.png"], "does not show that it is its photo"),  # it is, but nothing shows it
+        ([f"other/{known}.png", "--photos", photos], f"{photos}/{known}.png holds other bytes", "--image-id image 2"),
+        ([f"other/{known}.png", "--photos", tmp_path / "new.jpg"], "new.jpg has no photo of that id to compare"),
+        (["new.jpg", "--photos", photos], "has no image 'new'", "RegionStore('NEW')['new'].save('regions.npz')"),
+        ([f"junk/{known}.png"], f"{known}.png cannot be read: its 5 bytes are no image"),
+        ([f"junk/{known}.txt"], f"{known}.txt cannot be read: its 5 bytes are no image"),
+        ([known], "there is no such file", f"has an image of that id: --image-id {known}"),
+        ([f"other/{known}"], f"--image other/{known}: there is no such file.\n"),
+        (["none.npz"], "there is no such file"),
+    ):
+        code, output = searched("--image", *words)
+        assert code == 1 and all(each in output for each in says), output
+    code, output = searched("--image-id", "new.jpg")
+    assert code == 1 and "has no image 'new.jpg'; its ids are like ['image 0'," in output
+    assert "It is a file: --image new.jpg." in output
+    shutil.copy(photos / f"{known}.png", known)  # a word that is both
+    code, output = searched("--image", known, "--photos", photos)
+    assert code == 1 and "is a file, and the id of an image of" in output
+    assert f"--image ./{known} for the file, or --image-id {known} for the stored image" in output
+    assert searched("--image-id", known) == asked
+    # From Python it is the same.
+    for image, error in ((Path("other", f"{known}.png"), ValueError), (IMAGES[0], FileNotFoundError)):
+        with pytest.raises(error, match=r"has the name of the image|there is no such file"):
+            run_search(image=image, index=str(index))
+    assert [hit.name for hit in run_search(image_id=known, index=str(index)).hits] == [
+        name for name, _ in ranks(asked[1])
+    ]
+
+
+def test_a_photo_whose_id_is_its_path(folder, tmp_path, capsys):
+    """Two files of one stem are two photos, where the store says so."""
+    for place in ("a", "b"):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        Image.new("RGB", (640, 480), {"a": "red", "b": "blue"}[place]).save(tmp_path / "photos" / place / "x.png")
+    records = [tiny.record(f"{place}/x.png", count) for place, count in (("a", 2), ("b", 3))]
+    write_store(tmp_path / "store", records)
+    store, model = tmp_path / "store", ["--model", folder / "model"]
+    words = ["index", store, *model, "--captions", tmp_path / "captions.jsonl", "--output", tmp_path / "captions"]
+    rows = [{"image_id": record.image_id, "caption": text} for record, text in zip(records, CAPTIONS, strict=False)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(capsys, *words)[0] == 0
+    words = ["search", "--image", tmp_path / "photos" / "b" / "x.png", "--index", tmp_path / "captions"]
+    words += ["--photos", tmp_path / "photos"]
+    code, output = run(capsys, *words)
+    assert code == 1 and "both have the id 'x'" in output and "--ids path" in output
+    code, output = run(capsys, *words, "--ids", "path")
+    assert code == 0 and output.startswith(f"{words[2]}, the photo of the stored image 'b/x.png'\n")
+
+
+def test_a_photo_of_other_proportions_is_another_photo(folder, clip, tmp_path):
+    record = STORE[IMAGES[0]]  # of 640 x 480
+    for size, same in (
+        ((640, 480), True),
+        ((319, 240), True),
+        ((33, 25), True),
+        ((640, 427), False),
+        ((480, 640), False),
+    ):
+        Image.new("RGB", size, "red").save(tmp_path / f"{IMAGES[0]}.png")
+        photos = Photos(tmp_path)
+        if same:
+            assert photos.of(record).size == size
+        else:
+            with pytest.raises(ValueError, match=rf"image 0\.png has {size[0]} x {size[1]} pixels, but the regions"):
+                photos.of(record)
+    # What looks at photos looks at those of the store.
+    encoder = open_transformers_encoder(str(folder / "clip"), STORE, str(tmp_path))
+    with pytest.raises(ValueError, match=r"480 x 640 pixels, but the regions of 'image 0' were found in"):
+        encoder.embed_images([IMAGES[0]])
+
+
+def test_a_gallery_shows_each_photo_whole_then_its_surest_regions(folder, tmp_path, capsys):
+    """And of regions without scores, such as the cells of a grid, none."""
+    rng = np.random.default_rng(0)
+    scored = [dataclasses.replace(record, object_scores=rng.random(len(record.features))) for record in STORE.values()]
+    write_store(tmp_path / "scored", scored)
+    for store, regions in ((tmp_path / "scored", True), (folder / "store", False)):
+        index = tmp_path / f"{store.name}.index"
+        words = ["index", store, "--model", folder / "model", "--output", index]
+        (tmp_path / "two.jsonl").write_text("\n".join(json.dumps({"image_id": i, "caption": "x"}) for i in IMAGES[:2]))
+        assert run(capsys, *words, "--images-of", tmp_path / "two.jsonl")[0] == 0
+        words = ["search", CAPTIONS[0], "--index", index, "--gallery", tmp_path / "g.html"]
+        assert run(capsys, *words, "--photos", folder / "photos")[0] == 0
+        text = (tmp_path / "g.html").read_text()
+        assert "The best 2 of 2 images, ordered by score alone" in text
+        says = (
+            "Each is shown whole, then with its 10 surest regions."
+            if regions
+            else "Each is shown whole; regions are not"
+        )
+        assert says in text
+        for figure in Page(tmp_path / "g.html").sections[0]["figures"]:
+            name = next(name for name in IMAGES if name in figure["text"])
+            whole, *drawn = (np.asarray(picture.convert("RGB")) for picture in figure["pictures"])
+            photo = np.asarray(Image.open(folder / "photos" / f"{name}.png"))
+            np.testing.assert_array_equal(whole, photo)  # not a line on it
+            assert len(drawn) == regions and (not regions or (drawn[0] != photo).any())
+            assert re.search(r"score [+-][\d.]+, similarity -?0\.\d{3}$", figure["text"])
+        assert run(capsys, *words)[0] == 0
+        says = (
+            "shown as its 10 surest regions on a blank page"
+            if regions
+            else "a blank page, without --photos; regions are"
+        )
+        assert says in (tmp_path / "g.html").read_text()
+        for figure in Page(tmp_path / "g.html").sections[0]["figures"]:
+            (picture,) = figure["pictures"]
+            assert ((np.asarray(picture.convert("RGB")) != 255).any()) == regions
+
+
+def test_one_option_indexes_one_split(folder, tmp_path, capsys):
+    splits = ["train", "test", "test", "val", "test", "train", "train"]
+    rows = [{"image_id": i, "caption": "x", "split": split} for i, split in zip(IMAGES, splits, strict=True)]
+    rows += [
+        {"image_id": IMAGES[1], "caption": "y", "split": "test"},
+        {"image_id": "gone", "caption": "x", "split": "test"},
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["index", folder / "store", "--model", folder / "model"]
+    for name, images in (("", IMAGES), (":test", [IMAGES[1], IMAGES[2], IMAGES[4]])):
+        output = tmp_path / f"index{name[1:]}"
+        code, says = run(capsys, *words, "--output", output, "--images-of", f"{tmp_path}/captions.jsonl{name}")
+        assert code == 0 and SearchIndex(output).names == images and f": {len(images)} images" in says
+    shutil.copy(tmp_path / "captions.jsonl", tmp_path / "a:test")  # a file of that name comes first
+    assert run(capsys, *words, "--output", tmp_path / "colon", "--images-of", tmp_path / "a:test")[0] == 0
+    assert len(SearchIndex(tmp_path / "colon")) == 7
+    for options, says in (
+        (["--images-of", f"{tmp_path}/captions.jsonl:tset"], "has no split 'tset'; its splits are train, test, val"),
+        (["--split", "test"], "--images-of CAPTIONS:test indexes the images of that split"),
+        (["--images-of", "a", "--captions", "b"], "Give either --captions"),
+    ):
+        code, error = run(capsys, *words, "--output", tmp_path / "none", *options)
+        assert code == 1 and says in error and not (tmp_path / "none").exists()
+
+
+def test_the_same_command_goes_on_and_restart_begins_anew(folder, tmp_path, capsys, caplog, monkeypatch):
+    output, options = tmp_path / "index", ["--model", folder / "model"]
+    words = ["index", folder / "store", *options, "--output", output]
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    kill_after(monkeypatch, 2)
+    assert run(capsys, *words)[0] == 130
+    assert not output.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    code, says = run(capsys, *words)
+    assert code == 0 and says.endswith(f"by {folder / 'model'}.\n")
+    assert f"{output} was begun before: 2 of 4 blocks are embedded." in caplog.text
+    code, says = run(capsys, *words)
+    assert code == 0 and says.endswith("It was complete before; --restart begins anew.\n")
+    # Another job in its place: only when it is complete.
+    old = {path.name: path.read_bytes() for path in output.iterdir()}
+    (tmp_path / "two.jsonl").write_text("\n".join(json.dumps({"image_id": i, "caption": "x"}) for i in IMAGES[:2]))
+    other = [*words, "--images-of", tmp_path / "two.jsonl"]
+    code, says = run(capsys, *other)
+    assert code == 1 and "holds something else: name another folder for the index, or replace it by --restart." in says
+    kill_after(monkeypatch, 0)
+    assert run(capsys, *other, "--restart")[0] == 130
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == old
+    assert run(capsys, *other, "--restart")[0] == 0
+    assert SearchIndex(output).names == IMAGES[:2] and sorted(each.name for each in tmp_path.iterdir()) == [
+        "index",
+        "two.jsonl",
+    ]
+    # A kill between the two renames leaves both, and the old one is put back before anything is begun.
+    work = tmp_path / "index.partial"
+    work.mkdir()
+    output.rename(work / "old")
+    kill_after(monkeypatch, 0)
+    assert run(capsys, *words, "--restart")[0] == 130
+    monkeypatch.undo()
+    assert SearchIndex(output).names == IMAGES[:2]
+    # What is no index stays.
+    code, says = run(capsys, "index", folder / "store", *options, "--output", folder / "photos", "--restart")
+    assert code == 1 and "exists and is no index" in says and len(list((folder / "photos").iterdir())) == len(IMAGES)
+
+
+def kill_after(monkeypatch, blocks):
+    write, written = index_module.BlockFolder.write, []
+
+    def killed(self, block, values):
+        if len(written) == blocks:
+            raise KeyboardInterrupt
+        written.append(block)
+        write(self, block, values)
+
+    monkeypatch.setattr(index_module.BlockFolder, "write", killed)
+
+
+def test_an_index_says_what_it_is(folder, indices):
+    assert repr(indices["captions"]) == (
+        f"SearchIndex('{folder}/captions', captions={len(set(CAPTIONS))}, dim=6, encoder='{folder}/model', "
+        f"store='{folder}/store', faiss=None)"
+    )
 
 
 def pictures(gallery):
@@ -636,7 +969,7 @@ def test_exhaustive_search_says_first_how_long(folder, capsys):
     scorer = ImageTextScorer(model, tiny.processor(), STORE, verbose=False)
     assert lines == [name for name, _ in scorer.rank(CAPTIONS[1], IMAGES)]
     found = run_search(
-        image=IMAGES[0],
+        image_id=IMAGES[0],
         exhaustive=True,
         model=str(folder / "untrained"),
         regions=str(folder / "store"),
@@ -667,6 +1000,9 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
     [
         ({}, "either a sentence"),
         ({"text": "a", "image": "b"}, "either a sentence"),
+        ({"image": "a", "image_id": "b"}, "either a sentence"),
+        ({"text": "a", "index": "i", "split": "test"}, "--captions and --split say what --exhaustive searches"),
+        ({"image": "a", "index": "i", "captions": "c"}, "--captions and --split say what --exhaustive searches"),
         ({"text": "a"}, "either --index"),
         ({"text": "a", "index": "i", "exhaustive": True}, "either --index"),
         ({"text": "a", "exhaustive": True}, "--exhaustive needs --model and --regions"),
@@ -716,10 +1052,17 @@ def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"clip looks at photos: give --photos"):
         blind = shared | {"model": folder / "model", "dual_encoder": folder / "clip"}
         script.main([word for name, value in blind.items() for word in (f"--{name}", str(value))])
-    script.main(
-        [word for name, value in shared.items() for word in (f"--{name}", str(value))]
-        + ["--model", str(folder / "model"), "--num_queries", "8", "--similarity_weight", "0", "10"]
-    )
+    # By default the score alone, and the weight that the checkpoint was measured with.
+    measured = UnicoderVLForImageTextRetrieval.from_pretrained(folder / "model", similarity_weight=30)
+    measured.save_pretrained(tmp_path / "measured")
+    tiny.processor().save_pretrained(tmp_path / "measured")
+    words = [word for name, value in shared.items() for word in (f"--{name}", str(value))]
+    script.main([*words, "--model", str(tmp_path / "measured")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["similarity_weight"] for row in report["report"]["rows"]] == [0, 0, 30]
+    said = "score + 30 similarity, the weight that was measured on validation captions"
+    assert report["order_of_a_search"] == said and f"A search orders by {said}.\n" in capsys.readouterr().out
+    script.main([*words, "--model", str(folder / "model"), "--num_queries", "8", "--similarity_weight", "0", "10"])
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["similarity_weight"] for row in report["report"]["rows"]] == [0, 0, 10]
     assert "weights_sha256" in report["first_stage"] and "scoring_weights_sha256" in report["checkpoint"]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from unicoder_vl_hf import scenes
 from unicoder_vl_hf.training import CheckpointFolder
@@ -65,6 +66,10 @@ def test_the_whole_way(script, monkeypatch, tmp_path, capsys):
     assert first == 1 and "zero-shot: image_retrieval_recall@1 is below 62.5 %: the model did not learn." in errors
     page = (tmp_path / "demo" / "gallery.html").read_text()
     assert page.count("<section>") == 2 and "The first stage proposes 3 of 8 scenes" in page
+    measured = AutoConfig.from_pretrained(tmp_path / "demo" / "retrieval").similarity_weight
+    said = f"score + {measured:g} similarity, the weight that was measured on validation captions"
+    assert f"these are ordered by {said}. The best five" in page and f"{script.BOTH_STAGES}: {said}\n" in output
+    assert f"--index {tmp_path / 'demo' / 'test-scenes.index'} --photos" in output
     table = output.split("all 16 captions (percent)\n")[1].splitlines()
     assert table[5].split() == ["chance", *(f"{100 * written['chance'][name]:.1f}" for name in NAMES)]
     values = [f"{100 * written[script.FIRST_STAGE][name]:.1f}" for name in NAMES]

@@ -22,7 +22,10 @@ from two_processes import examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, scenes
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder
+from unicoder_vl_hf.retrieval.finetuning import RetrievalSetup
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.retrieval.two_stage import describe_weight, measure_similarity_weight
 from unicoder_vl_hf.trainer import _StopWithCheckpoint
 from unicoder_vl_hf.training import FinishedRun, StopSignal
 
@@ -189,6 +192,37 @@ def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path,
     assert "Stopped after" not in capsys.readouterr().out
     with pytest.raises(FinishedRun):  # although it took 32 of 40 steps
         run(SCRIPT, [*command(tmp_path), "--early_stopping_patience", "2", "--resume_from_checkpoint", "latest"])
+
+
+def test_the_weight_of_the_similarity_is_that_of_the_model_that_was_kept(command, world, tmp_path, monkeypatch, capsys):
+    """Measured when fine-tuning with a first stage ends, saved along, and named in the card."""
+    module = importlib.import_module(SCRIPT)
+    sums, measured = iter([1.0, 3.0, 2.0, 2.5, 2.0]), []
+    monkeypatch.setattr(module.RetrievalTrainer, "evaluate_task", lambda self, rows: {"recall_sum": next(sums)})
+    measure = RetrievalSetup.measure_similarity_weight
+
+    def recorded(setup):
+        measured.append({name: value.clone() for name, value in setup.model.state_dict().items()})
+        measure(setup)
+
+    monkeypatch.setattr(RetrievalSetup, "measure_similarity_weight", recorded)
+    run(SCRIPT, command(tmp_path, contrastive_weight=1, projection_dim=8, loss="sum"))
+    (weights,) = measured
+    kept = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-16")
+    assert kept.config.similarity_weight is None
+    for name, value in kept.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    weight, model.config.similarity_weight = model.config.similarity_weight, None
+    processor, store = AutoProcessor.from_pretrained(tmp_path), RegionStore(world / "regions")
+    encoder = UnicoderVLDualEncoder(model, processor, store, tmp_path)
+    captions = read_captions(world / "captions.jsonl", split="val")
+    report = measure_similarity_weight(encoder, ImageTextScorer(model, processor, store), captions)
+    assert weight == report.best.similarity_weight and report.num_images == 10
+    assert (
+        describe_weight(report) in (tmp_path / "README.md").read_text()
+        and describe_weight(report) in capsys.readouterr().out
+    )
 
 
 @pytest.fixture(scope="module")

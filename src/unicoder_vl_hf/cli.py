@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_format(inspect)
     inspect.add_argument("--max-images", type=int, help="look at so many (default: all of a store, 1,000 of a file)")
     inspect.add_argument("--image-id", help="show the regions of this image")
-    inspect.add_argument("--photo", help="draw the boxes on it (default of --image-id: its name without suffix)")
+    inspect.add_argument("--photo", help="draw the boxes of --image-id on this file, which must be its photo")
     inspect.add_argument("--output", default="regions.png", help="where the drawing goes (default: regions.png)")
 
     command(_validate, "Look for damage in a store, and name the images", ("store", "its folder"))
@@ -182,31 +182,47 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     index = command(_index, "A store, or captions, embedded for search", ("store", "its folder"))
-    index.add_argument("--output", required=True, help="new folder of the index; run again, it goes on, or is complete")
+    index.add_argument("--output", required=True, help="folder of the index; run again, it goes on")
     _add_encoder(index)
     index.add_argument("--captions", help="index the captions of this file, whose images are in the store, instead")
-    index.add_argument("--split", help="of the captions (default: all)")
+    index.add_argument("--split", help="split of --captions (default: all)")
+    index.add_argument(
+        "--images-of", metavar="CAPTIONS[:SPLIT]", help="index the images of a caption file alone, or those of a split"
+    )
+    index.add_argument(
+        "--restart", action="store_true", help="begin anew; an index that is there stays until the new one is complete"
+    )
     index.add_argument("--faiss", help="an approximate structure in FAISS's words, such as HNSW32 (default: exact)")
 
     search = command(_search, "The images that match a sentence best, or the sentences that match an image")
     search.add_argument("text", nargs="?", help="the sentence")
     search.add_argument(
-        "--image", help="search captions instead, by an image id, a photo file of that name, or a saved record"
+        "--image",
+        metavar="FILE",
+        help="search captions instead, by a photo of the store (see --photos), or a saved record",
     )
-    search.add_argument("--index", help="of images, or of captions for --image")
+    search.add_argument("--image-id", metavar="ID", help="search captions instead, by an image of the store")
+    search.add_argument("--index", help="index of images, or of captions for --image and --image-id")
     search.add_argument("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
     search.add_argument("--regions", help="store (default: that of the index)")
     _add_encoder(search)
-    search.add_argument("--captions", help="file, for --exhaustive with --image")
-    search.add_argument("--split", help="of the captions (default: all)")
+    search.add_argument("--captions", help="caption file, for --exhaustive with --image or --image-id")
+    search.add_argument("--split", help="split of the captions (default: all)")
     search.add_argument(
-        "--candidates", type=int, default=100, help="of the first stage, to be scored, --top-k at least (default: 100)"
+        "--candidates",
+        type=int,
+        default=100,
+        help="images, or captions, of the first stage that are scored (default: 100)",
     )
     search.add_argument(
-        "--similarity-weight", type=float, default=0.0, help="of its similarity, added to the score (default: 0)"
+        "--similarity-weight",
+        type=float,
+        help="weight in the order, score + weight x similarity (default: as measured in training, else 0)",
     )
-    search.add_argument("--top-k", type=int, default=10, help="to be shown (default: 10)")
-    search.add_argument("--gallery", help="HTML of what was found, with regions drawn on --photos, or on blank pages")
+    search.add_argument("--top-k", type=int, default=10, help="hits that are shown (default: 10)")
+    search.add_argument(
+        "--gallery", help="HTML file of what was found: each of --photos whole, then its surest regions"
+    )
 
     vcr_check = command(_vcr_check, "Would VCR's leaderboard take this submission?", ("submission", "CSV"))
     vcr_check.add_argument("--annotations", required=True, metavar="FILE", help="VCR's test.jsonl")
@@ -221,9 +237,10 @@ def _add_restart(parser: argparse.ArgumentParser, resume: bool = False) -> None:
 
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="checkpoint of ours, which scores pairs (default: that of the index)")
+    parser.add_argument("--model", help="checkpoint of ours; to search, the one that scores (default: as in the index)")
     parser.add_argument("--dual-encoder", help="CLIP, SigLIP or alike as first stage, on --photos")
-    parser.add_argument("--photos", help="folder, .tar, or folder of a dataset; ids are file names without suffix")
+    parser.add_argument("--photos", help="photos of the store: folder, .tar, or folder of a dataset")
+    parser.add_argument("--ids", choices=("stem", "path"), default="stem", help="what an image id is (default: stem)")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -318,12 +335,14 @@ def _export(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from .regions.formats import detect_format, read_records
-    from .regions.inspection import describe, inspect_records
+    from .regions.inspection import check_photo_size, describe, inspect_records
     from .regions.shards import MANIFEST, UNFINISHED
     from .regions.store import RegionStore
 
-    photo = None if args.photo is None else _open_photo(args.photo)
-    image_id = Path(args.photo).stem if args.image_id is None and args.photo is not None else args.image_id
+    image_id = args.image_id
+    if args.photo is not None and image_id is None:
+        raise ValueError(f"Say with --image-id which image {args.photo} is a photo of: its name does not show it.")
+    opened = None if args.photo is None else _open_photo(args.photo)
     store, format, options = None, args.format, _format_options(args)
     if any((Path(args.source) / name).exists() for name in (MANIFEST, UNFINISHED)):
         store = RegionStore(args.source)
@@ -335,8 +354,9 @@ def _inspect(args: argparse.Namespace) -> None:
     if image_id is not None and record is None:
         first = next(iter(read_records(args.source, format, **options) if store is None else store.values()), None)
         like = "" if first is None else f"; its first is {first.image_id!r}"
-        hint = "" if args.image_id is not None else f". Say with --image-id which image {args.photo} is"
-        raise ValueError(f"{args.source} has no image {image_id!r}{like}{hint}.")
+        raise ValueError(f"{args.source} has no image {image_id!r}{like}.")
+    if record is not None and opened is not None:
+        check_photo_size(record, args.photo, opened[1])
     if store is None:
         found = inspect_records(read_records(args.source, format, **options), args.max_images or 1000)
         print(f"format    {format}\n{found}")
@@ -350,19 +370,20 @@ def _inspect(args: argparse.Namespace) -> None:
     if record is None:
         return
     print(f"\n{describe(record)}")
-    if photo is not None:
+    if opened is not None:
         from .pictures import draw_regions
 
-        draw_regions(photo, record).save(args.output)
-        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo}: {args.output}")
+        draw_regions(opened[0], record).save(args.output)
+        checked = "" if record.image_width else " (whose size the record does not know, so it may be another photo)"
+        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo}{checked}: {args.output}")
 
 
-def _open_photo(path: str) -> "Image.Image":
-    """Raises ValueError or OSError, both of which name the file."""
+def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":
+    """A photo and its size. Raises ValueError or OSError, both of which name the file."""
     from .regions.extraction import decode_photo
 
     try:
-        return decode_photo(Path(path).read_bytes())[0]
+        return decode_photo(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"--photo {path}: {error}") from error
 

@@ -30,6 +30,9 @@ class UnicoderVLConfig(PreTrainedConfig):
         has none, as the paper's.
     first_stage_trained (`bool`, *optional*, defaults to `False`):
         Whether the weights of the first stage were trained: without that its embeddings mean nothing.
+    similarity_weight (`float`, *optional*):
+        Weight, at least 0, of the first stage's similarity in the sum by which a search orders its candidates, score +
+        weight x similarity, as it was measured on validation captions. `None` where it never was.
 
     Example:
 
@@ -74,6 +77,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     triplet_margin: float | int = 0.2
     projection_dim: int | None = None
     first_stage_trained: bool = False
+    similarity_weight: float | int | None = None
 
     def __post_init__(self, **kwargs):
         # The two labels of the matching head; another `num_labels` replaces them.
@@ -94,6 +98,11 @@ class UnicoderVLConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim} must be at least 1, or None for no first stage.")
+        if self.similarity_weight is not None and not 0 <= self.similarity_weight < float("inf"):
+            raise ValueError(
+                f"similarity_weight={self.similarity_weight} must be at least 0 and finite, or None where it was not "
+                "measured."
+            )
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "

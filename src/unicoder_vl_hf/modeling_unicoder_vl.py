@@ -1106,6 +1106,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if model.first_stage is None or any(key.startswith("first_stage.") for key in report["missing_keys"]):
             model.config.first_stage_trained = False
+            model.config.similarity_weight = None  # which was measured with it
         return (model, report) if output_loading_info else model
 
     def encode_text(

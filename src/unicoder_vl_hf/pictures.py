@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -260,6 +260,7 @@ class GalleryItem:
         rank (`int`): Of the right image, from 1; a wrong image of the same score ranks before it. 0 if it is not among
             the candidates that were scored.
         best (tuple of `(image_id, score)`): The best images, best first.
+        notes (`dict[str, str]`): What stands beneath an image beside its score, such as what the score is the sum of.
     """
 
     caption: str
@@ -267,6 +268,7 @@ class GalleryItem:
     score: float = float("nan")
     rank: int = 0
     best: tuple[tuple[str, float], ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_scores(cls, caption: str, image_id: str, image_ids: Sequence[str], scores: Any, top_k: int = 5) -> Self:
@@ -277,17 +279,24 @@ class GalleryItem:
         return cls(caption, image_id, float(row[right]), int(np.flatnonzero(order == right)[0]) + 1, best)
 
     @classmethod
-    def from_hits(cls, caption: str, image_id: str, hits: Sequence[tuple[str, float]], top_k: int = 5) -> Self:
-        """From the candidates of a search, `(image_id, score)`, the best first."""
+    def from_hits(
+        cls,
+        caption: str,
+        image_id: str,
+        hits: Sequence[tuple[str, float]],
+        top_k: int = 5,
+        notes: Mapping[str, str] | None = None,
+    ) -> Self:
+        """From the candidates of a search, `(image_id, score)`, the best first, and notes on them."""
         found = {name: (score, rank) for rank, (name, score) in enumerate(hits, start=1)}
         score, rank = found.get(image_id, (float("nan"), 0))
-        return cls(caption, image_id, score, rank, tuple(hits[:top_k]))
+        return cls(caption, image_id, score, rank, tuple(hits[:top_k]), notes or {})
 
 
 def write_gallery(
     path: str | os.PathLike,
     items: Iterable[GalleryItem],
-    picture: Callable[[str], Image.Image],
+    picture: Callable[[str], Image.Image | Sequence[Image.Image]],
     *,
     title: str = "Image retrieval",
     intro: str = "",
@@ -301,7 +310,7 @@ def write_gallery(
         path (`str` or `os.PathLike`): Where the HTML goes.
         items (iterable of `GalleryItem`): The queries, in the order of the page.
         picture (callable): Picture of an image_id, for example
-            `lambda image_id: Image.open(f"photos/{image_id}.jpg")`.
+            `lambda image_id: Image.open(f"photos/{image_id}.jpg")`; or several, which stand one above the other.
         title, intro (`str`): Heading, and a sentence or two beneath; plain text.
         results (`dict`, *optional*): Of each model, and of chance, the recalls by the names of `retrieval_metrics`;
             what else these hold is left out.
@@ -310,18 +319,20 @@ def write_gallery(
     Returns:
         `Path`: `path`.
     """
-    encoded: dict[str, str] = {}
+    encoded: dict[str, list[str]] = {}
 
-    def source(image_id: str) -> str:
+    def sources(image_id: str) -> list[str]:
         if image_id not in encoded:
-            encoded[image_id] = _data_url(picture(image_id), picture_width)
+            found = picture(image_id)
+            pictures = [found] if isinstance(found, Image.Image) else found
+            encoded[image_id] = [_data_url(each, picture_width) for each in pictures]
         return encoded[image_id]
 
     page = _PAGE.format(
         title=html.escape(title),
         intro=f"<p>{html.escape(intro)}</p>" if intro else "",
         table=_results_table(results or {}),
-        items="\n".join(_item_html(item, source) for item in items),
+        items="\n".join(_item_html(item, sources) for item in items),
         style=_STYLE,
     )
     Path(path).write_text(page, encoding="utf-8")
@@ -357,16 +368,20 @@ def _results_table(results: Mapping[str, Mapping[str, float]]) -> str:
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
 
 
-def _item_html(item: GalleryItem, source: Callable[[str], str]) -> str:
+def _item_html(item: GalleryItem, sources: Callable[[str], list[str]]) -> str:
     shown = [(rank, image_id, score) for rank, (image_id, score) in enumerate(item.best, start=1)]
     if item.image_id is not None and all(image_id != item.image_id for image_id, _ in item.best):
         shown.append((item.rank, item.image_id, item.score))  # rank 0: never scored
-    figures = "\n".join(
-        f'<figure class="{_figure_class(item, image_id, rank)}"><img src="{source(image_id)}" '
-        f'alt="{html.escape(image_id)}"><figcaption>{f"<b>{rank}</b> <span>{score:+.2f}</span> " if rank else ""}'
-        f"<small>{'right image' if image_id == item.image_id else html.escape(image_id)}</small></figcaption></figure>"
-        for rank, image_id, score in shown
-    )
+    figures = []
+    for rank, image_id, score in shown:
+        pictures = "".join(f'<img src="{source}" alt="{html.escape(image_id)}">' for source in sources(image_id))
+        ranked = f"<b>{rank}</b> <span>{score:+.2f}</span> " if rank else ""
+        name = "right image" if image_id == item.image_id else html.escape(image_id)
+        note = f" <em>{html.escape(item.notes[image_id])}</em>" if image_id in item.notes else ""
+        figures.append(
+            f'<figure class="{_figure_class(item, image_id, rank)}">{pictures}'
+            f"<figcaption>{ranked}<small>{name}</small>{note}</figcaption></figure>"
+        )
     verdict, row = "", "row found"
     if item.image_id is not None:
         row = "row"
@@ -374,7 +389,8 @@ def _item_html(item: GalleryItem, source: Callable[[str], str]) -> str:
             item.rank, f"right image at rank {item.rank}"
         )
         verdict = f'<p class="{"hit" if item.rank == 1 else "miss"}">{words}</p>'
-    return f'<section><h2>{html.escape(item.caption)}</h2>{verdict}\n<div class="{row}">\n{figures}\n</div></section>'
+    lines = "\n".join(figures)
+    return f'<section><h2>{html.escape(item.caption)}</h2>{verdict}\n<div class="{row}">\n{lines}\n</div></section>'
 
 
 def _figure_class(item: GalleryItem, image_id: str, rank: int) -> str:
@@ -404,12 +420,14 @@ h2 + p { display: inline-block; margin: 0 0 .8rem .8rem; font-size: .85rem; font
 .row.found { grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); margin-top: .8rem; }
 figure { margin: 0; padding: 4px; border: 1px solid var(--line); border-radius: 8px; }
 figure img { display: block; width: 100%; height: auto; border-radius: 4px; }
+figure img + img { margin-top: 4px; }
 figure.right { padding: 2px; border: 3px solid var(--right); }
 figure.beyond { border-style: dashed; }
-figcaption { display: flex; gap: .6rem; align-items: baseline; padding: .3rem .25rem 0; font-size: .9rem;
-             font-variant-numeric: tabular-nums; }
-figcaption small { margin-left: auto; overflow: hidden; color: var(--soft); white-space: nowrap;
-                   text-overflow: ellipsis; }
+figcaption { display: flex; flex-wrap: wrap; column-gap: .4rem; align-items: baseline; padding: .3rem .2rem 0;
+             font-size: .9rem; font-variant-numeric: tabular-nums; }
+figcaption em { flex-basis: 100%; color: var(--soft); font-size: .75rem; font-style: normal; }
+figcaption small { flex: 1 1 0; min-width: 0; text-align: right; overflow: hidden; color: var(--soft);
+                   white-space: nowrap; text-overflow: ellipsis; }
 .right small { color: var(--right); font-weight: 600; }
 """
 

@@ -136,6 +136,9 @@ class TaskTrainer(Trainer):
             logs |= {name: parts[name] for name in self.setup.loss_parts}
         super().log(logs, start_time)
 
+    def conclude(self) -> None:
+        """Measures, in every process, what is saved with the model that was kept; by default nothing."""
+
     def training_run(self) -> TrainingRun:
         """The training as it really ran, for the card."""
         args, state = self.args, self.state
@@ -195,6 +198,7 @@ class TaskTrainer(Trainer):
         ]  # fmt: skip
         if self.args.load_best_model_at_end and best:  # which may not be the last
             self.last_metrics = {name: value for name, value in best[-1].items() if name.startswith("eval_")}
+        self.conclude()
         self.save_model()
         if self.args.eval_strategy != "no" and not self.last_metrics:  # all that the run we resumed had left to do
             self.evaluate()

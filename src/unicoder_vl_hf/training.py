@@ -624,6 +624,7 @@ def write_model_card(
     base_model: str | None = None,
     repo_id: str | None = None,
     training: TrainingRun | None = None,
+    search: str | None = None,
 ) -> Path:
     """
     Writes `README.md`, the model card: tags, base model, data, training, where the regions come from, metrics and use.
@@ -640,6 +641,7 @@ def write_model_card(
             and the text a folder by its name alone, which may be published where its path may not.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
         training ([`TrainingRun`], *optional*): As it really ran.
+        search (`str`, *optional*): How a search in two stages orders what the model's first stage proposes, in words.
     """
     name = repo_id or folder.resolve().name
     tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
@@ -681,6 +683,7 @@ def write_model_card(
         regions="\n".join(f"- {field}: {_shorten(value)}" for field, value in known.items()) or "- unknown",
         measured_on=f"validation: {measured_on}" if measured_on else "validation",
         metrics="\n".join(_metric_row(*item) for item in metrics.items()) or "| not evaluated | |",
+        search="" if search is None else f"\n## Search\n\n{search}\n",
         location=repo_id or folder.as_posix(),
         **_USES[task],
     )
@@ -708,7 +711,7 @@ The model reads region features of this kind, and no other:
 | metric | {measured_on} |
 |---|---|
 {metrics}
-
+{search}
 ## Use
 
 ```python

@@ -58,6 +58,16 @@ def describe(record: RegionRecord) -> str:
     )
 
 
+def check_photo_size(record: RegionRecord, photo: str, size: tuple[int, int]) -> None:
+    """Raises ValueError where a photo has another size than the one that the regions of a record were found in."""
+    known = record.image_width, record.image_height
+    if None not in known and known != size:
+        raise ValueError(
+            f"{photo} is not the photo of {record.image_id!r}: it has {size[0]} x {size[1]} pixels, that has "
+            f"{known[0]} x {known[1]}. Give the photo that the regions were found in, or another --image-id."
+        )
+
+
 def inspect_records(
     records: Iterable[RegionRecord], max_images: int | None = None, total: int | None = None
 ) -> Inspection:

@@ -162,36 +162,94 @@ class Photos:
     The photos of a folder, a .tar or a dataset, by image id; called with an id, it opens one. Needs Pillow.
 
     Args:
-        path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it; an id is a file name without its suffix.
+        path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it.
+        ids (`str`, *optional*, defaults to `"stem"`): What an image id is, as there: `"stem"`, a file's name without
+            its suffix, or `"path"`, the path below `path`.
+
+    Raises:
+        `FileNotFoundError`: there is nothing at `path`. `ValueError`: there is no photo, or two have one id.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], ids: str = "stem"):
         from ..regions.extraction import list_photos
 
         self.path = path
-        self.source = list_photos(path, ids="stem", image_column="image", id_column="image_id", split=None)
-        self.number = {image_id: number for number, image_id in enumerate(self.source.ids)}
+        self.source = list_photos(path, ids=ids, image_column="image", id_column="image_id", split=None)
+        self._number = {image_id: number for number, image_id in enumerate(self.source.ids)}
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._number
 
     def __call__(self, image_id: str) -> "Image.Image":
+        return self._open(image_id)[0]
+
+    def of(self, record: RegionRecord) -> "Image.Image":
+        """
+        The photo of a record, at any scale.
+
+        Raises:
+            `KeyError`: there is none of that id. `ValueError`: it cannot be read, or has other proportions than the
+            image that the regions were found in, and so is another photo of that name.
+        """
+        image, (width, height) = self._open(record.image_id)
+        if record.image_width is None or record.image_height is None:
+            return image
+        # In a scaled copy each side is rounded, by less than a pixel.
+        if abs(width * record.image_height - height * record.image_width) > record.image_width + record.image_height:
+            raise ValueError(
+                f"{self.file(record.image_id)} has {width} x {height} pixels, but the regions of {record.image_id!r} "
+                f"were found in a photo of {record.image_width} x {record.image_height}: it is another photo of that "
+                "name."
+            )
+        return image
+
+    def read(self, image_id: str) -> bytes:
+        """The bytes of its file. Raises KeyError where there is none of that id."""
+        return self.source.read(self._place(image_id))
+
+    def file(self, image_id: str) -> str:
+        """The file in words, by which a user finds it."""
+        return self.source.name(self._place(image_id))
+
+    def _place(self, image_id: str) -> int:
+        if image_id not in self:
+            raise KeyError(f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}.")
+        return self._number[image_id]
+
+    def _open(self, image_id: str) -> "tuple[Image.Image, tuple[int, int]]":
+        """As [`decode_photo`]."""
         from ..regions.extraction import decode_photo
 
-        if image_id not in self.number:
-            raise KeyError(f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}.")
-        number = self.number[image_id]
+        place = self._place(image_id)
         try:
-            return decode_photo(self.source.read(number))[0]
+            return decode_photo(self.source.read(place))
         except Exception as error:  # of any kind, where a file is damaged
-            raise ValueError(f"{self.source.name(number)} cannot be read: {error}.") from error
+            raise ValueError(f"{self.source.name(place)} cannot be read: {error}.") from error
 
 
-def open_transformers_encoder(name: str, photos: str | None, needs_photos: bool = True) -> TransformersDualEncoder:
-    """A dual encoder of transformers where this process computes. Raises ValueError without photos that it needs."""
-    if needs_photos and photos is None:
-        raise ValueError(f"{name} looks at photos: give --photos.")
-    return TransformersDualEncoder(name, None if photos is None else Photos(photos), start_processes().device)
+def open_transformers_encoder(
+    name: str,
+    store: Mapping[str, RegionRecord],
+    photos: str | None,
+    *,
+    ids: str = "stem",
+    needs_photos: bool = True,
+) -> TransformersDualEncoder:
+    """
+    A dual encoder of transformers where this process computes, on photos of the images of a store.
+
+    Raises:
+        `ValueError`: there are no `photos` and it needs them; while it embeds, a photo that is not the stored image's.
+    """
+    if photos is None:
+        if needs_photos:
+            raise ValueError(f"{name} looks at photos: give --photos.")
+        return TransformersDualEncoder(name, None, start_processes().device)
+    opened = Photos(photos, ids)
+    return TransformersDualEncoder(name, lambda image_id: opened.of(store[image_id]), start_processes().device)
 
 
-def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None) -> DualEncoder:
+def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None, ids: str = "stem") -> DualEncoder:
     """
     A first stage that is not the scoring model's own: another Unicoder-VL, or a dual encoder of transformers on photos.
 
@@ -200,7 +258,7 @@ def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None) 
     """
     if is_unicoder_vl(name):
         return UnicoderVLDualEncoder(*load_for_store(name, store), store, name)
-    return open_transformers_encoder(name, photos)
+    return open_transformers_encoder(name, store, photos, ids=ids)
 
 
 def text_states(

@@ -6,7 +6,6 @@ in-batch negatives. Hard negatives are mined by `mining.py`.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..modeling_unicoder_vl import (
     sum_of_negatives_triplet_loss,
 )
 from ..preparation import (
+    CaptionedRegions,
     DataArguments,
     TrainingSetup,
     in_words,
@@ -39,7 +39,9 @@ from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 from .encoders import UnicoderVLDualEncoder
 from .metrics import retrieval_metrics, with_recall_sum
+from .protocols import captions_of_images
 from .scoring import ImageTextScorer
+from .two_stage import describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
 
@@ -132,12 +134,34 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 
 @dataclass
 class RetrievalSetup(TrainingSetup):
-    """What [`prepare_retrieval`] builds."""
+    """
+    What [`prepare_retrieval`] builds.
+
+    Args:
+        weighing (`datasets.Dataset`, *optional*): Captions of the validation split by which the weight of the
+            similarity is measured where a first stage is trained; None where none is, or there is no such split.
+        search (`str`, *optional*): By what sum a search orders its candidates, in words, once it is measured.
+    """
 
     model: UnicoderVLForImageTextRetrieval
     collator: DataCollatorForUnicoderVLRetrieval
     train: PairsWithNegatives
     validation: datasets.Dataset | None
+    weighing: datasets.Dataset | None = None
+    search: str | None = None
+
+    def measure_similarity_weight(self) -> None:
+        """Measures the weight for the model as it is now, and notes it in its configuration and for its card."""
+        if self.weighing is None:
+            return
+        max_length, store = self.collator.max_length, self.collator.store
+        encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
+        scorer = ImageTextScorer(self.model, self.processor, store)
+        self.search = describe_weight(measure_similarity_weight(encoder, scorer, self.weighing, max_length))
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return {**super().card, "search": self.search}
 
     @property
     def measured_on(self) -> str | None:
@@ -173,9 +197,9 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         negatives, or a fault in a file.
     """
     data = open_data(arguments, output_dir)
-    validation = None
-    if arguments.max_validation_images > 0:
-        validation = captions_of_images(data.validation(arguments.validation_split), arguments.max_validation_images)
+    held_out, validation = _held_out(arguments, data), None
+    if held_out is not None and arguments.max_validation_images > 0:
+        validation = captions_of_images(held_out, arguments.max_validation_images)
     train = PairsWithNegatives(
         data.train,
         seed=seed,
@@ -187,6 +211,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     model.contrastive_weight = arguments.contrastive_weight
     model.num_hard_negatives = arguments.num_hard_negatives
     model.config.first_stage_trained = arguments.contrastive_weight > 0
+    model.config.similarity_weight = None  # that of another encoder, until the training has ended
     model.config.triplet_margin = arguments.margin
     model.group_loss = arguments.group_loss
     if model.group_loss is None:
@@ -211,7 +236,21 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         train=train,
         validation=validation,
         data_name=data.name,
+        weighing=held_out if arguments.contrastive_weight > 0 else None,
     )
+
+
+def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets.Dataset | None:
+    """The validation split. Where nothing is validated it may be missing, and then the weight alone goes unmeasured."""
+    if arguments.max_validation_images > 0:
+        return data.validation(arguments.validation_split)
+    if arguments.contrastive_weight == 0:
+        return None
+    try:
+        return data.validation(arguments.validation_split)
+    except ValueError as error:
+        logger.warning(f"{error} The weight of the similarity in a search will not be measured.")
+        return None
 
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
@@ -237,13 +276,6 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
             "Train it along with --contrastive_weight, or afterwards by `unicoder-vl train-first-stage`."
         )
     return {"projection_dim": None}
-
-
-def captions_of_images(captions: datasets.Dataset, max_images: int) -> datasets.Dataset:
-    """The captions of at most `max_images` images, drawn evenly."""
-    image_ids = captions.unique("image_id")
-    kept = set(image_ids[:: max(1, math.ceil(len(image_ids) / max_images))])
-    return captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
 
 
 def evaluate_retrieval(

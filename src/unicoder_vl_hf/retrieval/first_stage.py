@@ -24,8 +24,10 @@ from ..regions.store import RegionStore
 from ..regions.tensor_files import new_folder
 from ..training import FIRST_STAGE, TrainingRun, start_processes, write_model_card
 from .checkpoints import load_for_scoring
-from .encoders import image_states, text_states
+from .encoders import UnicoderVLDualEncoder, image_states, text_states
 from .metrics import retrieval_metrics, with_recall_sum
+from .scoring import ImageTextScorer
+from .two_stage import describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
 
@@ -152,7 +154,8 @@ def train_first_stage(
 ) -> dict[str, float]:
     """
     Trains a first stage for a checkpoint, and writes the whole as a new one, with its processor and card. The encoder
-    and the scores of pairs do not change. On one process.
+    and the scores of pairs do not change. How much of its similarity a search adds to a score is measured on the
+    validation split, said, and saved along. On one process.
 
     Args:
         model (`str`): A checkpoint of pre-training or retrieval, with its processor. A first stage that it has is
@@ -161,7 +164,7 @@ def train_first_stage(
         regions (`str`): A [`RegionStore`].
         output (`str`): The folder of the new checkpoint, which must not exist.
         split, validation_split (`str`, *optional*, default to `"train"` and `"val"`): To train on, and to choose the
-            best epoch by.
+            best epoch and the weight of the similarity by.
         projection_dim (`int`, *optional*, defaults to 256): Width of the embeddings.
         epochs, batch_size, learning_rate, seed: As in [`fit_first_stage`].
         duplicates (`str`, *optional*): As in [`read_duplicate_groups`].
@@ -204,6 +207,11 @@ def train_first_stage(
         seed=seed,
     )
     trained.config.first_stage_trained = True
+    nn.Module.to(trained, start_processes().device)
+    encoder = UnicoderVLDualEncoder(trained, processor, store, target, max_length)
+    scorer = ImageTextScorer(trained, processor, store)
+    search = describe_weight(measure_similarity_weight(encoder, scorer, splits[1], max_length))
+    logger.warning(search)
 
     with new_folder(target) as folder:
         trained.save_pretrained(folder)
@@ -215,6 +223,7 @@ def train_first_stage(
         data_name=path.stem,
         provenance=processor.feature_extractor.region_provenance,
         metrics={f"first_stage_{name}": value for name, value in metrics.items()},
+        search=search,
         training=TrainingRun(
             steps=epochs * math.ceil(len(train) / batch_size),
             epochs=epochs,

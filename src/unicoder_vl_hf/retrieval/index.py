@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import save_file
+from transformers.utils import logging
 
 from ..extras import optional_import
 from ..regions.store import RegionStore, manifest_checksum
@@ -27,6 +28,8 @@ from ..regions.tensor_files import TensorFile, write_json
 from ..training import start_processes
 from .blocks import BlockFolder
 from .encoders import DualEncoder
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 INDEX, NAMES, EMBEDDINGS, FAISS = "index.json", "names.json", "embeddings.safetensors", "faiss.index"
@@ -74,6 +77,13 @@ class SearchIndex:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        encoder, store = (self.facts[made]["name"] for made in ("encoder", "store"))
+        return (
+            f"{type(self).__name__}({str(self.path)!r}, {self.items}={len(self)}, dim={self.embeddings.shape[1]}, "
+            f"{encoder=}, {store=}, faiss={self.facts['faiss']!r})"
+        )
 
     def check(self, encoder: DualEncoder | None = None, store: RegionStore | None = None) -> None:
         """
@@ -130,6 +140,7 @@ def build_index(
     image_ids: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
     faiss: str | None = None,
+    restart: bool = False,
 ) -> SearchIndex:
     """
     Embeds the images of a store, or captions, and writes the index. Under `accelerate launch` processes share the
@@ -143,6 +154,8 @@ def build_index(
         captions (sequence of `str`, *optional*): Index these instead, each text once, to be searched by an image.
         faiss (`str`, *optional*): A structure of FAISS in the words of its `index_factory`, such as `"HNSW32"`, for
             millions of images; the search is then approximate. Needs the extra `[faiss]`.
+        restart (`bool`, *optional*, defaults to `False`): Begin anew, whatever an earlier call left or completed. An
+            index that is there stays until the new one is complete, and is then replaced.
 
     Raises:
         `ValueError`: `output` holds something else, nothing to index, or what an earlier call left is of another job.
@@ -152,7 +165,10 @@ def build_index(
     chosen = store if image_ids is None else image_ids
     names = list(dict.fromkeys(chosen if captions is None else captions))
     if output.exists():
-        return _open_complete(output, encoder, store, items, names, faiss)
+        if not restart:
+            return _open_complete(output, encoder, store, items, names, faiss)
+        if not (output / INDEX).exists():
+            raise ValueError(f"{output} exists and is no index, which --restart could replace: name another folder.")
     if not names:
         raise ValueError(f"There are no {items} to index.")
     library = None if faiss is None else optional_import("faiss", "faiss")
@@ -163,11 +179,22 @@ def build_index(
     facts |= {"encoder": identity, "store": store_identity(store)}
 
     state = start_processes()
-    state.wait_for_everyone()  # until all of them have seen that there is no output
     work = output.with_name(f"{output.name}.partial")
+    old = work / "old"  # an index, from when the new one is whole until it has its name
+    state.wait_for_everyone()  # until all of them have seen what output there is
+    if restart and state.is_main_process:
+        if old.exists() and not output.exists():  # a kill came between
+            os.replace(old, output)
+        shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()
     blocks = [names[start : start + BLOCK_ITEMS] for start in range(0, len(names), BLOCK_ITEMS)]
     job = {**facts, "names_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(), "block_items": BLOCK_ITEMS}
-    folder = BlockFolder(work / "blocks", job, state.process_index)
+    try:
+        folder = BlockFolder(work / "blocks", job, state.process_index)
+    except ValueError as error:
+        raise ValueError(f"{error} --restart begins anew.") from error
+    if folder.done and state.is_main_process:
+        logger.warning(f"{output} was begun before: {len(folder.done):,} of {len(blocks):,} blocks are embedded.")
     if not folder.is_complete:
         embed = encoder.embed_images if captions is None else encoder.embed_captions
         for block in range(state.process_index, len(blocks), state.num_processes):
@@ -191,6 +218,8 @@ def build_index(
             structure.add(rows)
             library.write_index(structure, str(whole / FAISS))
         write_json(whole / INDEX, {"format_version": FORMAT_VERSION, **facts})
+        if output.exists():
+            os.replace(output, old)
         os.replace(whole, output)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -207,7 +236,10 @@ def _open_complete(
         index.check(encoder, store)
         if (index.items, index.names, index.facts["faiss"]) == (items, names, faiss):
             return index
-    raise ValueError(f"{path} exists and holds something else: name another folder for the index.")
+    raise ValueError(
+        f"{path} exists and holds something else: name another folder for the index"
+        + (", or replace it by --restart." if (path / INDEX).exists() else ".")
+    )
 
 
 def store_identity(store: RegionStore) -> dict[str, str]:
@@ -218,7 +250,8 @@ def store_identity(store: RegionStore) -> dict[str, str]:
 def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:
     if any(before.get(key) != value for key, value in now.items() if key != "name"):
         raise ValueError(
-            f"{what} {_words(before)}, but given is {_words(now)}: give that one, or index into another folder."
+            f"{what} {_words(before)}, but given is {_words(now)}: give that one, or make an index of this one, in "
+            "another folder or by --restart."
         )
 
 

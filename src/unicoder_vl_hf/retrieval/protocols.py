@@ -6,6 +6,7 @@ first 5 captions of each image, though COCO has images with 6 and 7: both counts
 A part of a split is never called by the whole's name. Left out: which pairs are scored, and how.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -67,6 +68,13 @@ PROTOCOLS = {
         },
     ),
 }
+
+
+def captions_of_images(captions: datasets.Dataset, max_images: int) -> datasets.Dataset:
+    """The captions of at most `max_images` images, drawn evenly."""
+    image_ids = captions.unique("image_id")
+    kept = set(image_ids[:: max(1, math.ceil(len(image_ids) / max_images))])
+    return captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,96 @@
 
 Scoring every pair is exact and does not scale. Here a first stage that embeds captions and images alone proposes K
 candidates a query, and only these are scored. What it does not propose cannot be found: the report shows this ceiling,
-and what each K costs. Left out: the encoders, see `encoders`, and the index itself, see `index`.
+and what each K costs. The candidates are ordered by score + weight x similarity, and the weight is one that was
+measured when the checkpoint was trained. Left out: the encoders, see `encoders`, and the index itself, see `index`.
 """
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import datasets
 import numpy as np
 
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
-from .encoders import DualEncoder
+from .encoders import DualEncoder, UnicoderVLDualEncoder
 from .index import SearchIndex, nearest
-from .metrics import QueryRanks, rank_queries, summarize
-from .protocols import DIRECTIONS, KS, RetrievalFold
+from .metrics import QueryRanks, rank_queries, summarize, with_recall_sum
+from .protocols import DIRECTIONS, KS, RetrievalFold, captions_of_images, retrieval_test
 from .scoring import ImageTextScorer
+
+# Weights of the similarity that are tried, from the score alone to where the score hardly counts.
+SIMILARITY_WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+# What is measured for that: at most so many captions, and images, ask among at most so many images, and have so many
+# candidates each. That are 10,000 pairs, among as many images as a test split has.
+WEIGHING_QUERIES, WEIGHING_IMAGES, WEIGHING_CANDIDATES = 250, 1000, 20
+
+
+@dataclass(frozen=True)
+class SimilarityWeight:
+    """
+    How the first stage's candidates are ordered: by score + weight x similarity. `str` of it says so in words.
+
+    Attributes:
+        value (`float`): The weight; 0 is the score alone.
+        origin (`str`): `"given"` by who searches; `"measured"` when the checkpoint was trained; `"unknown"`, and 0,
+            where it was measured for no such pair of checkpoint and first stage.
+    """
+
+    value: float
+    origin: Literal["given", "measured", "unknown"]
+
+    @classmethod
+    def of(cls, given: float | None, encoder: DualEncoder, scorer: ImageTextScorer) -> "SimilarityWeight":
+        """
+        The weight that is given; else the one that was measured for the model that scores with its own first stage.
+
+        Raises:
+            `ValueError`: a weight that is no number, infinite or below 0.
+        """
+        if given is not None:
+            if not 0 <= given < math.inf:
+                raise ValueError(f"similarity_weight={given}; expected a number that is at least 0 and finite.")
+            return cls(given, "given")
+        own = isinstance(encoder, UnicoderVLDualEncoder) and encoder.model is scorer.model
+        measured = scorer.model.config.similarity_weight if own else None
+        return cls(0.0, "unknown") if measured is None else cls(float(measured), "measured")
+
+    @property
+    def formula(self) -> str:
+        return f"score + {self.value:g} similarity" if self.value or self.origin == "measured" else "score"
+
+    def __str__(self) -> str:
+        where = {
+            "given": ", the weight that was asked for",
+            "measured": ", the weight that was measured on validation captions",
+            "unknown": " alone: no weight of the similarity was measured for this checkpoint with this first stage",
+        }
+        return self.formula + where[self.origin]
 
 
 @dataclass(frozen=True)
 class Hit:
     """
-    An image id, or a caption, that was found: the `score` by which hits are ordered, which is the matching score plus
-    what was asked for of the `similarity` in `[-1, 1]` that the first stage saw, if there was one.
+    An image id, or a caption, that was found: the `score` by which hits are ordered, which is the `matching_score` plus
+    the weight times the `similarity` in `[-1, 1]` that the first stage saw, if there was one.
     """
 
     name: str
     score: float
     similarity: float | None
+    matching_score: float = math.nan
+
+    @property
+    def summands(self) -> str:
+        """What `score` is made of, in words."""
+        similarity = "" if self.similarity is None else f", similarity {self.similarity:.3f}"
+        return f"score {self.matching_score:+.2f}{similarity}"
 
 
 def search(
@@ -43,7 +102,7 @@ def search(
     *,
     top_k: int = 10,
     candidates: int = 100,
-    similarity_weight: float = 0.0,
+    similarity_weight: float | None = None,
 ) -> list[list[Hit]]:
     """
     The images of an index that match each caption best, or the captions of an index that match each image best.
@@ -55,26 +114,30 @@ def search(
         scorer ([`ImageTextScorer`]): The second.
         top_k (`int`, *optional*, defaults to 10): Hits of a query.
         candidates (`int`, *optional*, defaults to 100): Of the first stage, scored by the second; `top_k` at least.
-        similarity_weight (`float`, *optional*, defaults to 0.0): So much of the first stage's similarity is added to
-            the matching score, as BLIP adds it.
+        similarity_weight (`float`, *optional*): So many times the first stage's similarity is added to the matching
+            score, as BLIP adds it. Defaults to the weight that was measured for the scorer's model with its own first
+            stage, else to 0; [`SimilarityWeight.of`] tells which.
 
     Returns:
         `list[list[Hit]]`: of each query the best hits, the best first.
 
     Raises:
-        `ValueError`: `top_k` or `candidates` below 1, or an index of another checkpoint or store.
+        `ValueError`: `top_k` or `candidates` below 1, a weight below 0, or an index of another checkpoint or store.
     """
     if min(top_k, candidates) < 1:
         raise ValueError(f"top_k={top_k}, candidates={candidates}; expected at least 1 of each.")
+    weight = SimilarityWeight.of(similarity_weight, encoder, scorer).value
     index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
     embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
     positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
     scores = rerank(queries, index, positions, scorer)
-    scores += similarity_weight * np.where(positions >= 0, similarities, 0)
+    sums = scores + weight * np.where(positions >= 0, similarities, 0)
     found = []
-    for of_query, near, row in zip(scores, similarities, positions, strict=True):
-        best = [place for place in np.argsort(-of_query, kind="stable")[:top_k] if row[place] >= 0]
-        found.append([Hit(index.names[row[place]], float(of_query[place]), float(near[place])) for place in best])
+    for total, score, near, row in zip(sums, scores, similarities, positions, strict=True):
+        best = [place for place in np.argsort(-total, kind="stable")[:top_k] if row[place] >= 0]
+        found.append(
+            [Hit(index.names[row[place]], *(float(of[place]) for of in (total, near, score))) for place in best]
+        )
     return found
 
 
@@ -116,6 +179,10 @@ class StageResult:
     ceiling: dict[str, float]
     metrics: dict[str, float]
 
+    @property
+    def recall_sum(self) -> float:
+        return with_recall_sum(self.metrics)["recall_sum"]
+
 
 @dataclass(frozen=True)
 class TwoStageReport:
@@ -135,6 +202,12 @@ class TwoStageReport:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def best(self) -> StageResult:
+        """The re-ranked row of the highest sum of recalls; of equal ones that of the smallest weight, then K."""
+        # Equal sums of shares may differ in their last bits.
+        return min(self.rows[1:], key=lambda row: (-round(row.recall_sum, 9), row.similarity_weight, row.candidates))
 
     def __str__(self) -> str:
         recalls = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
@@ -164,6 +237,7 @@ def two_stage_report(
     num_queries: int | None = None,
     scores_dir: str | os.PathLike[str] | None = None,
     similarity_weights: Sequence[float] = (0.0,),
+    max_length: int = 44,
 ) -> TwoStageReport:
     """
     Recall of the first stage alone, and of the second among the best K of the first, for each K and each weight of the
@@ -179,6 +253,7 @@ def two_stage_report(
         scores_dir (`str` or `os.PathLike`, *optional*): Where the scorer keeps what it finished, to go on from there;
             the time is then unknown where it went on.
         similarity_weights (sequence of `float`, *optional*, defaults to `(0.0,)`): Each as in [`search`].
+        max_length (`int`, *optional*, defaults to 44): Tokens of a caption that is scored.
 
     Raises:
         `ValueError`: no K, or one below 1; no weight; or no query.
@@ -210,7 +285,9 @@ def two_stage_report(
     pairs = np.union1d(of_caption, of_image)
     resumed = scores_dir is not None and Path(scores_dir).exists()
     started = time.perf_counter()
-    scores = scorer.score_pairs(fold.captions, fold.image_ids, *np.divmod(pairs, num_images), output_dir=scores_dir)
+    scores = scorer.score_pairs(
+        fold.captions, fold.image_ids, *np.divmod(pairs, num_images), max_length=max_length, output_dir=scores_dir
+    )
     seconds = None if resumed else time.perf_counter() - started
 
     for count in sorted(candidates):
@@ -232,6 +309,49 @@ def two_stage_report(
             rows.append(StageResult(count, weight, num_pairs, share, ceiling, metrics_of(ranked)))
     return TwoStageReport(
         num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows)
+    )
+
+
+def measure_similarity_weight(
+    encoder: UnicoderVLDualEncoder, scorer: ImageTextScorer, captions: datasets.Dataset, max_length: int = 44
+) -> TwoStageReport:
+    """
+    Measures by which of `SIMILARITY_WEIGHTS` a model orders what its own first stage proposes best, and notes that
+    weight in the model's configuration. Every process calls it.
+
+    Args:
+        encoder, scorer: The first stage and the second, of one model.
+        captions (`datasets.Dataset`): Rows of the validation split, of which a bounded part is asked and scored.
+        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
+
+    Returns:
+        [`TwoStageReport`]: the first stage alone, then each weight; its `best` has the weight that was chosen.
+    """
+    (fold,) = retrieval_test(captions_of_images(captions, WEIGHING_IMAGES)).folds
+    report = two_stage_report(
+        encoder,
+        scorer,
+        fold,
+        candidates=[WEIGHING_CANDIDATES],
+        num_queries=WEIGHING_QUERIES,
+        similarity_weights=SIMILARITY_WEIGHTS,
+        max_length=max_length,
+    )
+    scorer.model.config.similarity_weight = report.best.similarity_weight
+    return report
+
+
+def describe_weight(report: TwoStageReport) -> str:
+    """Says which weight [`measure_similarity_weight`] chose, by what figures, and on what."""
+    alone, by_score, *_ = report.rows
+    best, asked = report.best, report.num_queries
+    tried = ", ".join(f"{row.similarity_weight:g}" for row in report.rows[1:])
+    return (
+        f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} similarity. Of the weights "
+        f"{tried} this one has the highest sum of recalls on the validation split, {best.recall_sum:.3f} (by the score "
+        f"alone {by_score.recall_sum:.3f}, by the similarity alone {alone.recall_sum:.3f}): of "
+        f"{asked['image_retrieval']:,} captions and {asked['text_retrieval']:,} images, each with up to "
+        f"{best.candidates} candidates among {report.num_images:,} images and {report.num_captions:,} captions."
     )
 
 
