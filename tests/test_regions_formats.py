@@ -242,12 +242,6 @@ def test_convert_resumes_where_it_stopped(tmp_path):
         assert np.array_equal(record.features, FEATURES)
 
 
-def test_an_id_twice_in_one_source_is_an_error(tmp_path):
-    source = write_tsv(tmp_path / "a.tsv", tsv_row(image_id="a"), tsv_row(image_id="a"))
-    with pytest.raises(ValueError, match=r"'a' is in .* already"):
-        convert(source, tmp_path / "store")
-
-
 @needs_data
 def test_the_real_bottom_up_file():
     (record,) = read_records(DATA / "bottom_up")

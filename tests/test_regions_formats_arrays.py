@@ -324,7 +324,9 @@ def test_vinvl_height_before_width(tmp_path):
         return foreign.vinvl_features(image)[:, [*range(foreign.DIM + 4), -1, -2]]
 
     rows = [[str(image.number), str(len(image.boxes)), foreign.encode(swapped(image))] for image in IMAGES]
-    for record, image in zip(reader(vinvl_tsv)(foreign.tsv_writer(tmp_path / "features.tsv", rows)), IMAGES, strict=True):
+    for record, image in zip(
+        reader(vinvl_tsv)(foreign.tsv_writer(tmp_path / "features.tsv", rows)), IMAGES, strict=True
+    ):
         check(record, image, "boxes")
 
 

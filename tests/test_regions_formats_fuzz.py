@@ -49,6 +49,13 @@ SOURCES: list[tuple[str, Callable[[Path], Path]]] = [
     ("volta-lmdb", partial(pickles.volta_lmdb, row=pickles.vilbert_arrays)),
     ("vinvl-tsv", arrays.write_vinvl_captioning),
     ("hdf5", arrays.write_hdf5_fixed),
+    ("lxmert-tsv", partial(arrays.write_lxmert, row=arrays.lxmert_row_without_attributes)),
+    ("vinvl-tsv", arrays.write_vinvl_own),
+    ("volta-hdf5", arrays.write_volta_hdf5),  # twice, as HDF5 has many kinds of damage
+    ("volta-lmdb", partial(pickles.volta_lmdb, row=pickles.volta_row_with_none)),
+    ("milvlg-npz", pickles.milvlg_npz_boxes),
+    ("mmf-npy", pickles.pythia_npy),
+    ("vlbert-json", pickles.vlbert_zip),
 ]
 HOSTILE = "executed"  # created by a pickle that is run
 
@@ -93,7 +100,7 @@ def change_file(rng: np.random.Generator, path: Path) -> None:
     """Changes the bytes of a file, or what is in its container, the container being whole."""
     data = path.read_bytes()
     inside = rng.integers(2)
-    if inside and path.suffix == ".npz":
+    if inside and path.suffix in (".npz", ".zip"):
         members = {}
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
