@@ -238,7 +238,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature-dtype",
         metavar="DTYPE",
-        help=f"type of features whose file holds only bytes: {', '.join(FEATURE_DTYPES)}",
+        help=f"type of features that are only bytes: {', '.join(FEATURE_DTYPES)}",
     )
     parser.add_argument("--background", action="store_true", help="object ids count a background class as 0")
     parser.add_argument("--index", help="file that names the images, for formats that number them")

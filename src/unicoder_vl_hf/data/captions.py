@@ -21,7 +21,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers.utils import logging
+
+from .. import logging
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..regions.conversion import Rename, UnmappedId
-from .captions import read_captions
 
 
 def id_mapping(rule: str) -> Rename:
@@ -47,6 +46,8 @@ def id_mapping(rule: str) -> Rename:
         raise ValueError(
             f"ids {rule!r} is no rule: expected stem, coco, a .csv with source_id and image_id, or CAPTIONS:COLUMN."
         )
+    from .captions import read_captions
+
     captions = read_captions(path, split=split)
     if column == "row":
         return _look_up(((str(row), name) for row, name in enumerate(captions.unique("image_id"))), rule)

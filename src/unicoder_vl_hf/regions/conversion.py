@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import logging
-from ..feature_extraction_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord
 from .editing import merge_stores
 from .formats import FORMATS, Item, known_provenance, read_items
 from .shards import PLAN, SKIPPED, STORE, UNFINISHED, shard_path

@@ -26,9 +26,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
-from transformers.utils import logging
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from .. import logging
+from ..records_unicoder_vl import RegionRecord
 from ..training import StopSignal
 from .conversion import SKIPPED, write_skipped, write_store
 from .detectors import Detector, load_detector

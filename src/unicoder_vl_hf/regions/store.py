@@ -27,7 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from .. import __version__
-from ..feature_extraction_unicoder_vl import RegionRecord, is_region_record
+from ..records_unicoder_vl import RegionRecord, is_region_record
 from .shards import (
     LARGEST,
     MANIFEST,
@@ -501,9 +501,7 @@ class RegionStoreWriter:
             if largest > LARGEST[dtype]:
                 advice = "write the store with dtype='float32' (--dtype float32)"
                 if largest > ABSURD:
-                    advice = (
-                        "no detector gives such, and only float32 holds them: they may have been read as a wrong type"
-                    )
+                    advice = "no detector gives such (float32 would hold it): it may have been read as a wrong type"
                 raise ValueError(
                     f"Image {name!r}: features hold a magnitude of {largest}, but {dtype} ends at {LARGEST[dtype]}: "
                     f"{advice}."

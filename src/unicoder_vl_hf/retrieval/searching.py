@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers.utils import logging
 
+from .. import logging
 from ..data.captions import join, read_captions
-from ..feature_extraction_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .checkpoints import load_for_store
 from .encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_transformers_encoder

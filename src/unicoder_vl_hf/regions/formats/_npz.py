@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_folder
 from ._pickled import known
 from .items import Item

@@ -16,13 +16,16 @@ from ..shards import from_bfloat16
 Decode = Callable[[np.ndarray], np.ndarray]  # of bytes
 
 _PLAIN = {"float16": "<f2", "float32": "<f4", "float64": "<f8"}
+
+
+def _view(code: str) -> Decode:
+    return lambda data: data.view(code)
+
+
 _TYPES: dict[str, tuple[int, Decode]] = {
-    **{name: (int(code[2]), lambda data, code=code: data.view(code)) for name, code in _PLAIN.items()},
+    **{name: (int(code[2]), _view(code)) for name, code in _PLAIN.items()},
     "bfloat16": (2, lambda data: from_bfloat16(data.view("<u2"))),
-    **{
-        f"{name}-swapped": (int(code[2]), lambda data, code=code: data.view(f">{code[1:]}"))
-        for name, code in _PLAIN.items()
-    },
+    **{f"{name}-swapped": (int(code[2]), _view(f">{code[1:]}")) for name, code in _PLAIN.items()},
 }
 FEATURE_DTYPES = tuple(_TYPES)
 
@@ -39,8 +42,9 @@ def decode(image_id: str, name: str, text: bytes | str) -> bytes:
     """
     The bytes of base64, also where Python's `b'…'` is around it. Raises ValueError naming the image and the field.
     """
-    prefixes, quotes = (("b'", 'b"'), ("'", '"')) if isinstance(text, str) else ((b"b'", b'b"'), (b"'", b'"'))
-    if text.startswith(prefixes) and text.endswith(quotes):
+    if isinstance(text, str):
+        text = text[2:-1] if text.startswith(("b'", 'b"')) else text
+    elif text.startswith((b"b'", b'b"')):
         text = text[2:-1]
     try:
         return base64.b64decode(text, validate=True)
@@ -219,14 +223,14 @@ def _absurd(data: np.ndarray, found: dict[str, tuple[float, int]]) -> str:
 
 def _look_alike(sample: np.ndarray, n: int, num_bytes: int) -> dict[str, tuple[float, int]]:
     """Types other than float32 that bytes look like, the likeliest first: spread in powers of two, and columns."""
-    found = {}
+    found: dict[str, tuple[float, int]] = {}
     for name, (size, view) in _TYPES.items():
         if name != "float32" and not num_bytes % (size * n):
             with np.errstate(invalid="ignore", over="ignore"):
                 values = np.abs(view(sample).astype(np.float64))
             # Numbers of another size leave noise, or nothing, in every second one.
-            spreads = [_features_spread(values[phase::2]) for phase in range(2)]
-            if None not in spreads:
+            spreads = [spread for phase in range(2) if (spread := _features_spread(values[phase::2])) is not None]
+            if len(spreads) == 2:
                 found[name] = (max(spreads), num_bytes // (size * n))
     return dict(sorted(found.items(), key=lambda item: item[1]))
 

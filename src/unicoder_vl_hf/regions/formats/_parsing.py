@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
 from .items import Item, check_text, text_id
 from .restricted_pickle import brief
@@ -91,10 +92,14 @@ def tsv_items(path: str | os.PathLike, record: Callable[[str, list[bytes]], Regi
         raise ValueError(f"{path} is no .tsv file, nor a folder of them.")
     if not any(file.stat().st_size for file in found):
         raise ValueError(f"{path} is empty: copy it again.")
+
+    def load(image_id: str, line: bytes) -> RegionRecord:
+        return record(image_id, columns(line))
+
     for file in found:
         for where, line in lines(file):
             image_id = first_column(line)
-            yield Item(str(file), where, image_id, lambda line=line, image_id=image_id: record(image_id, columns(line)))
+            yield Item(str(file), where, image_id, partial(load, image_id, line))
 
 
 def first_column(line: bytes) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from . import _lmdb, restricted_pickle
 from ._numbers import coordinates, features, matrix, typed_features
 from ._parsing import integer

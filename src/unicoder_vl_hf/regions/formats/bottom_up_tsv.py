@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from os import PathLike
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._numbers import coordinates, features
 from ._parsing import files, first_fields, integer, num_boxes, tsv_items
 from .items import Item

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._numbers import typed_features
 from .items import Item, broken
 

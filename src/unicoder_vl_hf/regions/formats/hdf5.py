@@ -18,10 +18,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
+from ... import logging
 from ...extras import optional_import
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._numbers import typed_features
 from ._parsing import MAX_BYTES, listed, read_index
 from .items import Item, broken
@@ -130,8 +129,8 @@ def _record(image_id: str, row: int, arrays: Any, feature_dtype: str | None) -> 
         if array is not None:
             check_size(image_id, array, where)
     if spatial is None:
-        logger.warning_once(
-            f"{arrays.filename} has no spatial_features, and pixels without an image size are no boxes."
+        logging.warn_once(
+            logger, f"{arrays.filename} has no spatial_features, and pixels without an image size are no boxes."
         )
     return RegionRecord(
         image_id,

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_file
 from ._numbers import coordinates, features, matrix
 from ._parsing import files, first_fields, integer, num_boxes, tsv_items

@@ -3,9 +3,9 @@ The per-image .npz of MILVLG's bottom-up-attention.pytorch (`extract_utils.save_
 
     x (n, D)  bbox (n, 4) x1 y1 x2 y2 in pixels  num_bbox  image_h  image_w  info
 
-Some call `bbox` `boxes`. `info` is a pickled dict of `objects_id`, `objects_conf`, `attrs_id`, `attrs_conf` (n,) and more; some variants have
-these beside it. Ids are 0-based and without background, but the tool's first versions counted background as 0, in
-objects and attributes alike, and the file does not say which version wrote it.
+Some call `bbox` `boxes`. `info` is a pickled dict of `objects_id`, `objects_conf`, `attrs_id`, `attrs_conf` (n,) and
+more; some variants have these beside it. Ids are 0-based and without background, but the tool's first versions counted
+background as 0, in objects and attributes alike, and the file does not say which version wrote it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._npz import members, npz_items, write_files
 from ._pickled import array, feature_array, known, whole_number
 from .items import Item

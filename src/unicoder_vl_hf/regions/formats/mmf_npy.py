@@ -4,9 +4,10 @@ beside it `<id>_info.npy`, a pickled dict:
 
     bbox (n, 4)  num_boxes  objects (n,)  cls_prob (n, K)  image_width  image_height
 
-Pythia's own downloads are the arrays alone. `cls_prob` is without background, unless the tool ran with `--background`: then `objects` counts background as 0 and
-`cls_prob` has a column more. The frcnn script writes one score a region as `cls_prob`, and the size of the RESIZED
-photo beside boxes of the original. `num_boxes` counts what scored above 0, or repeats an option: the arrays tell n.
+Pythia's own downloads are the arrays alone. `cls_prob` is without background, unless the tool ran with `--background`:
+then `objects` counts background as 0 and `cls_prob` has a column more. The frcnn script writes one score a region as
+`cls_prob`, and the size of the RESIZED photo beside boxes of the original. `num_boxes` counts what scored above 0, or
+repeats an option: the arrays tell n.
 """
 
 import re
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ... import logging
+from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
 from ._parsing import MAX_BYTES
 from ._pickled import array, feature_array, foreground, known, whole_number
@@ -101,9 +102,10 @@ def record(
     ids, probabilities, scores = given("objects"), given("cls_prob"), None
     if probabilities is not None and probabilities.ndim == 1:
         probabilities, scores = None, probabilities
-        logger.warning_once(
+        logging.warn_once(
+            logger,
             "MMF's frcnn script stores the size of the RESIZED photo beside boxes of the original: the locations of "
-            "what it wrote are wrong by that scale."
+            "what it wrote are wrong by that scale.",
         )
     if probabilities is not None:
         probabilities, background = foreground(image_id, "cls_prob", probabilities, background, VG_CLASSES)

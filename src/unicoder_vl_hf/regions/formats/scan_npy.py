@@ -17,7 +17,7 @@ from typing import cast
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._numbers import typed_features
 from ._parsing import listed, read_index
 from .items import Item

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import FRACTION_TOLERANCE, RegionRecord
+from ...records_unicoder_vl import FRACTION_TOLERANCE, RegionRecord
 from ._npz import members, npz_items, write_files
 from ._numbers import typed_features
 from ._pickled import array, without_background

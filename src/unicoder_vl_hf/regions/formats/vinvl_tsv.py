@@ -10,8 +10,8 @@ also as `<split>.feature.tsv` and `<split>.label.tsv`. Features are base64 of fl
 are x1 y1 x2 y2 as fractions of the image, and width and height, or height and width: a script that many used swaps
 these, so they only prove the layout. `rect` is x1 y1 x2 y2 in pixels.
 
-VinVL's own extraction writes (n, D) without these columns, and the boxes in `predictions.tsv` alone: of the same regions
-in the same order, which their number must confirm.
+VinVL's own extraction writes (n, D) without these columns, and the boxes in `predictions.tsv` alone, of the same
+regions in the same order: their number must agree.
 
 Labels are a file of their own, often of another detector: classes and scores are taken over where number and boxes
 prove that they are of these regions, and are None elsewhere. The image size is that of `predictions.tsv`; without it
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from transformers.utils import logging
 
-from ...feature_extraction_unicoder_vl import PIXEL_TOLERANCE, RegionRecord
+from ... import logging
+from ...records_unicoder_vl import PIXEL_TOLERANCE, RegionRecord
 from . import _numbers
 from ._parsing import MAX_BYTES, columns, files, first_column, first_fields, from_json, lines, num_boxes
 from .items import Item, broken
@@ -186,9 +186,10 @@ def _regions(image_id: str, label: bytes, n: int, class_ids: dict[str, int] | No
         )
     found = _classes(image_id, objects, class_ids)
     if not size:
-        logger.warning_once(
+        logging.warn_once(
+            logger,
             f"Boxes (of image {image_id!r}, for one) are in pixels, and nothing tells the size of the image: they are "
-            "left out."
+            "left out.",
         )
         return found
     return {"boxes": [entry.get("rect") for entry in objects], **size, **found}
@@ -200,7 +201,9 @@ def _labels(image_id: str, label: bytes, boxes: np.ndarray, class_ids: dict[str,
     sides = np.array(list(size.values()), np.float64) if size else None
     found = {"boxes": boxes if sides is None else boxes * np.tile(sides, 2), **size}
     if not _same_boxes([entry.get("rect") for entry in objects], boxes, sides):
-        logger.warning_once(f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out.")
+        logging.warn_once(
+            logger, f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out."
+        )
         return found
     return found | _classes(image_id, objects, class_ids)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._numbers import coordinates, features, matrix
 from ._parsing import MAX_BYTES, from_json
 from ._pickled import foreground, known, whole_number

@@ -14,7 +14,7 @@ from os import PathLike
 from typing import Any
 
 from ...extras import optional_import
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from . import volta_lmdb
 from ._parsing import MAX_BYTES
 from .hdf5 import ERRORS, decoded, hdf5_files, holds_hdf5

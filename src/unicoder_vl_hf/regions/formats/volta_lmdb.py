@@ -5,10 +5,10 @@ The LMDB of Volta (Bugliarello et al., 2021; its `convert_*_lmdb.py`, `h5_to_lmd
     Volta:       img_id  img_h  img_w  num_boxes  boxes  features, and more of LXMERT's columns
     ViLBERT-MT:  image_id  image_h  image_w  num_boxes  boxes  features
 
-Volta's values are the cells of LXMERT's TSV (see `lxmert_tsv`), so numbers are text and arrays base64; those that come
-from HDF5 are plain, and call classes and attributes `obj_id`, `obj_conf`, `attr_id`, `attr_conf`. Ids are 0-based and
-without background; column 0 of `cls_prob` is background. Columns that the TSV lacked are None. ViLBERT-MT's `num_boxes` counts the boxes that scored above 0,
-which come first; as its own reader does, all rows are read.
+Volta's values are the cells of LXMERT's TSV (see `lxmert_tsv`), so numbers are text and arrays base64, and columns that
+the TSV lacked are None; those that come from HDF5 are plain, and call classes and attributes `obj_id`, `obj_conf`,
+`attr_id`, `attr_conf`. Ids are 0-based and without background; column 0 of `cls_prob` is background. ViLBERT-MT's
+`num_boxes` counts the boxes that scored above 0, which come first; as its own reader does, all rows are read.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._pickled import array, box_array, feature_array, first_fields, lmdb_items, whole_number, without_background
 from .items import Item
 
