@@ -270,7 +270,8 @@ def test_bytes_that_look_like_no_type(tmp_path):
 
 
 def test_a_number_of_bytes_that_float32_does_not_have(write):
-    with pytest.raises(ValueError, match=r"no 3 equal rows of float32; the bytes look like float16 \(33 columns\)"):
+    says = r"198 bytes are not 3 equal rows of float32; the bytes look like float16 \(33 columns\)"
+    with pytest.raises(ValueError, match=says):
         list(read_records(write(line(1, numbers(3, 33).astype(np.float16), 3))))
 
 
@@ -294,6 +295,13 @@ def test_no_advice_makes_it_worse(write, tmp_path, capsys):
     assert "--dtype float32" not in error
     assert main(["convert", str(source), str(tmp_path / "store"), "--feature-dtype", "float64"]) == 0
     assert np.array_equal(RegionStore(tmp_path / "store")["1"].features, numbers().astype(np.float16))
+
+
+def test_another_type_is_no_image_to_be_skipped(write, tmp_path):
+    source = write(line(1), line(2, numbers().astype(np.float64)))
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"line 2: .*look like float64 .*--feature-dtype float64\) states it\.$"):
+            convert(source, tmp_path / str(workers), skip_broken=True, workers=workers)
 
 
 # Broken images.

@@ -1,6 +1,6 @@
 """
-Damaged and hostile feature files. Whatever the bytes, reading ends in records or in a ValueError that names the file:
-no hang, crash, flood of memory, other exception or executed pickle.
+Damaged and hostile feature files. Whatever the bytes, each image ends in a record or in a ValueError that names the
+file, and the next one is read: no hang, crash, flood of memory, other exception or executed pickle.
 
     UNICODER_VL_FUZZ=10000 pytest -s tests/test_regions_formats_fuzz.py
 
@@ -34,7 +34,7 @@ import foreign_arrays as arrays  # noqa: E402
 import foreign_pickles as pickles  # noqa: E402
 import lmdb  # noqa: E402
 
-from unicoder_vl_hf.regions.formats import FORMATS, read_records  # noqa: E402
+from unicoder_vl_hf.regions.formats import FORMATS, read_items  # noqa: E402
 
 CASES = int(os.environ.get("UNICODER_VL_FUZZ", "300"))
 BATCH = 1000  # for one test, which a few minutes must do for
@@ -128,14 +128,23 @@ def outcome(source: Path, target: str, format: str, folder: Path, case: int) -> 
     path = folder / target
     for module in FORMATS.values():
         module.matches(path)
+    result = "read"
     try:
-        for _ in read_records(path, format):
-            pass
+        for item in read_items(path, format):
+            try:
+                item.record()
+            except ValueError as error:  # as `convert --skip-broken` goes on
+                result = refused(error, folder)
     except ValueError as error:
-        if str(folder) not in str(error):
-            raise
-        return "refused"
-    return "read"
+        result = refused(error, folder)
+    return result
+
+
+def refused(error: ValueError, folder: Path) -> str:
+    """The outcome of a clear error, which names the file."""
+    if str(folder) not in str(error):
+        raise error
+    return "refused"
 
 
 def run(folder: Path, first: int, last: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from .. import logging
 from ..records_unicoder_vl import RegionRecord
 from .editing import merge_stores
-from .formats import FORMATS, Item, known_provenance, read_items
+from .formats import FORMATS, Item, OtherType, known_provenance, read_items
 from .shards import PLAN, SKIPPED, STORE, UNFINISHED, shard_path
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
 from .tensor_files import begun_anew, locked, make_folder, say_finished, write_json
@@ -340,6 +340,9 @@ class _Sorter:
                 self._write(item, record)
         except _Differs:
             raise
+        except OtherType as error:
+            if mine:
+                raise ValueError(item.explain(error)) from error
         except ValueError as error:
             if mine:
                 error = ValueError(item.explain(error))
@@ -373,7 +376,7 @@ class _Sorter:
 
     def _skip(self, item: Item, error: ValueError, may: bool, option: str) -> None:
         if not may:
-            raise type(error)(f"{error} {option} leaves such images out.") from error
+            raise ValueError(f"{error} {option} leaves such images out.") from error
         row = {"image_id": item.image_id, "file": item.file, "reason": str(error)}
         if item.where:
             row["place"] = item.where

@@ -33,7 +33,7 @@ from . import (
     volta_hdf5,
     volta_lmdb,
 )
-from ._numbers import FEATURE_DTYPES, check_dtype
+from ._numbers import FEATURE_DTYPES, OtherType, check_dtype
 from .items import Item
 
 FORMATS = {
@@ -62,6 +62,7 @@ __all__ = [
     "FEATURE_DTYPES",
     "FORMATS",
     "Item",
+    "OtherType",
     "detect_format",
     "get_format",
     "known_provenance",

@@ -38,6 +38,10 @@ _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 26, -40
 _SMALLEST_COORDINATE = 1e-30  # what is smaller is a whole number, read as a fraction
 
 
+class OtherType(ValueError):
+    """Features are not of the type that was assumed or stated, which is not the fault of one image."""
+
+
 def decode(image_id: str, name: str, text: bytes | str) -> bytes:
     """
     The bytes of base64, also where Python's `b'…'` is around it. Raises ValueError naming the image and the field.
@@ -85,7 +89,8 @@ def features(image_id: str, name: str, text: bytes | str, n: int, dtype: str | N
         dtype (`str`, *optional*): One of `FEATURE_DTYPES`. None: float32, if the values look like it.
 
     Raises:
-        ValueError: The bytes are no `n` rows, or look like another type; the message names it.
+        OtherType: The bytes look like another type; the message names it.
+        ValueError: They are no `n` rows, or look like no type.
     """
     return _of_bytes(image_id, name, np.frombuffer(decode(image_id, name, text), np.uint8), n, dtype)
 
@@ -96,18 +101,19 @@ def typed_features(image_id: str, name: str, array: np.ndarray, dtype: str | Non
     their bytes are.
 
     Raises:
-        ValueError: The array holds whole numbers and `dtype` is None, or floats of another type than `dtype`.
+        OtherType: The array holds whole numbers and `dtype` is None, or floats of another type than `dtype`.
+        ValueError: Its bytes are no rows of numbers of `dtype`.
     """
     if array.dtype.kind == "f":
         if dtype is not None and array.dtype != _PLAIN.get(dtype):
-            raise ValueError(
+            raise OtherType(
                 f"Image {image_id!r}: {name} are {array.dtype} by the file's own word, not {dtype}: leave out "
                 "feature_dtype (--feature-dtype)."
             )
         return array
     if dtype is None:
         guess = "" if array.ndim != 2 else _advice(_look_alike(_sample(_flat(array)), len(array), array.nbytes))
-        raise ValueError(
+        raise OtherType(
             f"Image {image_id!r}: {name} are whole numbers ({array.dtype}), expected floats: they may be the bytes of "
             f"another type{guess or ', which feature_dtype (--feature-dtype) states'}."
         )
@@ -131,26 +137,21 @@ def _rows(image_id: str, name: str, data: bytes, n: int, dtype: str) -> np.ndarr
 
 def _of_bytes(image_id: str, name: str, data: np.ndarray, n: int, dtype: str | None) -> np.ndarray:
     size, view = _TYPES[dtype or "float32"]
+    rows = f"{n} equal rows of {dtype or 'float32'}"
     fits = data.size and not data.size % (size * n)
-    if dtype is None and (not fits or not _looks_usual(data)):
+    if dtype is None and not (fits and _looks_usual(data)):
         found = _look_alike(_sample(data), n, data.size)
-        if fits and (problem := _absurd(data, found)):
-            raise ValueError(f"Image {image_id!r}: {name} are no float32: {problem}{_advice(found) or _UNKNOWN}.")
-        if not fits and found:
+        problem = _absurd(data, found) if fits else f"{data.size} bytes are not {rows}" * bool(found)
+        if problem and found:
+            raise OtherType(f"Image {image_id!r}: {name} are no float32: {problem}{_advice(found)}.")
+        if problem:
             raise ValueError(
-                f"Image {image_id!r}: {name} has {data.size} bytes, which are no {n} equal rows of float32"
-                f"{_advice(found)}."
+                f"Image {image_id!r}: {name} are no float32: {problem}, and the bytes look like no other type; "
+                "feature_dtype='float32' (--feature-dtype float32) takes them as they are."
             )
     if not fits:
-        raise ValueError(
-            f"Image {image_id!r}: {name} has {data.size} bytes, expected {n} equal rows of {dtype or 'float32'}."
-        )
+        raise ValueError(f"Image {image_id!r}: {name} has {data.size} bytes, expected {rows}.")
     return view(data).reshape(n, -1)
-
-
-_UNKNOWN = (
-    ", and they look like no other type; feature_dtype='float32' (--feature-dtype float32) takes them as they are"
-)
 
 
 def _advice(found: dict[str, tuple[float, int]]) -> str:
