@@ -350,7 +350,7 @@ class _Sorter:
 
     def _is_of_earlier_run(self, image_id: str) -> bool:
         """Whether an earlier run wrote the image of this id, and no other of this id came in this run."""
-        number = self.writer.resumed.find(image_id)
+        number = self.writer.resumed.find(image_id) if len(self.met) else None
         if number is None or self.met[number]:
             return False
         self.met[number] = True

@@ -65,7 +65,7 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
             if len(line) == MAX_BYTES and not line.endswith(b"\n"):  # `columns` refuses it; the next line is whole
                 while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
                     pass
-            if line.rstrip(b"\r\n"):
+            if line not in (b"\n", b"\r\n"):
                 yield f"line {number}", line
 
 
@@ -74,7 +74,10 @@ def columns(line: bytes) -> list[bytes]:
     # A cut may leave base64 of whole rows, so that the features would only be fewer.
     if not line.endswith(b"\n"):
         raise ValueError("the line has no end: the file was cut short, or is damaged.")
-    fields = line.rstrip(b"\r\n").split(b"\t")
+    # The last column is as good as all of the line, and copied once.
+    last, tail = line.rfind(b"\t"), line[-2:]
+    end = len(line) - len(tail) + len(tail.rstrip(b"\r\n"))
+    fields = [*line[:last].split(b"\t"), line[last + 1 : end]] if last >= 0 else [line[:end]]
     check_text(fields[0])
     return fields
 
@@ -98,13 +101,13 @@ def tsv_items(path: str | os.PathLike, record: Callable[[str, list[bytes]], Regi
 
     for file in found:
         for where, line in lines(file):
-            image_id = first_column(line)
+            image_id = text_id(first_column(line))
             yield Item(str(file), where, image_id, partial(load, image_id, line))
 
 
-def first_column(line: bytes) -> str:
+def first_column(line: bytes) -> bytes:
     """The image_id of a line."""
-    return text_id(line.partition(b"\t")[0].rstrip(b"\r\n"))
+    return line[: line.find(b"\t")] if b"\t" in line else line.rstrip(b"\r\n")
 
 
 def read_index(path: str | os.PathLike) -> dict[int, str]:

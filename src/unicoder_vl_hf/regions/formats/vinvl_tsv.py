@@ -31,7 +31,7 @@ from ... import logging
 from ...records_unicoder_vl import PIXEL_TOLERANCE, RegionRecord
 from . import _numbers
 from ._parsing import MAX_BYTES, columns, files, first_column, first_fields, from_json, lines, num_boxes
-from .items import Item, broken
+from .items import Item, broken, text_id
 
 NAME = "vinvl-tsv"
 WIDTH_WITH_BOXES = 2054  # of the published features, whose boxes are in no other order
@@ -121,8 +121,9 @@ def _items(
 
     for where, line in lines(file):
         # Of images that are passed over too, lest the lines of labels between pile up in `passed`.
-        label = None if label_lines is None else _find(label_lines, passed, line.partition(b"\t")[0])
-        image_id = first_column(line)
+        key = first_column(line)
+        label = None if label_lines is None else _find(label_lines, passed, key)
+        image_id = text_id(key)
         yield Item(str(file), where, image_id, partial(load, image_id, line, label))
 
 
