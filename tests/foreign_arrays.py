@@ -110,6 +110,11 @@ def lxmert_variant_row(image: Image) -> dict:
     }
 
 
+def lxmert_row_without_attributes(image: Image) -> dict:
+    """As people write it whose detector knows no attributes."""
+    return {key: value for key, value in lxmert_row(image).items() if not key.startswith("attrs_")}
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     with path.open("a", newline="") as file:
         csv.DictWriter(file, delimiter="\t", fieldnames=list(rows[0])).writerows(rows)
@@ -192,6 +197,17 @@ def write_vinvl_captioning(folder: Path) -> Path:
     return folder
 
 
+def write_vinvl_own(folder: Path, label: Callable[[Image], object] = vinvl_label) -> Path:
+    """What VinVL's own extraction leaves (scene_graph_benchmark's test_sg_net.py): the boxes are in predictions.tsv."""
+    rows = [
+        [str(image.number), json.dumps({"num_boxes": len(image.boxes), "features": encode(image.features)})]
+        for image in IMAGES
+    ]
+    tsv_writer(folder / "features.tsv", rows)
+    tsv_writer(folder / "predictions.tsv", [[str(image.number), json.dumps(label(image))] for image in IMAGES])
+    return folder
+
+
 def spatial_features(image: Image) -> np.ndarray:
     scaled = image.fractions
     return np.concatenate((scaled[:, :2], scaled[:, 2:], scaled[:, 2:] - scaled[:, :2]), axis=1)
@@ -237,6 +253,27 @@ def write_hdf5_fixed(folder: Path, num_boxes: int = 2) -> Path:
     with (folder / "val36_imgid2idx.pkl").open("wb") as file:
         pickle.dump({image.number: row for row, image in enumerate(reversed(IMAGES))}, file, protocol=0)
     return folder / "val36.hdf5"
+
+
+def write_volta_hdf5(folder: Path, names: Callable[[Image], str] = lambda image: image.name) -> Path:
+    """Volta's extraction by detectron2: a group an image."""
+    import h5py
+
+    with h5py.File(folder / "boxes36.h5", "w") as file:
+        for image in IMAGES:
+            group = file.create_group(names(image))
+            for key, value in (
+                ("img_h", image.height),
+                ("img_w", image.width),
+                ("boxes", image.boxes),
+                ("features", image.features),
+                ("obj_id", image.object_ids),
+                ("obj_conf", image.object_scores),
+                ("attr_id", image.attribute_ids),
+                ("attr_conf", image.attribute_scores),
+            ):
+                group.create_dataset(key, data=value)
+    return folder / "boxes36.h5"
 
 
 def write_scan(folder: Path, repeat: int = 1, num_boxes: int = 2) -> Path:
@@ -310,6 +347,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "lxmert-tsv": write_lxmert,
     "vinvl-tsv": write_vinvl,
     "hdf5": write_hdf5,
+    "volta-hdf5": write_volta_hdf5,
     "scan-npy": write_scan,
     "frcnn-arrow": write_frcnn,
 }

@@ -1,7 +1,7 @@
 """
-Small files in the formats of UNITER, Volta, ViLBERT-MT, MMF and MILVLG, and of bottom-up attention, made by the calls
-of the tools themselves: csv, pickle, msgpack_numpy, np.savez, np.save, lmdb. Nothing of ours is imported, so that a
-mistake of ours is not repeated here. The images are those of `foreign_arrays`.
+Small files in the formats of UNITER, Volta, ViLBERT-MT, MMF, MILVLG and VL-BERT, and of bottom-up attention, made by
+the calls of the tools themselves: csv, pickle, msgpack_numpy, np.savez, np.save, json, lmdb. Nothing of ours is
+imported, so that a mistake of ours is not repeated here. The images are those of `foreign_arrays`.
 """
 
 import collections
@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import lmdb
 import msgpack
 import msgpack_numpy
 import numpy as np
-from foreign_arrays import CLASSES, IMAGES, Image, encode
+from foreign_arrays import CLASSES, IMAGES, Image, class_probabilities, encode
 
 
 def probabilities(image: Image) -> np.ndarray:
@@ -105,6 +106,11 @@ def volta_arrays(image: Image) -> dict:
     }
 
 
+def volta_row_with_none(image: Image) -> dict:
+    """As its convert_*_lmdb.py leave a row of a TSV of fewer columns."""
+    return volta_row(image) | {"attrs_id": None, "attrs_conf": None, "cls_prob": None, "attrs": None, "classes": None}
+
+
 def vilbert_arrays(image: Image) -> dict:
     """As ViLBERT-MT's convert_to_lmdb.py does."""
     return {
@@ -148,6 +154,13 @@ def mmf_npy(folder: Path, background: bool = False) -> Path:
     return folder
 
 
+def pythia_npy(folder: Path) -> Path:
+    """Pythia's downloads: the features alone."""
+    for image in IMAGES:
+        np.save(folder / f"{image.name}.npy", image.features)
+    return folder
+
+
 def mmf_lmdb(folder: Path, background: bool = False) -> Path:
     """As its lmdb_conversion.py does, of features in a folder for each split."""
     fields = {
@@ -183,6 +196,47 @@ def milvlg_npz(folder: Path, background: bool = False) -> Path:
     return folder
 
 
+def milvlg_npz_boxes(folder: Path) -> Path:
+    """As copies of it do that call the boxes so."""
+    for image in IMAGES:
+        arrays = milvlg_arrays(image)
+        np.savez_compressed(folder / f"{image.name}.npz", boxes=arrays.pop("bbox"), **arrays)
+    return folder
+
+
+def vlbert_fields(image: Image) -> dict:
+    """As its generate_tsv_v2.py makes them."""
+    attributes = np.full((len(image.boxes), 401), 1e-5, np.float32)
+    attributes[:, 0] = 0.5
+    attributes[np.arange(len(attributes)), 1 + image.attribute_ids] = 0.25
+    return {
+        "image_id": image.number,
+        "image_w": image.width,
+        "image_h": image.height,
+        "num_boxes": len(image.boxes),
+        "boxes": encode(image.boxes),
+        "features": encode(image.features),
+        "classes": encode(class_probabilities(image)),
+        "attrs": encode(attributes),
+    }
+
+
+def vlbert_json(folder: Path) -> Path:
+    folder = folder / "trainval_frcnn"
+    folder.mkdir()
+    for image in IMAGES:
+        (folder / f"{image.name}.json").write_text(json.dumps(vlbert_fields(image)))
+    return folder
+
+
+def vlbert_zip(folder: Path) -> Path:
+    """As it lies on people's disks, `train_frcnn.zip@/<name>.json`."""
+    with zipfile.ZipFile(folder / "train_frcnn.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for image in IMAGES:
+            archive.writestr(f"{image.name}.json", json.dumps(vlbert_fields(image)))
+    return folder / "train_frcnn.zip"
+
+
 def bottom_up_tsv(folder: Path) -> Path:
     """As its generate_tsv.py does."""
     path = folder / "trainval.tsv"
@@ -203,4 +257,5 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "volta-lmdb": volta_lmdb,
     "mmf-npy": mmf_npy,
     "mmf-lmdb": mmf_lmdb,
+    "vlbert-json": vlbert_json,
 }

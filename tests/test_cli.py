@@ -41,7 +41,7 @@ def test_convert(store):
 def test_errors_are_one_line(store, source, capsys):
     assert main(["convert", str(source), str(store)]) == 1
     output = capsys.readouterr().err.splitlines()[-1]
-    assert output.startswith("unicoder-vl convert: ") and str(store) in output and "resume" in output
+    assert output.startswith("unicoder-vl convert: ") and str(store) in output and "--restart" in output
     assert main(["convert", str(source), str(store) + "2", "--source-detector", "vg"]) == 1
     assert "'vg', expected NAME@REVISION" in capsys.readouterr().err
     assert main(["inspect", str(source.parent / "none")]) == 1

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_more_workers_than_images(tmp_path):
     source = write_lines(tmp_path / "features.tsv", [1])
     assert_holds(convert(source, tmp_path / "store", workers=2), [1])
     with pytest.raises(ValueError, match="holds a store"):
-        convert(source, tmp_path / "store", workers=2)
+        convert(source, tmp_path / "store", workers=2, resume=False)
 
 
 def test_parts_whose_removal_was_interrupted(tmp_path):
@@ -123,9 +124,9 @@ def test_resuming_after_an_error_reads_no_image_twice(workers, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError)):
         RegionStore(tmp_path / "store")
     write_lines(source, range(1, 30))
-    with pytest.raises(ValueError, match="resume"):
-        convert(source, tmp_path / "store", workers=workers, shard_size=100)
-    assert_holds(convert(source, tmp_path / "store", workers=workers, shard_size=100, resume=True), range(1, 30))
+    with pytest.raises(ValueError, match="resume is False"):
+        convert(source, tmp_path / "store", workers=workers, shard_size=100, resume=False)
+    assert_holds(convert(source, tmp_path / "store", workers=workers, shard_size=100), range(1, 30))
 
 
 def test_a_failure_before_the_first_shard_binds_nobody(tmp_path):
@@ -167,21 +168,127 @@ def test_resuming_with_other_settings_is_refused_by_name(finished, tmp_path):
         convert(source, tmp_path / "store", **options)
     write_lines(source, range(1, 7))
     before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
-    with pytest.raises(ValueError, match=r"store was begun with ids='stem', not 'coco': resume with equal settings"):
+    with pytest.raises(ValueError, match="store was begun with ids='stem', not 'coco': go on with equal settings"):
         convert(source, tmp_path / "store", **options | {"rename": id_mapping("coco")}, resume=True)
     with pytest.raises(ValueError, match=r"store was begun with ids='stem', not None"):
         convert(source, tmp_path / "store", resume=True)
-    with pytest.raises(ValueError, match=r"store was begun with background=None, not True"):
-        convert(source, tmp_path / "store", **options, resume=True, format_options={"background": True})
+    with pytest.raises(ValueError, match=r"store was begun with feature_dtype=None, not 'float32'"):
+        convert(source, tmp_path / "store", **options, resume=True, format_options={"feature_dtype": "float32"})
     with pytest.raises(ValueError, match=r"num_classes=None, not 7: .*`unicoder-vl merge --num-classes` tells"):
         convert(source, tmp_path / "store", **options, resume=True, num_classes=7)
     if not finished:
         with pytest.raises(ValueError, match=r"store was begun with workers=1, not 2"):
             convert(source, tmp_path / "store", **options, resume=True, workers=2)
-    with pytest.raises(ValueError, match=r"or the beginning of one: go on with it by resume=True \(--resume\)"):
-        convert(source, tmp_path / "store", **options)
+    with pytest.raises(ValueError, match="or the beginning of one: resume is False"):
+        convert(source, tmp_path / "store", **options, resume=False)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
     assert_holds(convert(source, tmp_path / "store", **options, resume=True), range(1, 7))
+
+
+# The same command goes on.
+
+
+def test_what_is_finished_is_said_and_left(tmp_path, caplog):
+    source = write_lines(tmp_path / "features.tsv", range(1, 6))
+    convert(source, tmp_path / "store")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    write_lines(source, range(1, 9))
+    for workers in (1, 2):
+        caplog.clear()
+        assert_holds(convert(source, tmp_path / "store", workers=workers), range(1, 6))
+        assert f"{tmp_path / 'store'} is finished, and stays as it is; --restart begins anew" in caplog.text
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    assert_holds(convert(source, tmp_path / "store", resume=True), range(1, 9))
+
+
+def test_finished_of_another_source_is_not_what_was_asked_for(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 6))
+    other = write_lines(tmp_path / "more.tsv", range(6, 9))
+    convert(source, tmp_path / "store")
+    for settings, says in (({}, rf"store was begun with source='{source}', not '{other}'"), ({"dtype": "float32"}, "")):
+        with pytest.raises(ValueError, match=says or r"dtype='float16', not 'float32': .*--restart"):
+            convert(other if says else source, tmp_path / "store", **settings)
+    assert_holds(convert(other, tmp_path / "store", resume=True), range(1, 9))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_restart_begins_anew_with_other_settings(workers, tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 30), damaged=20)
+    with pytest.raises(ValueError, match="line 20"):
+        convert(source, tmp_path / "store", workers=workers, shard_size=100)
+    write_lines(source, range(1, 6))
+    store = convert(source, tmp_path / "store", restart=True, dtype="float32", workers=3 - workers)
+    assert_holds(store, range(1, 6))
+    store = convert(source, tmp_path / "store", restart=True, workers=workers)
+    assert store.provenance["dtype"] == "float16"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.tsv", "store"]
+
+
+def test_a_restart_that_fails_at_once_keeps_what_was_there(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 6))
+    convert(source, tmp_path / "store")
+    write_lines(source, range(1, 6), damaged=1)
+    with pytest.raises(ValueError, match="line 1"):
+        convert(source, tmp_path / "store", restart=True)
+    assert_holds(RegionStore(tmp_path / "store"), range(1, 6))
+    with pytest.raises(ValueError, match="both the source and the store"):
+        convert(tmp_path / "store", tmp_path / "store", restart=True)
+
+
+def as_begun_before(folder, **plan):
+    """The plan as it was written until class names were kept and workers shared images by their new ids."""
+    (folder / conversion.PLAN).write_text(json.dumps({"workers": 1, "ids": None} | plan))
+
+
+def test_what_was_begun_before_goes_on(tmp_path):
+    source = write_lines(tmp_path / "features.tsv", range(1, 30), damaged=20)
+    with pytest.raises(ValueError, match="line 20"):
+        convert(source, tmp_path / "store", shard_size=100)
+    as_begun_before(tmp_path / "store")
+    write_lines(source, range(1, 30))
+    assert_holds(convert(source, tmp_path / "store", shard_size=100), range(1, 30))
+
+
+def test_class_names_that_were_not_kept_stay_so(tmp_path):
+    from foreign_arrays import CLASSES, write_vinvl
+
+    source = write_vinvl(tmp_path)
+    names = {"class_names": CLASSES}
+    lines = (source / "features.tsv").read_bytes()
+    (source / "features.tsv").write_bytes(lines[:-1])
+    (source / "features.lineidx").unlink()
+    with pytest.raises(ValueError, match="line 3: the line has no end"):
+        convert(source, tmp_path / "store", format_options=names, shard_size=1)
+    as_begun_before(tmp_path / "store", **names)
+    unfinished = tmp_path / "store" / "unfinished.json"
+    unfinished.write_text(unfinished.read_text().replace(json.dumps(CLASSES, indent=2).replace("\n", "\n    "), "null"))
+    unfinished.write_text(unfinished.read_text().replace('"num_classes": 5', '"num_classes": null'))
+    assert json.loads(unfinished.read_text())["provenance"]["class_names"] is None
+    (source / "features.tsv").write_bytes(lines)
+    store = convert(source, tmp_path / "store", format_options=names, shard_size=1)
+    assert len(store) == 3 and store.provenance["class_names"] is None
+
+
+def test_workers_that_shared_source_ids_still_do(tmp_path):
+    """What one of two wrote of images that the other would now take is not written twice."""
+    numbers = range(1, 30)
+    old_ids = {f"{'x' * (number % 5)}/{number}": str(number) for number in numbers}
+    source = write_lines(tmp_path / "features.tsv", numbers)
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text(
+        "".join(old_id.rpartition("/")[0] + "/" + line for old_id, line in zip(old_ids, lines, strict=True))
+    )
+    share = [old_id for old_id in old_ids if zlib.crc32(old_id.encode()) % 2 == 0]
+    assert any(zlib.crc32(old_ids[old_id].encode()) % 2 == 1 for old_id in share)
+    part = tmp_path / ".store.parts" / "0"
+    with RegionStoreWriter(part, source_format="bottom-up-tsv", shard_size=1) as writer:
+        for record in read_records(source):
+            if record.image_id in share:
+                writer.write(dataclasses.replace(record, image_id=old_ids[record.image_id]))
+    (tmp_path / "store").mkdir()
+    as_begun_before(tmp_path / "store", workers=2, ids="stem")
+    store = convert(source, tmp_path / "store", rename=id_mapping("stem"), workers=2, shard_size=1)
+    assert_holds(store, numbers)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -195,6 +302,7 @@ def test_images_without_an_id_are_left_out_and_listed(workers, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(row["image_id"] for row in rows) == ["2", "5"]
     assert all(row["file"] == str(source) and "is not in" in row["reason"] for row in rows)
+    assert sorted(row["place"] for row in rows) == ["line 2", "line 5"]
 
 
 def test_ids_that_become_one_are_an_error(karpathy, tmp_path):

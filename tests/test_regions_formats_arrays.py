@@ -11,6 +11,7 @@ import foreign_arrays as foreign
 import numpy as np
 import pytest
 from foreign_arrays import CLASSES, IMAGES, WRITERS
+from foreign_readers import reader
 
 from unicoder_vl_hf import RegionRecord
 from unicoder_vl_hf.regions.formats import (
@@ -111,7 +112,7 @@ def test_a_file_cut_short_is_an_error_that_names_it(name, tmp_path):
     for length in (0, 7, len(content) // 3, len(content) - 30):
         target.write_bytes(content[:length])
         with pytest.raises(ValueError, match="whole"):
-            list(FORMATS[name].read(source))
+            list(reader(FORMATS[name])(source))
 
 
 def test_a_line_cut_at_a_whole_number_of_rows(tmp_path):
@@ -119,13 +120,13 @@ def test_a_line_cut_at_a_whole_number_of_rows(tmp_path):
     path = foreign.write_rows(tmp_path / "a.tsv", [foreign.lxmert_row(IMAGES[0])])
     features = foreign.lxmert_row(IMAGES[0])["features"]
     path.write_text(path.read_text().removesuffix("\n").removesuffix(features[len(features) // 2 :]))
-    errors_name(path, "line 1 has no end", lxmert_tsv.read)
+    errors_name(path, "line 1: the line has no end", reader(lxmert_tsv))
 
 
 def test_an_arrow_stream_cut_between_two_batches(tmp_path):
     path = old_frcnn(tmp_path / "a.arrow", b"")
     path.write_bytes(path.read_bytes().removesuffix(frcnn_arrow.END))
-    errors_name(path, "cut short", frcnn_arrow.read)
+    errors_name(path, "cut short", reader(frcnn_arrow))
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -151,7 +152,7 @@ def test_lxmert(tmp_path):
 
 def test_lxmert_variant_drops_the_background(tmp_path):
     path = foreign.write_lxmert(tmp_path, foreign.lxmert_variant_row)
-    for record, image in zip(lxmert_tsv.read(path), IMAGES, strict=True):
+    for record, image in zip(reader(lxmert_tsv)(path), IMAGES, strict=True):
         check(record, image, "size", *FIELDS)
         # Not a copy of the column beside: the probability of each region's own class.
         probabilities = record.class_probabilities[np.arange(len(record)), record.object_ids]
@@ -159,7 +160,7 @@ def test_lxmert_variant_drops_the_background(tmp_path):
 
 
 def test_lxmert_writes_what_lxmert_reads(tmp_path):
-    records = list(lxmert_tsv.read(foreign.write_lxmert(tmp_path)))
+    records = list(reader(lxmert_tsv)(foreign.write_lxmert(tmp_path)))
     path = tmp_path / "ours.tsv"
     lxmert_tsv.write(records, path)
     for item, image in zip(foreign.load_obj_tsv(path), IMAGES, strict=True):
@@ -185,7 +186,7 @@ def test_lxmert_writes_unknown_as_none(tmp_path):
     assert item["objects_id"].tolist() == item["attrs_id"].tolist() == [-1, -1]
     assert item["objects_conf"].tolist() == item["attrs_conf"].tolist() == [0, 0]
     assert item["boxes"].tolist() == [[0, 0, 4, 8], [1, 2, 3, 8]]  # LXMERT refuses boxes that are not inside
-    (again,) = lxmert_tsv.read(tmp_path / "a.tsv")
+    (again,) = reader(lxmert_tsv)(tmp_path / "a.tsv")
     assert np.array_equal(again.features.astype(np.float16), features)
     assert again.object_ids is again.object_scores is again.attribute_ids is again.attribute_scores is None
 
@@ -227,17 +228,17 @@ def test_lxmert_writes_whole_files_or_none(changes, says, tmp_path):
 )
 def test_lxmert_errors_name_the_place(changes, says, tmp_path):
     path = foreign.write_rows(tmp_path / "a.tsv", [{**foreign.lxmert_row(IMAGES[0]), **changes}])
-    errors_name(path, f"line 1: Image '{IMAGES[0].name}': .*{says}", lxmert_tsv.read)
+    errors_name(path, f"line 1: Image '{IMAGES[0].name}': .*{says}", reader(lxmert_tsv))
 
 
 def test_lxmert_of_another_number_of_columns(tmp_path):
     row = foreign.lxmert_row(IMAGES[0]) | {"more": "x"}
-    errors_name(foreign.write_rows(tmp_path / "a.tsv", [row]), "11 columns, expected img_id, img_h", lxmert_tsv.read)
+    errors_name(foreign.write_rows(tmp_path / "a.tsv", [row]), "11 columns, expected img_id, img_h", reader(lxmert_tsv))
 
 
 # VinVL
 
-read_vinvl = functools.partial(vinvl_tsv.read, class_names=CLASSES)
+read_vinvl = functools.partial(reader(vinvl_tsv), class_names=CLASSES)
 
 
 def test_vinvl(tmp_path):
@@ -256,7 +257,7 @@ def test_vinvl_captioning_layout_knows_no_size(tmp_path):
 
 def test_vinvl_without_class_names_or_labels(tmp_path):
     source = foreign.write_vinvl(tmp_path)
-    for record, image in zip(vinvl_tsv.read(source), IMAGES, strict=True):
+    for record, image in zip(reader(vinvl_tsv)(source), IMAGES, strict=True):
         check(record, image, "size", "boxes", "object_scores")
     (tmp_path / "predictions.tsv").unlink()
     for record, image in zip(read_vinvl(source), IMAGES, strict=True):
@@ -323,7 +324,9 @@ def test_vinvl_height_before_width(tmp_path):
         return foreign.vinvl_features(image)[:, [*range(foreign.DIM + 4), -1, -2]]
 
     rows = [[str(image.number), str(len(image.boxes)), foreign.encode(swapped(image))] for image in IMAGES]
-    for record, image in zip(vinvl_tsv.read(foreign.tsv_writer(tmp_path / "features.tsv", rows)), IMAGES, strict=True):
+    for record, image in zip(
+        reader(vinvl_tsv)(foreign.tsv_writer(tmp_path / "features.tsv", rows)), IMAGES, strict=True
+    ):
         check(record, image, "boxes")
 
 
@@ -368,7 +371,7 @@ def vinvl_line(key="k", n="3", features=None) -> list[str]:
 def test_vinvl_errors_name_the_place(line, says, tmp_path):
     good = {"num_boxes": 3, "features": vinvl_line()[2]}
     path = foreign.tsv_writer(tmp_path / "features.tsv", [["good", json.dumps(good)], line])
-    errors_name(path, f"line 2: Image 'k': .*{says}", vinvl_tsv.read)
+    errors_name(path, f"line 2: Image 'k': .*{says}", reader(vinvl_tsv))
 
 
 @pytest.mark.parametrize(
@@ -397,9 +400,9 @@ def test_vinvl_cut_between_two_lines(tmp_path):
     lines = (source / "features.tsv").read_bytes().splitlines(keepends=True)
     (source / "features.tsv").write_bytes(b"".join(lines[:2]))
     with pytest.raises(ValueError, match=r"lineidx ends with .*features\.tsv has \d+ bytes: one of them was cut short"):
-        list(vinvl_tsv.read(source))
+        list(reader(vinvl_tsv)(source))
     (source / "features.lineidx").unlink()
-    assert len(list(vinvl_tsv.read(source))) == 2
+    assert len(list(reader(vinvl_tsv)(source))) == 2
 
 
 # BAN, ReGAT
@@ -429,7 +432,7 @@ def test_hdf5_index_from_elsewhere(kind, tmp_path):
     errors_name(path, r"none of \['val_imgid2idx\.pkl', 'val_imgid2idx\.json'")
     index = tmp_path / f"other.{kind}"
     index.write_bytes(json.dumps({"b": 2, "a": 0}).encode() if kind == "json" else pickle.dumps({"b": 2, "a": 0}))
-    first, last = hdf5.read(path, index=index)
+    first, last = reader(hdf5)(path, index=index)
     assert (first.image_id, last.image_id) == ("a", "b")
     check(last, IMAGES[2], "boxes")
 
@@ -461,7 +464,7 @@ def test_hdf5_errors_of_the_index(writer, index, says, tmp_path):
     path = writer(tmp_path)
     (tmp_path / f"{path.stem}_imgid2idx.pkl").write_bytes(pickle.dumps(index))
     with pytest.raises(ValueError, match=rf"val.*{says}"):
-        list(hdf5.read(path))
+        list(reader(hdf5)(path))
 
 
 def test_hdf5_index_is_not_executed(tmp_path):
@@ -469,7 +472,7 @@ def test_hdf5_index_is_not_executed(tmp_path):
     path = foreign.write_hdf5(tmp_path)
     (tmp_path / "val_imgid2idx.pkl").write_bytes(pickle.dumps({"a": Bomb(tmp_path / "executed")}))
     with pytest.raises(ValueError, match=r"val_imgid2idx\.pkl"):
-        list(hdf5.read(path))
+        list(reader(hdf5)(path))
     assert not (tmp_path / "executed").exists()
 
 
@@ -502,7 +505,7 @@ def replace(path: Path, name: str, data, **options) -> Path:
 )
 def test_hdf5_errors_name_the_file(name, data, says, tmp_path):
     pytest.importorskip("h5py")
-    errors_name(replace(foreign.write_hdf5(tmp_path), name, data), says, hdf5.read)
+    errors_name(replace(foreign.write_hdf5(tmp_path), name, data), says, reader(hdf5))
 
 
 def test_hdf5_that_promises_terabytes(tmp_path):
@@ -514,13 +517,13 @@ def test_hdf5_that_promises_terabytes(tmp_path):
             del file["image_features"]
             file.create_dataset("image_features", (2**40, 16), "f", **options)
             file["pos_boxes"][0] = [0, last]
-        errors_name(path, "takes .* bytes, expected", hdf5.read)
+        errors_name(path, "takes .* bytes, expected", reader(hdf5))
 
 
 def test_hdf5_pixels_without_a_size_are_no_boxes(tmp_path):
     pytest.importorskip("h5py")
     path = replace(foreign.write_hdf5(tmp_path), "spatial_features", None)
-    for record, image in zip(hdf5.read(path), IMAGES, strict=True):
+    for record, image in zip(reader(hdf5)(path), IMAGES, strict=True):
         check(record, image)
 
 
@@ -530,7 +533,7 @@ def test_hdf5_missing_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "h5py", None)
     assert hdf5.matches(path)
     with pytest.raises(ImportError, match=r"'\.\[hdf5\]'"):
-        list(hdf5.read(path))
+        list(reader(hdf5)(path))
 
 
 # SCAN
@@ -552,23 +555,23 @@ def test_scan_names(repeat, kind, tmp_path):
     if kind == "json":
         index = tmp_path / "names.json"
         index.write_text(json.dumps(NUMBERS))
-    assert [record.image_id for record in scan_npy.read(path, index=index)] == NUMBERS
-    assert [record.image_id for record in scan_npy.read(path, skip={NUMBERS[1]}, index=index)] == NUMBERS[::2]
+    assert [record.image_id for record in reader(scan_npy)(path, index=index)] == NUMBERS
+    assert [record.image_id for record in reader(scan_npy)(path, skip={NUMBERS[1]}, index=index)] == NUMBERS[::2]
     for names, says in ((["a", "b"], "has 2 names, but .* has 3 images"), ([], "names no image")):
         index.write_text(json.dumps(names) if kind == "json" else "".join(f"{name}\n" for name in names))
         with pytest.raises(ValueError, match=f"{index.name} {says}"):
-            list(scan_npy.read(path, index=index))
+            list(reader(scan_npy)(path, index=index))
 
 
 def test_scan_five_different_images_are_five(tmp_path):
     np.save(tmp_path / "dev_ims.npy", np.arange(5 * 2 * 3, dtype=np.float32).reshape(5, 2, 3))
-    records = list(scan_npy.read(tmp_path))
+    records = list(reader(scan_npy)(tmp_path))
     assert [record.image_id for record in records] == ["0", "1", "2", "3", "4"]
     assert records[4].features.tolist() == [[24, 25, 26], [27, 28, 29]]
 
 
 def test_scan_is_not_read_into_memory(tmp_path):
-    record = next(scan_npy.read(foreign.write_scan(tmp_path)))
+    record = next(reader(scan_npy)(foreign.write_scan(tmp_path)))
     base = record.features
     while isinstance(base, np.ndarray):
         base = base.base
@@ -594,19 +597,19 @@ def npy_header(shape: str, descr: str = "<f4") -> bytes:
 def test_scan_errors_name_the_file(content, says, tmp_path):
     path = tmp_path / "dev_ims.npy"
     path.write_bytes(content)
-    errors_name(path, says, scan_npy.read)
+    errors_name(path, says, reader(scan_npy))
 
 
 def test_scan_repeats_all_or_none(tmp_path):
     rows = np.repeat(np.arange(12, dtype=np.float32).reshape(2, 2, 3), 5, axis=0)
     rows[7] += 1
     np.save(tmp_path / "dev_ims.npy", rows)
-    errors_name(tmp_path / "dev_ims.npy", "Image '1': rows 5 to 9 differ", scan_npy.read)
+    errors_name(tmp_path / "dev_ims.npy", "Image '1': rows 5 to 9 differ", reader(scan_npy))
 
 
 def test_scan_several_splits_need_a_choice(tmp_path):
     np.save(tmp_path / "test_ims.npy", np.load(foreign.write_scan(tmp_path)))
-    errors_name(tmp_path, "has 2 files", scan_npy.read)
+    errors_name(tmp_path, "has 2 files", reader(scan_npy))
 
 
 # Hugging Face's FRCNN
@@ -632,7 +635,7 @@ def test_frcnn(tmp_path):
 )
 def test_frcnn_errors_name_the_file(changes, says, tmp_path):
     path = foreign.write_frcnn(tmp_path, foreign.frcnn_output(IMAGES[0], **changes))
-    errors_name(path, f"Image '{NUMBERS[0]}': .*{says}", frcnn_arrow.read)
+    errors_name(path, f"Image '{NUMBERS[0]}': .*{says}", reader(frcnn_arrow))
 
 
 def old_frcnn(path: Path, payload: bytes, **changes) -> Path:
@@ -670,7 +673,7 @@ def test_frcnn_unknown_values_are_errors(tmp_path):
         ("img_id", pa.array([None], pa.int32()), "img_id is unknown"),
         ("preds_per_image", pa.array([np.inf]), "infinity"),
     ]:
-        errors_name(old_frcnn(tmp_path / "a.arrow", b"", **{name: column}), says, frcnn_arrow.read)
+        errors_name(old_frcnn(tmp_path / "a.arrow", b"", **{name: column}), says, reader(frcnn_arrow))
 
 
 def test_frcnn_offsets_beyond_the_data_do_not_crash(tmp_path):
@@ -679,7 +682,7 @@ def test_frcnn_offsets_beyond_the_data_do_not_crash(tmp_path):
     content = path.read_bytes()
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, struct.pack("<6i", 0, 4, 8, 12, 16, 2**30)))
-    errors_name(path, "offset", frcnn_arrow.read)
+    errors_name(path, "offset", reader(frcnn_arrow))
 
 
 def test_frcnn_missing_columns(tmp_path):
@@ -688,4 +691,4 @@ def test_frcnn_missing_columns(tmp_path):
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, pa.schema({"x": pa.int8()})):
         pass
     assert not frcnn_arrow.matches(tmp_path / "a.arrow")
-    errors_name(tmp_path / "a.arrow", "'img_id'.* missing", frcnn_arrow.read)
+    errors_name(tmp_path / "a.arrow", "'img_id'.* missing", reader(frcnn_arrow))

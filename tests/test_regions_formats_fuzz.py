@@ -1,6 +1,6 @@
 """
-Damaged and hostile feature files. Whatever the bytes, reading ends in records or in a ValueError that names the file:
-no hang, crash, flood of memory, other exception or executed pickle.
+Damaged and hostile feature files. Whatever the bytes, each image ends in a record or in a ValueError that names the
+file, and the next one is read: no hang, crash, flood of memory, other exception or executed pickle.
 
     UNICODER_VL_FUZZ=10000 pytest -s tests/test_regions_formats_fuzz.py
 
@@ -34,7 +34,7 @@ import foreign_arrays as arrays  # noqa: E402
 import foreign_pickles as pickles  # noqa: E402
 import lmdb  # noqa: E402
 
-from unicoder_vl_hf.regions.formats import FORMATS, read_records  # noqa: E402
+from unicoder_vl_hf.regions.formats import FORMATS, read_items  # noqa: E402
 
 CASES = int(os.environ.get("UNICODER_VL_FUZZ", "300"))
 BATCH = 1000  # for one test, which a few minutes must do for
@@ -49,6 +49,13 @@ SOURCES: list[tuple[str, Callable[[Path], Path]]] = [
     ("volta-lmdb", partial(pickles.volta_lmdb, row=pickles.vilbert_arrays)),
     ("vinvl-tsv", arrays.write_vinvl_captioning),
     ("hdf5", arrays.write_hdf5_fixed),
+    ("lxmert-tsv", partial(arrays.write_lxmert, row=arrays.lxmert_row_without_attributes)),
+    ("vinvl-tsv", arrays.write_vinvl_own),
+    ("volta-hdf5", arrays.write_volta_hdf5),  # twice, as HDF5 has many kinds of damage
+    ("volta-lmdb", partial(pickles.volta_lmdb, row=pickles.volta_row_with_none)),
+    ("milvlg-npz", pickles.milvlg_npz_boxes),
+    ("mmf-npy", pickles.pythia_npy),
+    ("vlbert-json", pickles.vlbert_zip),
 ]
 HOSTILE = "executed"  # created by a pickle that is run
 
@@ -93,7 +100,7 @@ def change_file(rng: np.random.Generator, path: Path) -> None:
     """Changes the bytes of a file, or what is in its container, the container being whole."""
     data = path.read_bytes()
     inside = rng.integers(2)
-    if inside and path.suffix == ".npz":
+    if inside and path.suffix in (".npz", ".zip"):
         members = {}
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
@@ -121,14 +128,23 @@ def outcome(source: Path, target: str, format: str, folder: Path, case: int) -> 
     path = folder / target
     for module in FORMATS.values():
         module.matches(path)
+    result = "read"
     try:
-        for _ in read_records(path, format):
-            pass
+        for item in read_items(path, format):
+            try:
+                item.record()
+            except ValueError as error:  # as `convert --skip-broken` goes on
+                result = refused(error, folder)
     except ValueError as error:
-        if str(folder) not in str(error):
-            raise
-        return "refused"
-    return "read"
+        result = refused(error, folder)
+    return result
+
+
+def refused(error: ValueError, folder: Path) -> str:
+    """The outcome of a clear error, which names the file."""
+    if str(folder) not in str(error):
+        raise error
+    return "refused"
 
 
 def run(folder: Path, first: int, last: int) -> None:

@@ -83,9 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         "--ids", help="other names for the images: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN"
     )
     convert.add_argument("--skip-unmapped", action="store_true", help="leave out images that --ids does not cover")
+    convert.add_argument(
+        "--skip-broken", action="store_true", help="leave out images that are damaged, and list them in skipped.jsonl"
+    )
     convert.add_argument("--dtype", default="float16", help="of the features: float16 (default), bfloat16 or float32")
     convert.add_argument("--workers", type=int, default=1, help="processes")
-    convert.add_argument("--resume", action="store_true", help="go on with a conversion that was stopped")
+    convert.add_argument("--resume", action="store_true", help="add what a finished store lacks of the source")
+    _add_restart(convert)
     convert.add_argument("--source-detector", metavar="NAME@REVISION", help="what found the regions, as you declare it")
     convert.add_argument("--num-classes", type=int, help="object classes of the detector, without background")
 
@@ -244,10 +248,15 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
-    from .regions.formats import FORMATS
+    from .regions.formats import FEATURE_DTYPES, FORMATS
 
     parser.add_argument("--format", help=f"found from the content by default; one of {', '.join(FORMATS)}")
-    parser.add_argument("--class-names", help="file with a class a line, for formats that name classes by words")
+    parser.add_argument("--class-names", help="file with the name of an object id a line, without background")
+    parser.add_argument(
+        "--feature-dtype",
+        metavar="DTYPE",
+        help=f"type of features that are only bytes: {', '.join(FEATURE_DTYPES)}",
+    )
     parser.add_argument("--background", action="store_true", help="object ids count a background class as 0")
     parser.add_argument("--index", help="file that names the images, for formats that number them")
 
@@ -256,6 +265,8 @@ def _format_options(args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if args.class_names is not None:
         options["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+    if args.feature_dtype is not None:
+        options["feature_dtype"] = args.feature_dtype
     if args.background:
         options["background"] = True
     if args.index is not None:
@@ -317,8 +328,10 @@ def _convert(args: argparse.Namespace) -> None:
         format=args.format,
         rename=None if args.ids is None else id_mapping(args.ids),
         skip_unmapped=args.skip_unmapped,
+        skip_broken=args.skip_broken,
         workers=args.workers,
-        resume=args.resume,
+        resume=args.resume or None,
+        restart=args.restart,
         format_options=_format_options(args),
         **options,
     )

@@ -95,7 +95,6 @@ class _Names:
         if source_id not in self.names:
             examples = ", ".join(map(repr, list(self.names)[:3]))
             raise UnmappedId(
-                f"Image {source_id!r} is not in {self.rule}, whose {len(self.names):,} ids are like {examples}; "
-                "skip_unmapped=True (--skip-unmapped) leaves such images out."
+                f"Image {source_id!r} is not in {self.rule}, whose {len(self.names):,} ids are like {examples}."
             )
         return self.names[source_id]

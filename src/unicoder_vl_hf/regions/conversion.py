@@ -5,26 +5,30 @@ import multiprocessing
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import logging
 from ..records_unicoder_vl import RegionRecord
 from .editing import merge_stores
-from .formats import FORMATS, known_provenance, read_records
-from .shards import MANIFEST, PLAN, SKIPPED, shard_path
+from .formats import FORMATS, Item, OtherType, known_provenance, read_items
+from .shards import PLAN, SKIPPED, STORE, UNFINISHED, shard_path
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
-from .tensor_files import locked, make_folder, write_json
+from .tensor_files import begun_anew, locked, make_folder, say_finished, write_json
 
 logger = logging.get_logger(__name__)
 
 WRITERS = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
 EXPORTS = ("parquet", *WRITERS)  # formats that `export` writes
+PLAN_VERSION = 2  # of what a plan stands for: how workers share the images, and that the store keeps class names
+BACKGROUND_NAMES = ("background", "__background__")
 
 
 class UnmappedId(ValueError):
@@ -77,59 +81,101 @@ def convert(
     format: str | None = None,
     rename: Rename | None = None,
     skip_unmapped: bool = False,
+    skip_broken: bool = False,
     workers: int = 1,
-    resume: bool = False,
+    resume: bool | None = None,
+    restart: bool = False,
     format_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> RegionStore:
     """
     Converts a file or folder of a known format to a store, with a progress bar, and opens it.
 
+    Run again after an interruption, it goes on. An image that comes twice is taken once if it is the same both times.
+    Of what is left out or comes again the log tells the numbers.
+
     Args:
-        source (`str` or `os.PathLike`): See `formats.read_records`.
+        source (`str` or `os.PathLike`): See `formats.read_items`.
         destination (`str` or `os.PathLike`): Folder of the store.
         format (`str`, *optional*): A key of `formats.FORMATS`; None detects it.
         rename (`Rename`, *optional*): Gives the id to store an image under, see `data.image_ids.id_mapping`.
         skip_unmapped (`bool`, defaults to `False`): Leave out images that `rename` does not cover; `skipped.jsonl` in
             the store's folder lists them.
+        skip_broken (`bool`, defaults to `False`): Leave out images that are malformed or do not fit the others, too.
         workers (`int`, defaults to 1): Processes. Each takes the images whose ids hash to its number, and reads past
             the others; their parts lie beside the destination until all are whole, and are then merged.
-        resume (`bool`, defaults to `False`): Go on after an interruption, with as many workers as before, or add what
-            is new to a finished store.
-        format_options (`dict`, *optional*): Arguments of the format's `read`, such as `class_names`.
+        resume (`bool`, *optional*): None goes on with what equal settings began, and leaves a finished store of this
+            source as it is; True adds what the source has and a finished store lacks; False refuses both.
+        restart (`bool`, defaults to `False`): Begins anew, with whatever settings.
+        format_options (`dict`, *optional*): Arguments of the format's `items`, such as `feature_dtype`, and
+            `class_names`, which the store keeps.
         options: Arguments of `RegionStoreWriter`: provenance and `dtype`.
 
     Raises:
-        ValueError: The format is unknown, a record is malformed, the destination was begun with other settings, or see
-            `RegionStoreWriter`.
+        ValueError: The format is unknown, an image is malformed, or comes twice and differs, the destination was begun
+            with other settings, or see `RegionStoreWriter`. The message names the file and the place in it.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1.")
-    folder, format_options = Path(destination).absolute(), format_options or {}
-    options = known_provenance(source, format) | options | {"resume": resume}
-    task = _Task(Path(source), options["source_format"], rename, skip_unmapped, format_options, options)
-    plan = {"workers": workers, "ids": None if rename is None else rename.rule, **format_options}
-    plan = json.loads(json.dumps(plan, default=str))  # as it will be read again
+    source, folder = Path(source), Path(destination).absolute()
+    if source.exists() and source.resolve() == folder.resolve():
+        raise ValueError(f"{source} is both the source and the store: take another folder for the store.")
     parts = folder.with_name(f".{folder.name}.parts")
-    _check_plan(folder, parts, plan, resume)
-    made, finished = not folder.exists(), (folder / MANIFEST).exists()
+    format_options = format_options or {}
+    options = known_provenance(source, format) | options
+    task = _Task(source, options["source_format"], rename, skip_unmapped, skip_broken, format_options, options)
+    read_items(source, task.format, **format_options).close()  # it names an option that the format does not have
+    plan = {
+        "workers": workers,
+        "ids": None if rename is None else rename.rule,
+        "source": str(source.absolute()),
+        "version": PLAN_VERSION,
+        **format_options,
+    }
+    plan = json.loads(json.dumps(plan, default=str))  # as it will be read again
+    with begun_anew(folder, restart, STORE, parts):
+        begun = _begun(folder, parts)
+        before = _read_plan(folder) if begun else {}
+        if begun:
+            _check_plan(folder if begun[0] == folder else parts, before, plan, resume, STORE.is_complete(folder))
+        if before.get("version") == PLAN_VERSION or not begun:
+            task.name_classes()
+        else:
+            task.shares_source_ids, plan = True, plan | {"version": before.get("version")}
+        task.options["resume"] = resume is not False
+        return _convert(task, folder, parts, plan, workers, resume)
+
+
+def _convert(
+    task: "_Task", folder: Path, parts: Path, plan: dict[str, Any], workers: int, resume: bool | None
+) -> RegionStore:
+    made, finished = not folder.exists(), STORE.is_complete(folder)
+    if finished and not resume and not (folder / UNFINISHED).exists():
+        with RegionStoreWriter(folder, **task.options):  # which refuses other settings
+            pass
+        shutil.rmtree(parts, ignore_errors=True)
+        say_finished(folder)
+        return RegionStore(folder)
     try:
         if workers == 1 or finished:
-            skipped = task.run(folder, plan=None if finished else plan)
+            found = task.run(folder, plan=None if finished else plan)
         else:
             make_folder(folder)
             with locked(folder):
                 write_json(folder / PLAN, plan)
-                skipped = task.share(parts, workers)
-                stores = [part for part in sorted(parts.iterdir()) if (part / MANIFEST).exists()]
-                if not stores:
-                    raise ValueError(f"{source} holds no records.")
-                merge_stores(stores, folder)
+                found = task.share(parts, workers)
+                stores = [part for part in sorted(parts.iterdir()) if STORE.is_complete(part)]
+                if stores:
+                    merge_stores(stores, folder)
+        if not STORE.is_complete(folder):
+            raise ValueError(_nothing(task.source, found))
     except BaseException:
         _forget_empty(folder, parts, made)
         raise
     shutil.rmtree(parts, ignore_errors=True)
-    write_skipped(folder, skipped)
+    write_skipped(folder, found.skipped)
+    if found.repeated:
+        logger.warning(f"{found.repeated:,} image(s) came again, the same as before, and were taken once.")
     return RegionStore(folder)
 
 
@@ -143,6 +189,13 @@ def write_skipped(folder: Path, rows: list[dict[str, str]]) -> None:
     logger.warning(f"{len(rows):,} image(s) skipped: {path} says why.")
 
 
+def _nothing(source: Path, found: "_Found") -> str:
+    if not found.skipped:
+        return f"{source} holds no records."
+    first = found.skipped[0]
+    return f"{source}: all {len(found.skipped):,} images were skipped; the first reason: {first['reason']}"
+
+
 def _begun(folder: Path, parts: Path) -> list[Path]:
     """The folders that hold something converted."""
     return [store for store in (folder, *parts.glob("*")) if shard_path(store, 0).exists()]
@@ -152,91 +205,209 @@ def _forget_empty(folder: Path, parts: Path, made: bool) -> None:
     """Removes what a failed start leaves, where nothing was converted, and no other process is at work."""
     with suppress(OSError, ValueError), locked(folder):
         if not _begun(folder, parts):
-            (folder / PLAN).unlink(missing_ok=True)
+            for name in (PLAN, SKIPPED):
+                (folder / name).unlink(missing_ok=True)
             shutil.rmtree(parts, ignore_errors=True)
     if made:
         with suppress(OSError):  # it holds something
             folder.rmdir()
 
 
-def _check_plan(folder: Path, parts: Path, plan: dict[str, Any], resume: bool) -> None:
-    """Raises ValueError where something is begun that `resume` does not allow, or that other settings began."""
-    if not (begun := _begun(folder, parts)):
-        return
-    place = folder if begun[0] == folder else parts
-    if not resume:
-        raise ValueError(
-            f"{place} holds a store, or the beginning of one: go on with it by resume=True (--resume), remove it, or "
-            "take another folder."
-        )
-    before = json.loads((folder / PLAN).read_text(encoding="utf-8")) if (folder / PLAN).exists() else {}
-    for name in before.keys() | plan.keys():
-        if before.get(name) != plan.get(name) and not (name == "workers" and (folder / MANIFEST).exists()):
+def _read_plan(folder: Path) -> dict[str, Any]:
+    """How what is begun was begun; empty where no `convert` did, or one before it noted that."""
+    path = folder / PLAN
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _check_plan(place: Path, before: dict[str, Any], plan: dict[str, Any], resume: bool | None, finished: bool) -> None:
+    """Raises ValueError where what is begun at `place` must not be gone on with, or with other settings."""
+    if resume is False:
+        raise ValueError(f"{place} holds a store, or the beginning of one: resume is False, which refuses both.")
+    ignored = {"version"} | ({"workers"} if finished else set())
+    if resume or "source" not in before:  # a source may be moved, or a second one be added
+        ignored.add("source")
+    for name in (before.keys() | plan.keys()) - ignored:
+        if before.get(name) != plan.get(name):
             raise ValueError(
-                f"{place} was begun with {name}={before.get(name)!r:.80}, not {plan.get(name)!r:.80}: resume with "
-                "equal settings, remove it, or take another folder."
+                f"{place} was begun with {name}={before.get(name)!r:.80}, not {plan.get(name)!r:.80}: go on with equal "
+                "settings, begin anew with --restart, or take another folder."
             )
 
 
 @dataclass
+class _Found:
+    """What a conversion met beside the images that it wrote: rows of `skipped.jsonl`, and how many came again."""
+
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    repeated: int = 0
+
+
+@dataclass
 class _Task:
+    """
+    A conversion, as it is sent to the processes that share it.
+
+    Args:
+        source, format, rename, skip_unmapped, skip_broken, format_options: As `convert` has them.
+        options (`dict`): Arguments of `RegionStoreWriter`.
+        shares_source_ids (`bool`): Whether workers share images by their ids in the source, as they once did, and not
+            by those that they are stored under: whatever goes on must be shared as it was begun.
+    """
+
     source: Path
     format: str
     rename: Rename | None
     skip_unmapped: bool
+    skip_broken: bool
     format_options: dict[str, Any]
     options: dict[str, Any]
+    shares_source_ids: bool = False
 
-    def run(self, destination: Path, part: int = 0, parts: int = 1, plan: dict[str, Any] | None = None) -> list[dict]:
-        """Writes a share of the images. Returns what was left out, a row an image."""
-        with RegionStoreWriter(destination, **self.options) as writer:
+    def name_classes(self) -> None:
+        """Has the store keep the class names. Raises ValueError where they begin with the background."""
+        names = self.format_options.get("class_names")
+        if names is None:
+            return
+        if names and names[0].strip().lower() in BACKGROUND_NAMES:
+            raise ValueError(f"class_names begin with {names[0]!r}: take it out, object ids count from behind it.")
+        self.options["class_names"] = names
+
+    def run(self, destination: Path, part: int = 0, parts: int = 1, plan: dict[str, Any] | None = None) -> _Found:
+        """Writes a share of the images. Returns what else it met."""
+        found = _Found()
+        with suppress(NoRecordWritten), RegionStoreWriter(destination, **self.options) as writer:
             if plan is not None:
                 write_json(destination / PLAN, plan)
-            skip = _Skip(writer.resumed, self.rename, self.skip_unmapped, part, parts)
-            records = read_records(self.source, self.format, skip=skip, **self.format_options)
-            for record in logging.tqdm(records, desc=f"Converting {self.format}", unit="image", position=part):
-                if self.rename is not None:
-                    record.image_id = self.rename(record.image_id)
-                writer.write(record)
-        return [{"image_id": name, "file": str(self.source), "reason": why} for name, why in skip.unmapped.items()]
+            sorter = _Sorter(self, writer, destination / SKIPPED, found)
+            items = read_items(self.source, self.format, **self.format_options)
+            with closing(items):
+                for item in logging.tqdm(items, desc=f"Converting {self.format}", unit="image", position=part):
+                    sorter.take(item, part, parts)
+        return found
 
-    def run_part(self, destination: Path, part: int, parts: int) -> list[dict]:
-        try:
-            return self.run(destination, part, parts)
-        except NoRecordWritten:  # a small source may leave nothing for one of many
-            return []
-
-    def share(self, folder: Path, workers: int) -> list[dict]:
+    def share(self, folder: Path, workers: int) -> _Found:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            parts = [pool.submit(self.run_part, folder / str(part), part, workers) for part in range(workers)]
-            return [row for part in parts for row in part.result()]
+            shares = [pool.submit(self.run, folder / str(part), part, workers) for part in range(workers)]
+            results = [share.result() for share in shares]
+        skipped = [row for found in results for row in found.skipped]
+        return _Found(skipped, sum(found.repeated for found in results))
 
-
-@dataclass
-class _Skip(Container[str]):
-    """
-    The ids of a source that a worker passes over: what its store holds already, the share of others, and, if they are
-    to be left out, those without a new id, which it notes with the reason.
-    """
-
-    stored: Container[str]
-    rename: Rename | None
-    skip_unmapped: bool
-    part: int
-    parts: int
-    unmapped: dict[str, str] = field(default_factory=dict)
-
-    def __contains__(self, image_id: object) -> bool:
-        image_id = str(image_id)
-        if self.parts > 1 and zlib.crc32(image_id.encode()) % self.parts != self.part:
-            return True
+    def new_id(self, item: Item) -> str:
+        """The id that an image is stored under. Raises UnmappedId, after the place, where the rule gives none."""
+        if self.rename is None:
+            return item.image_id
         try:
-            return (image_id if self.rename is None else self.rename(image_id)) in self.stored
+            return self.rename(item.image_id)
         except UnmappedId as error:
-            if not self.skip_unmapped:
-                raise
-            self.unmapped[image_id] = str(error)
-            return True
+            raise UnmappedId(f"{item.place}: {error}") from error
+
+
+class _Sorter:
+    """
+    Writes the images of a source that are to be written, and notes why others are not.
+
+    Which image of several with one id is the first whole one does not depend on where an earlier run was stopped:
+    what it found broken, it noted at once, and that is decoded again.
+    """
+
+    def __init__(self, task: _Task, writer: RegionStoreWriter, log: Path, found: _Found):
+        self.task = task
+        self.writer = writer
+        self.log = log
+        self.found = found
+        self.broken_before = {(row["file"], row.get("place", "")) for row in read_rows(log)}
+        self.met = np.zeros(len(writer.resumed), bool)  # of the images of earlier runs
+        self.width = writer.feature_dim  # else of the first whole image of the source, whoever writes it
+
+    def take(self, item: Item, part: int, parts: int) -> None:
+        """Does with an image what is to be done. Raises ValueError, after its place, where it ends the conversion."""
+        try:
+            image_id = self.task.new_id(item)
+        except UnmappedId as error:
+            if _is_mine(item.image_id, part, parts):
+                self._skip(item, error, self.task.skip_unmapped, "skip_unmapped=True (--skip-unmapped)")
+            return
+        mine = _is_mine(item.image_id if self.task.shares_source_ids else image_id, part, parts)
+        if mine and (item.file, item.where) not in self.broken_before and self._is_of_earlier_run(image_id):
+            return
+        if not mine and self.width is not None:
+            return
+        try:
+            record = item.load()
+            record.image_id = image_id
+            self.width = self.width or record.features.shape[1]
+            if mine:
+                self._write(item, record)
+        except _Differs:
+            raise
+        except OtherType as error:
+            if mine:
+                raise ValueError(item.explain(error)) from error
+        except ValueError as error:
+            if mine:
+                error = ValueError(item.explain(error))
+                self._skip(item, error, self.task.skip_broken, "skip_broken=True (--skip-broken)")
+
+    def _is_of_earlier_run(self, image_id: str) -> bool:
+        """Whether an earlier run wrote the image of this id, and no other of this id came in this run."""
+        number = self.writer.resumed.find(image_id) if len(self.met) else None
+        if number is None or self.met[number]:
+            return False
+        self.met[number] = True
+        return True
+
+    def _write(self, item: Item, record: RegionRecord) -> None:
+        if record.features.shape[1] != self.width:
+            raise ValueError(
+                f"Image {record.image_id!r}: features have width {record.features.shape[1]}, expected {self.width} as "
+                "the first image has."
+            )
+        if self._is_of_earlier_run(record.image_id):  # which was broken then
+            return
+        if record.image_id not in self.writer:
+            self.writer.write(record)
+        elif self.writer.holds(record):
+            self.found.repeated += 1
+        else:
+            raise _Differs(
+                f"Image {record.image_id!r} is in {self._first_place(record.image_id)}, and in {item.place}, which "
+                "differ: take one of them out, or give them ids of their own (--ids)."
+            )
+
+    def _skip(self, item: Item, error: ValueError, may: bool, option: str) -> None:
+        if not may:
+            raise ValueError(f"{error} {option} leaves such images out.") from error
+        row = {"image_id": item.image_id, "file": item.file, "reason": str(error)}
+        if item.where:
+            row["place"] = item.where
+        self.found.skipped.append(row)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _first_place(self, image_id: str) -> str:
+        """Where the image that was taken is."""
+        broken = {(row["file"], row.get("place", "")) for row in self.found.skipped}
+        items = read_items(self.task.source, self.task.format, **self.task.format_options)
+        with closing(items):
+            for item in items:
+                with suppress(UnmappedId):
+                    if self.task.new_id(item) == image_id and (item.file, item.where) not in broken:
+                        return item.place
+        return str(self.writer.path)  # of another source
+
+
+class _Differs(ValueError):
+    """An image comes twice, and is not the same."""
+
+
+def _is_mine(image_id: str, part: int, parts: int) -> bool:
+    return parts == 1 or zlib.crc32(image_id.encode()) % parts == part
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a `skipped.jsonl`; of a last one that a kill cut short nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def export(store: RegionStore, path: str | PathLike, format: str) -> None:

@@ -158,10 +158,14 @@ class Shard(TensorFile):
         highest = np.maximum.reduceat(object_ids, self.region_offsets[:-1])
         return np.where(self._present & bit, highest, NO_OBJECT_IDS)
 
+    def checksum(self, row: int) -> int:
+        """Of what was written there, see the function `checksum`."""
+        return int(self._checksums[row])
+
     def is_intact(self, row: int, record: RegionRecord) -> bool:
         """Whether `record`, which was read from `row`, is what was written there."""
         first, last = self.region_offsets[row : row + 2].tolist()
-        return checksum(record, self.features[first:last]) == self._checksums[row]
+        return checksum(record, self.features[first:last]) == self.checksum(row)
 
 
 class Shards:
@@ -384,6 +388,10 @@ class ShardWriter:
     @property
     def image_ids(self) -> Strings:
         return Strings(np.frombuffer(self._text, np.uint8), np.array(self._id_offsets, np.int64))
+
+    def checksum(self, row: int) -> int:
+        """Of what was written there, see the function `checksum`."""
+        return self._checksums[row]
 
     def commit(self) -> None:
         tables: dict[str, np.ndarray] = {

@@ -39,6 +39,7 @@ from .shards import (
     Shard,
     Shards,
     ShardWriter,
+    checksum,
     shard_path,
     to_bfloat16,
     write_index,
@@ -48,6 +49,7 @@ from .tensor_files import locked, make_folder, write_json
 FORMAT_VERSION = 1
 MERGE = "merge_of"  # in unfinished.json: the stores that are merged here
 MAX_COMING = 2**14
+ABSURD = 1e8  # a magnitude that no feature has
 
 
 class RegionStore(Mapping[str, RegionRecord]):
@@ -344,7 +346,7 @@ class RegionStoreWriter:
         self._widths: dict[str, int] = {}  # of the wide fields, which one store must agree on
         self._shards = Shards(self.path)
         self._ids = ImageIds(self._shards.image_id)  # of the shards
-        self._new: set[str] = set()  # of the pending one
+        self._new: dict[str, int] = {}  # of the pending one, with their rows there
         self._pending: ShardWriter | None = None
         self._open = True
         self._made = not self.path.exists()
@@ -380,6 +382,11 @@ class RegionStoreWriter:
     def __len__(self) -> int:
         return len(self._ids) + len(self._new)
 
+    @property
+    def feature_dim(self) -> int | None:
+        """D, the width of the features; None before the first record."""
+        return self._widths.get("features")
+
     def write(self, record: RegionRecord) -> None:
         """
         Adds a record.
@@ -388,14 +395,33 @@ class RegionStoreWriter:
             ValueError: The id is here already, the width differs from that of the records before, an object id is
                 outside `num_classes`, or a feature does not fit into the dtype. The store is as it was before the call.
         """
+        if not self._open:
+            raise ValueError(f"The writer of {self.path} is closed: write inside its with block.")
+        if not is_region_record(record):
+            raise ValueError(f"write takes a RegionRecord, got a {type(record).__name__}.")
+        if record.image_id in self:
+            raise ValueError(
+                f"Image {record.image_id!r} is in {self.path} already: ids must differ; skip what is in writer.resumed."
+            )
         features = self._check(record)
         if self._pending is None:
             self._pending = ShardWriter(shard_path(self.path, len(self._shards)))
         self._pending.add(record, features)
-        self._new.add(record.image_id)
+        self._new[record.image_id] = len(self._new)
         self._note_widths(record.features, record.class_probabilities)
         if self._pending.num_bytes >= self.shard_size or len(self._pending) >= MAX_SHARD_IMAGES:
             self._commit_shard()
+
+    def holds(self, record: RegionRecord) -> bool:
+        """Tells whether the image of this id is here and is what `write` would make of `record`, by its checksum."""
+        if (row := self._new.get(record.image_id)) is not None and self._pending is not None:
+            written = self._pending.checksum(row)
+        elif (number := self._ids.find(record.image_id)) is not None:
+            shard, row = self._shards.find(number)
+            written = shard.checksum(row)
+        else:
+            return False
+        return written == checksum(record, self._stored(record.features))
 
     def _forget_empty(self) -> None:
         """Where no shard is, nothing was begun, and other settings may be."""
@@ -455,15 +481,7 @@ class RegionStoreWriter:
 
     def _check(self, record: RegionRecord) -> np.ndarray:
         """The features as they will be stored."""
-        if not self._open:
-            raise ValueError(f"The writer of {self.path} is closed: write inside its with block.")
-        if not is_region_record(record):
-            raise ValueError(f"write takes a RegionRecord, got a {type(record).__name__}.")
         name = record.image_id
-        if name in self:
-            raise ValueError(
-                f"Image {name!r} is in {self.path} already: ids must differ; skip what is in writer.resumed."
-            )
         for field in WIDE_FIELDS:
             array = getattr(record, field)
             width = None if array is None else array.shape[1]
@@ -481,11 +499,21 @@ class RegionStoreWriter:
         if features.dtype != np.float16 and dtype != "float32":  # what float16 holds, all dtypes hold
             largest = float(max(features.max(), -features.min()))
             if largest > LARGEST[dtype]:
+                advice = "write the store with dtype='float32' (--dtype float32)"
+                if largest > ABSURD:
+                    advice = "no detector gives such (float32 would hold it): it may have been read as a wrong type"
                 raise ValueError(
                     f"Image {name!r}: features hold a magnitude of {largest}, but {dtype} ends at {LARGEST[dtype]}: "
-                    "write the store with dtype='float32' (--dtype float32)."
+                    f"{advice}."
                 )
-        return to_bfloat16(features) if dtype == "bfloat16" else features.astype(dtype, copy=False)
+        return self._stored(features)
+
+    def _stored(self, features: np.ndarray) -> np.ndarray:
+        dtype = self._provenance["dtype"]
+        if dtype == "bfloat16":
+            return to_bfloat16(features)
+        with np.errstate(over="ignore"):  # of what was not checked, and is only compared
+            return features.astype(dtype, copy=False)
 
     def _note_widths(self, features: np.ndarray, class_probabilities: np.ndarray | None) -> None:
         self._widths["features"] = features.shape[1]
@@ -498,7 +526,7 @@ class RegionStoreWriter:
             self._shards.add(Shard(shard_path(self.path, len(self._shards))).facts())
             self._note_progress()
             self._ids.add(self._pending.image_ids)
-            self._pending, self._new = None, set()
+            self._pending, self._new = None, {}
 
     def _finish(self) -> None:
         self._commit_shard()

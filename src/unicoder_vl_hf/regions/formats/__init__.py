@@ -1,19 +1,23 @@
 """
 Region features as other tools leave them, one module a format.
 
-Each module has `NAME`, `matches(path)` (a look at the first bytes) and `read(path, skip)`, a generator of records in
-constant memory. What a format lacks is None in the record; ids are those of the source. Some also have
-`write(records, path)`, and `not_written(record)`: the fields that a record knows and the file will not.
+Each module has `NAME`, `matches(path)` (a look at the first bytes) and `items(path, **options)`, a generator of `Item`s
+in constant memory: an image with its place and its id, not yet decoded. What a format lacks is None in the record; ids
+are those of the source. Some also have `write(records, path)`, and `not_written(record)`: the fields that a record
+knows and the file will not.
 """
 
 import inspect
-from collections.abc import Container, Iterator
+from collections.abc import Container, Generator, Iterator
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ...records_unicoder_vl import RegionRecord
 from . import (
+    _lmdb,
+    _npz,
     bottom_up_tsv,
     frcnn_arrow,
     hdf5,
@@ -25,8 +29,12 @@ from . import (
     uniter_lmdb,
     uniter_npz,
     vinvl_tsv,
+    vlbert_json,
+    volta_hdf5,
     volta_lmdb,
 )
+from ._numbers import FEATURE_DTYPES, OtherType, check_dtype
+from .items import Item
 
 FORMATS = {
     module.NAME: module
@@ -36,6 +44,7 @@ FORMATS = {
         lxmert_tsv,
         vinvl_tsv,
         hdf5,
+        volta_hdf5,
         scan_npy,
         frcnn_arrow,
         uniter_lmdb,
@@ -43,11 +52,30 @@ FORMATS = {
         volta_lmdb,
         mmf_npy,
         mmf_lmdb,
+        vlbert_json,
     )
 }
+# They hold no object ids, which names could be for.
+WITHOUT_CLASSES = (bottom_up_tsv, hdf5, scan_npy)
+
+__all__ = [
+    "FEATURE_DTYPES",
+    "FORMATS",
+    "Item",
+    "OtherType",
+    "detect_format",
+    "get_format",
+    "known_provenance",
+    "read_items",
+    "read_records",
+]
 
 # Those that have `provenance(path)`.
 SELF_DESCRIBING = tuple(module for module in FORMATS.values() if "provenance" in vars(module))
+
+
+# What errors add of a file that is of no format because it is damaged.
+DAMAGE = (_lmdb.damage, _npz.damage, hdf5.damage)
 
 
 def detect_format(path: str | PathLike) -> str:
@@ -56,7 +84,7 @@ def detect_format(path: str | PathLike) -> str:
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
-        ValueError: No format, or more than one, matches, or the folder is empty.
+        ValueError: No format, or more than one, matches, the file was cut short, or the folder is empty.
     """
     path = Path(path)
     if not path.exists():
@@ -64,10 +92,40 @@ def detect_format(path: str | PathLike) -> str:
     if path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"{path} is empty: no store was finished there, and there is nothing to convert.")
     found = [name for name, module in FORMATS.items() if module.matches(path)]
-    if len(found) != 1:
-        state = f"could be any of {found}" if found else f"is none of the known formats {list(FORMATS)}"
-        raise ValueError(f"{path} {state}: name its format (--format).")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{path} could be any of {found}: name its format (--format).")
+    for damage in DAMAGE:
+        if problem := damage(path):
+            raise ValueError(problem)
+    raise ValueError(f"{path} is none of the known formats {list(FORMATS)}: name its format (--format).")
+
+
+def read_items(path: str | PathLike, format: str | None = None, **options: Any) -> Generator[Item]:
+    """
+    Images of a file or folder of any known format, one at a time and not yet decoded: what is broken is found when its
+    record is made, so that whoever reads may go on with the next one.
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder.
+        format (`str`, *optional*): A key of `FORMATS`; None asks `detect_format`.
+        options: What the format's `items` takes: `feature_dtype`, and where the format has them `background`, if a tool
+            may have counted it, `index`, if it numbers its images, and `class_names`. All formats with object ids take
+            `class_names`, the name of each id; most need none to read.
+
+    Raises:
+        ValueError: The format is unknown or has no such option.
+    """
+    module = get_format(path, format)
+    known = inspect.signature(module.items).parameters.keys() - {"path"}
+    if "class_names" not in known and module not in WITHOUT_CLASSES:
+        options.pop("class_names", None)
+    if unknown := options.keys() - known:
+        why = "; it has no object ids that could have names" * ("class_names" in unknown)
+        raise ValueError(f"{path}: this format has no option {sorted(unknown)}, only {sorted(known)}{why}.")
+    check_dtype(options.get("feature_dtype"))
+    return module.items(path, **options)
 
 
 def read_records(
@@ -79,19 +137,19 @@ def read_records(
     Args:
         path (`str` or `os.PathLike`): The file or folder.
         format (`str`, *optional*): A key of `FORMATS`; None asks `detect_format`.
-        skip (container of `str`): Ids of images to pass over, cheaply: what a resumed store holds.
-        options: What the format's `read` takes beside: `class_names` where it names classes by words, `background`
-            where a tool may have counted it, `index` where it numbers its images.
+        skip (container of `str`): Ids of images to pass over, cheaply.
+        options: See `read_items`.
 
     Raises:
-        ValueError: The format is unknown or knows no such option, or a record is malformed; the message names the file,
-            the place and the field.
+        ValueError: The format is unknown or has no such option, or an image is broken; the message names the file, the
+            place and the field.
     """
-    read = get_format(path, format).read
-    known = inspect.signature(read).parameters.keys() - {"path", "skip"}
-    if unknown := options.keys() - known:
-        raise ValueError(f"{path}: this format has no option {sorted(unknown)}, only {sorted(known)}.")
-    return read(path, skip, **options)
+    return _records(read_items(path, format, **options), skip)
+
+
+def _records(items: Generator[Item], skip: Container[str]) -> Iterator[RegionRecord]:
+    with closing(items):
+        yield from (item.record() for item in items if item.image_id not in skip)
 
 
 def known_provenance(path: str | PathLike, format: str | None = None) -> dict[str, Any]:

@@ -48,9 +48,34 @@ def entries(path: Path) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
                 if key <= last:
                     raise ValueError(f"key {key[:80]!r} follows {last[:80]!r}, expected ascending keys")
                 last = key
-                yield key, value
+                yield key, partial(_whole, path, value)
         except (ValueError, struct.error) as error:
             raise ValueError(f"{path} is damaged, cut short or no LMDB: {error}.") from error
+
+
+def _whole(path: Path, value: Callable[[], bytes]) -> bytes:
+    try:
+        return value()
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with an LMDB whose first value nothing can tell; None where it is none, or whole."""
+    file = path / "data.mdb" if path.is_dir() else path
+    try:
+        with file.open("rb") as start:
+            if _META.unpack(start.read(_META.size))[0] != _MAGIC:
+                return None
+    except (OSError, struct.error):
+        return None
+    try:
+        for _, value in entries(path):
+            value()
+            return None
+    except ValueError as error:
+        return str(error)
+    return f"{file} is an LMDB without keys."
 
 
 def first_value(path: Path, skip: bytes) -> bytes | None:
@@ -108,6 +133,6 @@ def _walk(
 
 def _read(file: IO[bytes], size: int, start: int, length: int) -> bytes:
     if start + length > size:
-        raise ValueError(f"it has {size} bytes, but byte {start + length} is asked for")
+        raise ValueError(f"it was cut short: it has {size} bytes, but byte {start + length} is asked for")
     file.seek(start)
     return file.read(length)

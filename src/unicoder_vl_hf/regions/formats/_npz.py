@@ -2,7 +2,8 @@
 
 import os
 import zipfile
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +11,56 @@ import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_folder
+from ._pickled import known
+from .items import Item
 from .restricted_pickle import load_npz
+
+# Of foreign bytes zipfile says NotImplementedError and UnicodeDecodeError too.
+ERRORS = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError)
 
 
 def members(path: str | os.PathLike) -> set[str]:
-    """Names of the arrays of an .npz, or of the first one of a folder; none where there is no such file."""
+    """Names of the arrays of an .npz, or of the first whole one of a folder; none where there is no such file."""
+    for file in _files(Path(path)):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return {name.removesuffix(".npy") for name in archive.namelist()}
+        except ERRORS:
+            continue
+    return set()
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with an .npz whose members nothing can tell; None where it is none, or whole."""
+    if path.suffix != ".npz" or not path.is_file():
+        return None
     try:
-        with zipfile.ZipFile(next(_files(Path(path)))) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    # Of foreign bytes zipfile says NotImplementedError and UnicodeDecodeError too.
-    except (StopIteration, zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return set()
+        zipfile.ZipFile(path).close()
+    except ERRORS as error:
+        return f"{path} is no whole .npz ({error}): it was cut short, or is damaged; copy it again."
+    return None
 
 
-def read_files(
-    path: str | os.PathLike,
-    skip: Container[str],
-    names: Collection[str],
-    record: Callable[[str, dict[str, Any]], RegionRecord],
-) -> Iterator[RegionRecord]:
+def npz_items(
+    path: str | os.PathLike, names: Collection[str], record: Callable[[str, dict[str, Any]], RegionRecord]
+) -> Iterator[Item]:
     """
-    `record(image_id, arrays)` of one .npz, or of all of a folder by name, with those of `names` that are there.
+    An image for one .npz, or for each of a folder by name, with its name as the image_id; `record(image_id, arrays)`
+    makes its record of those of `names` that are there and known.
 
     Raises:
-        ValueError: There is no .npz, one is damaged, or what `record` raises, after the file.
+        ValueError: There is no .npz.
     """
     files = sorted(_files(Path(path)))
     if not files:
         raise ValueError(f"{path} is no .npz file, nor a folder of them.")
+
+    def load(file: Path, image_id: str) -> RegionRecord:
+        return record(image_id, known(load_npz(file, str(file), names)))
+
     for file in files:
         image_id = file.name.removesuffix(".npz")
-        if image_id in skip:
-            continue
-        arrays = load_npz(file, str(file), names)
-        try:
-            yield record(image_id, arrays)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        yield Item(str(file), "", image_id, partial(load, file, image_id))
 
 
 def write_files(

@@ -1,10 +1,9 @@
-"""What several formats read alike: TSV, JSON, base64 matrices, and side files."""
+"""What several formats read alike: TSV, JSON, and side files."""
 
-import base64
-import binascii
 import json
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
+from .items import Item, check_text, text_id
 from .restricted_pickle import brief
 
 MAX_BYTES = restricted_pickle.MAX_MEMBER_BYTES  # of one line, or one image, too: what is longer is no such file
@@ -23,20 +23,6 @@ def integer(image_id: str, name: str, text: bytes | str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"Image {image_id!r}: {name} is {text[:40]!r}, expected a whole number.") from None
-
-
-def matrix(image_id: str, name: str, text: bytes | str, n: int, dtype: str = "<f4") -> np.ndarray:
-    """`(n, columns)` from base64 of C-order numbers. Raises ValueError naming the image and the field."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"Image {image_id!r}: {name} is no base64 ({error}): the line may be cut short.") from None
-    size = np.dtype(dtype).itemsize
-    if not data or len(data) % (size * n):
-        raise ValueError(
-            f"Image {image_id!r}: {name} has {len(data)} bytes, expected {n} equal rows of {np.dtype(dtype).name}."
-        )
-    return np.frombuffer(data, dtype).reshape(n, -1)
 
 
 def num_boxes(image_id: str, text: bytes | str) -> int:
@@ -73,39 +59,55 @@ def first_fields(path: Path, size: int = 4096) -> list[bytes]:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each line that is not empty, after its place, `<path>, line <number>`. Raises ValueError where one has no end."""
+    """Each line that is not empty, with its end, after its place, `line <number>`."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
-            # A cut may leave base64 of whole rows, so that the features would only be fewer.
-            if not line.endswith(b"\n"):
-                raise ValueError(f"{path}, line {number} has no end: the file was cut short, or is damaged.")
-            if stripped := line.rstrip(b"\r\n"):
-                yield f"{path}, line {number}", stripped
+            if len(line) == MAX_BYTES and not line.endswith(b"\n"):  # `columns` refuses it; the next line is whole
+                while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+            if line not in (b"\n", b"\r\n"):
+                yield f"line {number}", line
 
 
-def read_tsv(
-    path: str | os.PathLike, skip: Container[str], record: Callable[[str, list[bytes]], RegionRecord]
-) -> Iterator[RegionRecord]:
+def columns(line: bytes) -> list[bytes]:
+    """Columns of a line of a TSV. Raises ValueError where it has no end, or its first one, the image_id, is no text."""
+    # A cut may leave base64 of whole rows, so that the features would only be fewer.
+    if not line.endswith(b"\n"):
+        raise ValueError("the line has no end: the file was cut short, or is damaged.")
+    # The last column is as good as all of the line, and copied once.
+    last, tail = line.rfind(b"\t"), line[-2:]
+    end = len(line) - len(tail) + len(tail.rstrip(b"\r\n"))
+    fields = [*line[:last].split(b"\t"), line[last + 1 : end]] if last >= 0 else [line[:end]]
+    check_text(fields[0])
+    return fields
+
+
+def tsv_items(path: str | os.PathLike, record: Callable[[str, list[bytes]], RegionRecord]) -> Iterator[Item]:
     """
-    `record(image_id, columns)` of each line of a .tsv, or of all in a folder by name. The first column is the image_id.
+    An image for each line of a .tsv, or of all in a folder by name; `record(image_id, columns)` makes its record. The
+    first column is the image_id.
 
     Raises:
-        ValueError: There is no .tsv, or what `record` raises, after the file and the line.
+        ValueError: There is no .tsv, or all are empty.
     """
     found = files(path, ".tsv")
     if not found:
         raise ValueError(f"{path} is no .tsv file, nor a folder of them.")
     if not any(file.stat().st_size for file in found):
         raise ValueError(f"{path} is empty: copy it again.")
+
+    def load(image_id: str, line: bytes) -> RegionRecord:
+        return record(image_id, columns(line))
+
     for file in found:
-        for place, line in lines(file):
-            fields = line.split(b"\t")
-            try:
-                image_id = fields[0].decode()
-                if image_id not in skip:
-                    yield record(image_id, fields)
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from error
+        for where, line in lines(file):
+            image_id = text_id(first_column(line))
+            yield Item(str(file), where, image_id, partial(load, image_id, line))
+
+
+def first_column(line: bytes) -> bytes:
+    """The image_id of a line."""
+    return line[: line.find(b"\t")] if b"\t" in line else line.rstrip(b"\r\n")
 
 
 def read_index(path: str | os.PathLike) -> dict[int, str]:

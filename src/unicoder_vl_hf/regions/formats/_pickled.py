@@ -1,7 +1,8 @@
 """What the formats of pickled dicts share: LMDB of them, and fields that are numbers or text, arrays or base64."""
 
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +10,48 @@ import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
 from . import _lmdb, restricted_pickle
-from ._parsing import integer, matrix
+from ._numbers import coordinates, features, matrix, typed_features
+from ._parsing import integer
+from .items import Item, broken, check_text, text_id
 from .restricted_pickle import brief
 
 KEYS = b"keys"  # the list of all ids, under which no image is
 
 
-def read_lmdb(
-    path: str | os.PathLike, skip: Container[str], record: Callable[[str, dict[str, Any]], RegionRecord]
-) -> Iterator[RegionRecord]:
+def lmdb_items(path: str | os.PathLike, record: Callable[[str, dict[str, Any]], RegionRecord]) -> Iterator[Item]:
     """
-    `record(image_id, fields)` of each pickled dict of an LMDB, whose key is the image_id.
+    An image for each pickled dict of an LMDB, whose key is the image_id; `record(image_id, fields)` makes its record of
+    the fields that are known. Where the file is damaged, a broken image ends it.
+    """
 
-    Raises:
-        ValueError: The LMDB is damaged, a pickle is refused, or what `record` raises, after the file and the id.
-    """
-    path = Path(path)
-    for key, value in _lmdb.entries(path):
-        if key == KEYS:
-            continue
-        try:
-            image_id = key.decode()
-            if image_id in skip:
-                continue
-            fields = restricted_pickle.load(value(), f"image {image_id!r}")
-            if not isinstance(fields, dict):
-                raise ValueError(f"Image {image_id!r} is a {type(fields).__name__}, expected a dict of fields.")
-            for name in ("img_id", "image_id", "feature_path"):
-                given = fields.get(name, image_id)
-                if not isinstance(given, str | int | np.integer) or str(given) != image_id:
-                    raise ValueError(f"Image {image_id!r}: {name} is {brief(given)}, unlike the key.")
-            yield record(image_id, fields)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    def load(image_id: str, key: bytes, value: Callable[[], bytes]) -> RegionRecord:
+        check_text(key)
+        fields = restricted_pickle.load(value(), f"image {image_id!r}")
+        if not isinstance(fields, dict):
+            raise ValueError(f"Image {image_id!r} is a {type(fields).__name__}, expected a dict of fields.")
+        fields = known(fields)
+        for name in ("img_id", "image_id", "feature_path"):
+            given = fields.get(name, image_id)
+            if not isinstance(given, str | int | np.integer) or str(given) != image_id:
+                raise ValueError(f"Image {image_id!r}: {name} is {brief(given)}, unlike the key.")
+        return record(image_id, fields)
+
+    try:
+        for key, value in _lmdb.entries(Path(path)):
+            if key != KEYS:
+                image_id = text_id(key)
+                yield Item(str(path), f"key {image_id!r}", image_id, partial(load, image_id, key, value))
+    except ValueError as error:
+        yield broken(str(path), Path(path).name, error)
+
+
+def known(fields: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The fields without those that are None, which some tools write for what they do not know."""
+
+    def is_none(value: Any) -> bool:
+        return value is None or (isinstance(value, np.ndarray) and value.dtype == object and value.item(0) is None)
+
+    return {name: value for name, value in fields.items() if not is_none(value)}
 
 
 def first_fields(path: str | os.PathLike) -> set[str]:
@@ -73,14 +83,53 @@ def whole_number(image_id: str, name: str, value: Any) -> int:
 def array(image_id: str, name: str, value: Any, n: int | None, dtype: str = "<f4") -> np.ndarray:
     """An array as it is, or `(n, columns)` from base64. Raises ValueError naming the image and the field."""
     if isinstance(value, str | bytes):
-        if n is None:
-            raise ValueError(
-                f"Image {image_id!r}: {name} is base64, whose shape only num_boxes could tell: it is missing."
-            )
-        return matrix(image_id, name, value, n, dtype)
+        return matrix(image_id, name, value, _rows(image_id, name, n), dtype)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or not value.ndim:
         raise ValueError(f"Image {image_id!r}: {name} is {brief(value)}, expected an array of numbers.")
     return value
+
+
+def feature_array(image_id: str, name: str, value: Any, n: int | None, dtype: str | None) -> np.ndarray:
+    """Features from an array or base64; `dtype` as in `_numbers.features`. Raises ValueError likewise."""
+    if isinstance(value, str | bytes):
+        return features(image_id, name, value, _rows(image_id, name, n), dtype)
+    return typed_features(image_id, name, array(image_id, name, value, n), dtype)
+
+
+def box_array(image_id: str, name: str, value: Any, n: int | None) -> np.ndarray:
+    """Boxes from an array or base64. Raises ValueError naming the image and the field."""
+    if isinstance(value, str | bytes):
+        return coordinates(image_id, name, value, _rows(image_id, name, n))
+    return array(image_id, name, value, n)
+
+
+def _rows(image_id: str, name: str, n: int | None) -> int:
+    if n is None:
+        raise ValueError(f"Image {image_id!r}: {name} is base64, whose shape only num_boxes could tell: it is missing.")
+    return n
+
+
+def foreground(
+    image_id: str, name: str, probabilities: np.ndarray, background: bool | None, classes: int
+) -> tuple[np.ndarray, bool]:
+    """
+    Class probabilities without the background's, and whether there was one.
+
+    Args:
+        image_id, name (`str`): What errors name: the image and the field.
+        probabilities (`np.ndarray` of shape `(n, columns)`): Of all classes, background first where it is one.
+        background (`bool`, *optional*): Whether it is. None: where there are `classes + 1` columns.
+        classes (`int`): How many the usual detector knows, with which `background` must not disagree.
+    """
+    columns = probabilities.shape[-1]
+    if background is None:
+        background = columns == classes + 1
+    if columns == classes + (not background):
+        raise ValueError(
+            f"Image {image_id!r}: {name} has {columns} columns, but background is {background}: it is a class where "
+            f"there are {classes + 1} columns."
+        )
+    return (without_background(image_id, name, probabilities) if background else probabilities), background
 
 
 def without_background(image_id: str, name: str, probabilities: np.ndarray) -> np.ndarray:

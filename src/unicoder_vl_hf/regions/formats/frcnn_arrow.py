@@ -9,7 +9,8 @@ on are padding. `sizes` is of the RESIZED photo, height first, so the size of th
 or larger than the image.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from typing import Any
 import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
+from ._numbers import typed_features
+from .items import Item, broken
 
 NAME = "frcnn-arrow"
 COLUMNS = ("img_id", "preds_per_image", "boxes", "obj_ids", "obj_probs", "attr_ids", "attr_probs", "roi_features")
 MESSAGE = b"\xff\xff\xff\xff"  # with which each message of an Arrow stream begins
+# What pyarrow says of damaged files, beside errors of its own.
+ERRORS = (OSError, EOFError, LookupError, ValueError, TypeError, OverflowError)
 END = MESSAGE + bytes(4)  # an empty one: without it Arrow takes a stream that was cut short for a whole one
 
 
@@ -34,12 +39,12 @@ def matches(path: str | PathLike) -> bool:
     return schema.startswith(MESSAGE) and all(name.encode() in schema for name in COLUMNS)
 
 
-def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionRecord]:
+def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Records of a file, or of all .arrow files of a folder by name, from their memory map.
+    Images of a file, or of all .arrow files of a folder by name, from their memory map.
 
     Raises:
-        ValueError: A file is malformed; the message names the file, the field and the value.
+        ValueError: There is no such file.
     """
     import pyarrow as pa
 
@@ -54,6 +59,7 @@ def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionReco
                 missing = [name for name in COLUMNS if name not in batches.schema.names]
                 if missing:
                     raise ValueError(f"{missing} missing, expected {list(COLUMNS)} among {batches.schema.names}.")
+                number = 0
                 for batch in batches:
                     batch.validate(full=True)  # offsets beyond the data would crash, not raise
                     if batch.column("img_id").null_count:
@@ -61,10 +67,12 @@ def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionReco
                     columns = {name: _storage(batch.column(name)) for name in COLUMNS}
                     for row in range(batch.num_rows):
                         image_id = str(columns["img_id"][row])
-                        if image_id not in skip:
-                            yield _record(image_id, {name: _values(columns[name], row) for name in COLUMNS})
-        except (pa.ArrowException, OSError, EOFError, LookupError, ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{file}: {error}") from error
+                        yield Item(
+                            str(file), f"row {number}", image_id, partial(_load, image_id, columns, row, feature_dtype)
+                        )
+                        number += 1
+        except (pa.ArrowException, *ERRORS) as error:
+            yield broken(str(file), file.name, error)
 
 
 def _files(path: str | PathLike) -> list[Path]:
@@ -86,14 +94,23 @@ def _values(column: Any, row: int) -> np.ndarray:
     return values.to_numpy(zero_copy_only=False)
 
 
-def _record(image_id: str, values: dict[str, np.ndarray]) -> RegionRecord:
+def _load(image_id: str, columns: dict[str, Any], row: int, feature_dtype: str | None) -> RegionRecord:
+    import pyarrow as pa
+
+    try:
+        return _record(image_id, {name: _values(columns[name], row) for name in COLUMNS}, feature_dtype)
+    except (pa.ArrowException, *ERRORS) as error:
+        raise ValueError(str(error)) from error
+
+
+def _record(image_id: str, values: dict[str, np.ndarray], feature_dtype: str | None) -> RegionRecord:
     slots, n = len(values["obj_ids"]), int(values["preds_per_image"].item())
     if not 0 < n <= slots:
         raise ValueError(f"Image {image_id!r}: preds_per_image is {n}, expected 1 to {slots}.")
     return RegionRecord(
         image_id,
         boxes=values["boxes"].reshape(slots, 4)[:n],
-        features=values["roi_features"].reshape(slots, -1)[:n],
+        features=typed_features(image_id, "roi_features", values["roi_features"].reshape(slots, -1)[:n], feature_dtype),
         object_ids=values["obj_ids"][:n],
         object_scores=values["obj_probs"][:n],
         attribute_ids=values["attr_ids"][:n],

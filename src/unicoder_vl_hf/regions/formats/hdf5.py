@@ -12,7 +12,8 @@ fractions. There are no classes and no scores.
 """
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from typing import Any
 from ... import logging
 from ...extras import optional_import
 from ...records_unicoder_vl import RegionRecord
+from ._numbers import typed_features
 from ._parsing import MAX_BYTES, listed, read_index
+from .items import Item, broken
 
 NAME = "hdf5"
 SUFFIXES = (".hdf5", ".h5")
@@ -33,12 +36,9 @@ logger = logging.get_logger(__name__)
 
 def matches(path: str | PathLike) -> bool:
     """Whether `path` is an HDF5 file with `image_features`, or a folder in which the first one has them."""
-    file = next(iter(_files(path)), None)
-    if file is None:
+    file = next(iter(hdf5_files(path)), None)
+    if file is None or not holds_hdf5(file):
         return False
-    with file.open("rb") as start:
-        if start.read(len(SIGNATURE)) != SIGNATURE:
-            return False
     try:
         with optional_import("h5py", "hdf5").File(file, "r") as arrays:
             return "image_features" in arrays
@@ -48,24 +48,24 @@ def matches(path: str | PathLike) -> bool:
         return False
 
 
-def read(
-    path: str | PathLike, skip: Container[str] = (), *, index: str | PathLike | None = None
-) -> Iterator[RegionRecord]:
+def items(
+    path: str | PathLike, *, index: str | PathLike | None = None, feature_dtype: str | None = None
+) -> Iterator[Item]:
     """
-    Records of a file, or of all .hdf5 and .h5 of a folder by name, in the order of their rows.
+    Images of a file, or of all .hdf5 and .h5 of a folder by name, in the order of their rows.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
-        skip (container of `str`): Ids of images to pass over.
         index (`str` or `os.PathLike`, *optional*): `{image_id: row}` as .pkl or .json, if it is not beside the file as
             `<name>_imgid2idx.pkl`. For a single file.
+        feature_dtype (`str`, *optional*): Type of the features where the file holds their bytes.
 
     Raises:
         ImportError: h5py is not installed.
-        ValueError: A file is malformed; the message names the file, the field and the value.
+        ValueError: There is no file, or no index, or it is damaged; the message names the file.
     """
     h5py = optional_import("h5py", "hdf5")
-    found = _files(path)
+    found = hdf5_files(path)
     if not found or (index is not None and len(found) > 1):
         raise ValueError(f"{path} has {len(found)} .hdf5 or .h5 files, expected one, or several without an index.")
     for file in found:
@@ -73,14 +73,41 @@ def read(
         try:
             with h5py.File(file, "r") as arrays:
                 for row, image_id in sorted(ids.items()):
-                    if image_id not in skip:
-                        yield _record(image_id, row, arrays)
+                    load = partial(_record, image_id, row, arrays, feature_dtype)
+                    yield Item(str(file), f"row {row}", image_id, partial(decoded, load))
         except ERRORS as error:
-            raise ValueError(f"{file}: {error}") from error
+            yield broken(str(file), file.name, error)
 
 
-def _files(path: str | PathLike) -> list[Path]:
+def decoded(load: Callable[[], RegionRecord]) -> RegionRecord:
+    """What `load` makes. Raises ValueError in place of what h5py says of damaged files."""
+    try:
+        return load()
+    except ERRORS as error:
+        raise ValueError(str(error)) from error
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with an HDF5 file that cannot be opened; None where it is none, or whole."""
+    file = next(iter(hdf5_files(path)), None)
+    if file is None or not holds_hdf5(file):
+        return None
+    try:
+        optional_import("h5py", "hdf5").File(file, "r").close()
+    except ERRORS as error:
+        return f"{file} is damaged, or was cut short: {error}."
+    return None
+
+
+def hdf5_files(path: str | PathLike) -> list[Path]:
+    """The .hdf5 and .h5 files that `path` is, or that are in it, by name."""
     return [file for file in listed(path) if file.suffix in SUFFIXES and file.is_file()]
+
+
+def holds_hdf5(file: Path) -> bool:
+    """Tells whether a file begins as HDF5 does."""
+    with file.open("rb") as start:
+        return start.read(len(SIGNATURE)) == SIGNATURE
 
 
 def _index_file(file: Path) -> Path:
@@ -91,7 +118,7 @@ def _index_file(file: Path) -> Path:
     raise ValueError(f"{file} holds no image ids, and none of {names} is beside it: give the index, {{image_id: row}}.")
 
 
-def _record(image_id: str, row: int, arrays: Any) -> RegionRecord:
+def _record(image_id: str, row: int, arrays: Any, feature_dtype: str | None) -> RegionRecord:
     features, spatial = _array(arrays, "image_features"), _array(arrays, "spatial_features")
     if features is None:
         raise ValueError(f"there is no image_features, expected it among {list(arrays)}.")
@@ -100,12 +127,16 @@ def _record(image_id: str, row: int, arrays: Any) -> RegionRecord:
     where: int | slice = row if features.ndim == 3 else _range(image_id, row, arrays, len(features))
     for array in (features, spatial):
         if array is not None:
-            _check_size(image_id, array, where)
+            check_size(image_id, array, where)
     if spatial is None:
         logging.warn_once(
             logger, f"{arrays.filename} has no spatial_features, and pixels without an image size are no boxes."
         )
-    return RegionRecord(image_id, features=features[where], boxes=None if spatial is None else spatial[where][:, :4])
+    return RegionRecord(
+        image_id,
+        features=typed_features(image_id, "image_features", features[where], feature_dtype),
+        boxes=None if spatial is None else spatial[where][:, :4],
+    )
 
 
 def _array(arrays: Any, name: str) -> Any:
@@ -125,8 +156,8 @@ def _range(image_id: str, row: int, arrays: Any, regions: int) -> slice:
     return slice(first, last)
 
 
-def _check_size(image_id: str, array: Any, where: int | slice) -> None:
-    """Before reading: a damaged header may promise terabytes."""
+def check_size(image_id: str, array: Any, where: int | slice) -> None:
+    """Raises ValueError before reading, where a damaged header promises terabytes."""
     regions = where.stop - where.start if isinstance(where, slice) else array.shape[1]
     size = array.dtype.itemsize * max(regions * array.shape[-1], math.prod(array.chunks or ()))
     if size > MAX_BYTES:

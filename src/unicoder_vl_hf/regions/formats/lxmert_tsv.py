@@ -4,7 +4,8 @@ The TSV of LXMERT (Tan and Bansal, 2019; its `extract_*_image.py` and `utils.loa
     img_id  img_h  img_w  objects_id  objects_conf  attrs_id  attrs_conf  num_boxes  boxes  features
 
 Height before width, unlike bottom-up-attention's. The arrays are base64: ids int64 (n,), 0-based and without
-background; the rest float32, boxes (n, 4) x1 y1 x2 y2 in pixels. A variant appends
+background; the rest float32, boxes (n, 4) x1 y1 x2 y2 in pixels; files of people's own hold other types, which
+`_numbers` tells. Detectors without attributes leave these two columns out. A variant appends
 
     cls_prob  attrs  classes
 
@@ -13,7 +14,8 @@ of shapes (n, 1601), (n, 401) and (n, 1601), whose column 0 is background. Of th
 """
 
 from base64 import b64encode
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -21,36 +23,38 @@ import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_file
-from ._parsing import files, first_fields, integer, matrix, num_boxes, read_tsv
+from ._numbers import coordinates, features, matrix
+from ._parsing import files, first_fields, integer, num_boxes, tsv_items
+from .items import Item
 
 NAME = "lxmert-tsv"
 FIELDS = tuple("img_id img_h img_w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split())
 VARIANT_FIELDS = (*FIELDS, "cls_prob", "attrs", "classes")
+WITHOUT_ATTRIBUTES = tuple(name for name in FIELDS if not name.startswith("attrs_"))
+LAYOUTS = {len(fields): fields for fields in (FIELDS, VARIANT_FIELDS, WITHOUT_ATTRIBUTES)}
 
 
 def matches(path: str | PathLike) -> bool:
     """Whether `path` is a .tsv (or part of one: `.tsv.0`) with LXMERT's columns, or a folder of such files."""
     # Enough for the eight columns before the boxes, of a thousand regions.
     fields = next((first_fields(file, 2**16) for file in files(path, ".tsv")), [])
-    if len(fields) < 9 or not all(fields[column].isdigit() and len(fields[column]) < 9 for column in (1, 2, 7)):
-        return False
-    return len(fields[3]) == len(b64encode(bytes(8 * int(fields[7]))))
+    for count in (7, 5):  # the column num_boxes, with and without attributes
+        numbers = [fields[column] for column in (1, 2, count) if len(fields) > count + 1]
+        if numbers and all(number.isdigit() and len(number) < 9 for number in numbers):
+            ids = len(b64encode(bytes(8 * int(fields[count]))))
+            return len(fields[3]) in (ids, ids + len("b''"))
+    return False
 
 
-def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionRecord]:
-    """
-    Records of a file, or of all .tsv files of a folder by name, a line at a time.
-
-    Raises:
-        ValueError: A line is malformed; the message names the file, the line, the field and the value.
-    """
-    return read_tsv(path, skip, _record)
+def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
+    """Images of a file, or of all .tsv files of a folder by name, a line at a time."""
+    return tsv_items(path, partial(_record, feature_dtype=feature_dtype))
 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     """
     Writes the ten columns to a new file, for LXMERT's own loader. It has no word for unknown: unknown classes and
-    attributes become id -1 with confidence 0, which `read` undoes. Features become float32; class probabilities
+    attributes become id -1 with confidence 0, which reading undoes. Features become float32; class probabilities
     are left out; boxes are clipped to the image, since LXMERT refuses what is a pixel outside.
 
     Args:
@@ -68,7 +72,7 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
 
 
 def not_written(record: RegionRecord) -> list[str]:
-    """The class probabilities; and scores without ids, which `read` takes for unknown."""
+    """The class probabilities; and scores without ids, which are read as unknown."""
     lost = ["class_probabilities"]
     for ids, scores in (("object_ids", "object_scores"), ("attribute_ids", "attribute_scores")):
         known = getattr(record, ids)
@@ -77,27 +81,31 @@ def not_written(record: RegionRecord) -> list[str]:
     return [name for name in lost if getattr(record, name) is not None]
 
 
-def _record(image_id: str, fields: list[bytes]) -> RegionRecord:
-    if len(fields) not in (len(FIELDS), len(VARIANT_FIELDS)):
+def _record(image_id: str, fields: list[bytes], feature_dtype: str | None) -> RegionRecord:
+    if len(fields) not in LAYOUTS:
         raise ValueError(f"Image {image_id!r}: {len(fields)} columns, expected {', '.join(FIELDS)}.")
-    texts = dict(zip(VARIANT_FIELDS, fields, strict=False))
+    texts = dict(zip(LAYOUTS[len(fields)], fields, strict=True))
     n = num_boxes(image_id, texts["num_boxes"])
 
-    def vector(name: str, dtype: str) -> np.ndarray:
-        return matrix(image_id, name, texts[name], n, dtype).ravel()
+    def labels(kind: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Ids and scores, where they are known."""
+        if f"{kind}_id" not in texts:
+            return None, None
+        ids = matrix(image_id, f"{kind}_id", texts[f"{kind}_id"], n, "<i8").ravel()
+        scores = matrix(image_id, f"{kind}_conf", texts[f"{kind}_conf"], n).ravel()
+        return (ids, scores) if (ids != -1).any() else (None, None)
 
-    object_ids, attribute_ids = vector("objects_id", "<i8"), vector("attrs_id", "<i8")
-    has_objects, has_attributes = (object_ids != -1).any(), (attribute_ids != -1).any()
+    (object_ids, object_scores), (attribute_ids, attribute_scores) = labels("objects"), labels("attrs")
     return RegionRecord(
         image_id,
         image_width=integer(image_id, "img_w", texts["img_w"]),
         image_height=integer(image_id, "img_h", texts["img_h"]),
-        boxes=matrix(image_id, "boxes", texts["boxes"], n),
-        features=matrix(image_id, "features", texts["features"], n),
-        object_ids=object_ids if has_objects else None,
-        object_scores=vector("objects_conf", "<f4") if has_objects else None,
-        attribute_ids=attribute_ids if has_attributes else None,
-        attribute_scores=vector("attrs_conf", "<f4") if has_attributes else None,
+        boxes=coordinates(image_id, "boxes", texts["boxes"], n),
+        features=features(image_id, "features", texts["features"], n, feature_dtype),
+        object_ids=object_ids,
+        object_scores=object_scores,
+        attribute_ids=attribute_ids,
+        attribute_scores=attribute_scores,
         class_probabilities=matrix(image_id, "cls_prob", texts["cls_prob"], n)[:, 1:] if "cls_prob" in texts else None,
     )
 

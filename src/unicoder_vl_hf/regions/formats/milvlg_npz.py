@@ -3,20 +3,22 @@ The per-image .npz of MILVLG's bottom-up-attention.pytorch (`extract_utils.save_
 
     x (n, D)  bbox (n, 4) x1 y1 x2 y2 in pixels  num_bbox  image_h  image_w  info
 
-`info` is a pickled dict of `objects_id`, `objects_conf`, `attrs_id`, `attrs_conf` (n,) and more; some variants have
-these beside it. Ids are 0-based and without background, but the tool's first versions counted background as 0, in
-objects and attributes alike, and the file does not say which version wrote it.
+Some call `bbox` `boxes`. `info` is a pickled dict of `objects_id`, `objects_conf`, `attrs_id`, `attrs_conf` (n,) and
+more; some variants have these beside it. Ids are 0-based and without background, but the tool's first versions counted
+background as 0, in objects and attributes alike, and the file does not say which version wrote it.
 """
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
-from ._npz import members, read_files, write_files
-from ._pickled import array, whole_number
+from ._npz import members, npz_items, write_files
+from ._pickled import array, feature_array, known, whole_number
+from .items import Item
 from .restricted_pickle import brief
 
 NAME = "milvlg-npz"
@@ -31,23 +33,21 @@ OPTIONAL = {
 
 def matches(path: str | PathLike) -> bool:
     """Whether `path` is such an .npz, or a folder in which the first .npz is one."""
-    return set(REQUIRED) <= members(path)
+    names = members(path)
+    return all(name in names for name in REQUIRED if name != "bbox") and bool({"bbox", "boxes"} & names)
 
 
-def read(path: str | PathLike, skip: Container[str] = (), *, background: bool = False) -> Iterator[RegionRecord]:
+def items(path: str | PathLike, *, background: bool = False, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Records of one file, or of all .npz files of a folder by name. The image_id is the file's name without `.npz`.
+    Images of one file, or of all .npz files of a folder by name. The image_id is the file's name without `.npz`.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
-        skip (container of `str`): Ids to pass over.
         background (`bool`, defaults to `False`): Whether ids count background as 0.
-
-    Raises:
-        ValueError: A file is malformed; the message names the file, the field and the value.
+        feature_dtype (`str`, *optional*): Type of the features where the files hold their bytes.
     """
-    names = (*REQUIRED, *OPTIONAL, "num_bbox", "info")
-    return read_files(path, skip, names, lambda image_id, arrays: _record(image_id, arrays, background))
+    names = (*REQUIRED, *OPTIONAL, "boxes", "num_bbox", "info")
+    return npz_items(path, names, partial(_record, background=background, feature_dtype=feature_dtype))
 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
@@ -65,11 +65,13 @@ def not_written(record: RegionRecord) -> list[str]:
     return [] if record.class_probabilities is None else ["class_probabilities"]
 
 
-def _record(image_id: str, arrays: dict[str, Any], background: bool) -> RegionRecord:
+def _record(image_id: str, arrays: dict[str, Any], background: bool, feature_dtype: str | None) -> RegionRecord:
+    if "boxes" in arrays:
+        arrays = {"bbox": arrays["boxes"]} | arrays
     missing = [key for key in REQUIRED if key not in arrays]
     if missing:
         raise ValueError(f"Image {image_id!r}: {missing} missing, expected {list(REQUIRED)} among {list(arrays)}.")
-    features = array(image_id, "x", arrays["x"], None)
+    features = feature_array(image_id, "x", arrays["x"], None, feature_dtype)
     if "num_bbox" in arrays:
         n = whole_number(image_id, "num_bbox", arrays["num_bbox"])
         if n != len(features):
@@ -78,7 +80,7 @@ def _record(image_id: str, arrays: dict[str, Any], background: bool) -> RegionRe
         info = arrays["info"].item() if arrays["info"].size == 1 else None
         if not isinstance(info, dict):
             raise ValueError(f"Image {image_id!r}: info is {brief(arrays['info'])}, expected a pickled dict.")
-        arrays = info | arrays
+        arrays = known(info) | arrays
     found = {field: array(image_id, key, arrays[key], None) for key, field in OPTIONAL.items() if key in arrays}
     if background:
         found |= {field: found[field] - 1 for field in ("object_ids", "attribute_ids") if field in found}

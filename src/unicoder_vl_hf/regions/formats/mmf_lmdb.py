@@ -3,11 +3,12 @@ MMF's LMDB (`lmdb_conversion.py`): key = path of `<id>.npy` below the folder of 
 pickled dict of `feature_path`, `features` and the fields of `mmf_npy`; under the key `keys` stands the list of keys.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
+from functools import partial
 from os import PathLike
 
-from ...records_unicoder_vl import RegionRecord
-from ._pickled import first_fields, read_lmdb
+from ._pickled import first_fields, lmdb_items
+from .items import Item
 from .mmf_npy import record
 
 NAME = "mmf-lmdb"
@@ -19,11 +20,6 @@ def matches(path: str | PathLike) -> bool:
     return {"feature_path", "features"} <= fields and "boxes" not in fields
 
 
-def read(path: str | PathLike, skip: Container[str] = (), *, background: bool | None = None) -> Iterator[RegionRecord]:
-    """
-    Records by ascending key. Nothing of a pickle is executed. `background` as in `mmf_npy.read`.
-
-    Raises:
-        ValueError: The file or a value is malformed; the message names the file, the image, the field and the value.
-    """
-    return read_lmdb(path, skip, lambda image_id, fields: record(image_id, fields, background))
+def items(path: str | PathLike, *, background: bool | None = None, feature_dtype: str | None = None) -> Iterator[Item]:
+    """Images by ascending key. Nothing of a pickle is executed. The options are those of `mmf_npy.items`."""
+    return lmdb_items(path, partial(record, background=background, feature_dtype=feature_dtype))

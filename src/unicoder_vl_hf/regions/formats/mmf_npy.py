@@ -4,12 +4,16 @@ beside it `<id>_info.npy`, a pickled dict:
 
     bbox (n, 4)  num_boxes  objects (n,)  cls_prob (n, K)  image_width  image_height
 
-`cls_prob` is without background, unless the tool ran with `--background`: then `objects` counts background as 0 and
-`cls_prob` has a column more. The frcnn script writes one score a region as `cls_prob`, and the size of the RESIZED
-photo beside boxes of the original. `num_boxes` counts what scored above 0, or repeats an option: the arrays tell n.
+Pythia's own downloads are the arrays alone. `cls_prob` is without background, unless the tool ran with `--background`:
+then `objects` counts background as 0 and `cls_prob` has a column more. The frcnn script writes one score a region as
+`cls_prob`, and the size of the RESIZED photo beside boxes of the original. `num_boxes` counts what scored above 0, or
+repeats an option: the arrays tell n.
 """
 
-from collections.abc import Container, Iterator
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,35 +24,48 @@ from ... import logging
 from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
 from ._parsing import MAX_BYTES
-from ._pickled import array, whole_number, without_background
+from ._pickled import array, feature_array, foreground, known, whole_number
+from .items import Item
 
 logger = logging.get_logger(__name__)
 
 NAME = "mmf-npy"
 INFO = "_info.npy"
 VG_CLASSES = 1600  # of Visual Genome, with which MMF's detectors were trained
+MOST_REGIONS = 1000  # in an array without its `_info.npy`: one of more rows holds images, and not regions
+_MATRIX = re.compile(rb"'descr': '[<>|=]f\d', .*'shape': \((\d{1,9})L?, \d+L?\)")
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is an .npy with its `_info.npy` beside it, or a folder with such files in it or one below."""
-    path = Path(path)
-    if path.is_dir():
-        return any(True for pattern in (f"*{INFO}", f"*/*{INFO}") for _ in path.glob(pattern))
-    return path.suffix == ".npy" and _info_file(path).is_file()
-
-
-def read(path: str | PathLike, skip: Container[str] = (), *, background: bool | None = None) -> Iterator[RegionRecord]:
     """
-    Records of one .npy, or of all in a folder and below by name. The image_id is the path in that folder without .npy.
+    Whether `path` is an .npy with its `_info.npy` beside it, or a matrix of floats of `MOST_REGIONS` rows at most, or a
+    folder in which, or in a folder of which, the first .npy is one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path.suffix == ".npy" and path.is_file() and (_info_file(path).is_file() or _is_matrix(path))
+    found = (file for pattern in ("*.npy", "*/*.npy") for file in islice(path.glob(pattern), 1))
+    return any(file.name.endswith(INFO) or matches(file) for file in found)
+
+
+def _is_matrix(path: Path) -> bool:
+    with path.open("rb") as file:
+        shape = _MATRIX.search(file.read(256))
+    return shape is not None and 0 < int(shape[1]) <= MOST_REGIONS
+
+
+def items(path: str | PathLike, *, background: bool | None = None, feature_dtype: str | None = None) -> Iterator[Item]:
+    """
+    Images of one .npy, or of all in a folder and below by name. The image_id is the path in that folder without .npy.
 
     Args:
         path (`str` or `os.PathLike`): The file of features, or the folder.
-        skip (container of `str`): Ids to pass over.
         background (`bool`, *optional*): Whether `objects` and `cls_prob` count background as 0. None: where `cls_prob`
             has a column more than Visual Genome has classes.
+        feature_dtype (`str`, *optional*): Type of the features where the files hold their bytes.
 
     Raises:
-        ValueError: A file is malformed; the message names the file, the field and the value.
+        ValueError: There is no .npy of features.
     """
     path = Path(path)
     root = path if path.is_dir() else path.parent
@@ -56,30 +73,31 @@ def read(path: str | PathLike, skip: Container[str] = (), *, background: bool | 
     files = [file for file in files if not file.name.endswith(INFO)]
     if not files:
         raise ValueError(f"{path} is no .npy file of features, nor a folder of them.")
+
+    def load(file: Path, image_id: str) -> RegionRecord:
+        fields: dict[str, Any] = {"features": _load(file)}
+        if _info_file(file).is_file():
+            info = _load(_info_file(file))
+            content = info.item() if info.dtype == object else None
+            if not isinstance(content, dict):
+                raise ValueError(
+                    f"{_info_file(file)} holds {restricted_pickle.brief(info)}, expected one pickled dict."
+                )
+            fields = known(content) | fields
+        return record(image_id, fields, background, feature_dtype)
+
     for file in files:
         image_id = file.relative_to(root).as_posix().removesuffix(".npy")
-        if image_id in skip:
-            continue
-        try:
-            fields: dict[str, Any] = {"features": _load(file)}
-            if _info_file(file).is_file():
-                info = _load(_info_file(file))
-                content = info.item() if info.dtype == object else None
-                if not isinstance(content, dict):
-                    raise ValueError(
-                        f"{_info_file(file)} holds {restricted_pickle.brief(info)}, expected one pickled dict."
-                    )
-                fields |= {name: content[name] for name in content if name != "features"}
-            yield record(image_id, fields, background)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        yield Item(str(file), "", image_id, partial(load, file, image_id))
 
 
-def record(image_id: str, fields: dict[str, Any], background: bool | None) -> RegionRecord:
-    """The record of MMF's fields, and of its features. Raises ValueError naming the image and the field."""
+def record(
+    image_id: str, fields: dict[str, Any], background: bool | None, feature_dtype: str | None = None
+) -> RegionRecord:
+    """Makes the record of MMF's fields that are known. Raises ValueError naming the image and the field."""
 
     def given(name: str) -> np.ndarray | None:
-        return None if fields.get(name) is None else array(image_id, name, fields[name], None)
+        return array(image_id, name, fields[name], None) if name in fields else None
 
     ids, probabilities, scores = given("objects"), given("cls_prob"), None
     if probabilities is not None and probabilities.ndim == 1:
@@ -90,27 +108,18 @@ def record(image_id: str, fields: dict[str, Any], background: bool | None) -> Re
             "what it wrote are wrong by that scale.",
         )
     if probabilities is not None:
-        columns = probabilities.shape[-1]
-        if background is None:
-            background = columns == VG_CLASSES + 1
-        if columns == VG_CLASSES + (not background):
-            raise ValueError(
-                f"Image {image_id!r}: cls_prob has {columns} columns, but background is {background}: it is a class "
-                f"where there are {VG_CLASSES + 1} columns."
-            )
-        if background:
-            probabilities = without_background(image_id, "cls_prob", probabilities)
+        probabilities, background = foreground(image_id, "cls_prob", probabilities, background, VG_CLASSES)
         if probabilities.ndim == 2 and probabilities.size:
             scores = probabilities.max(axis=1)
     sizes: dict[str, Any] = {
         field: whole_number(image_id, field, fields[field])
         for field in ("image_width", "image_height")
-        if fields.get(field) is not None
+        if field in fields
     }
     return RegionRecord(
         image_id,
         boxes=given("bbox"),
-        features=array(image_id, "features", fields.get("features"), None),
+        features=feature_array(image_id, "features", fields.get("features"), None, feature_dtype),
         object_ids=ids - 1 if background and ids is not None else ids,
         object_scores=scores,
         class_probabilities=probabilities,

@@ -148,10 +148,14 @@ def _run(data: bytes) -> Any:
         if count == MAX_OPCODES:
             raise ValueError(f"it has more than {MAX_OPCODES} opcodes, expected few and large arrays")
         match opcode.name:
+            case name if name in _VALUES:  # cases are tried in turn: the usual ones first
+                stack.append(argument)
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
             case "PROTO" | "FRAME":
                 pass
-            case name if name in _VALUES:
-                stack.append(argument)
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append(_CONSTANTS[opcode.name])
             case "MARK":
@@ -189,10 +193,6 @@ def _run(data: bytes) -> Any:
             case "SETITEMS":
                 items, stack = stack, marks.pop()
                 _update(stack[-1], items)
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 item = memo[argument]
                 if isinstance(item, _Unbuilt):

@@ -9,7 +9,8 @@ module by the five equal rows.
 
 import mmap
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import cast
@@ -17,7 +18,9 @@ from typing import cast
 import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
+from ._numbers import typed_features
 from ._parsing import listed, read_index
+from .items import Item
 from .restricted_pickle import load_npy
 
 NAME = "scan-npy"
@@ -34,16 +37,16 @@ def matches(path: str | PathLike) -> bool:
         return re.search(rb"'shape': \(\d+, \d+, \d+\)", start.read(256)) is not None
 
 
-def read(
-    path: str | PathLike, skip: Container[str] = (), *, index: str | PathLike | None = None
-) -> Iterator[RegionRecord]:
+def items(
+    path: str | PathLike, *, index: str | PathLike | None = None, feature_dtype: str | None = None
+) -> Iterator[Item]:
     """
-    Records of one file, from its memory map. A folder must hold one only: the ids of several would be the same numbers.
+    Images of one file, from its memory map. A folder must hold one only: the ids of several would be the same numbers.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
-        skip (container of `str`): Ids of images to pass over.
         index (`str` or `os.PathLike`, *optional*): Names of the images, row by row, as text or a .json list.
+        feature_dtype (`str`, *optional*): Type of the features where the file holds their bytes.
 
     Raises:
         ValueError: The file is malformed; the message names the file, the field and the value.
@@ -57,17 +60,16 @@ def read(
     names = None if index is None else read_index(index)
     if names is not None and len(names) not in (len(rows), len(rows) // step):
         raise ValueError(f"{index} has {len(names)} names, but {file} has {len(rows) // step} images.")
-    try:
-        for row in range(0, len(rows), step):
-            number = row // step
-            image_id = str(number) if names is None else names[number if len(names) < len(rows) else row]
-            if image_id in skip:
-                continue
-            if step > 1 and not _repeats(rows, row):
-                raise ValueError(f"Image {image_id!r}: rows {row} to {row + step - 1} differ, unlike the first {step}.")
-            yield RegionRecord(image_id, features=rows[row])
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+
+    def load(row: int, image_id: str) -> RegionRecord:
+        if step > 1 and not _repeats(rows, row):
+            raise ValueError(f"Image {image_id!r}: rows {row} to {row + step - 1} differ, unlike the first {step}.")
+        return RegionRecord(image_id, features=typed_features(image_id, "features", rows[row], feature_dtype))
+
+    for row in range(0, len(rows), step):
+        number = row // step
+        image_id = str(number) if names is None else names[number if len(names) < len(rows) else row]
+        yield Item(str(file), f"row {row}", image_id, partial(load, row, image_id))
 
 
 def _files(path: str | PathLike) -> list[Path]:

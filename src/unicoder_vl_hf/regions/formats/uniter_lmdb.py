@@ -14,7 +14,8 @@ msgpack_numpy itself unpickles arrays of objects, which would run code, so its e
 import io
 import json
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_folder
 from . import _lmdb
 from ._parsing import from_json
-from ._pickled import array
+from ._pickled import array, known
+from .items import Item, broken, check_text, text_id
 from .restricted_pickle import array_of, dtype_of, load_npz
 from .uniter_npz import ARRAYS, arrays_of, not_written, record
 
-__all__ = ["matches", "not_written", "provenance", "read", "write"]
+__all__ = ["items", "matches", "not_written", "provenance", "write"]
 
 NAME = "uniter-lmdb"
 KEYS = b"__keys__"
@@ -53,27 +55,30 @@ def provenance(path: str | PathLike) -> dict[str, Any]:
     return {"thresholds": thresholds} if thresholds else {}
 
 
-def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionRecord]:
+def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Records by ascending key. The image_id is the key without `.npz`. In a folder of another name all rows are read.
+    Images by ascending key. The image_id is the key without `.npz`. In a folder of another name all rows are read.
 
     Raises:
-        ValueError: The file or a value is malformed; the message names the file, the image, the field and the value.
+        ValueError: The JSON file beside the folder is malformed; the message names it.
     """
     path = Path(path)
     name = _folder_name(path)
     counts = _counts(path, name)
-    for key, value in _lmdb.entries(path):
-        if key == KEYS:
-            continue
-        try:
-            file_name = key.decode()
-            image_id = file_name.removesuffix(".npz")
-            if image_id not in skip:
-                arrays = _decode(image_id, value())
-                yield record(image_id, arrays, _num_regions(image_id, name, arrays, counts.get(file_name)))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+
+    def load(image_id: str, key: bytes, value: Callable[[], bytes]) -> RegionRecord:
+        check_text(key)
+        arrays = known(_decode(image_id, value()))
+        num_regions = _num_regions(image_id, name, arrays, counts.get(key.decode()))
+        return record(image_id, arrays, num_regions, feature_dtype)
+
+    try:
+        for key, value in _lmdb.entries(path):
+            if key != KEYS:
+                image_id = text_id(key).removesuffix(".npz")
+                yield Item(str(path), f"key {text_id(key)!r}", image_id, partial(load, image_id, key, value))
+    except ValueError as error:
+        yield broken(str(path), path.name, error)
 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:

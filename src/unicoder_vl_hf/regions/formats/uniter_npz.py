@@ -7,15 +7,18 @@ Column 0 of `soft_labels` is background. The image size is not stored, so boxes 
 UNITER's selection (the first min(100, max(10, how many score above 0.2))) is made on the way to its LMDB.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from ...records_unicoder_vl import FRACTION_TOLERANCE, RegionRecord
-from ._npz import members, read_files, write_files
+from ._npz import members, npz_items, write_files
+from ._numbers import typed_features
 from ._pickled import array, without_background
+from .items import Item
 
 NAME = "uniter-npz"
 ARRAYS = ("features", "norm_bb", "conf", "soft_labels")
@@ -26,14 +29,9 @@ def matches(path: str | PathLike) -> bool:
     return {"features", "norm_bb"} <= members(path)
 
 
-def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionRecord]:
-    """
-    Records of one file, or of all .npz files of a folder by name. The image_id is the file's name without `.npz`.
-
-    Raises:
-        ValueError: A file is malformed; the message names the file, the field and the value.
-    """
-    return read_files(path, skip, ARRAYS, record)
+def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
+    """Images of one file, or of all .npz files of a folder by name, which is the image_id without `.npz`."""
+    return npz_items(path, ARRAYS, partial(record, feature_dtype=feature_dtype))
 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
@@ -55,8 +53,10 @@ def not_written(record: RegionRecord) -> list[str]:
     return [name for name in lost if getattr(record, name) is not None]
 
 
-def record(image_id: str, arrays: Mapping[str, Any], num_regions: int | None = None) -> RegionRecord:
-    """The record of the first `num_regions` rows. Raises ValueError naming the image and the field."""
+def record(
+    image_id: str, arrays: Mapping[str, Any], num_regions: int | None = None, feature_dtype: str | None = None
+) -> RegionRecord:
+    """Makes the record of the first `num_regions` rows. Raises ValueError naming the image and the field."""
     # Other members are passed over: np.savez made a stray one of its keyword argument.
     found = {name: array(image_id, name, arrays[name], None)[:num_regions] for name in ARRAYS if name in arrays}
     missing = [name for name in ("features", "norm_bb") if name not in found]
@@ -67,7 +67,7 @@ def record(image_id: str, arrays: Mapping[str, Any], num_regions: int | None = N
     return RegionRecord(
         image_id,
         boxes=_boxes(image_id, found["norm_bb"]),
-        features=found["features"],
+        features=typed_features(image_id, "features", found["features"], feature_dtype),
         object_ids=None if labels is None else labels.argmax(axis=1),
         object_scores=conf[:, 0] if conf is not None and conf.shape[1:] == (1,) else conf,
         class_probabilities=labels,

@@ -10,13 +10,17 @@ also as `<split>.feature.tsv` and `<split>.label.tsv`. Features are base64 of fl
 are x1 y1 x2 y2 as fractions of the image, and width and height, or height and width: a script that many used swaps
 these, so they only prove the layout. `rect` is x1 y1 x2 y2 in pixels.
 
+VinVL's own extraction writes (n, D) without these columns, and the boxes in `predictions.tsv` alone, of the same
+regions in the same order: their number must agree.
+
 Labels are a file of their own, often of another detector: classes and scores are taken over where number and boxes
 prove that they are of these regions, and are None elsewhere. The image size is that of `predictions.tsv`; without it
 boxes stay fractions. `features.lineidx`, the offset of each line, shows whether the file was cut short. Not needed:
 `imageid2idx.json`, the row of each key, and attributes, which are several words a region.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -25,9 +29,12 @@ import numpy as np
 
 from ... import logging
 from ...records_unicoder_vl import PIXEL_TOLERANCE, RegionRecord
-from ._parsing import MAX_BYTES, files, first_fields, from_json, lines, matrix, num_boxes
+from . import _numbers
+from ._parsing import MAX_BYTES, columns, files, first_column, first_fields, from_json, lines, num_boxes
+from .items import Item, broken, text_id
 
 NAME = "vinvl-tsv"
+WIDTH_WITH_BOXES = 2054  # of the published features, whose boxes are in no other order
 # What the file of labels is called beside the file of features.
 LABELS = (("features", "predictions"), ("features", "predictions_gt"), ("feature", "label"))
 
@@ -39,34 +46,36 @@ def matches(path: str | PathLike) -> bool:
     return bool(_feature_files(path))
 
 
-def read(
-    path: str | PathLike, skip: Container[str] = (), *, class_names: Sequence[str] | None = None
-) -> Iterator[RegionRecord]:
+def items(
+    path: str | PathLike, *, class_names: Sequence[str] | None = None, feature_dtype: str | None = None
+) -> Iterator[Item]:
     """
-    Records of a file of features and the labels beside it, or of all in a folder by name, a line at a time.
+    Images of a file of features and the labels beside it, or of all in a folder by name, a line at a time.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
-        skip (container of `str`): Ids of images to pass over.
         class_names (sequence of `str`, *optional*): Word of each object id. VinVL knows 1,594 classes, and not the
             1,600 of bottom-up attention. Without it object ids are None.
+        feature_dtype (`str`, *optional*): Type of the features, and of the boxes behind them. None: float32, if they
+            look like it.
 
     Raises:
-        ValueError: A line is malformed, a class is none of `class_names`, or the file was cut short; the message names
-            the file, the line, the field and the value.
+        ValueError: There is no such file.
     """
     found = _feature_files(path)
     if not found:
         raise ValueError(f"{path} is no .tsv of features in a layout of Oscar or VinVL, nor a folder with one.")
     class_ids = None if class_names is None else {name: class_id for class_id, name in enumerate(class_names)}
     for file in found:
-        _check_length(file)
+        if problem := _cut(file):
+            yield broken(str(file), file.name, ValueError(problem))
+        record = partial(_record, class_ids=class_ids, feature_dtype=feature_dtype)
         labels = _label_file(file)
         if labels is None:
-            yield from _records(file, skip, class_ids)
+            yield from _items(file, record)
         else:
             with labels.open("rb") as label_lines:
-                yield from _records(file, skip, class_ids, label_lines)
+                yield from _items(file, record, label_lines)
 
 
 def _feature_files(path: str | PathLike) -> list[Path]:
@@ -76,27 +85,25 @@ def _feature_files(path: str | PathLike) -> list[Path]:
 def _holds_features(fields: list[bytes]) -> bool:
     match fields:
         case [_, count, features]:
-            # A box alone is 32 characters of base64.
-            return (
-                count.isdigit()
-                and len(features) >= 32
-                and features[:32].replace(b"+", b"0").replace(b"/", b"0").isalnum()
-            )
+            start = features.removeprefix(b"b'")[:32]  # a box alone is 32 characters of base64
+            return count.isdigit() and len(start) == 32 and start.replace(b"+", b"0").replace(b"/", b"0").isalnum()
         case [_, features]:
             return features.startswith(b"{") and b'"features": "' in features
     return False
 
 
-def _check_length(file: Path) -> None:
+def _cut(file: Path) -> str | None:
+    """What shows that a file was cut short between two lines; None where nothing does."""
     index = file.with_suffix(".lineidx")
     if not index.is_file():
-        return
+        return None
     with index.open("rb") as offsets:
         offsets.seek(max(0, index.stat().st_size - 32))
         last = offsets.read().split()[-1:]
     size = file.stat().st_size
     if not last or not last[0].isdigit() or int(last[0]) >= size:
-        raise ValueError(f"{index} ends with {last}, but {file} has {size} bytes: one of them was cut short.")
+        return f"{index} ends with {last}, but {file} has {size} bytes: one of them was cut short."
+    return None
 
 
 def _label_file(file: Path) -> Path | None:
@@ -104,20 +111,20 @@ def _label_file(file: Path) -> Path | None:
     return next((labels for labels in beside if labels != file and labels.is_file()), None)
 
 
-def _records(
-    file: Path, skip: Container[str], class_ids: dict[str, int] | None, label_lines: IO[bytes] | None = None
-) -> Iterator[RegionRecord]:
+def _items(
+    file: Path, record: Callable[[str, list[bytes], bytes | None], RegionRecord], label_lines: IO[bytes] | None = None
+) -> Iterator[Item]:
     passed: dict[bytes, int] = {}
-    for place, line in lines(file):
-        key, *fields = line.split(b"\t")
-        try:
-            # Of skipped images too, lest the lines of labels between pile up in `passed`.
-            label = None if label_lines is None else _find(label_lines, passed, key)
-            image_id = key.decode()
-            if image_id not in skip:
-                yield _record(image_id, fields, label, class_ids)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+
+    def load(image_id: str, line: bytes, label: bytes | None) -> RegionRecord:
+        return record(image_id, columns(line)[1:], label)
+
+    for where, line in lines(file):
+        # Of images that are passed over too, lest the lines of labels between pile up in `passed`.
+        key = first_column(line)
+        label = None if label_lines is None else _find(label_lines, passed, key)
+        image_id = text_id(key)
+        yield Item(str(file), where, image_id, partial(load, image_id, line, label))
 
 
 def _find(file: IO[bytes], passed: dict[bytes, int], key: bytes) -> bytes | None:
@@ -139,7 +146,13 @@ def _find(file: IO[bytes], passed: dict[bytes, int], key: bytes) -> bytes | None
     return None
 
 
-def _record(image_id: str, fields: list[bytes], label: bytes | None, class_ids: dict[str, int] | None) -> RegionRecord:
+def _record(
+    image_id: str,
+    fields: list[bytes],
+    label: bytes | None,
+    class_ids: dict[str, int] | None,
+    feature_dtype: str | None,
+) -> RegionRecord:
     if len(fields) == 1:
         info = from_json(f"Image {image_id!r}: the second column", fields[0])
         if not isinstance(info, dict) or not {"num_boxes", "features"} <= info.keys():
@@ -150,38 +163,68 @@ def _record(image_id: str, fields: list[bytes], label: bytes | None, class_ids: 
     if len(fields) != 2:
         raise ValueError(f"Image {image_id!r}: {1 + len(fields)} columns, expected key, num_boxes, features.")
     n = num_boxes(image_id, fields[0])
-    rows = matrix(image_id, "features", fields[1], n)
+    rows = _numbers.features(image_id, "features", fields[1], n, feature_dtype)
     boxes, extents = rows[:, -6:-2], rows[:, -2:]
     with np.errstate(invalid="ignore", over="ignore"):  # of damaged files
         if rows.shape[1] > 6 and np.allclose(np.sort(boxes[:, 2:] - boxes[:, :2]), np.sort(extents), atol=1e-3):
-            return RegionRecord(image_id, features=rows[:, :-6], **_labels(image_id, label, boxes, class_ids))
+            known = {"boxes": boxes} if label is None else _labels(image_id, label, boxes, class_ids)
+            return RegionRecord(image_id, features=rows[:, :-6], **known)
+    if label is not None and rows.shape[1] != WIDTH_WITH_BOXES:
+        return RegionRecord(image_id, features=rows, **_regions(image_id, label, n, class_ids))
     raise ValueError(
         f"Image {image_id!r}: features end in {rows[0, -6:].tolist()}, expected x1, y1, x2, y2, width and height as "
-        "fractions of the image: these features have no boxes, or other ones."
+        "fractions of the image: these features have no boxes, or other ones, and no predictions.tsv beside them has."
     )
 
 
-def _labels(image_id: str, label: bytes | None, boxes: np.ndarray, class_ids: dict[str, int] | None) -> dict[str, Any]:
+def _regions(image_id: str, label: bytes, n: int, class_ids: dict[str, int] | None) -> dict[str, Any]:
+    """Boxes, size, classes and scores of `n` regions whose features hold no boxes."""
+    objects, size = _read_label(image_id, label)
+    if len(objects) != n:
+        raise ValueError(
+            f"Image {image_id!r}: these features of {n} regions have no boxes, and the labels have {len(objects)} "
+            "objects: which box is whose is unknown."
+        )
+    found = _classes(image_id, objects, class_ids)
+    if not size:
+        logging.warn_once(
+            logger,
+            f"Boxes (of image {image_id!r}, for one) are in pixels, and nothing tells the size of the image: they are "
+            "left out.",
+        )
+        return found
+    return {"boxes": [entry.get("rect") for entry in objects], **size, **found}
+
+
+def _labels(image_id: str, label: bytes, boxes: np.ndarray, class_ids: dict[str, int] | None) -> dict[str, Any]:
     """Boxes, in pixels if `predictions.tsv` tells the image size, and whatever else it tells of these regions."""
-    if label is None:
-        return {"boxes": boxes}
+    objects, size = _read_label(image_id, label)
+    sides = np.array(list(size.values()), np.float64) if size else None
+    found = {"boxes": boxes if sides is None else boxes * np.tile(sides, 2), **size}
+    if not _same_boxes([entry.get("rect") for entry in objects], boxes, sides):
+        logging.warn_once(
+            logger, f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out."
+        )
+        return found
+    return found | _classes(image_id, objects, class_ids)
+
+
+def _read_label(image_id: str, label: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The objects of a line of labels, and the size of the image, or an empty dict where it is unknown."""
     info = from_json(f"Image {image_id!r}: the line of labels", label)
     objects = info.get("objects") if isinstance(info, dict) else info
     width, height = (info.get("image_w"), info.get("image_h")) if isinstance(info, dict) else (None, None)
     if not isinstance(objects, list) or not all(isinstance(entry, dict) for entry in objects):
         raise ValueError(f"Image {image_id!r}: the labels are {label[:40]!r}, expected a list of objects.")
-    found: dict[str, Any] = {"boxes": boxes}
-    size = None
-    if (width, height) != (None, None):
-        if not all(isinstance(side, (int, float)) and abs(side) < 2**31 for side in (width, height)):
-            raise ValueError(f"Image {image_id!r}: image_w, image_h are {(width, height)!r:.80}, expected two numbers.")
-        size = np.array([width, height], np.float64)
-        found = {"boxes": boxes * np.tile(size, 2), "image_width": width, "image_height": height}
-    if not _same_boxes([entry.get("rect") for entry in objects], boxes, size):
-        logging.warn_once(
-            logger, f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out."
-        )
-        return found
+    if (width, height) == (None, None):
+        return objects, {}
+    if not all(isinstance(side, (int, float)) and abs(side) < 2**31 for side in (width, height)):
+        raise ValueError(f"Image {image_id!r}: image_w, image_h are {(width, height)!r:.80}, expected two numbers.")
+    return objects, {"image_width": width, "image_height": height}
+
+
+def _classes(image_id: str, objects: list[dict[str, Any]], class_ids: dict[str, int] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     if class_ids is not None:
         found["object_ids"] = [_class_id(image_id, entry.get("class"), class_ids) for entry in objects]
     if all("conf" in entry for entry in objects):

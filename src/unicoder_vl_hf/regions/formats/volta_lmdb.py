@@ -5,20 +5,22 @@ The LMDB of Volta (Bugliarello et al., 2021; its `convert_*_lmdb.py`, `h5_to_lmd
     Volta:       img_id  img_h  img_w  num_boxes  boxes  features, and more of LXMERT's columns
     ViLBERT-MT:  image_id  image_h  image_w  num_boxes  boxes  features
 
-Volta's values are the cells of LXMERT's TSV (see `lxmert_tsv`), so numbers are text and arrays base64; those that come
-from HDF5 are plain, and call classes and attributes `obj_id`, `obj_conf`, `attr_id`, `attr_conf`. Ids are 0-based and
-without background; column 0 of `cls_prob` is background. ViLBERT-MT's `num_boxes` counts the boxes that scored above 0,
-which come first; as its own reader does, all rows are read.
+Volta's values are the cells of LXMERT's TSV (see `lxmert_tsv`), so numbers are text and arrays base64, and columns that
+the TSV lacked are None; those that come from HDF5 are plain, and call classes and attributes `obj_id`, `obj_conf`,
+`attr_id`, `attr_conf`. Ids are 0-based and without background; column 0 of `cls_prob` is background. ViLBERT-MT's
+`num_boxes` counts the boxes that scored above 0, which come first; as its own reader does, all rows are read.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
-from ._pickled import array, first_fields, read_lmdb, whole_number, without_background
+from ._pickled import array, box_array, feature_array, first_fields, lmdb_items, whole_number, without_background
+from .items import Item
 
 NAME = "volta-lmdb"
 # Field of a record: names in the source, type in base64.
@@ -28,6 +30,16 @@ _VECTORS = {
     "attribute_ids": ("attrs_id", "attr_id", "<i8"),
     "attribute_scores": ("attrs_conf", "attr_conf", "<f4"),
 }
+# All of which a record is made.
+FIELDS = (
+    "img_h",
+    "img_w",
+    "num_boxes",
+    "boxes",
+    "features",
+    "cls_prob",
+    *(n for row in _VECTORS.values() for n in row[:2]),
+)
 
 
 def matches(path: str | PathLike) -> bool:
@@ -36,17 +48,13 @@ def matches(path: str | PathLike) -> bool:
     return {"boxes", "features"} <= fields and bool({"img_h", "image_h"} & fields)
 
 
-def read(path: str | PathLike, skip: Container[str] = ()) -> Iterator[RegionRecord]:
-    """
-    Records by ascending key. Nothing of a pickle is executed.
-
-    Raises:
-        ValueError: The file or a value is malformed; the message names the file, the image, the field and the value.
-    """
-    return read_lmdb(path, skip, _record)
+def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
+    """Images by ascending key. Nothing of a pickle is executed."""
+    return lmdb_items(path, partial(record, feature_dtype=feature_dtype))
 
 
-def _record(image_id: str, fields: dict[str, Any]) -> RegionRecord:
+def record(image_id: str, fields: dict[str, Any], feature_dtype: str | None) -> RegionRecord:
+    """Makes the record of the fields that are known. Raises ValueError naming the image and the field."""
     height, width = ("img_h", "img_w") if "img_h" in fields else ("image_h", "image_w")
     missing = [name for name in (height, width, "boxes", "features") if name not in fields]
     if missing:
@@ -54,7 +62,7 @@ def _record(image_id: str, fields: dict[str, Any]) -> RegionRecord:
     n = whole_number(image_id, "num_boxes", fields["num_boxes"]) if "num_boxes" in fields else None
     if n is not None and n < 1:
         raise ValueError(f"Image {image_id!r}: num_boxes is {n}, expected at least 1: take the image out.")
-    features = array(image_id, "features", fields["features"], n)
+    features = feature_array(image_id, "features", fields["features"], n, feature_dtype)
     if n is not None and (n > len(features) or (n < len(features) and height == "img_h")):
         raise ValueError(f"Image {image_id!r}: num_boxes is {n}, but features have {len(features)} rows.")
     vectors: dict[str, np.ndarray] = {}
@@ -67,7 +75,7 @@ def _record(image_id: str, fields: dict[str, Any]) -> RegionRecord:
         image_id,
         image_width=whole_number(image_id, width, fields[width]),
         image_height=whole_number(image_id, height, fields[height]),
-        boxes=array(image_id, "boxes", fields["boxes"], n),
+        boxes=box_array(image_id, "boxes", fields["boxes"], n),
         features=features,
         class_probabilities=None if probabilities is None else without_background(image_id, "cls_prob", probabilities),
         **vectors,
