@@ -25,7 +25,7 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.errors import USER_ERRORS, end_with, stopped
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
-from unicoder_vl_hf.preparation import DATA_FOLDER, make_parser
+from unicoder_vl_hf.preparation import DATA_FOLDER, SCENES_MODEL, make_parser
 from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance
 from unicoder_vl_hf.retrieval.checkpoints import load_for_store
 from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder
@@ -34,7 +34,7 @@ from unicoder_vl_hf.retrieval.index import build_index
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.retrieval.protocols import DIRECTIONS, KS, chance, retrieval_test
 from unicoder_vl_hf.retrieval.two_stage import SimilarityWeight, search, two_stage_report
-from unicoder_vl_hf.training import CheckpointFolder
+from unicoder_vl_hf.training import CheckpointFolder, Computing, start_processes
 
 # Rows of the table: the first stage's order, that of the matching head among its best, and that of both.
 FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best, both added"
@@ -85,7 +85,14 @@ def demo(args: DemoArguments) -> int:
         per_device_train_batch_size=SCENES["train_batch_size"],
         gradient_accumulation_steps=SCENES["gradient_accumulation_steps"],
     )
+    with Computing.choose("no", start_processes().device.type, SCENES_MODEL["hidden_size"]).threads():
+        return search_and_show(args, started)
 
+
+def search_and_show(args: DemoArguments, started: float) -> int:
+    """Measures the two models on the test scenes, and shows what they find there."""
+    output_dir = Path(args.output_dir)
+    fine_tuned, scenes = output_dir / "retrieval", output_dir / DATA_FOLDER / "scenes"
     store = RegionStore(scenes / "regions")
     test = retrieval_test(read_captions(scenes / "captions.jsonl", split="test"))
     (fold,) = test.folds
