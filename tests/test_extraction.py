@@ -25,7 +25,8 @@ from two_processes import Processes
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.regions.detectors.torchvision_models import TorchvisionDetector
-from unicoder_vl_hf.regions.extraction import MAX_PIXELS, decode_photo, extract
+from unicoder_vl_hf.regions.extraction import extract
+from unicoder_vl_hf.regions.photos import MAX_PIXELS, decode_photo
 
 RED, GREEN, BLUE, GREY, WHITE = (230, 30, 40), (30, 200, 60), (30, 50, 220), (120, 120, 120), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, GREY)  # in reading order

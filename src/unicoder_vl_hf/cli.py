@@ -233,9 +233,11 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _format_options(args: argparse.Namespace) -> dict[str, Any]:
+    from .name_lists import read_names
+
     options: dict[str, Any] = {}
     if args.class_names is not None:
-        options["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+        options["class_names"] = read_names(args.class_names)
     if args.background:
         options["background"] = True
     if args.index is not None:

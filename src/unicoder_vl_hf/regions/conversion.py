@@ -237,7 +237,8 @@ class _Skip(Container[str]):
             return (image_id if self.rename is None else self.rename(image_id)) in self.stored
         except UnmappedId as error:
             if not self.skip_unmapped:
-                raise
+                hint = "skip_unmapped=True (--skip-unmapped) leaves such images out."
+                raise UnmappedId(f"{error} {hint}") from None
             self.unmapped[image_id] = str(error)
             return True
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
@@ -23,6 +24,8 @@ from .scoring import ImageTextScorer, evaluating
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.get_logger(__name__)
 
 BATCH_SIZE = 64
 # Images whose records are read at once and sorted by their number of regions.
@@ -162,21 +165,32 @@ class Photos:
     The photos of a folder, a .tar or a dataset, by image id; called with an id, it opens one. Needs Pillow.
 
     Args:
-        path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it; an id is a file name without its suffix.
+        path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it.
+        ids (`str`, defaults to `"stem"`): How a photo gets its id, as the store was made with; see `photo_ids`.
+
+    Raises:
+        ValueError: There is no photo, or two have one id; the message names both.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        from ..regions.extraction import list_photos
+    def __init__(self, path: str | os.PathLike[str], ids: str = "stem"):
+        from ..data.image_ids import photo_ids
+        from ..regions.photos import in_words, list_photos
 
         self.path = path
-        self.source = list_photos(path, ids="stem", image_column="image", id_column="image_id", split=None)
+        self.source = list_photos(path, **photo_ids(ids), skip_unmapped=True)
         self.number = {image_id: number for number, image_id in enumerate(self.source.ids)}
+        if self.source.left_out:
+            some = ", ".join(left.file for left in self.source.left_out[:3])
+            logger.warning(f"{path}: {in_words(self.source)} Such as {some}.")
 
     def __call__(self, image_id: str) -> "Image.Image":
-        from ..regions.extraction import decode_photo
+        from ..regions.photos import decode_photo
 
         if image_id not in self.number:
-            raise KeyError(f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}.")
+            raise KeyError(
+                f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}. With ids='path' "
+                "(--photo-ids path) a photo's id is its path, and so on: say what the store was made with."
+            )
         number = self.number[image_id]
         try:
             return decode_photo(self.source.read(number))[0]
@@ -184,11 +198,14 @@ class Photos:
             raise ValueError(f"{self.source.name(number)} cannot be read: {error}.") from error
 
 
-def open_transformers_encoder(name: str, photos: str | None, needs_photos: bool = True) -> TransformersDualEncoder:
+def open_transformers_encoder(
+    name: str, photos: str | None, needs_photos: bool = True, photo_ids: str = "stem"
+) -> TransformersDualEncoder:
     """A dual encoder of transformers where this process computes. Raises ValueError without photos that it needs."""
     if needs_photos and photos is None:
         raise ValueError(f"{name} looks at photos: give --photos.")
-    return TransformersDualEncoder(name, None if photos is None else Photos(photos), start_processes().device)
+    opened = None if photos is None else Photos(photos, photo_ids)
+    return TransformersDualEncoder(name, opened, start_processes().device)
 
 
 def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None) -> DualEncoder:

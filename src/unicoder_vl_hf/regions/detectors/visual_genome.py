@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 from ...feature_extraction_unicoder_vl import RegionRecord
+from ...name_lists import read_names
 from . import selection
 from ._computing import DTYPES, Prepared, box_tensor, check_counts, file_revision
 from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state
@@ -271,8 +272,7 @@ def _read_names(folder: Path, names: str | PathLike | Sequence[str] | None, coun
     if names is None and not (folder / NAMES).is_file():
         return None
     if names is None or isinstance(names, str | PathLike):
-        lines = Path(names or folder / NAMES).read_text(encoding="utf-8").splitlines()
-        names = [line.split(",")[0].strip() for line in lines if line.strip()]
+        names = [line.split(",")[0].strip() for line in read_names(names or folder / NAMES)]
     if len(names) != count:
         raise ValueError(f"There are {len(names)} class names, expected {count}: one a class, without background.")
     return list(names)
