@@ -1,5 +1,6 @@
 """`unicoder-vl` as a user types it. What the commands do is tested with their rooms."""
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 import unicoder_vl_hf
 from unicoder_vl_hf import RegionStore, RegionStoreWriter, cli
 from unicoder_vl_hf.cli import main
+from unicoder_vl_hf.regions import detectors
 from unicoder_vl_hf.regions.extraction import extract
 from unicoder_vl_hf.retrieval.mining import mine
 
@@ -101,7 +103,10 @@ def test_what_is_no_store_is_said(store, source, tmp_path, capsys):
         (["compare", str(store), str(source)], f"{source} is a file, expected the folder of a region store."),
         (["validate", str(tmp_path / "none")], "none is no region store: there is no manifest.json."),
         (["compare", str(tmp_path / "none"), str(store)], "none is no region store: there is no manifest.json."),
-        (["inspect", str(tmp_path / "begun")], "begun is an unfinished store: its writer is at work or was stopped"),
+        (
+            ["inspect", str(tmp_path / "begun")],
+            "begun is an unfinished store: what writes it is at work",
+        ),
     ):
         assert main(arguments) == 1
         assert says in capsys.readouterr().err
@@ -110,8 +115,8 @@ def test_what_is_no_store_is_said(store, source, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("convert", "stopped. With --resume it goes on."),
-        ("mine", "stopped. The same command goes on."),
+        ("merge", "stopped. Run again, it goes on; --restart begins anew."),
+        ("mine", "stopped. Run again, it goes on; --restart begins anew."),
         ("validate", "stopped."),
     ],
 )
@@ -119,10 +124,10 @@ def test_stopped_it_says_how_to_go_on(command, says, source, tmp_path, monkeypat
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unicoder_vl_hf.regions.conversion.convert", stop)
+    monkeypatch.setattr("unicoder_vl_hf.regions.editing.merge_stores", stop)
     monkeypatch.setattr("unicoder_vl_hf.regions.validation.validate", stop)
     monkeypatch.setattr("unicoder_vl_hf.retrieval.mining.mine", stop)
-    names = {"convert": ("a", "b"), "mine": ("a", "b", "c", "d"), "validate": ("a",)}
+    names = {"merge": ("a", "--output", "b"), "mine": ("a", "b", "c", "d"), "validate": ("a",)}
     assert main([command, *names[command]]) == 130
     assert capsys.readouterr().err == f"unicoder-vl {command}: {says}\n"
 
@@ -189,6 +194,57 @@ def test_label_fetches_no_weights_before_it_has_checked_the_store(store, tmp_pat
         assert main(["label", str(labelled), str(tmp_path / "labelled"), "--detector", detector, *options]) == 1
         assert says in capsys.readouterr().err
     assert not (tmp_path / "labelled").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "says"),
+    [
+        ("extract", "precision=no", "precision is an option of its own"),
+        ("extract", "batch_size=4", "batch_size is an option of its own"),
+        ("extract", "photos=x", "photos is an option of its own"),
+        ("extract", "dtype=float32", "dtype is an option of its own"),
+        ("extract", "shard_size=4", "no detector has an option shard_size"),
+        ("extract", "output=x", "no detector has an option output"),
+        ("extract", "name=x", "no detector has an option name"),
+        ("extract", "=3", "'=3', expected NAME=VALUE"),
+        ("extract", "size=3 size=4", "--option size=4: size is given twice"),
+        ("extract", "colour=blue", "have no option colour; their options are ["),
+        ("label", "output=x", "output is an option of its own"),
+        ("label", "store=x", "store is an option of its own"),
+        ("label", "name=x", "no detector has an option name"),
+        ("label", "colour=blue", "have no option colour; their options are ["),
+    ],
+)
+def test_an_option_that_is_none_of_the_detector_is_one_line(command, option, says, tmp_path, capsys):
+    """`--option` cannot reach what is not the detector's, nor run into it."""
+    pytest.importorskip("torchvision")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    (tmp_path / "plain").mkdir()
+    source = WRITERS["scan-npy"](tmp_path / "plain")
+    bare = str(tmp_path / "bare")
+    assert main(["convert", str(source), bare, "--source-detector", "visual-genome:a/b@c"]) == 0
+    arguments = {
+        "extract": [str(tmp_path / "photo.png"), str(tmp_path / "store"), "--detector", "grid:none"],
+        "label": [bare, str(tmp_path / "labelled"), "--detector", "visual-genome:a/b"],
+    }
+    capsys.readouterr()
+    assert main([command, *arguments[command], *(word for each in option.split() for word in ("-o", each))]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"unicoder-vl {command}: ") and says in error and error.count("\n") == 1
+    assert not (tmp_path / "store").exists() and not (tmp_path / "labelled").exists()
+
+
+def test_no_option_of_a_detector_is_an_argument_of_a_command():
+    """Else `--option` could not reach it."""
+    pytest.importorskip("torchvision")
+    parser = cli._parser()
+    extract_args = parser.parse_args(["extract", "photos", "store", "--detector", "grid:x"])
+    label_args = parser.parse_args(["label", "store", "labelled", "--detector", "grid:x"])
+    for module in detectors.FAMILIES.values():
+        load = importlib.import_module(f"unicoder_vl_hf.regions.detectors.{module}").load
+        own = set(inspect.signature(load).parameters) - {"name", "device", "precision"}
+        assert not own & (vars(extract_args).keys() | inspect.signature(extract).parameters.keys())
+        assert not own & vars(label_args).keys()
 
 
 def test_commands_pass_on_what_their_functions_take():

@@ -1,6 +1,7 @@
 """Hard negatives: the rule by hand, no false negative, the columns, and a job that is stopped or shared out."""
 
 import math
+import shutil
 
 import datasets
 import numpy as np
@@ -340,9 +341,41 @@ def test_a_stopped_job_goes_on_without_scoring_again(job, mined, monkeypatch):
     assert mine(*inputs, str(folder / "again"), **options).to_dict() == mined.to_dict()
 
 
-def test_a_folder_is_never_overwritten(job, mined):
-    folder, inputs, options = job
-    with pytest.raises(ValueError, match="mined exists: name another folder"):
-        mine(*inputs, str(folder / "mined"), **options)
+def test_a_folder_of_something_else_is_never_overwritten(job):
+    folder, (checkpoint, captions, regions), options = job
+    (folder / "notes").mkdir()
+    read_captions(captions).save_to_disk(folder / "captions")
+    for restart in (False, True):
+        for name in ("notes", "captions"):
+            with pytest.raises(ValueError, match=f"{name} exists and holds no mined captions"):
+                mine(checkpoint, captions, regions, str(folder / name), restart=restart, **options)
+        with pytest.raises(ValueError, match="holds the captions to be mined"):
+            mine(checkpoint, str(folder / "captions"), regions, str(folder / "captions"), restart=restart, **options)
+    assert len(read_captions(folder / "captions")) == len(read_captions(captions))
     with pytest.raises(ValueError, match="has no split 'dev'; its splits are"):
-        mine(*inputs, str(folder / "other"), split="dev", **options)
+        mine(checkpoint, captions, regions, str(folder / "other"), split="dev", **options)
+
+
+def test_what_is_finished_stays_as_it_is(job, mined, monkeypatch, caplog):
+    folder, inputs, options = job
+    shutil.copytree(folder / "mined", folder / "finished")
+    with monkeypatch.context() as patch:
+        patch.setattr(mining, "mine_hard_negatives", lambda *_, **__: pytest.fail("mined again"))
+        assert mine(*inputs, str(folder / "finished"), **options).to_dict() == mined.to_dict()
+        assert f"{folder / 'finished'} is finished, and stays as it is" in caplog.text
+        with pytest.raises(ValueError, match=r"finished was mined with seed=3, not 4: begin anew .*--restart"):
+            mine(*inputs, str(folder / "finished"), **options | {"seed": 4})
+        (folder / "finished" / "mining.json").unlink()  # as an older version left it
+        with pytest.raises(ValueError, match=r"finished does not tell how its captions were mined: begin anew"):
+            mine(*inputs, str(folder / "finished"), **options)
+    anew = mine(*inputs, str(folder / "finished"), restart=True, **options | {"num_negatives": 2})
+    assert set(map(len, anew["negative_captions"])) == {0, 2}
+    assert not list(folder.glob("*.before-restart")) and not list(folder.glob("*.scores"))
+
+
+def test_without_a_column_split_all_of_it_is_mined_and_said(job, caplog):
+    folder, (checkpoint, captions, regions), options = job
+    read_captions(captions, split="train").remove_columns("split").save_to_disk(folder / "unsplit")
+    mined = mine(checkpoint, str(folder / "unsplit"), regions, str(folder / "all"), **options)
+    assert set(map(len, mined["negative_captions"])) == {4}
+    assert f"{folder / 'unsplit'} has no column 'split': all of it is mined." in caplog.text

@@ -100,6 +100,47 @@ def test_an_interrupted_merge_goes_on(target, call, parts, tmp_path, monkeypatch
     assert not any(part.path.exists() for part in parts)
 
 
+def test_a_finished_merge_stays_as_it_is(parts, tmp_path, caplog):
+    folder = merge_stores(parts, tmp_path / "merged").path
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert_holds(merge_stores(parts, folder), range(30))
+    assert f"{folder} is finished, and stays as it is; --restart begins anew." in caplog.text
+    assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    for others in (parts[:2], parts[::-1]):
+        with pytest.raises(ValueError, match="holds a store already, and no merge of"):
+            merge_stores(others, folder)
+    silent = write_store(map(make, range(10)), tmp_path / "silent", shard_size=1000, detector="d")
+    told = merge_stores([silent], tmp_path / "told", num_classes=1600)
+    with pytest.raises(ValueError, match=r"told was merged with num_classes=1600, not 1700: begin anew"):
+        merge_stores([silent], told.path, num_classes=1700)
+    assert merge_stores([silent], told.path, num_classes=1700, restart=True).provenance["num_classes"] == 1700
+
+
+def test_a_merge_begins_anew(parts, tmp_path):
+    folder = merge_stores(parts, tmp_path / "merged").path
+    assert_holds(merge_stores(parts[:2], folder, restart=True), range(13))
+    assert not list(tmp_path.glob("*.before-restart"))
+    for part in parts:
+        assert list(validate(part)) == []  # whose shards were links
+    with pytest.raises(ValueError, match=r"in .*part-1"):
+        merge_stores([parts[1], parts[1]], folder, restart=True)
+    assert_holds(RegionStore(folder), range(13))  # as it was
+
+
+def test_a_source_written_anew_since_a_merge_was_stopped_is_linked_anew(parts, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "merged"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(editing, "finish_store", stop)
+        merge_stores(parts, folder)
+    for file in parts[0].path.iterdir():
+        file.unlink()
+    write_store(map(make, range(50, 60)), parts[0].path, **OPTIONS)
+    assert_holds(merge_stores(parts, folder), [*range(50, 60), *range(10, 30)])
+
+
 def test_a_store_is_told_its_number_of_classes(tmp_path):
     silent = write_store(map(make, range(10)), tmp_path / "silent", shard_size=1000, detector="d")
     highest = int(silent.highest_object_ids(silent).max())
@@ -163,8 +204,11 @@ def test_other_provenance_is_refused_and_named(change, parts, tmp_path):
 
 def test_merging_into_a_store_or_from_nothing_is_refused(parts, tmp_path):
     before = files_of(parts[0].path)
-    with pytest.raises(ValueError, match="holds a store already"):
+    with pytest.raises(ValueError, match=r"holds a store already, and no merge of .*begin anew with .*--restart"):
         merge_stores(parts[1:], parts[0].path)
+    for restart in (False, True):
+        with pytest.raises(ValueError, match="is one of the stores to be merged"):
+            merge_stores(parts, parts[0].path, restart=restart)
     assert files_of(parts[0].path) == before
     with pytest.raises(ValueError, match="sources is empty"):
         merge_stores([], tmp_path / "merged")

@@ -7,38 +7,32 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
 from . import __version__
 from .errors import USER_ERRORS, end_with, stopped
 
 if TYPE_CHECKING:
     from PIL import Image
 
-logger = logging.get_logger(__name__)
-
-# How to go on with a command that was stopped; the others leave nothing behind.
-GO_ON = {
-    "extract": "The same command goes on.",
-    "convert": "With --resume it goes on.",
-    "label": "With --resume it goes on.",
-    "merge": "The same command goes on.",
-    "mine": "The same command goes on.",
-    "index": "The same command goes on.",
-}
+GO_ON = "Run again, it goes on; --restart begins anew."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns 0, or 1 after an error that the user can mend, which is said in one line."""
-    args, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    """
+    Runs a command. Returns 0, 1 after an error that the user can mend, which is said in one line, or 130 after Ctrl-C.
+
+    What a command needs is imported when it runs: Ctrl-C is caught meanwhile, and the others need not wait for it.
+    """
+    program, go_on = "unicoder-vl", ""
     try:
+        args, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        program, go_on = f"{program} {args.command}", GO_ON if "restart" in args else ""
         return args.run(args) or 0
     except USER_ERRORS as error:
-        return end_with(error, f"unicoder-vl {args.command}")
+        return end_with(error, program)
     except KeyboardInterrupt:
-        return stopped(f"unicoder-vl {args.command}", GO_ON.get(args.command, ""))
+        return stopped(program, go_on)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,12 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument(
         "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of the detector, as revision=main"
     )
-    label.add_argument("--resume", action="store_true", help="go on after an interruption")
+    _add_restart(label, resume=True)
 
     merge = command(_merge, "Several stores → one, or one that is told its number of classes")
     merge.add_argument("stores", nargs="+", help="of different images and one provenance")
     merge.add_argument("--output", required=True, help="folder of the new store")
     merge.add_argument("--num-classes", type=int, help="object classes of the detector, for stores that do not tell")
+    _add_restart(merge)
 
     mine = command(
         _mine,
@@ -163,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     mine.add_argument("--seed", type=int, default=0, help="of sets and draws")
     mine.add_argument("--max-length", type=int, default=44, help="tokens of a caption")
     mine.add_argument("--skip-missing", action="store_true", help="leave out captions whose image has no regions")
+    _add_restart(mine)
 
     first_stage = command(
         _train_first_stage,
@@ -217,6 +213,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_restart(parser: argparse.ArgumentParser, resume: bool = False) -> None:
+    """For a command that goes on when it is run again. Some once wanted `--resume` for that, and take it still."""
+    parser.add_argument("--restart", action="store_true", help="begin anew; what was complete stays until this is")
+    if resume:
+        parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+
+
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint of ours, which scores pairs (default: that of the index)")
     parser.add_argument("--dual-encoder", help="CLIP, SigLIP or alike as first stage, on --photos")
@@ -248,7 +251,8 @@ def _format_options(args: argparse.Namespace) -> dict[str, Any]:
 def _extract(args: argparse.Namespace) -> None:
     from .regions.extraction import extract
 
-    print(extract(output=args.store, **_arguments(args, "store", "option"), **dict(map(_option, args.option))))
+    options = _options(args, "output", "shard_size", "name")
+    print(extract(output=args.store, **_arguments(args, "store", "option"), **options))
 
 
 def _arguments(args: argparse.Namespace, *without: str) -> dict[str, Any]:
@@ -256,15 +260,30 @@ def _arguments(args: argparse.Namespace, *without: str) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ("command", "run", "parser", *without)}
 
 
-def _option(text: str) -> tuple[str, Any]:
-    """`name=value`; the value as JSON where it is some, else as text."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--option is {text!r}, expected NAME=VALUE.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+def _options(args: argparse.Namespace, *taken: str) -> dict[str, Any]:
+    """
+    The detector's options; a value as JSON where it is some, else as text.
+
+    Args:
+        args (`argparse.Namespace`): `option` holds texts NAME=VALUE.
+        taken (`str`): Further arguments of the functions that they pass through, which are none of the detector.
+    """
+    options: dict[str, Any] = {}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--option is {text!r}, expected NAME=VALUE.")
+        if name in args:
+            raise ValueError(f"--option {text}: {name} is an option of its own, and none of the detector.")
+        if name in taken:
+            raise ValueError(f"--option {text}: no detector has an option {name}.")
+        if name in options:
+            raise ValueError(f"--option {text}: {name} is given twice.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -368,14 +387,14 @@ def _label(args: argparse.Namespace) -> None:
     from .regions.store import RegionStore
 
     store = RegionStore(args.store)
-    classifier = load_classifier(store, args.detector, **dict(map(_option, args.option)))
-    print(label(store, args.output, classifier, resume=args.resume))
+    classifier = load_classifier(store, args.detector, **_options(args, "name"))
+    print(label(store, args.output, classifier, restart=args.restart))
 
 
 def _merge(args: argparse.Namespace) -> None:
     from .regions.editing import merge_stores
 
-    print(merge_stores(args.stores, args.output, num_classes=args.num_classes))
+    print(merge_stores(args.stores, args.output, num_classes=args.num_classes, restart=args.restart))
 
 
 def _mine(args: argparse.Namespace) -> None:

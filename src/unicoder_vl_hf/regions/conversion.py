@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..feature_extraction_unicoder_vl import RegionRecord
 from .editing import merge_stores
 from .formats import FORMATS, known_provenance, read_records
-from .shards import MANIFEST, shard_path
+from .shards import MANIFEST, PLAN, SKIPPED, shard_path
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
 from .tensor_files import locked, make_folder, write_json
 
@@ -26,8 +26,6 @@ logger = logging.get_logger(__name__)
 
 WRITERS = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
 EXPORTS = ("parquet", *WRITERS)  # formats that `export` writes
-PLAN = "conversion.json"  # in the store's folder: what a conversion that goes on must not change
-SKIPPED = "skipped.jsonl"
 
 
 class UnmappedId(ValueError):

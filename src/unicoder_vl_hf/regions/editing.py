@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
-from .shards import INDEX, MANIFEST, UNFINISHED, ImageIds, Shards, shard_path, sorted_run
+from .. import logging
+from .shards import INDEX, MANIFEST, STORE, UNFINISHED, ImageIds, Shards, shard_path, sorted_run
 from .store import FORMAT_VERSION, MERGE, RegionStore, RegionStoreWriter, finish_store
-from .tensor_files import complete, partial_path, sync_folder, write_json
+from .tensor_files import begun_anew, complete, file_facts, partial_path, say_finished, sync_folder, write_json
 
 
 def merge_stores(
@@ -28,16 +28,18 @@ def merge_stores(
     *,
     num_classes: int | None = None,
     move: bool = False,
+    restart: bool = False,
 ) -> RegionStore:
     """
     Makes one store of several, images in the order of the sources. Shards are hard links where the file system has
-    them, else copies, and never rewritten.
+    them, else copies, and never rewritten. A merge that is complete already stays as it is.
 
     Args:
         sources (sequence of `str` or `os.PathLike`): Finished stores of equal provenance (but for `package_version`).
-        destination (`str` or `os.PathLike`): A new folder.
+        destination (`str` or `os.PathLike`): A new folder, or that of the same merge.
         num_classes (`int`, *optional*): Number of object classes, for sources that do not tell; one source will do.
         move (`bool`, defaults to `False`): Removes the sources once the destination is whole.
+        restart (`bool`, defaults to `False`): Begins anew where the destination holds a store, or the beginning of one.
 
     Raises:
         ValueError: Provenances differ, an image is in two stores, an object id is not below `num_classes`, or the
@@ -46,19 +48,39 @@ def merge_stores(
     folder, paths = Path(destination).absolute(), [Path(source).absolute() for source in sources]
     if not paths:
         raise ValueError("sources is empty, expected at least one store.")
-    names = [str(path) for path in paths]
-    if (folder / UNFINISHED).exists():
-        if merged_stores(folder) != names:
-            raise ValueError(f"{folder} is unfinished and no merge of {names}: take another folder.")
-    elif (folder / MANIFEST).exists() or shard_path(folder, 0).exists():
-        raise ValueError(f"{folder} holds a store already: take another folder.")
-    if not (folder / MANIFEST).exists():
-        _merge([RegionStore(path) for path in paths], folder, num_classes)
-    if move:
-        for path in paths:
-            _remove(path)
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    if folder.resolve() in [path.resolve() for path in paths]:
+        raise ValueError(f"{folder} is one of the stores to be merged: take another folder.")
+    with begun_anew(folder, restart, STORE):
+        if (folder / UNFINISHED).exists():
+            if merged_stores(folder) != [str(path) for path in paths]:
+                raise ValueError(
+                    f"{folder} is unfinished, and no merge of {', '.join(map(str, paths))}: begin anew with "
+                    "restart=True (--restart), or take another folder."
+                )
+        elif (folder / MANIFEST).exists():
+            _check_merged(RegionStore(folder), [RegionStore(path) for path in paths], num_classes)
+            say_finished(folder)
+        elif shard_path(folder, 0).exists():
+            raise ValueError(f"{folder} holds shards of a store without its {MANIFEST}: take another folder.")
+        if not (folder / MANIFEST).exists():
+            _merge([RegionStore(path) for path in paths], folder, num_classes)
+        if move:
+            for path in paths:
+                _remove(path)
+        (folder / UNFINISHED).unlink(missing_ok=True)
     return RegionStore(folder)
+
+
+def _check_merged(found: RegionStore, stores: list[RegionStore], num_classes: int | None) -> None:
+    """Raises ValueError where a finished store is not what merging these would give."""
+    remedy = "begin anew with restart=True (--restart), or take another folder."
+    shards = [facts["sha256"] for store in stores for facts in store.manifest["shards"]]
+    if [facts["sha256"] for facts in found.manifest["shards"]] != shards:
+        names = ", ".join(str(store.path) for store in stores)
+        raise ValueError(f"{found.path} holds a store already, and no merge of {names}: {remedy}")
+    for name, value in _common_provenance(stores, num_classes).items():
+        if name != "package_version" and found.provenance[name] != value:
+            raise ValueError(f"{found.path} was merged with {name}={found.provenance[name]!r}, not {value!r}: {remedy}")
 
 
 def merged_stores(folder: Path) -> list[str]:
@@ -135,7 +157,7 @@ def _merge(stores: list[RegionStore], folder: Path, num_classes: int | None) -> 
     for store in logging.tqdm(stores, desc=f"Merging {folder.name}", unit="store"):
         for facts in store.manifest["shards"]:
             path = shard_path(folder, len(shards))
-            _link_or_copy(store.path / facts["file"], path)
+            _link_or_copy(store.path / facts["file"], path, facts["sha256"])
             shards.add({**facts, "file": path.name})
     sync_folder(folder)
     finish_store(shards, ids, provenance)
@@ -173,9 +195,12 @@ def _provenance(store: RegionStore, num_classes: int | None) -> dict[str, Any]:
     return provenance | {"num_classes": num_classes}
 
 
-def _link_or_copy(source: Path, path: Path) -> None:
-    if path.exists():  # done before an interruption
-        return
+def _link_or_copy(source: Path, path: Path, sha256: str) -> None:
+    if path.exists():
+        # Done before an interruption, unless the source was written anew since then.
+        if path.samefile(source) or file_facts(path)["sha256"] == sha256:
+            return
+        path.unlink()
     try:
         os.link(source.resolve(), path)
     except OSError:  # another file system, or one without links

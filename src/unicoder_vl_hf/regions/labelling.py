@@ -7,17 +7,17 @@ mean nothing. So the store's provenance must name that detector.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 
-from ..feature_extraction_unicoder_vl import RegionRecord
-from .conversion import write_store
+from .. import logging
 from .detectors import load_detector
-from .store import RegionStore
+from .shards import STORE
+from .store import RegionStore, RegionStoreWriter
+from .tensor_files import begun_anew, say_finished
 
 Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
@@ -62,21 +62,33 @@ def _check_unlabelled(store: RegionStore) -> None:
 
 
 def label(
-    store: RegionStore, destination: str | PathLike, classifier: Classifier, *, resume: bool = False, **options: Any
+    store: RegionStore,
+    destination: str | PathLike,
+    classifier: Classifier,
+    *,
+    resume: bool = True,
+    restart: bool = False,
+    **options: Any,
 ) -> RegionStore:
     """
     Writes a store with the object classes (and attributes) that the classifier gives the features of another.
+
+    Run again after an interruption, it goes on. What is complete stays as it is, but takes images that are new.
 
     Args:
         store (`RegionStore`): Its provenance names the detector and revision of the classifier.
         destination (`str` or `os.PathLike`): Folder of the new store.
         classifier (`Classifier`): See `detectors.load_detector`.
-        resume (`bool`, defaults to `False`): Go on after an interruption.
+        resume (`bool`, defaults to `True`): False refuses a folder in which something was begun.
+        restart (`bool`, defaults to `False`): Begins anew there.
         options: Further arguments of `RegionStoreWriter`, such as `dtype`.
 
     Raises:
-        ValueError: The store does not name its detector, names another, or has object classes already.
+        ValueError: The store does not name its detector, names another, or has object classes already; or the
+            destination was begun with other settings, or holds images that the store does not.
     """
+    if Path(destination).resolve() == store.path.resolve():
+        raise ValueError(f"{store.path} is the store to be labelled: take another folder for the labelled one.")
     _check_unlabelled(store)
     provenance, expected = store.provenance, classifier.provenance
     name, revision = provenance["detector"], provenance["detector_revision"]
@@ -88,15 +100,29 @@ def label(
     kept = {key: value for key, value in provenance.items() if key not in ("feature_dim", "package_version", "dtype")}
     kept |= {key: expected.get(key) for key in ("class_names", "num_classes")} | {"dtype": provenance["dtype"]}
 
-    def labelled() -> Iterator[RegionRecord]:
-        for record in store.values():
-            ids, scores, attributes, attribute_scores = classifier.classify(record.features)
-            yield dataclasses.replace(
-                record,
-                object_ids=ids,
-                object_scores=scores,
-                attribute_ids=attributes,
-                attribute_scores=attribute_scores,
-            )
-
-    return write_store(labelled(), destination, total=len(store), resume=resume, **kept | options)
+    with begun_anew(destination, restart, STORE):
+        was_complete = STORE.is_complete(Path(destination))
+        with RegionStoreWriter(destination, resume=resume, **kept | options) as writer:
+            left = [image_id for image_id in store if image_id not in writer.resumed]
+            if len(writer.resumed) > len(store) - len(left):
+                raise ValueError(
+                    f"{destination} holds images that {store.path} does not: begin anew with restart=True (--restart), "
+                    "or take another folder."
+                )
+            for image_id in logging.tqdm(
+                left, desc=f"Labelling {writer.path.name}", unit="image", total=len(store), initial=len(writer.resumed)
+            ):
+                record = store[image_id]
+                ids, scores, attributes, attribute_scores = classifier.classify(record.features)
+                writer.write(
+                    dataclasses.replace(
+                        record,
+                        object_ids=ids,
+                        object_scores=scores,
+                        attribute_ids=attributes,
+                        attribute_scores=attribute_scores,
+                    )
+                )
+        if was_complete and not left:
+            say_finished(destination)
+    return RegionStore(destination)

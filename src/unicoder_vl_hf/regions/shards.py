@@ -18,9 +18,18 @@ from typing import Any, Self
 import numpy as np
 
 from ..feature_extraction_unicoder_vl import RegionRecord
-from .tensor_files import DTYPES, TensorFile, TensorFileWriter, file_facts
+from .tensor_files import DTYPES, OutputKind, TensorFile, TensorFileWriter, file_facts
 
 MANIFEST, INDEX, UNFINISHED = "manifest.json", "index.safetensors", "unfinished.json"
+SKIPPED = "skipped.jsonl"  # what the source of a store holds and the store lacks, and why
+PLAN = "conversion.json"  # what a conversion that goes on must not change
+# A card or a note that someone wrote is no part of it.
+STORE = OutputKind(
+    "region store",
+    last=MANIFEST,
+    files=(MANIFEST, INDEX, UNFINISHED, SKIPPED, PLAN, "regions-*.safetensors", "*.partial"),
+    work=("part-*", "skipped-*.jsonl", "[0-9]*"),
+)
 # The dtypes that features may have, and the largest number of each.
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 NARROW_FIELDS = ("boxes", "object_ids", "object_scores", "attribute_ids", "attribute_scores")

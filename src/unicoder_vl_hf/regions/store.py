@@ -118,7 +118,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         return image_id in self.index.ids
 
     def __getitem__(self, image_id: str) -> RegionRecord:
-        return self.record_at(self.number_of(image_id))
+        return self._named(image_id, self.record_at(self.number_of(image_id)))
 
     def get_many(self, image_ids: Iterable[str]) -> list[RegionRecord]:
         """The records of these images, in the order asked for; the kernel fetches them all at once, in disk order."""
@@ -126,7 +126,17 @@ class RegionStore(Mapping[str, RegionRecord]):
         wanted = set(image_ids)
         numbers = {image_id: n for image_id in wanted if (n := self._coming.pop(image_id, None)) is not None}
         numbers |= self._fetch(wanted - numbers.keys())
-        return [shard.record(row) for shard, row in (self.shards.find(numbers[image_id]) for image_id in image_ids)]
+        places = ((image_id, *self.shards.find(numbers[image_id])) for image_id in image_ids)
+        return [self._named(image_id, shard.record(row)) for image_id, shard, row in places]
+
+    def _named(self, image_id: str, record: RegionRecord) -> RegionRecord:
+        """The record, which a shard of another store would hold of another image."""
+        if record.image_id != image_id:
+            raise ValueError(
+                f"{self.path} holds image {record.image_id!r} where its index has {image_id!r}: its files are not all "
+                "of one store. Copy it again; `unicoder-vl validate` says which are wrong."
+            )
+        return record
 
     def will_need(self, image_ids: Iterable[str]) -> None:
         """
@@ -245,8 +255,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise ValueError(
-                f"{folder} is an unfinished store: its writer is at work or was stopped, and goes on with resume=True "
-                "(--resume)."
+                f"{folder} is an unfinished store: what writes it is at work, or was stopped and goes on when it is "
+                "run again (in Python with resume=True)."
             ) from None
         if folder.is_dir() and not any(folder.iterdir()):
             raise FileNotFoundError(f"{folder} is empty: no store was finished there.") from None
@@ -401,9 +411,7 @@ class RegionStoreWriter:
         known = [self.path / name for name in (UNFINISHED, MANIFEST) if (self.path / name).exists()]
         if known and not resume:
             state = "a finished" if known[-1].name == MANIFEST else "an unfinished"
-            raise ValueError(
-                f"{self.path} holds {state} store: go on with it by resume=True (--resume), or take another folder."
-            )
+            raise ValueError(f"{self.path} holds {state} store: go on with it by resume=True, or take another folder.")
         if not known and shard_path(self.path, 0).exists():
             raise ValueError(f"{self.path} holds shards but neither {MANIFEST} nor {UNFINISHED}: take another folder.")
         for partial in self.path.glob("*.partial"):  # what a kill left
@@ -441,8 +449,8 @@ class RegionStoreWriter:
             if before["provenance"].get(name) != value:
                 told = "; `unicoder-vl merge --num-classes` tells it to a finished one" * (name == "num_classes")
                 raise ValueError(
-                    f"{self.path} was begun with {name}={before['provenance'].get(name)!r}, not {value!r}: resume with "
-                    f"equal settings, or write another store{told}."
+                    f"{self.path} was begun with {name}={before['provenance'].get(name)!r}, not {value!r}: go on with "
+                    f"equal settings, begin anew with --restart, or take another folder{told}."
                 )
 
     def _check(self, record: RegionRecord) -> np.ndarray:

@@ -16,12 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from .. import logging
+
+logger = logging.get_logger(__name__)
 
 DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
@@ -150,6 +155,90 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """
+    The folders that a command writes, told from all others by what is in them, so that `--restart` removes no other.
+
+    Args:
+        name (`str`): What messages call one, such as `"region store"`.
+        last (`str`): The file that is written last: a folder that holds it is complete.
+        files (tuple of `str`): Patterns of the names of all that a folder may hold, `last` among them.
+        work (tuple of `str`): Patterns for the folders of unfinished work that lie beside it.
+    """
+
+    name: str
+    last: str
+    files: tuple[str, ...]
+    work: tuple[str, ...] = ()
+
+    def is_complete(self, folder: Path) -> bool:
+        """Tells whether the folder holds a complete output."""
+        return (folder / self.last).exists()
+
+    def check(self, folder: Path, patterns: tuple[str, ...]) -> None:
+        """Raises ValueError where there is a file at `folder`, or something in it that no pattern fits."""
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file, no {self.name}: --restart leaves it. Take another folder.")
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
+        if foreign:
+            raise ValueError(
+                f"{folder} holds {foreign[0]!r}, which is no part of a {self.name}: --restart leaves it. Move it away, "
+                "or take another folder."
+            )
+
+
+@contextmanager
+def begun_anew(output: str | os.PathLike, restart: bool, kind: OutputKind, *work: Path) -> Iterator[None]:
+    """
+    Runs a block that writes `output`, or goes on with it; with `restart`, as if nothing were there.
+
+    What is unfinished is then removed. What is complete is set aside, and removed when the block ends without an error:
+    until then both need room. If the block fails before anything is begun, it comes back. Whoever goes on with a
+    restart that was stopped enters this block without `restart`. Of several processes one does.
+
+    Args:
+        output (`str` or `os.PathLike`): The folder that the block writes.
+        restart (`bool`): Begin anew.
+        kind (`OutputKind`): What it holds.
+        work (`Path`): Folders beside it in which the block keeps what is unfinished.
+
+    Raises:
+        ValueError: `restart` would remove what is no part of such a folder, or another process writes it.
+    """
+    folder = Path(os.path.realpath(output))
+    before = folder.with_name(f".{folder.name}.before-restart")
+    if restart:
+        kind.check(folder, kind.files)
+        for path in work:
+            kind.check(path, kind.work)
+        with ExitStack() as stack:
+            for path in (folder, *work):
+                if path.exists():
+                    stack.enter_context(locked(path))
+            for path in work:
+                shutil.rmtree(path, ignore_errors=True)
+            if not kind.is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                shutil.rmtree(before, ignore_errors=True)  # of a restart that was killed when it was complete
+                os.replace(folder, before)
+                logger.warning(f"{folder} begins anew; what it held is in {before} until it is complete.")
+    try:
+        yield
+    except BaseException:
+        if before.exists() and not any(path.exists() for path in (folder, *work)):
+            os.replace(before, folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def say_finished(output: str | os.PathLike) -> None:
+    """Says that a command has nothing to do."""
+    logger.warning(f"{os.fspath(output)} is finished, and stays as it is; --restart begins anew.")
 
 
 @dataclass

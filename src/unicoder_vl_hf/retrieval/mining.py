@@ -8,30 +8,42 @@ not match are kept. The guards against matches that nobody wrote down are those 
 """
 
 import functools
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
-from transformers.utils import logging
 
+from .. import logging
 from ..data.captions import encode_column, join, read_captions, select_split
 from ..data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
 from ..regions.store import RegionStore
-from ..regions.tensor_files import new_folder
+from ..regions.tensor_files import OutputKind, begun_anew, new_folder, say_finished, write_json
 from ..training import start_processes
-from .checkpoints import load_for_store
+from .blocks import JOB, RESULT
+from .checkpoints import checkpoint_provenance, load_for_store
 from .encoders import DualEncoder, UnicoderVLDualEncoder
-from .index import nearest
+from .index import nearest, store_identity
 from .scoring import ImageTextScorer
 
 logger = logging.get_logger(__name__)
 
 CAPTION_SCORES, IMAGE_SCORES = "negative_caption_scores", "negative_image_scores"
+
+SETTINGS = "mining.json"  # in the folder of mined captions: what they were mined with
+MINED = OutputKind(
+    "folder of mined captions",
+    last="state.json",
+    files=("data-*.arrow", "cache-*.arrow", "dataset_info.json", "state.json", SETTINGS),
+    work=(JOB, RESULT, "*.blocks", "*.partial"),
+)
 
 SALT = 0x6D696E65  # keeps these draws apart from others that use the same seed
 
@@ -282,21 +294,25 @@ def mine(
     seed: int = 0,
     max_length: int = 44,
     skip_missing: bool = False,
+    restart: bool = False,
 ) -> datasets.Dataset:
     """
     Mines one split of a caption file, and writes ALL its splits as a dataset folder that `read_captions` and
     `run_retrieval.py --captions` read; the other splits have no negatives. A call that was stopped goes on when it is
-    repeated. With `candidates` they are what the checkpoint's own first stage proposes. The other arguments are those
-    of [`MiningRule`] and [`mine_hard_negatives`].
+    repeated; what is finished stays as it is. With `candidates` they are what the checkpoint's own first stage
+    proposes. The other arguments are those of [`MiningRule`] and [`mine_hard_negatives`].
 
     Args:
         model (`str`): a Unicoder-VL checkpoint with its processor.
-        captions (`str`): a caption file in any layout, or a folder of `datasets`. Without a column `split` all of it.
+        captions (`str`): a caption file in any layout, or a folder of `datasets`. Without a column `split` all of it,
+            which is said.
         regions (`str`): a [`RegionStore`].
-        output (`str`): the folder, which must not exist.
+        output (`str`): the folder, a new one or that of the same call.
+        restart (`bool`, *optional*, defaults to `False`): begins anew where `output` holds, or begins, mined ones.
 
     Raises:
-        `ValueError`: `output` exists, a value out of range, or captions without regions (unless `skip_missing`).
+        `ValueError`: `output` holds something else, a value is out of range, or captions have no regions (unless
+            `skip_missing`).
     """
     rule = MiningRule(
         num_negatives=num_negatives,
@@ -309,39 +325,95 @@ def mine(
         sampling_strategy=sampling_strategy,
     )
     state, target = start_processes(), Path(output)
-    if target.exists():
-        raise ValueError(f"{target} exists: name another folder for the mined captions.")
-    store = RegionStore(regions)
-    table, report = join(read_captions(captions), store, skip_missing=skip_missing)
-    logger.warning(f"{captions} with {store}:\n{report}")
-    pairs, rest = table, table.select([])
-    if "split" in table.column_names:
-        pairs = select_split(table, captions, split)
-        rest = table.select([row for row, name in enumerate(table["split"]) if name != split])
-
-    loaded, processor = load_for_store(model, store)
     scores_dir = target.with_name(f"{target.name}.scores")
-    mined = mine_hard_negatives(
-        pairs,
-        ImageTextScorer(loaded, processor, store),
-        rule,
-        images_per_set=images_per_set,
-        encoder=None if candidates is None else UnicoderVLDualEncoder(loaded, processor, store, model, max_length),
-        candidates=candidates or 0,
-        duplicates=[] if duplicates is None else read_duplicate_groups(duplicates),
-        seed=seed,
-        max_length=max_length,
-        scores_dir=scores_dir,
-    )
-    if len(rest):
-        for name, feature in mined.features.items():
-            if name not in rest.column_names:
-                rest = rest.add_column(name, [[]] * len(rest), feature=feature)
-        mined = datasets.concatenate_datasets([mined, rest])
-    if state.is_main_process:
-        with new_folder(target) as folder:
-            mined.save_to_disk(str(folder))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        shutil.rmtree(scores_dir)
+    with ExitStack() as stack:
+        if state.is_main_process:
+            if target.resolve() == Path(captions).resolve():
+                raise ValueError(f"{target} holds the captions to be mined: name another folder for what is mined.")
+            if target.exists() and not _is_mined(target):
+                raise ValueError(f"{target} exists and holds no mined captions: name another folder.")
+            stack.enter_context(begun_anew(target, restart, MINED, scores_dir))
+        state.wait_for_everyone()  # until what is to be removed is gone
+        store = RegionStore(regions)
+        table, report = join(read_captions(captions), store, skip_missing=skip_missing)
+        logger.warning(f"{captions} with {store}:\n{report}")
+        pairs, rest = table, table.select([])
+        if "split" in table.column_names:
+            pairs = select_split(table, captions, split)
+            rest = table.select([row for row, name in enumerate(table["split"]) if name != split])
+        else:
+            logger.warning(f"{captions} has no column 'split': all of it is mined.")
+
+        loaded, processor = load_for_store(model, store)
+        encoder = None if candidates is None else UnicoderVLDualEncoder(loaded, processor, store, model, max_length)
+        groups = [] if duplicates is None else read_duplicate_groups(duplicates)
+        settings = {
+            "model": checkpoint_provenance(model, loaded),
+            "first_stage": None if encoder is None else encoder.identity(),
+            "captions": _fingerprint([table["image_id"][:], table["caption"][:]]),
+            "regions": store_identity(store),
+            "split": split,
+            **asdict(rule),
+            "images_per_set": images_per_set if candidates is None else None,
+            "candidates": candidates,
+            "duplicates": _fingerprint(groups),
+            "seed": seed,
+            "max_length": max_length,
+        }
+        if target.exists():
+            _check_settings(target, settings)
+            if state.is_main_process:
+                say_finished(target)
+            return datasets.load_from_disk(str(target))
+        state.wait_for_everyone()  # until all of them have seen that there is no output
+        mined = mine_hard_negatives(
+            pairs,
+            ImageTextScorer(loaded, processor, store),
+            rule,
+            images_per_set=images_per_set,
+            encoder=encoder,
+            candidates=candidates or 0,
+            duplicates=groups,
+            seed=seed,
+            max_length=max_length,
+            scores_dir=scores_dir,
+        )
+        if len(rest):
+            for name, feature in mined.features.items():
+                if name not in rest.column_names:
+                    rest = rest.add_column(name, [[]] * len(rest), feature=feature)
+            mined = datasets.concatenate_datasets([mined, rest])
+        if state.is_main_process:
+            with new_folder(target) as folder:
+                mined.save_to_disk(str(folder))
+                write_json(folder / SETTINGS, settings)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            shutil.rmtree(scores_dir)
     return datasets.load_from_disk(str(target))
+
+
+def _is_mined(folder: Path) -> bool:
+    """Tells the captions that `mine` wrote from any other folder."""
+    info = folder / "dataset_info.json"
+    return info.exists() and CAPTION_SCORES in json.loads(info.read_text(encoding="utf-8"))["features"]
+
+
+def _fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where captions were mined with other settings, or do not tell with which."""
+    remedy = "begin anew with restart=True (--restart), or name another folder."
+    if not (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} does not tell how its captions were mined: {remedy}")
+    before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if _without_name(before.get(name)) != _without_name(value):
+            raise ValueError(f"{folder} was mined with {name}={before.get(name)!r}, not {value!r}: {remedy}")
+
+
+def _without_name(value: Any) -> Any:
+    """A checkpoint or a store may have been moved: what is in it tells it from others."""
+    return {key: of for key, of in value.items() if key != "name"} if isinstance(value, dict) else value
