@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from transformers.utils import logging
+from . import logging
 
 logger = logging.get_logger(__name__)
 

@@ -22,8 +22,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers.utils import logging
 
+from .. import logging
 from ..name_lists import numbered_lines
 from ..regions.photos import stem
 
@@ -40,14 +40,14 @@ CAPTION_COLUMNS = ("caption", "captions", "comment", "text")
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 QUOTING = ",;"
 
-Entry = tuple[str, dict[str, Any]]  # where the row is in its file ("line 3"), and the row
+Entry = tuple[str, Any]  # where the row is in its file ("line 3"), and the row, a dict if the file is as it should be
 
 _TOKEN_LINE = re.compile(r"([^\t]+)#(\d+)\t(.*)")
 # Neither blanks nor characters that control or format: what a reader sees something of.
 _VISIBLE = r"[^\p{Cc}\p{Cf}\p{Z}]"
 _INVISIBLE = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp", "Zs"])
 _QUOTES = 'A quote that is text is written twice, within quotes: """Stop"" says a sign."; in a .tsv it needs nothing.'
-_EXAMPLES = 5
+EXAMPLES = 5  # of ids and captions in a report
 _CHUNK = 10_000
 
 
@@ -161,6 +161,7 @@ class JoinReport:
         missing (`int`): images that have captions but no regions.
         unused (`int`): images that have regions but no captions.
         missing_captions (`int`): captions of the missing images, which training has to leave out.
+        things (`str`): what captions meet, in words: regions, or photos.
     """
 
     matched: int
@@ -170,13 +171,14 @@ class JoinReport:
     matched_examples: tuple[str, ...] = ()
     missing_examples: tuple[str, ...] = ()
     unused_examples: tuple[str, ...] = ()
+    things: str = "regions"
 
     def __str__(self) -> str:
         lines = [f"{'images':<32}{'count':>10}  examples"]
         for name, count, examples in (
-            ("matched (captions and regions)", self.matched, self.matched_examples),
-            ("missing (captions, no regions)", self.missing, self.missing_examples),
-            ("unused (regions, no captions)", self.unused, self.unused_examples),
+            (f"matched (captions and {self.things})", self.matched, self.matched_examples),
+            (f"missing (captions, no {self.things})", self.missing, self.missing_examples),
+            (f"unused ({self.things}, no captions)", self.unused, self.unused_examples),
         ):
             more = ", …" if count > len(examples) else ""
             # An id that is no text, as of a dict by number, joins nothing: it has to look like none.
@@ -221,9 +223,9 @@ def join(
         missing=len(ids) - matched,
         unused=len(store) - matched,
         missing_captions=int((~keep).sum()),
-        matched_examples=tuple(ids[i] for i in np.flatnonzero(found)[:_EXAMPLES]),
-        missing_examples=tuple(ids[i] for i in np.flatnonzero(~found)[:_EXAMPLES]),
-        unused_examples=tuple(islice(unused, _EXAMPLES)) if len(store) > matched else (),
+        matched_examples=tuple(ids[i] for i in np.flatnonzero(found)[:EXAMPLES]),
+        missing_examples=tuple(ids[i] for i in np.flatnonzero(~found)[:EXAMPLES]),
+        unused_examples=tuple(islice(unused, EXAMPLES)) if len(store) > matched else (),
     )
     if report.missing == 0:
         return captions, report
@@ -233,14 +235,14 @@ def join(
     )
     if matched == 0:
         raise ValueError(
-            f"{summary}\nNothing would be left: bring the ids of both sides to one spelling (compare the examples), or "
-            "extract regions for these images."
+            f"{summary}\nNothing would be left: bring the ids of both sides to one spelling (compare the examples; "
+            "`unicoder-vl prepare` or --caption_ids does it), or extract regions for these images."
         )
     if not skip_missing:
         leave_out = "take these captions out of the file" if skip_option is None else f"leave them out: {skip_option}"
         raise ValueError(
-            f"{summary}\nBring the ids of both sides to one spelling (compare the examples), extract the missing "
-            f"regions, or {leave_out}."
+            f"{summary}\nBring the ids of both sides to one spelling (compare the examples; `unicoder-vl prepare` or "
+            f"--caption_ids does it), extract the missing regions, or {leave_out}."
         )
     logger.warning(f"Leaving captions out: {summary}")
     return captions.select(np.flatnonzero(keep)), report
@@ -702,13 +704,13 @@ def check_tokens(
         bare += [texts[start + index] for index, ids in enumerate(tokens["input_ids"]) if not ids]
     if not bare:
         return
-    places = _places(path, {row["caption"] for row in bare[:_EXAMPLES]})
+    places = _places(path, {row["caption"] for row in bare[:EXAMPLES]})
     shown = "\n".join(
         f"image {row['image_id']!r}: {row['caption']!r:.80}" + (f", {place}" if place else "")
-        for row in bare[:_EXAMPLES]
+        for row in bare[:EXAMPLES]
         for place in [places.get(row["caption"])]
     )
-    more = f"\nand {len(bare) - _EXAMPLES:,} more" if len(bare) > _EXAMPLES else ""
+    more = f"\nand {len(bare) - EXAMPLES:,} more" if len(bare) > EXAMPLES else ""
     raise ValueError(
         f"{path}: the tokenizer makes no token of {len(bare):,} captions. Mend them, or take them out:\n{shown}{more}"
     )

@@ -39,7 +39,7 @@ def id_mapping(rule: str) -> Rename:
     if rule == "stem":
         return Rename(rule, stem)
     if rule == "coco":
-        return Rename(rule, _coco_number)
+        return Rename(rule, coco_number)
     if rule.endswith(".csv"):
         return _look_up(_read_pairs(Path(rule)), rule)
     path, _, column = rule.rpartition(":")
@@ -68,7 +68,8 @@ def photo_ids(rule: str) -> dict[str, Any]:
     return {"ids": rule} if rule in PHOTO_IDS else {"rename": id_mapping(rule)}
 
 
-def _coco_number(image_id: str) -> str:
+def coco_number(image_id: str) -> str:
+    """Gives the number at the end of a name, without its zeros, as COCO numbers images. Raises UnmappedId."""
     number = re.search(r"(\d+)$", stem(image_id))
     if number is None:
         raise UnmappedId(f"Image {image_id!r} ends in no number, expected COCO's, as in COCO_val2014_000000391895.")

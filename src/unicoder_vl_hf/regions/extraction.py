@@ -22,18 +22,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
-from transformers.utils import logging
 
+from .. import logging
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..name_lists import numbered_lines
 from ..training import StopSignal
-from .conversion import SKIPPED, Rename, write_skipped, write_store
+from .conversion import Rename, write_skipped, write_store
 from .detectors import Detector, load_detector
 from .editing import merge_stores, merged_stores
 from .photos import PhotoSource, decode_photo, in_words, list_photos
-from .shards import MANIFEST, UNFINISHED
+from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
-from .tensor_files import locked, make_folder
+from .tensor_files import begun_anew, locked, make_folder, say_finished
 
 if TYPE_CHECKING:
     import datasets
@@ -68,6 +68,7 @@ def extract(
     precision: str = "auto",
     dtype: str = "float16",
     shard_size: int = 128 * 2**20,
+    restart: bool = False,
     **options: Any,
 ) -> RegionStore:
     """
@@ -103,6 +104,7 @@ def extract(
         precision (`str`, defaults to `"auto"`): `"auto"`, `"no"`, `"bf16"` or `"fp16"`; see `load_detector`.
         dtype (`str`, defaults to `"float16"`): Of the stored features.
         shard_size (`int`, defaults to 128 MiB): Bytes after which a shard is complete; what a kill -9 may cost.
+        restart (`bool`, defaults to `False`): Begin anew where `output` holds a store, or the beginning of one.
         options: Those of the detector's family.
 
     Raises:
@@ -141,6 +143,7 @@ def extract(
 
     with ExitStack() as stack:
         if state.is_main_process:
+            stack.enter_context(begun_anew(folder, restart, STORE, parts))
             make_folder(parts)
             stack.callback(_remove_if_empty, parts)
             stack.enter_context(locked(parts))
@@ -154,7 +157,10 @@ def extract(
             _check_ids(folder, done, source.ids)
             if not before:  # finished
                 _check_left(folder, [source.ids[index] for index in left])
-            logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
+            if left or before:
+                logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
+            else:
+                say_finished(folder)
         # A finished store has what the detector does not fail at: those that are left may all be odd.
         patience = FAILURES_IN_A_ROW if before or not done else float("inf")
         reader = _Reader(source, left[state.process_index :: state.num_processes], detector.prepare, given)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from .. import logging
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..preparation import is_unicoder_vl
@@ -208,7 +208,7 @@ def open_transformers_encoder(
     return TransformersDualEncoder(name, opened, start_processes().device)
 
 
-def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None) -> DualEncoder:
+def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None, photo_ids: str = "stem") -> DualEncoder:
     """
     A first stage that is not the scoring model's own: another Unicoder-VL, or a dual encoder of transformers on photos.
 
@@ -217,7 +217,7 @@ def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None) 
     """
     if is_unicoder_vl(name):
         return UnicoderVLDualEncoder(*load_for_store(name, store), store, name)
-    return open_transformers_encoder(name, photos)
+    return open_transformers_encoder(name, photos, photo_ids=photo_ids)
 
 
 def text_states(

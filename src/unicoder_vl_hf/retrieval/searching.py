@@ -4,15 +4,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
 
-from ..data.captions import join, read_captions
+from ..data.captions import check_tokens, is_blank, join, read_captions
 from ..feature_extraction_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .checkpoints import load_for_store
-from .encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_transformers_encoder
+from .encoders import (
+    DualEncoder,
+    Photos,
+    TransformersDualEncoder,
+    UnicoderVLDualEncoder,
+    open_transformers_encoder,
+)
 from .index import SearchIndex, build_index
 from .scoring import ImageTextScorer
 from .two_stage import Hit, search
@@ -49,7 +56,9 @@ def make_index(
     model: str | None = None,
     dual_encoder: str | None = None,
     photos: str | None = None,
+    photo_ids: str = "stem",
     captions: str | None = None,
+    caption_ids: str | None = None,
     split: str | None = None,
     faiss: str | None = None,
 ) -> str:
@@ -63,11 +72,14 @@ def make_index(
     if (model is None) == (dual_encoder is None):
         raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
     regions = RegionStore(store)
+    encoder: UnicoderVLDualEncoder | TransformersDualEncoder
     if model is not None:
-        encoder: DualEncoder = UnicoderVLDualEncoder(*load_for_store(model, regions), regions, model)
+        encoder = UnicoderVLDualEncoder(*load_for_store(model, regions), regions, model)
     else:
-        encoder = open_transformers_encoder(str(dual_encoder), photos, needs_photos=captions is None)
-    texts = None if captions is None else _captions(captions, split, regions)
+        encoder = open_transformers_encoder(str(dual_encoder), photos, captions is None, photo_ids)
+    texts = None
+    if captions is not None:
+        texts = _captions(captions, caption_ids, split, regions, encoder.processor.tokenizer)
     index = build_index(encoder, regions, output, captions=texts, faiss=faiss)
     return f"{output} is complete: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}."
 
@@ -82,7 +94,9 @@ def run_search(
     model: str | None = None,
     dual_encoder: str | None = None,
     photos: str | None = None,
+    photo_ids: str = "stem",
     captions: str | None = None,
+    caption_ids: str | None = None,
     split: str | None = None,
     candidates: int = 100,
     similarity_weight: float = 0.0,
@@ -103,7 +117,7 @@ def run_search(
         raise ValueError("Give either --index, to search it in two stages, or --exhaustive, to score every pair.")
     if gallery is not None and text is None:
         raise ValueError("--gallery shows the images that a sentence finds: give a sentence, not --image.")
-    if text is not None and not text.strip():
+    if text is not None and is_blank(text):
         raise ValueError("The sentence is empty: say what the images should show.")
     for option, value in (("--top-k", top_k), ("--candidates", candidates)):
         if value < 1:
@@ -112,14 +126,19 @@ def run_search(
         raise ValueError(
             "--exhaustive has no first stage whose similarity could be added: leave --similarity-weight out."
         )
-    photo = None if gallery is None or photos is None else Photos(photos)  # where there are none, before the search
+    photo = (
+        None if gallery is None or photos is None else Photos(photos, photo_ids)
+    )  # where there are none, before the search
     if index is None:
         if model is None or regions is None or (image is not None and captions is None):
             raise ValueError("--exhaustive needs --model and --regions, and with --image --captions.")
         store = RegionStore(regions)
         query = _query(text, image, store)
-        names = list(store) if image is None else _captions(str(captions), split, store)
-        hits = _score_all(query, image is not None, ImageTextScorer(*load_for_store(model, store), store), names)
+        loaded, processor = load_for_store(model, store)
+        names = list(store)
+        if image is not None:
+            names = _captions(str(captions), caption_ids, split, store, processor.tokenizer)
+        hits = _score_all(query, image is not None, ImageTextScorer(loaded, processor, store), names)
     else:
         opened = SearchIndex(index)
         wanted = "captions" if text is None else "images"
@@ -127,7 +146,7 @@ def run_search(
             raise ValueError(f"{index} holds {opened.items}, but what is sought are {wanted}: give an index of these.")
         store = RegionStore(regions or _place(opened, "store", "--regions"))
         query = _query(text, image, store)
-        encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos)
+        encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos, photo_ids)
         (hits,) = search(
             [query], opened, encoder, scorer,
             top_k=top_k, candidates=candidates, similarity_weight=similarity_weight,
@@ -139,7 +158,12 @@ def run_search(
 
 
 def _two_stages(
-    index: SearchIndex, store: RegionStore, model: str | None, dual_encoder: str | None, photos: str | None
+    index: SearchIndex,
+    store: RegionStore,
+    model: str | None,
+    dual_encoder: str | None,
+    photos: str | None,
+    photo_ids: str,
 ) -> tuple[DualEncoder, ImageTextScorer]:
     """The encoder that made the index, unless another is named, which `search` checks; and the scorer."""
     made_by = index.facts["encoder"]
@@ -153,7 +177,7 @@ def _two_stages(
         return UnicoderVLDualEncoder(loaded, processor, store, name), scorer
     needs_photos = index.items == "captions"  # which are searched by an image
     first = dual_encoder or _place(index, "encoder", "--dual-encoder")
-    return open_transformers_encoder(first, photos, needs_photos), scorer
+    return open_transformers_encoder(first, photos, needs_photos, photo_ids), scorer
 
 
 def _place(index: SearchIndex, made: str, option: str) -> str:
@@ -164,9 +188,11 @@ def _place(index: SearchIndex, made: str, option: str) -> str:
     return name
 
 
-def _captions(path: str, split: str | None, store: RegionStore) -> list[str]:
+def _captions(path: str, ids: str | None, split: str | None, store: RegionStore, tokenizer: Any) -> list[str]:
     """The captions of a file whose images are in the store, each text once."""
-    return list(dict.fromkeys(join(read_captions(path, split=split), store, skip_missing=True)[0]["caption"][:]))
+    rows, _ = join(read_captions(path, split=split, ids=ids), store, skip_missing=True)
+    check_tokens(rows, tokenizer, path)
+    return list(dict.fromkeys(rows["caption"][:]))
 
 
 def _query(text: str | None, image: str | None, store: RegionStore) -> str | RegionRecord:

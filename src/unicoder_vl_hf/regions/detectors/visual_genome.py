@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ...feature_extraction_unicoder_vl import RegionRecord
 from ...name_lists import read_names
 from . import selection
-from ._computing import DTYPES, Prepared, box_tensor, check_counts, file_revision
+from ._computing import DTYPES, Prepared, box_tensor, check_counts, fetching, file_revision
 from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state
 
 CONFIG, NAMES = "config.yaml", "objects_vocab.txt"
@@ -207,7 +207,7 @@ def load(
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it lacks a file.
+        OSError: There is no such folder, it lacks a file, or the Hub does not give it.
         ValueError: A file is malformed; the message names it, and the key.
     """
     folder, commit = _fetch(name, revision)
@@ -247,7 +247,8 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
         return folder, None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"{name} is neither a folder nor a repository of the Hub, OWNER/NAME.")
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, NAMES, *WEIGHTS]))
+    with fetching("visual-genome", name):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, NAMES, *WEIGHTS]))
     return folder, folder.name
 
 
