@@ -294,6 +294,7 @@ def _walk(root: Path, left_out: list[LeftOut]) -> Iterator[tuple[Path, str]]:
     """
     if root.is_file():
         yield root, root.name
+        return
 
     def unreadable(error: OSError) -> None:
         left_out.append(LeftOut(str(error.filename), f"a folder that cannot be opened: {error.strerror}"))
