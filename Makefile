@@ -4,6 +4,9 @@ VENV := .venv
 # Written last, so that an interrupted install is done again.
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+# `make install TORCH=cpu` takes PyTorch's own build for CPUs, where PyPI's brings CUDA along on Linux.
+TORCH ?= default
+TORCH_CPU := torch torchvision --index-url https://download.pytorch.org/whl/cpu
 # Tiny models and several processes: more threads than this only get in each other's way.
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
@@ -14,15 +17,18 @@ TEST_WORKERS ?= 2
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-install: $(INSTALLED)  ## Create .venv with the package, every extra and the development tools
+install: $(INSTALLED)  ## Create .venv with the package, every extra and the development tools; TORCH=cpu without CUDA
 
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: run 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
+	@case "$(TORCH)" in default|cpu) ;; *) echo "TORCH=$(TORCH): expected cpu, or leave it out" >&2; exit 1;; esac
 	@rm -f $@
 	@$(VENV)/bin/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "'$(PYTHON) -m venv' failed: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing the package and what it needs into $(VENV): some minutes the first time"
+	@case "$(TORCH)-$$(uname -s)" in default-Linux) echo "About 6 GB, most of it CUDA; without a GPU: make install TORCH=cpu";; esac
+	$(if $(filter cpu,$(TORCH)),$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH_CPU))
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
 	@touch $@
 

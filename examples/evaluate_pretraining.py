@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
@@ -27,7 +26,7 @@ from unicoder_vl_hf.pretraining import (
     pretraining_chance,
     zero_shot_retrieval,
 )
-from unicoder_vl_hf.training import resolve_precision, run_script, start_processes
+from unicoder_vl_hf.training import Computing, new_accelerator, run_script, start_processes
 
 
 @dataclass
@@ -54,7 +53,6 @@ class EvaluationArguments:
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(EvaluationArguments).parse_args_into_dataclasses(argv)
-    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision, start_processes().device.type))
     store = RegionStore(args.regions)
     captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
     kept = set(captions.unique("image_id")[: args.num_images])
@@ -63,6 +61,8 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"--model {args.model} is no Unicoder-VL: expected a checkpoint of run_pretraining.py.")
     model = AutoModelForPreTraining.from_pretrained(args.model)
     model.sparse_prediction = model.bert.padding_free = True
+    computing = Computing.choose(args.mixed_precision, start_processes().device.type, model.config.hidden_size)
+    accelerator = new_accelerator(computing)
     model = accelerator.prepare(model)
     processor = AutoProcessor.from_pretrained(args.model)
     check_tokens(captions, processor.tokenizer, args.captions)

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
@@ -33,14 +32,14 @@ from unicoder_vl_hf.pretraining import (
     run_identity,
 )
 from unicoder_vl_hf.training import (
-    PRECISIONS,
     CheckpointFolder,
+    Computing,
     JsonLog,
     StopSignal,
     TrainingRun,
     create_hub_repository,
     finish_run,
-    resolve_precision,
+    new_accelerator,
     run_script,
     save_weights_as_pretrained,
     start_processes,
@@ -55,15 +54,17 @@ def main(argv: list[str] | None = None) -> bool:
     checkpoints = CheckpointFolder(output_dir, keep=args.save_total_limit)
     resume_from = checkpoints.resolve(args.resume_from_checkpoint)
 
-    accelerator = Accelerator(
-        mixed_precision=resolve_precision(args.mixed_precision, start_processes().device.type),
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=str(output_dir),
-    )
     repo_id = create_hub_repository(args.hub_model_id or output_dir.name) if args.push_to_hub else None
+    processes = start_processes()
     set_seed(args.seed)
-    with accelerator.main_process_first():
+    with processes.main_process_first():
         setup = prepare_pretraining(data_args, output_dir, seed=args.seed)
+    computing = Computing.choose(
+        args.mixed_precision, processes.device.type, setup.model.config.hidden_size, resume_from
+    )
+    accelerator = new_accelerator(
+        computing, log_with=None if args.report_to == "none" else args.report_to, project_dir=str(output_dir)
+    )
 
     sampler = StepBatchSampler(
         len(setup.train),
@@ -100,15 +101,16 @@ def main(argv: list[str] | None = None) -> bool:
         accelerator.init_trackers("pretraining", {**asdict(data_args), **asdict(args)})
     accelerator.print(
         f"{total_steps:,} steps of {args.train_batch_size} of {len(setup.train):,} pairs; processes: "
-        f"{accelerator.num_processes}, precision: {PRECISIONS[accelerator.mixed_precision]}"
+        f"{accelerator.num_processes}, {computing}"
     )
 
     def evaluate() -> dict[str, float]:
         if setup.validation is None:
             return {}
-        metrics = evaluate_pretraining(
-            model, setup.validation, setup.collator, accelerator, num_workers=args.dataloader_num_workers
-        )
+        with computing.threads():
+            metrics = evaluate_pretraining(
+                model, setup.validation, setup.collator, accelerator, num_workers=args.dataloader_num_workers
+            )
         log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
         accelerator.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> bool:
     progress = tqdm(
         total=total_steps, initial=step, unit="step", desc="Pre-training", disable=not accelerator.is_local_main_process
     )
-    with StopSignal() as stop, progress:
+    with StopSignal() as stop, progress, computing.threads():
         while step < total_steps and not stop.is_set():
             epoch, start_step = divmod(step, steps_per_epoch)
             sampler.set_epoch(epoch, start_step=start_step)
@@ -152,7 +154,8 @@ def main(argv: list[str] | None = None) -> bool:
                     meter.start_clock()
                 ends = stop.agreed(accelerator) or step == total_steps
                 if step % args.save_steps == 0 or ends:
-                    checkpoints.save({"step": step, "losses": meter.state()}, identity, accelerator, setup.processor)
+                    state = {"step": step, "losses": meter.state()}
+                    checkpoints.save(state, identity, accelerator, setup.processor, computing)
                 if ends:
                     break
 

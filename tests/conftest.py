@@ -4,6 +4,9 @@ for ten seconds. What it works on reaches it as a pickle, as before, and it inhe
 """
 
 import multiprocessing
+import sys
+
+import pytest
 
 get_context = multiprocessing.get_context
 multiprocessing.get_context = lambda method=None: get_context("forkserver" if method == "spawn" else method)
@@ -26,3 +29,13 @@ FIRST = [
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+@pytest.fixture(autouse=True)
+def state_of_accelerate():
+    """accelerate remembers the precision of a process's last run, which would become that of the next test."""
+    yield
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state()
+        state.GradientState._reset_state()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from unicoder_vl_hf import records_unicoder_vl
 from unicoder_vl_hf.feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor, is_region_record
 
 
@@ -14,6 +15,7 @@ from unicoder_vl_hf.feature_extraction_unicoder_vl import RegionRecord, Unicoder
 def log(caplog):
     """What is logged, with warnings that are given once given anew."""
     transformers_logging.warning_once.cache_clear()
+    records_unicoder_vl._warn_once.cache_clear()
     return caplog
 
 

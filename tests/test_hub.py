@@ -27,6 +27,7 @@ CHECKPOINT = {
     "feature_extraction_unicoder_vl.py",
     "modeling_unicoder_vl.py",
     "processing_unicoder_vl.py",
+    "records_unicoder_vl.py",
 }
 
 

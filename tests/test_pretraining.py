@@ -47,10 +47,9 @@ from unicoder_vl_hf.regions.conversion import export
 from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
 from unicoder_vl_hf.training import (
     CheckpointFolder,
+    Computing,
     JsonLog,
     StopSignal,
-    fast_precision,
-    resolve_precision,
     run_script,
 )
 
@@ -555,45 +554,6 @@ def test_cut_captions_are_counted(world, bert, tmp_path, warnings):
     assert any("80 of 80 training captions exceed 5 tokens" in text for text in warnings)
 
 
-# Precision
-
-
-@pytest.mark.parametrize(
-    "capabilities, fast",
-    [
-        ({}, "no"),
-        ({"avx512_f": True}, "no"),
-        ({"amx_bf16": False}, "no"),
-        ({"amx_bf16": True}, "bf16"),
-        ({"avx512_bf16": True}, "bf16"),
-    ],
-)
-def test_precision_of_a_cpu(monkeypatch, warnings, capabilities, fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert fast_precision("cpu") == fast
-    assert resolve_precision("no", "cpu") == "no" and not warnings
-    assert resolve_precision("bf16", "cpu") == "bf16"
-    assert [("bf16" in text and "slower than fp32" in text) for text in warnings] == ([True] if fast == "no" else [])
-    warnings.clear()
-    assert resolve_precision("fp16", "cpu") == "fp16"
-    assert len(warnings) == 1 and "fp16" in warnings[0]
-    warnings.clear()
-    assert resolve_precision("auto", "cpu") == fast
-    name = {"no": "float32", "bf16": "bfloat16 (mixed)"}[fast]
-    assert warnings == [f"Precision: {name}, the fastest of this CPU."]
-
-
-@pytest.mark.parametrize("has_bf16, fast", [(True, "bf16"), (False, "fp16")])
-def test_precision_of_a_gpu(monkeypatch, has_bf16, fast):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert resolve_precision("auto", "cuda") == fast
-
-
-def test_unknown_precision():
-    with pytest.raises(ValueError, match="'fp8', expected auto, no, bf16 or fp16"):
-        resolve_precision("fp8", "cpu")
-
-
 # The end, checkpoints and the log
 
 
@@ -711,10 +671,10 @@ class Saver:
 
 def save(folder, step, fails=None, **identity):
     saver = Saver(fails)
-    folder.save({"step": step}, {"seed": 1} | identity, saver, saver)
+    folder.save({"step": step}, {"seed": 1} | identity, saver, saver, Computing("no"))
 
 
-WHOLE = {"weights", "processor", "training_state.json"}
+WHOLE = {"weights", "processor", "training_state.json", Computing.FILE}
 
 
 @pytest.mark.parametrize("fails", ["save_state", "save_pretrained", "replace", "rmtree"])

@@ -18,6 +18,7 @@ HUB_FILES = [
     "feature_extraction_unicoder_vl.py",
     "modeling_unicoder_vl.py",
     "processing_unicoder_vl.py",
+    "records_unicoder_vl.py",
 ]
 SAVED = [class_name for class_name, _ in MODELS.values()]
 # The whole of what the second loads is in what the first saved.

@@ -1,75 +1,87 @@
 """Unicoder-VL (AAAI 2020) in the Hugging Face way: model, processor, region stores, training and retrieval.
 
-Importing the package registers its classes with transformers' Auto classes and loads no more than the four Hub files.
+What it offers is loaded when it is first asked for, and so are PyTorch and transformers. Its classes are registered
+with transformers' Auto classes as soon as these are loaded, before or after: see `registration`.
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForMultipleChoice,
-    AutoModelForPreTraining,
-    AutoModelForSequenceClassification,
-    AutoProcessor,
-)
-
-from .configuration_unicoder_vl import UnicoderVLConfig
-from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
-from .modeling_unicoder_vl import (
-    UnicoderVLForImageTextRetrieval,
-    UnicoderVLForMultipleChoice,
-    UnicoderVLForPreTraining,
-    UnicoderVLModel,
-)
-from .processing_unicoder_vl import UnicoderVLProcessor
+from . import registration
 
 if TYPE_CHECKING:
+    from .configuration_unicoder_vl import UnicoderVLConfig
     from .data.collators import (
         DataCollatorForUnicoderVLMultipleChoice,
         DataCollatorForUnicoderVLPreTraining,
         DataCollatorForUnicoderVLRetrieval,
     )
+    from .feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
+    from .modeling_unicoder_vl import (
+        UnicoderVLForImageTextRetrieval,
+        UnicoderVLForMultipleChoice,
+        UnicoderVLForPreTraining,
+        UnicoderVLModel,
+    )
+    from .processing_unicoder_vl import UnicoderVLProcessor
+    from .records_unicoder_vl import RegionRecord
     from .regions.store import RegionStore, RegionStoreWriter
     from .retrieval.metrics import retrieval_metrics
     from .retrieval.scoring import ImageTextScorer
 
-try:
-    __version__ = version("unicoder-vl-hf")
-except PackageNotFoundError:  # A source tree on the path, not installed.
-    __version__ = "0+unknown"
+    __version__: str
 
-AutoConfig.register(UnicoderVLConfig.model_type, UnicoderVLConfig)
-AutoModel.register(UnicoderVLConfig, UnicoderVLModel)
-AutoModelForPreTraining.register(UnicoderVLConfig, UnicoderVLForPreTraining)
-AutoModelForSequenceClassification.register(UnicoderVLConfig, UnicoderVLForImageTextRetrieval)
-AutoModelForMultipleChoice.register(UnicoderVLConfig, UnicoderVLForMultipleChoice)
-AutoFeatureExtractor.register(UnicoderVLConfig, UnicoderVLFeatureExtractor)
-AutoProcessor.register(UnicoderVLConfig, UnicoderVLProcessor)
-
+# Name -> where it is.
 _LAZY = {
     "DataCollatorForUnicoderVLMultipleChoice": ".data.collators",
     "DataCollatorForUnicoderVLPreTraining": ".data.collators",
     "DataCollatorForUnicoderVLRetrieval": ".data.collators",
     "ImageTextScorer": ".retrieval.scoring",
+    "RegionRecord": ".records_unicoder_vl",
     "RegionStore": ".regions.store",
     "RegionStoreWriter": ".regions.store",
+    "UnicoderVLConfig": ".configuration_unicoder_vl",
+    "UnicoderVLFeatureExtractor": ".feature_extraction_unicoder_vl",
+    "UnicoderVLForImageTextRetrieval": ".modeling_unicoder_vl",
+    "UnicoderVLForMultipleChoice": ".modeling_unicoder_vl",
+    "UnicoderVLForPreTraining": ".modeling_unicoder_vl",
+    "UnicoderVLModel": ".modeling_unicoder_vl",
+    "UnicoderVLProcessor": ".processing_unicoder_vl",
     "retrieval_metrics": ".retrieval.metrics",
 }
+# Modules that are attributes, too, though nobody imported them.
+_MODULES = [
+    f"{part}_unicoder_vl" for part in ("configuration", "feature_extraction", "modeling", "processing", "records")
+]
 
 
-def __getattr__(name: str):
-    if name not in _LAZY:
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    elif name == "__version__":
+        value = _version()
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value  # so that this function is not asked again
+    return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
 
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("unicoder-vl-hf")
+    except PackageNotFoundError:  # A source tree on the path, not installed.
+        return "0+unknown"
+
+
+registration.install()
 
 __all__ = [
     "DataCollatorForUnicoderVLMultipleChoice",

@@ -304,6 +304,28 @@ def attend_in_groups(
     return torch.cat(outputs)[None], None
 
 
+def attend_in_float32(
+    attention_interface: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    `attention_interface` on float32 copies of bfloat16 states, its output in bfloat16 again. PyTorch's backward of SDPA
+    in bfloat16 takes 3 to 12 times that of float32 on CPUs: half of a small model's step, a quarter of MiniLM's.
+    """
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    with maybe_autocast(device_type=query.device.type, enabled=False):
+        output, weights = attention_interface(
+            module, query.float(), key.float(), value.float(), attention_mask, **kwargs
+        )
+    return output.to(query.dtype), weights
+
+
 class UnicoderVLSelfAttention(nn.Module):
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
@@ -338,6 +360,9 @@ class UnicoderVLSelfAttention(nn.Module):
         )
         if groups is not None:
             attention_interface = partial(attend_in_groups, attention_interface, groups)
+        trains_in_bfloat16 = query.requires_grad and query.dtype == torch.bfloat16
+        if trains_in_bfloat16 and query.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+            attention_interface = partial(attend_in_float32, attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
             query,

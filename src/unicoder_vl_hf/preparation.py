@@ -13,13 +13,14 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
-from transformers.utils import logging
 
+from . import logging
 from .configuration_unicoder_vl import UnicoderVLConfig
 from .data.captions import check_tokens, join, read_captions, select_split
-from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
+from .feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
 from .modeling_unicoder_vl import UnicoderVLModel, UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .records_unicoder_vl import RegionRecord
 from .regions.conversion import convert
 from .regions.shards import MANIFEST, shard_path
 from .regions.store import RegionStore

@@ -20,15 +20,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from . import logging
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
 from .data.samplers import ReadAhead, StepBatchSampler
-from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
 from .preparation import DataArguments, in_words, load_model, load_processor, open_data
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .records_unicoder_vl import RegionRecord
 from .regions.shards import NO_OBJECT_IDS
 from .regions.store import RegionStore
 from .retrieval.metrics import chance_recalls, retrieval_metrics, roc_auc

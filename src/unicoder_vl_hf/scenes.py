@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 from transformers import BertTokenizer
-from transformers.utils import logging
 
-from .feature_extraction_unicoder_vl import RegionRecord
+from . import logging
+from .records_unicoder_vl import RegionRecord
 from .regions.store import RegionStoreWriter
 
 try:

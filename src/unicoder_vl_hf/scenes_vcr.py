@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
+from . import logging
 from .scenes import (
     COLOURS,
     GROUNDS,

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from .data.vcr import NO_LABEL, Segment, referenced_objects
-from .feature_extraction_unicoder_vl import RegionRecord
 from .pictures import PALETTE, draw_regions
+from .records_unicoder_vl import RegionRecord
 
 RIGHT, WRONG = PALETTE[2], "#9aa3b2"
 _WRAP = 58

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .data.collators import IGNORED, SALT, DataCollatorForUnicoderVLMultipleChoice, DataCollatorForUnicoderVLPreTraining
 from .data.vcr import require_labels
-from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .records_unicoder_vl import RegionRecord
 from .vcr_training import VCRDataArguments, open_and_load
 
 

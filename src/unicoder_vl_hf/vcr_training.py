@@ -18,14 +18,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from . import logging
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
 from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr, require_labels
-from .feature_extraction_unicoder_vl import RegionRecord
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from .preparation import DATA_FOLDER, Model, ModelArguments, load_model, open_or_convert, processor_for
 from .processing_unicoder_vl import UnicoderVLProcessor
+from .records_unicoder_vl import RegionRecord
 from .regions.store import RegionStore
 from .vcr_evaluation import right_choices, vcr_metrics
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..feature_extraction_unicoder_vl import RegionRecord
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .vcr import (
     LOW_IOU,

@@ -15,7 +15,6 @@ from typing import Any
 from ..name_lists import numbered_lines
 from ..regions.conversion import Rename, UnmappedId
 from ..regions.photos import PHOTO_IDS, stem
-from .captions import read_captions
 
 
 def id_mapping(rule: str) -> Rename:
@@ -50,6 +49,8 @@ def id_mapping(rule: str) -> Rename:
         raise ValueError(
             f"ids {rule!r} is no rule: expected stem, coco, a .csv with source_id and image_id, or CAPTIONS:COLUMN."
         )
+    from .captions import read_captions
+
     captions = read_captions(path, split=split)
     if column == "row":
         return _look_up(((str(row), name) for row, name in enumerate(captions.unique("image_id"))), rule)

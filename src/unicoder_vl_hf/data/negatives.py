@@ -18,8 +18,8 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers.utils import logging
 
+from .. import logging
 from ..name_lists import numbered_lines
 from .captions import encode_column
 

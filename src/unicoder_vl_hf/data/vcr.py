@@ -10,15 +10,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord
 from ..regions.comparison import box_iou
 from ..regions.photos import stem
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    Examples = Dataset[dict[str, Any]]
+else:
+    Examples = object  # PyTorch asks no more of a dataset than a length and items, and reading a file needs no PyTorch
 
 # Gender-neutral, and distinct: the list in common use holds Peyton twice.
 PERSON_NAMES = (
@@ -244,7 +250,7 @@ def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
         raise ValueError(f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {field}, {otherwise}")
 
 
-class VCRExamples(Dataset[dict[str, Any]]):
+class VCRExamples(Examples):
     """
     What is scored: one example a question for Q->A, and for QA->R with the right answer as its premise; or, with
     `every_answer`, four a question, one for each answer as the premise, which the test split needs.

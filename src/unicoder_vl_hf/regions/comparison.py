@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-from transformers.utils import logging
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from .. import logging
+from ..records_unicoder_vl import RegionRecord
 
 
 @dataclass

@@ -13,9 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-from ..feature_extraction_unicoder_vl import RegionRecord
+from .. import logging
+from ..records_unicoder_vl import RegionRecord
 from .editing import merge_stores
 from .formats import FORMATS, known_provenance, read_records
 from .shards import MANIFEST, PLAN, SKIPPED, shard_path

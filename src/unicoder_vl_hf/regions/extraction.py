@@ -24,8 +24,8 @@ from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
 
 from .. import logging
-from ..feature_extraction_unicoder_vl import RegionRecord
 from ..name_lists import numbered_lines
+from ..records_unicoder_vl import RegionRecord
 from ..training import StopSignal
 from .conversion import Rename, write_skipped, write_store
 from .detectors import Detector, load_detector

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields
 from itertools import islice, pairwise
 
 import numpy as np
-from transformers.utils import logging
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from .. import logging
+from ..records_unicoder_vl import RegionRecord
 
 
 @dataclass

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from transformers.utils import logging
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from .. import logging
+from ..records_unicoder_vl import RegionRecord
 from .shards import OPTIONAL_FIELDS, Shard
 from .store import RegionStore
 from .tensor_files import complete, partial_path

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord
 from .tensor_files import DTYPES, OutputKind, TensorFile, TensorFileWriter, file_facts
 
 MANIFEST, INDEX, UNFINISHED = "manifest.json", "index.safetensors", "unfinished.json"

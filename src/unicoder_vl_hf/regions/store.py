@@ -27,7 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from .. import __version__
-from ..feature_extraction_unicoder_vl import RegionRecord, is_region_record
+from ..records_unicoder_vl import RegionRecord, is_region_record
 from .shards import (
     LARGEST,
     MANIFEST,

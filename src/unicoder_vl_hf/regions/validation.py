@@ -7,9 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-from ..feature_extraction_unicoder_vl import RegionRecord
+from .. import logging
+from ..records_unicoder_vl import RegionRecord
 from .shards import INDEX, MANIFEST, Index, Shard, Shards, hash_id
 from .store import manifest_checksum, read_manifest
 from .tensor_files import file_facts

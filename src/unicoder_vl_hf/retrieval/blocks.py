@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
+
+from .. import logging
 
 logger = logging.get_logger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import logging
-from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..preparation import is_unicoder_vl
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from ..training import start_processes
 from .checkpoints import load_for_store, weights_digest

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import datasets
 from transformers import AutoConfig
-from transformers.utils import logging
 
+from .. import logging
 from ..data.collators import DataCollatorForUnicoderVLRetrieval
 from ..data.negatives import PairsWithNegatives, read_duplicate_groups
-from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import (
     GroupLoss,
     UnicoderVLForImageTextRetrieval,
@@ -29,6 +28,7 @@ from ..modeling_unicoder_vl import (
 )
 from ..preparation import DataArguments, in_words, is_unicoder_vl, load_model, load_processor, open_data
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from .encoders import UnicoderVLDualEncoder
 from .metrics import retrieval_metrics, with_recall_sum
 from .scoring import ImageTextScorer

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
+from .. import logging
 from ..data.captions import check_tokens, encode_column, join, read_captions, select_split
 from ..data.negatives import MismatchIndex, read_duplicate_groups
 from ..modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval, contrastive_loss

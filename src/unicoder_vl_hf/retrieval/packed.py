@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
-from ..feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor
+from ..feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
 from ..modeling_unicoder_vl import (
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
     UnicoderVLLayer,
     UnicoderVLModel,
 )
+from ..records_unicoder_vl import RegionRecord
 
 # Records that are padded and projected at once.
 RECORDS_AT_ONCE = 32

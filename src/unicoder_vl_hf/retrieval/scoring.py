@@ -20,9 +20,9 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
-from ..feature_extraction_unicoder_vl import RegionRecord
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from ..training import start_processes
 from .blocks import BlockFolder
 from .packed import PairEncoder, Rows, pair_flops

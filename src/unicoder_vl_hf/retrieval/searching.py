@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
+from .. import logging
 from ..data.captions import check_tokens, is_blank, join, read_captions
-from ..feature_extraction_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .checkpoints import load_for_store
 from .encoders import (

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ..feature_extraction_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .encoders import DualEncoder
 from .index import SearchIndex, nearest

@@ -18,7 +18,7 @@ from ...extras import optional_import
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ...feature_extraction_unicoder_vl import RegionRecord
+    from ...records_unicoder_vl import RegionRecord
 
 # Each module has `load(name, *, device, precision, **its own options) -> Detector`, and is imported when asked for.
 FAMILIES = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._computing import (
     Prepared,
     autocast,

@@ -23,7 +23,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.functional import pil_to_tensor
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._computing import Prepared, autocast, box_tensor, check_counts, file_revision, in_groups_of_shape, make_record
 
 NAMES = [name for name in list_models(module=detection) if "rcnn" in name]

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.image_transforms import center_to_corners_format
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._computing import (
     Prepared,
     autocast,

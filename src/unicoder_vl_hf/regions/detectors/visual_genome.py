@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
-from ...feature_extraction_unicoder_vl import RegionRecord
 from ...name_lists import read_names
+from ...records_unicoder_vl import RegionRecord
 from . import selection
 from ._computing import DTYPES, Prepared, box_tensor, check_counts, fetching, file_revision
 from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state

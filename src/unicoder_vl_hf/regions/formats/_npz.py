@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_folder
 from .restricted_pickle import load_npz
 

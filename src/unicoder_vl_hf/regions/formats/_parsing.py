@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
 from ...name_lists import read_names
+from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
 from .restricted_pickle import brief
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from . import _lmdb, restricted_pickle
 from ._parsing import integer, matrix
 from .restricted_pickle import brief

@@ -10,7 +10,7 @@ Boxes are proposals in the original tool and regressed boxes in later ports; the
 from collections.abc import Container, Iterator
 from os import PathLike
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._parsing import files, first_fields, integer, matrix, num_boxes, read_tsv
 
 NAME = "bottom-up-tsv"

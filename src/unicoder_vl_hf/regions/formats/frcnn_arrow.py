@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 
 NAME = "frcnn-arrow"
 COLUMNS = ("img_id", "preds_per_image", "boxes", "obj_ids", "obj_probs", "attr_ids", "attr_probs", "roi_features")

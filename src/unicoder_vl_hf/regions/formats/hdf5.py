@@ -17,10 +17,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
+from ... import logging
 from ...extras import optional_import
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._parsing import MAX_BYTES, listed, read_index
 
 NAME = "hdf5"
@@ -103,8 +102,8 @@ def _record(image_id: str, row: int, arrays: Any) -> RegionRecord:
         if array is not None:
             _check_size(image_id, array, where)
     if spatial is None:
-        logger.warning_once(
-            f"{arrays.filename} has no spatial_features, and pixels without an image size are no boxes."
+        logging.warn_once(
+            logger, f"{arrays.filename} has no spatial_features, and pixels without an image size are no boxes."
         )
     return RegionRecord(image_id, features=features[where], boxes=None if spatial is None else spatial[where][:, :4])
 

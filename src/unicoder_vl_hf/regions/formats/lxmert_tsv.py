@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_file
 from ._parsing import files, first_fields, integer, matrix, num_boxes, read_tsv
 

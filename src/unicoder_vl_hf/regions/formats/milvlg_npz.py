@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._npz import members, read_files, write_files
 from ._pickled import array, whole_number
 from .restricted_pickle import brief

@@ -6,7 +6,7 @@ pickled dict of `feature_path`, `features` and the fields of `mmf_npy`; under th
 from collections.abc import Container, Iterator
 from os import PathLike
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._pickled import first_fields, read_lmdb
 from .mmf_npy import record
 

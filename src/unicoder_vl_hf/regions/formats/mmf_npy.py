@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ... import logging
+from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
 from ._parsing import MAX_BYTES
 from ._pickled import array, whole_number, without_background
@@ -84,9 +84,10 @@ def record(image_id: str, fields: dict[str, Any], background: bool | None) -> Re
     ids, probabilities, scores = given("objects"), given("cls_prob"), None
     if probabilities is not None and probabilities.ndim == 1:
         probabilities, scores = None, probabilities
-        logger.warning_once(
+        logging.warn_once(
+            logger,
             "MMF's frcnn script stores the size of the RESIZED photo beside boxes of the original: the locations of "
-            "what it wrote are wrong by that scale."
+            "what it wrote are wrong by that scale.",
         )
     if probabilities is not None:
         columns = probabilities.shape[-1]

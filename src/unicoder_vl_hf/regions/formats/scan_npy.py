@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._parsing import listed, read_index
 from .restricted_pickle import load_npy
 

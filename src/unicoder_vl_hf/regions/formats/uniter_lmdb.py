@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ...extras import optional_import
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ..tensor_files import new_folder
 from . import _lmdb
 from ._parsing import from_json

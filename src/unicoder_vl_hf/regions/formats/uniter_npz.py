@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import FRACTION_TOLERANCE, RegionRecord
+from ...records_unicoder_vl import FRACTION_TOLERANCE, RegionRecord
 from ._npz import members, read_files, write_files
 from ._pickled import array, without_background
 

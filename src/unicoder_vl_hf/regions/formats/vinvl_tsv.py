@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from transformers.utils import logging
 
-from ...feature_extraction_unicoder_vl import PIXEL_TOLERANCE, RegionRecord
+from ... import logging
+from ...records_unicoder_vl import PIXEL_TOLERANCE, RegionRecord
 from ._parsing import MAX_BYTES, files, first_fields, from_json, lines, matrix, num_boxes
 
 NAME = "vinvl-tsv"
@@ -178,7 +178,9 @@ def _labels(image_id: str, label: bytes | None, boxes: np.ndarray, class_ids: di
         size = np.array([width, height], np.float64)
         found = {"boxes": boxes * np.tile(size, 2), "image_width": width, "image_height": height}
     if not _same_boxes([entry.get("rect") for entry in objects], boxes, size):
-        logger.warning_once(f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out.")
+        logging.warn_once(
+            logger, f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out."
+        )
         return found
     if class_ids is not None:
         found["object_ids"] = [_class_id(image_id, entry.get("class"), class_ids) for entry in objects]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...feature_extraction_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord
 from ._pickled import array, first_fields, read_lmdb, whole_number, without_background
 
 NAME = "volta-lmdb"

@@ -1,0 +1,99 @@
+"""
+Our classes in transformers' Auto classes, without importing transformers before anyone needs it.
+
+`AutoModel.register` takes a class. To call it in `import unicoder_vl_hf` would load PyTorch and transformers, seconds
+of a CPU, for whoever only asks for `--help` or validates a store. So [`install`] puts a finder before the others of
+`sys.meta_path`: it finds what they find, and sees when modules of transformers have been executed. When the outermost
+of them has, our classes are registered with the Auto classes that came with it; those that were there before are
+served at once. So nobody gets hold of an Auto class that does not know ours, whatever is imported first.
+
+Why the outermost: `transformers.modeling_layers`, which our model needs, imports `AutoModel` in its first lines. To
+load our model at that moment would be a circle. So would it be while our own files are executed, which count likewise.
+
+The other way, commands in a package of their own, would have taken the stores along, and left everybody who imports
+`RegionStore` with these seconds.
+"""
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+PACKAGE = __name__.rpartition(".")[0]
+# Module of transformers.models.auto -> its Auto classes, with the class of ours that each is to know.
+AUTO_CLASSES = {
+    "configuration_auto": {"AutoConfig": "UnicoderVLConfig"},
+    "modeling_auto": {
+        "AutoModel": "UnicoderVLModel",
+        "AutoModelForPreTraining": "UnicoderVLForPreTraining",
+        "AutoModelForSequenceClassification": "UnicoderVLForImageTextRetrieval",
+        "AutoModelForMultipleChoice": "UnicoderVLForMultipleChoice",
+    },
+    "feature_extraction_auto": {"AutoFeatureExtractor": "UnicoderVLFeatureExtractor"},
+    "processing_auto": {"AutoProcessor": "UnicoderVLProcessor"},
+}
+
+
+class Registration:
+    """A finder of modules that registers our classes; there is one in a process."""
+
+    def __init__(self) -> None:
+        self.depths: Counter[int] = Counter()  # thread -> modules, one within the other, that it is executing
+        self.served: set[Any] = set()  # Auto classes that know ours
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The usual finder's answer, for modules of transformers and ours; their loader will tell of the execution."""
+        if name.partition(".")[0] not in ("transformers", PACKAGE):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = partial(self.run, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+    def run(self, execute: Callable[..., object], *arguments: Any) -> None:
+        """Executes a module, then registers our classes if it was the outermost."""
+        thread = threading.get_ident()
+        self.depths[thread] += 1
+        try:
+            execute(*arguments)
+            if self.depths[thread] == 1:
+                self.register()
+        finally:
+            self.depths[thread] -= 1
+            if not self.depths[thread]:
+                del self.depths[thread]
+
+    def register(self) -> None:
+        """Registers our classes with all Auto classes that are loaded. This may load further ones."""
+        package: Any = sys.modules[PACKAGE]
+        try:
+            while pending := self.pending():
+                auto, name = pending[0]
+                config, ours = package.UnicoderVLConfig, getattr(package, name)
+                auto.register(config.model_type if ours is config else config, ours)
+                self.served.add(auto)
+        except (ImportError, AttributeError):
+            # A module is half executed, by another thread that waits for this one: it will come here when it is done.
+            if self.pending() and len(self.depths) == 1:
+                raise
+
+    def pending(self) -> list[tuple[Any, str]]:
+        """Auto classes that are loaded and do not know ours, with the name of ours."""
+        found = []
+        for name, classes in AUTO_CLASSES.items():
+            module = sys.modules.get(f"transformers.models.auto.{name}")
+            for auto, ours in classes.items():
+                if hasattr(module, auto) and getattr(module, auto) not in self.served:
+                    found.append((getattr(module, auto), ours))
+        return found
+
+
+def install() -> None:
+    """Has our classes registered, now and later."""
+    registration = Registration()
+    sys.meta_path.insert(0, registration)
+    registration.run(lambda: None)

@@ -1,0 +1,117 @@
+# Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
+"""Unicoder-VL model configuration: BERT's fields, and what regions and the three heads need beside them."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+
+@auto_docstring(checkpoint="google-bert/bert-base-uncased")
+@strict
+class UnicoderVLConfig(PreTrainedConfig):
+    r"""
+    region_feature_dim (`int`, *optional*, defaults to 2048):
+        Width of a region's feature, as the detector pools it. Any width works.
+    region_location_dim (`int`, *optional*, defaults to 5):
+        Width of the location vector `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`, each entry in `[0, 1]` (paper, Image
+        Embeddings).
+    num_region_classes (`int`, *optional*, defaults to 1600):
+        Foreground object classes of the detector, without background: the vocabulary of masked object classification.
+    use_image_token_embedding (`bool`, *optional*, defaults to `True`):
+        Whether the paper's `[IMG]` token, one learned vector, is added to every region embedding after its LayerNorm.
+        The paper assigns the token and is silent on how; with `False` its formula for the region embedding holds to
+        the letter.
+    triplet_margin (`float`, *optional*, defaults to 0.2):
+        Margin of the hardest-negative triplet loss, on `sigmoid(score)` in `(0, 1)` (paper, Image-Text Retrieval).
+    projection_dim (`int`, *optional*):
+        Width of the embeddings of `encode_text` and `encode_image`, the first stage of a search. By default the model
+        has none, as the paper's.
+    first_stage_trained (`bool`, *optional*, defaults to `False`):
+        Whether the weights of the first stage were trained: without that its embeddings mean nothing.
+
+    Example:
+
+    ```python
+    >>> from unicoder_vl_hf import UnicoderVLConfig, UnicoderVLForPreTraining
+
+    >>> config = UnicoderVLConfig(region_feature_dim=256, num_region_classes=80)
+    >>> model = UnicoderVLForPreTraining(config)
+    ```"""
+
+    model_type = "unicoder_vl"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "mlm_loss",
+        "moc_loss",
+        "matching_loss",
+        "hidden_states",
+        "attentions",
+    ]
+    _auto_class = "AutoConfig"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    region_feature_dim: int = 2048
+    region_location_dim: int = 5
+    num_region_classes: int = 1600
+    use_image_token_embedding: bool = True
+    triplet_margin: float | int = 0.2
+    projection_dim: int | None = None
+    first_stage_trained: bool = False
+
+    def __post_init__(self, **kwargs):
+        # The two labels of the matching head; another `num_labels` replaces them.
+        if self.id2label is None:
+            self.id2label, self.label2id = {0: "mismatch", 1: "match"}, {"mismatch": 0, "match": 1}
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks across fields, called by `@strict` on construction and on save."""
+        for name in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "region_feature_dim",
+            "region_location_dim",
+            "num_region_classes",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise ValueError(f"projection_dim={self.projection_dim} must be at least 1, or None for no first stage.")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "
+                "choose a number of heads that divides it."
+            )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Saves the configuration with the whole `auto_map`, for `trust_remote_code` by every Auto class."""
+        # transformers writes the saved class's own key only: a pre-training checkpoint would not load by AutoModel.
+        modeling = "modeling_unicoder_vl"
+        self.auto_map = {
+            "AutoConfig": "configuration_unicoder_vl.UnicoderVLConfig",
+            "AutoModel": f"{modeling}.UnicoderVLModel",
+            "AutoModelForPreTraining": f"{modeling}.UnicoderVLForPreTraining",
+            "AutoModelForSequenceClassification": f"{modeling}.UnicoderVLForImageTextRetrieval",
+            "AutoModelForMultipleChoice": f"{modeling}.UnicoderVLForMultipleChoice",
+        }
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+__all__ = ["UnicoderVLConfig"]

@@ -1,0 +1,1556 @@
+# Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
+"""Unicoder-VL in PyTorch: one BERT encoder over WordPiece tokens and detected image regions.
+
+Follows Li et al., "Unicoder-VL: A Universal Encoder for Vision and Language by Cross-modal Pre-training" (AAAI 2020):
+the embeddings (section Linguistic and Image Embedding), the three pre-training tasks, and the heads of its two
+downstream tasks. Modules that BERT has keep BERT's names, and the text path equals BERT's. Left out: everything that
+makes BERT a decoder.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MultipleChoiceModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.bert import BertConfig, BertForPreTraining
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, maybe_autocast
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_unicoder_vl import UnicoderVLConfig
+
+logger = logging.get_logger(__name__)
+
+# An optional argument stays optional, a tensor a tensor.
+MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
+
+
+INPUTS_DOCSTRING = r"""
+    region_features (`torch.Tensor` of shape `(batch_size, num_regions, region_feature_dim)`, *optional*):
+        Detector features of the regions, of any floating dtype (cast to the model's). Needs `region_locations`.
+    region_locations (`torch.Tensor` of shape `(batch_size, num_regions, 5)`, *optional*):
+        Location of each region, `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`, each in `[0, 1]`; zeros where it is unknown.
+    region_attention_mask (`torch.Tensor` of shape `(batch_size, num_regions)`, *optional*):
+        1 for a region, 0 for padding. Defaults to ones.
+    token_region_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+        The region of the row that a token refers to: its embedding is added to the token's (paper, Visual Commonsense
+        Reasoning). An index in `[0, num_regions)`, or -1 for none. Defaults to -1.
+"""
+
+PAIRING_DOCSTRING = r"""
+    caption_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        Row b takes caption `caption_index[b]` of the `num_captions` rows of `input_ids`, so that a caption that several
+        rows share is embedded once. Defaults to row b with caption b.
+    image_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        Row b takes image `image_index[b]` of the `num_images` rows of `region_features`. Defaults to row b with image
+        b.
+"""
+
+
+@dataclass
+class UnicoderVLForPreTrainingOutput(ModelOutput):
+    r"""
+    Output of [`UnicoderVLForPreTraining`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with any label):
+            Sum of the three parts below that were asked for.
+        prediction_logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Masked language modelling. With `model.sparse_prediction` and `labels`: `(num_counted_tokens, vocab_size)`.
+        region_logits (`torch.Tensor` of shape `(batch_size, num_regions, num_region_classes)`, *optional*):
+            Masked object classification; `None` without regions.
+        matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
+            Visual-linguistic matching, index 1 = match.
+        scores (`torch.Tensor` of shape `(batch_size,)`):
+            `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
+        mlm_loss, moc_loss, matching_loss (`torch.Tensor` of shape `()`, *optional*):
+            The parts of the loss, each already divided by all rows of the batch.
+        hidden_states (`tuple(torch.Tensor)`, *optional*):
+            One of shape `(batch_size, sequence_length + num_regions, hidden_size)` for the embeddings and each layer.
+        attentions (`tuple(torch.Tensor)`, *optional*):
+            One of shape `(batch_size, num_heads, sequence_length + num_regions, sequence_length + num_regions)` a
+            layer.
+    """
+
+    loss: torch.Tensor | None = None
+    prediction_logits: torch.Tensor | None = None
+    region_logits: torch.Tensor | None = None
+    matching_logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    mlm_loss: torch.Tensor | None = None
+    moc_loss: torch.Tensor | None = None
+    matching_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
+    r"""
+    Output of [`UnicoderVLForImageTextRetrieval`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+            `model.group_loss` with `group_ids`, cross-entropy without.
+        matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
+            Index 1 = match.
+        scores (`torch.Tensor` of shape `(batch_size,)`):
+            `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
+        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
+            As in [`UnicoderVLForPreTrainingOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    matching_logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class UnicoderVLRegionEmbeddings(nn.Module):
+    """LayerNorm(FC(feature) + FC(location)): the two are summed first, then one LayerNorm (paper, Image Embeddings)."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.feature_projection = nn.Linear(config.region_feature_dim, config.hidden_size)
+        self.location_projection = nn.Linear(config.region_location_dim, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, region_features: torch.Tensor, region_locations: torch.Tensor) -> torch.Tensor:
+        features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
+        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
+        with maybe_autocast(device_type=region_features.device.type, enabled=False):
+            locations = nn.functional.linear(
+                region_locations.float(), self.location_projection.weight.float(), self.location_projection.bias.float()
+            )
+        return self.LayerNorm((features + locations).to(self.LayerNorm.weight.dtype))
+
+
+class UnicoderVLEmbeddings(nn.Module):
+    """BERT's embeddings of the tokens and the embeddings of the regions, joined: text, then regions."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.region_embeddings = UnicoderVLRegionEmbeddings(config)
+        self.image_token_embedding = (
+            nn.Parameter(torch.zeros(config.hidden_size)) if config.use_image_token_embedding else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def embed_text(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.LongTensor | None,
+        position_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if position_ids is None:
+            if attention_mask is None:
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            else:  # Left padding gives what right padding gives.
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if token_type_ids is None:
+            token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        # BERT's own order of the sum: the text path equals BERT's to the bit.
+        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        embeddings = embeddings + self.position_embeddings(position_ids)
+        return self.LayerNorm(embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        caption_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        text = self.embed_text(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        text = _pick_rows(text, caption_index)
+        if region_features is None:
+            return self.dropout(text)
+
+        regions = _pick_rows(self.region_embeddings(region_features, region_locations), image_index)
+        if token_region_ids is not None:
+            region_ids = _pick_rows(token_region_ids, caption_index)[..., None]  # (batch_size, sequence_length, 1)
+            referenced = regions.gather(1, region_ids.clamp(min=0).expand(-1, -1, regions.shape[-1]))
+            text = text + referenced.masked_fill(region_ids < 0, 0.0)
+        return self.dropout(torch.cat((text, self.add_image_token(regions)), dim=1))
+
+    def add_image_token(self, regions: torch.Tensor) -> torch.Tensor:
+        return regions if self.image_token_embedding is None else regions + self.image_token_embedding
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+@dataclass
+class PackedSequences:
+    """
+    Sequences without padding, one behind the other in `(1, num_tokens, hidden_size)`, and how attention keeps them
+    apart: SDPA and eager attention take one call a group of equal length, FlashAttention the borders, flex attention a
+    block mask.
+
+    Args:
+        groups (`list[tuple[int, int]]`): Number and length of the sequences of each group, in the order they lie.
+        device (`torch.device`): Of the tokens.
+        implementation (`str`): The model's attention.
+    """
+
+    groups: list[tuple[int, int]]
+    device: torch.device
+    implementation: str
+
+    def __post_init__(self):
+        lengths = [length for count, length in self.groups for _ in range(count)]
+        self.longest = max(lengths)
+        self.ends = torch.tensor([0, *lengths], device=self.device).cumsum(0)
+        self.starts = self.ends[:-1]
+
+    def attention_kwargs(self, first_only: bool = False) -> dict[str, Any]:
+        """Arguments of a layer. `first_only`: the queries are the first token of each sequence."""
+        if is_flash_attention_requested(requested_attention_implementation=self.implementation):
+            ends = self.ends.int()
+            queries = torch.arange(len(ends), device=self.device, dtype=torch.int32) if first_only else ends
+            return {
+                "cu_seq_lens_q": queries,
+                "cu_seq_lens_k": ends,
+                "max_length_q": 1 if first_only else self.longest,
+                "max_length_k": self.longest,
+            }
+        if self.implementation == "flex_attention":
+            return {"attention_mask": self._block_mask(first_only)}
+        return {"groups": self.groups}
+
+    def _block_mask(self, first_only: bool):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        num_tokens = sum(count * length for count, length in self.groups)
+        sequence_of = torch.searchsorted(self.ends, torch.arange(num_tokens, device=self.device), right=True)
+        queries = sequence_of[self.starts] if first_only else sequence_of
+
+        def same_sequence(batch, head, query, key):
+            return queries[query] == sequence_of[key]
+
+        return create_block_mask(same_sequence, None, None, len(queries), num_tokens, device=str(self.device))
+
+
+def attend_in_groups(
+    attention_interface: Callable,
+    groups: list[tuple[int, int]],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """`attention_interface` of each group of [`PackedSequences`], with all of its queries or one a sequence."""
+    sizes = [count * length for count, length in groups]
+    query_sizes = sizes if query.shape[2] == key.shape[2] else [count for count, _ in groups]
+    # (1, heads, tokens, head_dim) and back to how it lies in memory; split, for a backward that stays linear.
+    parts = zip(
+        groups,
+        query.transpose(1, 2).split(query_sizes, dim=1),
+        key.transpose(1, 2).split(sizes, dim=1),
+        value.transpose(1, 2).split(sizes, dim=1),
+        strict=True,
+    )
+    outputs = []
+    for (count, _), *part in parts:
+        shaped = [tensor.reshape(count, -1, *tensor.shape[2:]).transpose(1, 2) for tensor in part]
+        output, _ = attention_interface(module, *shaped, attention_mask, **kwargs)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+class UnicoderVLSelfAttention(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
+        groups: list[tuple[int, int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All arguments but the first two are of the packed path, see [`UnicoderVLModel.encode_packed`]."""
+        query_states = hidden_states if query_states is None else query_states
+        input_shape = query_states.shape[:-1]
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.query(query_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        key = self.key(hidden_states).view(hidden_shape).transpose(1, 2)
+        value = self.value(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if groups is not None:
+            attention_interface = partial(attend_in_groups, attention_interface, groups)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attn_output.reshape(*input_shape, -1).contiguous(), attn_weights
+
+
+class UnicoderVLResidualOutput(nn.Module):
+    """Closes each half of a layer: project, drop out, add the residual, normalise (after the sum, as in BERT)."""
+
+    def __init__(self, config: UnicoderVLConfig, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class UnicoderVLAttention(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.self = UnicoderVLSelfAttention(config)
+        self.output = UnicoderVLResidualOutput(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self(hidden_states, attention_mask, query_states=query_states, **kwargs)
+        return self.output(attn_output, hidden_states if query_states is None else query_states)
+
+
+class UnicoderVLIntermediate(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(self.dense(hidden_states))
+
+
+class UnicoderVLLayer(GradientCheckpointingLayer):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.attention = UnicoderVLAttention(config)
+        self.intermediate = UnicoderVLIntermediate(config)
+        self.output = UnicoderVLResidualOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output = self.attention(hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(attn_output), attn_output)
+
+
+class UnicoderVLEncoder(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.layer = nn.ModuleList([UnicoderVLLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+
+class UnicoderVLPooler(nn.Module):
+    """BERT's pooler, on the first attended token: `[CLS]`, on whichever side the padding is."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if attention_mask is None:
+            first = hidden_states[:, 0]
+        else:
+            index = attention_mask.long().argmax(-1)[:, None, None]
+            first = hidden_states.gather(1, index.expand(-1, -1, hidden_states.shape[-1]))[:, 0]
+        return self.activation(self.dense(first))
+
+
+class UnicoderVLPredictionHeadTransform(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.act_fn(self.dense(hidden_states)))
+
+
+class UnicoderVLLMPredictionHead(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.transform = UnicoderVLPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))  # BERT's checkpoints hold it under this name.
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+class UnicoderVLOnlyMLMHead(nn.Module):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.predictions = UnicoderVLLMPredictionHead(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.predictions(hidden_states)
+
+
+class UnicoderVLMatchingHead(nn.Linear):
+    """Two logits of BERT's pooler output, 0 = mismatch, 1 = match; in float32, where bfloat16 would tie many scores."""
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config.hidden_size, 2)
+
+    def forward(self, pooler_output: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=pooler_output.device.type, enabled=False):
+            return nn.functional.linear(pooler_output.float(), self.weight.float(), self.bias.float())
+
+
+class UnicoderVLFirstStage(nn.Module):
+    """
+    Projections of the mean states of a caption and of an image into one space, and the temperature of
+    [`contrastive_loss`] as CLIP learns it. In float32, where bfloat16 would tie many similarities.
+    """
+
+    def __init__(self, config: UnicoderVLConfig, projection_dim: int):
+        super().__init__()
+        self.text_projection = nn.Linear(config.hidden_size, projection_dim)
+        self.image_projection = nn.Linear(config.hidden_size, projection_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def embed_text(self, states: torch.Tensor) -> torch.Tensor:
+        return self._embed(self.text_projection, states)
+
+    def embed_image(self, states: torch.Tensor) -> torch.Tensor:
+        return self._embed(self.image_projection, states)
+
+    def _embed(self, projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=states.device.type, enabled=False):
+            projected = nn.functional.linear(states.float(), projection.weight.float(), projection.bias.float())
+        return nn.functional.normalize(projected, dim=-1)
+
+    def logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
+        """Similarities over the learned temperature, of at least 1/100 as in CLIP: `(num_texts, num_images)`."""
+        with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
+            return self.logit_scale.float().clamp(max=math.log(100)).exp() * text_embeddings @ image_embeddings.T
+
+
+@dataclass
+class BertLoadingReport:
+    """What [`~UnicoderVLPreTrainedModel.from_bert`] could not take from BERT, and what it left there.
+
+    Args:
+        new (`list[str]`): Parameters of the model that the checkpoint lacks, freshly initialised.
+        unused (`list[str]`): Parameters of the checkpoint that the model lacks.
+    """
+
+    new: list[str]
+    unused: list[str]
+
+
+# Every other key that only one side has is an error: a renamed layer must not pass as "new".
+_NEW_KEYS = re.compile(
+    r"(bert\.)?(embeddings\.region_embeddings|embeddings\.image_token_embedding|pooler)"
+    r"|cls\.predictions|region_head|matching_head|classifier|first_stage"
+)
+_UNUSED_KEYS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?embeddings\.position_ids$")
+_LAYER_KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.")
+
+
+@auto_docstring
+class UnicoderVLPreTrainedModel(PreTrainedModel):
+    config: UnicoderVLConfig
+    base_model_prefix = "bert"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # The losses are means over rows: Trainer must divide by the accumulation steps itself.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["UnicoderVLEmbeddings", "UnicoderVLLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": UnicoderVLLayer, "attentions": UnicoderVLSelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, UnicoderVLLMPredictionHead):
+            init.zeros_(module.bias)
+        elif isinstance(module, UnicoderVLEmbeddings) and module.image_token_embedding is not None:
+            init.normal_(module.image_token_embedding, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, UnicoderVLFirstStage):
+            init.constant_(module.logit_scale, math.log(1 / 0.07))
+
+    @classmethod
+    def from_bert(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        output_loading_info: bool = False,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        revision: str = "main",
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
+        **config_overrides,
+    ):
+        r"""
+        Builds the model from any BERT checkpoint, as the paper does from BERT-base.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                A folder, or a repository of the Hub, with a BERT of any kind (`BertModel`, with or without heads).
+            output_loading_info (`bool`, *optional*, defaults to `False`):
+                Return `(model, BertLoadingReport)`: the parameters that are new, and those of the checkpoint left
+                unused.
+            dtype, attn_implementation, revision, token, cache_dir, local_files_only:
+                As in [`~PreTrainedModel.from_pretrained`], but for `dtype`, which defaults to float32.
+            config_overrides:
+                Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be lower than BERT's: the first layers are
+                taken.
+
+        Raises:
+            `ValueError`: for a checkpoint that is not a BERT, more layers than it has, a field that its weights fix, an
+            unknown field, or a key missing or unexpected beside those that may be (see `BertLoadingReport`).
+        """
+        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub["local_files_only"] = local_files_only
+        name = str(pretrained_model_name_or_path)
+        model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type", "bert")
+        if model_type != "bert":
+            raise ValueError(f"{name}: model_type is {model_type!r}, but from_bert reads checkpoints of 'bert' only.")
+        bert_config = BertConfig.from_pretrained(name, **hub)
+        config = cls._config_from_bert(name, bert_config, config_overrides)
+
+        bert_config.num_hidden_layers = config.num_hidden_layers
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # Its report is about BertForPreTraining; ours follows.
+        try:
+            bert, info = BertForPreTraining.from_pretrained(
+                name, config=bert_config, dtype=torch.float32, output_loading_info=True, **hub
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        source = {key: value for key, value in bert.state_dict().items() if key not in info["missing_keys"]}
+        # Index 0 of next sentence prediction means match, and sentences are not images: never a start for matching.
+        unused = sorted(
+            set(info["unexpected_keys"]) | {key for key in source if key.startswith("cls.seq_relationship")}
+        )
+        source = {key: value for key, value in source.items() if key not in unused}
+
+        dtype = bert_config.dtype if dtype == "auto" else dtype
+        model = cls._from_config(config, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
+        if cls.base_model_prefix not in model._modules:
+            prefix = f"{cls.base_model_prefix}."
+            source = {key.removeprefix(prefix): value for key, value in source.items()}
+        target = set(model.state_dict())
+        # A tied decoder is the word embeddings and the head's bias, whatever the checkpoint says.
+        decoder = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+        tied = decoder if config.tie_word_embeddings else set()
+        new = sorted(target - set(source) - tied)
+        unused = sorted({*unused, *(set(source) - target)} - tied)
+
+        wrong = [f"new: {key}" for key in new if not _NEW_KEYS.match(key)]
+        for key in unused:
+            layer = _LAYER_KEY.match(key)
+            if not (_UNUSED_KEYS.match(key) or (layer and int(layer[1]) >= config.num_hidden_layers)):
+                wrong.append(f"unused: {key}")
+        if wrong:
+            raise ValueError(
+                f"{name} does not fit {cls.__name__}. Keys that neither side may lack: {wrong}. Is it a complete BERT "
+                "checkpoint, saved by transformers?"
+            )
+        model.load_state_dict({key: value for key, value in source.items() if key in target - tied}, strict=False)
+        model.tie_weights()
+        model.eval()  # As from_pretrained leaves it.
+        logger.warning(
+            f"{cls.__name__} from BERT {name}: new parameters {new}; left unused in the checkpoint {unused}."
+        )
+        return (model, BertLoadingReport(new=new, unused=unused)) if output_loading_info else model
+
+    @classmethod
+    def _config_from_bert(cls, name: str, bert_config: BertConfig, overrides: dict) -> UnicoderVLConfig:
+        fields = set(UnicoderVLConfig.__dataclass_fields__)
+        if unknown := sorted(set(overrides) - fields - {"num_labels"}):
+            raise ValueError(f"from_bert got {unknown}, which are not fields of UnicoderVLConfig: {sorted(fields)}.")
+        bert_fields = bert_config.to_dict()
+        fixed = "vocab_size hidden_size num_attention_heads intermediate_size type_vocab_size max_position_embeddings"
+        for field in fixed.split():
+            if overrides.get(field, bert_fields[field]) != bert_fields[field]:
+                raise ValueError(f"{field}={overrides[field]}, but the weights of {name} have {bert_fields[field]}.")
+        depth = overrides.get("num_hidden_layers", bert_config.num_hidden_layers)
+        if depth > bert_config.num_hidden_layers:
+            raise ValueError(f"num_hidden_layers={depth}, but {name} has {bert_config.num_hidden_layers} layers only.")
+        inherited = {field: bert_fields[field] for field in UnicoderVLConfig.__annotations__ if field in bert_fields}
+        return UnicoderVLConfig(**inherited | overrides)
+
+
+@auto_docstring(
+    custom_intro="""
+    The bare Unicoder-VL encoder over the sequence of text, then regions. Without regions it is BERT, to the same
+    values.
+
+    With `model.padding_free = True` (it is not saved) the layers compute no padding, on CPUs and where FlashAttention
+    is chosen: the same values where there is something, and zeros where there is padding, in less time. Shapes then
+    depend on the data, which breaks a compiled graph. The training scripts set it.
+    """
+)
+class UnicoderVLModel(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.embeddings = UnicoderVLEmbeddings(config)
+        self.encoder = UnicoderVLEncoder(config)
+        self.pooler = UnicoderVLPooler(config)
+        self.padding_free = False
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @capture_outputs
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        caption_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        hidden_states, joint_mask, text_mask = self._embed(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+            region_attention_mask, token_region_ids, caption_index, image_index,
+        )  # fmt: skip
+        if joint_mask is not None and self.packs(**kwargs):
+            hidden_states = self._encode_without_padding(hidden_states, joint_mask)
+        else:
+            encoder_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=joint_mask
+            )
+            hidden_states = self.encoder(hidden_states, encoder_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, text_mask)
+        )
+
+    def packs(self, **kwargs) -> bool:
+        """Whether padding is left out: it was asked for, it pays, and no layer's output is."""
+        recorded = any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        )
+        flash = is_flash_attention_requested(requested_attention_implementation=self.config._attn_implementation)
+        return self.padding_free and not recorded and (flash or self.device.type == "cpu")
+
+    def pooled(self, *inputs: MaybeTensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        """
+        `forward`, whose arguments it takes in their order, for a head that reads `pooler_output` alone: where padding
+        is left out, the last layer computes `[CLS]` alone, and there is no `last_hidden_state`.
+        """
+        if not self.packs(**kwargs):
+            return self(*inputs, **kwargs)
+        hidden_states, mask, _ = self._embed(*inputs)
+        packed, groups, _, rows = _pack(hidden_states, mask)
+        first = self.encode_packed(packed, groups)
+        first = first.new_zeros(len(hidden_states), first.shape[-1]).index_copy(0, rows, first)
+        return BaseModelOutputWithPooling(pooler_output=self.pooler(first[:, None]))
+
+    def mean_states(self, *inputs: MaybeTensor) -> torch.Tensor:
+        """
+        The mean over attended positions, embeddings and all layers, `(batch_size, hidden_size)`, float32; arguments as
+        in `forward`, in their order.
+        """
+        # The last layer of a pre-trained encoder tells less of one modality alone: with it frozen, recall on Flickr8k
+        # is a fifth lower than that of the mean over all.
+        hidden_states, mask, _ = self._embed(*inputs)
+        packed, groups, index, _ = _pack(hidden_states, mask)
+        attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
+        states, total = packed[None], packed.float()
+        for layer in self.encoder.layer:
+            states = layer(states, **attention)
+            total = total + states[0].float()
+        row = index // hidden_states.shape[1]
+        sums = total.new_zeros(len(hidden_states), total.shape[-1]).index_add(0, row, total)
+        counts = row.bincount(minlength=len(hidden_states)).clamp(min=1)
+        return sums / (counts[:, None] * (len(self.encoder.layer) + 1))
+
+    def _encode_without_padding(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        packed, groups, index, _ = _pack(hidden_states, mask)
+        sequences = PackedSequences(groups, packed.device, self.config._attn_implementation)
+        encoded = self.encoder(packed[None], **sequences.attention_kwargs())[0]
+        padded = encoded.new_zeros(mask.numel(), encoded.shape[-1]).index_copy(0, index, encoded)
+        return padded.view(*mask.shape, -1)
+
+    def _embed(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features=None,
+        region_locations=None, region_attention_mask=None, token_region_ids=None, caption_index=None, image_index=None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """The embeddings of text and regions, their mask, and that of the text; no mask where there is no padding."""
+        self._check_shapes(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+            region_attention_mask, token_region_ids, caption_index, image_index,
+        )  # fmt: skip
+        hidden_states = self.embeddings(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            token_region_ids=token_region_ids,
+            caption_index=caption_index,
+            image_index=image_index,
+        )
+        text_mask, region_mask = (
+            _pick_rows(attention_mask, caption_index),
+            _pick_rows(region_attention_mask, image_index),
+        )
+        joint_mask = text_mask
+        if region_features is not None and (text_mask is not None or region_mask is not None):
+            batch_size, num_regions = hidden_states.shape[0], region_features.shape[1]
+            ones = hidden_states.new_ones((), dtype=torch.bool)
+            text_part = (
+                ones.expand(batch_size, hidden_states.shape[1] - num_regions) if text_mask is None else text_mask
+            )
+            region_part = ones.expand(batch_size, num_regions) if region_mask is None else region_mask
+            joint_mask = torch.cat((text_part.bool(), region_part.bool()), dim=1)
+        return hidden_states, joint_mask, text_mask
+
+    def encode_packed(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
+        r"""
+        What the encoder makes of `[CLS]`, for sequences without padding: no attention mask, and a last layer that
+        computes this row alone. The same values as `forward` gives, but for rounding.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
+                The embeddings of all sequences, one behind the other, those of equal length side by side.
+            groups (`list[tuple[int, int]]`):
+                Number and length of the sequences of each length, in this order.
+
+        Returns:
+            `torch.Tensor` of shape `(num_sequences, hidden_size)`: the first row of each sequence's last hidden state.
+        """
+        packed = PackedSequences(groups, hidden_states.device, self.config._attn_implementation)
+        hidden_states = hidden_states[None]
+        *layers, last_layer = self.encoder.layer
+        kwargs = packed.attention_kwargs()
+        for layer in layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        first = hidden_states[:, packed.starts]
+        return last_layer(hidden_states, query_states=first, **packed.attention_kwargs(first_only=True))[0]
+
+    def _check_shapes(
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+        region_attention_mask, token_region_ids, caption_index, image_index,
+    ):  # fmt: skip
+        """Shapes only: a look at a value would wait for the GPU and break a compiled graph."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (batch_size, sequence_length).")
+        if inputs_embeds is not None and (
+            inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size
+        ):
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch_size, sequence_length, "
+                f"hidden_size={self.config.hidden_size})."
+            )
+        text_name, text = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+        num_captions, length = text.shape[:2]
+        if position_ids is None and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{text_name} has {length} tokens, the model {self.config.max_position_embeddings} positions "
+                "(max_position_embeddings): truncate it."
+            )
+        text_shape = (num_captions, length)
+        _check_shape("attention_mask", attention_mask, text_shape)
+        _check_shape("token_type_ids", token_type_ids, text_shape)
+        _check_shape("token_region_ids", token_region_ids, text_shape)
+        if position_ids is not None and tuple(position_ids.shape) != (1, length):
+            _check_shape("position_ids", position_ids, text_shape)
+
+        for name, index in (("caption_index", caption_index), ("image_index", image_index)):
+            if index is not None and index.ndim != 1:
+                raise ValueError(f"{name} has shape {tuple(index.shape)}, expected (batch_size,).")
+
+        if region_features is None:
+            for name, value in (
+                ("region_locations", region_locations),
+                ("region_attention_mask", region_attention_mask),
+                ("token_region_ids", token_region_ids),
+                ("image_index", image_index),
+            ):
+                if value is not None:
+                    raise ValueError(f"{name} was given without region_features.")
+            return
+        if region_features.ndim != 3 or region_features.shape[-1] != self.config.region_feature_dim:
+            raise ValueError(
+                f"region_features has shape {tuple(region_features.shape)}, expected (batch_size, num_regions, "
+                f"region_feature_dim={self.config.region_feature_dim}): give the features of the detector that the "
+                "model was made for, or set region_feature_dim."
+            )
+        if region_locations is None:
+            raise ValueError("region_features was given without region_locations: give zeros where boxes are unknown.")
+        region_shape = tuple(region_features.shape[:2])
+        _check_shape("region_locations", region_locations, (*region_shape, self.config.region_location_dim))
+        _check_shape("region_attention_mask", region_attention_mask, region_shape)
+        rows = (
+            num_captions if caption_index is None else caption_index.shape[0],
+            region_shape[0] if image_index is None else image_index.shape[0],
+        )
+        if rows[0] != rows[1]:
+            raise ValueError(
+                f"{text_name} of shape {tuple(text.shape)} gives {rows[0]} rows, but region_features of shape "
+                f"{tuple(region_features.shape)} gives {rows[1]}: give an image for each caption, or caption_index and "
+                "image_index of equal length."
+            )
+
+
+PRETRAINING_LABELS_DOCSTRING = r"""
+    labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+        The token to predict, in `[0, vocab_size)`, or -100 where none is.
+    region_labels (`torch.LongTensor` of shape `(batch_size, num_regions)`, *optional*):
+        The object class to predict, in `[0, num_region_classes)`, or -100 where none is.
+    matching_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        1 = match, 0 = mismatch (its tokens and regions do not count), -100 = unknown (they count, matching does not).
+        Defaults to unknown.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL with the heads of its three pre-training tasks (paper, Pre-training Tasks): masked language modelling,
+    tied to the word embeddings; masked object classification; and visual-linguistic matching.
+
+    With `model.sparse_prediction = True` (it is not saved) and `labels`, the language modelling head is computed on the
+    counted tokens only, those whose label is not -100 in rows that are not mismatches: the same loss and gradients in
+    less time, but `prediction_logits` is then `(num_counted_tokens, vocab_size)` in row-major order, and its shape
+    depends on the data, which breaks a compiled graph.
+    """
+)
+class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForPreTraining"
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.cls = UnicoderVLOnlyMLMHead(config)
+        self.region_head = nn.Linear(config.hidden_size, config.num_region_classes)
+        self.matching_head = UnicoderVLMatchingHead(config)
+        self.sparse_prediction = False
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.cls.predictions.decoder = new_embeddings
+        # One parameter under two names while tied; otherwise two, or a saved checkpoint would lack one of them.
+        tied = self.config.tie_word_embeddings
+        self.cls.predictions.bias = new_embeddings.bias if tied else nn.Parameter(new_embeddings.bias.detach().clone())
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PRETRAINING_LABELS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        region_labels: torch.LongTensor | None = None,
+        matching_labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UnicoderVLForPreTrainingOutput:
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            **kwargs,
+        )
+        num_regions = 0 if region_features is None else region_features.shape[1]
+        text, regions = outputs.last_hidden_state.tensor_split(
+            (outputs.last_hidden_state.shape[1] - num_regions,), dim=1
+        )
+        _check_shape("labels", labels, tuple(text.shape[:2]))
+        _check_shape("region_labels", region_labels, tuple(regions.shape[:2]))
+        _check_shape("matching_labels", matching_labels, (text.shape[0],))
+
+        matching_logits = self.matching_head(outputs.pooler_output)
+        region_logits = None if region_features is None else self.region_head(regions)
+        counted = None if matching_labels is None else matching_labels != 0  # rows whose tokens and regions count
+        mlm_loss = moc_loss = matching_loss = None
+        if labels is None:
+            prediction_logits = self.cls(text)
+        elif self.sparse_prediction:
+            weights = _target_weights(labels, counted)
+            picked = weights > 0
+            prediction_logits = self.cls(text[picked])
+            token_losses = nn.functional.cross_entropy(prediction_logits.float(), labels[picked], reduction="none")
+            mlm_loss = (token_losses * weights[picked]).sum()
+        else:
+            prediction_logits = self.cls(text)
+            mlm_loss = _masked_prediction_loss(prediction_logits, labels, counted)
+        if region_labels is not None and region_logits is not None:
+            moc_loss = _masked_prediction_loss(region_logits, region_labels, counted)
+        if matching_labels is not None:
+            row_losses = nn.functional.cross_entropy(matching_logits, matching_labels, reduction="none")
+            matching_loss = row_losses.sum() / row_losses.shape[0]
+
+        parts = [part for part in (mlm_loss, moc_loss, matching_loss) if part is not None]
+        return UnicoderVLForPreTrainingOutput(
+            loss=sum(parts[1:], parts[0]) if parts else None,
+            prediction_logits=prediction_logits,
+            region_logits=region_logits,
+            matching_logits=matching_logits,
+            scores=matching_logits[:, 1] - matching_logits[:, 0],
+            mlm_loss=mlm_loss,
+            moc_loss=moc_loss,
+            matching_loss=matching_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+RETRIEVAL_LABELS_DOCSTRING = r"""
+    group_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        The group of each row: one or more matches and their mismatches. Selects `model.group_loss`, by default the
+        hardest-negative triplet loss; needs `caption_index` and `image_index`, which tell a caption negative (the
+        match's image) from an image negative (its caption).
+    labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        1 = match, 0 = mismatch, -100 = ignored.
+    mismatches (`torch.BoolTensor` of shape `(num_matches, num_matches)`, *optional*):
+        For the contrastive loss: whether the caption of one match is a mismatch with the image of another, the matches
+        in the order of their rows. Needed with `labels` where `model.contrastive_weight` is not 0.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for image-text retrieval: the matching head of pre-training, under the same parameter names, so that a
+    pre-trained checkpoint scores pairs without fine-tuning (paper, Image-Text Retrieval, zero-shot).
+
+    `model.group_loss` is what groups are trained with: the paper's hardest-negative triplet loss with
+    `config.triplet_margin`, or any function of its first five arguments that is set in its place; with `None` groups
+    are not scored, and the first stage learns alone.
+
+    With `config.projection_dim` the model has a first stage as well, `encode_text` and `encode_image`, for a search
+    among more images than can be scored. It is trained by `model.contrastive_weight` times [`contrastive_loss`] beside
+    the loss of the groups (0 by default, as the paper has none), or alone, by `unicoder-vl train-first-stage`. Along
+    with it, `model.num_hard_negatives` captions and as many images join the group of each match: those of the batch's
+    mismatches that the first stage likes best (as in ALBEF, the best in place of a draw).
+    """
+)
+class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForSequenceClassification"
+    # The other heads of pre-training, which zero-shot does without.
+    _keys_to_ignore_on_load_unexpected = [r"^(cls|region_head)\."]
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        if config.num_labels != 2:
+            raise ValueError(
+                f"num_labels={config.num_labels}, but the matching head has two logits always (0 mismatch, 1 match)."
+            )
+        self.bert = UnicoderVLModel(config)
+        self.matching_head = UnicoderVLMatchingHead(config)
+        self.group_loss: GroupLoss | None = functools.partial(
+            hardest_negative_triplet_loss, margin=config.triplet_margin
+        )
+        self.first_stage = (
+            None if config.projection_dim is None else UnicoderVLFirstStage(config, config.projection_dim)
+        )
+        self.contrastive_weight = 0.0
+        self.num_hard_negatives = 0
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As [`~PreTrainedModel.from_pretrained`]; where the first stage was not loaded whole, it is not trained."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if model.first_stage is None or any(key.startswith("first_stage.") for key in report["missing_keys"]):
+            model.config.first_stage_trained = False
+        return (model, report) if output_loading_info else model
+
+    def encode_text(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Embeds captions alone, for a first stage of search.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: As in `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, projection_dim)`, float32, of unit length: its product with what
+            [`~UnicoderVLForImageTextRetrieval.encode_image`] returns is a similarity in `[-1, 1]`.
+
+        Raises:
+            `ValueError`: the model has no first stage.
+        """
+        first_stage = self._first_stage()
+        return first_stage.embed_text(
+            self.text_states(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+
+    def encode_image(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor,
+        region_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Embeds images alone; see [`~UnicoderVLForImageTextRetrieval.encode_text`].
+
+        Args:
+            region_features, region_locations, region_attention_mask: As in `forward`.
+        """
+        first_stage = self._first_stage()
+        return first_stage.embed_image(self.image_states(region_features, region_locations, region_attention_mask))
+
+    def text_states(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `encode_text` projects, `(batch_size, hidden_size)`: the mean over tokens, embeddings and layers."""
+        return self.bert.mean_states(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+
+    def image_states(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor,
+        region_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `encode_image` projects, as in `text_states`."""
+        # An image alone is a sequence with a text of no token.
+        no_text = region_locations.new_empty((region_features.shape[0], 0, self.config.hidden_size), dtype=self.dtype)
+        return self.bert.mean_states(
+            None, None, None, None, no_text, region_features, region_locations, region_attention_mask
+        )
+
+    def _first_stage(self) -> UnicoderVLFirstStage:
+        if self.first_stage is None:
+            raise ValueError(
+                "This model has no first stage: its config.projection_dim is None. Load it with projection_dim=256, "
+                "say, and train it with --contrastive_weight, or with `unicoder-vl train-first-stage`."
+            )
+        return self.first_stage
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + RETRIEVAL_LABELS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        caption_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        group_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mismatches: torch.BoolTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UnicoderVLForImageTextRetrievalOutput:
+        if region_features is None:
+            raise ValueError("Image-text retrieval needs region_features: a caption is scored with an image.")
+        if group_ids is not None and (caption_index is None or image_index is None):
+            raise ValueError(
+                "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
+            )
+        num_pairs = len(region_features if image_index is None else image_index)
+        _check_shape("labels", labels, (num_pairs,))
+        _check_shape("group_ids", group_ids, (num_pairs,))
+        contrastive = None
+        if labels is not None and self.contrastive_weight != 0:
+            if mismatches is None:
+                raise ValueError(
+                    f"contrastive_weight={self.contrastive_weight} needs mismatches: what is a negative of what? "
+                    "DataCollatorForUnicoderVLRetrieval(contrastive=True) gives them."
+                )
+            # The rows that are matches, in their order, without a look at how many there are.
+            matches = (labels == 1).long().argsort(descending=True, stable=True)[: mismatches.shape[0]]
+            captions: Any = matches if caption_index is None else caption_index[matches]
+            images: Any = matches if image_index is None else image_index[matches]
+            if position_ids is not None:  # which may be one row for all
+                source: Any = input_ids if inputs_embeds is None else inputs_embeds
+                position_ids = position_ids.expand(len(source), -1)
+            text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            regions: Any = (region_features, region_locations, region_attention_mask)
+            logits = self._first_stage().logits(
+                self.encode_text(*(_pick_rows(tensor, captions) for tensor in text)),
+                self.encode_image(*(_pick_rows(tensor, images) for tensor in regions)),
+            )
+            contrastive = self.contrastive_weight * contrastive_loss(logits, mismatches)
+            if group_ids is not None and caption_index is not None and image_index is not None:  # see above
+                if self.group_loss is None:
+                    return UnicoderVLForImageTextRetrievalOutput(loss=contrastive)
+                match, caption, image, label = hard_negatives(logits, mismatches, self.num_hard_negatives)
+                caption_index = torch.cat((caption_index, captions[caption]))
+                image_index = torch.cat((image_index, images[image]))
+                group_ids = torch.cat((group_ids, group_ids[matches[match]]))
+                labels = torch.cat((labels, label))
+
+        outputs = self.bert.pooled(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
+            region_attention_mask, token_region_ids, caption_index, image_index, **kwargs,
+        )  # fmt: skip
+        matching_logits = self.matching_head(outputs.pooler_output)
+        scores = matching_logits[:, 1] - matching_logits[:, 0]
+
+        if labels is None:
+            loss = None
+        elif group_ids is None or caption_index is None or image_index is None:
+            row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+        elif self.group_loss is None or (self.num_hard_negatives > 0 and contrastive is None):
+            raise ValueError(
+                "group_loss=None and num_hard_negatives need a first stage that learns: contrastive_weight."
+            )
+        else:
+            loss = self.group_loss(scores, labels, group_ids, caption_index, image_index)
+        if loss is not None and contrastive is not None:
+            loss = loss + contrastive
+        return UnicoderVLForImageTextRetrievalOutput(
+            loss=loss,
+            matching_logits=matching_logits[:num_pairs],  # hard negatives are behind
+            scores=scores[:num_pairs],
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+MULTIPLE_CHOICE_DOCSTRING = r"""
+    input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`):
+        Indices of the tokens of each choice; every text argument has these two leading dimensions.
+    region_features (`torch.Tensor` of shape `(batch_size, num_choices, num_regions, region_feature_dim)`, *optional*):
+        Or, shared by the choices, `(batch_size, num_regions, region_feature_dim)`; likewise every region argument.
+    labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        The right choice, in `[0, num_choices)`, or -100 = ignored.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for visual commonsense reasoning (paper, Visual Commonsense Reasoning): each choice is passed with the
+    image, a projection of `[CLS]` gives its score, softmax over the choices. An image that the choices share is
+    embedded once.
+    """
+)
+class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForMultipleChoice"
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + MULTIPLE_CHOICE_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.ndim != (3 if inputs_embeds is None else 4):
+            raise ValueError(
+                "Multiple choice needs input_ids (batch_size, num_choices, sequence_length), or inputs_embeds likewise"
+                f", got {None if given is None else tuple(given.shape)}."
+            )
+        choices = batch_size, num_choices = tuple(given.shape[:2])
+        image_index = None
+        if region_features is not None and region_features.ndim == 3:
+            if region_features.shape[0] != batch_size:
+                raise ValueError(
+                    f"region_features has shape {tuple(region_features.shape)}, expected ({batch_size}, num_regions, "
+                    "region_feature_dim), or one more dimension for the choices."
+                )
+            image_index = torch.arange(batch_size, device=region_features.device).repeat_interleave(num_choices)
+        elif region_features is not None:
+            region_features = _flatten_choices("region_features", region_features, choices)
+            region_locations = _flatten_choices("region_locations", region_locations, choices)
+            region_attention_mask = _flatten_choices("region_attention_mask", region_attention_mask, choices)
+        outputs = self.bert.pooled(
+            _flatten_choices("input_ids", input_ids, choices),
+            _flatten_choices("attention_mask", attention_mask, choices),
+            _flatten_choices("token_type_ids", token_type_ids, choices),
+            _flatten_choices("position_ids", position_ids, choices),
+            _flatten_choices("inputs_embeds", inputs_embeds, choices),
+            region_features,
+            region_locations,
+            region_attention_mask,
+            _flatten_choices("token_region_ids", token_region_ids, choices),
+            None,
+            image_index,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch_size, num_choices).float()
+        _check_shape("labels", labels, (batch_size,))
+
+        loss = None
+        if labels is not None:
+            row_losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def hardest_negative_triplet_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+    *,
+    margin: float = 0.2,
+    caption_weight: float = 1.0,
+    image_weight: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    Mean over the matches of `max(0, margin - s + s_caption) + max(0, margin - s + s_image)`, where `s_caption` is the
+    highest of the group's caption negatives (mismatches with the match's image) and `s_image` of its image negatives
+    (mismatches with its caption), all on `s = sigmoid(score)` (paper, Image-Text Retrieval, after VSE++). A direction
+    without a negative adds 0.
+
+    Args:
+        scores, labels, group_ids, caption_index, image_index (`torch.Tensor` of shape `(batch_size,)`):
+            As in [`UnicoderVLForImageTextRetrieval`].
+        margin (`float`, *optional*, defaults to 0.2):
+            On the difference of two values in `(0, 1)`.
+        caption_weight, image_weight (`float`, *optional*, default to 1.0):
+            Of the two terms.
+    """
+    captions, images = _triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
+    loss = caption_weight * captions.amax(dim=1).sum() + image_weight * images.amax(dim=1).sum()
+    return loss / (labels == 1).sum().clamp(min=1)
+
+
+def sum_of_negatives_triplet_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+    *,
+    margin: float = 0.2,
+    caption_weight: float = 1.0,
+    image_weight: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    As [`hardest_negative_triplet_loss`], with the sum of `max(0, margin - s + s_negative)` over ALL negatives of a
+    direction in place of the hardest one's.
+    """
+    captions, images = _triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
+    return (caption_weight * captions.sum() + image_weight * images.sum()) / (labels == 1).sum().clamp(min=1)
+
+
+def group_softmax_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+) -> torch.Tensor:
+    r"""
+    Mean over the matches of `-log softmax`, over the scores of the match and of its negatives of both directions (the
+    four-way choice of ViLBERT, for any number). Another match of the group is no negative.
+    """
+    captions, images = _negatives_of_matches(labels, group_ids, caption_index, image_index)
+    match = labels == 1
+    options = captions | images | torch.diag(match)
+    # Rows that are no match have no option: all -inf would be NaN, in the gradient too.
+    options = options | ~match[:, None]
+    log_normalizer = scores.masked_fill(~options, float("-inf")).logsumexp(dim=1)
+    return ((log_normalizer - scores) * match).sum() / match.sum().clamp(min=1)
+
+
+def binary_matching_loss(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+) -> torch.Tensor:
+    r"""
+    Binary cross-entropy of `sigmoid(score)`, mean over all matches and mismatches (Oscar); of groups it knows nothing.
+    Equal to the cross-entropy of the two logits.
+    """
+    known = labels != -100
+    losses = nn.functional.binary_cross_entropy_with_logits(scores, (labels == 1).to(scores.dtype), reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def contrastive_loss(logits: torch.Tensor, mismatches: torch.Tensor) -> torch.Tensor:
+    r"""
+    The symmetric cross-entropy of CLIP without false negatives: mean over the matches of `-log softmax` of each one's
+    logit, among the images that its caption does not match, and among the captions that its image does not match; mean
+    of the two.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_matches, num_matches)`):
+            Of caption p with image q; p with p is a match.
+        mismatches (`torch.BoolTensor` of shape `(num_matches, num_matches)`):
+            Whether caption p and image q are a mismatch. What is none, p with p apart, is left out.
+    """
+    _check_shape("mismatches", mismatches, tuple(logits.shape))
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    logits = logits.masked_fill(~(mismatches | own), float("-inf"))
+    log_normalizers = logits.logsumexp(dim=1) + logits.logsumexp(dim=0)
+    return (log_normalizers / 2 - logits.diagonal()).mean()
+
+
+def hard_negatives(
+    logits: torch.Tensor, mismatches: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"""
+    The mismatches of a batch that a first stage takes for matches most: of each match the `count` images with the
+    highest logits that its caption does not match, and the `count` captions that its image does not (ALBEF draws them
+    by these logits).
+
+    Args:
+        logits, mismatches: As in [`contrastive_loss`].
+        count (`int`): In each direction; at most `num_matches` are taken.
+
+    Returns:
+        Four `torch.LongTensor` of shape `(2 * count * num_matches,)`: whose negative a pair is, whose caption and whose
+        image it has, all as numbers of matches, and its label: 0, or -100 where there are not so many mismatches.
+    """
+    likely = logits.detach().masked_fill(~mismatches, float("-inf"))
+    count = min(count, len(likely))
+    images, captions = likely.topk(count, dim=1), likely.T.topk(count, dim=1)
+    own = torch.arange(len(likely), device=likely.device).repeat_interleave(count)
+    found = torch.cat((images.values, captions.values)).flatten()
+    return (
+        own.repeat(2),
+        torch.cat((own, captions.indices.flatten())),
+        torch.cat((images.indices.flatten(), own)),
+        torch.full_like(found, -100, dtype=torch.long).masked_fill(found > float("-inf"), 0),
+    )
+
+
+# Of scores, labels, group_ids, caption_index and image_index, each of shape (batch_size,).
+GroupLoss = Callable[
+    [torch.Tensor, torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor], torch.Tensor
+]
+
+
+def _negatives_of_matches(
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(batch_size, batch_size)` each: the caption negatives and the image negatives of the rows that are matches."""
+    candidate = (group_ids[:, None] == group_ids) & (labels == 1)[:, None] & (labels == 0)  # (match, mismatch)
+    return candidate & (image_index[:, None] == image_index), candidate & (caption_index[:, None] == caption_index)
+
+
+def _triplet_hinges(
+    scores: torch.Tensor,
+    labels: torch.LongTensor,
+    group_ids: torch.LongTensor,
+    caption_index: torch.LongTensor,
+    image_index: torch.LongTensor,
+    margin: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`max(0, margin - s + s_negative)` of each match and negative, by captions and by images; 0 elsewhere."""
+    captions, images = _negatives_of_matches(labels, group_ids, caption_index, image_index)
+    probabilities = scores.sigmoid()
+    hinges = (margin - probabilities[:, None] + probabilities).clamp(min=0)
+    return hinges * captions, hinges * images
+
+
+def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Weight of each target, `(batch_size, length)`: 1 / (its row's targets * rows of the batch), or 0."""
+    is_target = labels != -100
+    if counted is not None:
+        is_target = is_target & counted[:, None]
+    per_row = is_target.sum(dim=1, keepdim=True).clamp(min=1)
+    return is_target.float() / (per_row * labels.shape[0])
+
+
+def _masked_prediction_loss(
+    logits: torch.Tensor, labels: torch.LongTensor, counted: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean over the targets of each row, then over ALL rows of the batch; rows without targets add 0."""
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return (losses.view_as(labels) * _target_weights(labels, counted)).sum()
+
+
+def _pack(
+    hidden_states: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor, torch.Tensor]:
+    """
+    The attended positions of a batch (all without a mask), one behind the other, rows of equal length side by side.
+
+    Returns:
+        The states `(num_tokens, hidden_size)`, the groups of [`PackedSequences`], where in the flattened batch each
+        state was `(num_tokens,)`, and which row each sequence was (rows without an attended position are none).
+    """
+    mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    lengths = mask.sum(-1)
+    rows = lengths.argsort(stable=True)
+    counts = lengths.bincount().tolist()
+    groups = [(count, length) for length, count in enumerate(counts) if count and length]
+    index = torch.arange(mask.numel(), device=mask.device).view_as(mask)[rows][mask[rows]]
+    return hidden_states.flatten(0, 1).index_select(0, index), groups, index, rows[counts[0] :]
+
+
+def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTensor:
+    return tensor if tensor is None or index is None else tensor[index]
+
+
+def _flatten_choices(name: str, tensor: MaybeTensor, choices: tuple[int, ...]) -> MaybeTensor:
+    """`(batch_size, num_choices, ...)` to `(batch_size * num_choices, ...)`."""
+    if tensor is None:
+        return tensor
+    if tuple(tensor.shape[:2]) != choices:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {choices} first (batch_size, num_choices).")
+    return tensor.flatten(0, 1)
+
+
+def _check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ...]):
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}.")
+
+
+__all__ = [
+    "UnicoderVLForImageTextRetrieval",
+    "UnicoderVLForMultipleChoice",
+    "UnicoderVLForPreTraining",
+    "UnicoderVLModel",
+    "UnicoderVLPreTrainedModel",
+]

@@ -1,0 +1,189 @@
+# Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
+"""The processor of Unicoder-VL: captions by the tokenizer, regions by the feature extractor, looked up in a store.
+
+Follows the paper's input section: WordPiece `[CLS] w_1 … w_T [SEP]`, at most 44 tokens beside 100 regions. Left out:
+masking and mismatches, which are the collators' work.
+"""
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor, is_region_record
+
+# A tokenizer passes over what it does not know: a misspelt argument would change nothing, and say nothing.
+_TOKENIZER_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.__call__).parameters, "split_special_tokens"}
+
+
+class _Reference:
+    """Holds stores without owning them: a copy of the processor shares them, and saving leaves them out."""
+
+    def __init__(self, target: Any):
+        self.target = target
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class UnicoderVLProcessor(ProcessorMixin):
+    r"""
+    Pairs a BERT tokenizer with a region-feature loader.
+
+    Args:
+        feature_extractor ([`UnicoderVLFeatureExtractor`]):
+            Makes tensors of region records, and knows the provenance of the regions that the model was trained on.
+        tokenizer ([`PreTrainedTokenizerBase`]):
+            A WordPiece tokenizer, such as [`BertTokenizer`].
+
+    Example:
+
+    ```python
+    >>> tokenizer = AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
+    >>> processor = UnicoderVLProcessor(UnicoderVLFeatureExtractor(), tokenizer)
+    >>> processor.set_store(RegionStore("flickr30k-regions"))
+    >>> inputs = processor(text=["A dog runs."], regions=["1000092795"], return_tensors="pt")
+    ```"""
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(self, feature_extractor: UnicoderVLFeatureExtractor, tokenizer):
+        super().__init__(feature_extractor, tokenizer)
+        self._store = _Reference(None)
+        self._checked_stores = _Reference([])
+
+    def set_store(self, store: Mapping[str, RegionRecord] | None):
+        """
+        Sets the store in which image ids are looked up by default; it is neither saved nor copied with the processor.
+
+        Warns, naming both, where the store's regions are not of the kind that the model was trained on.
+        """
+        self._check_provenance(store)
+        self._store = _Reference(store)
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        regions=None,
+        store: Mapping[str, RegionRecord] | None = None,
+        return_tensors: str | None = None,
+        padding: bool | str = True,
+        truncation: bool | str = True,
+        max_length: int | None = 44,
+        text_kwargs: Mapping[str, Any] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            text (`str` or sequence of `str`, *optional*):
+                Captions.
+            regions (`RegionRecord`, `dict`, `str`, `os.PathLike`, or a sequence of these, *optional*):
+                The regions of each image: a record; its fields as a dict of arrays; an image id, looked up in `store`;
+                or the path of a record written by [`RegionRecord.save`]. A `str` is always an image id, never a path.
+            store (`Mapping[str, RegionRecord]`, *optional*):
+                Where image ids are looked up, such as a [`RegionStore`]. Defaults to that of
+                [`~UnicoderVLProcessor.set_store`].
+            return_tensors (`str`, *optional*):
+                `"pt"` or `"np"`; lists of tokens and arrays of regions by default.
+            padding, truncation, max_length:
+                As in the tokenizer. The paper's 44 tokens by default.
+            text_kwargs (`Mapping`, *optional*):
+                Arguments of the tokenizer, which win over those above: transformers' way of naming whom they are for.
+            kwargs:
+                Further arguments of the tokenizer.
+
+        Returns:
+            [`BatchFeature`] with `input_ids`, `token_type_ids`, `attention_mask` of shape `(batch_size,
+            sequence_length)` and `region_features`, `region_locations`, `region_attention_mask`, see
+            [`UnicoderVLFeatureExtractor`].
+
+        Raises:
+            `ValueError`: neither text nor regions, an empty text, texts and images of different number, an image id
+            without a store, or a record with a fault. `KeyError`: an image id that the store lacks. `TypeError`: an
+            argument that neither this method nor the tokenizer has.
+        """
+        kwargs = {**kwargs, **(text_kwargs or {})}
+        unknown = sorted(kwargs.keys() - _TOKENIZER_ARGUMENTS)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}, nor has its tokenizer.")
+        if text is None and regions is None:
+            raise ValueError("Give text, regions, or both.")
+        data = {}
+        if text is not None:
+            text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
+            _check_texts(text)
+            lengths = {"padding": padding, "truncation": truncation, "max_length": max_length}
+            data.update(self.tokenizer(text, **{"return_tensors": return_tensors, **lengths, **kwargs}))
+        if regions is not None:
+            records = self.load_records(regions, store)
+            num_texts = 1 if isinstance(text, str) else len(records) if text is None else len(text)
+            if num_texts != len(records):
+                raise ValueError(f"{num_texts} texts but {len(records)} images: give one image for each text.")
+            data.update(self.feature_extractor(records, return_tensors=return_tensors))
+        return BatchFeature(data)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As [`~ProcessorMixin.save_pretrained`], without the padding and truncation of the tokenizer's last call."""
+        if self.tokenizer.is_fast:
+            self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.backend_tokenizer.no_truncation()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def load_records(self, regions, store: Mapping[str, RegionRecord] | None = None) -> list[RegionRecord]:
+        """The records behind `regions`, which is anything that a call takes."""
+        if store is None:
+            store = self._store.target
+        else:
+            self._check_provenance(store)
+        if isinstance(regions, (str, os.PathLike, Mapping)) or not isinstance(regions, Iterable):
+            regions = [regions]
+        return [self._load_record(region, store) for region in regions]
+
+    def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
+        """How many of `texts` have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
+        count = 0
+        for start in range(0, len(texts), 10_000):
+            batch = list(texts[start : start + 10_000])
+            tokens = self.tokenizer(batch, truncation=False, return_attention_mask=False, verbose=False)
+            count += sum(len(ids) > max_length for ids in tokens["input_ids"])
+        return count
+
+    def _load_record(self, region, store: Mapping[str, RegionRecord] | None) -> RegionRecord:
+        if is_region_record(region):
+            return region
+        if isinstance(region, str):
+            if store is None:
+                raise ValueError(f"Image id {region!r} needs a store: pass store=… or call set_store first.")
+            return store[region]
+        if isinstance(region, os.PathLike):
+            return RegionRecord.load(region)
+        if isinstance(region, Mapping):
+            return RegionRecord.from_dict(region)
+        raise ValueError(
+            f"regions holds a {type(region).__name__}, expected a RegionRecord, its fields as a dict, an image id (str)"
+            " or the path of a saved record (os.PathLike)."
+        )
+
+    def _check_provenance(self, store: Mapping[str, RegionRecord] | None):
+        if any(store is checked for checked in self._checked_stores.target):
+            return
+        # Any mapping of records may serve; only a RegionStore knows where its regions come from.
+        provenance = getattr(store, "provenance", None)
+        if provenance is not None:
+            self._checked_stores.target.append(store)
+            self.feature_extractor.check_provenance(provenance)
+
+
+def _check_texts(text: str | Sequence[str]):
+    if len(text) == 0:
+        raise ValueError(f"text is {text!r}: give at least one caption.")
+    for position, caption in enumerate([text] if isinstance(text, str) else text):
+        if not caption or (isinstance(caption, str) and caption.isspace()):
+            raise ValueError(f"text[{position}] is {caption!r}: a caption needs at least one word.")
+
+
+__all__ = ["UnicoderVLProcessor"]
