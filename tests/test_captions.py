@@ -611,6 +611,29 @@ def test_captions_without_a_token_are_said_with_image_and_line(tmp_path):
         check_tokens(read_captions(tmp_path / "x.parquet"), tokenizer, tmp_path / "x.parquet")
 
 
+def test_training_says_captions_without_a_token_before_it_begins_and_takes_other_ids(tmp_path):
+    import small_world
+
+    from unicoder_vl_hf.preparation import DataArguments, load_processor, open_data
+
+    world = small_world.build(tmp_path)
+    lines = (world / "captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["image_id"] = f"scenes/{row['image_id']}.png"
+    rows[2]["caption"] = "\u0301"
+    path = write(tmp_path / "mine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    arguments = DataArguments(captions=str(path), regions=str(world / "regions"))
+    with pytest.raises(ValueError, match=r"Nothing would be left: bring the ids .* --caption_ids does it"):
+        open_data(arguments, tmp_path)
+    arguments.caption_ids = "stem"
+    image_id = json.loads(lines[2])["image_id"]
+    data = open_data(arguments, tmp_path)
+    arguments.model_name_or_path = str(small_world.save_bert(tmp_path / "bert", dropout=0.0))
+    with pytest.raises(ValueError, match=f"no token of 1 captions.*\n?image '{image_id}': .*, line 3$"):
+        load_processor(arguments, data)
+
+
 def test_what_shows_nothing_may_be_left_out(tmp_path):
     lines = [
         json.dumps({"image_id": f"p{k}", "caption": text}) for k, text in enumerate(["\u200b", "A dog.", "A cat."])

@@ -294,7 +294,7 @@ def test_a_list_of_photos(tmp_path):
     assert list(run(tmp_path / "list.txt", tmp_path / "store")) == list(WITH_POINTS[1:])
     assert list(run(tmp_path / "list.txt", tmp_path / "paths", ids="path")) == names
     (tmp_path / "list.txt").write_text("photos/a.jpg\n")
-    with pytest.raises(FileNotFoundError, match=r"list\.txt names 'photos/a\.jpg', but .*photos/a\.jpg is no file"):
+    with pytest.raises(ValueError, match=r"list\.txt .* whose name 'photos/a\.jpg' is of no file: .*photos/a\.jpg\."):
         run(tmp_path / "list.txt", tmp_path / "none")
 
 
@@ -400,7 +400,7 @@ def test_nothing_to_extract(tmp_path):
 # Given boxes
 
 
-def test_given_boxes(tmp_path):
+def test_given_boxes(tmp_path, caplog):
     (tmp_path / "photos").mkdir()
     for name in ("a", "b", "c", "d", "e"):
         quarters().save(tmp_path / "photos" / f"{name}.png")
@@ -411,7 +411,9 @@ def test_given_boxes(tmp_path):
         "d": [],
     }
     lines = [json.dumps({"image_id": name, "boxes": rows}) for name, rows in boxes.items()]
-    (tmp_path / "boxes.jsonl").write_text("\n".join(lines))
+    (tmp_path / "boxes.jsonl").write_text(
+        "\ufeff" + "\n\n".join([*lines, '{"image_id": "z", "boxes": [[0, 0, 1, 1]]}'])
+    )
     np.savez(tmp_path / "boxes.npz", **{name: np.array(rows, np.float64) for name, rows in boxes.items()})
     for number, given in enumerate((boxes, tmp_path / "boxes.jsonl", str(tmp_path / "boxes.npz"))):
         store = run(tmp_path / "photos", tmp_path / f"store_{number}", boxes=given, num_workers=number % 2)
@@ -424,6 +426,7 @@ def test_given_boxes(tmp_path):
         assert "[0.0, 0.0, 121.5, 80.0] is outside" in reasons["c"]
         assert "expected (n, 4)" in reasons["d"]
         assert "no boxes are given" in reasons["e"]
+    assert caplog.text.count("Boxes are given for 1 images that are no photos, such as 'z'") == 1
     (tmp_path / "boxes.jsonl").write_text('{"image_id": "a"}')
     with pytest.raises(ValueError, match=r"boxes\.jsonl, line 1: expected image_id and boxes"):
         run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.jsonl")
@@ -597,6 +600,82 @@ def test_told_to_stop_it_loses_nothing(tmp_path, num_workers):
     first, second = computed(tmp_path / "first"), computed(tmp_path / "second")
     assert 25 <= len(first) <= 27
     assert len(first & second) <= 2  # the rest of the batch in which it was told
+
+
+class StoppedAt(ColourDetector):
+    """Is told to stop while it computes a certain photo."""
+
+    def __init__(self, image_id: str, *arguments):
+        super().__init__(*arguments)
+        self.image_id = image_id
+
+    def __call__(self, prepared, image_ids, boxes=None):
+        if self.image_id in image_ids:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(prepared, image_ids, boxes)
+
+
+def test_on_a_cpu_a_stop_is_heard_within_a_photo_and_the_bar_moves_by_photo(tmp_path, monkeypatch):
+    events = []
+
+    class Told(StoppedAt):
+        def __call__(self, prepared, image_ids, boxes=None):
+            events.extend(image_ids)
+            return super().__call__(prepared, image_ids, boxes)
+
+    def bar(items, **options):
+        assert options["total"] == 12
+        for item in items:
+            events.append("bar")
+            yield item
+
+    monkeypatch.setattr("unicoder_vl_hf.regions.extraction.logging.tqdm", bar)
+    photos = save_photos(tmp_path / "photos", 12)
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        run(photos, tmp_path / "store", Told("photo_004"), device="cpu", num_workers=2)
+    assert events == [event for number in range(5) for event in (f"photo_{number:03d}", "bar")]
+    monkeypatch.undo()
+    run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"), device="cpu")
+    assert sorted(computed(tmp_path / "computed")) == [f"photo_{number:03d}" for number in range(5, 12)]
+
+
+def test_resumed_it_gives_the_same_bits(tmp_path):
+    """A batch of other photos may round otherwise: on a CPU a photo is a batch."""
+    from test_detectors_torchvision import tiny_model
+
+    photos, model = save_photos(tmp_path / "photos", 12), tiny_model()
+
+    class Stopped(TorchvisionDetector):
+        def __call__(self, prepared, image_ids, boxes=None):
+            if "photo_003" in image_ids:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(prepared, image_ids, boxes)
+
+    options = {"device": "cpu", "dtype": "float32"}
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", Stopped(model, device=torch.device("cpu")), **options)
+    for name in ("store", "undisturbed"):
+        run(photos, tmp_path / name, TorchvisionDetector(model, device=torch.device("cpu")), **options)
+    assert_same(RegionStore(tmp_path / "store"), RegionStore(tmp_path / "undisturbed"))
+
+
+def test_restart_begins_anew(tmp_path, caplog):
+    photos = save_photos(tmp_path / "photos", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", StoppedAt("photo_001"), device="cpu")
+    with pytest.raises(ValueError, match="was begun with dtype='float16', not 'float32'"):
+        run(photos, tmp_path / "store", dtype="float32")
+    assert len(run(photos, tmp_path / "store", dtype="float32", restart=True)) == 4
+    # What is finished stays until the new one is, and where that is stopped, it goes on without a word of restart.
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", StoppedAt("photo_002"), device="cpu", restart=True)
+    assert RegionStore(tmp_path / ".store.before-restart").provenance["dtype"] == "float32"
+    run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"))
+    assert list(computed(tmp_path / "computed")) == ["photo_003"]
+    assert RegionStore(tmp_path / "store").provenance["dtype"] == "float16"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["computed-0", "photos", "store"]
+    run(photos, tmp_path / "store")
+    assert f"{tmp_path / 'store'} is finished, and stays as it is" in caplog.text
 
 
 def test_a_finished_store_is_left_alone(tmp_path):

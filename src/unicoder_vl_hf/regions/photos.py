@@ -126,8 +126,8 @@ def list_photos(
         skip_unmapped (`bool`, defaults to `False`): Leave out photos that `rename` does not cover.
 
     Raises:
-        FileNotFoundError: There is nothing at `photos`, or a list names a file that is not there.
-        ValueError: There is no photo, two have one id, or `rename` gives a photo no id or several.
+        FileNotFoundError: There is nothing at `photos`.
+        ValueError: There is no photo, a list names a file that is not there, two have one id, or `rename` gives a photo no id or several.
     """
     if ids not in PHOTO_IDS:
         raise ValueError(f"ids is {ids!r}, expected one of {', '.join(map(repr, PHOTO_IDS))}.")
@@ -313,7 +313,7 @@ def _named(path: Path) -> Iterator[tuple[Path, str]]:
     """The files that a list names, from its own folder on."""
     for name in read_names(path):
         if not (file := path.parent / name).is_file():
-            raise FileNotFoundError(f"{path} names {name!r}, but {file} is no file.")
+            raise ValueError(f"{path} holds no photo but a list, whose name {name!r} is of no file: {file}.")
         yield file, Path(name).as_posix()
 
 
