@@ -127,7 +127,8 @@ def list_photos(
 
     Raises:
         FileNotFoundError: There is nothing at `photos`.
-        ValueError: There is no photo, a list names a file that is not there, two have one id, or `rename` gives a photo no id or several.
+        ValueError: There is no photo, a list names a file that is not there, two photos have one id, or `rename` gives
+            one no id or several.
     """
     if ids not in PHOTO_IDS:
         raise ValueError(f"ids is {ids!r}, expected one of {', '.join(map(repr, PHOTO_IDS))}.")
