@@ -23,7 +23,7 @@ from PIL import Image
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
-from unicoder_vl_hf.errors import USER_ERRORS, end_with
+from unicoder_vl_hf.errors import USER_ERRORS, end_with, stopped
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
 from unicoder_vl_hf.preparation import DATA_FOLDER, make_parser
 from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance
@@ -55,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         return end_with(error, "run_demo.py")
     except KeyboardInterrupt:
-        print("\nThe demo was stopped. Run it again, as you did: it goes on where it stopped.", file=sys.stderr)
-        return 130
+        return stopped("run_demo.py", "Run again, it goes on.")
 
 
 def demo(args: DemoArguments) -> int:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
-from transformers.utils import logging
 
+from unicoder_vl_hf import logging
 from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.pretraining import (
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> bool:
         evaluate()
     model.train()
     meter.start_clock()
-    progress = tqdm(
+    progress = logging.tqdm(
         total=total_steps, initial=step, unit="step", desc="Pre-training", disable=not accelerator.is_local_main_process
     )
     with StopSignal() as stop, progress, computing.threads():

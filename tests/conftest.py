@@ -10,7 +10,8 @@ import pytest
 
 get_context = multiprocessing.get_context
 multiprocessing.get_context = lambda method=None: get_context("forkserver" if method == "spawn" else method)
-multiprocessing.set_forkserver_preload(["pytest", "datasets", "transformers.trainer", "unicoder_vl_hf"])
+OURS = ["unicoder_vl_hf.processing_unicoder_vl", "unicoder_vl_hf.modeling_unicoder_vl"]
+multiprocessing.set_forkserver_preload(["pytest", "datasets", "transformers.trainer", *OURS])
 
 # The files that take longest begin, so that of two workers none is left alone with one of them at the end.
 FIRST = [

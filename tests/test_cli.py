@@ -161,6 +161,10 @@ def test_compare_and_merge(store, source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "other"), "--source-detector", "vg@abc"]) == 0
     assert main(["merge", str(store), str(tmp_path / "other"), "--output", str(tmp_path / "both")]) == 0
     assert len(RegionStore(tmp_path / "both")) == 2 * len(IMAGES)
+    merge = ["merge", str(store), "--output", str(tmp_path / "both")]
+    assert main(merge) == 1 and "--restart" in capsys.readouterr().err
+    assert main([*merge, "--restart"]) == 0
+    assert len(RegionStore(tmp_path / "both")) == len(IMAGES)
 
 
 def test_export_round_trip(store, tmp_path):

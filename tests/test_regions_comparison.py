@@ -47,6 +47,17 @@ def test_row_order_and_size_of_photo_mean_nothing():
     assert found.same_class.tolist() == [True, True, True]
 
 
+def test_two_photos_of_one_name_are_not_compared():
+    a = {name: record(name, BOXES[:1], [[1, 0]]) for name in ("resized", "other")}
+    b = {
+        "resized": record("resized", [[0, 0, 66, 26]], [[1, 0]], size=(133, 66)),  # 66.5, cut
+        "other": record("other", BOXES[:1], [[0, 1]], size=(200, 150)),
+    }
+    found = compare_stores(a, b)
+    assert (found.images, found.matched, found.other_photos) == (2, 1, ["other"]) and found.cosines.tolist() == [1]
+    assert "other photos  1 images, such as other, which were not compared" in str(found)
+
+
 def test_what_differs_is_counted():
     a = {
         "x": record("x", BOXES, [[1, 0], [0, 1], [1, 1]], [3, 4, -1]),

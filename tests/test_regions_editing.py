@@ -124,6 +124,9 @@ def test_a_merge_begins_anew(parts, tmp_path):
         assert list(validate(part)) == []  # whose shards were links
     with pytest.raises(ValueError, match=r"in .*part-1"):
         merge_stores([parts[1], parts[1]], folder, restart=True)
+    (parts[2].path / "conversion.json").touch()  # as `convert` leaves it
+    with pytest.raises(ValueError, match=r"holds 'conversion\.json', which is no part of a store made of other stores"):
+        merge_stores(parts[:2], parts[2].path, restart=True)
     assert_holds(RegionStore(folder), range(13))  # as it was
 
 

@@ -1,10 +1,12 @@
 """The store against what went in, against the safetensors library, and against kills, forks and damaged files."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import time
 from multiprocessing.context import SpawnContext
@@ -12,6 +14,7 @@ from multiprocessing.context import SpawnContext
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from region_stores import assert_same, files_of, make, write_store
 from torch.utils.data import DataLoader, Dataset
@@ -624,3 +627,17 @@ def test_a_writer_whose_first_record_is_refused_leaves_no_folder_of_its_own(exis
     with pytest.raises(ValueError, match="below the store's 2 classes"), RegionStoreWriter(folder, num_classes=2) as to:
         to.write(RegionRecord("x", features=[[1.0]], object_ids=[2]))
     assert folder.exists() == existed
+
+
+def test_a_shard_of_another_store_is_not_taken_for_its_own(tmp_path):
+    """Of one name and one size, as after a copy that mixed two folders: no image is given for another."""
+    records = [make(number) for number in range(4)]
+    others = [dataclasses.replace(each, image_id=each.image_id.replace("photo", "other")) for each in records]
+    store, other = write_store(records, tmp_path / "store"), write_store(others, tmp_path / "other")
+    (file,) = other.path.glob("regions-*")
+    shutil.copy(file, store.path)
+    store = RegionStore(store.path)
+    says = "holds image 'other_1ü' where its index has 'photo_1ü': its files are not all of one store"
+    for read in (store.__getitem__, lambda image_id: store.get_many([image_id])):
+        with pytest.raises(ValueError, match=says):
+            read("photo_1ü")

@@ -45,7 +45,7 @@ def test_training_begins_goes_on_and_is_not_repeated(script, tmp_path):
 def test_ctrl_c_ends_in_a_line(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script.run_pretraining, "main", lambda words: None)  # stopped, with a checkpoint
     assert script.main(["--output_dir", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "\nThe demo was stopped. Run it again, as you did: it goes on where it stopped.\n"
+    assert capsys.readouterr().err == "run_demo.py: stopped. Run again, it goes on.\n"
 
 
 def test_the_whole_way(script, monkeypatch, tmp_path, capsys):

@@ -5,8 +5,13 @@ from types import ModuleType
 
 
 def optional_import(module: str, extra: str) -> ModuleType:
-    """A library of one of our extras. Raises ImportError, which names the extra, where it is not installed."""
+    """
+    Imports a library of one of our extras. Raises ImportError: it is not installed, and the message names the extra; or
+    it is, and fails.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]):
+            raise ImportError(f"{module} is installed, but cannot be imported: {error}") from error
         raise ImportError(f"This needs {module}: pip install '.[{extra}]' in a checkout of unicoder-vl-hf.") from error

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import datasets
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 from . import logging
@@ -330,7 +329,7 @@ def feature_statistics(
     """
     image_ids = image_ids[:: max(1, math.ceil(len(image_ids) / max_images))]
     count, total, squares = 0, np.float64(0), np.float64(0)
-    for image_id in tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
+    for image_id in logging.tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
         features = np.asarray(store[image_id].features, dtype=np.float64)
         count, total, squares = count + len(features), total + features.sum(0), squares + (features**2).sum(0)
     mean = np.asarray(total / count)

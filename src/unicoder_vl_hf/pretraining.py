@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from . import logging
 from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
@@ -316,7 +315,7 @@ def evaluate_pretraining(
             num_workers=num_workers,
             generator=torch.Generator(),  # or it would draw from the dropout's
         )
-        for batch in tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
+        for batch in logging.tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
             batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             with accelerator.autocast():
                 yield batch, model(**batch)

@@ -17,7 +17,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
 from . import logging
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
@@ -280,7 +279,7 @@ def score_choices(
     was_training = model.training
     model.eval()
     scores: list[list[float]] = []
-    for batch in tqdm(loader, desc="Scoring choices", leave=False, disable=not state.is_local_main_process):
+    for batch in logging.tqdm(loader, desc="Scoring choices", leave=False, disable=not state.is_local_main_process):
         inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
         scores += model(**inputs).logits.tolist()
     model.train(was_training)

@@ -24,6 +24,8 @@ class StoreComparison:
     Args:
         images, only_in_a, only_in_b (`int`): Images of both stores, and of one of them.
         without_boxes (`int`): Images of both whose boxes one of the stores does not know: they were not compared.
+        other_photos (`list`): Images that are two photos under one name, as the proportions of their sizes show; they
+            were not compared.
         matched, unmatched_in_a, unmatched_in_b (`int`): Regions of the compared images.
         ious (`np.ndarray` of shape `(matched,)`): Overlap of each matched pair of boxes.
         cosines (`np.ndarray` of shape `(matched,)`): Cosine of their features; empty where the widths differ.
@@ -37,6 +39,7 @@ class StoreComparison:
     only_in_a: int = 0
     only_in_b: int = 0
     without_boxes: int = 0
+    other_photos: list[str] = field(default_factory=list)
     matched: int = 0
     unmatched_in_a: int = 0
     unmatched_in_b: int = 0
@@ -54,6 +57,11 @@ class StoreComparison:
         ]
         if self.without_boxes:
             lines.append(f"without boxes {self.without_boxes:,} images, which were not compared")
+        if self.other_photos:
+            lines.append(
+                f"other photos  {len(self.other_photos):,} images, such as {', '.join(self.other_photos[:3])}, which "
+                "were not compared: the name is one, the proportions of the photos are not"
+            )
         for name, values in (("box overlap", self.ious), ("cosine", self.cosines)):
             if len(values):
                 low, middle = np.quantile(values, (0.05, 0.5))
@@ -103,6 +111,9 @@ def compare_stores(
         )
     for image_id in logging.tqdm(shared[:max_images], desc="Comparing", unit="image"):
         one, other = a[image_id], b[image_id]
+        if not _may_be_one_photo(one, other):
+            found.other_photos.append(image_id)
+            continue
         if one.boxes is None or other.boxes is None:
             found.without_boxes += 1
             continue
@@ -130,6 +141,15 @@ def compare_stores(
         found.class_offsets = dict(zip(values[order].tolist(), counts[order].tolist(), strict=True))
         found.same_class = np.concatenate(offsets) == 0
     return found
+
+
+def _may_be_one_photo(a: RegionRecord, b: RegionRecord) -> bool:
+    """Tells whether one size may be the other, resized: each side is then rounded by less than a pixel."""
+    sizes = [a.image_width, a.image_height, b.image_width, b.image_height]
+    if None in sizes:
+        return True
+    width, height, other_width, other_height = (size or 0 for size in sizes)
+    return abs(width * other_height - other_width * height) <= max(width + height, other_width + other_height)
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import logging
-from .shards import INDEX, MANIFEST, STORE, UNFINISHED, ImageIds, Shards, shard_path, sorted_run
+from .shards import INDEX, MANIFEST, STORE_OF_STORES, UNFINISHED, ImageIds, Shards, shard_path, sorted_run
 from .store import FORMAT_VERSION, MERGE, RegionStore, RegionStoreWriter, finish_store
 from .tensor_files import begun_anew, complete, file_facts, partial_path, say_finished, sync_folder, write_json
 
@@ -50,7 +50,7 @@ def merge_stores(
         raise ValueError("sources is empty, expected at least one store.")
     if folder.resolve() in [path.resolve() for path in paths]:
         raise ValueError(f"{folder} is one of the stores to be merged: take another folder.")
-    with begun_anew(folder, restart, STORE):
+    with begun_anew(folder, restart, STORE_OF_STORES):
         if (folder / UNFINISHED).exists():
             if merged_stores(folder) != [str(path) for path in paths]:
                 raise ValueError(

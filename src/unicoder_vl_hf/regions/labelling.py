@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import logging
 from .detectors import load_detector
-from .shards import STORE
+from .shards import STORE_OF_STORES
 from .store import RegionStore, RegionStoreWriter
 from .tensor_files import begun_anew, say_finished
 
@@ -100,8 +100,8 @@ def label(
     kept = {key: value for key, value in provenance.items() if key not in ("feature_dim", "package_version", "dtype")}
     kept |= {key: expected.get(key) for key in ("class_names", "num_classes")} | {"dtype": provenance["dtype"]}
 
-    with begun_anew(destination, restart, STORE):
-        was_complete = STORE.is_complete(Path(destination))
+    with begun_anew(destination, restart, STORE_OF_STORES):
+        was_complete = STORE_OF_STORES.is_complete(Path(destination))
         with RegionStoreWriter(destination, resume=resume, **kept | options) as writer:
             left = [image_id for image_id in store if image_id not in writer.resumed]
             if len(writer.resumed) > len(store) - len(left):

@@ -24,12 +24,14 @@ MANIFEST, INDEX, UNFINISHED = "manifest.json", "index.safetensors", "unfinished.
 SKIPPED = "skipped.jsonl"  # what the source of a store holds and the store lacks, and why
 PLAN = "conversion.json"  # what a conversion that goes on must not change
 # A card or a note that someone wrote is no part of it.
+SHARDS_ALONE = (MANIFEST, INDEX, UNFINISHED, "regions-*.safetensors", "*.partial")
 STORE = OutputKind(
     "region store",
     last=MANIFEST,
-    files=(MANIFEST, INDEX, UNFINISHED, SKIPPED, PLAN, "regions-*.safetensors", "*.partial"),
+    files=(*SHARDS_ALONE, SKIPPED, PLAN),
     work=("part-*", "skipped-*.jsonl", "[0-9]*"),
 )
+STORE_OF_STORES = OutputKind("store made of other stores", last=MANIFEST, files=SHARDS_ALONE)
 # The dtypes that features may have, and the largest number of each.
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 NARROW_FIELDS = ("boxes", "object_ids", "object_scores", "attribute_ids", "attribute_scores")

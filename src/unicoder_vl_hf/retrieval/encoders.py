@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from .. import logging
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
@@ -230,7 +229,9 @@ def text_states(
     states = torch.empty(len(captions), model.config.hidden_size)
     batches = _alike([len(caption) for caption in captions])
     with evaluating(model):
-        for rows in tqdm(batches, desc="Encoding captions", unit="batch", leave=False, disable=len(batches) == 1):
+        for rows in logging.tqdm(
+            batches, desc="Encoding captions", unit="batch", leave=False, disable=len(batches) == 1
+        ):
             inputs = processor(text=[captions[row] for row in rows], max_length=max_length, return_tensors="pt")
             states[rows] = model.text_states(**inputs.to(model.device)).cpu()
     return states
@@ -246,7 +247,7 @@ def image_states(
     states = torch.empty(len(images), model.config.hidden_size)
     starts = range(0, len(images), READ_AT_ONCE)
     with evaluating(model):
-        for start in tqdm(starts, desc="Encoding images", unit="read", leave=False, disable=len(starts) == 1):
+        for start in logging.tqdm(starts, desc="Encoding images", unit="read", leave=False, disable=len(starts) == 1):
             some = images[start : start + READ_AT_ONCE]
             if isinstance(store, RegionStore) and all(isinstance(image, str) for image in some):
                 some = store.get_many(image for image in some if isinstance(image, str))

@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .. import logging
 from ..data.captions import check_tokens, encode_column, join, read_captions, select_split
@@ -113,7 +112,7 @@ def fit_first_stage(
     best: dict[str, float] = {"recall_sum": -1.0}
     weights = copy.deepcopy(first_stage.state_dict())
     torch.manual_seed(seed)
-    with tqdm(total=epochs, desc="First stage", unit="epoch") as progress:
+    with logging.tqdm(total=epochs, desc="First stage", unit="epoch") as progress:
         for epoch in range(epochs):
             order = np.random.default_rng([seed, epoch, SALT]).permutation(len(train))
             for start in range(0, len(order), batch_size):

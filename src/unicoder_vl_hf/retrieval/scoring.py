@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
+from .. import logging
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
@@ -223,7 +224,7 @@ class ImageTextScorer:
         flops = [pair_flops(encoder.config, blocks.lengths(block)).sum() for block in share]
         embedded = _Embedded(blocks.items, encoder)
         # Counted in operations: pairs come in the order of their length, and the last would take longer than the first.
-        with tqdm(total=sum(flops), unit="FLOP", unit_scale=True, desc="Scoring", disable=not show) as progress:
+        with logging.tqdm(total=sum(flops), unit="FLOP", unit_scale=True, desc="Scoring", disable=not show) as progress:
             for block, cost in zip(share, flops, strict=True):
                 target.write(block, embedded.score(*blocks.pairs(block)))
                 progress.update(cost)

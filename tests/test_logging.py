@@ -1,0 +1,56 @@
+"""Bars and log lines: silence is silence, in every process and for every bar."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unicoder_vl_hf import logging
+
+ROOT = Path(__file__).parents[1]
+FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+
+
+@pytest.mark.parametrize("loaded", ["", "import transformers\n"])
+@pytest.mark.parametrize("variable", ["TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "NOTHING"])
+def test_bars_obey(variable, loaded):
+    """Also one that says which processes show it: False is no wish to be seen."""
+    code = f"""{loaded}
+from unicoder_vl_hf import logging
+for options in ({{}}, {{"disable": False}}, {{"disable": True}}):
+    for _ in logging.tqdm(range(2), desc=str(options), **options):
+        pass
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TQDM_DISABLE",)} | {variable: "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    shown = [name for name in ("{}:", "{'disable': False}:", "{'disable': True}:") if name in done.stderr]
+    assert shown == (["{}:", "{'disable': False}:"] if variable == "NOTHING" else [])
+
+
+def test_there_is_no_other_bar():
+    """`tqdm(…)` by itself lets `disable=False` overrule TQDM_DISABLE."""
+    bars = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        if path.name != "logging.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Call) and ast.unparse(node.func) in ("tqdm", "trange", "tqdm.tqdm", "auto.tqdm"))
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "transformers.utils"
+            and not path.stem.endswith("_unicoder_vl")
+            and "logging" in [alias.name for alias in node.names]
+        )
+    ]
+    assert bars == []
+
+
+def test_a_warning_is_given_once(caplog):
+    logger = logging.get_logger("unicoder_vl_hf.test")
+    for _ in range(2):
+        logging.warn_once(logger, "a dog")
+    assert caplog.text.count("a dog") == 1
