@@ -323,6 +323,18 @@ def test_ids_by_a_rule(tmp_path):
         run(table, tmp_path / "none")
 
 
+def test_a_tar_whose_photos_went_by_keys_goes_on(tmp_path, caplog):
+    """As they did when `stem` meant the key in a .tar, with its folder."""
+    content = encode(quarters(), "PNG")
+    path = write_tar(tmp_path / "photos.tar", {f"photos/{number}.png": content for number in range(5)})
+    with pytest.raises(KeyboardInterrupt):
+        run(path, tmp_path / "store", StoppedAt("photos/2"), device="cpu", ids="key")
+    for _ in range(2):  # when it is unfinished, and when it is finished
+        assert sorted(run(path, tmp_path / "store")) == [f"photos/{number}" for number in range(5)]
+        assert "was begun with ids='key' (--ids key), and goes on so" in caplog.text
+        caplog.clear()
+
+
 def test_others_photos_or_other_ids_are_no_going_on(tmp_path):
     photos = save_photos_with_points(tmp_path / "photos")
     run(photos, tmp_path / "store")

@@ -163,6 +163,8 @@ def prepare(
     _write(path, "".join(lines), list_path, "".join(sorted(listed)), restart, Path(captions))
     if absent := [name for name in SPLITS[:2] if name not in found.splits]:
         logger.warning(f"{path} has no split {' and '.join(absent)}, which training looks for if it is told no other.")
+    if alone_in := [name for name, (count, _) in found.splits.items() if count == 1]:
+        logger.warning(f"{path} has a single image in {' and '.join(alone_in)}: none that its captions could mismatch.")
     return found
 
 

@@ -151,6 +151,8 @@ def extract(
         state.wait_for_everyone()
         before = _parts(parts)
         done = {image_id for store in (*before, *_finished(folder)) for image_id in RegionStore(store)}
+        if ids == "stem" and rename is None and done and done.isdisjoint(source.ids):
+            source = _by_key(photos, folder, done) or source
         left = [index for index, image_id in enumerate(source.ids) if image_id not in done]
         state.wait_for_everyone()  # before new parts appear
         if done and state.is_main_process:
@@ -420,13 +422,24 @@ def _remove_empty(part: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)  # a writer that wrote nothing has removed it
 
 
+def _by_key(photos: Any, folder: Path, done: set[str]) -> PhotoSource | None:
+    """The photos of a .tar by webdataset's keys, where what was begun has them: once they were the default there."""
+    if not isinstance(photos, (str, PathLike)) or not all("/" in image_id for image_id in done):
+        return None
+    source = list_photos(photos, ids="key")
+    if done.isdisjoint(source.ids):
+        return None
+    logger.warning(f"{folder} was begun with ids='key' (--ids key), and goes on so.")
+    return source
+
+
 def _check_ids(folder: Path, done: set[str], image_ids: Sequence[str]) -> None:
     """Raises ValueError where what was begun has none of these photos: they are others, or have other ids."""
     if done.isdisjoint(image_ids):
         raise ValueError(
             f"{folder} was begun with images such as {min(done)!r}, and none of these photos, such as "
-            f"{image_ids[0]!r}, is among them: give the photos and --ids that it was begun with ('key' is how versions "
-            "of before named the photos of a .tar), or take another folder."
+            f"{image_ids[0]!r}, is among them: give the photos and --ids that it was begun with, begin anew with "
+            "restart=True (--restart), or take another folder."
         )
 
 
