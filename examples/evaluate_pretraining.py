@@ -60,13 +60,14 @@ def main(argv: list[str] | None = None):
     if not is_unicoder_vl(args.model):
         raise ValueError(f"--model {args.model} is no Unicoder-VL: expected a checkpoint of run_pretraining.py.")
     model = AutoModelForPreTraining.from_pretrained(args.model)
+    processor = AutoProcessor.from_pretrained(args.model)
+    processor.check_model(model)
+    check_tokens(captions, processor.tokenizer, args.captions)
+    processor.set_store(store)
     model.sparse_prediction = model.bert.padding_free = True
     computing = Computing.choose(args.mixed_precision, start_processes().device.type, model.config.hidden_size)
     accelerator = new_accelerator(computing)
     model = accelerator.prepare(model)
-    processor = AutoProcessor.from_pretrained(args.model)
-    check_tokens(captions, processor.tokenizer, args.captions)
-    processor.set_store(store)
     regions = ShuffledStore(store, captions["image_id"], args.seed) if args.shuffle_regions else store
 
     collator = DataCollatorForUnicoderVLPreTraining(

@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None):
     if every_answer:
         rationales = rationales[np.arange(len(rows)), rows["answer_label"]]
     metrics = vcr_metrics(answers, rationales, rows["answer_label"], rows["rationale_label"])
-    print("\n".join(f"{name:20}{100 * value:6.1f} %" for name, value in metrics.items()))
+    for name, value in metrics.items():
+        print(f"{name:20}{100 * value:6.1f} %" if name.endswith("_accuracy") else f"{name:20}{value:6,}")
     if args.output is not None:
         Path(args.output).write_text(json.dumps(metrics | {"questions": len(rows), **vars(args)}, indent=2) + "\n")
     if args.pictures is not None:

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from unicoder_vl_hf import logging
+from unicoder_vl_hf.data.negatives import pairs_digest
 from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.preparation import parse_arguments
 from unicoder_vl_hf.pretraining import (
     PAPER,
     SCENES,
     LoopArguments,
-    LossMeter,
     PretrainingArguments,
     evaluate_pretraining,
     prepare_pretraining,
@@ -34,10 +35,14 @@ from unicoder_vl_hf.training import (
     CheckpointFolder,
     Computing,
     JsonLog,
+    LossMeter,
     StopSignal,
     TrainingRun,
+    beside_the_bar,
     create_hub_repository,
     finish_run,
+    follow_schedule,
+    in_a_line,
     new_accelerator,
     run_script,
     save_weights_as_pretrained,
@@ -85,15 +90,22 @@ def main(argv: list[str] | None = None) -> bool:
     accelerator.register_for_checkpointing(scheduler)
     save_weights_as_pretrained(accelerator)
 
-    identity = run_identity(data_args, args, train_pairs=len(setup.train), total_steps=total_steps)
-    step, meter = 0, LossMeter(accelerator)
+    pairs = {"train_pairs": len(setup.train), "train_pairs_sha256": pairs_digest(setup.train.pairs)}
+    identity = run_identity(data_args, args, **pairs, total_steps=total_steps)
+    step, meter = 0, LossMeter(accelerator, setup.loss_parts)
     if resume_from is None:
         set_seed(args.seed, device_specific=True)  # another dropout in every process
     else:
         saved = checkpoints.read(resume_from, identity)
+        goes_further = checkpoints.check_steps(
+            args.resume_from_checkpoint, resume_from, total_steps, saved["total_steps"]
+        )
         step = saved["step"]
         meter.load(saved["losses"])
         accelerator.load_state(str(resume_from))
+        if goes_further:
+            follow_schedule(scheduler)
+            checkpoints.reopen()
         logger.warning(f"Resumed from {resume_from} after {step:,} of {total_steps:,} steps.")
     log = JsonLog(output_dir / "log.jsonl", accelerator, resume_step=step)
     if args.report_to != "none":
@@ -111,7 +123,8 @@ def main(argv: list[str] | None = None) -> bool:
                 model, setup.validation, setup.collator, accelerator, num_workers=args.dataloader_num_workers
             )
         log.write(step, {f"eval_{name}": value for name, value in metrics.items()})
-        accelerator.print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if accelerator.is_main_process:
+            tqdm.write(in_a_line(step, metrics))
         return metrics
 
     if args.eval_on_start and step == 0:
@@ -142,12 +155,13 @@ def main(argv: list[str] | None = None) -> bool:
                 if not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
                 optimizer.zero_grad()
-                meter.end_step()
+                meter.gather()
                 step += 1
                 progress.update()
                 if step % args.logging_steps == 0:
                     position = {"learning_rate": scheduler.get_last_lr()[0], "epoch": step / steps_per_epoch}
-                    log.write(step, meter.mean(args.logging_steps) | position)
+                    log.write(step, values := meter.mean(args.logging_steps) | position)
+                    progress.set_postfix(beside_the_bar(values))
                 if step % (args.eval_steps or steps_per_epoch) == 0 and step < total_steps:
                     evaluate()
                     meter.start_clock()

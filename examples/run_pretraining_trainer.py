@@ -8,19 +8,23 @@
 defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processes divide one of the two by P.
 """
 
-from pathlib import Path
-
 from transformers import TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.pretraining import PAPER, SCENES, PretrainingArguments, evaluate_pretraining, prepare_pretraining
-from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder, run_script
+from unicoder_vl_hf.pretraining import (
+    PAPER,
+    SCENES,
+    PretrainingArguments,
+    PretrainingSetup,
+    evaluate_pretraining,
+    prepare_pretraining,
+)
+from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.training import run_script
 
 
 class PretrainingTrainer(TaskTrainer):
-    def card(self):
-        return self.setup.card
+    setup: PretrainingSetup
 
     def evaluate_task(self, rows):
         # Trainer's own loop keeps the logits of every token over the vocabulary: 30 GB for 5,000 pairs.
@@ -41,8 +45,7 @@ def main(argv: list[str] | None = None) -> bool:
         paper=training_defaults(PAPER),
         scenes=training_defaults(SCENES),
     )
-    checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
-    resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
+    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_pretraining(data_args, training_args.output_dir, seed=training_args.seed)

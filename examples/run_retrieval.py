@@ -11,8 +11,6 @@ loss of both directions on sigmoid(score), margin 0.2, learning rate 5e-5, 192 p
 counts by P. The model that scores the highest sum of recalls on a part of the validation split is kept.
 """
 
-from pathlib import Path
-
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
@@ -20,16 +18,16 @@ from unicoder_vl_hf.retrieval.finetuning import (
     PAPER,
     SCENES,
     RetrievalArguments,
+    RetrievalSetup,
     evaluate_retrieval,
     prepare_retrieval,
 )
-from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder, run_script
+from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.training import run_script
 
 
 class RetrievalTrainer(TaskTrainer):
-    def card(self):
-        return self.setup.card
+    setup: RetrievalSetup
 
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator
@@ -51,14 +49,13 @@ def main(argv: list[str] | None = None) -> bool:
         paper=training_defaults(PAPER) | shared,
         scenes=training_defaults(SCENES) | shared,
     )
-    checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
-    resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
+    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_retrieval(data_args, training_args.output_dir, seed=training_args.seed)
-    patience = data_args.early_stopping_patience
     if setup.validation is None:
-        training_args.eval_strategy, training_args.load_best_model_at_end, patience = "no", False, None
+        training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
+    patience = data_args.early_stopping_patience
     trainer = RetrievalTrainer(
         setup,
         training_args,

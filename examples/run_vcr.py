@@ -11,29 +11,29 @@ example is a question with its four answers, or one with its right answer and fo
 process: on P, divide one of the two counts by P. The model of the highest validation accuracy (Q->AR) is kept.
 """
 
-from pathlib import Path
-
 from transformers import TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder, run_script
-from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS, TASKS, VCRArguments, evaluate_vcr, prepare_vcr
+from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.training import run_script
+from unicoder_vl_hf.vcr_training import (
+    PAPER,
+    SCENES,
+    SCENES_FIELDS,
+    TASKS,
+    VCRArguments,
+    VCRSetup,
+    evaluate_vcr,
+    prepare_vcr,
+)
 
 
 class VCRTrainer(TaskTrainer):
-    trained_by = "fine-tuned for visual commonsense reasoning"
-    rows = "examples"
+    setup: VCRSetup
 
     def __init__(self, tasks: list[str], *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.tasks = tasks
-
-    def card(self):
-        return super().card() | {
-            "task": "visual-commonsense-reasoning",
-            "measured_on": f"{len(self.setup.validation):,} questions",
-        }
 
     def evaluate_task(self, rows):
         with self.accelerator.autocast():
@@ -65,8 +65,7 @@ def main(argv: list[str] | None = None) -> bool:
         single = TASKS[data_args.tasks[0]] if len(data_args.tasks) == 1 else None
         training_args.metric_for_best_model = single or "joint_accuracy"
 
-    checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
-    resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
+    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_vcr(data_args, training_args.output_dir)

@@ -9,20 +9,22 @@ Masked tokens and masked object classes of each question with its right answer a
 regions. The defaults are those of the fine-tuning.
 """
 
-from pathlib import Path
-
 from transformers import TrainingArguments, set_seed
 
 from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.trainer import TaskTrainer, training_defaults
-from unicoder_vl_hf.training import CheckpointFolder, run_script
-from unicoder_vl_hf.vcr_pretraining import VCRPretrainingArguments, evaluate_vcr_pretraining, prepare_vcr_pretraining
+from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.training import run_script
+from unicoder_vl_hf.vcr_pretraining import (
+    VCRPretrainingArguments,
+    VCRPretrainingSetup,
+    evaluate_vcr_pretraining,
+    prepare_vcr_pretraining,
+)
 from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS
 
 
 class VCRPretrainingTrainer(TaskTrainer):
-    trained_by = "pre-trained further on the text of VCR by masked language modelling and masked object classification"
-    rows = "examples"
+    setup: VCRPretrainingSetup
 
     def evaluate_task(self, rows):
         return evaluate_vcr_pretraining(
@@ -31,6 +33,7 @@ class VCRPretrainingTrainer(TaskTrainer):
             self.setup.collator,
             self.accelerator,
             batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
         )
 
 
@@ -43,8 +46,7 @@ def main(argv: list[str] | None = None) -> bool:
         data="--annotations",
     )
 
-    checkpoints = CheckpointFolder(Path(str(training_args.output_dir)), state_file="trainer_state.json")
-    resume_from = checkpoints.resolve(training_args.resume_from_checkpoint)
+    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights
     with training_args.main_process_first():
         setup = prepare_vcr_pretraining(data_args, training_args.output_dir, seed=training_args.seed)

@@ -15,7 +15,6 @@ from unicoder_vl_hf.data.negatives import PairsWithMismatches
 from unicoder_vl_hf.pretraining import PretrainingArguments, PretrainingSetup
 from unicoder_vl_hf.training import (
     PRETRAINED,
-    PRETRAINED_WITHOUT_CLASSES,
     TrainingRun,
     write_model_card,
 )
@@ -154,7 +153,7 @@ def test_a_setup_says_what_its_card_needs(tmp_path):
     rows = datasets.Dataset.from_dict({"image_id": ["a", "a", "b"], "caption": ["one", "two", "three"]})
     pairs, processor = PairsWithMismatches(rows, seed=0), tiny.processor(region_provenance=PROVENANCE)
     setup = PretrainingSetup(
-        model=None,
+        model=tiny.model(UnicoderVLForPreTraining),
         processor=processor,
         collator=DataCollatorForUnicoderVLPreTraining(processor, {}),
         train=pairs,
@@ -166,9 +165,13 @@ def test_a_setup_says_what_its_card_needs(tmp_path):
         "provenance": PROVENANCE,
         "trained_by": PRETRAINED,
         "measured_on": "3 captions of 2 images",
+        "task": "image-text-retrieval",
     }
     setup.collator.moc_probability, setup.validation = 0.0, None
-    assert (setup.card["trained_by"], setup.card["measured_on"]) == (PRETRAINED_WITHOUT_CLASSES, None)
+    assert setup.card["trained_by"] == "pre-trained by masked language modelling and visual-linguistic matching"
+    assert setup.card["measured_on"] is None
+    setup.collator.mlm_probability = 0.0
+    assert setup.card["trained_by"] == "pre-trained by visual-linguistic matching"
 
 
 def test_the_base_model_of_a_run_is_what_it_starts_from():

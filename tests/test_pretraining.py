@@ -48,8 +48,11 @@ from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
 from unicoder_vl_hf.training import (
     CheckpointFolder,
     Computing,
+    FinishedRun,
     JsonLog,
+    LossMeter,
     StopSignal,
+    beside_the_bar,
     run_script,
 )
 
@@ -616,7 +619,8 @@ def test_what_is_a_defect_keeps_its_traceback(error, capsys):
     "given, says",
     [
         (["--captions", "x.json"], "Give both --captions and --regions, or neither for the rendered scenes"),
-        (["--bogus"], "Some specified arguments are not used by the HfArgumentParser: ['--bogus']"),
+        (["--bogus"], "unknown argument --bogus"),
+        (["--learning_rat=1"], "unknown argument --learning_rat=1, did you mean --learning_rate?"),
         (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
     ],
 )
@@ -734,19 +738,86 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path):
     save(folder, 5)
     (tmp_path / "model.safetensors").touch()
     assert folder.resolve("latest").name == "checkpoint-5"  # the last evaluation failed, or is yet to come
+    assert not folder.check_steps("latest", tmp_path / "checkpoint-5", 5, 5)
     (tmp_path / "README.md").touch()
-    for requested in (None, "latest"):
-        with pytest.raises(ValueError, match=r"finished run, with its model: there is nothing left to train"):
-            folder.resolve(requested)
-    assert folder.resolve(str(tmp_path / "checkpoint-5")).name == "checkpoint-5"  # who names it means it
+    with pytest.raises(ValueError, match=r"finished run, with its model: there is nothing left to train"):
+        folder.resolve(None)
+    checkpoint = folder.resolve("latest")
+    with pytest.raises(FinishedRun, match=r"nothing left to train.*a larger --num_train_epochs or --max_steps"):
+        folder.check_steps("latest", checkpoint, 5, 5)
+    assert folder.resolve(str(tmp_path / "checkpoint-5")).name == "checkpoint-5"
+    assert not folder.check_steps(str(checkpoint), checkpoint, 5, 5)  # who names it means it
+    shutil.rmtree(checkpoint)
+    with pytest.raises(FinishedRun, match=r"nothing left to train. It has no checkpoint from which more steps could"):
+        folder.resolve("latest")
+
+
+def test_a_run_can_become_longer_and_not_shorter(tmp_path, warnings):
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 5)
+    for name in ("model.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    checkpoint = folder.resolve("latest")
+    assert folder.check_steps("latest", checkpoint, 8, 5)
+    assert "a run of 5 steps. From here on the learning rate is that of a run of 8" in "".join(warnings)
+    folder.reopen()
+    assert not folder.is_finished() and (tmp_path / "model.safetensors").exists()
+    assert not folder.check_steps("latest", checkpoint, 8, 8)  # stopped on its way
+    with pytest.raises(ValueError, match="of a run of 8 steps, which cannot become one of 5"):
+        folder.check_steps("latest", checkpoint, 5, 8)
 
 
 def test_another_run_is_refused_by_name(tmp_path):
     folder = CheckpointFolder(tmp_path)
     save(folder, 5, learning_rate=0.1)
-    assert folder.read(folder.list()[0], {"learning_rate": 0.1, "seed": 1}) == {"step": 5}
+    assert folder.read(folder.list()[0], {"learning_rate": 0.1, "seed": 1}) == {"step": 5, "total_steps": 5}
     with pytest.raises(ValueError, match=r"another run: \(then, now\) differ in \{'learning_rate': \(0.1, 0.2\)\}"):
         folder.read(folder.list()[0], {"learning_rate": 0.2, "seed": 1})
+
+
+# What the log and the bar say of the losses
+
+
+def outputs_of(loss, **parts):
+    return {name: torch.tensor(value) for name, value in {"loss": loss, **parts}.items()}
+
+
+def test_means_of_the_losses_by_hand():
+    """Two steps, the first of two micro-batches; half of the rows are matches, over which mlm and moc are means."""
+    meter = LossMeter(Accelerator(cpu=True), ("mlm_loss", "moc_loss", "matching_loss"))
+    labels = torch.tensor([1, 0])
+    meter.add(outputs_of(6.0, mlm_loss=3.0, moc_loss=2.0, matching_loss=1.0), labels, 0.25)
+    meter.add(outputs_of(2.0, mlm_loss=1.0, moc_loss=0.0, matching_loss=1.0), labels, 0.75)
+    meter.gather()
+    meter.add(outputs_of(5.0, mlm_loss=2.5, moc_loss=1.5, matching_loss=1.0), labels, 1.0)
+    meter.gather()
+    state = meter.state()
+    means = meter.mean(2)
+    assert means.pop("rows_per_second") > 0
+    assert means == pytest.approx({"loss": 4.0, "mlm_loss": 4.0, "moc_loss": 2.0, "matching_loss": 1.0})
+    meter.load(state)
+    assert meter.state() == state == {"loss": 8, "mlm_loss": 4, "moc_loss": 2, "matching_loss": 2, "counted": 1}
+    meter.load([8.0, 4.0, 2.0, 2.0, 1.0])  # as checkpoints had it that gave no names
+    assert meter.state() == state
+
+
+def test_rows_of_unknown_matching_all_count():
+    meter = LossMeter(Accelerator(cpu=True), ("mlm_loss",))
+    meter.add(outputs_of(3.0, mlm_loss=3.0, moc_loss=0.0, matching_loss=0.0), torch.tensor([-100, -100]), 1.0)
+    meter.gather()
+    assert {name: value for name, value in meter.mean(1).items() if "loss" in name} == {"loss": 3.0, "mlm_loss": 3.0}
+
+
+def test_a_loss_that_is_off_is_absent_also_in_a_checkpoint_that_knew_it():
+    meter = LossMeter(Accelerator(cpu=True), ("mlm_loss", "matching_loss"))
+    meter.load([8.0, 4.0, 0.0, 2.0, 1.0])
+    assert meter.state() == {"loss": 8, "mlm_loss": 4, "matching_loss": 2, "counted": 1}
+    assert "moc_loss" not in meter.mean(2)
+
+
+def test_what_stands_beside_the_bar():
+    line = {"loss": 3.14159, "mlm_loss": 12.3456, "learning_rate": 0.0005, "epoch": 0.5, "rows_per_second": 99.0}
+    assert beside_the_bar(line) == {"loss": "3.142", "mlm": "12.346", "lr": "5.0e-04"}
 
 
 def test_log_drops_what_a_resumed_run_writes_again(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import small_world
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForPreTraining, AutoProcessor
+from transformers import AutoModelForPreTraining, AutoProcessor, Trainer
 from two_processes import Processes, examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
-from unicoder_vl_hf.training import fast_precision
+from unicoder_vl_hf.training import FinishedRun, fast_precision
 
 STEPS_PER_EPOCH = 20
 
@@ -157,6 +157,42 @@ def test_log_of_the_loop(straight, script):
     }
 
 
+@pytest.fixture
+def lines(script):
+    """The lines of the log of a run in which there are losses."""
+
+    def read(folder):
+        state = folder / "trainer_state.json"
+        log = log_of(folder) if script == "run_pretraining" else json.loads(state.read_text())["log_history"]
+        return [line for line in log if "loss" in line]
+
+    return read
+
+
+@pytest.mark.parametrize("options, absent", [({}, []), ({"no_moc": True}, ["moc"]), ({"mlm_probability": 0}, ["mlm"])])
+def test_the_losses_of_what_is_trained_stand_beside_the_bar(script, command, lines, tmp_path, capsys, options, absent):
+    arguments = command(script, tmp_path, max_steps=3, accumulation=2, pairs=2, logging_steps=1, **options)
+    run(script, arguments if script == "run_pretraining" else [*arguments, "--disable_tqdm", "false"])
+    out, bar = capsys.readouterr()
+    present = [name for name in ("mlm", "moc", "matching") if name not in absent]
+    parts = {f"{name}_loss" for name in present}
+    assert len(lines(tmp_path)) == 3
+    for line in lines(tmp_path):
+        assert {name for name in line if name.endswith("_loss")} == parts
+        masked = sum(line[name] for name in parts - {"matching_loss"}) / 2  # half of the rows are matches
+        assert line["loss"] == pytest.approx(masked + line["matching_loss"], rel=1e-4)
+    last = lines(tmp_path)[-1]
+    shown = ", ".join(f"{name}={last[f'{name}_loss']:.3f}" for name in present)
+    assert f"loss={last['loss']:.3f}, {shown}, lr=" in bar
+    for name in absent:
+        assert f"{name}=" not in bar and f"{name}_" not in out
+        assert f"{name}_" not in (tmp_path / "README.md").read_text()
+        for file in tmp_path.glob("*.json"):
+            assert f"{name}_accuracy" not in file.read_text() and f'"eval_{name}' not in file.read_text()
+    assert "{'loss'" not in out + bar  # which transformers prints beside its bar
+    assert out.count("matching_accuracy") == 1  # the evaluation, in a line
+
+
 # Stopped and resumed
 
 
@@ -278,6 +314,83 @@ def test_other_arguments_are_another_run(straight, script, command):
     named = str(error.value)
     assert "'learning_rate': (0.001, 0.01)" in named and "'mlm_probability': (0.15, 0.3)" in named
     assert "'moc': (True, False)" in named and "logging_steps" not in named and "train_batch_size" not in named
+
+
+@pytest.fixture
+def ends_at_rest(monkeypatch):
+    """A learning rate that is the same all along, whatever the total, and 0 after the last step."""
+
+    def schedule(optimizer, warmup_steps, total_steps):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step != total_steps))
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = schedule(optimizer or self.optimizer, 0, num_training_steps)
+        return self.lr_scheduler
+
+    monkeypatch.setattr(importlib.import_module("run_pretraining"), "get_linear_schedule_with_warmup", schedule)
+    monkeypatch.setattr(Trainer, "create_scheduler", create_scheduler)
+
+
+def test_a_finished_run_goes_on_with_more_steps(script, command, ends_at_rest, tmp_path):
+    """As one that was to take them from the start, where the schedule does not tell; and if stopped on its way, too."""
+    options = {"dropout": 0.1, "save_steps": 8, "save_total_limit": 9}
+    run(script, command(script, tmp_path / "long", **options))
+    run(script, command(script, tmp_path / "run", **options, num_train_epochs=1))
+    shorter = weights(tmp_path / "run")
+    more = [*command(script, tmp_path / "run", **options), "--resume_from_checkpoint", "latest"]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(torch.optim.AdamW, "step", interrupted_after(15, torch.optim.AdamW.step))
+        run(script, more)
+    names = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert "checkpoint-32" in names and "checkpoint-40" not in names
+    assert all(torch.equal(value, shorter[name]) for name, value in weights(tmp_path / "run").items())
+    assert not (tmp_path / "run" / "README.md").exists()  # it is not finished, whatever model lies there
+    run(script, more)
+    assert_same_weights(tmp_path / "run", tmp_path / "long")
+    assert "\n- Steps: 40 of 4 pairs" in (tmp_path / "run" / "README.md").read_text()
+    if script == "run_pretraining":
+        assert log_of(tmp_path / "run")[-1] == log_of(tmp_path / "long")[-1]
+    with pytest.raises(FinishedRun):
+        run(script, more)
+    with pytest.raises(FinishedRun):  # fewer than there are
+        run(script, [*more, "--num_train_epochs", "1"])
+
+
+def interrupted_after(steps, step):
+    count = iter(range(steps))
+
+    def call(self, *args, **kwargs):
+        if next(count, None) is None:
+            raise InterruptedError
+        return step(self, *args, **kwargs)
+
+    return call
+
+
+def test_more_steps_follow_the_schedule_of_all_of_them(script, command, straight, tmp_path):
+    folder = tmp_path / script
+    shutil.copytree(straight, folder)
+    options = {"dropout": 0.1, "num_train_epochs": 3, "max_validation_pairs": 6, "resume_from_checkpoint": "latest"}
+    with examples_recorded(tmp_path / "examples"):
+        run(script, command(script, folder, **options, save_steps=8, save_total_limit=9))
+    examples = examples_of(tmp_path / "examples-0")
+    assert {epoch for epoch, _ in examples} == {2} and sorted(row for _, row in examples) == list(range(80))
+    if script == "run_pretraining":
+        log = log_of(folder)
+    else:
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    rates = {line["step"]: line["learning_rate"] for line in log if "learning_rate" in line}
+    # Trainer logs the rate of the step that was taken, our loop that of the next.
+    late = {step: 1e-3 * (60 - step + (script != "run_pretraining")) / 54 for step in (42, 49, 56)}
+    assert {step: rate for step, rate in rates.items() if step > 40} == pytest.approx(late, abs=1e-6)
+
+
+def test_fewer_steps_are_another_run(script, command, straight, tmp_path):
+    folder = tmp_path / script
+    shutil.copytree(straight / "checkpoint-24", folder / "checkpoint-24")
+    with pytest.raises(ValueError, match=r"of a run of 40 steps, which cannot become one of 30"):
+        run(script, command(script, folder, dropout=0.1, max_steps=30, resume_from_checkpoint="latest"))
 
 
 def test_save_total_limit(script, command, tmp_path):

@@ -24,7 +24,7 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore, scenes
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.trainer import _StopWithCheckpoint
-from unicoder_vl_hf.training import StopSignal
+from unicoder_vl_hf.training import FinishedRun, StopSignal
 
 SCRIPT = "run_retrieval"
 
@@ -157,6 +157,21 @@ def test_a_run_is_never_overwritten(command, straight):
         run(SCRIPT, command(straight, dropout=0.1))
 
 
+def test_a_finished_run_goes_on_and_keeps_the_best_of_all_its_steps(command, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    more = [*command(folder, dropout=0.1, num_train_epochs=3), "--resume_from_checkpoint", "latest"]
+    run(SCRIPT, more)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    sums = {entry["step"]: entry["eval_recall_sum"] for entry in state["log_history"] if "eval_recall_sum" in entry}
+    assert list(sums) == [8, 16, 24, 32, 40, 48, 56, 60] and state["global_step"] == 60
+    assert sums[state["best_global_step"]] == max(sums.values())
+    assert_same_weights(folder, folder / f"checkpoint-{state['best_global_step']}")
+    assert "\n- Steps: 60 of 4 pairs" in (folder / "README.md").read_text()
+    with pytest.raises(FinishedRun):
+        run(SCRIPT, more)
+
+
 def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path, monkeypatch, capsys):
     sums = iter([1.0, 3.0, 2.0, 2.5, 4.0])
     trainer = importlib.import_module(SCRIPT).RetrievalTrainer
@@ -172,6 +187,8 @@ def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path,
     assert "| eval_recall_sum | 3.0000 |" in card and "- Steps: 32 of" in card
     assert "; the model is that of step 16\n" in card
     assert "Stopped after" not in capsys.readouterr().out
+    with pytest.raises(FinishedRun):  # although it took 32 of 40 steps
+        run(SCRIPT, [*command(tmp_path), "--early_stopping_patience", "2", "--resume_from_checkpoint", "latest"])
 
 
 @pytest.fixture(scope="module")

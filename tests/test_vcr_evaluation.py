@@ -5,7 +5,7 @@ import pytest
 import vcr_miniature
 
 from unicoder_vl_hf.cli import main
-from unicoder_vl_hf.vcr_evaluation import HEADER, check_submission, vcr_metrics, write_submission
+from unicoder_vl_hf.vcr_evaluation import HEADER, check_submission, choice_metrics, vcr_metrics, write_submission
 
 ANNOT_IDS = [f"test-{index}" for index in range(6)]
 # Questions: both right, answer alone, rationale alone, none; a tie with the right answer, and one of two wrong ones.
@@ -30,7 +30,14 @@ def submission(tmp_path):
 
 def test_accuracies_by_hand():
     expected = {"answer_accuracy": 3 / 6, "rationale_accuracy": 4 / 6, "joint_accuracy": 2 / 6}
+    expected |= {"answer_ties": 1, "rationale_ties": 0}
     assert vcr_metrics(ANSWERS, RATIONALES, ANSWER_LABELS, RATIONALE_LABELS) == expected
+
+
+def test_a_tie_is_counted_where_it_costs_the_question():
+    """One at the top, alone or among three; below the top, or among wrong choices, it changes nothing."""
+    scores = [[5, 5, 1, 2], [5, 5, 5, 2], [5, 5, 9, 2], [9, 5, 5, 2], [0, 0, 0, 0]]
+    assert choice_metrics("answer", scores, [0, 2, 0, 0, 3]) == {"answer_accuracy": 1 / 5, "answer_ties": 3}
 
 
 @pytest.mark.parametrize(

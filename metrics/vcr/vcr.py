@@ -24,7 +24,8 @@ Args:
     rationale_references: for each question the right rationale.
 
 Returns:
-    `answer_accuracy`, `rationale_accuracy` and `joint_accuracy`, as fractions.
+    `answer_accuracy`, `rationale_accuracy` and `joint_accuracy`, as fractions; `answer_ties` and `rationale_ties`, the
+    questions that count as wrong because the right choice shares the highest score.
 
 Examples:
     >>> metric = evaluate.load("metrics/vcr")
@@ -32,7 +33,7 @@ Examples:
     >>> metric.compute(
     ...     predictions=scores, rationale_predictions=scores, references=[0, 1], rationale_references=[0, 2]
     ... )
-    {'answer_accuracy': 1.0, 'rationale_accuracy': 0.5, 'joint_accuracy': 0.5}
+    {'answer_accuracy': 1.0, 'rationale_accuracy': 0.5, 'joint_accuracy': 0.5, 'answer_ties': 0, 'rationale_ties': 0}
 """
 
 _CITATION = """\

@@ -497,15 +497,19 @@ class UnicoderVLOnlyMLMHead(nn.Module):
         return self.predictions(hidden_states)
 
 
-class UnicoderVLMatchingHead(nn.Linear):
-    """Two logits of BERT's pooler output, 0 = mismatch, 1 = match; in float32, where bfloat16 would tie many scores."""
+class UnicoderVLFloat32Linear(nn.Linear):
+    """A linear layer that computes in float32, under autocast too: the scores of bfloat16 are full of ties."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
+class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
+    """Gives two logits of BERT's pooler output, 0 = mismatch, 1 = match."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config.hidden_size, 2)
-
-    def forward(self, pooler_output: torch.Tensor) -> torch.Tensor:
-        with maybe_autocast(device_type=pooler_output.device.type, enabled=False):
-            return nn.functional.linear(pooler_output.float(), self.weight.float(), self.bias.float())
 
 
 class UnicoderVLFirstStage(nn.Module):
@@ -1289,7 +1293,7 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
         super().__init__(config)
         self.bert = UnicoderVLModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.classifier = UnicoderVLFloat32Linear(config.hidden_size, 1)
         self.post_init()
 
     @can_return_tuple
@@ -1341,7 +1345,7 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
             image_index,
             **kwargs,
         )
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch_size, num_choices).float()
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch_size, num_choices)
         _check_shape("labels", labels, (batch_size,))
 
         loss = None

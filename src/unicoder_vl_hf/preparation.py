@@ -2,22 +2,25 @@
 
 import argparse
 import contextlib
+import difflib
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import datasets
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from . import logging
 from .configuration_unicoder_vl import UnicoderVLConfig
 from .data.captions import check_tokens, join, read_captions, select_split
 from .feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
-from .modeling_unicoder_vl import UnicoderVLModel, UnicoderVLPreTrainedModel
+from .modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLModel, UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .records_unicoder_vl import RegionRecord
 from .regions.conversion import convert
@@ -49,11 +52,15 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message.removesuffix('.')}. --help lists the options.\n")
 
-    def parse_args_into_dataclasses(self, *args: Any, **options: Any) -> tuple[Any, ...]:
+    def parse_args_into_dataclasses(self, args: Any = None, *_: Any, **options: Any) -> tuple[Any, ...]:
         try:
-            return super().parse_args_into_dataclasses(*args, **options)
+            *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **options)
         except ValueError as error:
             self.error(str(error))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+        return tuple(parsed)
 
 
 def make_parser(*classes: type, **options: Any) -> HfArgumentParser:
@@ -86,7 +93,97 @@ def parse_arguments(
     )
     names = {word.split("=")[0] for word in argv}
     parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
+    try:
+        argv = in_our_spelling(argv, parser)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    if not _knows(parser, "mixed_precision"):  # for the help: what is given has become --bf16 and --fp16
+        parser.add_argument(
+            "--mixed_precision",
+            "--mixed-precision",
+            default=argparse.SUPPRESS,
+            help="auto (what the hardware is fast in), no, bf16, fp16. (default: auto)",
+        )
     return parser.parse_args_into_dataclasses(argv)
+
+
+def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """
+    A command line of a training script, in the options that the script has. Our loop and Trainer differ in a few:
+    either kind of script takes those of the other. `--eval_steps` and `--save_steps` count for Trainer whatever its
+    default strategy is.
+
+    Raises:
+        `ValueError`: options contradict each other, or a value has no counterpart.
+    """
+    options: list[tuple[str, list[str], list[str]]] = []  # name, values, and the words as they were given
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options.append((name.replace("-", "_"), [value] if equals else [], [word]))
+        elif options:
+            options[-1][1].append(word)
+            options[-1][2].append(word)
+        else:
+            options.append(("", [], [word]))
+    given = {name: (values or ["true"])[0] for name, values, _ in options}
+
+    precisions = sorted(given.keys() & {"mixed_precision", "bf16", "fp16"}, reverse=True)
+    if len(precisions) > 1 and "mixed_precision" in precisions:
+        raise ValueError(f"--{' and --'.join(precisions)}: give --mixed_precision alone")
+    for name in ("eval", "save"):
+        if f"{name}_steps" in given and f"{name}_strategy" not in given and _knows(parser, f"{name}_strategy"):
+            parser.set_defaults(**{f"{name}_strategy": "steps"})
+
+    accumulation = given.get("gradient_accumulation_steps", parser.get_default("gradient_accumulation_steps"))
+    words: list[str] = []
+    for name, _, as_given in options:
+        if name not in _SPELLINGS or _knows(parser, name):
+            words += as_given
+            continue
+        try:
+            spelt = _SPELLINGS[name](given[name], int(accumulation) * int(os.environ.get("WORLD_SIZE", 1)))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"--{name} {given[name]}: {error}") from error
+        words += [word for ours, value in spelt.items() for word in (f"--{ours}", str(value))]
+    return words
+
+
+def _knows(parser: argparse.ArgumentParser, name: str) -> bool:
+    return any(action.dest == name for action in parser._actions)
+
+
+def _flags_of_precision(value: str, _) -> dict[str, Any]:
+    if value not in ("auto", "no", "bf16", "fp16"):
+        raise ValueError("expected auto, no, bf16 or fp16")
+    return {} if value == "auto" else {flag: value == flag for flag in ("bf16", "fp16")}
+
+
+def _pairs_of_a_micro_batch(value: str, micro_batches: int) -> dict[str, Any]:
+    if int(value) % micro_batches:
+        raise ValueError(
+            f"a step of {micro_batches} micro-batches, over all processes, cannot hold so many pairs: give a multiple, "
+            "or another --gradient_accumulation_steps"
+        )
+    return {"per_device_train_batch_size": int(value) // micro_batches}
+
+
+def _share_of_the_steps(value: str, _) -> dict[str, Any]:
+    if float(value) >= 1:
+        raise ValueError("expected a share of the steps, below 1, as in --warmup_ratio")
+    return {"warmup_ratio": value}
+
+
+# For an option of the other kind of script: what it is in this one, where the step of a run has so many micro-batches.
+_SPELLINGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "bf16": lambda value, _: {"mixed_precision": "bf16" if string_to_bool(value) else "no"},
+    "fp16": lambda value, _: {"mixed_precision": "fp16" if string_to_bool(value) else "no"},
+    "mixed_precision": _flags_of_precision,
+    "per_device_train_batch_size": lambda value, micro_batches: {"train_batch_size": int(value) * micro_batches},
+    "train_batch_size": _pairs_of_a_micro_batch,
+    "warmup_steps": _share_of_the_steps,
+    "warmup_ratio": lambda value, _: {"warmup_steps": value},
+}
 
 
 @dataclass
@@ -173,8 +270,71 @@ class CaptionedRegions:
     path: Path
     name: str
 
-    def split(self, name: str) -> datasets.Dataset:
-        return select_split(self.captions, self.path, name)
+    def validation(self, split: str) -> datasets.Dataset:
+        """The captions of a split to validate on; warns where it shows images that are trained on."""
+        rows = select_split(self.captions, self.path, split)
+        images = rows.unique("image_id")
+        if trained := len(set(images).intersection(self.train.unique("image_id"))):
+            logger.warning(
+                f"{trained:,} of the {len(images):,} images of the split {split!r} are trained on, too: its figures "
+                "say less about images never seen."
+            )
+        return rows
+
+
+@dataclass
+class TrainingSetup:
+    """
+    What a training run begins with, whatever its task. A subclass says what is trained, for the log and the card.
+
+    Args:
+        model ([`UnicoderVLPreTrainedModel`]), processor ([`UnicoderVLProcessor`]): What is trained, and its inputs.
+        collator (callable): Makes the batches.
+        train, validation: The rows; no validation where None.
+        data_name (`str`): The data in words.
+
+    Raises:
+        `ValueError`: The tokenizer has more tokens than the model knows.
+    """
+
+    model: UnicoderVLPreTrainedModel
+    processor: UnicoderVLProcessor
+    collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    train: Any
+    validation: Any
+    data_name: str
+
+    task: ClassVar[str] = "image-text-retrieval"  # that the model is for, see [`write_model_card`]
+    rows: ClassVar[str] = "pairs"  # that a batch counts
+
+    def __post_init__(self):
+        self.processor.check_model(self.model)
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """The parts of the loss that are trained, as the model's output names them; none where the loss is one."""
+        return ()
+
+    @property
+    def trained_by(self) -> str:
+        """How the model is trained, in words that follow "Unicoder-VL, "."""
+        raise NotImplementedError
+
+    @property
+    def measured_on(self) -> str | None:
+        """How much of the validation split the metrics are of, in words."""
+        raise NotImplementedError
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the model card says of data and training: arguments of [`write_model_card`]."""
+        return {
+            "data_name": self.data_name,
+            "provenance": self.processor.feature_extractor.region_provenance,
+            "trained_by": self.trained_by,
+            "measured_on": self.measured_on,
+            "task": self.task,
+        }
 
 
 def in_words(captions: datasets.Dataset) -> str:
@@ -238,7 +398,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
     A Unicoder-VL checkpoint of any kind, a BERT, or new weights; `fields` are further ones of its configuration.
 
     Raises:
-        `ValueError`: a checkpoint of another kind, or one that the regions or `max_length` do not fit.
+        `ValueError`: a checkpoint of another kind, or one that the regions, `max_length` or an option do not fit.
     """
     known = store.provenance["num_classes"]
     regions: dict[str, Any] = {
@@ -258,6 +418,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         model = model_class(UnicoderVLConfig(**config))
     elif is_unicoder_vl(name):
         model = model_class.from_pretrained(name, **fields)
+        _check_unchanged(arguments, model)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
                 f"{name} takes features of width {model.config.region_feature_dim}, but those of {store.path} have "
@@ -273,6 +434,26 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         )
     cast(UnicoderVLModel, model.base_model).padding_free = True
     return model
+
+
+def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel):
+    """
+    Raises:
+        `ValueError`: an option would change what a Unicoder-VL is made of, and would else be passed over.
+    """
+    config, options = model.config, {"--num_hidden_layers": arguments.num_hidden_layers}
+    has = {"--num_hidden_layers": config.num_hidden_layers}
+    if not arguments.image_token:
+        options["--image_token"], has["--image_token"] = False, config.use_image_token_embedding
+    if isinstance(model, UnicoderVLForPreTraining):  # which alone predicts them
+        options["--num_region_classes"] = arguments.num_region_classes
+        has["--num_region_classes"] = config.num_region_classes
+    for option, wanted in options.items():
+        if wanted is not None and wanted != has[option]:
+            raise ValueError(
+                f"{option} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has[option]}, which "
+                "stays. Leave the option out, or begin with a BERT."
+            )
 
 
 def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:

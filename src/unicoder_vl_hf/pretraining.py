@@ -5,9 +5,7 @@ Follows the paper's pre-training tasks; the loops are in `examples/run_pretraini
 """
 
 import dataclasses
-import functools
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +23,14 @@ from .data.collators import IGNORED, DataCollatorForUnicoderVLPreTraining
 from .data.negatives import PairsWithMismatches
 from .data.samplers import ReadAhead, StepBatchSampler
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
-from .preparation import DataArguments, in_words, load_model, load_processor, open_data
+from .preparation import DataArguments, TrainingSetup, in_words, load_model, load_processor, open_data
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .records_unicoder_vl import RegionRecord
 from .regions.shards import NO_OBJECT_IDS
 from .regions.store import RegionStore
 from .retrieval.metrics import chance_recalls, retrieval_metrics, roc_auc
 from .retrieval.scoring import ImageTextScorer
-from .training import PRETRAINED, PRETRAINED_WITHOUT_CLASSES
+from .training import pretrained_by
 
 logger = logging.get_logger(__name__)
 
@@ -77,14 +75,23 @@ class LoopArguments:
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
     eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations. Default: every epoch."})
     eval_on_start: bool = field(default=False, metadata={"help": "Evaluate before the first step too."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint's folder, or 'latest'."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint's folder, or 'latest'. With more steps than before the run becomes longer."},
+    )
     report_to: str = field(default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the model, processor and card in the end."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Default: the output folder's name."})
 
     def __post_init__(self):
-        if self.save_steps < 1 or self.logging_steps < 1:
-            raise ValueError("save_steps and logging_steps must be at least 1.")
+        for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}, expected at least 1.")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps={self.max_steps}, expected at least 1, or -1 for all epochs.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio}, expected a share of the steps in 0..1, below 1.")
 
 
 # A run may be resumed with others of these; all other arguments decide what it computes.
@@ -108,25 +115,25 @@ SCENES = {"num_train_epochs": 3, "learning_rate": 1e-3, "train_batch_size": 32, 
 
 
 @dataclass
-class PretrainingSetup:
+class PretrainingSetup(TrainingSetup):
     """What [`prepare_pretraining`] builds."""
 
     model: UnicoderVLForPreTraining
-    processor: UnicoderVLProcessor
     collator: DataCollatorForUnicoderVLPreTraining
     train: PairsWithMismatches
     validation: PairsWithMismatches | None
-    data_name: str
 
     @property
-    def card(self) -> dict[str, Any]:
-        """What the model card says of data and training: arguments of [`write_model_card`]."""
-        return {
-            "data_name": self.data_name,
-            "provenance": self.processor.feature_extractor.region_provenance,
-            "trained_by": PRETRAINED if self.collator.moc_probability > 0 else PRETRAINED_WITHOUT_CLASSES,
-            "measured_on": None if self.validation is None else in_words(self.validation.pairs),
-        }
+    def loss_parts(self) -> tuple[str, ...]:
+        return (*self.collator.loss_parts, "matching_loss")
+
+    @property
+    def trained_by(self) -> str:
+        return pretrained_by(self.loss_parts)
+
+    @property
+    def measured_on(self) -> str | None:
+        return None if self.validation is None else in_words(self.validation.pairs)
 
     def train_batches(
         self, sampler: StepBatchSampler, device: torch.device, num_workers: int = 0
@@ -145,54 +152,8 @@ class PretrainingSetup:
 
     def _announce(self, rows: list[int]) -> None:
         if isinstance(store := self.collator.store, RegionStore):
-            pairs = self.train.__getitems__(rows)
+            pairs = self.train.make_rows(rows)
             store.will_need({pair[name] for pair in pairs for name in ("image_id", "mismatch_image_id")})
-
-
-class LossMeter:
-    """The loss and its parts since the last line of the log, over all processes. A checkpoint keeps its `state`."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        # Of the loss, its three parts, and the share of matches.
-        self._sums = torch.zeros(5, device=accelerator.device)
-        self._of_step = torch.zeros_like(self._sums)
-        self.start_clock()
-
-    def start_clock(self):
-        """Anew, so that an evaluation does not count as training."""
-        self._since, self._rows = time.perf_counter(), 0
-
-    def add(self, outputs: Mapping[str, torch.Tensor], matching_labels: torch.Tensor, weight: float):
-        """One micro-batch, of so much weight in its step."""
-        losses = [outputs[name].detach() for name in ("loss", "mlm_loss", "moc_loss", "matching_loss")]
-        self._of_step += torch.stack([*losses, (matching_labels == 1).float().mean()]) * weight
-        self._rows += len(matching_labels)
-
-    def end_step(self):
-        """Every process calls it."""
-        self._sums += self.accelerator.reduce(self._of_step, reduction="sum")  # the same in every process
-        self._of_step.zero_()
-
-    def mean(self, steps: int) -> dict[str, float]:
-        """Over the last steps, of masked tokens and regions over their matches, as in evaluation; begins anew."""
-        loss, mlm, moc, matching, matches = (self._sums / steps).tolist()
-        rows = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
-        self._sums.zero_()
-        self.start_clock()
-        return {
-            "loss": loss,
-            "mlm_loss": mlm / matches,
-            "moc_loss": moc / matches,
-            "matching_loss": matching,
-            "rows_per_second": rows,
-        }
-
-    def state(self) -> list[float]:
-        return self._sums.tolist()
-
-    def load(self, state: Sequence[float]):
-        self._sums.copy_(torch.tensor(state))
 
 
 def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path, seed: int) -> PretrainingSetup:
@@ -207,7 +168,7 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
     store, train = data.store, data.train
     validation = None
     if arguments.max_validation_pairs > 0:
-        validation = data.split(arguments.validation_split)
+        validation = data.validation(arguments.validation_split)
         step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
         validation = validation.select(range(0, len(validation), step))
 
@@ -324,7 +285,7 @@ def evaluate_pretraining(
     tasks = {"mlm": ("labels", config.vocab_size), "moc": ("region_labels", config.num_region_classes)}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in tasks}  # of losses, of right predictions
     counts = {name: torch.zeros(size, dtype=torch.float64) for name, (_, size) in tasks.items()}  # of each target
-    for batch, outputs in batches(functools.partial(_collate_matches, collator), "Evaluating masked prediction"):
+    for batch, outputs in batches(collator.collate_matches, "Evaluating masked prediction"):
         for name, logits in (("mlm", outputs.prediction_logits), ("moc", outputs.region_logits)):
             labels = batch[tasks[name][0]]
             targets = labels[labels != IGNORED]
@@ -362,11 +323,6 @@ def evaluate_pretraining(
         "matching_auc": roc_auc(all_scores, matches),
     }
     return metrics
-
-
-def _collate_matches(collator: DataCollatorForUnicoderVLPreTraining, rows: Sequence[Mapping[str, Any]]):
-    """The matches of the rows, without their mismatches."""
-    return collator([{name: row[name] for name in row if not name.startswith("mismatch")} for row in rows])
 
 
 class ShuffledStore(Mapping[str, RegionRecord]):

@@ -152,6 +152,26 @@ class UnicoderVLProcessor(ProcessorMixin):
             count += sum(len(ids) > max_length for ids in tokens["input_ids"])
         return count
 
+    def check_model(self, model):
+        """
+        Checks that a model has an embedding for every token of the tokenizer: where it lacks one, some caption ends in
+        an `IndexError`, perhaps days later.
+
+        Args:
+            model ([`PreTrainedModel`]):
+                The model that is to read what this processor makes.
+
+        Raises:
+            `ValueError`: it has fewer rows of word embeddings than the tokenizer has tokens.
+        """
+        tokens, rows = max(self.tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
+        if tokens > rows:
+            raise ValueError(
+                f"{model.name_or_path or type(model).__name__}: the tokenizer has {tokens:,} tokens, the model "
+                f"{rows:,} rows of word embeddings. Take the tokenizer that the model was trained with, or add rows "
+                f"for the new tokens, model.resize_token_embeddings({tokens}), and save it."
+            )
+
     def _load_record(self, region, store: Mapping[str, RegionRecord] | None) -> RegionRecord:
         if is_region_record(region):
             return region

@@ -1,13 +1,35 @@
-"""transformers' Trainer as both tasks use it: evaluation that keeps no logits, an end without loss, our model card."""
+"""transformers' Trainer as all tasks use it: evaluation that keeps no logits, an end without loss, our model card, and
+the losses beside one quiet progress bar.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .training import StopSignal, TrainingRun, fast_precision, write_model_card
+from .preparation import TrainingSetup
+from .training import (
+    CheckpointFolder,
+    LossMeter,
+    StopSignal,
+    TrainingRun,
+    beside_the_bar,
+    fast_precision,
+    follow_schedule,
+    in_a_line,
+    write_model_card,
+)
+
+_STATE_FILE = "trainer_state.json"
+
+
+def trainer_checkpoints(args: TrainingArguments) -> CheckpointFolder:
+    """The checkpoints of a run of Trainer."""
+    return CheckpointFolder(Path(str(args.output_dir)), state_file=_STATE_FILE)
 
 
 def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -24,28 +46,26 @@ def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
         "eval_strategy": "epoch",
         "remove_unused_columns": False,
         "dataloader_drop_last": True,  # every micro-batch holds the same number of pairs
+        "logging_steps": 20,
+        "logging_nan_inf_filter": False,  # which hides a loss that is NaN, and waits for the device at every step
         "report_to": "none",
     }
 
 
 class TaskTrainer(Trainer):
     """
-    A Trainer for one of our tasks: a subclass says how a model is evaluated, and in `card` or `trained_by` how it was
-    trained.
+    A Trainer for one of our tasks: a subclass says how a model is evaluated.
 
     Args:
-        setup: What [`prepare_pretraining`] or [`prepare_retrieval`] built.
+        setup ([`TrainingSetup`]): What is trained, such as [`prepare_retrieval`] builds it.
         args ([`TrainingArguments`]): Of the run.
         base_model (`str`, *optional*): What the model started from, for the card.
         callbacks (sequence of [`TrainerCallback`], *optional*): As in Trainer.
     """
 
-    trained_by: ClassVar[str]
-    rows: ClassVar[str] = "pairs"  # what a batch counts
-
     def __init__(
         self,
-        setup: Any,
+        setup: TrainingSetup,
         args: TrainingArguments,
         base_model: str | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -57,23 +77,57 @@ class TaskTrainer(Trainer):
             train_dataset=setup.train,
             eval_dataset=setup.validation,
             processing_class=setup.processor,
-            callbacks=[_EpochOfData(), *callbacks],
+            callbacks=[EpochOfData(), *callbacks],
         )
+        if self.pop_callback(ProgressCallback) is not None:  # none under --disable_tqdm
+            self.add_callback(_LossesBesideTheBar())
         self.setup = setup
         self.base_model = base_model
         self.last_metrics: dict[str, float] = {}
+        self.meter = LossMeter(self.accelerator, setup.loss_parts)
+        self._metered_step = 0
+        self._resumed_from: Path | None = None
+        self._goes_further = False
 
     def evaluate_task(self, rows: Any) -> dict[str, float]:
         """The metrics of the model on the validation rows, the same in every process."""
         raise NotImplementedError
 
-    def card(self) -> dict[str, Any]:
-        """What the model card says of data and training: arguments of [`write_model_card`]."""
-        return {
-            "data_name": self.setup.data_name,
-            "provenance": self.setup.processor.feature_extractor.region_provenance,
-            "trained_by": self.trained_by,
-        }
+    def set_initial_training_values(self, args, dataloader):
+        if len(dataloader) == 0:
+            raise ValueError(
+                f"The {len(self.setup.train):,} {self.setup.rows} of training fill no micro-batch of "
+                f"{args.train_batch_size} in each of {args.world_size} processes: give a smaller "
+                "--per_device_train_batch_size."
+            )
+        values = super().set_initial_training_values(args, dataloader)
+        if self._resumed_from is not None:
+            before = TrainerState.load_from_json(str(self._resumed_from / _STATE_FILE))
+            self._metered_step = before.global_step
+            checkpoints, requested = trainer_checkpoints(args), args.resume_from_checkpoint
+            self._goes_further = checkpoints.check_steps(requested, self._resumed_from, values[-1], before.max_steps)
+            if self._goes_further:
+                checkpoints.reopen()
+        return values
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._goes_further:
+            follow_schedule(cast(LRScheduler, self.lr_scheduler))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.setup.loss_parts:
+            self.meter.add(outputs, inputs["matching_labels"], 1 / self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.setup.loss_parts:
+            self.meter.gather()
+            parts = self.meter.mean(self.state.global_step - self._metered_step)
+            self._metered_step = self.state.global_step
+            logs |= {name: parts[name] for name in self.setup.loss_parts}
+        super().log(logs, start_time)
 
     def training_run(self) -> TrainingRun:
         """The training as it really ran, for the card."""
@@ -85,7 +139,7 @@ class TaskTrainer(Trainer):
             learning_rate=args.learning_rate,
             seed=args.seed,
             mixed_precision=self.accelerator.mixed_precision,
-            rows=self.rows,
+            rows=self.setup.rows,
             kept_step=state.best_global_step if args.load_best_model_at_end else None,
         )
 
@@ -109,7 +163,7 @@ class TaskTrainer(Trainer):
                 repo_id=self.hub_model_id,
                 metrics=self.last_metrics,
                 training=self.training_run(),
-                **self.card(),
+                **self.setup.card,
             )
 
     def run(self, resume_from: Path | None = None) -> bool:
@@ -117,6 +171,7 @@ class TaskTrainer(Trainer):
         Trains, saves the model with its card, and pushes it if asked. False where Ctrl-C stopped it, which leaves a
         checkpoint to resume from.
         """
+        self._resumed_from = resume_from
         if resume_from is not None:
             self.accelerator.print(f"Going on from {resume_from}, whose weights replace those loaded before.")
         with StopSignal() as stop:
@@ -143,11 +198,29 @@ class TaskTrainer(Trainer):
         return True
 
 
-class _EpochOfData(TrainerCallback):
-    """Masks and negatives follow the epoch, which accelerate tells to the data in a single process only."""
+class EpochOfData(TrainerCallback):
+    """
+    Tells the epoch to the training data, whose masks and negatives follow from it: accelerate does so in a single
+    process only. For any Trainer: `Trainer(…, callbacks=[EpochOfData()])`.
+    """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class _LossesBesideTheBar(ProgressCallback):
+    """One bar, with the latest losses beside it, where transformers prints a dict for every line of the log."""
+
+    training_bar: tqdm | None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(beside_the_bar(logs))
+        metrics = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if metrics:
+            self.training_bar.write(in_a_line(state.global_step, metrics))
 
 
 class _StopWithCheckpoint(TrainerCallback):

@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PureWindowsPath
 from types import FrameType
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProcessorMixin
 
 from . import logging
@@ -213,6 +215,9 @@ class StopSignal:
         logger.warning(self._message)
 
 
+_CARD_FILE = "README.md"  # written last
+
+
 class FinishedRun(ValueError):
     """There is nothing left to train."""
 
@@ -270,23 +275,21 @@ class CheckpointFolder:
 
     def is_finished(self) -> bool:
         """Whether the run came to its end: the model is here, and its card, which is written last."""
-        return all((self.output_dir / name).exists() for name in ("model.safetensors", "README.md"))
+        return all((self.output_dir / name).exists() for name in ("model.safetensors", _CARD_FILE))
 
     def resolve(self, requested: str | None) -> Path | None:
         """
-        The checkpoint to resume from: a folder, the newest for `"latest"`, None for None.
+        The checkpoint to resume from: a folder, the newest for `"latest"`, None for None. Whether a finished run has
+        steps left is for [`~CheckpointFolder.check_steps`] to say, once their number is known.
 
         Raises:
-            `FinishedRun`: the run is finished. `ValueError`: there is none, or one lies in the folder that is not to be
-                resumed.
+            `FinishedRun`: the run is finished, and has no checkpoint to go on from. `ValueError`: there is none, or one
+                lies in the folder that is not to be resumed.
         """
         present = self.list()
-        if requested in (None, "latest") and self.is_finished():
-            raise (ValueError if requested is None else FinishedRun)(
-                f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. Take another "
-                "--output_dir."
-            )
         if requested is None:
+            if self.is_finished():
+                raise ValueError(self._finished(has_checkpoint=bool(present)))
             if present:
                 raise ValueError(
                     f"{self.output_dir} holds a run, up to {present[-1].name}. Go on with --resume_from_checkpoint "
@@ -296,6 +299,8 @@ class CheckpointFolder:
                 raise ValueError(f"{self.output_dir} holds a model: take another --output_dir.")
             return None
         if requested == "latest":
+            if not present and self.is_finished():
+                raise FinishedRun(self._finished(has_checkpoint=False))
             if not present:
                 raise ValueError(
                     f"{self.output_dir} has no checkpoint yet: start the run without --resume_from_checkpoint."
@@ -305,24 +310,67 @@ class CheckpointFolder:
             raise ValueError(f"{requested} is no checkpoint of a run: it has no {self.state_file}.")
         return Path(requested)
 
-    def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    def check_steps(self, requested: str | None, checkpoint: Path, planned: int, before: int) -> bool:
         """
-        What was saved as `state`.
+        Whether a resumed run is to take more steps than it was to take before: its schedule then changes.
+
+        Args:
+            requested (`str`, *optional*), checkpoint (`Path`): As [`~CheckpointFolder.resolve`] takes and gives it.
+            planned, before (`int`): Steps of the whole run, as it is asked for now and as the checkpoint knows it.
 
         Raises:
-            `ValueError`: `identity` differs from that of the run, which then could not go on exactly.
+            `FinishedRun`: `"latest"` of a finished run, of which no more is asked. `ValueError`: fewer steps are asked
+                for.
+        """
+        if requested == "latest" and planned <= before and self.is_finished():
+            raise FinishedRun(self._finished(has_checkpoint=True))
+        if planned < before:
+            raise ValueError(
+                f"{checkpoint} is of a run of {before:,} steps, which cannot become one of {planned:,}: its learning "
+                "rate has followed another schedule. Give the same arguments, or more steps."
+            )
+        if planned > before:
+            logger.warning(
+                f"{checkpoint} is of a run of {before:,} steps. From here on the learning rate is that of a run of "
+                f"{planned:,}; the model and its card are written anew at the end."
+            )
+        return planned > before
+
+    def reopen(self):
+        """Makes a finished run an unfinished one, until its card is written again."""
+        (self.output_dir / _CARD_FILE).unlink(missing_ok=True)
+
+    def _finished(self, has_checkpoint: bool) -> str:
+        more = (
+            "Take another --output_dir, or ask for more steps: a larger --num_train_epochs or --max_steps, with "
+            "--resume_from_checkpoint latest."
+            if has_checkpoint
+            else "It has no checkpoint from which more steps could go on. Take another --output_dir, with "
+            f"--model_name_or_path {self.output_dir} to begin with its weights."
+        )
+        return f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. {more}"
+
+    def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+        """
+        What was saved as `state`, with the `total_steps` that the run was to take.
+
+        Raises:
+            `ValueError`: `identity` differs from that of the run, which then could not go on exactly; but for its
+                `total_steps`, which [`~CheckpointFolder.check_steps`] looks at.
         """
         state = json.loads((checkpoint / self.state_file).read_text())
+        saved = state.pop("identity")
+        total_steps = saved.pop("total_steps", state["step"])
         changed = {
             name: (then, identity.get(name))
-            for name, then in state.pop("identity").items()
+            for name, then in saved.items()
             if name not in identity or identity[name] != then
         }
         if changed:
             raise ValueError(
                 f"{checkpoint} is of another run: (then, now) differ in {changed}. Give the same arguments."
             )
-        return state
+        return state | {"total_steps": total_steps}
 
     def save(
         self,
@@ -370,6 +418,19 @@ class CheckpointFolder:
         shutil.rmtree(doomed)
 
 
+def follow_schedule(scheduler: LRScheduler):
+    """
+    Sets the learning rates to what the schedule has at its step, in place of those of a checkpoint of another schedule,
+    whose next step would still be taken with them. Of schedules that are no function of the step, none.
+    """
+    if isinstance(scheduler, LambdaLR):
+        step = scheduler.last_epoch
+        rates = [rate * shape(step) for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
 def save_weights_as_pretrained(accelerator: Accelerator):
     """Makes the weights of accelerate's checkpoints the model's own files, so that `from_pretrained` reads them too."""
 
@@ -413,6 +474,73 @@ class JsonLog:
                 )
 
 
+MASKED_LOSSES = ("mlm_loss", "moc_loss")  # of which the matches alone have one
+
+
+class LossMeter:
+    """
+    The loss and its parts since the last line of the log, over all processes. A checkpoint keeps its `state`.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        parts (sequence of `str`): Parts of the loss that are trained, as the model's output names them.
+    """
+
+    def __init__(self, accelerator: Accelerator, parts: Sequence[str]):
+        self.accelerator = accelerator
+        self.losses = ("loss", *parts)
+        # Of the losses, and of the share of rows whose tokens and regions count.
+        self._sums = torch.zeros(len(self.losses) + 1, device=accelerator.device)
+        self._of_process = torch.zeros_like(self._sums)
+        self.start_clock()
+
+    def start_clock(self):
+        """Anew, so that an evaluation does not count as training."""
+        self._since, self._rows = time.perf_counter(), 0
+
+    def add(self, outputs: Mapping[str, torch.Tensor], matching_labels: torch.Tensor, weight: float):
+        """Adds a micro-batch, of so much weight in its step; waits for no device."""
+        losses = [outputs[name].detach().mean() for name in self.losses]  # one a GPU under DataParallel
+        self._of_process += torch.stack([*losses, (matching_labels != 0).float().mean()]) * weight
+        self._rows += len(matching_labels)
+
+    def gather(self):
+        """Adds up what the processes have had since the last time. Every process calls it, after whole steps."""
+        self._sums += self.accelerator.reduce(self._of_process, reduction="sum")  # the same in every process
+        self._of_process.zero_()
+
+    def mean(self, steps: float) -> dict[str, float]:
+        """Over the last steps, of masked tokens and regions over their matches, as in evaluation; begins anew."""
+        *sums, counted = self._sums.tolist()
+        rows = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
+        self._sums.zero_()
+        self.start_clock()
+        means = {
+            name: total / (counted if name in MASKED_LOSSES else steps)
+            for name, total in zip(self.losses, sums, strict=True)
+        }
+        return means | {"rows_per_second": rows}
+
+    def state(self) -> dict[str, float]:
+        return dict(zip((*self.losses, "counted"), self._sums.tolist(), strict=True))
+
+    def load(self, state: Mapping[str, float] | Sequence[float]):
+        if not isinstance(state, Mapping):  # of a checkpoint without names
+            state = dict(zip(("loss", *MASKED_LOSSES, "matching_loss", "counted"), state, strict=True))
+        self._sums.copy_(torch.tensor([state[name] for name in (*self.losses, "counted")]))
+
+
+def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
+    """The losses and the learning rate of a line of the log, short enough to stand beside a progress bar."""
+    losses = {name.removesuffix("_loss"): f"{value:.3f}" for name, value in values.items() if name.endswith("loss")}
+    return losses | {"lr": f"{values['learning_rate']:.1e}"}
+
+
+def in_a_line(step: int, metrics: Mapping[str, float]) -> str:
+    """The metrics of an evaluation for the terminal."""
+    return f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
 def create_hub_repository(repo_id: str) -> str:
     """Makes sure, before the training, that the repository can be written to; returns its full name."""
     return huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
@@ -429,8 +557,20 @@ def push_folder(repo_id: str, folder: Path):
 
 
 # How a model was trained, for its card.
-PRETRAINED = "pre-trained by masked language modelling, masked object classification and visual-linguistic matching"
-PRETRAINED_WITHOUT_CLASSES = "pre-trained by masked language modelling and visual-linguistic matching"
+_IN_WORDS = {
+    "mlm_loss": "masked language modelling",
+    "moc_loss": "masked object classification",
+    "matching_loss": "visual-linguistic matching",
+}
+
+
+def pretrained_by(losses: Sequence[str], by: str = "pre-trained by") -> str:
+    """The tasks of these parts of the loss, in the words of the card."""
+    *others, last = (_IN_WORDS[name] for name in losses)
+    return f"{by} {', '.join(others)} and {last}" if others else f"{by} {last}"
+
+
+PRETRAINED = pretrained_by(tuple(_IN_WORDS))
 FIRST_STAGE = "given a first stage of search, trained by a contrastive loss with the encoder frozen"
 
 
@@ -550,7 +690,7 @@ def write_model_card(
         location=repo_id or folder.as_posix(),
         **_USES[task],
     )
-    path = folder / "README.md"
+    path = folder / _CARD_FILE
     huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(path)
     return path
 
@@ -630,7 +770,7 @@ def _is_repository(name: str) -> bool:
 
 def _metric_row(name: str, value: float) -> str:
     """Of the table: fractions and losses to four decimals; ranks count images or captions."""
-    decimals = 0 if name.endswith("_tied_ranks") else 1 if name.endswith("_rank") else 4
+    decimals = 0 if name.endswith(("_tied_ranks", "_ties")) else 1 if name.endswith("_rank") else 4
     return f"| {name} | {value:,.{decimals}f} |"
 
 

@@ -33,25 +33,42 @@ def vcr_metrics(
             The right choice.
 
     Returns:
-        `dict` of `answer_accuracy`, `rationale_accuracy` and `joint_accuracy`, as fractions. A tie of the right choice
-        with another counts as wrong.
+        `dict` of `answer_accuracy`, `rationale_accuracy` and `joint_accuracy`, as fractions, and of `answer_ties` and
+        `rationale_ties`: the questions whose right choice shares the highest score with another, which counts as wrong.
 
     Raises:
         ValueError: Shapes do not fit, a score is NaN, or a label is no choice.
     """
-    answers = right_choices("answer", answer_scores, answer_labels)
-    rationales = right_choices("rationale", rationale_scores, rationale_labels)
+    answers, answer_ties = judge_choices("answer", answer_scores, answer_labels)
+    rationales, rationale_ties = judge_choices("rationale", rationale_scores, rationale_labels)
     if len(answers) != len(rationales):
         raise ValueError(f"{len(answers)} questions have answers, {len(rationales)} rationales; expected the same.")
     return {
         "answer_accuracy": float(answers.mean()),
         "rationale_accuracy": float(rationales.mean()),
         "joint_accuracy": float((answers & rationales).mean()),
+        "answer_ties": answer_ties,
+        "rationale_ties": rationale_ties,
     }
 
 
-def right_choices(name: str, scores: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """Whether the right choice of each question scores above all others."""
+def choice_metrics(name: str, scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """
+    The accuracy and the ties of one task alone, by the names and under the conditions of [`vcr_metrics`].
+
+    Args:
+        name (`str`):
+            `"answer"` or `"rationale"`.
+    """
+    right, ties = judge_choices(name, scores, labels)
+    return {f"{name}_accuracy": float(right.mean()), f"{name}_ties": ties}
+
+
+def judge_choices(name: str, scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, int]:
+    """
+    Whether the right choice of each question scores above all others, and how many questions it does not because of a
+    tie at the top.
+    """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or 0 in scores.shape or labels.shape != scores.shape[:1]:
         raise ValueError(
@@ -66,8 +83,10 @@ def right_choices(name: str, scores: ArrayLike, labels: ArrayLike) -> np.ndarray
             f"{name}_labels[{unknown.argmax()}] is {labels[unknown][0]}, expected a choice, 0..{scores.shape[1] - 1}: "
             "the test split has no labels, give a labelled one."
         )
-    at_least = scores >= np.take_along_axis(scores, labels[:, None], axis=1)
-    return at_least.sum(axis=1) == 1
+    of_right = np.take_along_axis(scores, labels[:, None], axis=1)
+    is_best = (scores <= of_right).all(axis=1)
+    is_alone = (scores == of_right).sum(axis=1) == 1
+    return is_best & is_alone, int((is_best & ~is_alone).sum())
 
 
 def write_submission(

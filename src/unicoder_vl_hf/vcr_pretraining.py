@@ -14,13 +14,15 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from .data.collators import IGNORED, SALT, DataCollatorForUnicoderVLMultipleChoice, DataCollatorForUnicoderVLPreTraining
+from .data.rows import Row, RowsOfEpoch
 from .data.vcr import require_labels
 from .modeling_unicoder_vl import UnicoderVLForPreTraining
-from .processing_unicoder_vl import UnicoderVLProcessor
+from .preparation import TrainingSetup
 from .records_unicoder_vl import RegionRecord
+from .training import pretrained_by
 from .vcr_training import VCRDataArguments, open_and_load
 
 
@@ -34,7 +36,7 @@ class VCRPretrainingArguments(VCRDataArguments):
     )
 
 
-class RightTexts(Dataset[dict[str, Any]]):
+class RightTexts(RowsOfEpoch):
     """
     A question with its right answer and rationale, one a row, as an example of a single choice; with the row's number
     and the epoch, or a fixed one, which decide what is masked.
@@ -46,19 +48,19 @@ class RightTexts(Dataset[dict[str, Any]]):
     def __init__(self, rows: datasets.Dataset, fixed_epoch: int | None = None):
         for name in ("answer_label", "rationale_label"):
             require_labels(rows, name, "which belongs to the text: give a labelled split.")
-        self.rows, self.epoch, self.is_fixed = rows, fixed_epoch or 0, fixed_epoch is not None
-
-    def set_epoch(self, epoch: int):
-        if not self.is_fixed:
-            self.epoch = epoch
+        super().__init__(fixed_epoch)
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        return [self._make_row(number) for number in numbers]
+
+    def _make_row(self, number: int) -> Row:
+        row = self.rows[number]
         right = [row[f"{name}_choices"][row[f"{name}_label"]] for name in ("answer", "rationale")]
-        return row | {"choices": [[row["question"], *right]], "label": 0, "row_index": index, "epoch": self.epoch}
+        return Row(row, choices=[[row["question"], *right]], label=0, row_index=number, epoch=self.epoch)
 
 
 @dataclass
@@ -104,15 +106,27 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
 
 
 @dataclass
-class VCRPretrainingSetup:
+class VCRPretrainingSetup(TrainingSetup):
     """What [`prepare_vcr_pretraining`] builds."""
 
     model: UnicoderVLForPreTraining
-    processor: UnicoderVLProcessor
     collator: DataCollatorForVCRPreTraining
     train: RightTexts
     validation: RightTexts
-    data_name: str
+
+    rows = "examples"
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        return self.collator.masking.loss_parts
+
+    @property
+    def trained_by(self) -> str:
+        return pretrained_by(self.loss_parts, "pre-trained further on the text of VCR by")
+
+    @property
+    def measured_on(self) -> str:
+        return f"{len(self.validation):,} questions"
 
 
 def prepare_vcr_pretraining(
@@ -133,6 +147,8 @@ def prepare_vcr_pretraining(
         moc_probability=arguments.moc_probability,
         num_region_classes=model.config.num_region_classes,
     )
+    if not masking.loss_parts:
+        raise ValueError("mlm_probability=0 and moc_probability=0 leave nothing to learn: raise one of them.")
     choices = data.collator(processor, arguments)
     collator = DataCollatorForVCRPreTraining(**{**vars(choices), "masking": masking})
     return VCRPretrainingSetup(
@@ -152,13 +168,21 @@ def evaluate_vcr_pretraining(
     collator: DataCollatorForVCRPreTraining,
     accelerator: Accelerator,
     batch_size: int = 32,
+    num_workers: int = 0,
 ) -> dict[str, float]:
     """`mlm_accuracy` and `moc_accuracy`: the share of the masked tokens and classes that are told. In all processes."""
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all
     mine = Subset(texts, range(accelerator.process_index, len(texts), accelerator.num_processes))
-    for batch in DataLoader(mine, batch_size=batch_size, collate_fn=collator, generator=torch.Generator()):
+    loader = DataLoader(
+        mine,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # or it would draw from the dropout's
+    )
+    for batch in loader:
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with accelerator.autocast():
             outputs = model(**batch)

@@ -20,13 +20,22 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from . import logging
 from .data.collators import DataCollatorForUnicoderVLMultipleChoice
+from .data.rows import Row, RowsOfEpoch
 from .data.vcr import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .modeling_unicoder_vl import UnicoderVLForMultipleChoice
-from .preparation import DATA_FOLDER, Model, ModelArguments, load_model, open_or_convert, processor_for
+from .preparation import (
+    DATA_FOLDER,
+    Model,
+    ModelArguments,
+    TrainingSetup,
+    load_model,
+    open_or_convert,
+    processor_for,
+)
 from .processing_unicoder_vl import UnicoderVLProcessor
 from .records_unicoder_vl import RegionRecord
 from .regions.store import RegionStore
-from .vcr_evaluation import right_choices, vcr_metrics
+from .vcr_evaluation import choice_metrics, vcr_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -184,21 +193,18 @@ def open_and_load(
     return data, model, processor_for(arguments, data.store, data.train.unique("image_id"))
 
 
-class EpochOfExamples(Dataset[dict[str, Any]]):
+class EpochOfExamples(RowsOfEpoch):
     """Examples one after another, each with its number and the epoch, which decide what is masked of it."""
 
     def __init__(self, parts: Sequence[VCRExamples]):
-        self.examples: ConcatDataset[dict[str, Any]] = ConcatDataset(parts)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+        super().__init__()
+        self.examples: ConcatDataset[Row] = ConcatDataset(parts)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.examples[index] | {"row_index": index, "epoch": self.epoch}
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        return [self.examples[number] | {"row_index": number, "epoch": self.epoch} for number in numbers]
 
 
 @dataclass
@@ -213,15 +219,20 @@ class WithoutInputs:
 
 
 @dataclass
-class VCRSetup:
+class VCRSetup(TrainingSetup):
     """What [`prepare_vcr`] builds."""
 
     model: UnicoderVLForMultipleChoice
-    processor: UnicoderVLProcessor
-    collator: Collator
     train: EpochOfExamples
     validation: datasets.Dataset
-    data_name: str
+
+    task = "visual-commonsense-reasoning"
+    rows = "examples"
+    trained_by = "fine-tuned for visual commonsense reasoning"
+
+    @property
+    def measured_on(self) -> str:
+        return f"{len(self.validation):,} questions"
 
 
 def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
@@ -262,7 +273,7 @@ def _report(collator: DataCollatorForUnicoderVLMultipleChoice, rows: datasets.Da
 def score_choices(
     model: UnicoderVLForMultipleChoice,
     collator: Collator,
-    examples: Dataset[dict[str, Any]],
+    examples: Dataset[Row],
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> np.ndarray:
@@ -296,7 +307,7 @@ def evaluate_vcr(
     **options: int,
 ) -> dict[str, float]:
     """
-    Accuracies on questions with labels: as [`vcr_metrics`], or that of the one task. Every process calls it.
+    Accuracies and ties on questions with labels: as [`vcr_metrics`], or those of the one task. Every process calls it.
 
     Args:
         options: `batch_size` and `num_workers` of [`score_choices`].
@@ -305,7 +316,8 @@ def evaluate_vcr(
     labels = {"qa": rows["answer_label"][:], "qar": rows["rationale_label"][:]}
     if scores.keys() == TASKS.keys():
         return vcr_metrics(scores["qa"], scores["qar"], labels["qa"], labels["qar"])
-    return {TASKS[task]: float(right_choices(task, scores[task], labels[task]).mean()) for task in tasks}
+    (task,) = scores
+    return choice_metrics(TASKS[task].removesuffix("_accuracy"), scores[task], labels[task])
 
 
 def choice_probabilities(
@@ -325,7 +337,8 @@ def load_for_vcr(
     regions of another kind.
 
     Raises:
-        `ValueError`: the checkpoint has no head for choices, which would be new.
+        `ValueError`: the checkpoint has no head for choices, which would be new, or fewer rows than its tokenizer has
+            tokens.
     """
     loaded: Any = UnicoderVLForMultipleChoice.from_pretrained(name, output_loading_info=True)
     model, report = loaded
@@ -336,5 +349,6 @@ def load_for_vcr(
         )
     torch.nn.Module.to(model, PartialState().device)
     processor = UnicoderVLProcessor.from_pretrained(name)
+    processor.check_model(model)
     processor.set_store(store)
     return model.eval(), processor

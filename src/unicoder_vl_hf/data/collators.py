@@ -4,11 +4,12 @@ Follows the paper's pre-training tasks: masked language modelling (15 % of the W
 classification (15 % of the regions, the feature zeroed in 90 % of them) and visual-linguistic matching (one mismatch
 for each pair). What is masked is a pure function of (seed, epoch, row index), so that more workers, more processes,
 another micro-batch or a resume change no example. And its image-text retrieval: groups of a match and its negatives,
-whose words and regions may be hidden, by micro-batch.
+whose words and regions may be hidden, of each caption and each image the same in all groups of an epoch.
 And its visual commonsense reasoning: choices whose words point at regions of one image.
 Left out: drawing mismatches, which the rows carry (`negatives.py`).
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import logging
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
@@ -35,6 +37,8 @@ from .vcr import (
 
 SALT = 0x6D61736B  # keeps these draws apart from orders and mismatches that use the same seed
 IGNORED = -100
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -68,8 +72,8 @@ class DataCollatorForUnicoderVLPreTraining:
         num_region_classes (`int`, *optional*):
             Where given, a larger `object_ids` is an error here, which names the image, and not in the loss.
 
-    Rows are dicts of `image_id`, `caption`, `row_index` and `epoch`, and optionally `mismatch_image_id` and
-    `mismatch_caption`, as [`PairsWithMismatches`] gives them. For rows without mismatches matching is unknown.
+    Rows hold `image_id`, `caption`, `row_index` and `epoch`, and optionally `mismatch_image_id` and `mismatch_caption`,
+    as those of [`PairsWithMismatches`] do. Without mismatches matching is unknown, and a warning says so.
 
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
@@ -77,8 +81,9 @@ class DataCollatorForUnicoderVLPreTraining:
         [`UnicoderVLForPreTraining`], and nothing else.
 
     Raises:
-        `ValueError`: an option out of range, an empty caption, an object class out of range, or a store without object
-        classes while `moc_probability` is above 0; the message names the image. `KeyError`: an image the store lacks.
+        `ValueError`: an option out of range, a row that lacks something, an empty caption, an object class out of
+        range, or a store without object classes while `moc_probability` is above 0; the message names the image.
+        `KeyError`: an image the store lacks.
 
     Example:
 
@@ -122,9 +127,32 @@ class DataCollatorForUnicoderVLPreTraining:
         if self.mlm_probability > 0 and self.processor.tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which masked language modelling needs: use BERT's.")
 
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """The losses of the masked tasks that are on, as the model's output names them."""
+        shares = {"mlm_loss": self.mlm_probability, "moc_loss": self.moc_probability}
+        return tuple(name for name, share in shares.items() if share > 0)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        with_mismatches = any("mismatch_image_id" in row for row in rows)
+        if not with_mismatches:
+            logging.warn_once(
+                logger,
+                "These rows carry no mismatches: matching is unknown, and not learned. PairsWithMismatches(pairs, "
+                "seed=0) draws them.",
+            )
+        return self._collate(rows, with_mismatches)
+
+    def collate_matches(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batches the N matches of the rows alone, masked as they are with their mismatches; matching is unknown."""
+        return self._collate(rows, with_mismatches=False)
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]], with_mismatches: bool) -> dict[str, torch.Tensor]:
+        mismatch = ("mismatch_image_id", "mismatch_caption") if with_mismatches else ()
+        _check_rows(
+            rows, ("image_id", "caption", "row_index", "epoch", *mismatch), "PairsWithMismatches(pairs, seed=0)"
+        )
         pairs = [(row["image_id"], row["caption"]) for row in rows]
-        with_mismatches = "mismatch_image_id" in rows[0]
         if with_mismatches:
             pairs += [(row["mismatch_image_id"], row["mismatch_caption"]) for row in rows]
         for index, (_, caption) in enumerate(pairs):
@@ -251,12 +279,13 @@ class DataCollatorForUnicoderVLRetrieval:
             Add `mismatches`, which tells the contrastive loss what captions and images of different rows mismatch.
         mask_probability (`float`, *optional*, defaults to 0.0):
             Share of the tokens that become `[MASK]`, and of the regions whose feature is set to zero, as the model
-            knows them from pre-training, in `[0, 1)`: so that it does not learn few photos by heart. A function of
-            `seed` and of the epoch and row index of the first row: what is hidden depends on the micro-batch.
+            knows them from pre-training, in `[0, 1)`: so that it does not learn few photos by heart. Drawn for each
+            caption, and for each image, of `seed`, the epoch, and the caption's text or the image id: pairs share what
+            they share hidden alike, whatever the micro-batch.
         seed (`int`, *optional*, defaults to 0):
             At least 0.
 
-    Rows are dicts as [`PairsWithNegatives`] gives them.
+    Rows are those of [`PairsWithNegatives`].
 
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
@@ -264,7 +293,8 @@ class DataCollatorForUnicoderVLRetrieval:
         [`UnicoderVLForImageTextRetrieval`], and nothing else. The pairs of a row follow one another, its match first.
 
     Raises:
-        `ValueError`: an empty caption, or an option out of range. `KeyError`: an image that the store lacks.
+        `ValueError`: an empty caption, a row that lacks something, or an option out of range. `KeyError`: an image that
+        the store lacks.
 
     Example:
 
@@ -291,6 +321,7 @@ class DataCollatorForUnicoderVLRetrieval:
             raise ValueError("The tokenizer has no mask token, which mask_probability needs: use BERT's.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        _check_rows(rows, self._needed(), "PairsWithNegatives(pairs, seed=0)")
         captions: dict[str, int] = {}  # caption -> its row of input_ids
         images: dict[str, int] = {}
         pairs: list[tuple[int, int, int, int]] = []  # caption, image, group, label
@@ -317,7 +348,7 @@ class DataCollatorForUnicoderVLRetrieval:
         inputs = self.processor(text=list(captions), padding=True, max_length=self.max_length, return_tensors="pt")
         inputs |= self.processor.feature_extractor(_fetch(self.store, list(images)), return_tensors="pt")
         if self.mask_probability > 0:
-            self._mask(inputs, [self.seed, rows[0]["epoch"], rows[0]["row_index"], SALT])
+            self._hide(inputs, list(captions), list(images), epoch=rows[0]["epoch"])
         batch = {**inputs, **dict(zip(("caption_index", "image_index", "group_ids", "labels"), index, strict=True))}
         if self.contrastive:
             matches = rows
@@ -326,12 +357,24 @@ class DataCollatorForUnicoderVLRetrieval:
             batch["mismatches"] = torch.tensor([[_mismatch(row, other) for other in matches] for row in matches])
         return batch
 
-    def _mask(self, inputs: Mapping[str, torch.Tensor], seed: Sequence[int]) -> None:
-        rng, tokenizer = np.random.default_rng(seed), self.processor.tokenizer
-        input_ids, features = inputs["input_ids"].numpy(), inputs["region_features"].numpy()
-        is_word = ~np.isin(input_ids, tokenizer.all_special_ids)
-        input_ids[is_word & (rng.random(input_ids.shape) < self.mask_probability)] = tokenizer.mask_token_id
-        features[rng.random(features.shape[:2]) < self.mask_probability] = 0
+    def _needed(self) -> tuple[str, ...]:
+        """The names that a row must hold."""
+        epoch = ("epoch",) if self.mask_probability > 0 else ()
+        codes = ("image_code", "codes_of_caption") if self.in_batch_negatives or self.contrastive else ()
+        return ("image_id", "caption", "negative_captions", "negative_image_ids", *epoch, *codes)
+
+    def _hide(self, inputs: Mapping[str, torch.Tensor], captions: Sequence[str], images: Sequence[str], epoch: int):
+        tokenizer = self.processor.tokenizer
+        is_word = ~np.isin(inputs["input_ids"].numpy(), tokenizer.all_special_ids)
+        is_region = inputs["region_attention_mask"].numpy() > 0
+        for names, may_hide, values, hidden in (
+            (captions, is_word, inputs["input_ids"].numpy(), tokenizer.mask_token_id),
+            (images, is_region, inputs["region_features"].numpy(), 0),
+        ):
+            for name, may, value in zip(names, may_hide, values, strict=True):
+                places = np.flatnonzero(may)
+                rng = np.random.default_rng([self.seed, epoch, *hashlib.sha256(name.encode()).digest()[:8], SALT])
+                value[places[rng.random(len(places)) < self.mask_probability]] = hidden
 
 
 @dataclass
@@ -354,7 +397,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
             Features pooled in the ground-truth boxes (`unicoder-vl extract --boxes`), a row an object, to be taken
             instead of those of the detections that overlap the boxes most.
 
-    Rows are dicts as [`VCRExamples`] gives them.
+    Rows are those of [`VCRExamples`].
 
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask` and `token_region_ids`, each `(B, C, T)`,
@@ -382,6 +425,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
     gt_features: Mapping[str, RegionRecord] | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        _check_rows(rows, ("annot_id", "image_id", "objects", "choices", "label"), "VCRExamples(rows, task)")
         tokenizer = self.processor.tokenizer
         texts = [text for row_texts in self._texts(rows) for text, _ in row_texts]
         records, region_of_object = self._records(rows)
@@ -473,6 +517,20 @@ class DataCollatorForUnicoderVLMultipleChoice:
     def _detections(self, record: RegionRecord) -> RegionRecord:
         kept = self.processor.feature_extractor.select(record)
         return record if len(kept) == len(record) else take_regions(record, kept)
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]], names: Sequence[str], wrapper: str):
+    """
+    Raises:
+        `ValueError`: a row lacks one of the names, as whoever does not make them by `wrapper` finds out.
+    """
+    for row in rows:
+        if lacking := [name for name in names if name not in row]:
+            raise ValueError(
+                f"A row holds {', '.join(row) or 'nothing'}, but no {', '.join(lacking)}. Train on {wrapper}, whose "
+                "rows hold all that is needed. Of rows of another kind Trainer leaves out what the model's forward "
+                "does not name, unless TrainingArguments(remove_unused_columns=False)."
+            )
 
 
 def _mismatch(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ are read from columns of the pairs; `retrieval/mining.py` finds them.
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -16,12 +17,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from .. import logging
 from ..name_lists import numbered_lines
 from .captions import encode_column
+from .rows import Row, RowsOfEpoch, natural
 
 logger = logging.get_logger(__name__)
 
@@ -179,10 +179,21 @@ def _merged(image_ids: Sequence[str], duplicates: Iterable[Sequence[str]]) -> np
     return np.array([codes.setdefault(root(image_id), len(codes)) for image_id in image_ids], dtype=np.int32)
 
 
-class _PairsOfEpoch(Dataset[dict[str, Any]]):
-    """Pairs whose items follow from the epoch, which lives in shared memory and so reaches running workers."""
+def pairs_digest(pairs: datasets.Dataset) -> str:
+    """A SHA-256 of the image ids and captions of all rows, in their order."""
+    digest = hashlib.sha256()
+    for name in ("image_id", "caption"):
+        values, codes = encode_column(pairs, name)
+        digest.update("\0".join(values.to_pylist()).encode())
+        digest.update(codes.tobytes())
+    return digest.hexdigest()
+
+
+class _PairsOfEpoch(RowsOfEpoch):
+    """Pairs of a split, of which the rows of an epoch are made."""
 
     def __init__(self, pairs: datasets.Dataset, seed: int, fixed_epoch: int | None):
+        super().__init__(fixed_epoch)
         missing = [name for name in ("image_id", "caption") if name not in pairs.column_names]
         if missing:
             raise ValueError(
@@ -191,29 +202,10 @@ class _PairsOfEpoch(Dataset[dict[str, Any]]):
         if len(pairs) == 0:
             raise ValueError("There are no pairs; expected at least two, of two images.")
         self.pairs = pairs.select_columns(["image_id", "caption"]).with_format("arrow")
-        self.seed = _natural("seed", seed)
-        self.fixed_epoch = None if fixed_epoch is None else _natural("fixed_epoch", fixed_epoch)
-        self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw for this epoch from now on, in workers as well; nothing happens under `fixed_epoch`."""
-        epoch = _natural("epoch", epoch)
-        if self.fixed_epoch is None:
-            self._epoch.fill_(epoch)
+        self.seed = natural("seed", seed)
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The items of a whole batch, read from `pairs` at once; a `DataLoader` asks for this one."""
-        raise NotImplementedError
 
     def _texts(self, rows: Sequence[int]) -> tuple[list[str], list[str]]:
         """The image ids and captions of rows."""
@@ -272,20 +264,20 @@ class PairsWithMismatches(_PairsOfEpoch):
                 "image. Expected pairs of at least two images with different captions."
             )
 
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
         epoch = self.epoch
-        rows = [self._row(row) for row in rows]
+        rows = [self._row(number) for number in numbers]
         drawn = [self.mismatch(row, epoch) for row in rows]
         image_ids, captions = self._texts(rows + [other for other, _ in drawn])
         return [
-            {
-                "image_id": image_ids[i],
-                "caption": captions[i],
-                "mismatch_image_id": image_ids[i + len(rows) if replace_image else i],
-                "mismatch_caption": captions[i if replace_image else i + len(rows)],
-                "row_index": row,
-                "epoch": epoch,
-            }
+            Row(
+                image_id=image_ids[i],
+                caption=captions[i],
+                mismatch_image_id=image_ids[i + len(rows) if replace_image else i],
+                mismatch_caption=captions[i if replace_image else i + len(rows)],
+                row_index=row,
+                epoch=epoch,
+            )
             for i, (row, (_, replace_image)) in enumerate(zip(rows, drawn, strict=True))
         ]
 
@@ -351,8 +343,8 @@ class PairsWithNegatives(_PairsOfEpoch):
         fixed_epoch: int | None = None,
     ):
         super().__init__(pairs, seed, fixed_epoch)
-        self.num_captions = _natural("num_captions", num_captions)
-        self.num_images = _natural("num_images", num_images)
+        self.num_captions = natural("num_captions", num_captions)
+        self.num_images = natural("num_images", num_images)
         self.index = MismatchIndex.from_pairs(pairs, duplicates)
         for replace_image, name, count in ((False, "caption", num_captions), (True, "image", num_images)):
             stuck = np.flatnonzero(self.index.irreplaceable(replace_image))
@@ -385,25 +377,25 @@ class PairsWithNegatives(_PairsOfEpoch):
             )
         return hard
 
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
         epoch = self.epoch
-        rows = [self._row(row) for row in rows]
+        rows = [self._row(number) for number in numbers]
         drawn = [self.negatives(row, epoch) for row in rows]
         image_ids, captions = self._texts(rows + [other for pair in drawn for others in pair for other in others])
         items, at = [], len(rows)
         for i, (row, (with_image, with_caption)) in enumerate(zip(rows, drawn, strict=True)):
             middle, end = at + len(with_image), at + len(with_image) + len(with_caption)
             items.append(
-                {
-                    "image_id": image_ids[i],
-                    "caption": captions[i],
-                    NEGATIVE_CAPTIONS: captions[at:middle],
-                    NEGATIVE_IMAGES: image_ids[middle:end],
-                    "row_index": row,
-                    "epoch": epoch,
-                    "image_code": int(self.index.images[row]),
-                    "codes_of_caption": self.index.images_of(self.index.texts[row]).tolist(),
-                }
+                Row(
+                    image_id=image_ids[i],
+                    caption=captions[i],
+                    negative_captions=captions[at:middle],
+                    negative_image_ids=image_ids[middle:end],
+                    row_index=row,
+                    epoch=epoch,
+                    image_code=int(self.index.images[row]),
+                    codes_of_caption=self.index.images_of(self.index.texts[row]).tolist(),
+                )
             )
             at = end
         return items
@@ -422,9 +414,3 @@ class PairsWithNegatives(_PairsOfEpoch):
         found = [] if hard is None else rng.permutation(hard[row])[:count].tolist()
         found += self.index.draw_distinct(rng, row, replace_image, count - len(found), but=found)
         return [found[i % len(found)] for i in range(count)]
-
-
-def _natural(name: str, value: int) -> int:
-    if value < 0 or value != int(value):
-        raise ValueError(f"{name}={value!r}; expected an integer of at least 0.")
-    return int(value)

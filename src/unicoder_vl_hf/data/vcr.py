@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -18,13 +18,7 @@ import numpy as np
 from ..records_unicoder_vl import RegionRecord
 from ..regions.comparison import box_iou
 from ..regions.photos import stem
-
-if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
-    Examples = Dataset[dict[str, Any]]
-else:
-    Examples = object  # PyTorch asks no more of a dataset than a length and items, and reading a file needs no PyTorch
+from .rows import Row, Rows
 
 # Gender-neutral, and distinct: the list in common use holds Peyton twice.
 PERSON_NAMES = (
@@ -250,7 +244,7 @@ def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
         raise ValueError(f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {field}, {otherwise}")
 
 
-class VCRExamples(Examples):
+class VCRExamples(Rows):
     """
     What is scored: one example a question for Q->A, and for QA->R with the right answer as its premise; or, with
     `every_answer`, four a question, one for each answer as the premise, which the test split needs.
@@ -281,7 +275,7 @@ class VCRExamples(Examples):
     def __len__(self) -> int:
         return len(self.rows) * self.per_row
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         number, answer = divmod(index, self.per_row)
@@ -296,7 +290,7 @@ class VCRExamples(Examples):
             choices = [[question, answers[answer], rationale] for rationale in row["rationale_choices"]]
             label = row["rationale_label"] if answer == row["answer_label"] else NO_LABEL
         beside = ("annot_id", "image_id", "objects", "boxes", "image_width", "image_height")
-        return {name: row[name] for name in beside} | {"choices": choices, "label": label}
+        return Row({name: row[name] for name in beside}, choices=choices, label=label)
 
 
 class Word(NamedTuple):

@@ -463,12 +463,12 @@ def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: Pho
     """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
     stores, renewed = _parts(parts), {None, *source.ids}  # None: of what a listing left out
     skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in _read_rows(file)]
-    if _finished(folder):
+    if stores and _finished(folder):
         records = chain.from_iterable(RegionStore(part).values() for part in stores)
         write_store(records, folder, resume=True, **settings)
     elif stores:
         merge_stores(stores, folder)
-    else:
+    elif not _finished(folder):
         first = min(skips, key=lambda row: row["file"])
         raise ValueError(
             f"None of {len(skips)} photos gave regions; the first reason, of {first['file']}: {first['reason']}. All "

@@ -27,7 +27,8 @@ def load_for_scoring(
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights, whatever they were saved in.
 
     Raises:
-        `ValueError`: another model, or one that was saved without what scoring needs.
+        `ValueError`: another model, one that was saved without what scoring needs, or one with fewer rows than its
+            tokenizer has tokens.
     """
     config = AutoConfig.from_pretrained(name)
     if not isinstance(config, UnicoderVLConfig):
@@ -42,7 +43,9 @@ def load_for_scoring(
             f"{name} ({config.architectures}) has no {missing[:3]}: its scores would be random. Expected a checkpoint "
             "of UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval."
         )
-    return model.eval(), AutoProcessor.from_pretrained(name)
+    processor = AutoProcessor.from_pretrained(name)
+    processor.check_model(model)
+    return model.eval(), processor
 
 
 def load_for_store(

@@ -26,7 +26,15 @@ from ..modeling_unicoder_vl import (
     hardest_negative_triplet_loss,
     sum_of_negatives_triplet_loss,
 )
-from ..preparation import DataArguments, in_words, is_unicoder_vl, load_model, load_processor, open_data
+from ..preparation import (
+    DataArguments,
+    TrainingSetup,
+    in_words,
+    is_unicoder_vl,
+    load_model,
+    load_processor,
+    open_data,
+)
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 from .encoders import UnicoderVLDualEncoder
@@ -85,6 +93,21 @@ class RetrievalArguments(DataArguments):
         default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_validation_images == 0 and self.early_stopping_patience is not None:
+            raise ValueError(
+                "--early_stopping_patience needs a validation, which --max_validation_images 0 leaves out."
+            )
+        if self.loss in ("binary", "softmax", "none") and (self.margin, self.caption_weight, self.image_weight) != (
+            type(self).margin,
+            type(self).caption_weight,
+            type(self).image_weight,
+        ):
+            raise ValueError(
+                f"--margin, --caption_weight and --image_weight are of the triplet losses: --loss {self.loss} has none."
+            )
+
     @property
     def group_loss(self) -> GroupLoss | None:
         weights = {"caption_weight": self.caption_weight, "image_weight": self.image_weight}
@@ -108,27 +131,20 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 
 
 @dataclass
-class RetrievalSetup:
+class RetrievalSetup(TrainingSetup):
     """What [`prepare_retrieval`] builds."""
 
     model: UnicoderVLForImageTextRetrieval
-    processor: UnicoderVLProcessor
     collator: DataCollatorForUnicoderVLRetrieval
     train: PairsWithNegatives
     validation: datasets.Dataset | None
-    data_name: str
 
     @property
-    def card(self) -> dict[str, Any]:
-        """What the model card says of data and training: arguments of [`write_model_card`]."""
-        return {
-            "data_name": self.data_name,
-            "provenance": self.processor.feature_extractor.region_provenance,
-            "trained_by": self._trained_by(),
-            "measured_on": None if self.validation is None else in_words(self.validation),
-        }
+    def measured_on(self) -> str | None:
+        return None if self.validation is None else in_words(self.validation)
 
-    def _trained_by(self) -> str:
+    @property
+    def trained_by(self) -> str:
         model, train = self.model, self.train
         if model.group_loss is None:
             return (
@@ -159,7 +175,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     data = open_data(arguments, output_dir)
     validation = None
     if arguments.max_validation_images > 0:
-        validation = captions_of_images(data.split(arguments.validation_split), arguments.max_validation_images)
+        validation = captions_of_images(data.validation(arguments.validation_split), arguments.max_validation_images)
     train = PairsWithNegatives(
         data.train,
         seed=seed,

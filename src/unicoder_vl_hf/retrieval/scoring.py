@@ -123,6 +123,7 @@ class ImageTextScorer:
     ):
         if block_pairs < 1 or (max_tokens is not None and max_tokens < 1):
             raise ValueError(f"block_pairs={block_pairs}, max_tokens={max_tokens}; expected at least 1 of each.")
+        processor.check_model(model)
         self.model = model
         self.processor = processor
         self.store = store

@@ -1,0 +1,87 @@
+"""Rows of training, and the epoch that masks, mismatches and negatives are drawn for."""
+
+import os
+from collections import UserDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import logging
+
+logger = logging.get_logger(__name__)
+
+
+class Row(UserDict[str, Any]):
+    """
+    A row on its way to a collator. Of a dict, Trainer with its defaults would leave what the model's forward does not
+    name, which is nothing.
+    """
+
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    Rows = Dataset[Row]
+else:
+    Rows = object  # PyTorch asks a dataset for its length and items alone, and to read a file nobody needs PyTorch
+
+
+class RowsOfEpoch(Rows):
+    """
+    Rows that follow from their number and the epoch, which lives in shared memory and so reaches running workers.
+
+    Warns where an epoch goes on for half as long again as it should: it was not told that another has begun.
+
+    Args:
+        fixed_epoch (`int`, *optional*): Ignore `set_epoch`, and stay in this epoch for ever.
+    """
+
+    def __init__(self, fixed_epoch: int | None = None):
+        import torch
+
+        self.fixed_epoch = None if fixed_epoch is None else natural("fixed_epoch", fixed_epoch)
+        self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()
+        self._given = torch.tensor(0).share_memory_()  # rows of the epoch, in this process and its workers
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for this epoch from now on, in workers as well; nothing happens under `fixed_epoch`."""
+        epoch = natural("epoch", epoch)
+        if self.fixed_epoch is None and epoch != self.epoch:
+            self._epoch.fill_(epoch)
+            self._given.zero_()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """The rows of these numbers, without counting them as trained on."""
+        raise NotImplementedError
+
+    def __getitem__(self, number: int) -> Row:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Row]:
+        """A whole batch at once; a `DataLoader` asks for this one."""
+        if self.fixed_epoch is None:
+            self._count(len(numbers))
+        return self.make_rows(numbers)
+
+    def _count(self, count: int):
+        before, limit = int(self._given), 1.5 * len(self) / int(os.environ.get("WORLD_SIZE", 1))
+        self._given += count
+        if before <= limit < before + count:
+            logger.warning(
+                f"Of {len(self):,} rows {before + count:,} were asked for in epoch {self.epoch}, which has not "
+                "changed. Call set_epoch(epoch) of the dataset before each epoch (for Trainer: "
+                "callbacks=[EpochOfData()]); otherwise every epoch has the same masks and negatives."
+            )
+
+
+def natural(name: str, value: int) -> int:
+    """`value` as an int, or a `ValueError` where it is none, or below 0."""
+    if value < 0 or value != int(value):
+        raise ValueError(f"{name}={value!r}; expected an integer of at least 0.")
+    return int(value)

@@ -1,0 +1,277 @@
+"""What every training script starts from: options in either spelling, and what is said before the first step."""
+
+import functools
+
+import pytest
+import small_world
+import tiny
+from transformers import AutoTokenizer, TrainingArguments
+from two_processes import run
+
+from unicoder_vl_hf import (
+    ImageTextScorer,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForMultipleChoice,
+    UnicoderVLForPreTraining,
+    preparation,
+    scenes_vcr,
+)
+from unicoder_vl_hf.preparation import parse_arguments
+from unicoder_vl_hf.pretraining import PAPER, SCENES, LoopArguments, PretrainingArguments, prepare_pretraining
+from unicoder_vl_hf.retrieval.checkpoints import load_for_scoring
+from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, prepare_retrieval
+from unicoder_vl_hf.trainer import training_defaults
+from unicoder_vl_hf.vcr_pretraining import VCRPretrainingArguments, prepare_vcr_pretraining
+from unicoder_vl_hf.vcr_training import VCRArguments, load_for_vcr, prepare_vcr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world.build(tmp_path_factory.mktemp("preparation"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return small_world.save_bert(tmp_path_factory.mktemp("bert"), dropout=0.0)
+
+
+# One spelling, and the other
+
+
+def loop(*given):
+    _, args = parse_arguments(
+        (PretrainingArguments, LoopArguments), ["--output_dir", "o", *given], paper=PAPER, scenes=SCENES
+    )
+    return args
+
+
+def trainer(*given):
+    recipes = {"paper": training_defaults(PAPER), "scenes": training_defaults(SCENES)}
+    _, args = parse_arguments(
+        (PretrainingArguments, TrainingArguments), ["--output_dir", "o", "--use_cpu", *given], **recipes
+    )
+    return args
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([], "auto"),
+        (["--mixed_precision", "bf16"], "bf16"),
+        (["--bf16"], "bf16"),
+        (["--bf16", "True"], "bf16"),
+        (["--bf16=False"], "no"),
+        (["--fp16", "true"], "fp16"),
+    ],
+)
+def test_precision_of_the_loop(given, expected):
+    assert loop(*given).mixed_precision == expected
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (["--mixed_precision", "bf16"], (True, False)),
+        (["--mixed-precision=no"], (False, False)),
+        (["--bf16"], (True, False)),
+        (["--bf16", "False"], (False, False)),
+    ],
+)
+def test_precision_of_trainer(given, expected):
+    args = trainer(*given)
+    assert (args.bf16, args.fp16) == expected
+
+
+def test_auto_is_the_default_of_trainer():
+    assert trainer("--mixed_precision", "auto").bf16 == trainer().bf16
+
+
+def test_pairs_of_a_step_and_of_a_micro_batch(monkeypatch):
+    accumulation = ["--gradient_accumulation_steps", "4"]
+    assert loop("--per_device_train_batch_size", "12", *accumulation).train_batch_size == 48
+    assert loop("--per_device_train_batch_size=12").train_batch_size == 12  # the scenes' accumulation
+    assert trainer("--train_batch_size", "48", *accumulation).per_device_train_batch_size == 12
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert loop("--per_device_train_batch_size", "12", *accumulation).train_batch_size == 96
+    given = ["--train_batch_size", "48", *accumulation]
+    (words,) = [preparation.in_our_spelling(given, preparation.make_parser(TrainingArguments))]
+    assert words == ["--per_device_train_batch_size", "6", *accumulation]
+
+
+def test_warm_up():
+    assert loop("--warmup_steps", "0.2").warmup_ratio == 0.2 and trainer("--warmup_ratio", "0.2").warmup_steps == 0.2
+
+
+@pytest.mark.parametrize(
+    "script, given, says",
+    [
+        (loop, ["--mixed_precision", "no", "--bf16"], "--mixed_precision and --bf16: give --mixed_precision alone"),
+        (trainer, ["--bf16", "--mixed_precision", "no"], "--mixed_precision and --bf16: give --mixed_precision alone"),
+        (trainer, ["--mixed_precision", "half"], "--mixed_precision half: expected auto, no, bf16 or fp16"),
+        (trainer, ["--train_batch_size", "9", "--gradient_accumulation_steps", "2"], "cannot hold so many pairs"),
+        (loop, ["--warmup_steps", "100"], "--warmup_steps 100: expected a share of the steps, below 1"),
+        (loop, ["--bf16", "perhaps"], "--bf16 perhaps: Truthy value expected"),
+        (loop, ["--eval_steps", "0"], "eval_steps=0, expected at least 1"),
+        (loop, ["--max_steps", "0"], "max_steps=0, expected at least 1, or -1"),
+        (loop, ["--num_train_epochs", "0"], "num_train_epochs=0, expected at least 1"),
+        (loop, ["--warmup_ratio", "5"], "warmup_ratio=5.0, expected a share"),
+        (loop, ["--learning-rat", "1"], "unknown argument --learning-rat, did you mean --learning-rate?"),
+        (trainer, ["--bogus"], "unknown argument --bogus. --help lists the options"),
+    ],
+)
+def test_what_contradicts_or_is_no_option(script, given, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script(*given)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and "HfArgumentParser" not in error
+
+
+def test_steps_between_evaluations_are_not_passed_over():
+    """Trainer evaluates by its strategy, which our recipes set to epochs."""
+    assert trainer().eval_strategy == "epoch" and trainer("--eval_steps", "7").eval_strategy == "steps"
+    assert trainer("--eval_steps", "7", "--eval_strategy", "no").eval_strategy == "no"
+    assert trainer("--save_steps", "7").save_strategy == "steps"
+
+
+def test_the_help_of_trainer_documents_the_one_spelling(capsys):
+    with pytest.raises(SystemExit):
+        trainer("--help")
+    assert "--mixed_precision" in capsys.readouterr().out
+
+
+# A tokenizer with more tokens than its model has rows
+
+
+@pytest.fixture(scope="module")
+def swollen(world, tmp_path_factory):
+    """A BERT and checkpoints, each with a tokenizer of two tokens more."""
+    folder = tmp_path_factory.mktemp("swollen")
+    paths = {"bert": small_world.save_bert(folder / "bert", dropout=0.0)}
+    small_world.save_retrieval(folder / "retrieval", world)
+    paths["retrieval"] = folder / "retrieval"
+    for path in paths.values():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.add_tokens(["zebra", "giraffe"])
+        tokenizer.save_pretrained(path)
+    return paths
+
+
+SAYS = r"the tokenizer has \d+ tokens, the model \d+ rows of word embeddings.*model\.resize_token_embeddings\(\d+\)"
+
+
+@pytest.mark.parametrize("start", ["bert", "retrieval"])
+@pytest.mark.parametrize(
+    "classes, prepare",
+    [(PretrainingArguments, prepare_pretraining), (RetrievalArguments, prepare_retrieval)],
+)
+def test_of_captions(world, swollen, tmp_path, start, classes, prepare):
+    files = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions")}
+    with pytest.raises(ValueError, match=SAYS):
+        prepare(classes(**files, model_name_or_path=str(swollen[start])), tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(
+    "classes, prepare",
+    [(VCRArguments, prepare_vcr), (VCRPretrainingArguments, functools.partial(prepare_vcr_pretraining, seed=0))],
+)
+def test_of_questions(swollen, tmp_path, monkeypatch, classes, prepare):
+    small = functools.partial(scenes_vcr.build_vcr_scenes, num_train=2, num_val=2, num_test=1)
+    monkeypatch.setattr(scenes_vcr, "build_vcr_scenes", small)
+    with pytest.raises(ValueError, match=SAYS):
+        prepare(classes(model_name_or_path=str(swollen["bert"]), max_length=64), tmp_path)
+
+
+def test_of_scores(swollen):
+    """Search, mining, the first stage and evaluation load by the first of these."""
+    with pytest.raises(ValueError, match=SAYS):
+        load_for_scoring(swollen["retrieval"])
+    processor = tiny.processor()
+    processor.tokenizer.add_tokens(["zebra"])
+    model = tiny.model(UnicoderVLForImageTextRetrieval)
+    with pytest.raises(ValueError, match="the tokenizer has 15 tokens, the model 14 rows"):
+        ImageTextScorer(model, processor)
+    model.resize_token_embeddings(15)
+    ImageTextScorer(model, processor)
+
+
+@pytest.mark.parametrize("head", [UnicoderVLForMultipleChoice, UnicoderVLForPreTraining])
+def test_of_evaluations(head, world, tmp_path):
+    processor = tiny.processor()
+    processor.tokenizer.add_tokens(["zebra"])
+    processor.save_pretrained(tmp_path)
+    tiny.model(head).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer has 15 tokens, the model 14 rows"):
+        if head is UnicoderVLForMultipleChoice:
+            load_for_vcr(tmp_path, {})
+        else:
+            options = {"model": tmp_path, "captions": world / "captions.jsonl", "regions": world / "regions"}
+            run("evaluate_pretraining", [word for name, value in options.items() for word in (f"--{name}", str(value))])
+
+
+# Options and splits that would be passed over
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"num_hidden_layers": 1}, "--num_hidden_layers is 1, but the Unicoder-VL .* was made with 2"),
+        ({"image_token": False}, "--image_token is False, but the Unicoder-VL .* was made with True"),
+        ({"num_region_classes": 99}, "--num_region_classes is 99, but the Unicoder-VL .* was made with 12"),
+    ],
+)
+def test_what_a_checkpoint_is_made_of_stays(world, bert, tmp_path, options, says):
+    files = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions")}
+    prepare_pretraining(
+        PretrainingArguments(**files, model_name_or_path=str(bert)), tmp_path, seed=0
+    ).model.save_pretrained(tmp_path / "model")
+    arguments = PretrainingArguments(**files, model_name_or_path=str(tmp_path / "model"), **options)
+    with pytest.raises(ValueError, match=says):
+        prepare_pretraining(arguments, tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(
+    "split, said", [("val", []), ("train", ["40 of the 40 images of the split 'train' are trained"])]
+)
+def test_a_validation_on_what_is_trained_on_is_said(world, bert, tmp_path, monkeypatch, split, said):
+    warned = []
+    monkeypatch.setattr(preparation.logger, "warning", warned.append)
+    files = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions")}
+    arguments = RetrievalArguments(**files, model_name_or_path=str(bert), validation_split=split)
+    prepare_retrieval(arguments, tmp_path, seed=0)
+    assert [text.partition(" on, too")[0] for text in warned if "trained on, too" in text] == said
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"early_stopping_patience": 2, "max_validation_images": 0}, "needs a validation"),
+        ({"loss": "softmax", "margin": 0.3}, "--loss softmax has none"),
+        ({"loss": "binary", "image_weight": 0.0}, "--loss binary has none"),
+    ],
+)
+def test_retrieval_options_without_effect(options, says):
+    with pytest.raises(ValueError, match=says):
+        RetrievalArguments(**options)
+
+
+@pytest.mark.parametrize("script", ["run_pretraining_trainer", "run_retrieval"])
+def test_too_few_rows_for_a_micro_batch(script, world, bert, tmp_path):
+    """Trainer would end after no step, and save a model that has learned nothing."""
+    options = {"per_device_train_batch_size": 81, "disable_tqdm": "true", "mixed_precision": "no"}
+    arguments = small_world.arguments(world, bert, tmp_path / "run", **options)
+    with pytest.raises(ValueError, match="The 80 pairs of training fill no micro-batch of 81"):
+        run(script, arguments)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_other_captions_of_the_same_number_are_another_run(world, bert, tmp_path):
+    options = {"train_batch_size": 4, "max_steps": 4, "save_steps": 2, "save_total_limit": 9, "max_validation_pairs": 0}
+    options["mixed_precision"] = "no"
+    run("run_pretraining", small_world.arguments(world, bert, tmp_path / "run", **options))
+    lines = (world / "captions.jsonl").read_text().splitlines(keepends=True)
+    changed = tmp_path / "captions.jsonl"
+    changed.write_text("".join(line.replace("red", "blue") for line in lines))
+    options |= {"captions": changed, "resume_from_checkpoint": tmp_path / "run" / "checkpoint-2"}
+    with pytest.raises(ValueError, match=r"another run.*train_pairs_sha256"):
+        run("run_pretraining", small_world.arguments(world, bert, tmp_path / "run", **options))
