@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
-from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
 from unicoder_vl_hf.preparation import in_words, is_unicoder_vl, make_parser
 from unicoder_vl_hf.pretraining import (
@@ -35,6 +35,9 @@ class EvaluationArguments:
     captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
     regions: str = field(metadata={"help": "RegionStore."})
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    caption_ids: str | None = field(
+        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    )
     num_images: int | None = field(
         default=None, metadata={"help": "The first images of the split, with all their captions. Default: all."}
     )
@@ -51,7 +54,7 @@ class EvaluationArguments:
 def main(argv: list[str] | None = None):
     (args,) = make_parser(EvaluationArguments).parse_args_into_dataclasses(argv)
     store = RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
+    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
     kept = set(captions.unique("image_id")[: args.num_images])
     captions = captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
     if not is_unicoder_vl(args.model):
@@ -59,6 +62,7 @@ def main(argv: list[str] | None = None):
     model = AutoModelForPreTraining.from_pretrained(args.model)
     processor = AutoProcessor.from_pretrained(args.model)
     processor.check_model(model)
+    check_tokens(captions, processor.tokenizer, args.captions)
     processor.set_store(store)
     model.sparse_prediction = model.bert.padding_free = True
     computing = Computing.choose(args.mixed_precision, start_processes().device.type, model.config.hidden_size)

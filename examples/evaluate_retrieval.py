@@ -22,7 +22,7 @@ import transformers
 
 import unicoder_vl_hf
 from unicoder_vl_hf import ImageTextScorer, RegionStore
-from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
 from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
@@ -38,6 +38,9 @@ class RetrievalArguments:
         default=None, metadata={"help": f"{', '.join(PROTOCOLS)}. Default: all images of the split together."}
     )
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    caption_ids: str | None = field(
+        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    )
     num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
     captions_per_image: str | None = field(
         default=None, metadata={"help": "The first so many of each image, or all. Default: 5 under a protocol, or all."}
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None):
     state = start_processes()
     store = RegionStore(args.regions)
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.
-    captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
+    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
     count = args.captions_per_image
     test = retrieval_test(
         captions,
@@ -61,6 +64,7 @@ def main(argv: list[str] | None = None):
         num_images=args.num_images,
     )
     model, processor = load_for_store(args.model, store)
+    check_tokens(captions, processor.tokenizer, args.captions)
     checkpoint = checkpoint_provenance(args.model, model)
 
     def scores(dtype: torch.dtype, name: str) -> Iterator[np.ndarray]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
-from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
 from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
 from unicoder_vl_hf.retrieval.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
@@ -41,11 +41,14 @@ class TwoStageArguments:
         metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
     )
     photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
-    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
+    photo_ids: str = field(default="stem", metadata={"help": "How photos get their ids, as --ids of `extract`."})
     protocol: str | None = field(
         default=None, metadata={"help": f"{', '.join(PROTOCOLS)}, of one fold. Default: all images of the split."}
     )
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    caption_ids: str | None = field(
+        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    )
     num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
     num_queries: int | None = field(
         default=None, metadata={"help": "Ask with so many captions and images only, drawn evenly, among all there are."}
@@ -68,16 +71,17 @@ class TwoStageArguments:
 def main(argv: list[str] | None = None):
     (args,) = make_parser(TwoStageArguments).parse_args_into_dataclasses(argv)
     state, store = start_processes(), RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
+    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
     test = retrieval_test(captions, args.protocol, num_images=args.num_images)
     if len(test.folds) > 1:
         raise ValueError(f"{test.title}: the report is of one fold; give another protocol, or none.")
     model, processor = load_for_store(args.model, store)
+    check_tokens(captions, processor.tokenizer, args.captions)
     encoder: DualEncoder
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
     else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.ids)
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.photo_ids)
     scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
     weight = SimilarityWeight.of(None, encoder, scorer)
     weights = args.similarity_weight or sorted({0.0, weight.value})

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from unicoder_vl_hf import ImageTextScorer, RegionRecord, RegionStore
-from unicoder_vl_hf.data.captions import join, read_captions
+from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
 from unicoder_vl_hf.pictures import GalleryItem, draw_regions, write_gallery
 from unicoder_vl_hf.preparation import make_parser
 from unicoder_vl_hf.retrieval.checkpoints import load_for_store
@@ -42,8 +42,11 @@ class GalleryArguments:
         metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
     )
     photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
-    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
+    photo_ids: str = field(default="stem", metadata={"help": "How photos get their ids, as --ids of `extract`."})
     split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    caption_ids: str | None = field(
+        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    )
     asked: int = field(default=200, metadata={"help": "Captions that are asked."})
     shown: int = field(default=20, metadata={"help": "Of these in the gallery."})
     candidates: int = field(default=50, metadata={"help": "Of the first stage, to be scored."})
@@ -63,14 +66,15 @@ class GalleryArguments:
 def main(argv: list[str] | None = None):
     (args,) = make_parser(GalleryArguments).parse_args_into_dataclasses(argv)
     store = RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split), store, skip_option=None)
+    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
     (fold,) = retrieval_test(captions).folds
     model, processor = load_for_store(args.model, store)
+    check_tokens(captions, processor.tokenizer, args.captions)
     encoder: DualEncoder
     if args.dual_encoder is None:
         encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
     else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.ids)
+        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.photo_ids)
 
     count = min(args.asked, len(fold.captions))
     rows = np.arange(count) * len(fold.captions) // count
@@ -90,7 +94,7 @@ def main(argv: list[str] | None = None):
         )
         for text, image_id, hits in zip(texts, right, found, strict=True)
     ]
-    photos = None if args.photos is None else Photos(args.photos, args.ids)
+    photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
     class_names = store.provenance.get("class_names") or None
 
     def picture(image_id: str) -> Image.Image:

@@ -9,7 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unicoder_vl_hf.data.captions import FORMATS, JoinReport, detect_format, encode_column, join, read_captions
+from unicoder_vl_hf.data.captions import (
+    FORMATS,
+    JoinReport,
+    check_tokens,
+    detect_format,
+    encode_column,
+    join,
+    read_captions,
+)
+from unicoder_vl_hf.name_lists import read_names
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 
@@ -89,7 +98,7 @@ def test_flickr_token(tmp_path):
     assert list(rows) == [
         {"image_id": "1000092795", "caption": "Two men , outside .", "file_name": "1000092795.jpg", "caption_id": 0},
         {"image_id": "1000092795", "caption": "\ttab\tinside", "file_name": "1000092795.jpg", "caption_id": 1},
-        {"image_id": "b#2.jpg", "caption": "A dog", "file_name": "b#2.jpg.1", "caption_id": 0},
+        {"image_id": "b#2.jpg.1", "caption": "A dog", "file_name": "b#2.jpg.1", "caption_id": 0},  # .1 is no suffix
     ]
 
 
@@ -253,11 +262,10 @@ def karpathy(**changes):
         ),
         ("a.jsonl", '{"image_id": "1", "caption": null}\n', r"line 1: caption of image '1' is None"),
         ("a.jsonl", '{"image_id": "1", "caption": "a \\ud83d"}\n', r"a\.jsonl: 'a \\ud83d' holds half a character"),
-        (
-            "a.jsonl",
-            '{"image_id": "1", "caption": ["a"]}\n',
-            r"line 1: caption of image '1' is \['a'\]; expected a text, one row",
-        ),
+        ("a.jsonl", '{"image_id": "1", "caption": ["a", ["b"]]}\n', r"line 1\[1\]: caption of image '1' is \['b'\]"),
+        ("a.jsonl", '{"image_id": "1", "caption": []}\n', r"line 1: caption of image '1' is \[\]; expected a text"),
+        ("a.json", {"1": ["a"], "2": []}, r"'2': caption of image '2' is \[\]; expected a text"),
+        ("a.json", {"1": "a", "2": {"caption": "b"}}, r"a\.json holds keys \['1', '2'\] at its top"),
         ("a.jsonl", '{"image_id": 1.5, "caption": "a"}\n', r"line 1: image_id is 1\.5; expected"),
         ("a.jsonl", '{"image_id": true, "caption": "a"}\n', r"line 1: image_id is True; expected"),
         ("a.jsonl", '{"image_id": " ", "caption": "a"}\n', r"line 1: image_id is ' '; expected"),
@@ -268,9 +276,13 @@ def karpathy(**changes):
         ),
         (
             "a.csv",
-            "image,caption\n1,a\n",
-            r"a\.csv, line 2: no column 'image_id'; the columns are \['image', 'caption'\]",
+            "picture,caption\n1,a\n",
+            r"a\.csv, line 2: no column 'image_id'; the columns are \['picture', 'caption'\]",
         ),
+        ("a.csv", "picture; words\n1; a\n", r"a\.csv, line 2: no column 'image_id'; .* \['picture', 'words'\]"),
+        ("a.csv", "image_id,caption,caption\n1,a,b\n", r"line 1: the columns, between commas, are .*; each once"),
+        ("a.csv", "image_id;caption\n1;a\n2;b;c\n", r"line 3: expected 2 cells between semicolons, .*, got 3"),
+        ("a.tsv", "image_id\tcaption\n1\ta\n2\n", r"a\.tsv, line 3: expected 2 cells between tabs, .*, got 1"),
         ("a.csv", "image_id,caption\n1,a\n2,b, c\n", r"a\.csv, line 3: expected 2 cells"),
         ("a.csv", "image_id,caption\n1,a\n2\n", r"a\.csv, line 3: expected 2 cells"),
         ("a.csv", 'image_id,caption\n1,"a" b\n', r"a\.csv, line 2: malformed csv"),
@@ -278,6 +290,11 @@ def karpathy(**changes):
         ("a.csv", "image_id,caption\n", r"a\.csv holds no captions"),
         ("a.txt", "hello\n", r"a\.txt has no layout that is known: its first line is 'hello'"),
         ("a.txt", "\n \n", r"a\.txt is empty"),
+        (
+            "a.jsonl",
+            '{"image_id": "p", "caption": "\\u200b\\u200e"}\n',
+            r"line 1: caption of image 'p' is '.u200b.u200e'",
+        ),
         ("a.parquet", "PAR1, or so it says", r"a\.parquet: malformed parquet"),
     ],
 )
@@ -290,13 +307,11 @@ def test_errors_name_the_place(tmp_path, name, content, message):
     "columns, message",
     [
         (
-            {"image": ["1"], "caption": ["a"]},
-            r"x\.parquet: no column 'image_id'; the columns are \['image', 'caption'\]",
+            {"picture": ["1"], "caption": ["a"]},
+            r"x\.parquet: no column 'image_id'; the columns are \['picture', 'caption'\]",
         ),
-        (
-            {"image_id": ["1"], "caption": [["a", "b"]]},
-            r"column 'caption' holds list.*; expected text, one row a caption",
-        ),
+        ({"image_id": ["1", "2"], "caption": [["a"], []]}, r"x\.parquet: row 1 has no caption in its list"),
+        ({"image_id": ["1", "2"], "caption": ["a", "\u200b"]}, r"row 1: caption of image '2' is '.u200b'"),
         ({"image_id": [1.5], "caption": ["a"]}, r"column 'image_id' holds double; expected text or integers"),
         ({"image_id": ["1", "2"], "caption": ["a", "\t\n"]}, r"row 1: caption of image '2' is '\\t\\n'"),
         ({"image_id": ["1", "2"], "caption": [None, "a"]}, r"row 0: caption of image '1' is None"),
@@ -434,6 +449,210 @@ def test_join_report_is_a_table():
         "missing (captions, no regions)           1  c",
         "unused (regions, no captions)            7  d, e, …",
     ]
+
+
+# The shapes of ../shared/cases, whose README says what is right.
+
+# One caption opens with a quote, another, lines below, ends with one.
+QUOTE_OPENS_A_CELL = (
+    ("a", "A sign says stop."),
+    ("b", '"Stop, says a sign on the corner.'),
+    ("c", "A red car."),
+    ("d", 'A man, and a sign that says go"'),
+    ("e", "A dog."),
+)
+
+
+def pairs(rows) -> list[tuple[str, str]]:
+    return list(zip(rows["image_id"], rows["caption"], strict=True))
+
+
+@pytest.mark.parametrize("separator", ["\t", "|"])
+def test_between_tabs_and_bars_no_cell_spans_lines_and_quotes_are_text(tmp_path, separator):
+    lines = [separator.join(("image_id", "caption")), *map(separator.join, QUOTE_OPENS_A_CELL)]
+    path = write(tmp_path / "captions.tsv", "".join(f"{line}\r\n" for line in lines))
+    assert pairs(read_captions(path)) == list(QUOTE_OPENS_A_CELL)
+
+
+def test_a_quoted_word_of_a_tsv_is_text(tmp_path):
+    path = write(
+        tmp_path / "captions.tsv",
+        'image_id\tcaption\tsplit\na\tA sign.\ttrain\n\nb\t"Stop" says a sign.\ttrain\nc\tA red car.\ttrain\n',
+    )
+    assert pairs(read_captions(path, split="train")) == [
+        ("a", "A sign."),
+        ("b", '"Stop" says a sign.'),
+        ("c", "A red car."),
+    ]
+
+
+def test_what_a_spreadsheet_quoted_is_said_and_may_be_undone(tmp_path, caplog):
+    text = 'image_id\tcaption\n1\t"A sign ""Stop"" says."\n2\t"Go"\n'
+    assert read_captions(write(tmp_path / "a.tsv", text))["caption"][:] == ['"A sign ""Stop"" says."', '"Go"']
+    assert "1 lines hold cells in quotes with doubled quotes within" in caplog.text
+    assert read_captions(write(tmp_path / "a.csv", text))["caption"][:] == ['A sign "Stop" says.', "Go"]
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_a_stray_quote_of_a_csv_swallows_no_row(tmp_path, separator):
+    lines = [separator.join(("image_id", "caption")), *(separator.join((a, b)) for a, b in QUOTE_OPENS_A_CELL)]
+    path = write(tmp_path / "captions.csv", "\n".join(lines).replace("Stop,", "Stop").replace("man,", "man"))
+    with pytest.raises(ValueError, match=r"line 3: a cell that begins with a quote spans 3 lines, and 'c.A red car\.'"):
+        read_captions(path)
+    path = write(tmp_path / "two.csv", f'image_id{separator}caption\n1{separator}"A man\nruns."\n')
+    assert read_captions(path)["caption"][:] == ["A man\nruns."]  # a row that is written so on purpose
+
+
+def test_bars_and_columns_by_other_names(tmp_path, caplog):
+    text = "image_name| comment_number| comment\n1.jpg| 0| Two men in green .\n1.jpg| 1| A dog runs .\n"
+    rows = read_captions(write(tmp_path / "bars.csv", text))
+    assert pairs(rows) == [("1", "Two men in green ."), ("1", "A dog runs .")]
+    assert rows["image_name"][:] == ["1.jpg", "1.jpg"] and rows["comment_number"][:] == ["0", "1"]
+    assert "has no column 'image_id': 'image_name' names the images" in caplog.text
+    assert "has no column 'caption': 'comment' holds the captions" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("captions.txt", "image,caption\ntrain/1.a.JPG,A dog.\n2.png,A cat.\n"),
+        ("a.csv", '\ufefffile_name; caption\ntrain/1.a.JPG; "A dog."\n2.png; A cat.\n\n'),
+        ("a.csv", '"image_id","caption"\n"1.a","A dog."\n2,A cat.\n'),
+        ("a.jsonl", '{"image": "train\\\\1.a.jpg", "caption": "A dog."}\n{"image": "2", "caption": "A cat."}\n'),
+        ("a.json", '[{"file_name": "1.a.jpg", "text": "A dog."}, {"file_name": "2.jpg", "text": "A cat."}]'),
+    ],
+)
+def test_tables_as_people_bring_them(tmp_path, name, text):
+    assert pairs(read_captions(write(tmp_path / name, text))) == [("1.a", "A dog."), ("2", "A cat.")]
+
+
+def test_ids_win_over_names_of_files(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"image": "a.jpg", "image_id": "7", "captions": ["b"], "caption": "c"}\n')
+    assert pairs(read_captions(path)) == [("7", "c")]
+
+
+def test_one_caption_or_several_of_an_id(tmp_path):
+    path = write(tmp_path / "caption_of_id.json", {"1": "A dog runs.", "2": ["A cat.", "It sits."]})
+    assert pairs(read_captions(path)) == [("1", "A dog runs."), ("2", "A cat."), ("2", "It sits.")]
+    assert read_captions(path, format="mapping").column_names == ["image_id", "caption"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_a_row_with_a_list_of_captions(tmp_path, suffix):
+    rows = [
+        {"image": "val/a.jpg", "caption": ["A dog.", "It runs."], "split": "val"},
+        {"image": "val/b.jpg", "caption": ["A cat."], "split": "test"},
+    ]
+    path = tmp_path / f"captions.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write(path, json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    assert list(read_captions(path).select_columns(["image_id", "caption", "split", "image"])) == [
+        {"image_id": "a", "caption": "A dog.", "split": "val", "image": "val/a.jpg"},
+        {"image_id": "a", "caption": "It runs.", "split": "val", "image": "val/a.jpg"},
+        {"image_id": "b", "caption": "A cat.", "split": "test", "image": "val/b.jpg"},
+    ]
+    assert pairs(read_captions(path, split="test")) == [("b", "A cat.")]
+
+
+def test_a_dataset_of_pictures_with_lists_of_captions(tmp_path):
+    """As Flickr30k is on the Hub: `image` is the picture, `filename` names it."""
+    image = pytest.importorskip("PIL.Image").new("RGB", (2, 2))
+    features = datasets.Features(
+        image=datasets.Image(), caption=datasets.List(datasets.Value("string")), filename=datasets.Value("string")
+    )
+    rows = {"image": [image, image], "caption": [["a", "b"], ["c"]], "filename": ["1.jpg", "2.jpg"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "folder")
+    assert pairs(read_captions(tmp_path / "folder")) == [("1", "a"), ("1", "b"), ("2", "c")]
+
+
+def test_ids_of_captions_by_a_rule(tmp_path):
+    names = ["COCO_val2014_000000000042.jpg", "000000000007.jpg", "train2014/COCO_train2014_000000000009"]
+    lines = [json.dumps({"image_id": name, "caption": "a", "negative_image_ids": names[:1]}) for name in names]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    rows = read_captions(path, ids="coco")
+    assert rows["image_id"][:] == ["42", "7", "9"] and rows["negative_image_ids"][:] == [["42"]] * 3
+    stems = ["COCO_val2014_000000000042", "000000000007", "COCO_train2014_000000000009"]
+    assert read_captions(path, ids="stem")["image_id"][:] == stems
+    write(tmp_path / "ids.csv", "source_id,image_id\n" + "".join(f"{name},{k % 2}\n" for k, name in enumerate(names)))
+    assert read_captions(path, ids=str(tmp_path / "ids.csv"))["image_id"][:] == ["0", "1", "0"]  # as it says
+
+
+@pytest.mark.parametrize(
+    ("names", "rule", "message"),
+    [
+        (["a.jpg", "dog"], "coco", r"a\.jsonl, with the ids of coco: Image 'a\.jpg' ends in no number"),
+        (["train/1.jpg", "val/1.jpg"], "stem", r"rule stem the images 'train/1\.jpg' and 'val/1\.jpg' both become '1'"),
+        (["x_7", "y_7"], "coco", r"rule coco the images 'x_7' and 'y_7' both become '7'"),
+    ],
+)
+def test_ids_that_a_rule_cannot_give(tmp_path, names, rule, message):
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"image_id": name, "caption": "a"}) for name in names))
+    with pytest.raises(ValueError, match=message):
+        read_captions(path, ids=rule)
+
+
+def test_captions_without_a_token_are_said_with_image_and_line(tmp_path):
+    """Accents alone are visible, but BERT's tokenizer takes them away."""
+    import tiny
+
+    texts = ["A dog runs.", "\u0301\u0302", "a cat"]
+    lines = "".join(json.dumps({"image_id": f"p{k}", "caption": text}) + "\n" for k, text in enumerate(texts))
+    path = write(tmp_path / "a.jsonl", "\n" + lines)
+    rows = read_captions(path)
+    message = r"a\.jsonl: the tokenizer makes no token of 1 captions\. .*:\nimage 'p1': '.*', line 3$"
+    tokenizer = tiny.processor().tokenizer
+    with pytest.raises(ValueError, match=message):
+        check_tokens(rows, tokenizer, path)
+    check_tokens(rows.select([0, 2]), tokenizer, path)
+    pq.write_table(pa.table({"image_id": ["p1"], "caption": texts[1:2]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"image 'p1': '.*'$"):
+        check_tokens(read_captions(tmp_path / "x.parquet"), tokenizer, tmp_path / "x.parquet")
+
+
+def test_training_says_captions_without_a_token_before_it_begins_and_takes_other_ids(tmp_path):
+    import small_world
+
+    from unicoder_vl_hf.preparation import DataArguments, load_processor, open_data
+
+    world = small_world.build(tmp_path)
+    lines = (world / "captions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["image_id"] = f"scenes/{row['image_id']}.png"
+    rows[2]["caption"] = "\u0301"
+    path = write(tmp_path / "mine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    arguments = DataArguments(captions=str(path), regions=str(world / "regions"))
+    with pytest.raises(ValueError, match=r"Nothing would be left: bring the ids .* --caption_ids does it"):
+        open_data(arguments, tmp_path)
+    arguments.caption_ids = "stem"
+    image_id = json.loads(lines[2])["image_id"]
+    data = open_data(arguments, tmp_path)
+    arguments.model_name_or_path = str(small_world.save_bert(tmp_path / "bert", dropout=0.0))
+    with pytest.raises(ValueError, match=f"no token of 1 captions.*\n?image '{image_id}': .*, line 3$"):
+        load_processor(arguments, data)
+
+
+def test_what_shows_nothing_may_be_left_out(tmp_path):
+    lines = [
+        json.dumps({"image_id": f"p{k}", "caption": text}) for k, text in enumerate(["\u200b", "A dog.", "A cat."])
+    ]
+    path = write(tmp_path / "zero_width_space.jsonl", "\n".join(lines))
+    with pytest.raises(ValueError, match=r"space\.jsonl, line 1: caption of image 'p0' is '.u200b'"):
+        read_captions(path)
+    assert pairs(read_captions(path, skip_empty=True)) == [("p1", "A dog."), ("p2", "A cat.")]
+
+
+def test_lists_of_names(tmp_path, caplog):
+    text = "\ufefftraffic light \r\ndog\t\r\n\r\n"
+    assert read_names(write(tmp_path / "names.txt", text)) == ["traffic light", "dog"]
+    assert not caplog.text
+    assert read_names(write(tmp_path / "names.txt", "\ndog\n \n\ncat")) == ["dog", "cat"]
+    assert "2 empty line(s) between names are left out and not counted" in caplog.text
+    (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"names\.txt: not UTF-8 text .*byte 0xe9"):
+        read_names(tmp_path / "names.txt")
 
 
 def test_encode_column():

@@ -402,14 +402,26 @@ def test_a_tokenizer_that_leaves_out_token_types():
 
 def test_empty_captions():
     for caption in ("", "  \n"):
-        with pytest.raises(ValueError, match="Image 'dogs': caption is"):
+        with pytest.raises(ValueError, match=r"Image 'dogs': its caption '.*' has no word"):
             collator()([WITHOUT_MISMATCH | {"caption": caption}])
-    with pytest.raises(ValueError, match="Image 'cats': caption is ''"):
+    with pytest.raises(ValueError, match="Image 'dogs': '', the caption of another that is its mismatch, has no word"):
         collator()([ROW | {"mismatch_caption": ""}])
     with pytest.raises(ValueError, match=r"Image 'dogs'.*no token"):  # a zero-width space
         collator()([WITHOUT_MISMATCH | {"caption": "​"}])
     with pytest.raises(ValueError, match=r"Image 'dogs'.*no token"):
         collator(max_length=2)([WITHOUT_MISMATCH])
+
+
+def test_a_mismatch_without_a_token_blames_the_image_whose_caption_it_is():
+    blank = chr(0x200B)
+    own = ROW | {"image_id": "dogs", "caption": blank, "mismatch_image_id": "cats", "mismatch_caption": blank}
+    others = ROW | {"image_id": "dogs", "caption": "a dog", "mismatch_image_id": "dogs", "mismatch_caption": blank}
+    with pytest.raises(ValueError, match=r"Image 'dogs': its caption '.u200b' has no token"):
+        collator()([own])
+    with pytest.raises(
+        ValueError, match=r"Image 'dogs': '.u200b', the caption of another that is its mismatch, has no"
+    ):
+        collator()([others])
 
 
 def test_unknown_image(store):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -180,3 +181,23 @@ def test_real_weights_tell_dogs():
         assert record.features.shape == (50, 1280)
         probabilities = torch.softmax(torch.from_numpy(record.features) @ state["_fc.weight"].T + state["_fc.bias"], -1)
         assert 151 <= probabilities[0].argmax() <= 268  # the breeds
+
+
+@pytest.mark.parametrize("family", ["grid", "transformers", "visual-genome"])
+def test_a_model_that_cannot_be_had_is_named_with_the_places_and_the_way(family, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=f"^{family}:someone/model cannot be had: ") as caught:
+        load_detector(f"{family}:someone/model", device="cpu")
+    message = str(caught.value)
+    assert f"no folder {tmp_path / 'someone/model'}" in message
+    assert f"the cache {huggingface_hub.constants.HF_HUB_CACHE} lacks it" in message
+    assert "`hf download someone/model --local-dir FOLDER`" in message and f"--detector {family}:FOLDER" in message
+    assert "\n" not in message
+    if family != "visual-genome":
+        with pytest.raises(OSError, match=r"no folder /nowhere/x, and no repository of the Hub has such a name\.$"):
+            load_detector(f"{family}:/nowhere/x", device="cpu")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model/config.json").write_text('{"model_type": "detr", "patch_size": 8}')
+        with pytest.raises(OSError, match=f"{family}:model cannot be loaded from this folder: "):
+            load_detector(f"{family}:model", device="cpu")

@@ -1,6 +1,8 @@
 """torchvision's detectors against their own forward pass: boxes, classes and scores, and which feature is whose."""
 
 import pickle
+from http.client import IncompleteRead
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -215,6 +217,20 @@ def test_refuses_other_files(content, tmp_path):
         path.write_bytes(pickle.dumps(content))
     with pytest.raises(ValueError, match=r"other\.pth holds no state dict"):
         load_detector(f"torchvision:{NAME}", weights=str(path), device="cpu")
+
+
+@pytest.mark.parametrize("problem", ["no network", "cut off"])
+def test_weights_that_cannot_be_had_are_named_with_the_place_and_the_option(tmp_path, monkeypatch, problem):
+    def urlopen(*arguments, **options):
+        raise URLError("Name or service not known") if problem == "no network" else IncompleteRead(b"")
+
+    monkeypatch.setattr("torch.hub.urlopen", urlopen)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(OSError, match=r"lacks its weights: .*-o weights=FILE") as caught:
+        load_detector(f"torchvision:{NAME}", device="cpu")
+    message = str(caught.value)
+    assert str(tmp_path / "hub/checkpoints/fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9.pth") in message
+    assert "https://download.pytorch.org/models/" in message and "<urlopen" not in message
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ from PIL import Image
 from two_processes import Processes
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
+from unicoder_vl_hf.data.image_ids import id_mapping
 from unicoder_vl_hf.regions.detectors.torchvision_models import TorchvisionDetector
-from unicoder_vl_hf.regions.extraction import MAX_PIXELS, decode_photo, extract
+from unicoder_vl_hf.regions.extraction import extract
+from unicoder_vl_hf.regions.photos import HIDDEN, MAX_PIXELS, decode_photo
 
 RED, GREEN, BLUE, GREY, WHITE = (230, 30, 40), (30, 200, 60), (30, 50, 220), (120, 120, 120), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, GREY)  # in reading order
@@ -142,7 +144,9 @@ def test_odd_photos(odd_store, name):
 
 def test_no_other_file_is_skipped_or_taken(odd_store):
     reasons = {Path(name).stem for name, (_, expected) in odd_photos().items() if isinstance(expected, str)}
-    assert set(skipped(odd_store)) == reasons
+    found = skipped(odd_store)
+    assert found.pop(None) == ".txt is no suffix of photos"
+    assert set(found) == reasons
     assert set(odd_store) == {Path(name).stem for name in odd_photos()} - reasons
 
 
@@ -183,7 +187,7 @@ def test_ids_are_stems_or_paths(tmp_path):
     assert list(run(tmp_path / "photos", tmp_path / "stems")) == ["1", "3.x", "2"]
     assert list(run(tmp_path / "photos", tmp_path / "paths", ids="path")) == ["a/1.jpg", "a/deep/3.x.png", "b/2.jpg"]
     assert list(run(tmp_path / "photos/a/1.jpg", tmp_path / "one")) == ["1"]
-    with pytest.raises(ValueError, match="ids is 'name', expected 'stem' or 'path'"):
+    with pytest.raises(ValueError, match="ids is 'name', expected one of 'stem', 'path', 'key'"):
         run(tmp_path / "photos", tmp_path / "other", ids="name")
 
 
@@ -208,6 +212,136 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
+# As VCR's own names, which hold time codes.
+WITH_POINTS = ("1_A_00.23.57.935-00.24.00.783@0", "1_A_00.23.57.935-00.24.00.783@1", "xY_z@3")
+
+
+def save_photos_with_points(folder: Path) -> Path:
+    for place, name in zip(("lsmdc_1", "lsmdc_1", "movieclips_B"), WITH_POINTS, strict=True):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        quarters().save(folder / place / f"{name}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("top", ["vcr1images", "."])
+def test_names_with_points_have_the_same_ids_in_folder_and_tar(tmp_path, top):
+    photos = save_photos_with_points(tmp_path / "vcr1images")
+    with tarfile.open(tmp_path / "vcr1images.tar", "w") as archive:
+        archive.add(photos, arcname=top)
+    from unicoder_vl_hf.retrieval.encoders import Photos
+
+    for number, source in enumerate((photos, tmp_path / "vcr1images.tar")):
+        store = run(source, tmp_path / f"store_{number}")
+        assert sorted(store) == sorted(WITH_POINTS)
+        assert skipped(store) == {}
+        opened = Photos(source)
+        assert sorted(opened.source.ids) == sorted(WITH_POINTS)
+        assert opened(WITH_POINTS[1]).size == (120, 80)
+    paths = [f"lsmdc_1/{WITH_POINTS[0]}.jpg", f"lsmdc_1/{WITH_POINTS[1]}.jpg", f"movieclips_B/{WITH_POINTS[2]}.jpg"]
+    assert Photos(photos, ids="path").source.ids == paths
+    inside = [path if top == "." else f"{top}/{path}" for path in paths]
+    assert sorted(Photos(tmp_path / "vcr1images.tar", ids="path").source.ids) == inside
+    with pytest.raises(KeyError, match=r"has no photo 'a'; its ids are like .*--photo-ids path"):
+        Photos(photos)("a")
+
+
+def test_what_a_listing_leaves_out_is_said_and_listed(tmp_path, caplog):
+    photos = save_photos_with_points(tmp_path / "photos")
+    for name in (".thumbnails/a.jpg", "b.heic", "c.tar.gz", "notes", "._xY_z@3.jpg"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "link").symlink_to(tmp_path / "elsewhere")
+    with tarfile.open(photos / "more.tar", "w") as archive:
+        for name, kind, content in (
+            ("d/e.png", tarfile.REGTYPE, encode(quarters(), "PNG")),
+            ("d/._e.png", tarfile.REGTYPE, b"x"),
+            ("d/e.json", tarfile.REGTYPE, b"{}"),
+            ("d/f.png", tarfile.LNKTYPE, b""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(content), kind, "d/e.png"
+            archive.addfile(member, io.BytesIO(content))
+    store = run(photos, tmp_path / "store")
+    assert sorted(store) == sorted((*WITH_POINTS, "e"))
+    rows = [json.loads(line) for line in (store.path / "skipped.jsonl").read_text().splitlines()]
+    assert {row["file"].removeprefix(f"{photos}/"): row["reason"] for row in rows} == {
+        ".thumbnails": HIDDEN,
+        "._xY_z@3.jpg": HIDDEN,
+        "b.heic": ".heic is no suffix of photos",
+        "c.tar.gz": ".gz is a compressed archive; only a .tar without compression is read",
+        "link": "a link to a folder, which is not followed",
+        "more.tar:d/._e.png": HIDDEN,
+        "more.tar:d/e.json": ".json is no suffix of photos",
+        "more.tar:d/f.png": "a link, or no plain file, in a .tar",
+        "notes": "no suffix is no suffix of photos",
+    }
+    assert all(row["image_id"] is None for row in rows)
+    assert f"{photos}: 4 photos. Left out: 3 ({HIDDEN}), 1 (" in caplog.text
+    (photos / "notes").unlink()  # the list is of what is there
+    run(photos, tmp_path / "store")
+    assert "notes" not in (store.path / "skipped.jsonl").read_text()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/a.heic").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"none holds no photo: .* Left out: 1 \(\.heic is no suffix of photos\)\."):
+        run(tmp_path / "none", tmp_path / "nothing")
+
+
+def test_a_list_of_photos(tmp_path):
+    photos = save_photos_with_points(tmp_path / "photos")
+    names = [f"photos/lsmdc_1/{WITH_POINTS[1]}.jpg", f"{photos}/movieclips_B/{WITH_POINTS[2]}.jpg"]
+    (tmp_path / "list.txt").write_text("\ufeff" + names[0] + " \r\n\n" + names[1])
+    assert list(run(tmp_path / "list.txt", tmp_path / "store")) == list(WITH_POINTS[1:])
+    assert list(run(tmp_path / "list.txt", tmp_path / "paths", ids="path")) == names
+    (tmp_path / "list.txt").write_text("photos/a.jpg\n")
+    with pytest.raises(ValueError, match=r"list\.txt .* whose name 'photos/a\.jpg' is of no file: .*photos/a\.jpg\."):
+        run(tmp_path / "list.txt", tmp_path / "none")
+
+
+def test_ids_by_a_rule(tmp_path):
+    for name in ("train2014/COCO_train2014_000000000285.jpg", "val2014/000000000007.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        quarters().save(tmp_path / "photos" / name)
+    photos = tmp_path / "photos"
+    assert list(run(photos, tmp_path / "coco", rename=id_mapping("coco"))) == ["285", "7"]
+    table = tmp_path / "ids.csv"
+    table.write_text("source_id,image_id\ntrain2014/COCO_train2014_000000000285.jpg,dog\n000000000007,cat\n")
+    rename = id_mapping(str(table))
+    assert list(run(photos, tmp_path / "csv", rename=rename)) == ["dog", "cat"]
+    quarters().save(photos / "new.png")
+    with pytest.raises(ValueError, match=r"'new' is not in .*ids\.csv.* Neither is .*new\.png.*--skip-unmapped"):
+        run(photos, tmp_path / "none", rename=rename)
+    store = run(photos, tmp_path / "skipping", rename=rename, skip_unmapped=True)
+    assert list(store) == ["dog", "cat"]
+    assert skipped(store) == {None: "its id is not mapped"}
+    table.write_text("source_id,image_id\n000000000007,cat\n000000000007.png,dog\n")
+    with pytest.raises(ValueError, match=r"gives the photo val2014/000000000007\.png several ids: 'dog' .* and 'cat'"):
+        run(photos, tmp_path / "none", rename=id_mapping(str(table)), skip_unmapped=True)
+    table = datasets.Dataset.from_dict({"image_id": ["COCO_9", None], "image": [encode(quarters(), "PNG")] * 2})
+    assert list(run(table.select([0]), tmp_path / "table", rename=id_mapping("coco"))) == ["9"]
+    with pytest.raises(ValueError, match="column 'image_id' holds None in row 1; expected an id"):
+        run(table, tmp_path / "none")
+
+
+def test_a_tar_whose_photos_went_by_keys_goes_on(tmp_path, caplog):
+    """As they did when `stem` meant the key in a .tar, with its folder."""
+    content = encode(quarters(), "PNG")
+    path = write_tar(tmp_path / "photos.tar", {f"photos/{number}.png": content for number in range(5)})
+    with pytest.raises(KeyboardInterrupt):
+        run(path, tmp_path / "store", StoppedAt("photos/2"), device="cpu", ids="key")
+    for _ in range(2):  # when it is unfinished, and when it is finished
+        assert sorted(run(path, tmp_path / "store")) == [f"photos/{number}" for number in range(5)]
+        assert "was begun with ids='key' (--ids key), and goes on so" in caplog.text
+        caplog.clear()
+
+
+def test_others_photos_or_other_ids_are_no_going_on(tmp_path):
+    photos = save_photos_with_points(tmp_path / "photos")
+    run(photos, tmp_path / "store")
+    with pytest.raises(ValueError, match=r"store was begun with images such as '1_A.*none of these photos, such as"):
+        run(photos, tmp_path / "store", ids="path")
+
+
 def test_a_webdataset(tmp_path):
     other = quarters(colours=(GREY, BLUE, GREEN, RED))
     members = {
@@ -219,11 +353,14 @@ def test_a_webdataset(tmp_path):
         "more/broken.jpg": b"no photo",
     }
     path = write_tar(tmp_path / "00000.tar", members)
-    store = run(path, tmp_path / "store", num_workers=1)
+    with pytest.raises(ValueError, match=r"0001\.jpg and .*more/0001\.jpg both have the id '0001'"):
+        run(path, tmp_path / "none")
+    store = run(path, tmp_path / "store", num_workers=1, ids="key")
     assert set(store) == {"0001", "0002", "more/0001"}
     np.testing.assert_allclose(store["0001"].features[1:] * 255, QUARTERS, atol=6)
     np.testing.assert_allclose(store["more/0001"].features[1:] * 255, QUARTERS[::-1], atol=6)
-    assert list(skipped(store)) == ["more/broken"]
+    assert set(skipped(store)) == {"more/broken", None}
+    assert "0002.mask.png" in (store.path / "skipped.jsonl").read_text()
     assert f"{path}:more/broken.jpg" in (store.path / "skipped.jsonl").read_text()
     # Several in a folder are one source.
     (tmp_path / "shards").mkdir()
@@ -275,7 +412,7 @@ def test_nothing_to_extract(tmp_path):
 # Given boxes
 
 
-def test_given_boxes(tmp_path):
+def test_given_boxes(tmp_path, caplog):
     (tmp_path / "photos").mkdir()
     for name in ("a", "b", "c", "d", "e"):
         quarters().save(tmp_path / "photos" / f"{name}.png")
@@ -286,7 +423,9 @@ def test_given_boxes(tmp_path):
         "d": [],
     }
     lines = [json.dumps({"image_id": name, "boxes": rows}) for name, rows in boxes.items()]
-    (tmp_path / "boxes.jsonl").write_text("\n".join(lines))
+    (tmp_path / "boxes.jsonl").write_text(
+        "\ufeff" + "\n\n".join([*lines, '{"image_id": "z", "boxes": [[0, 0, 1, 1]]}'])
+    )
     np.savez(tmp_path / "boxes.npz", **{name: np.array(rows, np.float64) for name, rows in boxes.items()})
     for number, given in enumerate((boxes, tmp_path / "boxes.jsonl", str(tmp_path / "boxes.npz"))):
         store = run(tmp_path / "photos", tmp_path / f"store_{number}", boxes=given, num_workers=number % 2)
@@ -299,6 +438,7 @@ def test_given_boxes(tmp_path):
         assert "[0.0, 0.0, 121.5, 80.0] is outside" in reasons["c"]
         assert "expected (n, 4)" in reasons["d"]
         assert "no boxes are given" in reasons["e"]
+    assert caplog.text.count("Boxes are given for 1 images that are no photos, such as 'z'") == 1
     (tmp_path / "boxes.jsonl").write_text('{"image_id": "a"}')
     with pytest.raises(ValueError, match=r"boxes\.jsonl, line 1: expected image_id and boxes"):
         run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.jsonl")
@@ -329,10 +469,29 @@ def test_a_photo_that_a_detector_fails_at_costs_no_other(tmp_path):
     assert len(store) == 8
 
 
-def test_a_detector_that_fails_at_all_photos_ends_the_run(tmp_path):
-    photos = save_photos(tmp_path / "photos", 6)
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_detector_that_fails_at_all_photos_ends_the_run(tmp_path, batch_size):
+    all_of_them = Choosy(*(f"photo_{number:03d}" for number in range(20)))
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(photos, tmp_path / "store", Choosy(*(f"photo_{number:03d}" for number in range(6))))
+        run(save_photos(tmp_path / "photos", 20), tmp_path / "store", all_of_them, batch_size=batch_size)
+    with pytest.raises(ValueError, match=r"None of 6 photos gave .*photo_000\.png: RuntimeError: out of memory"):
+        run(save_photos(tmp_path / "few", 6), tmp_path / "none", all_of_them, batch_size=batch_size)
+
+
+def test_what_was_extracted_before_a_detector_fails_is_kept(tmp_path):
+    photos = save_photos(tmp_path / "photos", 20)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(photos, tmp_path / "store", Choosy(*(f"photo_{number:03d}" for number in range(5, 20))))
+    run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"))
+    assert len(computed(tmp_path / "computed")) == 15
+    assert_same(RegionStore(tmp_path / "store"), run(photos, tmp_path / "undisturbed"))
+
+
+def test_a_finished_store_may_leave_nothing_but_photos_that_a_detector_fails_at(tmp_path):
+    photos = save_photos(tmp_path / "photos", 20)
+    odd = Choosy(*(f"photo_{number:03d}" for number in range(20) if number % 2))
+    for _ in range(2):
+        assert len(skipped(run(photos, tmp_path / "store", odd))) == 10
 
 
 def test_features_too_large_for_float16(tmp_path):
@@ -453,6 +612,82 @@ def test_told_to_stop_it_loses_nothing(tmp_path, num_workers):
     first, second = computed(tmp_path / "first"), computed(tmp_path / "second")
     assert 25 <= len(first) <= 27
     assert len(first & second) <= 2  # the rest of the batch in which it was told
+
+
+class StoppedAt(ColourDetector):
+    """Is told to stop while it computes a certain photo."""
+
+    def __init__(self, image_id: str, *arguments):
+        super().__init__(*arguments)
+        self.image_id = image_id
+
+    def __call__(self, prepared, image_ids, boxes=None):
+        if self.image_id in image_ids:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(prepared, image_ids, boxes)
+
+
+def test_on_a_cpu_a_stop_is_heard_within_a_photo_and_the_bar_moves_by_photo(tmp_path, monkeypatch):
+    events = []
+
+    class Told(StoppedAt):
+        def __call__(self, prepared, image_ids, boxes=None):
+            events.extend(image_ids)
+            return super().__call__(prepared, image_ids, boxes)
+
+    def bar(items, **options):
+        assert options["total"] == 12
+        for item in items:
+            events.append("bar")
+            yield item
+
+    monkeypatch.setattr("unicoder_vl_hf.regions.extraction.logging.tqdm", bar)
+    photos = save_photos(tmp_path / "photos", 12)
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        run(photos, tmp_path / "store", Told("photo_004"), device="cpu", num_workers=2)
+    assert events == [event for number in range(5) for event in (f"photo_{number:03d}", "bar")]
+    monkeypatch.undo()
+    run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"), device="cpu")
+    assert sorted(computed(tmp_path / "computed")) == [f"photo_{number:03d}" for number in range(5, 12)]
+
+
+def test_resumed_it_gives_the_same_bits(tmp_path):
+    """A batch of other photos may round otherwise: on a CPU a photo is a batch."""
+    from test_detectors_torchvision import tiny_model
+
+    photos, model = save_photos(tmp_path / "photos", 12), tiny_model()
+
+    class Stopped(TorchvisionDetector):
+        def __call__(self, prepared, image_ids, boxes=None):
+            if "photo_003" in image_ids:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(prepared, image_ids, boxes)
+
+    options = {"device": "cpu", "dtype": "float32"}
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", Stopped(model, device=torch.device("cpu")), **options)
+    for name in ("store", "undisturbed"):
+        run(photos, tmp_path / name, TorchvisionDetector(model, device=torch.device("cpu")), **options)
+    assert_same(RegionStore(tmp_path / "store"), RegionStore(tmp_path / "undisturbed"))
+
+
+def test_restart_begins_anew(tmp_path, caplog):
+    photos = save_photos(tmp_path / "photos", 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", StoppedAt("photo_001"), device="cpu")
+    with pytest.raises(ValueError, match="was begun with dtype='float16', not 'float32'"):
+        run(photos, tmp_path / "store", dtype="float32")
+    assert len(run(photos, tmp_path / "store", dtype="float32", restart=True)) == 4
+    # What is finished stays until the new one is, and where that is stopped, it goes on without a word of restart.
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", StoppedAt("photo_002"), device="cpu", restart=True)
+    assert RegionStore(tmp_path / ".store.before-restart").provenance["dtype"] == "float32"
+    run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"))
+    assert list(computed(tmp_path / "computed")) == ["photo_003"]
+    assert RegionStore(tmp_path / "store").provenance["dtype"] == "float16"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["computed-0", "photos", "store"]
+    run(photos, tmp_path / "store")
+    assert f"{tmp_path / 'store'} is finished, and stays as it is" in caplog.text
 
 
 def test_a_finished_store_is_left_alone(tmp_path):

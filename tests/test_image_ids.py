@@ -42,6 +42,11 @@ def karpathy(tmp_path):
     [
         ("stem", "train2014/COCO_train2014_000000000009.jpg", "COCO_train2014_000000000009"),
         ("stem", "plain", "plain"),
+        ("stem", "lsmdc/1_A_00.23.57.935-00.24.00.783@0.JPG", "1_A_00.23.57.935-00.24.00.783@0"),
+        ("stem", "lsmdc/1_A_00.23.57.935-00.24.00.783@0", "1_A_00.23.57.935-00.24.00.783@0"),
+        ("stem", "train\\a.b.png", "a.b"),
+        ("stem", "150367.npz", "150367"),
+        ("coco", "val2014\\COCO_val2014_000000391895.jpg", "391895"),
         ("coco", "COCO_val2014_000000391895.jpg", "391895"),
         ("coco", "coco_train_000000000009", "9"),
         ("coco", "9", "9"),
@@ -54,7 +59,8 @@ def karpathy(tmp_path):
     ],
 )
 def test_rules(karpathy, tmp_path, rule, source_id, image_id):
-    (tmp_path / "ids.csv").write_text('image_id,source_id\r\ndog,flickr30k_000\r\n"a, b",flickr30k_001\r\n')
+    text = '\ufeffimage_id,source_id\r\n\r\ndog,flickr30k_000\r\n"a, b",flickr30k_001 \r\n\r\n'
+    (tmp_path / "ids.csv").write_text(text)
     rename = id_mapping(rule.format(captions=karpathy, csv=tmp_path / "ids.csv"))
     assert rename(source_id) == image_id
     assert pickle.loads(pickle.dumps(rename))(source_id) == image_id
@@ -76,6 +82,9 @@ def test_malformed_rules(karpathy, tmp_path):
         id_mapping(f"{karpathy}:row:dev")
     (tmp_path / "ids.csv").write_text("from,to\na,b\n")
     with pytest.raises(ValueError, match=r"\['from', 'to'\], expected source_id and image_id"):
+        id_mapping(str(tmp_path / "ids.csv"))
+    (tmp_path / "ids.csv").write_text("source_id,image_id\na,b\nc\n")
+    with pytest.raises(ValueError, match=r"ids\.csv pairs 'c' with None, expected a source_id and an image_id"):
         id_mapping(str(tmp_path / "ids.csv"))
     (tmp_path / "ids.csv").write_text("source_id,image_id\na,b\na,c\n")
     with pytest.raises(ValueError, match="'a' stands for both 'b' and 'c'"):

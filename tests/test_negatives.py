@@ -173,7 +173,7 @@ def test_codes_of_large_splits_do_not_overflow():
 
 def test_spaces_after_commas_are_no_part_of_an_id(tmp_path):
     (tmp_path / "groups.csv").write_text("a, b\n\nc,d\n")
-    assert read_duplicate_groups(tmp_path / "groups.csv") == [["a", "b"], [], ["c", "d"]]
+    assert read_duplicate_groups(tmp_path / "groups.csv") == [["a", "b"], ["c", "d"]]
 
 
 def test_a_long_chain_of_duplicates_is_one_group():

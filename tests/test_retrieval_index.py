@@ -794,7 +794,7 @@ def test_a_photo_whose_id_is_its_path(folder, tmp_path, capsys):
     words += ["--photos", tmp_path / "photos"]
     code, output = run(capsys, *words)
     assert code == 1 and "both have the id 'x'" in output and "--ids path" in output
-    code, output = run(capsys, *words, "--ids", "path")
+    code, output = run(capsys, *words, "--photo-ids", "path")
     assert code == 0 and output.startswith(f"{words[2]}, the photo of the stored image 'b/x.png'\n")
 
 

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     extract = command(
         _extract,
         "Photos → a store, by a detector; run again, it goes on",
-        ("photos", "folder, .tar, .parquet, or folder of a dataset"),
+        ("photos", "folder, .tar, .txt of file names, .parquet, or folder of a dataset"),
         ("store", "its folder"),
     )
     extract.add_argument(
@@ -64,16 +64,44 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument(
         "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="of the detector, as max_regions=36"
     )
-    extract.add_argument("--ids", choices=("stem", "path"), default="stem", help="what an image id is (default: stem)")
+    extract.add_argument(
+        "--ids",
+        default="stem",
+        help="how photos get their ids: stem (default: file names without suffix), path, key (webdataset's), coco, a "
+        ".csv (source_id, image_id), or CAPTIONS:COLUMN",
+    )
+    extract.add_argument("--skip-unmapped", action="store_true", help="leave out photos that --ids does not cover")
     extract.add_argument("--image-column", default="image", help="of a dataset")
     extract.add_argument("--id-column", default="image_id", help="of a dataset")
     extract.add_argument("--split", help="of a dataset")
     extract.add_argument("--boxes", help="pool features in these boxes: a .npz, or a .jsonl of image_id and boxes")
-    extract.add_argument("--batch-size", type=int, default=8, help="photos a call (default: 8)")
+    extract.add_argument("--batch-size", type=int, help="photos a call (default: 1 on a CPU, 8 on a GPU)")
     extract.add_argument("--num-workers", type=int, default=2, help="reading processes (default: 2)")
     extract.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     extract.add_argument("--precision", default="auto", help="auto (what the device is fast in), no, bf16 or fp16")
     extract.add_argument("--dtype", default="float16", help="of the stored features (default: float16)")
+    _add_restart(extract)
+
+    prepare = command(
+        _prepare,
+        "Captions with the ids of photos and with splits, in a file that every script takes",
+        ("photos", "what `extract` takes, or the store that it wrote"),
+        ("captions", "caption file in any layout"),
+        ("output", "new .jsonl of image_id, caption and split"),
+    )
+    prepare.add_argument("--ids", default="stem", help="how photos get their ids, as --ids of `extract` (stem)")
+    _add_caption_ids(prepare)
+    prepare.add_argument(
+        "--splits",
+        type=_shares,
+        metavar="SHARES",
+        help="draw splits anew: shares of train, val and test (default: those of the captions, else 0.8,0.1,0.1)",
+    )
+    prepare.add_argument(
+        "--split-list", action="append", default=[], metavar="NAME=FILE", help="a split's images, one a line"
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the draw")
+    _add_restart(prepare)
 
     convert = command(
         _convert, "Feature files of another tool → a store", ("source", "file or folder"), ("store", "its new folder")
@@ -143,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         ("output", "new folder of captions with their negatives, for run_retrieval.py"),
     )
     mine.add_argument("--split", default="train", help="of the captions (default: train)")
+    _add_caption_ids(mine)
     mine.add_argument("--num-negatives", type=int, default=3, help="captions, and images, of each pair (default: 3)")
     mine.add_argument("--images-per-set", type=int, default=100, help="images that meet one another (default: 100)")
     mine.add_argument(
@@ -174,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     first_stage.add_argument("--split", default="train", help="to train on (default: train)")
     first_stage.add_argument("--validation-split", default="val", help="to choose the best epoch by (default: val)")
+    _add_caption_ids(first_stage)
     first_stage.add_argument("--projection-dim", type=int, default=256, help="width of the embeddings (default: 256)")
     first_stage.add_argument("--epochs", type=int, default=20, help="default: 20")
     first_stage.add_argument("--batch-size", type=int, default=512, help="pairs (default: 512)")
@@ -244,7 +274,15 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint of ours; to search, the one that scores (default: as in the index)")
     parser.add_argument("--dual-encoder", help="CLIP, SigLIP or alike as first stage, on --photos")
     parser.add_argument("--photos", help="photos of the store: folder, .tar, or folder of a dataset")
-    parser.add_argument("--ids", choices=("stem", "path"), default="stem", help="what an image id is (default: stem)")
+    parser.add_argument("--photo-ids", default="stem", help="how photos get their ids, as --ids of `extract` (stem)")
+    _add_caption_ids(parser)
+
+
+def _add_caption_ids(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--caption-ids",
+        help="other names for the images of the captions: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN",
+    )
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -262,9 +300,11 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _format_options(args: argparse.Namespace) -> dict[str, Any]:
+    from .name_lists import read_names
+
     options: dict[str, Any] = {}
     if args.class_names is not None:
-        options["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+        options["class_names"] = read_names(args.class_names)
     if args.feature_dtype is not None:
         options["feature_dtype"] = args.feature_dtype
     if args.background:
@@ -275,10 +315,25 @@ def _format_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _extract(args: argparse.Namespace) -> None:
+    from .data.image_ids import photo_ids
     from .regions.extraction import extract
 
-    options = _options(args, "output", "shard_size", "name")
-    print(extract(output=args.store, **_arguments(args, "store", "option"), **options))
+    options = _options(args, "output", "shard_size", "name", "rename") | photo_ids(args.ids)
+    print(extract(output=args.store, **_arguments(args, "store", "option", "ids"), **options))
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from .data.prepare import prepare
+
+    lists = dict(text.partition("=")[::2] for text in args.split_list)
+    if not all(lists) or not all(lists.values()) or len(lists) < len(args.split_list):
+        raise ValueError(f"--split-list is {args.split_list}, expected NAME=FILE, each name once.")
+    print(prepare(**_arguments(args, "split_list"), split_lists=lists))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """Numbers between commas; argparse says what is none."""
+    return tuple(map(float, text.split(",")))
 
 
 def _arguments(args: argparse.Namespace, *without: str) -> dict[str, Any]:

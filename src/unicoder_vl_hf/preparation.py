@@ -18,7 +18,7 @@ from transformers.hf_argparser import string_to_bool
 
 from . import logging
 from .configuration_unicoder_vl import UnicoderVLConfig
-from .data.captions import join, read_captions, select_split
+from .data.captions import check_tokens, join, read_captions, select_split
 from .feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
 from .modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLModel, UnicoderVLPreTrainedModel
 from .processing_unicoder_vl import UnicoderVLProcessor
@@ -234,6 +234,9 @@ class DataArguments(ModelArguments):
         default=None,
         metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
     )
+    caption_ids: str | None = field(
+        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    )
     regions: str | None = field(
         default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
     )
@@ -357,7 +360,10 @@ def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegi
             Path(str(arguments.regions)), Path(output_dir, DATA_FOLDER, "regions"), arguments.num_region_classes
         )
     captions, report = join(
-        read_captions(path), store, skip_missing=arguments.skip_missing, skip_option="--skip_missing"
+        read_captions(path, ids=arguments.caption_ids),
+        store,
+        skip_missing=arguments.skip_missing,
+        skip_option="--skip_missing",
     )
     logger.warning(f"{path} with {store}:\n{report}")
     train = select_split(captions, path, arguments.train_split)
@@ -451,8 +457,9 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
 
 
 def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:
-    """As [`processor_for`]; says how many captions are cut."""
+    """As [`processor_for`]; says how many captions are cut, and raises ValueError of those that have no token."""
     processor = processor_for(arguments, data.store, data.train.unique("image_id"))
+    check_tokens(data.captions, processor.tokenizer, data.path)
     cut = processor.count_truncated(data.train["caption"], arguments.max_length)
     logger.warning(
         f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."

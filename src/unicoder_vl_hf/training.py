@@ -170,7 +170,8 @@ def start_processes() -> PartialState:
 
 class StopSignal:
     """
-    Lets a loop end at its next safe point: Ctrl-C or SIGTERM set it, a second one ends the loop at once.
+    Lets a loop end at its next safe point: Ctrl-C or SIGTERM set it, and say the message; a second one ends the loop at
+    once.
 
     ```python
     with StopSignal() as stop:
@@ -181,6 +182,11 @@ class StopSignal:
                 break
     ```
     """
+
+    def __init__(
+        self, message: str = "Stopping after this step, with a checkpoint. Once more to stop at once, without one."
+    ):
+        self._message = message
 
     def __enter__(self) -> "StopSignal":
         self._is_set = False
@@ -206,7 +212,7 @@ class StopSignal:
         if self._is_set:
             raise KeyboardInterrupt
         self._is_set = True
-        logger.warning("Stopping after this step, with a checkpoint. Once more to stop at once, without one.")
+        logger.warning(self._message)
 
 
 _CARD_FILE = "README.md"  # written last

@@ -1,20 +1,21 @@
 """Caption files of every common layout, read into one `datasets.Dataset`, and joined with a store of regions.
 
 Every row is one caption: `image_id` and `caption` (both `str`), beside what the source has (`split`, `file_name`,
-`caption_id`, …). The layouts are those of Karpathy's json, COCO's captions json, Flickr's `.token`, plain tables
-(jsonl, json, csv, tsv, parquet) and folders of `datasets`. Rows keep the file's order, and duplicates; ids are never
-mapped to one another here, a join only says which do not meet. Conceptual Captions' `caption<TAB>url` is left out: it
-has no image ids before the photos are fetched.
+`caption_id`, …). The layouts are those of Karpathy's json, COCO's captions json, `{image id: captions}`, Flickr's
+`.token`, plain tables (jsonl, json, csv, tsv, parquet) and folders of `datasets`. Rows keep the file's order, and
+duplicates; ids change by a rule that the caller names, or not at all: a join only says which do not meet. Conceptual
+Captions' `caption<TAB>url` is left out: it has no image ids before the photos are fetched.
 """
 
 import csv
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
@@ -23,21 +24,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import logging
+from ..name_lists import numbered_lines
+from ..regions.photos import stem
 
 logger = logging.get_logger(__name__)
 
 JSON_LAYOUTS = ("karpathy", "coco", "mapping", "rows")
 FORMATS = ("json", *JSON_LAYOUTS, "token", "jsonl", "csv", "parquet", "datasets")
 
-Entry = tuple[str, dict[str, Any]]  # where the row is in its file ("line 3"), and the row
+# Of a table: the column that names the image, by its id or by the name of its file, and the one of the caption. The
+# first that is there counts.
+IMAGE_COLUMNS = ("image_id", "image", "file_name", "image_name", "filename")
+CAPTION_COLUMNS = ("caption", "captions", "comment", "text")
+# Of a csv or tsv. Within quotes a comma or semicolon is text; where tabs or bars separate, quotes are.
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+QUOTING = ",;"
+
+Entry = tuple[str, Any]  # where the row is in its file ("line 3"), and the row, a dict if the file is as it should be
 
 _TOKEN_LINE = re.compile(r"([^\t]+)#(\d+)\t(.*)")
-_EXAMPLES = 5
+# Neither blanks nor characters that control or format: what a reader sees something of.
+_VISIBLE = r"[^\p{Cc}\p{Cf}\p{Z}]"
+_INVISIBLE = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp", "Zs"])
+_QUOTES = 'A quote that is text is written twice, within quotes: """Stop"" says a sign."; in a .tsv it needs nothing.'
+EXAMPLES = 5  # of ids and captions in a report
 _CHUNK = 10_000
 
 
 def read_captions(
-    path: str | PathLike[str], *, format: str | None = None, split: str | None = None, skip_empty: bool = False
+    path: str | PathLike[str],
+    *,
+    format: str | None = None,
+    split: str | None = None,
+    skip_empty: bool = False,
+    ids: str | None = None,
 ) -> datasets.Dataset:
     """
     Read a caption file or a folder of `datasets` into one row a caption, in the order of the file.
@@ -52,7 +72,9 @@ def read_captions(
             Keep this split only (the column `split`, or the split of a `DatasetDict`). Karpathy's `restval` counts
             as, and becomes, `train`.
         skip_empty (`bool`, *optional*, defaults to `False`):
-            Drop captions that are empty or whitespace, with a warning, instead of raising.
+            Drop captions that are empty or show nothing, such as whitespace, with a warning, instead of raising.
+        ids (`str`, *optional*):
+            Other names for the images: `"stem"`, `"coco"`, a .csv, or any rule of `image_ids.id_mapping`.
 
     Returns:
         `datasets.Dataset` with columns `image_id` (`str`), `caption` (`str`), and those that the source has beside:
@@ -61,12 +83,17 @@ def read_captions(
           `image_id` is the stem of the file's name.
         - COCO: `file_name` (where `images` names it), `caption_id`; `image_id` is the number as text.
         - Flickr `.token`: `file_name`, `caption_id` (after `#`); `image_id` is the stem of the file's name.
-        - tables and `datasets`: every further column, as it is. Numeric image ids become text.
+        - `{image id: caption}` and `{image id: [captions]}`: nothing.
+        - tables and `datasets`: every further column, as it is. Numeric image ids become text. Without a column
+          `image_id` or `caption`, another of `IMAGE_COLUMNS` or `CAPTION_COLUMNS` serves, and a warning says which: of
+          a file's name `image_id` is the stem. A row with a list of captions becomes one row a caption. In a .tsv no
+          cell spans lines and quotes are text.
 
     Raises:
         `FileNotFoundError`: there is nothing at `path`.
-        `ValueError`: the file is malformed, a column, value or split is missing, or a caption is empty. The message
-            names the file, the place in it, the field and its value, and what was expected.
+        `ValueError`: the file is malformed, a column, value or split is missing, a caption is empty, `ids` does not
+            cover an image or makes two of them one. The message names the file, the place in it, the field and its
+            value, and what was expected.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(
@@ -82,7 +109,7 @@ def read_captions(
         elif format == "parquet":
             rows = _check_table(_read_parquet(Path(path), split), path, skip_empty)
         else:
-            entries = _READERS[format](Path(path), format)
+            entries = _entries(Path(path), format)
             rows = datasets.Dataset(_to_arrow(_check_entries(entries, path, split, skip_empty), path))
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -90,7 +117,7 @@ def read_captions(
         ) from error
     if len(rows) == 0:
         raise ValueError(f"{path} holds no captions (format {format!r}, split {split!r}); expected at least one.")
-    return rows
+    return rows if ids is None else _rename(rows, path, ids)
 
 
 def detect_format(path: str | PathLike[str]) -> str:
@@ -115,7 +142,7 @@ def detect_format(path: str | PathLike[str]) -> str:
         return "jsonl" if path.suffix in (".jsonl", ".ndjson") or _is_row(line) else "json"
     if _TOKEN_LINE.match(line):
         return "token"
-    if path.suffix in (".csv", ".tsv") or "caption" in re.split(r"[,\t]", line.strip()):
+    if path.suffix in (".csv", ".tsv") or _separator(line) is not None:
         return "csv"
     raise ValueError(
         f"{path} has no layout that is known: its first line is {line.strip()[:80]!r}. Expected one of "
@@ -134,6 +161,7 @@ class JoinReport:
         missing (`int`): images that have captions but no regions.
         unused (`int`): images that have regions but no captions.
         missing_captions (`int`): captions of the missing images, which training has to leave out.
+        things (`str`): what captions meet, in words: regions, or photos.
     """
 
     matched: int
@@ -143,13 +171,14 @@ class JoinReport:
     matched_examples: tuple[str, ...] = ()
     missing_examples: tuple[str, ...] = ()
     unused_examples: tuple[str, ...] = ()
+    things: str = "regions"
 
     def __str__(self) -> str:
         lines = [f"{'images':<32}{'count':>10}  examples"]
         for name, count, examples in (
-            ("matched (captions and regions)", self.matched, self.matched_examples),
-            ("missing (captions, no regions)", self.missing, self.missing_examples),
-            ("unused (regions, no captions)", self.unused, self.unused_examples),
+            (f"matched (captions and {self.things})", self.matched, self.matched_examples),
+            (f"missing (captions, no {self.things})", self.missing, self.missing_examples),
+            (f"unused ({self.things}, no captions)", self.unused, self.unused_examples),
         ):
             more = ", …" if count > len(examples) else ""
             # An id that is no text, as of a dict by number, joins nothing: it has to look like none.
@@ -194,9 +223,9 @@ def join(
         missing=len(ids) - matched,
         unused=len(store) - matched,
         missing_captions=int((~keep).sum()),
-        matched_examples=tuple(ids[i] for i in np.flatnonzero(found)[:_EXAMPLES]),
-        missing_examples=tuple(ids[i] for i in np.flatnonzero(~found)[:_EXAMPLES]),
-        unused_examples=tuple(islice(unused, _EXAMPLES)) if len(store) > matched else (),
+        matched_examples=tuple(ids[i] for i in np.flatnonzero(found)[:EXAMPLES]),
+        missing_examples=tuple(ids[i] for i in np.flatnonzero(~found)[:EXAMPLES]),
+        unused_examples=tuple(islice(unused, EXAMPLES)) if len(store) > matched else (),
     )
     if report.missing == 0:
         return captions, report
@@ -206,14 +235,14 @@ def join(
     )
     if matched == 0:
         raise ValueError(
-            f"{summary}\nNothing would be left: bring the ids of both sides to one spelling (compare the examples), or "
-            "extract regions for these images."
+            f"{summary}\nNothing would be left: bring the ids of both sides to one spelling (compare the examples; "
+            "`unicoder-vl prepare` or --caption_ids does it), or extract regions for these images."
         )
     if not skip_missing:
         leave_out = "take these captions out of the file" if skip_option is None else f"leave them out: {skip_option}"
         raise ValueError(
-            f"{summary}\nBring the ids of both sides to one spelling (compare the examples), extract the missing "
-            f"regions, or {leave_out}."
+            f"{summary}\nBring the ids of both sides to one spelling (compare the examples; `unicoder-vl prepare` or "
+            f"--caption_ids does it), extract the missing regions, or {leave_out}."
         )
     logger.warning(f"Leaving captions out: {summary}")
     return captions.select(np.flatnonzero(keep)), report
@@ -243,20 +272,12 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank, without their ends."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line.rstrip("\n")
-
-
 def _is_row(line: str) -> bool:
     try:
         row = json.loads(line)
     except ValueError:
         return False
-    return isinstance(row, dict) and "caption" in row
+    return isinstance(row, dict) and all(any(name in row for name in some) for some in (IMAGE_COLUMNS, CAPTION_COLUMNS))
 
 
 def _read_json(path: Path, format: str) -> Iterator[Entry]:
@@ -273,7 +294,7 @@ def _read_json(path: Path, format: str) -> Iterator[Entry]:
         expected = format if format != "json" else "one of the layouts " + ", ".join(JSON_LAYOUTS)
         raise ValueError(
             f"{path} holds {shape} at its top; expected {expected}. They are Karpathy's images with sentences, COCO's "
-            "images and annotations, {image id: [captions]}, and a list of {image_id, caption}."
+            "images and annotations, {image id: captions}, and a list of {image_id, caption}."
         )
     if layout == "karpathy":
         return _karpathy(content["images"], path)
@@ -295,7 +316,11 @@ def _json_layout(content: Any) -> str | None:
         isinstance(image, dict) and "sentences" in image for image in content["images"][:1]
     ):
         return "karpathy"
-    return "mapping" if content and all(isinstance(captions, list) for captions in content.values()) else None
+    return "mapping" if content and all(map(_are_captions, content.values())) else None
+
+
+def _are_captions(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and not any(isinstance(item, dict) for item in value[:1]))
 
 
 def _karpathy(images: list[dict[str, Any]], path: Path) -> Iterator[Entry]:
@@ -308,7 +333,7 @@ def _karpathy(images: list[dict[str, Any]], path: Path) -> Iterator[Entry]:
         beside |= {name: image.get(name) for name in kept}
         for k, sentence in enumerate(_field(image, "sentences", path, where)):
             where = f"images[{i}].sentences[{k}]"
-            row = {"image_id": _stem(file_name), "caption": _field(sentence, "raw", path, where)}
+            row = {"image_id": stem_of(file_name), "caption": _field(sentence, "raw", path, where)}
             yield where, row | {"caption_id": sentence.get("sentid")} | beside
 
 
@@ -329,26 +354,24 @@ def _coco(content: dict[str, Any], path: Path) -> Iterator[Entry]:
         yield where, row | {"caption_id": annotation.get("id")} | ({"file_name": names[image_id]} if names else {})
 
 
-def _mapping(content: dict[str, list[str]]) -> Iterator[Entry]:
-    for image_id, captions in content.items():
-        for k, caption in enumerate(captions):
-            yield f"{image_id!r}[{k}]", {"image_id": image_id, "caption": caption}
+def _mapping(content: dict[str, str | list[str]]) -> Iterator[Entry]:
+    return ((repr(image_id), {"image_id": image_id, "caption": captions}) for image_id, captions in content.items())
 
 
 def _read_token(path: Path, format: str) -> Iterator[Entry]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         match = _TOKEN_LINE.fullmatch(line)
         if match is None:
             raise ValueError(
                 f"{path}, line {number}: {line[:80]!r} is malformed; expected 'name.jpg#k', a tab, and the caption."
             )
         file_name, k, caption = match.groups()
-        row = {"image_id": _stem(file_name), "caption": caption, "file_name": file_name, "caption_id": int(k)}
+        row = {"image_id": stem_of(file_name), "caption": caption, "file_name": file_name, "caption_id": int(k)}
         yield f"line {number}", row
 
 
 def _read_jsonl(path: Path, format: str) -> Iterator[Entry]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         try:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
@@ -360,20 +383,79 @@ def _read_jsonl(path: Path, format: str) -> Iterator[Entry]:
 def _read_csv(path: Path, format: str) -> Iterator[Entry]:
     with _open(path) as file:
         header = file.readline()
-        file.seek(0)
-        reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",", strict=True)
-        try:
-            for row in reader:
-                where = f"line {reader.line_num}"
-                if None in row or None in row.values():  # the key of cells too many, the value of cells too few
-                    raise ValueError(
-                        f"{path}, {where}: expected {len(reader.fieldnames or ())} cells, {reader.fieldnames}, got "
-                        "another number. Is a caption with a comma not quoted?"
-                    )
-                yield where, row
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num + 1}: malformed csv ({error}).") from error
+    separator = _separator(header) or max(SEPARATORS, key=header.count)
+    # Quotes of tabs are those of a spreadsheet where the file is named so.
+    quoting = separator in QUOTING or (separator == "\t" and path.suffix == ".csv")
+    rows = (_quoted_rows if quoting else _plain_rows)(path, separator)
+    _, names = next(rows)
+    names = [name.strip() for name in names]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}, line 1: the columns, between {SEPARATORS[separator]}, are {names}; each once.")
+    for number, cells in rows:
+        if len(cells) != len(names):
+            raise ValueError(
+                f"{path}, line {number}: expected {len(names)} cells between {SEPARATORS[separator]}, {names}, got "
+                f"{len(cells)}. " + ("Is a caption with one not quoted?" if quoting else "A caption may hold none.")
+            )
+        yield f"line {number}", dict(zip(names, cells, strict=True))
 
+
+def _separator(header: str) -> str | None:
+    """What stands between columns that can be an image and its caption, in the first line of a csv or tsv."""
+    for separator in SEPARATORS:
+        names = {name.strip().strip('"') for name in header.split(separator)}
+        if names & set(IMAGE_COLUMNS) and names & set(CAPTION_COLUMNS):
+            return separator
+    return None
+
+
+def _plain_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Cells by line, in which a quote is text; says where a spreadsheet seems to have meant otherwise."""
+    as_csv = 0
+    for number, line in numbered_lines(path):
+        cells = line.split(separator)
+        as_csv += any(re.fullmatch(r'"[^"]*(?:""[^"]*)+"', cell) is not None for cell in cells)
+        yield number, cells if separator == "\t" else [cell.strip() for cell in cells]
+    if as_csv:
+        logger.warning(
+            f"{path}: {as_csv:,} lines hold cells in quotes with doubled quotes within, as spreadsheets write them. "
+            "Between tabs and bars quotes are text and were kept; name a file with tabs .csv to have them undone."
+        )
+
+
+def _quoted_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Cells by the line where they end. A quoted one may span lines, but not lines that are rows by themselves."""
+    with _open(path) as file:
+        lines: list[str] = []
+        spaced = re.match(f".*{re.escape(separator)} ", file.readline()) is not None  # blanks behind each separator
+        file.seek(0)
+        reader = csv.reader(_noting(file, lines), delimiter=separator, strict=True, skipinitialspace=spaced)
+        width = 0
+        try:
+            for cells in reader:
+                width = width or len(cells)
+                for line in lines[1:]:
+                    if line.count(separator) == width - 1:
+                        raise ValueError(
+                            f"{path}, line {reader.line_num - len(lines) + 1}: a cell that begins with a quote spans "
+                            f"{len(lines)} lines, and {line.strip()[:80]!r} among them looks like a row by itself. "
+                            f"{_QUOTES} If this is one caption, take its line breaks out."
+                        )
+                lines.clear()
+                if "".join(cells).strip():
+                    yield reader.line_num, cells
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: malformed csv ({error}). {_QUOTES}") from error
+
+
+def _noting(lines: Iterable[str], noted: list[str]) -> Iterator[str]:
+    for line in lines:
+        noted.append(line)
+        yield line
+
+
+# Of hard negatives, see `negatives`: ids of images, too.
+_NEGATIVES = "negative_image_ids"
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Entry]]] = {
     "json": _read_json,
@@ -382,6 +464,40 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Entry]]] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
 }
+
+
+def _entries(path: Path, format: str) -> Iterator[Entry]:
+    """The place and the row of every caption of a file, one a caption, with `image_id` and `caption` by these names."""
+    names: tuple[str, str] | None = None
+    for where, row in _READERS[format](path, format):
+        if not isinstance(row, dict):
+            yield where, row  # which the check refuses
+            continue
+        if names is None:
+            names = _find_columns(path, row)
+        image, caption = names
+        if image != "image_id" and image in row:
+            row["image_id"] = stem_of(row[image])
+        if caption != "caption" and caption in row:
+            row["caption"] = row.pop(caption)
+        if isinstance(captions := row.get("caption"), list) and captions:
+            yield from ((f"{where}[{k}]", row | {"caption": text}) for k, text in enumerate(captions))
+        else:
+            yield where, row
+
+
+def _find_columns(path: str | PathLike[str], names: Iterable[str]) -> tuple[str, str]:
+    """The columns of image and caption, the usual ones where there are none; says it where they are others."""
+    names = set(names)
+    image = next((name for name in IMAGE_COLUMNS if name in names), "image_id")
+    caption = next((name for name in CAPTION_COLUMNS if name in names), "caption")
+    if image != "image_id":
+        logger.warning(
+            f"{path} has no column 'image_id': {image!r} names the images, by files without folder and suffix."
+        )
+    if caption != "caption":
+        logger.warning(f"{path} has no column 'caption': {caption!r} holds the captions.")
+    return image, caption
 
 
 def _read_parquet(path: Path, split: str | None) -> datasets.Dataset:
@@ -424,8 +540,13 @@ def _field(item: Any, name: str, path: Path, where: str) -> Any:
     return item[name]
 
 
-def _stem(file_name: Any) -> Any:
-    return PurePosixPath(file_name).stem if isinstance(file_name, str) else file_name
+def stem_of(file_name: Any) -> Any:
+    return stem(file_name) if isinstance(file_name, str) else file_name
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or blanks and characters that control or format, as U+200B."""
+    return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def _check_row(row: Any, path: str | PathLike[str], where: str, skip_empty: bool) -> bool:
@@ -442,17 +563,17 @@ def _check_row(row: Any, path: str | PathLike[str], where: str, skip_empty: bool
         raise ValueError(
             f"{path}, {where}: image_id is {image_id!r}; expected a text that is not empty, or an integer."
         )
-    if caption is not None and not isinstance(caption, str):
+    if caption is not None and caption != [] and not isinstance(caption, str):
         raise ValueError(
             f"{path}, {where}: caption of image {image_id!r} is {caption!r:.80}; expected a text, one row a caption."
         )
-    if caption and not caption.isspace():
+    if caption and not is_blank(caption):
         return True
     if skip_empty:
         return False
     raise ValueError(
-        f"{path}, {where}: caption of image {image_id!r} is {caption!r}; expected a text that is not empty. Mend the "
-        "file; in Python, read_captions(…, skip_empty=True) leaves such captions out."
+        f"{path}, {where}: caption of image {image_id!r} is {caption!r}; expected a text that shows something. Mend "
+        "the file; in Python, read_captions(…, skip_empty=True) leaves such captions out."
     )
 
 
@@ -481,6 +602,7 @@ def _check_entries(
 def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty: bool) -> datasets.Dataset:
     if len(table) == 0:
         return table
+    table = _one_caption_a_row(table, path)
     for name in ("image_id", "caption"):
         if name not in table.column_names:
             raise ValueError(_no_column(path, name, table.column_names))
@@ -492,8 +614,8 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
         if not text and not (name == "image_id" and pa.types.is_integer(values.type)):
             expected = "text or integers" if name == "image_id" else "text, one row a caption"
             raise ValueError(f"{path}: column {name!r} holds {values.type}; expected {expected}.")
-        bare = pc.utf8_trim_whitespace(values.cast(pa.string())) if text else values
-        suspect |= pc.fill_null(pc.equal(bare, "") if text else pc.is_null(values), True).to_numpy()
+        visible = pc.match_substring_regex(values, _VISIBLE) if text else pc.is_valid(values)
+        suspect |= ~pc.fill_null(visible, False).to_numpy()
     keep = np.ones(len(table), dtype=bool)
     for index in np.flatnonzero(suspect):
         row = {name: columns[name][int(index)].as_py() for name in ("image_id", "caption")}
@@ -505,6 +627,104 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
         if table.features[name] != datasets.Value("string"):
             table = table.cast_column(name, datasets.Value("string"))
     return table
+
+
+def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str]) -> datasets.Dataset:
+    """With `image_id` and `caption` by these names, where others serve, and lists of captions unfolded."""
+    # A column of pictures may be called image, too.
+    usable = (name for name, kind in table.features.items() if isinstance(kind, datasets.Value | datasets.List))
+    image, caption = _find_columns(path, usable)
+    if image != "image_id" and image in table.column_names:
+        stems, codes = encode_column(table, image, stem)
+        table = _add_column(table, "image_id", stems.take(pa.array(codes)))
+    if caption != "caption" and caption in table.column_names:
+        table = table.rename_column(caption, "caption")
+    if "caption" not in table.column_names or not isinstance(table.features["caption"], datasets.List):
+        return table
+    lists = table.select_columns(["caption"]).with_format("arrow")[:]["caption"].combine_chunks()
+    if empty := pc.index(pc.fill_null(pc.list_value_length(lists), 0), 0).as_py() + 1:
+        raise ValueError(f"{path}: row {empty - 1} has no caption in its list; expected at least one.")
+    pictures = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    rest = table.remove_columns(["caption", *pictures]).select(pc.list_parent_indices(lists).to_numpy())
+    return _add_column(rest, "caption", pc.list_flatten(lists))
+
+
+def _add_column(table: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
+    """Without the bar that `datasets` shows while it copies selected rows."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return table.add_column(name, values)
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _rename(rows: datasets.Dataset, path: str | PathLike[str], rule: str) -> datasets.Dataset:
+    from .image_ids import UnmappedId, id_mapping
+
+    rename = id_mapping(rule)
+    distinct, codes = encode_column(rows, "image_id")
+    try:
+        names = {image_id: rename(image_id) for image_id in distinct.to_pylist()}
+        if _NEGATIVES in rows.column_names:
+            negatives = [[rename(image_id) for image_id in some] for some in rows[_NEGATIVES]]
+            rows = _add_column(rows.remove_columns(_NEGATIVES), _NEGATIVES, negatives)
+    except UnmappedId as error:
+        raise ValueError(f"{path}, with the ids of {rule}: {error}") from error
+    first: dict[str, str] = {}
+    for before, after in names.items():
+        # A table of pairs may give an image several names; what is cut from a name should tell images apart.
+        if rule in ("stem", "coco") and (other := first.setdefault(after, before)) != before:
+            raise ValueError(f"{path}: by the rule {rule} the images {other!r} and {before!r} both become {after!r}.")
+    renamed = pa.array(names.values(), pa.string()).take(pa.array(codes))
+    return _add_column(rows.remove_columns("image_id"), "image_id", renamed)
+
+
+def check_tokens(
+    rows: datasets.Dataset, tokenizer: Callable[..., Mapping[str, Any]], path: str | PathLike[str]
+) -> None:
+    """
+    Checks that a tokenizer makes at least one token of each caption, as it must be before anything is computed.
+
+    Args:
+        rows (`datasets.Dataset`): What `read_captions` gave.
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        path (`str` or `os.PathLike`): Where the captions come from, for the message.
+
+    Raises:
+        `ValueError`: it makes none of a caption, such as one of control characters; the message names the images, the
+            captions, and their lines.
+    """
+    texts = rows.select_columns(["image_id", "caption"])
+    bare: list[dict[str, str]] = []
+    for start in range(0, len(texts), _CHUNK):
+        some = texts[start : start + _CHUNK]
+        tokens = tokenizer(some["caption"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        bare += [texts[start + index] for index, ids in enumerate(tokens["input_ids"]) if not ids]
+    if not bare:
+        return
+    places = _places(path, {row["caption"] for row in bare[:EXAMPLES]})
+    shown = "\n".join(
+        f"image {row['image_id']!r}: {row['caption']!r:.80}" + (f", {place}" if place else "")
+        for row in bare[:EXAMPLES]
+        for place in [places.get(row["caption"])]
+    )
+    more = f"\nand {len(bare) - EXAMPLES:,} more" if len(bare) > EXAMPLES else ""
+    raise ValueError(
+        f"{path}: the tokenizer makes no token of {len(bare):,} captions. Mend them, or take them out:\n{shown}{more}"
+    )
+
+
+def _places(path: str | PathLike[str], captions: set[str]) -> dict[str, str]:
+    """Where in a file captions first stand; nothing of what has no lines."""
+    if not Path(path).is_file() or (format := detect_format(path)) not in _READERS:
+        return {}
+    places: dict[str, str] = {}
+    for where, row in _entries(Path(path), format):
+        if row["caption"] in captions:
+            places.setdefault(row["caption"], where)
+    return places
 
 
 def select_split(table: datasets.Dataset, path: str | PathLike[str], split: str) -> datasets.Dataset:

@@ -155,9 +155,9 @@ class DataCollatorForUnicoderVLPreTraining:
         pairs = [(row["image_id"], row["caption"]) for row in rows]
         if with_mismatches:
             pairs += [(row["mismatch_image_id"], row["mismatch_caption"]) for row in rows]
-        for image_id, caption in pairs:
+        for index, (_, caption) in enumerate(pairs):
             if not caption.strip():
-                raise ValueError(f"Image {image_id!r}: caption is {caption!r}, expected at least one word.")
+                raise ValueError(f"{self._whose(rows, index)} has no word, expected at least one.")
 
         text = self.processor.tokenizer(
             [caption for _, caption in pairs],
@@ -174,12 +174,11 @@ class DataCollatorForUnicoderVLPreTraining:
 
         input_ids, features = text["input_ids"], regions["region_features"]
         is_word = text["special_tokens_mask"] == 0
-        for (image_id, caption), has_words in zip(pairs, is_word.any(axis=1), strict=True):
-            if not has_words:
-                raise ValueError(
-                    f"Image {image_id!r}: caption {caption!r} has no token besides [CLS] and [SEP], with "
-                    f"max_length={self.max_length}; expected at least one."
-                )
+        for index in np.flatnonzero(~is_word.any(axis=1)).tolist():
+            raise ValueError(
+                f"{self._whose(rows, index)} has no token besides [CLS] and [SEP], with max_length={self.max_length}; "
+                "expected at least one."
+            )
         object_ids = self._object_ids(records, regions["kept_indices"])
         labels = np.full_like(input_ids, IGNORED)
         region_labels = np.full_like(object_ids, IGNORED)
@@ -207,6 +206,14 @@ class DataCollatorForUnicoderVLPreTraining:
             "matching_labels": matching_labels,
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    @staticmethod
+    def _whose(rows: Sequence[Mapping[str, Any]], index: int) -> str:
+        """Names the caption of a batch for a message: that of a mismatch may be the row's own, or another image's."""
+        row = rows[index % len(rows)]
+        if index < len(rows) or row["mismatch_caption"] == row["caption"]:
+            return f"Image {row['image_id']!r}: its caption {row['caption']!r}"
+        return f"Image {row['image_id']!r}: {row['mismatch_caption']!r}, the caption of another that is its mismatch,"
 
     def _object_ids(self, records: Sequence[RegionRecord], kept: np.ndarray) -> np.ndarray:
         """The object class of each region as batched, `(B, R)`; -1 for none and for padding."""

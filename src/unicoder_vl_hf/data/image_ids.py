@@ -1,26 +1,29 @@
 """Ids that mean one image under several names, made one: what lets captions and features of different origin join.
 
 A photo is `150367` in a TSV, `COCO_val2014_000000391895` with `cocoid` 391895 in Karpathy's file,
-`coco_val_000000391895` in UNITER's, and a row number in SCAN's. The ids of features are renamed when they are
-converted, to those that `read_captions` gives; captions stay as they are.
+`coco_val_000000391895` in UNITER's, and a row number in SCAN's. One rule may rename the ids of features when they are
+converted, those of photos when regions are extracted, and those of captions when they are read.
 """
 
 import csv
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
+from ..name_lists import numbered_lines
 from ..regions.conversion import Rename, UnmappedId
+from ..regions.photos import PHOTO_IDS, stem
 
 
 def id_mapping(rule: str) -> Rename:
     """
-    The function from an image id of a feature file to the one that it is stored under; it can be pickled.
+    Gives the function from an image id of a file to the one that the image goes by; it can be pickled.
 
     Args:
         rule (`str`): One of
-            - `stem`: the file's name without folders and suffix, `train2014/a.jpg` → `a`;
+            - `stem`: the file's name without folders and the suffix of a photo or of features, `train2014/a.jpg` → `a`;
             - `coco`: COCO's number, `COCO_val2014_000000391895.jpg` → `391895`;
             - a `.csv` with the columns `source_id` and `image_id`;
             - `<caption file>:<column>`: what that column holds becomes the `image_id` of the same row, for example
@@ -33,9 +36,9 @@ def id_mapping(rule: str) -> Rename:
         ValueError: The rule or its file is malformed. The function raises `UnmappedId`, which is one.
     """
     if rule == "stem":
-        return Rename(rule, _stem)
+        return Rename(rule, stem)
     if rule == "coco":
-        return Rename(rule, _coco_number)
+        return Rename(rule, coco_number)
     if rule.endswith(".csv"):
         return _look_up(_read_pairs(Path(rule)), rule)
     path, _, column = rule.rpartition(":")
@@ -56,24 +59,33 @@ def id_mapping(rule: str) -> Rename:
     return _look_up(zip(map(str, captions[column]), captions["image_id"], strict=True), rule)
 
 
-def _stem(image_id: str) -> str:
-    return PurePosixPath(image_id).stem
+def photo_ids(rule: str) -> dict[str, Any]:
+    """
+    Gives the arguments of `extract` and `list_photos` for a rule: how photos get their ids.
+
+    Args:
+        rule (`str`): `stem`, `path` or `key`, see `extract`; or a rule of `id_mapping`.
+    """
+    return {"ids": rule} if rule in PHOTO_IDS else {"rename": id_mapping(rule)}
 
 
-def _coco_number(image_id: str) -> str:
-    number = re.search(r"(\d+)$", PurePosixPath(image_id).stem)
+def coco_number(image_id: str) -> str:
+    """Gives the number at the end of a name, without its zeros, as COCO numbers images. Raises UnmappedId."""
+    number = re.search(r"(\d+)$", stem(image_id))
     if number is None:
         raise UnmappedId(f"Image {image_id!r} ends in no number, expected COCO's, as in COCO_val2014_000000391895.")
     return str(int(number[1]))
 
 
 def _read_pairs(path: Path) -> list[tuple[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        missing = {"source_id", "image_id"} - set(rows.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} has the columns {rows.fieldnames}, expected source_id and image_id.")
-        return [(row["source_id"], row["image_id"]) for row in rows]
+    rows = csv.DictReader(line.rstrip() for _, line in numbered_lines(path))
+    if {"source_id", "image_id"} - set(rows.fieldnames or ()):
+        raise ValueError(f"{path} has the columns {rows.fieldnames}, expected source_id and image_id.")
+    pairs = [(row["source_id"], row["image_id"]) for row in rows]
+    for pair in pairs:
+        if not all(pair):
+            raise ValueError(f"{path} pairs {pair[0]!r} with {pair[1]!r}, expected a source_id and an image_id.")
+    return pairs
 
 
 def _look_up(pairs: Iterable[tuple[str, str]], rule: str) -> Rename:

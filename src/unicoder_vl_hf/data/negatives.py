@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 
 from .. import logging
+from ..name_lists import numbered_lines
 from .captions import encode_column
 from .rows import Row, RowsOfEpoch, natural
 
@@ -40,28 +41,28 @@ def fold_caption(text: str) -> str:
 def read_duplicate_groups(path: str | PathLike[str]) -> list[list[str]]:
     """
     Groups of image ids whose photos show the same, one a line: a JSON list (`.jsonl`), or ids between commas (`.csv`,
-    without a header).
+    without a header). Empty lines are left out.
 
     Raises:
         `ValueError`: a line that is neither; it names the file and the line.
     """
     path = Path(path)
     groups = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, skipinitialspace=True) if path.suffix == ".csv" else map(_json_list, file)
-        for number, row in enumerate(rows, start=1):
-            if row is None or not all(isinstance(image_id, str) and image_id for image_id in row):
-                raise ValueError(
-                    f"{path}, line {number}: expected the image ids of one group, as text: a JSON list, or in a file "
-                    "named .csv ids between commas."
-                )
-            groups.append(row)
+    for number, line in numbered_lines(path):
+        cells = next(csv.reader([line], skipinitialspace=True)) if path.suffix == ".csv" else _json_list(line)
+        row = None if cells is None else [cell.strip() if isinstance(cell, str) else cell for cell in cells]
+        if row is None or not all(isinstance(image_id, str) and image_id for image_id in row):
+            raise ValueError(
+                f"{path}, line {number}: expected the image ids of one group, as text: a JSON list, or in a file "
+                "named .csv ids between commas."
+            )
+        groups.append(row)
     return groups
 
 
 def _json_list(line: str) -> list[Any] | None:
     try:
-        row = json.loads(line) if line.strip() else []
+        row = json.loads(line)
     except json.JSONDecodeError:
         return None
     return row if isinstance(row, list) else None

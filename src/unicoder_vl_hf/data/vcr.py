@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -17,6 +17,7 @@ import numpy as np
 
 from ..records_unicoder_vl import RegionRecord
 from ..regions.comparison import box_iou
+from ..regions.photos import stem
 from .rows import Row, Rows
 
 # Gender-neutral, and distinct: the list in common use holds Peyton twice.
@@ -144,7 +145,7 @@ class _Line:
             raise self.error("objects", objects, "a list of category names")
         return {
             "annot_id": self.text("annot_id"),
-            "image_id": PurePosixPath(img_fn).stem if ids == "stem" else img_fn,
+            "image_id": stem(img_fn) if ids == "stem" else img_fn,
             "img_fn": img_fn,
             "metadata_fn": self.text("metadata_fn"),
             "objects": objects,

@@ -179,14 +179,17 @@ def _convert(
     return RegionStore(folder)
 
 
-def write_skipped(folder: Path, rows: list[dict[str, str]]) -> None:
-    """Lists what a store lacks, each image with its file and the reason; where it lacks none, there is no list."""
+def write_skipped(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """
+    Lists what a store lacks, each image with its file and the reason, and files that are none of an image with an
+    image_id of null; where it lacks none, there is no list.
+    """
     path = folder / SKIPPED
     if not rows:
         path.unlink(missing_ok=True)
         return
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    logger.warning(f"{len(rows):,} image(s) skipped: {path} says why.")
+    logger.warning(f"{len(rows):,} left out: {path} says which and why.")
 
 
 def _nothing(source: Path, found: "_Found") -> str:

@@ -6,20 +6,16 @@ alone, so that the store does not depend on the number of processes, workers or 
 """
 
 import json
-import math
-import os
 import shutil
 import signal
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from io import BytesIO
 from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,28 +24,28 @@ from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
 
 from .. import logging
+from ..name_lists import numbered_lines
 from ..records_unicoder_vl import RegionRecord
 from ..training import StopSignal
-from .conversion import SKIPPED, write_skipped, write_store
+from .conversion import Rename, write_skipped, write_store
 from .detectors import Detector, load_detector
 from .editing import merge_stores, merged_stores
-from .shards import MANIFEST, UNFINISHED
+from .photos import PhotoSource, decode_photo, in_words, list_photos
+from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
-from .tensor_files import locked, make_folder
+from .tensor_files import begun_anew, locked, make_folder, say_finished
 
 if TYPE_CHECKING:
     import datasets
-    from PIL import Image
 
 logger = logging.get_logger(__name__)
 
-SUFFIXES = frozenset(".avif .bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-# Pillow refuses files that claim more than about 179 million pixels. Photos of 500 exist; a small file may claim more.
-MAX_PIXELS = 500_000_000
-# Photos of four times as many pixels are halved, and so on: every detector scales them down further.
-ENOUGH_PIXELS = 8_000_000
 # Photos are sorted by shape over so many batches: a detector computes those of equal shape together.
 BATCHES_SORTED = 4
+# A GPU computes so many photos at a time. A CPU gains nothing by it and takes one, so that a stop is heard sooner.
+GPU_BATCH_SIZE = 8
+# Where a detector fails at so many photos one after the other, it is not the photos' fault.
+FAILURES_IN_A_ROW = 8
 
 Boxes = Mapping[str, np.ndarray]
 
@@ -59,70 +55,95 @@ def extract(
     output: str | PathLike,
     detector: str | Detector,
     *,
-    ids: Literal["stem", "path"] = "stem",
+    ids: str = "stem",
+    rename: Rename | None = None,
+    skip_unmapped: bool = False,
     image_column: str = "image",
     id_column: str = "image_id",
     split: str | None = None,
     boxes: str | PathLike | Mapping[str, Any] | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     num_workers: int = 2,
     device: torch.device | str | None = None,
     precision: str = "auto",
     dtype: str = "float16",
     shard_size: int = 128 * 2**20,
+    restart: bool = False,
     **options: Any,
 ) -> RegionStore:
     """
     Extracts the regions of photos to a store, with a progress bar, and opens it.
 
     Run again after an interruption, it goes on: what complete shards hold is not extracted again. Ctrl-C and SIGTERM
-    complete the shard first. Under `accelerate launch` or `torchrun` the processes share the photos. Photos that cannot
-    be read, or in which nothing can be extracted, are listed in `skipped.jsonl` in the store's folder: image_id, file,
-    reason. Run again, it tries them again.
+    complete the shard first, after the photo or batch at work. Under `accelerate launch` or `torchrun` the processes
+    share the photos. Photos that cannot be read, or in which nothing can be extracted, are listed in `skipped.jsonl` in
+    the store's folder: image_id, file, reason. Run again, it tries them again. Files that are left out, since they are
+    no photos or hidden, are listed there with image_id null.
 
     Args:
         photos (`str`, `os.PathLike` or `datasets.Dataset`): A folder, with all photos and .tar files below it; one
-            .tar file, as webdataset has them; a .parquet file or a folder that `Dataset.save_to_disk` wrote; a dataset.
+            .tar file; a .txt file that names photos, one a line, from its own folder on; a .parquet file or a folder
+            that `Dataset.save_to_disk` wrote; a dataset.
         output (`str` or `os.PathLike`): Folder of the store.
         detector (`str` or `Detector`): Its name, see `load_detector`; or a detector, on its device.
-        ids (`str`, defaults to `"stem"`): What an image_id is: `"stem"`, the file's name without its suffix (in a .tar
-            the key, which holds the folder), or `"path"`, the path below `photos`. Of a dataset it is `id_column`.
+        ids (`str`, defaults to `"stem"`): How a photo gets its image_id: `"stem"`, the file's name without folders and
+            suffix; `"path"`, the path below `photos`, or in the .tar; or `"key"`, webdataset's, which is the path up to
+            the first point of the file's name. Of a dataset it is `id_column`.
+        rename (`Rename`, *optional*): Gives the image_id instead, see `data.image_ids.id_mapping`, from the path, the
+            file's name or its stem, whichever the rule knows; of a dataset from `id_column`.
+        skip_unmapped (`bool`, defaults to `False`): Leave out photos that `rename` does not cover.
         image_column, id_column (`str`): Columns of a dataset.
         split (`str`, *optional*): Of a dataset that has several.
         boxes (`str`, `os.PathLike` or `Mapping`, *optional*): Given boxes, in which features are pooled instead of in
             detected ones: image_id -> `(n, 4)` pixels x1 y1 x2 y2 of the upright photo (further columns, such as VCR's
             scores, are left out), as a mapping, a .npz, or a .jsonl of `image_id` and `boxes`. Rows keep their order.
-        batch_size (`int`, defaults to 8): Photos a call of the detector.
+        batch_size (`int`, *optional*): Photos a call of the detector; None takes 1 on a CPU and 8 on a GPU. The
+            progress bar moves, and a stop is heard, after each call.
         num_workers (`int`, defaults to 2): Reading processes, for each process that computes.
         device (`torch.device` or `str`, *optional*): Where to compute; None takes a GPU if there is one.
         precision (`str`, defaults to `"auto"`): `"auto"`, `"no"`, `"bf16"` or `"fp16"`; see `load_detector`.
         dtype (`str`, defaults to `"float16"`): Of the stored features.
         shard_size (`int`, defaults to 128 MiB): Bytes after which a shard is complete; what a kill -9 may cost.
+        restart (`bool`, defaults to `False`): Begin anew where `output` holds a store, or the beginning of one.
         options: Those of the detector's family.
 
     Raises:
         ValueError: Two photos have one id, no photo is found or none gives regions, the store was begun with other
-            settings or is being written, or it is finished and lacks photos that were not there.
+            settings, photos or ids, or is being written, or it is finished and lacks photos that were not there.
         KeyboardInterrupt: It was told to stop, and can go on.
+        Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; what was extracted is kept.
     """
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. They wait
     # for one another at the end, for which the default patience of ten minutes is short.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=timedelta(days=30))
-    source = list_photos(photos, ids=ids, image_column=image_column, id_column=id_column, split=split)
+    source = list_photos(
+        photos,
+        ids=ids,
+        rename=rename,
+        skip_unmapped=skip_unmapped,
+        image_column=image_column,
+        id_column=id_column,
+        split=split,
+    )
     given = None if boxes is None else read_boxes(boxes)
+    if state.is_main_process:
+        _say_what_is_there(photos, source, given)
     folder = Path(output).absolute()
     parts = folder.with_name(f"{folder.name}.parts")
     if isinstance(detector, str):
         detector = load_detector(detector, device=device or state.device, precision=precision, **options)
     elif options:
         raise ValueError(f"{sorted(options)} are options of a detector by name, but this one is loaded already.")
+    if batch_size is None:
+        batch_size = 1 if torch.device(device or state.device).type == "cpu" else GPU_BATCH_SIZE
     settings = {**detector.provenance, "dtype": dtype, "shard_size": shard_size}
     if given is not None:
         settings["box_type"] = "given"
 
     with ExitStack() as stack:
         if state.is_main_process:
+            stack.enter_context(begun_anew(folder, restart, STORE, parts))
             make_folder(parts)
             stack.callback(_remove_if_empty, parts)
             stack.enter_context(locked(parts))
@@ -130,15 +151,23 @@ def extract(
         state.wait_for_everyone()
         before = _parts(parts)
         done = {image_id for store in (*before, *_finished(folder)) for image_id in RegionStore(store)}
+        if ids == "stem" and rename is None and done and done.isdisjoint(source.ids):
+            source = _by_key(photos, folder, done) or source
         left = [index for index, image_id in enumerate(source.ids) if image_id not in done]
         state.wait_for_everyone()  # before new parts appear
         if done and state.is_main_process:
+            _check_ids(folder, done, source.ids)
             if not before:  # finished
                 _check_left(folder, [source.ids[index] for index in left])
-            logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
+            if left or before:
+                logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
+            else:
+                say_finished(folder)
+        # A finished store has what the detector does not fail at: those that are left may all be odd.
+        patience = FAILURES_IN_A_ROW if before or not done else float("inf")
         reader = _Reader(source, left[state.process_index :: state.num_processes], detector.prepare, given)
         results = logging.tqdm(
-            _results(detector, reader, batch_size, num_workers),
+            _results(detector, reader, batch_size, num_workers, patience),
             desc=f"Extracting {folder.name}",
             unit="photo",
             total=len(reader),
@@ -149,151 +178,17 @@ def extract(
         _extract_part(results, source, part, parts / f"skipped-{rank}.jsonl", settings)
         state.wait_for_everyone()
         if state.is_main_process:
-            _join_parts(parts, folder, settings, source.ids)
+            _join_parts(parts, folder, settings, source)
         state.wait_for_everyone()
     return RegionStore(folder)
 
 
-# Sources
-
-
-class _Source(Protocol):
-    """Photos by index."""
-
-    ids: list[str]
-
-    def name(self, index: int) -> str:
-        """What a user finds it by."""
-        ...
-
-    def read(self, index: int) -> bytes: ...
-
-
-@dataclass
-class _Files:
-    """Files and members of .tar files: path, member (empty for a file), and where in the file its bytes are."""
-
-    ids: list[str]
-    places: list[tuple[Path, str, int, int]]
-
-    def name(self, index: int) -> str:
-        path, member, _, _ = self.places[index]
-        return f"{path}:{member}" if member else str(path)
-
-    def read(self, index: int) -> bytes:
-        path, _, offset, length = self.places[index]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
-
-
-@dataclass
-class _Column:
-    """A column of encoded images."""
-
-    ids: list[str]
-    images: "datasets.Dataset"
-    column: str
-
-    def name(self, index: int) -> str:
-        return self.images[index][self.column]["path"] or f"row {index}"
-
-    def read(self, index: int) -> bytes:
-        image = self.images[index][self.column]
-        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
-
-def list_photos(
-    photos: "str | PathLike | datasets.Dataset", *, ids: str, image_column: str, id_column: str, split: str | None
-) -> _Source:
-    """
-    The photos of a folder, a .tar, a dataset on disk or in memory; see `extract`.
-
-    Raises:
-        FileNotFoundError: There is nothing at `photos`.
-        ValueError: There is no photo, or two have one id.
-    """
-    if ids not in ("stem", "path"):
-        raise ValueError(f"ids is {ids!r}, expected 'stem' or 'path'.")
-    source: _Source
-    if not isinstance(photos, (str, PathLike)):
-        source = _column(photos, image_column, id_column)
-    elif not (path := Path(photos)).exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    elif path.suffix == ".parquet" or any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-        source = _column(_open_dataset(path, split), image_column, id_column)
-    else:
-        source = _list_files(path, ids)
-    if not source.ids:
-        raise ValueError(f"{photos} holds no photo: expected files that end in {', '.join(sorted(SUFFIXES))}.")
-    first: dict[str, int] = {}
-    for index, image_id in enumerate(source.ids):
-        if (other := first.setdefault(image_id, index)) != index:
-            raise ValueError(
-                f"{source.name(other)} and {source.name(index)} both have the id {image_id!r}: with ids='path' "
-                "(--ids path) the path is the id; in a dataset give different ids."
-            )
-    return source
-
-
-def _open_dataset(path: Path, split: str | None) -> "datasets.Dataset":
-    import datasets
-
-    table = datasets.Dataset.from_parquet(str(path)) if path.is_file() else datasets.load_from_disk(path)
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise ValueError(f"{path} has the splits {list(table)}, got {split!r}: name one with split (--split).")
-        table = table[split]
-    return table
-
-
-def _column(table: "datasets.Dataset", image_column: str, id_column: str) -> _Column:
-    import datasets
-
-    missing = [name for name in (image_column, id_column) if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"The dataset has no column {missing}, but {table.column_names}: name image_column (--image-column) "
-            "and id_column (--id-column)."
-        )
-    images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    return _Column([str(image_id) for image_id in table[id_column]], images, image_column)
-
-
-def _list_files(root: Path, ids: str) -> _Files:
-    files = _Files([], [])
-    for path in _walk(root):
-        if path.suffix.lower() in SUFFIXES:
-            below = path.relative_to(root) if path != root else Path(path.name)
-            files.ids.append(path.stem if ids == "stem" else below.as_posix())
-            files.places.append((path, "", 0, -1))
-        elif path.suffix == ".tar":
-            for key, member in _members(path):
-                files.ids.append(key if ids == "stem" else member.name)
-                files.places.append((path, member.name, member.offset_data, member.size))
-    return files
-
-
-def _members(path: Path) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The photos of a .tar with their keys, which end at the first point of the file's name, as in webdataset."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if member.isfile() and f".{suffix.lower()}" in SUFFIXES:
-                    yield folder + slash + stem, member
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is no .tar file without compression, or it is cut short: {error}.") from error
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """All files below a folder, or the file itself, in an order that does not depend on the file system."""
-    if root.is_file():
-        yield root
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        yield from (Path(folder, name) for name in sorted(names))
+def _say_what_is_there(photos: Any, source: PhotoSource, given: Boxes | None) -> None:
+    """What the listing left out, and boxes that are given for no photo."""
+    if source.left_out:
+        logger.warning(f"{photos}: {in_words(source)} {SKIPPED} in the store's folder will list them.")
+    if given is not None and (unused := given.keys() - set(source.ids)):
+        logger.warning(f"Boxes are given for {len(unused):,} images that are no photos, such as {min(unused)!r}.")
 
 
 def read_boxes(boxes: str | PathLike | Mapping[str, Any]) -> Boxes:
@@ -312,74 +207,16 @@ def read_boxes(boxes: str | PathLike | Mapping[str, Any]) -> Boxes:
     if path.suffix != ".jsonl":
         raise ValueError(f"{path} holds no boxes: expected a .npz, or a .jsonl of image_id and boxes.")
     found: dict[str, np.ndarray] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                found[row["image_id"]] = np.asarray(row["boxes"], dtype=np.float32)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: expected image_id and boxes ({error!r}).") from error
+    for number, line in numbered_lines(path):
+        try:
+            row = json.loads(line)
+            found[row["image_id"]] = np.asarray(row["boxes"], dtype=np.float32)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: expected image_id and boxes ({error!r}).") from error
     return found
 
 
 # Photos
-
-
-def decode_photo(data: bytes) -> "tuple[Image.Image, tuple[int, int]]":
-    """
-    A photo as RGB and upright, and its width and height; one of 32 million pixels or more comes smaller than that.
-
-    Of an animation it is the first frame. Transparent pixels show white, 16 bits become 8.
-
-    Raises:
-        Exception: Of any kind, as Pillow finds the file damaged.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    with _pixel_limit():
-        try:
-            image = Image.open(BytesIO(data))
-        except UnidentifiedImageError:
-            raise ValueError(f"its {len(data)} bytes are no image of a known format") from None
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS}")
-        factor = max(1, math.isqrt(width * height // ENOUGH_PIXELS))
-        # JPEG decodes to a half, a quarter or an eighth at no cost.
-        drafted = image.draft(None, (-(-width // factor), -(-height // factor)))
-        lies = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8
-        ImageOps.exif_transpose(image, in_place=True)
-    size = image.size if drafted is None else (height, width) if lies else (width, height)
-    rgb = _to_rgb(image)
-    factor = max(1, math.isqrt(rgb.width * rgb.height // ENOUGH_PIXELS))
-    return (rgb.reduce(factor) if factor > 1 else rgb), size
-
-
-@contextmanager
-def _pixel_limit() -> Iterator[None]:
-    from PIL import Image
-
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-
-
-def _to_rgb(image: "Image.Image") -> "Image.Image":
-    from PIL import Image
-
-    if image.mode.startswith("I"):  # Pillow's own conversion makes white of what exceeds 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"its pixels run from {values.min()} to {values.max()}, expected 16 bits")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("its pixels are fractions of unknown range")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -403,7 +240,7 @@ class _Photo:
 class _Reader(Dataset[_Photo]):
     """Photos as the detector takes them. Whatever is wrong with one, it is returned and not raised."""
 
-    def __init__(self, source: _Source, indices: Sequence[int], prepare: Any, given: Boxes | None):
+    def __init__(self, source: PhotoSource, indices: Sequence[int], prepare: Any, given: Boxes | None):
         self.source = source
         self.indices = indices
         self.prepare = prepare
@@ -443,20 +280,24 @@ def _describe(error: Exception) -> str:
 
 
 def _extract_part(
-    results: "Iterator[tuple[_Photo, RegionRecord | str]]",
-    source: _Source,
+    results: "Iterable[tuple[_Photo, RegionRecord | str]]",
+    source: PhotoSource,
     part: Path,
     skipped: Path,
     settings: dict[str, Any],
 ) -> None:
-    """The share of one process: a store, and a list of what was skipped. Raises KeyboardInterrupt when told to stop."""
+    """
+    The share of one process: a store, and a list of what was skipped. Raises KeyboardInterrupt when told to stop, and
+    what the results raise; what was extracted before is kept.
+    """
+    failures: list[Exception] = []
     with (
-        StopSignal() as stop,
+        StopSignal("Stopping after this photo. Once more to stop at once.") as stop,
         skipped.open("w", encoding="utf-8") as skips,
         suppress(NoRecordWritten),
         RegionStoreWriter(part, **settings) as writer,
     ):
-        for photo, result in results:
+        for photo, result in _until_failure(results, failures):
             if isinstance(result, RegionRecord):
                 try:
                     writer.write(result)
@@ -468,14 +309,27 @@ def _extract_part(
             if stop.is_set():
                 break
     _remove_empty(part)
+    if failures:
+        raise failures[0]
     if stop.is_set():
         raise KeyboardInterrupt(f"Stopped, with what is extracted in {part.parent}: the same call goes on.")
 
 
+def _until_failure(items: Iterable[Any], failures: list[Exception]) -> Iterator[Any]:
+    """The items before the one whose making fails; the error goes into the list."""
+    try:
+        yield from items
+    except Exception as error:
+        failures.append(error)
+
+
 def _results(
-    detector: Detector, reader: _Reader, batch_size: int, num_workers: int
+    detector: Detector, reader: _Reader, batch_size: int, num_workers: int, patience: float
 ) -> "Iterator[tuple[_Photo, RegionRecord | str]]":
-    """Each photo with its record, or with the reason why it has none."""
+    """
+    Each photo with its record, or with the reason why it has none. Raises what the detector raises at the last of
+    `patience` photos in a row.
+    """
     photos = iter(
         DataLoader(
             reader,
@@ -486,13 +340,19 @@ def _results(
             worker_init_fn=_leave_signals,
         )
     )
-    while window := list(islice(photos, BATCHES_SORTED * batch_size)):
+    sorted_at_once = 1 if batch_size == 1 else BATCHES_SORTED * batch_size
+    failed = 0  # in a row
+    while window := list(islice(photos, sorted_at_once)):
         yield from ((photo, photo.problem) for photo in window if photo.problem is not None)
         readable = [photo for photo in window if photo.problem is None]
         readable.sort(key=lambda photo: photo.size[0] / photo.size[1])
         for start in range(0, len(readable), batch_size):
             batch = readable[start : start + batch_size]
-            yield from zip(batch, _detect(detector, batch), strict=True)
+            for photo, result in zip(batch, _detect(detector, batch), strict=True):
+                failed = failed + 1 if isinstance(result, Exception) else 0
+                if failed == patience and isinstance(result, Exception):
+                    raise result
+                yield photo, _describe(result) if isinstance(result, Exception) else result
 
 
 def _as_it_is(item: Any) -> Any:
@@ -505,10 +365,10 @@ def _leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _detect(detector: Detector, photos: Sequence[_Photo]) -> list[RegionRecord | str]:
+def _detect(detector: Detector, photos: Sequence[_Photo]) -> list[RegionRecord | Exception]:
     """
-    The records of some photos. Where they fail together, each is tried alone: so one that is odd, or too many for the
-    memory, cost no other. Where each fails, it is not the photos' fault, and raised.
+    The records of some photos, or why one has none. Where they fail together, each is tried alone: so one that is odd,
+    or too many for the memory, cost no other.
     """
     ids = [photo.image_id for photo in photos]
     boxes = None if photos[0].boxes is None else [photo.boxes / photo.scale for photo in photos]
@@ -516,12 +376,7 @@ def _detect(detector: Detector, photos: Sequence[_Photo]) -> list[RegionRecord |
         records = detector([photo.prepared for photo in photos], ids, boxes)
         return [_in_photo(record, photo) for record, photo in zip(records, photos, strict=True)]
     except Exception as error:
-        if len(photos) == 1:
-            return [_describe(error)]
-        results = [_detect(detector, [photo])[0] for photo in photos]
-        if all(isinstance(result, str) for result in results):
-            raise
-        return results
+        return [error] if len(photos) == 1 else [_detect(detector, [photo])[0] for photo in photos]
 
 
 def _in_photo(record: RegionRecord, photo: _Photo) -> RegionRecord:
@@ -567,6 +422,27 @@ def _remove_empty(part: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)  # a writer that wrote nothing has removed it
 
 
+def _by_key(photos: Any, folder: Path, done: set[str]) -> PhotoSource | None:
+    """The photos of a .tar by webdataset's keys, where what was begun has them: once they were the default there."""
+    if not isinstance(photos, (str, PathLike)) or not all("/" in image_id for image_id in done):
+        return None
+    source = list_photos(photos, ids="key")
+    if done.isdisjoint(source.ids):
+        return None
+    logger.warning(f"{folder} was begun with ids='key' (--ids key), and goes on so.")
+    return source
+
+
+def _check_ids(folder: Path, done: set[str], image_ids: Sequence[str]) -> None:
+    """Raises ValueError where what was begun has none of these photos: they are others, or have other ids."""
+    if done.isdisjoint(image_ids):
+        raise ValueError(
+            f"{folder} was begun with images such as {min(done)!r}, and none of these photos, such as "
+            f"{image_ids[0]!r}, is among them: give the photos and --ids that it was begun with, begin anew with "
+            "restart=True (--restart), or take another folder."
+        )
+
+
 def _check_left(folder: Path, left: Sequence[str]) -> None:
     """A finished store takes what it skipped before, and no other photos. Raises ValueError."""
     skipped = {row["image_id"] for row in _read_rows(folder / SKIPPED)}
@@ -578,24 +454,27 @@ def _check_left(folder: Path, left: Sequence[str]) -> None:
         )
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], image_ids: Sequence[str]) -> None:
+def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: PhotoSource) -> None:
     """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
-    stores, tried = _parts(parts), set(image_ids)
-    skips = [row for row in _read_rows(folder / SKIPPED) if row["image_id"] not in tried]
-    skips += [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in _read_rows(file)]
-    skips.sort(key=lambda row: row["file"])
-    if _finished(folder):
+    stores, renewed = _parts(parts), {None, *source.ids}  # None: of what a listing left out
+    skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in _read_rows(file)]
+    if stores and _finished(folder):
         records = chain.from_iterable(RegionStore(part).values() for part in stores)
         write_store(records, folder, resume=True, **settings)
     elif stores:
         merge_stores(stores, folder)
-    else:
-        reason = f"of {skips[0]['file']}: {skips[0]['reason']}"
-        raise ValueError(f"None of {len(skips)} photos gave regions; the first reason, {reason}. All are in {parts}.")
-    write_skipped(folder, skips)
+    elif not _finished(folder):
+        first = min(skips, key=lambda row: row["file"])
+        raise ValueError(
+            f"None of {len(skips)} photos gave regions; the first reason, of {first['file']}: {first['reason']}. All "
+            f"are in {parts}."
+        )
+    skips += [row for row in _read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
+    skips += [{"image_id": None, "file": file, "reason": reason} for file, reason in source.left_out]
+    write_skipped(folder, sorted(skips, key=lambda row: row["file"]))
     shutil.rmtree(parts)

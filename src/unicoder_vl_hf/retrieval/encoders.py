@@ -24,6 +24,8 @@ from .scoring import ImageTextScorer, evaluating
 if TYPE_CHECKING:
     from PIL import Image
 
+logger = logging.get_logger(__name__)
+
 BATCH_SIZE = 64
 # Images whose records are read at once and sorted by their number of regions.
 READ_AT_ONCE = 1024
@@ -163,19 +165,23 @@ class Photos:
 
     Args:
         path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it.
-        ids (`str`, *optional*, defaults to `"stem"`): What an image id is, as there: `"stem"`, a file's name without
-            its suffix, or `"path"`, the path below `path`.
+        ids (`str`, *optional*, defaults to `"stem"`): How a photo gets its id, as the store was made with; see
+            [`photo_ids`].
 
     Raises:
         `FileNotFoundError`: there is nothing at `path`. `ValueError`: there is no photo, or two have one id.
     """
 
     def __init__(self, path: str | os.PathLike[str], ids: str = "stem"):
-        from ..regions.extraction import list_photos
+        from ..data.image_ids import photo_ids
+        from ..regions.photos import in_words, list_photos
 
         self.path = path
-        self.source = list_photos(path, ids=ids, image_column="image", id_column="image_id", split=None)
+        self.source = list_photos(path, **photo_ids(ids), skip_unmapped=True)
         self._number = {image_id: number for number, image_id in enumerate(self.source.ids)}
+        if self.source.left_out:
+            some = ", ".join(left.file for left in self.source.left_out[:3])
+            logger.warning(f"{path}: {in_words(self.source)} Such as {some}.")
 
     def __contains__(self, image_id: str) -> bool:
         return image_id in self._number
@@ -213,12 +219,15 @@ class Photos:
 
     def _place(self, image_id: str) -> int:
         if image_id not in self:
-            raise KeyError(f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}.")
+            raise KeyError(
+                f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}. With ids='path' "
+                "(--photo-ids path) a photo's id is its path, and so on: say what the store was made with."
+            )
         return self._number[image_id]
 
     def _open(self, image_id: str) -> "tuple[Image.Image, tuple[int, int]]":
         """As [`decode_photo`]."""
-        from ..regions.extraction import decode_photo
+        from ..regions.photos import decode_photo
 
         place = self._place(image_id)
         try:
@@ -232,7 +241,7 @@ def open_transformers_encoder(
     store: Mapping[str, RegionRecord],
     photos: str | None,
     *,
-    ids: str = "stem",
+    photo_ids: str = "stem",
     needs_photos: bool = True,
 ) -> TransformersDualEncoder:
     """
@@ -245,11 +254,11 @@ def open_transformers_encoder(
         if needs_photos:
             raise ValueError(f"{name} looks at photos: give --photos.")
         return TransformersDualEncoder(name, None, start_processes().device)
-    opened = Photos(photos, ids)
+    opened = Photos(photos, photo_ids)
     return TransformersDualEncoder(name, lambda image_id: opened.of(store[image_id]), start_processes().device)
 
 
-def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None, ids: str = "stem") -> DualEncoder:
+def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None, photo_ids: str = "stem") -> DualEncoder:
     """
     A first stage that is not the scoring model's own: another Unicoder-VL, or a dual encoder of transformers on photos.
 
@@ -258,7 +267,7 @@ def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None, 
     """
     if is_unicoder_vl(name):
         return UnicoderVLDualEncoder(*load_for_store(name, store), store, name)
-    return open_transformers_encoder(name, store, photos, ids=ids)
+    return open_transformers_encoder(name, store, photos, photo_ids=photo_ids)
 
 
 def text_states(

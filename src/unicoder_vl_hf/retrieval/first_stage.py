@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import logging
-from ..data.captions import encode_column, join, read_captions, select_split
+from ..data.captions import check_tokens, encode_column, join, read_captions, select_split
 from ..data.negatives import MismatchIndex, read_duplicate_groups
 from ..modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval, contrastive_loss
 from ..processing_unicoder_vl import UnicoderVLProcessor
@@ -148,6 +148,7 @@ def train_first_stage(
     batch_size: int = 512,
     learning_rate: float = 2e-3,
     duplicates: str | None = None,
+    caption_ids: str | None = None,
     seed: int = 0,
     max_length: int = 44,
     skip_missing: bool = False,
@@ -168,6 +169,7 @@ def train_first_stage(
         projection_dim (`int`, *optional*, defaults to 256): Width of the embeddings.
         epochs, batch_size, learning_rate, seed: As in [`fit_first_stage`].
         duplicates (`str`, *optional*): As in [`read_duplicate_groups`].
+        caption_ids (`str`, *optional*): Other names for the captions' images, as `ids` of [`read_captions`].
 
     Returns:
         `dict[str, float]`: the metrics of the first stage on the validation split.
@@ -182,13 +184,14 @@ def train_first_stage(
     if start_processes().num_processes > 1:
         raise ValueError("The first stage alone is trained by one process: start it without a launcher.")
     store = RegionStore(regions)
-    table, report = join(read_captions(path), store, skip_missing=skip_missing)
+    table, report = join(read_captions(path, ids=caption_ids), store, skip_missing=skip_missing)
     logger.warning(f"{captions} with {store}:\n{report}")
     splits = select_split(table, path, split), select_split(table, path, validation_split)
     groups = [] if duplicates is None else read_duplicate_groups(duplicates)
 
     torch.manual_seed(seed)
     trained, processor = load_for_scoring(model)
+    check_tokens(table, processor.tokenizer, path)
     processor.feature_extractor.check_provenance(store.provenance)
     nn.Module.to(trained, start_processes().device)
     train, validation = (EncodedPairs(trained, processor, store, pairs, groups, max_length) for pairs in splits)

@@ -22,7 +22,7 @@ import datasets
 import numpy as np
 
 from .. import logging
-from ..data.captions import encode_column, join, read_captions, select_split
+from ..data.captions import check_tokens, encode_column, join, read_captions, select_split
 from ..data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
 from ..regions.store import RegionStore
 from ..regions.tensor_files import OutputKind, begun_anew, new_folder, say_finished, write_json
@@ -291,6 +291,7 @@ def mine(
     images_per_set: int = 100,
     candidates: int | None = None,
     duplicates: str | None = None,
+    caption_ids: str | None = None,
     seed: int = 0,
     max_length: int = 44,
     skip_missing: bool = False,
@@ -308,6 +309,7 @@ def mine(
             which is said.
         regions (`str`): a [`RegionStore`].
         output (`str`): the folder, a new one or that of the same call.
+        caption_ids (`str`, *optional*): other names for the captions' images, as `ids` of [`read_captions`].
         restart (`bool`, *optional*, defaults to `False`): begins anew where `output` holds, or begins, mined ones.
 
     Raises:
@@ -335,7 +337,7 @@ def mine(
             stack.enter_context(begun_anew(target, restart, MINED, scores_dir))
         state.wait_for_everyone()  # until what is to be removed is gone
         store = RegionStore(regions)
-        table, report = join(read_captions(captions), store, skip_missing=skip_missing)
+        table, report = join(read_captions(captions, ids=caption_ids), store, skip_missing=skip_missing)
         logger.warning(f"{captions} with {store}:\n{report}")
         pairs, rest = table, table.select([])
         if "split" in table.column_names:
@@ -345,6 +347,7 @@ def mine(
             logger.warning(f"{captions} has no column 'split': all of it is mined.")
 
         loaded, processor = load_for_store(model, store)
+        check_tokens(pairs, processor.tokenizer, captions)
         encoder = None if candidates is None else UnicoderVLDualEncoder(loaded, processor, store, model, max_length)
         groups = [] if duplicates is None else read_duplicate_groups(duplicates)
         settings = {

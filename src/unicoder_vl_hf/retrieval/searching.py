@@ -5,15 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .. import logging
-from ..data.captions import join, read_captions
+from ..data.captions import check_tokens, is_blank, join, read_captions
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from .checkpoints import load_for_store
-from .encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_transformers_encoder
+from .encoders import (
+    DualEncoder,
+    Photos,
+    TransformersDualEncoder,
+    UnicoderVLDualEncoder,
+    open_transformers_encoder,
+)
 from .index import INDEX, SearchIndex, build_index
 from .scoring import ImageTextScorer
 from .two_stage import Hit, SimilarityWeight, search
@@ -74,8 +81,9 @@ def make_index(
     model: str | None = None,
     dual_encoder: str | None = None,
     photos: str | None = None,
-    ids: str = "stem",
+    photo_ids: str = "stem",
     captions: str | None = None,
+    caption_ids: str | None = None,
     split: str | None = None,
     images_of: str | None = None,
     faiss: str | None = None,
@@ -99,12 +107,17 @@ def make_index(
             "of that split."
         )
     regions = RegionStore(store)
-    texts = None if captions is None else _captions(captions, split, regions)
-    image_ids = None if images_of is None else _images_of(images_of, regions)
+    image_ids = None if images_of is None else _images_of(images_of, caption_ids, regions)
+    encoder: UnicoderVLDualEncoder | TransformersDualEncoder
     if model is not None:
-        encoder: DualEncoder = UnicoderVLDualEncoder(*load_for_store(model, regions), regions, model)
+        encoder = UnicoderVLDualEncoder(*load_for_store(model, regions), regions, model)
     else:
-        encoder = open_transformers_encoder(str(dual_encoder), regions, photos, ids=ids, needs_photos=captions is None)
+        encoder = open_transformers_encoder(
+            str(dual_encoder), regions, photos, photo_ids=photo_ids, needs_photos=captions is None
+        )
+    texts = None
+    if captions is not None:
+        texts = _captions(captions, caption_ids, split, regions, encoder.processor.tokenizer)
     before = not restart and Path(output, INDEX).exists()
     index = build_index(encoder, regions, output, image_ids=image_ids, captions=texts, faiss=faiss, restart=restart)
     again = " It was complete before; --restart begins anew." if before else ""
@@ -122,8 +135,9 @@ def run_search(
     model: str | None = None,
     dual_encoder: str | None = None,
     photos: str | None = None,
-    ids: str = "stem",
+    photo_ids: str = "stem",
     captions: str | None = None,
+    caption_ids: str | None = None,
     split: str | None = None,
     candidates: int = 100,
     similarity_weight: float | None = None,
@@ -148,7 +162,7 @@ def run_search(
         raise ValueError("Give either --index, to search it in two stages, or --exhaustive, to score every pair.")
     if gallery is not None and not by_text:
         raise ValueError("--gallery shows the images that a sentence finds: give a sentence, not an image.")
-    if text is not None and not text.strip():
+    if text is not None and is_blank(text):
         raise ValueError("The sentence is empty: say what the images should show.")
     for option, value in (("--top-k", top_k), ("--candidates", candidates)):
         if value < 1:
@@ -160,15 +174,18 @@ def run_search(
     if (captions or split) and (by_text or not exhaustive):
         raise ValueError("--captions and --split say what --exhaustive searches by an image: leave them out.")
     # Where there are none, it is said before the search.
-    opened_photos = None if photos is None or (gallery is None and image is None) else Photos(photos, ids)
+    opened_photos = None if photos is None or (gallery is None and image is None) else Photos(photos, photo_ids)
     weight = None
     if index is None:
         if model is None or regions is None or not (by_text or captions):
             raise ValueError("--exhaustive needs --model and --regions, and to search captions --captions.")
         store = RegionStore(regions)
         query, shown = _query(text, image, image_id, store, opened_photos)
-        names = list(store) if by_text else _captions(str(captions), split, store)
-        hits = _score_all(query, not by_text, ImageTextScorer(*load_for_store(model, store), store), names)
+        loaded, processor = load_for_store(model, store)
+        names = list(store)
+        if not by_text:
+            names = _captions(str(captions), caption_ids, split, store, processor.tokenizer)
+        hits = _score_all(query, not by_text, ImageTextScorer(loaded, processor, store), names)
         searched = len(names)
     else:
         opened = SearchIndex(index)
@@ -177,7 +194,7 @@ def run_search(
             raise ValueError(f"{index} holds {opened.items}, but what is sought are {wanted}: give an index of these.")
         store = RegionStore(regions or _place(opened, "store", "--regions"))
         query, shown = _query(text, image, image_id, store, opened_photos)
-        encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos, ids)
+        encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos, photo_ids)
         if isinstance(query, RegionRecord) and not isinstance(encoder, UnicoderVLDualEncoder):
             raise ValueError(f"{encoder.name} looks at photos, and {image} holds regions alone: give --image-id.")
         weight = SimilarityWeight.of(similarity_weight, encoder, scorer)
@@ -194,7 +211,12 @@ def run_search(
 
 
 def _two_stages(
-    index: SearchIndex, store: RegionStore, model: str | None, dual_encoder: str | None, photos: str | None, ids: str
+    index: SearchIndex,
+    store: RegionStore,
+    model: str | None,
+    dual_encoder: str | None,
+    photos: str | None,
+    photo_ids: str,
 ) -> tuple[DualEncoder, ImageTextScorer]:
     """The encoder that made the index, unless another is named, which `search` checks; and the scorer."""
     made_by = index.facts["encoder"]
@@ -208,7 +230,7 @@ def _two_stages(
         return UnicoderVLDualEncoder(loaded, processor, store, name), scorer
     needs_photos = index.items == "captions"  # which are searched by an image
     first = dual_encoder or _place(index, "encoder", "--dual-encoder")
-    return open_transformers_encoder(first, store, photos, ids=ids, needs_photos=needs_photos), scorer
+    return open_transformers_encoder(first, store, photos, photo_ids=photo_ids, needs_photos=needs_photos), scorer
 
 
 def _place(index: SearchIndex, made: str, option: str) -> str:
@@ -219,17 +241,19 @@ def _place(index: SearchIndex, made: str, option: str) -> str:
     return name
 
 
-def _captions(path: str, split: str | None, store: RegionStore) -> list[str]:
+def _captions(path: str, ids: str | None, split: str | None, store: RegionStore, tokenizer: Any) -> list[str]:
     """The captions of a file whose images are in the store, each text once."""
-    return list(dict.fromkeys(join(read_captions(path, split=split), store, skip_missing=True)[0]["caption"][:]))
+    rows, _ = join(read_captions(path, split=split, ids=ids), store, skip_missing=True)
+    check_tokens(rows, tokenizer, path)
+    return list(dict.fromkeys(rows["caption"][:]))
 
 
-def _images_of(source: str, store: RegionStore) -> list[str]:
+def _images_of(source: str, ids: str | None, store: RegionStore) -> list[str]:
     """The images of the store that a caption file names, of all its splits (`FILE`) or of one (`FILE:SPLIT`)."""
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
-    return join(read_captions(path, split=split), store, skip_missing=True)[0].unique("image_id")
+    return join(read_captions(path, split=split, ids=ids), store, skip_missing=True)[0].unique("image_id")
 
 
 def _query(
@@ -273,7 +297,7 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
     Raises:
         `ValueError`: the file is no photo, or not shown to be that of a stored image.
     """
-    from ..regions.extraction import decode_photo
+    from ..regions.photos import decode_photo
 
     try:
         _, size = decode_photo(path.read_bytes())

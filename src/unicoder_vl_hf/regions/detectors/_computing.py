@@ -1,12 +1,13 @@
 """What detectors of several families compute alike."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,6 +88,35 @@ def check_counts(min_regions: int, max_regions: int) -> None:
     """Raises ValueError where no number of regions could satisfy both."""
     if not 1 <= min_regions <= max_regions:
         raise ValueError(f"min_regions is {min_regions} and max_regions {max_regions}, expected 1 <= min <= max.")
+
+
+@contextmanager
+def fetching(family: str, name: str) -> Iterator[None]:
+    """
+    Says of a model that the block cannot load where it was looked for, and what to do without the Hub.
+
+    Raises:
+        OSError: In place of that of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0].rstrip(".")
+        if Path(name).is_dir():
+            raise OSError(f"{family}:{name} cannot be loaded from this folder: {reason}.") from error
+        try:
+            huggingface_hub.utils.validate_repo_id(name)
+        except huggingface_hub.errors.HFValidationError:
+            raise OSError(
+                f"{family}:{name} cannot be had: there is no folder {Path(name).absolute()}, and no repository of the "
+                "Hub has such a name."
+            ) from error
+        raise OSError(
+            f"{family}:{name} cannot be had: there is no folder {Path(name).absolute()}, the cache "
+            f"{huggingface_hub.constants.HF_HUB_CACHE} lacks it, and the Hub did not give it ({reason}). Where the Hub "
+            f"can be reached, `hf download {name} --local-dir FOLDER`; bring the folder here, and give --detector "
+            f"{family}:FOLDER."
+        ) from error
 
 
 def check_loaded(name: str, info: dict[str, Any], unused: tuple[str, ...] = ()) -> None:

@@ -17,7 +17,16 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
 
 from ...records_unicoder_vl import RegionRecord
-from ._computing import Prepared, autocast, box_tensor, check_loaded, file_revision, make_record, model_revision
+from ._computing import (
+    Prepared,
+    autocast,
+    box_tensor,
+    check_loaded,
+    fetching,
+    file_revision,
+    make_record,
+    model_revision,
+)
 from ._efficientnet_lite import EfficientNetLite0
 
 # Weights that a checkpoint of a classifier or an image-text model lacks, and a feature map does not need.
@@ -174,9 +183,13 @@ def load(
 
     Raises:
         ValueError: The encoder gives no feature map, or weights are missing.
+        OSError: It is neither here nor to be had from the Hub; the message says where it was looked for.
     """
-    lite = name == "efficientnet-lite0"
-    encoder, prepare, content = _efficientnet_lite(image_size) if lite else _transformers(name, revision, image_size)
+    if name == "efficientnet-lite0":
+        encoder, prepare, content = _efficientnet_lite(image_size)
+    else:
+        with fetching("grid", name):
+            encoder, prepare, content = _transformers(name, revision, image_size)
     return GridDetector(
         encoder,
         prepare,

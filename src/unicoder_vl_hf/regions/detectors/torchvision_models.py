@@ -8,8 +8,10 @@ pass, then the head reads them once more. So a box that is found and the same bo
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -185,6 +187,7 @@ def load(
 
     Raises:
         ValueError: No such model or weights, or the file does not fit the model.
+        OSError: The weights are neither here nor to be had; the message says where they were looked for.
     """
     if name not in NAMES:
         raise ValueError(f"torchvision has no detector {name!r} with a box head, expected one of {NAMES}.")
@@ -198,7 +201,7 @@ def load(
     elif weights in published.__members__:
         known = published[weights]
         revision = Path(known.url).name
-        model = get_model(name, weights=known)
+        model = _download(name, known)
     else:
         raise ValueError(f"weights is {weights!r}, neither a file nor one of {list(published.__members__)}.")
     return TorchvisionDetector(
@@ -217,6 +220,19 @@ def load(
 def _classes(weights: WeightsEnum | None) -> dict[str, list[str]]:
     """Without the background, which is first. COCO's table of 90 has ten ids that are no class, each named N/A."""
     return {} if weights is None else {"class_names": list(weights.meta["categories"][1:])}
+
+
+def _download(name: str, weights: WeightsEnum) -> GeneralizedRCNN:
+    try:
+        return get_model(name, weights=weights)
+    except (OSError, HTTPException, RuntimeError) as error:  # no network, cut off, or damaged on the way
+        reason = error.reason if isinstance(error, URLError) else error
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        raise OSError(
+            f"torchvision:{name} lacks its weights: they are not in {file}, and {weights.url} did not give them "
+            f"({reason}). Fetch that file where it can be reached, put it there, or give it as "
+            "weights=FILE (-o weights=FILE)."
+        ) from error
 
 
 def _from_file(name: str, path: Path) -> GeneralizedRCNN:

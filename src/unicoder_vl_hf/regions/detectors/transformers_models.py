@@ -33,6 +33,7 @@ from ._computing import (
     autocast,
     check_counts,
     check_loaded,
+    fetching,
     in_groups_of_shape,
     make_record,
     model_revision,
@@ -211,7 +212,22 @@ def load(
 
     Raises:
         ValueError: The model is no detector, weights are missing, or it takes a text and has none, or the reverse.
+        OSError: It is neither here nor to be had from the Hub; the message says where it was looked for.
     """
+    with fetching("transformers", name):
+        return _load(
+            name,
+            revision,
+            text,
+            device=device,
+            precision=precision,
+            score_threshold=score_threshold,
+            min_regions=min_regions,
+            max_regions=max_regions,
+        )
+
+
+def _load(name: str, revision: str | None, text: str | Sequence[str] | None, **settings: Any) -> TransformersDetector:
     config = AutoConfig.from_pretrained(name, revision=revision)
     grounded = config.model_type in GROUNDED
     if grounded != bool(text):
@@ -234,13 +250,9 @@ def load(
     return TransformersDetector(
         model,
         AutoImageProcessor.from_pretrained(name, revision=revision),
-        device=device,
-        precision=precision,
-        score_threshold=score_threshold,
-        min_regions=min_regions,
-        max_regions=max_regions,
         prompt=prompt,
         detector=f"transformers:{name}",
         detector_revision=model_revision(name, config),
+        **settings,
         **known,
     )

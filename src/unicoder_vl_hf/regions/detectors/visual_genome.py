@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
+from ...name_lists import read_names
 from ...records_unicoder_vl import RegionRecord
 from . import selection
-from ._computing import DTYPES, Prepared, box_tensor, check_counts, file_revision
+from ._computing import DTYPES, Prepared, box_tensor, check_counts, fetching, file_revision
 from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state
 
 CONFIG, NAMES = "config.yaml", "objects_vocab.txt"
@@ -206,7 +207,7 @@ def load(
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it lacks a file.
+        OSError: There is no such folder, it lacks a file, or the Hub does not give it.
         ValueError: A file is malformed; the message names it, and the key.
     """
     folder, commit = _fetch(name, revision)
@@ -246,7 +247,8 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
         return folder, None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"{name} is neither a folder nor a repository of the Hub, OWNER/NAME.")
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, NAMES, *WEIGHTS]))
+    with fetching("visual-genome", name):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, NAMES, *WEIGHTS]))
     return folder, folder.name
 
 
@@ -271,8 +273,7 @@ def _read_names(folder: Path, names: str | PathLike | Sequence[str] | None, coun
     if names is None and not (folder / NAMES).is_file():
         return None
     if names is None or isinstance(names, str | PathLike):
-        lines = Path(names or folder / NAMES).read_text(encoding="utf-8").splitlines()
-        names = [line.split(",")[0].strip() for line in lines if line.strip()]
+        names = [line.split(",")[0].strip() for line in read_names(names or folder / NAMES)]
     if len(names) != count:
         raise ValueError(f"There are {len(names)} class names, expected {count}: one a class, without background.")
     return list(names)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...name_lists import read_names
 from ...records_unicoder_vl import RegionRecord
 from . import restricted_pickle
 from .items import Item, check_text, text_id
@@ -124,10 +125,7 @@ def read_index(path: str | os.PathLike) -> dict[int, str]:
     elif path.suffix == ".json":
         index = from_json(str(path), data)
     else:
-        try:
-            index = data.decode().splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text: {error}.") from None
+        index = read_names(path)
     if isinstance(index, list):
         pairs = list(enumerate(index))
     elif isinstance(index, dict):

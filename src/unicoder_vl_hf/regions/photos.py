@@ -1,0 +1,375 @@
+"""
+Photos by id: which files of a folder, a .tar, a list or a dataset are photos, what each is called, and how one is
+decoded. What a listing leaves out, it names with the reason.
+"""
+
+import math
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from ..name_lists import read_names
+from .conversion import Rename, UnmappedId
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+
+SUFFIXES = frozenset(".avif .bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+ARCHIVES = frozenset(".7z .bz2 .gz .rar .tgz .xz .zip .zst".split())
+# What a stem does without: files of features are named after photos, too.
+STEM_SUFFIXES = SUFFIXES | {".npy", ".npz"}
+PHOTO_IDS = ("stem", "path", "key")
+HIDDEN = "hidden: a name begins with a point"
+# Pillow refuses files that claim more than about 179 million pixels. Photos of 500 exist; a small file may claim more.
+MAX_PIXELS = 500_000_000
+# Photos of four times as many pixels are halved, and so on: every detector scales them down further.
+ENOUGH_PIXELS = 8_000_000
+
+
+def stem(name: str) -> str:
+    """
+    Gives the name of a file without its folders, written with `/` or with a backslash, and without the suffix of a
+    photo or of a file of features. Whatever else follows a point is part of the name, as in VCR's time codes.
+    """
+    name = re.split(r"[/\\]", name)[-1] or name
+    base, _, suffix = name.rpartition(".")
+    return base if base and f".{suffix.lower()}" in STEM_SUFFIXES else name
+
+
+class LeftOut(NamedTuple):
+    """A file that a listing passes over, and why."""
+
+    file: str
+    reason: str
+
+
+class PhotoSource(Protocol):
+    """Photos by index."""
+
+    ids: list[str]
+    left_out: list[LeftOut]
+
+    def name(self, index: int) -> str:
+        """What a user finds it by."""
+        ...
+
+    def read(self, index: int) -> bytes: ...
+
+
+@dataclass
+class _Files:
+    """Files and members of .tar files: path, member (empty for a file), and where in the file its bytes are."""
+
+    ids: list[str] = field(default_factory=list)
+    places: list[tuple[Path, str, int, int]] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def name(self, index: int) -> str:
+        path, member, _, _ = self.places[index]
+        return f"{path}:{member}" if member else str(path)
+
+    def read(self, index: int) -> bytes:
+        path, _, offset, length = self.places[index]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
+@dataclass
+class _Column:
+    """A column of encoded images."""
+
+    ids: list[str]
+    rows: list[int]
+    images: "datasets.Dataset"
+    column: str
+    left_out: list[LeftOut]
+
+    def name(self, index: int) -> str:
+        row = self.rows[index]
+        return self.images[row][self.column]["path"] or f"row {row}"
+
+    def read(self, index: int) -> bytes:
+        image = self.images[self.rows[index]][self.column]
+        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def list_photos(
+    photos: "str | PathLike | datasets.Dataset",
+    *,
+    ids: str = "stem",
+    rename: Rename | None = None,
+    skip_unmapped: bool = False,
+    image_column: str = "image",
+    id_column: str = "image_id",
+    split: str | None = None,
+) -> PhotoSource:
+    """
+    Lists the photos of a folder, a .tar, a .txt that names files, a dataset on disk or in memory; see
+    `extraction.extract`.
+
+    Args:
+        ids (`str`, defaults to `"stem"`): One of `PHOTO_IDS`.
+        rename (`Rename`, *optional*): Gives the id instead, from the path, the file's name or its stem, whichever of
+            them the rule knows; of a dataset, from `id_column`.
+        skip_unmapped (`bool`, defaults to `False`): Leave out photos that `rename` does not cover.
+
+    Raises:
+        FileNotFoundError: There is nothing at `photos`.
+        ValueError: There is no photo, a list names a file that is not there, two photos have one id, or `rename` gives
+            one no id or several.
+    """
+    if ids not in PHOTO_IDS:
+        raise ValueError(f"ids is {ids!r}, expected one of {', '.join(map(repr, PHOTO_IDS))}.")
+    naming = _Naming(ids, rename, skip_unmapped)
+    source: PhotoSource
+    if not isinstance(photos, (str, PathLike)):
+        source = _column(photos, image_column, id_column, naming)
+    elif not (path := Path(photos)).exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    elif path.suffix == ".parquet" or any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        source = _column(_open_dataset(path, split), image_column, id_column, naming)
+    else:
+        source = _list_files(path, naming)
+    if not source.ids:
+        raise ValueError(
+            f"{photos} holds no photo: expected files that end in {', '.join(sorted(SUFFIXES))}. {in_words(source)}"
+        )
+    first: dict[str, int] = {}
+    for index, image_id in enumerate(source.ids):
+        if (other := first.setdefault(image_id, index)) != index:
+            raise ValueError(
+                f"{source.name(other)} and {source.name(index)} both have the id {image_id!r}: with ids='path' "
+                "(--ids path) the path is the id; in a dataset give different ids."
+            )
+    return source
+
+
+def in_words(source: PhotoSource) -> str:
+    """Says how many photos there are, and in one line what was left out and why."""
+    kinds = Counter(reason for _, reason in source.left_out).most_common()
+    shown = [f"{count:,} ({reason})" for reason, count in kinds[:6]] + ["…"] * (len(kinds) > 6)
+    return f"{len(source.ids):,} photos." + (f" Left out: {', '.join(shown)}." if shown else "")
+
+
+@dataclass
+class _Naming:
+    """How photos get their ids."""
+
+    ids: str
+    rename: Rename | None
+    skip_unmapped: bool
+
+    def of_path(self, path: str) -> str:
+        """The id of a photo by its path below what is listed. Raises UnmappedId, and ValueError where it has two."""
+        if self.rename is None:
+            return path if self.ids == "path" else _key(path)[0] if self.ids == "key" else stem(path)
+        found: dict[str, str] = {}
+        for spelling in dict.fromkeys((path, PurePosixPath(path).name, stem(path))):
+            try:
+                found.setdefault(self.rename(spelling), spelling)
+            except UnmappedId as error:
+                problem = error
+        if not found:
+            raise UnmappedId(f"{problem} Neither is its path, {path!r}.")
+        if len(found) > 1:
+            given = " and ".join(f"{image_id!r} (of {spelling!r})" for image_id, spelling in found.items())
+            raise ValueError(f"{self.rename.rule} gives the photo {path} several ids: {given}.")
+        return next(iter(found))
+
+    def of_row(self, image_id: str) -> str:
+        return image_id if self.rename is None else self.rename(image_id)
+
+    def left_out(self, error: UnmappedId) -> str:
+        """The reason to leave a photo out. Raises the error where none is to be."""
+        if not self.skip_unmapped:
+            raise UnmappedId(f"{error} skip_unmapped=True (--skip-unmapped) leaves such photos out.") from error
+        return "its id is not mapped"
+
+
+def _key(path: str) -> tuple[str, str]:
+    """As webdataset has them: the key, which ends at the first point of the file's name, and the extension."""
+    folder, slash, name = path.rpartition("/")
+    base, _, extension = name.partition(".")
+    return folder + slash + base, extension
+
+
+def _open_dataset(path: Path, split: str | None) -> "datasets.Dataset":
+    import datasets
+
+    table = datasets.Dataset.from_parquet(str(path)) if path.is_file() else datasets.load_from_disk(path)
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise ValueError(f"{path} has the splits {list(table)}, got {split!r}: name one with split (--split).")
+        table = table[split]
+    return table
+
+
+def _column(table: "datasets.Dataset", image_column: str, id_column: str, naming: _Naming) -> _Column:
+    import datasets
+
+    missing = [name for name in (image_column, id_column) if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"The dataset has no column {missing}, but {table.column_names}: name image_column (--image-column) "
+            "and id_column (--id-column)."
+        )
+    images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    column = _Column([], [], images, image_column, [])
+    for row, image_id in enumerate(table[id_column]):
+        if image_id is None or not str(image_id).strip():
+            raise ValueError(f"The dataset's column {id_column!r} holds {image_id!r} in row {row}; expected an id.")
+        try:
+            column.ids.append(naming.of_row(str(image_id)))
+            column.rows.append(row)
+        except UnmappedId as error:
+            column.left_out.append(LeftOut(f"row {row}", naming.left_out(error)))
+    return column
+
+
+def _list_files(root: Path, naming: _Naming) -> _Files:
+    files = _Files()
+    for path, below in _named(root) if root.suffix == ".txt" else _walk(root, files.left_out):
+        if path.suffix.lower() == ".tar":
+            for member in _members(path):
+                place = (path, member.name, member.offset_data, member.size)
+                _add(files, naming, place, member.name.removeprefix("./"), _no_photo(member))
+        else:
+            _add(files, naming, (path, "", 0, -1), below)
+    return files
+
+
+def _add(files: _Files, naming: _Naming, place: tuple[Path, str, int, int], below: str, problem: str = "") -> None:
+    """Adds a photo by its path below what is listed, or, where it is none, adds it to what is left out."""
+    suffix = PurePosixPath(below).suffix.lower()
+    if problem:
+        pass
+    elif suffix in ARCHIVES:
+        problem = f"{suffix} is a compressed archive; only a .tar without compression is read"
+    elif suffix not in SUFFIXES:
+        problem = f"{suffix or 'no suffix'} is no suffix of photos"
+    elif naming.ids == "key" and naming.rename is None and f".{_key(below)[1].lower()}" not in SUFFIXES:
+        problem = "its extension, from the first point on, is no suffix of photos (ids='key')"
+    else:
+        try:
+            files.ids.append(naming.of_path(below))
+            files.places.append(place)
+            return
+        except UnmappedId as error:
+            problem = naming.left_out(error)
+    files.left_out.append(LeftOut(f"{place[0]}:{place[1]}" if place[1] else str(place[0]), problem))
+
+
+def _no_photo(member: tarfile.TarInfo) -> str:
+    """Why a member of a .tar is none, whatever its suffix; empty if it may be one."""
+    if not member.isfile() or member.issparse():
+        return "a link, or no plain file, in a .tar"
+    hidden = any(part.startswith(".") for part in PurePosixPath(member.name).parts if part != "..")
+    return HIDDEN if hidden else ""
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """What a .tar holds, but for its folders."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            yield from (member for member in archive if not member.isdir())
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no .tar file without compression, or it is cut short: {error}.") from error
+
+
+def _walk(root: Path, left_out: list[LeftOut]) -> Iterator[tuple[Path, str]]:
+    """
+    All files below a folder with their paths below it, or the file itself, in an order that does not depend on the
+    file system. What is hidden, links to folders, and folders that cannot be opened are added to `left_out`.
+    """
+    if root.is_file():
+        yield root, root.name
+        return
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(LeftOut(str(error.filename), f"a folder that cannot be opened: {error.strerror}"))
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        folders.sort()
+        left_out += [LeftOut(str(Path(folder, name)), HIDDEN) for name in (*folders, *names) if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [Path(folder, name) for name in folders if Path(folder, name).is_symlink()]
+        left_out += [LeftOut(str(path), "a link to a folder, which is not followed") for path in links]
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            yield path, path.relative_to(root).as_posix()
+
+
+def _named(path: Path) -> Iterator[tuple[Path, str]]:
+    """The files that a list names, from its own folder on."""
+    for name in read_names(path):
+        if not (file := path.parent / name).is_file():
+            raise ValueError(f"{path} holds no photo but a list, whose name {name!r} is of no file: {file}.")
+        yield file, Path(name).as_posix()
+
+
+def decode_photo(data: bytes) -> "tuple[Image.Image, tuple[int, int]]":
+    """
+    A photo as RGB and upright, and its width and height; one of 32 million pixels or more comes smaller than that.
+
+    Of an animation it is the first frame. Transparent pixels show white, 16 bits become 8.
+
+    Raises:
+        Exception: Of any kind, as Pillow finds the file damaged.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    with _pixel_limit():
+        try:
+            image = Image.open(BytesIO(data))
+        except UnidentifiedImageError:
+            raise ValueError(f"its {len(data)} bytes are no image of a known format") from None
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS}")
+        factor = max(1, math.isqrt(width * height // ENOUGH_PIXELS))
+        # JPEG decodes to a half, a quarter or an eighth at no cost.
+        drafted = image.draft(None, (-(-width // factor), -(-height // factor)))
+        lies = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8
+        ImageOps.exif_transpose(image, in_place=True)
+    size = image.size if drafted is None else (height, width) if lies else (width, height)
+    rgb = _to_rgb(image)
+    factor = max(1, math.isqrt(rgb.width * rgb.height // ENOUGH_PIXELS))
+    return (rgb.reduce(factor) if factor > 1 else rgb), size
+
+
+@contextmanager
+def _pixel_limit() -> Iterator[None]:
+    from PIL import Image
+
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _to_rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # Pillow's own conversion makes white of what exceeds 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels run from {values.min()} to {values.max()}, expected 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are fractions of unknown range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
