@@ -343,7 +343,7 @@ def test_broken_lines_are_left_out_and_listed(workers, shard_size, write, tmp_pa
     assert [(row["image_id"], row["place"]) for row in found] == [("2", "line 2"), ("4", "line 5"), ("6", "line 7")]
     for row, says in zip(found, ("no base64", "num_boxes is 0", "no end"), strict=True):
         assert row["file"] == str(source) and says in row["reason"]
-    assert f"3 image(s) skipped: {store.path / 'skipped.jsonl'}" in caplog.text
+    assert f"3 left out: {store.path / 'skipped.jsonl'}" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -551,6 +551,30 @@ def test_an_id_that_is_no_text(tmp_path):
     with pytest.raises(ValueError, match=rf"{source}, line 2: the image_id .*is no UTF-8"):
         list(read_records(source))
     assert list(convert(source, tmp_path / "store", skip_broken=True)) == ["a"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_name_of_a_file_that_is_no_text(workers, tmp_path):
+    (tmp_path / "source").mkdir()
+    npz(tmp_path / "source", numbers())
+    name = os.fsencode(tmp_path / "source") + b"/\xff.npz"
+    Path(os.fsdecode(name)).write_bytes((tmp_path / "source" / "1.npz").read_bytes())
+    with pytest.raises(ValueError, match=r"the image_id '\\udcff' is no text"):
+        convert(tmp_path / "source", tmp_path / "store", workers=workers)
+    store = convert(tmp_path / "source", tmp_path / "store", skip_broken=True, workers=workers)
+    assert list(store) == ["1"] and len(rows_of(store)) == 1
+
+
+def test_a_list_that_a_kill_cut_short(write, tmp_path, monkeypatch):
+    source = write(*CUT_THEN_WHOLE)
+    with pytest.raises(KeyboardInterrupt):
+        stopped(source, tmp_path / "store", monkeypatch, 1)
+    with (tmp_path / "store" / "skipped.jsonl").open("a") as file:
+        file.write('{"image_id": "\u2028')
+    with pytest.raises(KeyboardInterrupt):
+        stopped(source, tmp_path / "store", monkeypatch, 1)
+    store = convert(source, tmp_path / "store", skip_broken=True, shard_size=1)
+    assert len(store) == 3 and [row["place"] for row in rows_of(store)] == ["line 2"]
 
 
 # Repeated images.

@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 WRITERS = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
 EXPORTS = ("parquet", *WRITERS)  # formats that `export` writes
 PLAN_VERSION = 2  # of what a plan stands for: how workers share the images, and that the store keeps class names
+SKIP_BROKEN, SKIP_UNMAPPED = "skip_broken=True (--skip-broken)", "skip_unmapped=True (--skip-unmapped)"
 BACKGROUND_NAMES = ("background", "__background__")
 
 
@@ -188,7 +189,8 @@ def write_skipped(folder: Path, rows: list[dict[str, Any]]) -> None:
     if not rows:
         path.unlink(missing_ok=True)
         return
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # names of files may be no text
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     logger.warning(f"{len(rows):,} left out: {path} says which and why.")
 
 
@@ -229,10 +231,10 @@ def _check_plan(place: Path, before: dict[str, Any], plan: dict[str, Any], resum
     ignored = {"version"} | ({"workers"} if finished else set())
     if resume or "source" not in before:  # a source may be moved, or a second one be added
         ignored.add("source")
-    for name in (before.keys() | plan.keys()) - ignored:
+    for name in sorted((before.keys() | plan.keys()) - ignored):
         if before.get(name) != plan.get(name):
             raise ValueError(
-                f"{place} was begun with {name}={before.get(name)!r:.80}, not {plan.get(name)!r:.80}: go on with equal "
+                f"{place} was begun with {name}={before.get(name)!r:.300}, not {plan.get(name)!r:.300}: go on with equal "
                 "settings, begin anew with --restart, or take another folder."
             )
 
@@ -318,17 +320,25 @@ class _Sorter:
         self.writer = writer
         self.log = log
         self.found = found
+        if log.exists():
+            with log.open("a") as file:
+                file.write("\n")  # behind a row that a kill cut short
         self.broken_before = {(row["file"], row.get("place", "")) for row in read_rows(log)}
         self.met = np.zeros(len(writer.resumed), bool)  # of the images of earlier runs
         self.width = writer.feature_dim  # else of the first whole image of the source, whoever writes it
 
     def take(self, item: Item, part: int, parts: int) -> None:
         """Does with an image what is to be done. Raises ValueError, after its place, where it ends the conversion."""
+        if not _is_text(item.image_id):
+            if part == 0:
+                error = ValueError(f"{item.place}: the image_id {item.image_id!r} is no text.")
+                self._skip(item, error, self.task.skip_broken, SKIP_BROKEN)
+            return
         try:
             image_id = self.task.new_id(item)
         except UnmappedId as error:
             if _is_mine(item.image_id, part, parts):
-                self._skip(item, error, self.task.skip_unmapped, "skip_unmapped=True (--skip-unmapped)")
+                self._skip(item, error, self.task.skip_unmapped, SKIP_UNMAPPED)
             return
         mine = _is_mine(item.image_id if self.task.shares_source_ids else image_id, part, parts)
         if mine and (item.file, item.where) not in self.broken_before and self._is_of_earlier_run(image_id):
@@ -349,7 +359,7 @@ class _Sorter:
         except ValueError as error:
             if mine:
                 error = ValueError(item.explain(error))
-                self._skip(item, error, self.task.skip_broken, "skip_broken=True (--skip-broken)")
+                self._skip(item, error, self.task.skip_broken, SKIP_BROKEN)
 
     def _is_of_earlier_run(self, image_id: str) -> bool:
         """Whether an earlier run wrote the image of this id, and no other of this id came in this run."""
@@ -384,7 +394,7 @@ class _Sorter:
         if item.where:
             row["place"] = item.where
         self.found.skipped.append(row)
-        with self.log.open("a", encoding="utf-8") as file:
+        with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _first_place(self, image_id: str) -> str:
@@ -403,14 +413,26 @@ class _Differs(ValueError):
     """An image comes twice, and is not the same."""
 
 
+def _is_text(image_id: str) -> bool:
+    """Whether an id can be stored: names of files and of HDF5's groups are bytes, of which some are no UTF-8."""
+    try:
+        image_id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_mine(image_id: str, part: int, parts: int) -> bool:
     return parts == 1 or zlib.crc32(image_id.encode()) % parts == part
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a `skipped.jsonl`; of a last one that a kill cut short nothing."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a `skipped.jsonl`, without one that a kill cut short."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def export(store: RegionStore, path: str | PathLike, format: str) -> None:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import save_file
-from transformers.utils import logging
 
+from .. import logging
 from ..extras import optional_import
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile, write_json
