@@ -234,8 +234,8 @@ def _check_plan(place: Path, before: dict[str, Any], plan: dict[str, Any], resum
     for name in sorted((before.keys() | plan.keys()) - ignored):
         if before.get(name) != plan.get(name):
             raise ValueError(
-                f"{place} was begun with {name}={before.get(name)!r:.300}, not {plan.get(name)!r:.300}: go on with equal "
-                "settings, begin anew with --restart, or take another folder."
+                f"{place} was begun with {name}={before.get(name)!r:.300}, not {plan.get(name)!r:.300}: go on with "
+                "equal settings, begin anew with --restart, or take another folder."
             )
 
 
