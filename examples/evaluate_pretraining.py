@@ -18,15 +18,17 @@ from transformers import AutoModelForPreTraining, AutoProcessor
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
 from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
-from unicoder_vl_hf.preparation import in_words, is_unicoder_vl, make_parser
-from unicoder_vl_hf.pretraining import (
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.processes import Computing, new_accelerator, start_processes
+from unicoder_vl_hf.runs.arguments import make_parser
+from unicoder_vl_hf.runs.setup import in_words, is_unicoder_vl
+from unicoder_vl_hf.tasks.pretraining.evaluation import (
     ShuffledStore,
     evaluate_pretraining,
     metrics_table,
     pretraining_chance,
-    zero_shot_retrieval,
 )
-from unicoder_vl_hf.training import Computing, new_accelerator, run_script, start_processes
+from unicoder_vl_hf.tasks.retrieval.zero_shot import zero_shot_retrieval
 
 
 @dataclass

@@ -23,10 +23,11 @@ import transformers
 import unicoder_vl_hf
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
-from unicoder_vl_hf.preparation import make_parser
-from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
-from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
-from unicoder_vl_hf.training import run_script, start_processes
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.processes import start_processes
+from unicoder_vl_hf.runs.arguments import make_parser
+from unicoder_vl_hf.scoring.checkpoints import checkpoint_provenance, load_for_store
+from unicoder_vl_hf.tasks.retrieval.protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
 
 
 @dataclass

@@ -23,12 +23,14 @@ import torch
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
-from unicoder_vl_hf.preparation import make_parser
-from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_store
-from unicoder_vl_hf.retrieval.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
-from unicoder_vl_hf.retrieval.protocols import PROTOCOLS, retrieval_test
-from unicoder_vl_hf.retrieval.two_stage import SimilarityWeight, two_stage_report
-from unicoder_vl_hf.training import run_script, start_processes
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.processes import start_processes
+from unicoder_vl_hf.runs.arguments import make_parser
+from unicoder_vl_hf.scoring.checkpoints import checkpoint_provenance, load_for_store
+from unicoder_vl_hf.search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
+from unicoder_vl_hf.search.two_stage import SimilarityWeight
+from unicoder_vl_hf.tasks.retrieval.protocols import PROTOCOLS, retrieval_test
+from unicoder_vl_hf.tasks.retrieval.two_stage_report import two_stage_report
 
 
 @dataclass

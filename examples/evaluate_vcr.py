@@ -19,12 +19,13 @@ import numpy as np
 from PIL import Image
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore
-from unicoder_vl_hf.data.vcr import NO_LABEL, VCRExamples, read_vcr
-from unicoder_vl_hf.preparation import make_parser
-from unicoder_vl_hf.training import run_script, start_processes
-from unicoder_vl_hf.vcr_evaluation import vcr_metrics, write_submission
-from unicoder_vl_hf.vcr_pictures import draw_question
-from unicoder_vl_hf.vcr_training import choice_probabilities, load_for_vcr
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.processes import start_processes
+from unicoder_vl_hf.runs.arguments import make_parser
+from unicoder_vl_hf.tasks.vcr.data import NO_LABEL, VCRExamples, read_vcr
+from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics, write_submission
+from unicoder_vl_hf.tasks.vcr.pictures import draw_question
+from unicoder_vl_hf.tasks.vcr.training import choice_probabilities, load_for_vcr
 
 
 @dataclass

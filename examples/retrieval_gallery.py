@@ -19,14 +19,14 @@ from PIL import Image
 
 from unicoder_vl_hf import ImageTextScorer, RegionRecord, RegionStore
 from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
+from unicoder_vl_hf.errors import run_script
 from unicoder_vl_hf.pictures import GalleryItem, draw_regions, write_gallery
-from unicoder_vl_hf.preparation import make_parser
-from unicoder_vl_hf.retrieval.checkpoints import load_for_store
-from unicoder_vl_hf.retrieval.encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_dual_encoder
-from unicoder_vl_hf.retrieval.index import build_index
-from unicoder_vl_hf.retrieval.protocols import retrieval_test
-from unicoder_vl_hf.retrieval.two_stage import SimilarityWeight, search
-from unicoder_vl_hf.training import run_script
+from unicoder_vl_hf.runs.arguments import make_parser
+from unicoder_vl_hf.scoring.checkpoints import load_for_store
+from unicoder_vl_hf.search.encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_dual_encoder
+from unicoder_vl_hf.search.index import build_index
+from unicoder_vl_hf.search.two_stage import SimilarityWeight, search
+from unicoder_vl_hf.tasks.retrieval.protocols import retrieval_test
 
 WIDTH = 240  # of a page of regions, in pixels
 

@@ -25,16 +25,19 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.errors import USER_ERRORS, end_with, stopped
 from unicoder_vl_hf.pictures import GalleryItem, training_curves, write_gallery
-from unicoder_vl_hf.preparation import DATA_FOLDER, SCENES_MODEL, make_parser
-from unicoder_vl_hf.pretraining import metrics_table, pretraining_chance
-from unicoder_vl_hf.retrieval.checkpoints import load_for_store
-from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder
-from unicoder_vl_hf.retrieval.finetuning import SCENES
-from unicoder_vl_hf.retrieval.index import build_index
-from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
-from unicoder_vl_hf.retrieval.protocols import DIRECTIONS, KS, chance, retrieval_test
-from unicoder_vl_hf.retrieval.two_stage import SimilarityWeight, search, two_stage_report
-from unicoder_vl_hf.training import CheckpointFolder, Computing, start_processes
+from unicoder_vl_hf.processes import Computing, start_processes
+from unicoder_vl_hf.runs.arguments import make_parser
+from unicoder_vl_hf.runs.checkpoints import CheckpointFolder
+from unicoder_vl_hf.runs.setup import DATA_FOLDER, SCENES_MODEL
+from unicoder_vl_hf.scoring.checkpoints import load_for_store
+from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder
+from unicoder_vl_hf.search.index import build_index
+from unicoder_vl_hf.search.two_stage import SimilarityWeight, search
+from unicoder_vl_hf.tasks.pretraining.evaluation import metrics_table, pretraining_chance
+from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.tasks.retrieval.protocols import DIRECTIONS, KS, chance, retrieval_test
+from unicoder_vl_hf.tasks.retrieval.training import SCENES
+from unicoder_vl_hf.tasks.retrieval.two_stage_report import two_stage_report
 
 # Rows of the table: the first stage's order, that of the matching head among its best, and that of both.
 FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best, both added"

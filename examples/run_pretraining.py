@@ -21,33 +21,15 @@ from transformers import get_linear_schedule_with_warmup
 from unicoder_vl_hf import logging
 from unicoder_vl_hf.data.negatives import pairs_digest
 from unicoder_vl_hf.data.samplers import StepBatchSampler
-from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.pretraining import (
-    PAPER,
-    SCENES,
-    LoopArguments,
-    PretrainingArguments,
-    evaluate_pretraining,
-    prepare_pretraining,
-    run_identity,
-)
-from unicoder_vl_hf.training import (
-    CheckpointFolder,
-    Computing,
-    JsonLog,
-    LossMeter,
-    StopSignal,
-    TrainingRun,
-    beside_the_bar,
-    create_hub_repository,
-    finish_run,
-    follow_schedule,
-    in_a_line,
-    new_accelerator,
-    run_script,
-    save_weights_as_pretrained,
-    start_processes,
-)
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.processes import Computing, StopSignal, new_accelerator, start_processes
+from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
+from unicoder_vl_hf.runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
+from unicoder_vl_hf.runs.model_card import TrainingRun, create_hub_repository, finish_run
+from unicoder_vl_hf.tasks.pretraining.evaluation import evaluate_pretraining
+from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments, run_identity
+from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
 
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
 

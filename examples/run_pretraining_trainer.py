@@ -10,17 +10,12 @@ defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processe
 
 from transformers import TrainingArguments, set_seed
 
-from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.pretraining import (
-    PAPER,
-    SCENES,
-    PretrainingArguments,
-    PretrainingSetup,
-    evaluate_pretraining,
-    prepare_pretraining,
-)
-from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.training import run_script
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.tasks.pretraining.evaluation import evaluate_pretraining
+from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES
+from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
 
 
 class PretrainingTrainer(TaskTrainer):

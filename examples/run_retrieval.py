@@ -14,8 +14,10 @@ counts by P. The model that scores the highest sum of recalls on a part of the v
 
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.retrieval.finetuning import (
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.tasks.retrieval.training import (
     PAPER,
     SCENES,
     RetrievalArguments,
@@ -23,8 +25,6 @@ from unicoder_vl_hf.retrieval.finetuning import (
     evaluate_retrieval,
     prepare_retrieval,
 )
-from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.training import run_script
 
 
 class RetrievalTrainer(TaskTrainer):

@@ -13,10 +13,10 @@ process: on P, divide one of the two counts by P. The model of the highest valid
 
 from transformers import TrainingArguments, set_seed
 
-from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.training import run_script
-from unicoder_vl_hf.vcr_training import (
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.tasks.vcr.training import (
     PAPER,
     SCENES,
     SCENES_FIELDS,

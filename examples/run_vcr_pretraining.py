@@ -11,16 +11,16 @@ regions. The defaults are those of the fine-tuning.
 
 from transformers import TrainingArguments, set_seed
 
-from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.training import run_script
-from unicoder_vl_hf.vcr_pretraining import (
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from unicoder_vl_hf.tasks.vcr.pretraining import (
     VCRPretrainingArguments,
     VCRPretrainingSetup,
     evaluate_vcr_pretraining,
     prepare_vcr_pretraining,
 )
-from unicoder_vl_hf.vcr_training import PAPER, SCENES, SCENES_FIELDS
+from unicoder_vl_hf.tasks.vcr.training import PAPER, SCENES, SCENES_FIELDS
 
 
 class VCRPretrainingTrainer(TaskTrainer):

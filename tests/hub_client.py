@@ -38,8 +38,8 @@ def push(folder: Path) -> dict:
     from transformers import TrainingArguments
 
     from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, UnicoderVLForPreTraining
-    from unicoder_vl_hf.pretraining import PretrainingSetup
-    from unicoder_vl_hf.training import create_hub_repository, push_folder, write_model_card
+    from unicoder_vl_hf.runs.model_card import create_hub_repository, push_folder, write_model_card
+    from unicoder_vl_hf.tasks.pretraining.setup import PretrainingSetup
 
     model = tiny.model(UnicoderVLForPreTraining)
     processor = tiny.processor(region_provenance=PROVENANCE)

@@ -2,7 +2,7 @@
 
 import json
 
-from unicoder_vl_hf.retrieval.mining import mine
+from unicoder_vl_hf.tasks.retrieval.mining import mine
 
 
 def main(arguments: list[str]):

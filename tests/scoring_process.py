@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 
 from unicoder_vl_hf import ImageTextScorer, UnicoderVLForImageTextRetrieval
-from unicoder_vl_hf.retrieval.blocks import BlockFolder
+from unicoder_vl_hf.scoring.blocks import BlockFolder
 
 
 def world(num_captions=9, num_images=7):

@@ -614,7 +614,8 @@ def test_captions_without_a_token_are_said_with_image_and_line(tmp_path):
 def test_training_says_captions_without_a_token_before_it_begins_and_takes_other_ids(tmp_path):
     import small_world
 
-    from unicoder_vl_hf.preparation import DataArguments, load_processor, open_data
+    from unicoder_vl_hf.runs.arguments import DataArguments
+    from unicoder_vl_hf.runs.setup import load_processor, open_data
 
     world = small_world.build(tmp_path)
     lines = (world / "captions.jsonl").read_text().splitlines()

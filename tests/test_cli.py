@@ -16,7 +16,7 @@ from unicoder_vl_hf import RegionStore, RegionStoreWriter, cli
 from unicoder_vl_hf.cli import main
 from unicoder_vl_hf.regions import detectors
 from unicoder_vl_hf.regions.extraction import extract
-from unicoder_vl_hf.retrieval.mining import mine
+from unicoder_vl_hf.tasks.retrieval.mining import mine
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_stopped_it_says_how_to_go_on(command, says, source, tmp_path, monkeypat
 
     monkeypatch.setattr("unicoder_vl_hf.regions.editing.merge_stores", stop)
     monkeypatch.setattr("unicoder_vl_hf.regions.validation.validate", stop)
-    monkeypatch.setattr("unicoder_vl_hf.retrieval.mining.mine", stop)
+    monkeypatch.setattr("unicoder_vl_hf.tasks.retrieval.mining.mine", stop)
     names = {"merge": ("a", "--output", "b"), "mine": ("a", "b", "c", "d"), "validate": ("a",)}
     assert main([command, *names[command]]) == 130
     assert capsys.readouterr().err == f"unicoder-vl {command}: {says}\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unicoder_vl_hf.cli import _parser
-from unicoder_vl_hf.scenes import sample_scene, scene_captions
+from unicoder_vl_hf.scenes.world.world import sample_scene, scene_captions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_vcr_evaluation import ANSWER_LABELS, ANSWERS, RATIONALE_LABELS, RATIONALES
 
-from unicoder_vl_hf.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
-from unicoder_vl_hf.vcr_evaluation import vcr_metrics
+from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
+from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics
 
 ROOT = Path(__file__).parents[1]
 SCORES = np.round(np.random.default_rng(0).standard_normal((40, 12)), 1).astype(np.float32)  # with ties

@@ -16,8 +16,8 @@ from unicoder_vl_hf import (
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
 )
-from unicoder_vl_hf.retrieval.checkpoints import checkpoint_provenance, load_for_scoring
-from unicoder_vl_hf.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
+from unicoder_vl_hf.scoring.checkpoints import checkpoint_provenance, load_for_scoring
+from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
 
 IMAGES = ["one", "two", "three"]
 CAPTIONS = {"one": ["a dog runs .", "the dog"], "two": ["a cat sleeps on the grass ."], "three": ["cat", "grass", "on"]}

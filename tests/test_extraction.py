@@ -228,7 +228,7 @@ def test_names_with_points_have_the_same_ids_in_folder_and_tar(tmp_path, top):
     photos = save_photos_with_points(tmp_path / "vcr1images")
     with tarfile.open(tmp_path / "vcr1images.tar", "w") as archive:
         archive.add(photos, arcname=top)
-    from unicoder_vl_hf.retrieval.encoders import Photos
+    from unicoder_vl_hf.search.encoders import Photos
 
     for number, source in enumerate((photos, tmp_path / "vcr1images.tar")):
         store = run(source, tmp_path / f"store_{number}")

@@ -24,10 +24,10 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.data.captions import read_captions, select_split
 from unicoder_vl_hf.data.negatives import PairsWithNegatives
 from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss, group_softmax_loss, hard_negatives
-from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder, image_states, text_states
-from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, evaluate_retrieval, prepare_retrieval
-from unicoder_vl_hf.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
-from unicoder_vl_hf.retrieval.two_stage import describe_weight, measure_similarity_weight
+from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder, image_states, text_states
+from unicoder_vl_hf.tasks.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
+from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, evaluate_retrieval, prepare_retrieval
+from unicoder_vl_hf.tasks.retrieval.two_stage_report import describe_weight, measure_similarity_weight
 
 
 def model(**config):
@@ -74,8 +74,8 @@ def test_states_do_not_depend_on_order_or_batch(monkeypatch):
     records = [tiny.record(f"image {i}", n) for i, n in enumerate((3, 1, 6, 2))]
     alone = [text_states(encoder, processor, [caption]) for caption in captions]
     alone_images = [image_states(encoder, processor, [record]) for record in records]
-    monkeypatch.setattr("unicoder_vl_hf.retrieval.encoders.BATCH_SIZE", 2)
-    monkeypatch.setattr("unicoder_vl_hf.retrieval.encoders.READ_AT_ONCE", 3)
+    monkeypatch.setattr("unicoder_vl_hf.search.encoders.BATCH_SIZE", 2)
+    monkeypatch.setattr("unicoder_vl_hf.search.encoders.READ_AT_ONCE", 3)
     torch.testing.assert_close(text_states(encoder, processor, captions), torch.cat(alone), atol=1e-5, rtol=1e-5)
     store = {record.image_id: record for record in records}
     together = image_states(encoder, processor, list(store), store)

@@ -20,9 +20,9 @@ from two_processes import run
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.regions.conversion import convert
 from unicoder_vl_hf.regions.validation import validate
-from unicoder_vl_hf.retrieval.checkpoints import load_for_store
-from unicoder_vl_hf.retrieval.mining import mine
-from unicoder_vl_hf.retrieval.searching import make_index, run_search
+from unicoder_vl_hf.scoring.checkpoints import load_for_store
+from unicoder_vl_hf.search.command import make_index, run_search
+from unicoder_vl_hf.tasks.retrieval.mining import mine
 
 GOLDEN = Path(__file__).parent / "golden" / "9bccc44"
 LOOP = {"max_steps": 6, "train_batch_size": 4, "gradient_accumulation_steps": 1, "max_validation_pairs": 4}

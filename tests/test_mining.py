@@ -11,8 +11,8 @@ import small_world
 from unicoder_vl_hf import ImageTextScorer, RegionStore, UnicoderVLForImageTextRetrieval, UnicoderVLProcessor
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import MismatchIndex, PairsWithNegatives
-from unicoder_vl_hf.retrieval import mining
-from unicoder_vl_hf.retrieval.mining import MiningRule, mine, mine_hard_negatives
+from unicoder_vl_hf.tasks.retrieval import mining
+from unicoder_vl_hf.tasks.retrieval.mining import MiningRule, mine, mine_hard_negatives
 
 
 def logit(p):

@@ -12,12 +12,8 @@ import yaml
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, UnicoderVLForPreTraining
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
-from unicoder_vl_hf.pretraining import PretrainingArguments, PretrainingSetup
-from unicoder_vl_hf.training import (
-    PRETRAINED,
-    TrainingRun,
-    write_model_card,
-)
+from unicoder_vl_hf.runs.model_card import PRETRAINED, TrainingRun, write_model_card
+from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, PretrainingSetup
 
 PROVENANCE = {
     "detector": "Faster R-CNN: ResNet-101",

@@ -13,7 +13,8 @@ from unicoder_vl_hf import (
     UnicoderVLModel,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLEncoder, UnicoderVLLayer
-from unicoder_vl_hf.preparation import DataArguments, load_model
+from unicoder_vl_hf.runs.arguments import DataArguments
+from unicoder_vl_hf.runs.setup import load_model
 
 TEXT_LENGTHS, NUM_REGIONS = [3, 7, 5, 7], [4, 1, 2, 4]
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageColor
 from unicoder_vl_hf import pictures
 from unicoder_vl_hf.feature_extraction_unicoder_vl import RegionRecord
 from unicoder_vl_hf.pictures import PALETTE, GalleryItem, draw_regions, training_curves, write_gallery
-from unicoder_vl_hf.retrieval.metrics import retrieval_ranks
+from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_ranks
 
 
 def has_colour(image, colour):

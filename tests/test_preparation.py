@@ -13,16 +13,17 @@ from unicoder_vl_hf import (
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
-    preparation,
-    scenes_vcr,
 )
-from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.pretraining import PAPER, SCENES, LoopArguments, PretrainingArguments, prepare_pretraining
-from unicoder_vl_hf.retrieval.checkpoints import load_for_scoring
-from unicoder_vl_hf.retrieval.finetuning import RetrievalArguments, prepare_retrieval
-from unicoder_vl_hf.trainer import training_defaults
-from unicoder_vl_hf.vcr_pretraining import VCRPretrainingArguments, prepare_vcr_pretraining
-from unicoder_vl_hf.vcr_training import VCRArguments, load_for_vcr, prepare_vcr
+from unicoder_vl_hf.runs import arguments as preparation
+from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.trainer import training_defaults
+from unicoder_vl_hf.scenes.world import questions as scenes_vcr
+from unicoder_vl_hf.scoring.checkpoints import load_for_scoring
+from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
+from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
+from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, prepare_retrieval
+from unicoder_vl_hf.tasks.vcr.pretraining import VCRPretrainingArguments, prepare_vcr_pretraining
+from unicoder_vl_hf.tasks.vcr.training import VCRArguments, load_for_vcr, prepare_vcr
 
 
 @pytest.fixture(scope="module")

@@ -24,37 +24,28 @@ from unicoder_vl_hf import (
     RegionStoreWriter,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
-    preparation,
-    pretraining,
-    training,
 )
+from unicoder_vl_hf import processes as training
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.samplers import StepBatchSampler
-from unicoder_vl_hf.preparation import parse_arguments
-from unicoder_vl_hf.pretraining import (
-    PAPER,
-    SCENES,
-    LoopArguments,
-    PretrainingArguments,
+from unicoder_vl_hf.errors import FinishedRun, run_script
+from unicoder_vl_hf.processes import Computing, StopSignal
+from unicoder_vl_hf.regions.conversion import export
+from unicoder_vl_hf.runs import arguments as preparation
+from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.checkpoints import CheckpointFolder
+from unicoder_vl_hf.runs.log import JsonLog, LossMeter, beside_the_bar
+from unicoder_vl_hf.tasks.pretraining import setup as pretraining
+from unicoder_vl_hf.tasks.pretraining.evaluation import (
     ShuffledStore,
     evaluate_pretraining,
     metrics_table,
-    prepare_pretraining,
     pretraining_chance,
-    zero_shot_retrieval,
 )
-from unicoder_vl_hf.regions.conversion import export
-from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
-from unicoder_vl_hf.training import (
-    CheckpointFolder,
-    Computing,
-    FinishedRun,
-    JsonLog,
-    LossMeter,
-    StopSignal,
-    beside_the_bar,
-    run_script,
-)
+from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
+from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
+from unicoder_vl_hf.tasks.retrieval.metrics import chance_recalls, retrieval_metrics
+from unicoder_vl_hf.tasks.retrieval.zero_shot import zero_shot_retrieval
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from foreign_pickles import WRITERS as PICKLES
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
 from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.data.image_ids import id_mapping
+from unicoder_vl_hf.files import locked
 from unicoder_vl_hf.regions import conversion, tensor_files
 from unicoder_vl_hf.regions.conversion import convert, export
 from unicoder_vl_hf.regions.formats import FORMATS, detect_format, read_records
 from unicoder_vl_hf.regions.labelling import label
-from unicoder_vl_hf.regions.tensor_files import locked
 
 WRITERS = ARRAYS | PICKLES
 # What makes the ids of a format those of Karpathy's file, where they are not already.

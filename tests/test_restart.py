@@ -2,8 +2,8 @@
 
 import pytest
 
+from unicoder_vl_hf.files import begun_anew, locked
 from unicoder_vl_hf.regions.shards import STORE
-from unicoder_vl_hf.regions.tensor_files import begun_anew, locked
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_file_is_never_removed(folder):
 
 
 def test_what_is_being_written_is_not_removed(folder, monkeypatch):
-    monkeypatch.setattr("unicoder_vl_hf.regions.tensor_files.LOCK_PATIENCE", 0)
+    monkeypatch.setattr("unicoder_vl_hf.files.LOCK_PATIENCE", 0)
     fill(folder, "unfinished.json")
     with locked(folder), pytest.raises(ValueError, match="being written"), begun_anew(folder, True, STORE):
         pytest.fail("the block is not entered")

@@ -18,7 +18,6 @@ from unicoder_vl_hf import (
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
     UnicoderVLProcessor,
-    preparation,
 )
 from unicoder_vl_hf.data import negatives
 from unicoder_vl_hf.data.captions import read_captions
@@ -29,14 +28,15 @@ from unicoder_vl_hf.modeling_unicoder_vl import (
     hardest_negative_triplet_loss,
     sum_of_negatives_triplet_loss,
 )
-from unicoder_vl_hf.retrieval.finetuning import (
+from unicoder_vl_hf.runs import arguments as preparation
+from unicoder_vl_hf.tasks.retrieval.metrics import chance_recalls
+from unicoder_vl_hf.tasks.retrieval.training import (
     PAPER,
     RetrievalArguments,
     captions_of_images,
     evaluate_retrieval,
     prepare_retrieval,
 )
-from unicoder_vl_hf.retrieval.metrics import chance_recalls
 
 FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k/dataset_flickr8k.json"
 

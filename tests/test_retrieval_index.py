@@ -30,27 +30,25 @@ from transformers import (
 )
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, RegionStoreWriter, UnicoderVLForImageTextRetrieval, cli
-from unicoder_vl_hf.retrieval import index as index_module
-from unicoder_vl_hf.retrieval import two_stage
-from unicoder_vl_hf.retrieval.encoders import (
+from unicoder_vl_hf.search import index as index_module
+from unicoder_vl_hf.search import two_stage
+from unicoder_vl_hf.search.command import SearchResult, run_search
+from unicoder_vl_hf.search.encoders import (
     Photos,
     TransformersDualEncoder,
     UnicoderVLDualEncoder,
     UntrainedFirstStage,
     open_transformers_encoder,
 )
-from unicoder_vl_hf.retrieval.first_stage import train_first_stage
-from unicoder_vl_hf.retrieval.index import SearchIndex, build_index, nearest
-from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
-from unicoder_vl_hf.retrieval.protocols import RetrievalFold
-from unicoder_vl_hf.retrieval.searching import SearchResult, run_search
-from unicoder_vl_hf.retrieval.two_stage import (
+from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest
+from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search
+from unicoder_vl_hf.tasks.retrieval.first_stage import train_first_stage
+from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.tasks.retrieval.protocols import RetrievalFold
+from unicoder_vl_hf.tasks.retrieval.two_stage_report import (
     SIMILARITY_WEIGHTS,
-    Hit,
-    SimilarityWeight,
     describe_weight,
     measure_similarity_weight,
-    search,
     two_stage_report,
 )
 

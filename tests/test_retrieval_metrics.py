@@ -3,13 +3,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from unicoder_vl_hf.retrieval import metrics
-from unicoder_vl_hf.retrieval.metrics import (
+from unicoder_vl_hf.tasks.pretraining.evaluation import roc_auc
+from unicoder_vl_hf.tasks.retrieval import metrics
+from unicoder_vl_hf.tasks.retrieval.metrics import (
     confidence_intervals,
     rank_queries,
     retrieval_metrics,
     retrieval_ranks,
-    roc_auc,
     summarize,
 )
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from unicoder_vl_hf.data.captions import read_captions
-from unicoder_vl_hf.retrieval.metrics import chance_recalls, retrieval_metrics
-from unicoder_vl_hf.retrieval.protocols import (
+from unicoder_vl_hf.tasks.retrieval.metrics import chance_recalls, retrieval_metrics
+from unicoder_vl_hf.tasks.retrieval.protocols import (
     PROTOCOLS,
     RetrievalResult,
     chance,

@@ -29,9 +29,10 @@ from unicoder_vl_hf import (
     UnicoderVLProcessor,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import PackedSequences
-from unicoder_vl_hf.retrieval import packed, scoring
-from unicoder_vl_hf.retrieval.blocks import BlockFolder, read_blocks
-from unicoder_vl_hf.retrieval.packed import PairEncoder, Rows, pair_flops, rows_of_pairs, split_by_tokens
+from unicoder_vl_hf.scoring import packed
+from unicoder_vl_hf.scoring import scorer as scoring
+from unicoder_vl_hf.scoring.blocks import BlockFolder, read_blocks
+from unicoder_vl_hf.scoring.packed import PairEncoder, Rows, pair_flops, rows_of_pairs, split_by_tokens
 
 
 @pytest.fixture(scope="module")

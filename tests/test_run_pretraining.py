@@ -17,7 +17,8 @@ from transformers import AutoModelForPreTraining, AutoProcessor, Trainer
 from two_processes import Processes, examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
-from unicoder_vl_hf.training import FinishedRun, fast_precision
+from unicoder_vl_hf.errors import FinishedRun
+from unicoder_vl_hf.processes import fast_precision
 
 STEPS_PER_EPOCH = 20
 

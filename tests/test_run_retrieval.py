@@ -20,14 +20,16 @@ from test_run_pretraining import (
 from transformers import AutoModelForSequenceClassification, AutoProcessor, TrainerControl
 from two_processes import examples_recorded, plain_descent, run
 
-from unicoder_vl_hf import ImageTextScorer, RegionStore, scenes
+from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
-from unicoder_vl_hf.retrieval.encoders import UnicoderVLDualEncoder
-from unicoder_vl_hf.retrieval.finetuning import RetrievalSetup
-from unicoder_vl_hf.retrieval.metrics import retrieval_metrics
-from unicoder_vl_hf.retrieval.two_stage import describe_weight, measure_similarity_weight
-from unicoder_vl_hf.trainer import _StopWithCheckpoint
-from unicoder_vl_hf.training import FinishedRun, StopSignal
+from unicoder_vl_hf.errors import FinishedRun
+from unicoder_vl_hf.processes import StopSignal
+from unicoder_vl_hf.runs.trainer import _StopWithCheckpoint
+from unicoder_vl_hf.scenes.world import world as scenes
+from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder
+from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.tasks.retrieval.training import RetrievalSetup
+from unicoder_vl_hf.tasks.retrieval.two_stage_report import describe_weight, measure_similarity_weight
 
 SCRIPT = "run_retrieval"
 

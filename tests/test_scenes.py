@@ -13,10 +13,10 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from unicoder_vl_hf import scenes
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.regions.store import RegionStore
-from unicoder_vl_hf.scenes import (
+from unicoder_vl_hf.scenes.world import world as scenes
+from unicoder_vl_hf.scenes.world.world import (
     CLASS_NAMES,
     COLOURS,
     FEATURE_DIM,

@@ -12,9 +12,9 @@ from PIL import Image
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore, UnicoderVLFeatureExtractor
 from unicoder_vl_hf import UnicoderVLProcessor as Processor
-from unicoder_vl_hf.data.vcr import VCRExamples, read_vcr
-from unicoder_vl_hf.scenes import SPLITS, pool_pixels, scene_tokenizer
-from unicoder_vl_hf.scenes_vcr import FORMS, build_vcr_scenes, sample_vcr_scene, scene_questions
+from unicoder_vl_hf.scenes.world.questions import FORMS, build_vcr_scenes, sample_vcr_scene, scene_questions
+from unicoder_vl_hf.scenes.world.world import SPLITS, pool_pixels, scene_tokenizer
+from unicoder_vl_hf.tasks.vcr.data import VCRExamples, read_vcr
 
 SCENES = [sample_vcr_scene(index) for index in range(150)]
 QUESTIONS = [(scene, form, item) for scene in SCENES for form, item in zip(FORMS, scene_questions(scene), strict=True)]

@@ -18,9 +18,10 @@ from unicoder_vl_hf import (
     UnicoderVLForPreTraining,
     logging,
 )
-from unicoder_vl_hf.data import collators, rows
+from unicoder_vl_hf.data import rows
 from unicoder_vl_hf.data.negatives import PairsWithMismatches, PairsWithNegatives
-from unicoder_vl_hf.trainer import EpochOfData
+from unicoder_vl_hf.runs.trainer import EpochOfData
+from unicoder_vl_hf.tasks.pretraining import collator as collators
 
 PAGE = ROOT / "docs" / "training_loops.md"
 

@@ -12,7 +12,7 @@ import vcr_miniature
 from vcr_miniature import FEATURE_DIM, OBJECTS, STORE, VOCABULARY, detections
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionRecord, UnicoderVLForMultipleChoice
-from unicoder_vl_hf.data.vcr import (
+from unicoder_vl_hf.tasks.vcr.data import (
     PERSON_NAMES,
     Token,
     VCRExamples,

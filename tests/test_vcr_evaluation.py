@@ -5,7 +5,7 @@ import pytest
 import vcr_miniature
 
 from unicoder_vl_hf.cli import main
-from unicoder_vl_hf.vcr_evaluation import HEADER, check_submission, choice_metrics, vcr_metrics, write_submission
+from unicoder_vl_hf.tasks.vcr.metrics import HEADER, check_submission, choice_metrics, vcr_metrics, write_submission
 
 ANNOT_IDS = [f"test-{index}" for index in range(6)]
 # Questions: both right, answer alone, rationale alone, none; a tie with the right answer, and one of two wrong ones.

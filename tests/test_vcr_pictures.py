@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from unicoder_vl_hf.pictures import PALETTE
-from unicoder_vl_hf.vcr_pictures import RIGHT, _draw_objects, draw_question, spell
+from unicoder_vl_hf.tasks.vcr.pictures import RIGHT, _draw_objects, draw_question, spell
 
 ROW = {
     "image_id": "photo",

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForPreTraining
 from two_processes import run
 
-from unicoder_vl_hf import UnicoderVLForMultipleChoice, scenes_vcr
-from unicoder_vl_hf.data.vcr import read_vcr
-from unicoder_vl_hf.scenes import CLASS_NAMES
-from unicoder_vl_hf.vcr_pretraining import RightTexts, VCRPretrainingArguments, prepare_vcr_pretraining
+from unicoder_vl_hf import UnicoderVLForMultipleChoice
+from unicoder_vl_hf.scenes.world import questions as scenes_vcr
+from unicoder_vl_hf.scenes.world.world import CLASS_NAMES
+from unicoder_vl_hf.tasks.vcr.data import read_vcr
+from unicoder_vl_hf.tasks.vcr.pretraining import RightTexts, VCRPretrainingArguments, prepare_vcr_pretraining
 
 SMALL = functools.partial(scenes_vcr.build_vcr_scenes, num_train=6, num_val=2, num_test=1)
 

@@ -1,6 +1,6 @@
 """Image-text retrieval from a matrix of scores, as a module of `evaluate`; it loads from its folder, offline.
 
-Thin over `unicoder_vl_hf.retrieval.metrics`, which does the same without `evaluate` and takes memory maps.
+Thin over `unicoder_vl_hf.tasks.retrieval.metrics`, which does the same without `evaluate` and takes memory maps.
 """
 
 import datasets
@@ -8,7 +8,7 @@ import evaluate
 import numpy as np
 
 try:
-    from unicoder_vl_hf.retrieval.metrics import confidence_intervals, rank_queries, summarize
+    from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, summarize
 except ImportError as error:
     raise ImportError("This metric computes with the package unicoder_vl_hf: pip install unicoder-vl-hf") from error
 

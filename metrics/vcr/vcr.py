@@ -1,13 +1,13 @@
 """Accuracies of visual commonsense reasoning from scores, as a module of `evaluate`; it loads from its folder, offline.
 
-Thin over `unicoder_vl_hf.vcr_evaluation`, which does the same without `evaluate`.
+Thin over `unicoder_vl_hf.tasks.vcr.metrics`, which does the same without `evaluate`.
 """
 
 import datasets
 import evaluate
 
 try:
-    from unicoder_vl_hf.vcr_evaluation import vcr_metrics
+    from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics
 except ImportError as error:
     raise ImportError("This metric computes with the package unicoder_vl_hf: pip install unicoder-vl-hf") from error
 

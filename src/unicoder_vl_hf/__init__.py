@@ -11,11 +11,6 @@ from . import registration
 
 if TYPE_CHECKING:
     from .configuration_unicoder_vl import UnicoderVLConfig
-    from .data.collators import (
-        DataCollatorForUnicoderVLMultipleChoice,
-        DataCollatorForUnicoderVLPreTraining,
-        DataCollatorForUnicoderVLRetrieval,
-    )
     from .feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
     from .modeling_unicoder_vl import (
         UnicoderVLForImageTextRetrieval,
@@ -26,8 +21,11 @@ if TYPE_CHECKING:
     from .processing_unicoder_vl import UnicoderVLProcessor
     from .records_unicoder_vl import RegionRecord
     from .regions.store import RegionStore, RegionStoreWriter
-    from .retrieval.metrics import retrieval_metrics
-    from .retrieval.scoring import ImageTextScorer
+    from .scoring.scorer import ImageTextScorer
+    from .tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
+    from .tasks.retrieval.collator import DataCollatorForUnicoderVLRetrieval
+    from .tasks.retrieval.metrics import retrieval_metrics
+    from .tasks.vcr.collator import DataCollatorForUnicoderVLMultipleChoice
 
     __version__: str
 

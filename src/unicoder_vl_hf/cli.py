@@ -485,32 +485,32 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _mine(args: argparse.Namespace) -> None:
-    from .retrieval.mining import mine
+    from .tasks.retrieval.mining import mine
 
     print(mine(**_arguments(args)))
 
 
 def _train_first_stage(args: argparse.Namespace) -> None:
-    from .retrieval.first_stage import train_first_stage
+    from .tasks.retrieval.first_stage import train_first_stage
 
     metrics = train_first_stage(**_arguments(args))
     print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items() if "recall" in name))
 
 
 def _index(args: argparse.Namespace) -> None:
-    from .retrieval.searching import make_index
+    from .search.command import make_index
 
     print(make_index(**_arguments(args)))
 
 
 def _search(args: argparse.Namespace) -> None:
-    from .retrieval.searching import run_search
+    from .search.command import run_search
 
     print(run_search(**_arguments(args)))
 
 
 def _vcr_check(args: argparse.Namespace) -> int:
-    from .vcr_evaluation import check_submission
+    from .tasks.vcr.metrics import check_submission
 
     return _print_problems(check_submission(args.submission, args.annotations))
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import datasets
 
 from .. import logging
+from ..files import complete, partial_path, say_finished
 from ..name_lists import read_names
 from ..regions.conversion import UnmappedId
 from ..regions.photos import in_words, list_photos, stem
 from ..regions.shards import MANIFEST, UNFINISHED
 from ..regions.store import RegionStore
-from ..regions.tensor_files import complete, partial_path, say_finished
 from .captions import EXAMPLES, JoinReport, read_captions
 from .image_ids import coco_number, photo_ids
 

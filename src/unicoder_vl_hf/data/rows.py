@@ -2,10 +2,14 @@
 
 import os
 from collections import UserDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import logging
+from ..records_unicoder_vl import RegionRecord
+from ..regions.store import RegionStore
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +40,6 @@ class RowsOfEpoch(Rows):
     """
 
     def __init__(self, fixed_epoch: int | None = None):
-        import torch
 
         self.fixed_epoch = None if fixed_epoch is None else natural("fixed_epoch", fixed_epoch)
         self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()
@@ -85,3 +88,32 @@ def natural(name: str, value: int) -> int:
     if value < 0 or value != int(value):
         raise ValueError(f"{name}={value!r}; expected an integer of at least 0.")
     return int(value)
+
+
+def check_rows(rows: Sequence[Mapping[str, Any]], names: Sequence[str], wrapper: str):
+    """
+    Raises:
+        `ValueError`: a row lacks one of the names, as whoever does not make them by `wrapper` finds out.
+    """
+    for row in rows:
+        if lacking := [name for name in names if name not in row]:
+            raise ValueError(
+                f"A row holds {', '.join(row) or 'nothing'}, but no {', '.join(lacking)}. Train on {wrapper}, whose "
+                "rows hold all that is needed. Of rows of another kind Trainer leaves out what the model's forward "
+                "does not name, unless TrainingArguments(remove_unused_columns=False)."
+            )
+
+
+def is_mismatch(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the caption of one row is a mismatch with the image of another."""
+    return other["image_code"] not in row["codes_of_caption"]
+
+
+def fetch(store: Mapping[str, RegionRecord], image_ids: Sequence[str]) -> list[RegionRecord]:
+    """One read for each image, however many times it is named."""
+    unique = list(dict.fromkeys(image_ids))
+    if isinstance(store, RegionStore):
+        records = dict(zip(unique, store.get_many(unique), strict=True))
+    else:
+        records = {image_id: store[image_id] for image_id in unique}
+    return [records[image_id] for image_id in image_ids]

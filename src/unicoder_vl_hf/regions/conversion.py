@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from .. import logging
+from ..files import begun_anew, locked, make_folder, say_finished, write_json
 from ..records_unicoder_vl import RegionRecord
 from .editing import merge_stores
 from .formats import FORMATS, Item, OtherType, known_provenance, read_items
 from .shards import PLAN, SKIPPED, STORE, UNFINISHED, shard_path
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
-from .tensor_files import begun_anew, locked, make_folder, say_finished, write_json
 
 logger = logging.get_logger(__name__)
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from .. import logging
+from ..files import begun_anew, complete, partial_path, say_finished, sync_folder, write_json
 from .shards import INDEX, MANIFEST, STORE_OF_STORES, UNFINISHED, ImageIds, Shards, shard_path, sorted_run
 from .store import FORMAT_VERSION, MERGE, RegionStore, RegionStoreWriter, finish_store
-from .tensor_files import begun_anew, complete, file_facts, partial_path, say_finished, sync_folder, write_json
+from .tensor_files import file_facts
 
 
 def merge_stores(

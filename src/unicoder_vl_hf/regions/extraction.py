@@ -24,16 +24,16 @@ from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
 
 from .. import logging
+from ..files import begun_anew, locked, make_folder, say_finished
 from ..name_lists import numbered_lines
+from ..processes import StopSignal
 from ..records_unicoder_vl import RegionRecord
-from ..training import StopSignal
 from .conversion import Rename, write_skipped, write_store
 from .detectors import Detector, load_detector
 from .editing import merge_stores, merged_stores
 from .photos import PhotoSource, decode_photo, in_words, list_photos
 from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
-from .tensor_files import begun_anew, locked, make_folder, say_finished
 
 if TYPE_CHECKING:
     import datasets

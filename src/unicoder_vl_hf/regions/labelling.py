@@ -14,10 +14,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from .. import logging
+from ..files import begun_anew, say_finished
 from .detectors import load_detector
 from .shards import STORE_OF_STORES
 from .store import RegionStore, RegionStoreWriter
-from .tensor_files import begun_anew, say_finished
 
 Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 

@@ -18,10 +18,10 @@ import pyarrow
 import pyarrow.parquet
 
 from .. import logging
+from ..files import complete, partial_path
 from ..records_unicoder_vl import RegionRecord
 from .shards import OPTIONAL_FIELDS, Shard
 from .store import RegionStore
-from .tensor_files import complete, partial_path
 
 # Of features in a row group, which readers hold in memory as a whole.
 GROUP_BYTES = 32 * 2**20

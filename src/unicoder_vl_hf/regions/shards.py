@@ -17,8 +17,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..files import OutputKind
 from ..records_unicoder_vl import RegionRecord
-from .tensor_files import DTYPES, OutputKind, TensorFile, TensorFileWriter, file_facts
+from .tensor_files import DTYPES, TensorFile, TensorFileWriter, file_facts
 
 MANIFEST, INDEX, UNFINISHED = "manifest.json", "index.safetensors", "unfinished.json"
 SKIPPED = "skipped.jsonl"  # what the source of a store holds and the store lacks, and why

@@ -27,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from .. import __version__
+from ..files import locked, make_folder, write_json
 from ..records_unicoder_vl import RegionRecord, is_region_record
 from .shards import (
     LARGEST,
@@ -44,7 +45,6 @@ from .shards import (
     to_bfloat16,
     write_index,
 )
-from .tensor_files import locked, make_folder, write_json
 
 FORMAT_VERSION = 1
 MERGE = "merge_of"  # in unfinished.json: the stores that are merged here

@@ -14,17 +14,15 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from .. import logging
+from ..files import complete, partial_path
 
 logger = logging.get_logger(__name__)
 
@@ -49,196 +47,6 @@ def file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"file": path.name, "bytes": file.tell(), "sha256": digest}
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names of the files in a folder last."""
-    if sys.platform != "win32":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def partial_path(path: Path) -> Path:
-    """What a file is called until it is complete."""
-    return path.with_name(f"{path.name}.partial")
-
-
-def complete(file: IO, path: Path) -> None:
-    """Closes the file at `partial_path(path)` and gives it its name, in such an order that a crash leaves it whole."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(partial_path(path), path)
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` atomically: readers see the old file or the new one."""
-    with partial_path(path).open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        complete(file, path)
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder where there is none. Raises ValueError where a file is in its place."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{folder} is, or is below, a file: take another folder.") from None
-
-
-LOCK_PATIENCE = 5.0  # seconds
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """
-    Keeps a folder for one writer: the system holds the lock, and frees it when the process ends, however it does.
-
-    Raises:
-        ValueError: Another writer is at work in the folder.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            # Forked readers of a writer that was killed hold its lock until they notice.
-            give_up = time.monotonic() + LOCK_PATIENCE
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > give_up:
-                        raise ValueError(f"{folder} is being written by another process: wait until it ends.") from None
-                    time.sleep(0.1)
-        yield
-    finally:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to processes forked meanwhile
-        os.close(handle)
-
-
-@contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name when the block ends without an error. Raises ValueError if it exists."""
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} exists already: remove it, or choose another name.")
-    try:
-        with partial_path(path).open("wb") as file:
-            yield file
-            complete(file, path)
-    finally:
-        partial_path(path).unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends without an error. Raises ValueError if it exists."""
-    path = Path(path).absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists already: remove it, or choose another name.")
-    partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class OutputKind:
-    """
-    The folders that a command writes, told from all others by what is in them, so that `--restart` removes no other.
-
-    Args:
-        name (`str`): What messages call one, such as `"region store"`.
-        last (`str`): The file that is written last: a folder that holds it is complete.
-        files (tuple of `str`): Patterns of the names of all that a folder may hold, `last` among them.
-        work (tuple of `str`): Patterns for the folders of unfinished work that lie beside it.
-    """
-
-    name: str
-    last: str
-    files: tuple[str, ...]
-    work: tuple[str, ...] = ()
-
-    def is_complete(self, folder: Path) -> bool:
-        """Tells whether the folder holds a complete output."""
-        return (folder / self.last).exists()
-
-    def check(self, folder: Path, patterns: tuple[str, ...]) -> None:
-        """Raises ValueError where there is a file at `folder`, or something in it that no pattern fits."""
-        if folder.is_file():
-            raise ValueError(f"{folder} is a file, no {self.name}: --restart leaves it. Take another folder.")
-        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
-        if foreign:
-            raise ValueError(
-                f"{folder} holds {foreign[0]!r}, which is no part of a {self.name}: --restart leaves it. Move it away, "
-                "or take another folder."
-            )
-
-
-@contextmanager
-def begun_anew(output: str | os.PathLike, restart: bool, kind: OutputKind, *work: Path) -> Iterator[None]:
-    """
-    Runs a block that writes `output`, or goes on with it; with `restart`, as if nothing were there.
-
-    What is unfinished is then removed. What is complete is set aside, and removed when the block ends without an error:
-    until then both need room. If the block fails before anything is begun, it comes back. Whoever goes on with a
-    restart that was stopped enters this block without `restart`. Of several processes one does.
-
-    Args:
-        output (`str` or `os.PathLike`): The folder that the block writes.
-        restart (`bool`): Begin anew.
-        kind (`OutputKind`): What it holds.
-        work (`Path`): Folders beside it in which the block keeps what is unfinished.
-
-    Raises:
-        ValueError: `restart` would remove what is no part of such a folder, or another process writes it.
-    """
-    folder = Path(os.path.realpath(output))
-    before = folder.with_name(f".{folder.name}.before-restart")
-    if restart:
-        kind.check(folder, kind.files)
-        for path in work:
-            kind.check(path, kind.work)
-        with ExitStack() as stack:
-            for path in (folder, *work):
-                if path.exists():
-                    stack.enter_context(locked(path))
-            for path in work:
-                shutil.rmtree(path, ignore_errors=True)
-            if not kind.is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                shutil.rmtree(before, ignore_errors=True)  # of a restart that was killed when it was complete
-                os.replace(folder, before)
-                logger.warning(f"{folder} begins anew; what it held is in {before} until it is complete.")
-    try:
-        yield
-    except BaseException:
-        if before.exists() and not any(path.exists() for path in (folder, *work)):
-            os.replace(before, folder)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def say_finished(output: str | os.PathLike) -> None:
-    """Says that a command has nothing to do."""
-    logger.warning(f"{os.fspath(output)} is finished, and stays as it is; --restart begins anew.")
 
 
 @dataclass

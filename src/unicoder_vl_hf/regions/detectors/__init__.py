@@ -71,7 +71,7 @@ def load_detector(
         ValueError: There is no such family or option; the message lists those that there are.
         ImportError: A library is missing; the message names the extra that brings it.
     """
-    from ...training import resolve_precision
+    from ...processes import resolve_precision
 
     family, _, model = name.partition(":")
     if family not in FAMILIES or not model:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ...files import new_folder
 from ...records_unicoder_vl import RegionRecord
-from ..tensor_files import new_folder
 from ._pickled import known
 from .items import Item
 from .restricted_pickle import load_npz

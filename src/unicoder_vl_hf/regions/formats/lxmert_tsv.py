@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files import new_file
 from ...records_unicoder_vl import RegionRecord
-from ..tensor_files import new_file
 from ._numbers import coordinates, features, matrix
 from ._parsing import files, first_fields, integer, num_boxes, tsv_items
 from .items import Item

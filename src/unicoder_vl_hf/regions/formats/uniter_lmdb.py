@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from ...extras import optional_import
+from ...files import new_folder
 from ...records_unicoder_vl import RegionRecord
-from ..tensor_files import new_folder
 from . import _lmdb
 from ._parsing import from_json
 from ._pickled import array, known

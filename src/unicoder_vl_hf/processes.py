@@ -1,0 +1,206 @@
+"""How the processes of a run compute and end: devices and launcher, precision and threads, and the stop signal."""
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import parse_flag_from_env
+
+from . import logging
+
+logger = logging.get_logger(__name__)
+
+Precision = Literal["no", "bf16", "fp16"]
+PRECISIONS: dict[str, str] = {"no": "float32", "bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)"}  # in words
+
+# The hidden size from which bfloat16 pays in training, by what of a CPU computes it. Measured: AVX512-BF16 makes steps
+# 1.5 times as fast at 64, 2 at 128 and 3 at 384; AMX 1.75 at 384, and nothing yet at 128; the rest are taken for AMX.
+BF16_FROM_HIDDEN_SIZE = {"amx_bf16": 256, "avx512_bf16": 64, "bf16": 256, "sve_bf16": 256}
+# Smaller models train on one thread. Two gain a quarter on a quiet machine, and take five times as long on a busy one,
+# where each waits at every operation for the other to be scheduled.
+TWO_THREADS_FROM_HIDDEN_SIZE = 256
+
+
+def fast_precision(device_type: str, hidden_size: int | None = None) -> Precision:
+    """
+    The mixed precision that a device is fast in: bf16 on GPUs and CPUs that compute it, else fp16 on GPUs, else none.
+
+    A CPU without AMX or AVX512-BF16 emulates bf16, measured 150 times slower than fp32; none here is fast in fp16.
+
+    Args:
+        device_type (`str`): Such as `"cuda"` or `"cpu"`.
+        hidden_size (`int`, *optional*): Of the model to be trained: one that is too small for bf16 to pay on a CPU gets
+            none.
+    """
+    if device_type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device_type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        for name, pays_from in BF16_FROM_HIDDEN_SIZE.items():  # AMX first: its CPUs have the others, too
+            if capabilities.get(name):
+                return "bf16" if hidden_size is None or hidden_size >= pays_from else "no"
+    return "no"
+
+
+def resolve_precision(requested: str, device_type: str, hidden_size: int | None = None) -> Precision:
+    """
+    `requested` (`"auto"`, `"no"`, `"bf16"` or `"fp16"`) as accelerate takes it; warns where the device emulates it.
+
+    Args:
+        requested (`str`): `"auto"` is [`fast_precision`] of the device and the size.
+        device_type (`str`): Such as `"cuda"` or `"cpu"`.
+        hidden_size (`int`, *optional*): Of the model to be trained.
+
+    Raises:
+        `ValueError`: another word.
+    """
+    if requested not in ("auto", "no", "bf16", "fp16"):
+        raise ValueError(f"mixed precision is {requested!r}, expected auto, no, bf16 or fp16.")
+    if requested == "auto":
+        return fast_precision(device_type, hidden_size)
+    precision = cast(Precision, requested)
+    if device_type == "cpu" and precision not in ("no", fast_precision(device_type)):
+        logger.warning(
+            f"This CPU has no fast path for {requested}, it will be much slower than fp32: use 'no' or 'auto'."
+        )
+    return precision
+
+
+@dataclass(frozen=True)
+class Computing:
+    """
+    How a run computes: chosen once, by a rule of the model's size and the hardware, never by a clock or the load, and
+    kept in every checkpoint, so that a resumed run computes as it began.
+
+    Args:
+        mixed_precision (`str`): As accelerate has it.
+        num_threads (`int`, *optional*): Of PyTorch on a CPU; None leaves them as they are.
+    """
+
+    FILE: ClassVar[str] = "computing.json"  # in a checkpoint
+
+    mixed_precision: Precision
+    num_threads: int | None = None
+
+    @classmethod
+    def choose(cls, requested: str, device_type: str, hidden_size: int, checkpoint: Path | None = None) -> "Computing":
+        """
+        Args:
+            requested (`str`): The precision as of [`resolve_precision`]. `"auto"` goes on as the checkpoint began.
+            device_type (`str`): Such as `"cuda"` or `"cpu"`.
+            hidden_size (`int`): Of the model to be trained.
+            checkpoint (`Path`, *optional*): What is resumed; one without a record is of an older version.
+        """
+        recorded: dict[str, Any] = {}
+        if checkpoint is not None and (checkpoint / cls.FILE).exists():
+            recorded = json.loads((checkpoint / cls.FILE).read_text(encoding="utf-8"))
+        if requested == "auto":
+            requested = recorded.get("mixed_precision", "auto")
+        precision = resolve_precision(requested, device_type, hidden_size)
+        threads = None
+        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # which the user, or the launcher, has set
+            small = hidden_size < TWO_THREADS_FROM_HIDDEN_SIZE
+            threads = min(recorded.get("num_threads") or (1 if small else torch.get_num_threads()), available_cpus())
+        return cls(precision, threads)
+
+    def save(self, checkpoint: Path):
+        (checkpoint / self.FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[None]:
+        """PyTorch computes with this number of threads, and afterwards with as many as before."""
+        before = torch.get_num_threads()
+        try:
+            if self.num_threads is not None:
+                torch.set_num_threads(self.num_threads)
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def __str__(self) -> str:
+        threads = "" if self.num_threads is None else f", threads: {self.num_threads}"
+        return f"precision: {PRECISIONS[self.mixed_precision]}{threads}"
+
+
+def available_cpus() -> int:
+    """Those that this process may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def new_accelerator(computing: Computing, **options: Any) -> Accelerator:
+    """An Accelerator for another run of this process, of any precision: accelerate itself knows one run a process."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(mixed_precision=computing.mixed_precision, **options)
+
+
+def start_processes() -> PartialState:
+    """
+    The processes of the launcher, on CPUs where ACCELERATE_USE_CPU says so.
+
+    Raises:
+        `ValueError`: accelerate takes each for a run of its own.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"The launcher started {os.environ['WORLD_SIZE']} processes, but accelerate takes each for a run of its "
+            "own. On CPUs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node …"
+        )
+    return state
+
+
+class StopSignal:
+    """
+    Lets a loop end at its next safe point: Ctrl-C or SIGTERM set it, and say the message; a second one ends the loop at
+    once.
+
+    ```python
+    with StopSignal() as stop:
+        for step in steps:
+            ...
+            if stop.agreed(accelerator):
+                save_checkpoint()
+                break
+    ```
+    """
+
+    def __init__(
+        self, message: str = "Stopping after this step, with a checkpoint. Once more to stop at once, without one."
+    ):
+        self._message = message
+
+    def __enter__(self) -> "StopSignal":
+        self._is_set = False
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether it is set in any process, so that all end at the same step. Every process calls it."""
+        if self._is_set:
+            accelerator.set_trigger()
+        if accelerator.check_trigger():
+            self._is_set = True
+        return self._is_set
+
+    def _handle(self, number: int, frame: FrameType | None):
+        if self._is_set:
+            raise KeyboardInterrupt
+        self._is_set = True
+        logger.warning(self._message)

@@ -1,0 +1,223 @@
+"""Command lines of training scripts as dataclasses: the options that all tasks share, and how they are spelt."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from .. import logging
+
+logger = logging.get_logger(__name__)
+
+
+class _Parser(HfArgumentParser):
+    """Says in one line what is wrong, where the usage of TrainingArguments takes two hundred, and ends with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.removesuffix('.')}. --help lists the options.\n")
+
+    def parse_args_into_dataclasses(self, args: Any = None, *_: Any, **options: Any) -> tuple[Any, ...]:
+        try:
+            *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **options)
+        except ValueError as error:
+            self.error(str(error))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+        return tuple(parsed)
+
+
+def make_parser(*classes: type, **options: Any) -> HfArgumentParser:
+    """A parser of dataclasses, whose options are spelt out, and whose help says of `--no_x` that it turns x off."""
+    parser = _Parser(classes, allow_abbrev=False, **options)  # type: ignore[arg-type]
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
+            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
+    return parser
+
+
+def parse_arguments(
+    classes: tuple[type, ...],
+    argv: Sequence[str] | None,
+    *,
+    paper: dict[str, Any],
+    scenes: dict[str, Any],
+    data: str = "--captions",
+) -> tuple[Any, ...]:
+    """
+    A command line as dataclasses. The defaults are `paper` where it names `data`, and so in the help, and `scenes`
+    where it does not.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    on_scenes = {name: value for name, value in scenes.items() if paper.get(name) != value}
+    parser = make_parser(
+        *classes,
+        description=f"The defaults below are the paper's. Without {data}, on the rendered scenes: "
+        + ", ".join(f"{name} {value}" for name, value in on_scenes.items()),
+    )
+    names = {word.split("=")[0] for word in argv}
+    parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
+    try:
+        argv = in_our_spelling(argv, parser)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    if not _knows(parser, "mixed_precision"):  # for the help: what is given has become --bf16 and --fp16
+        parser.add_argument(
+            "--mixed_precision",
+            "--mixed-precision",
+            default=argparse.SUPPRESS,
+            help="auto (what the hardware is fast in), no, bf16, fp16. (default: auto)",
+        )
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """
+    A command line of a training script, in the options that the script has. Our loop and Trainer differ in a few:
+    either kind of script takes those of the other. `--eval_steps` and `--save_steps` count for Trainer whatever its
+    default strategy is.
+
+    Raises:
+        `ValueError`: options contradict each other, or a value has no counterpart.
+    """
+    options: list[tuple[str, list[str], list[str]]] = []  # name, values, and the words as they were given
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options.append((name.replace("-", "_"), [value] if equals else [], [word]))
+        elif options:
+            options[-1][1].append(word)
+            options[-1][2].append(word)
+        else:
+            options.append(("", [], [word]))
+    given = {name: (values or ["true"])[0] for name, values, _ in options}
+
+    precisions = sorted(given.keys() & {"mixed_precision", "bf16", "fp16"}, reverse=True)
+    if len(precisions) > 1 and "mixed_precision" in precisions:
+        raise ValueError(f"--{' and --'.join(precisions)}: give --mixed_precision alone")
+    for name in ("eval", "save"):
+        if f"{name}_steps" in given and f"{name}_strategy" not in given and _knows(parser, f"{name}_strategy"):
+            parser.set_defaults(**{f"{name}_strategy": "steps"})
+
+    accumulation = given.get("gradient_accumulation_steps", parser.get_default("gradient_accumulation_steps"))
+    words: list[str] = []
+    for name, _, as_given in options:
+        if name not in _SPELLINGS or _knows(parser, name):
+            words += as_given
+            continue
+        try:
+            spelt = _SPELLINGS[name](given[name], int(accumulation) * int(os.environ.get("WORLD_SIZE", 1)))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"--{name} {given[name]}: {error}") from error
+        words += [word for ours, value in spelt.items() for word in (f"--{ours}", str(value))]
+    return words
+
+
+def _knows(parser: argparse.ArgumentParser, name: str) -> bool:
+    return any(action.dest == name for action in parser._actions)
+
+
+def _flags_of_precision(value: str, _) -> dict[str, Any]:
+    if value not in ("auto", "no", "bf16", "fp16"):
+        raise ValueError("expected auto, no, bf16 or fp16")
+    return {} if value == "auto" else {flag: value == flag for flag in ("bf16", "fp16")}
+
+
+def _pairs_of_a_micro_batch(value: str, micro_batches: int) -> dict[str, Any]:
+    if int(value) % micro_batches:
+        raise ValueError(
+            f"a step of {micro_batches} micro-batches, over all processes, cannot hold so many pairs: give a multiple, "
+            "or another --gradient_accumulation_steps"
+        )
+    return {"per_device_train_batch_size": int(value) // micro_batches}
+
+
+def _share_of_the_steps(value: str, _) -> dict[str, Any]:
+    if float(value) >= 1:
+        raise ValueError("expected a share of the steps, below 1, as in --warmup_ratio")
+    return {"warmup_ratio": value}
+
+
+# For an option of the other kind of script: what it is in this one, where the step of a run has so many micro-batches.
+_SPELLINGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "bf16": lambda value, _: {"mixed_precision": "bf16" if string_to_bool(value) else "no"},
+    "fp16": lambda value, _: {"mixed_precision": "fp16" if string_to_bool(value) else "no"},
+    "mixed_precision": _flags_of_precision,
+    "per_device_train_batch_size": lambda value, micro_batches: {"train_batch_size": int(value) * micro_batches},
+    "train_batch_size": _pairs_of_a_micro_batch,
+    "warmup_steps": _share_of_the_steps,
+    "warmup_ratio": lambda value, _: {"warmup_steps": value},
+}
+
+
+@dataclass
+class ModelArguments:
+    """Where a model starts, and how it reads text and regions: of a run of any task."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none."},
+    )
+    num_region_classes: int | None = field(
+        default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
+    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "First layers of the BERT to keep."})
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Of hidden states and attention. Default: as what the model starts from has it, BERT 0.1."},
+    )
+    image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
+    max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
+    max_regions: int | None = field(
+        default=None,
+        metadata={"help": "Regions of an image; the best by score stay. Default: as a Unicoder-VL does it, else 100."},
+    )
+    scale_features: bool = field(
+        default=False,
+        metadata={"help": "Subtract the training regions' mean from features, divide by their standard deviation."},
+    )
+
+    @property
+    def on_scenes(self) -> bool:
+        """Whether the run has no data of its own, and so draws some."""
+        raise NotImplementedError
+
+    @property
+    def base_model(self) -> str | None:
+        """What the model starts from; None for new weights."""
+        if self.model_name_or_path is None and not self.on_scenes:
+            return "google-bert/bert-base-uncased"
+        return self.model_name_or_path
+
+
+@dataclass
+class DataArguments(ModelArguments):
+    """Data and model of a run. Without `captions` it runs on the rendered scenes with a small model."""
+
+    captions: str | None = field(
+        default=None,
+        metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
+    )
+    caption_ids: str | None = field(
+        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    )
+    regions: str | None = field(
+        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the captions to train on."})
+    validation_split: str = field(default="val", metadata={"help": "Split of the captions to evaluate on."})
+    skip_missing: bool = field(default=False, metadata={"help": "Leave out captions whose image has no regions."})
+
+    def __post_init__(self):
+        if (self.captions is None) != (self.regions is None):
+            raise ValueError("Give both --captions and --regions, or neither for the rendered scenes.")
+
+    @property
+    def on_scenes(self) -> bool:
+        return self.captions is None

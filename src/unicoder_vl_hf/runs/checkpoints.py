@@ -1,0 +1,215 @@
+"""Checkpoints of a run: written whole or not at all, limited in number, resumed exactly."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import ProcessorMixin
+
+from .. import logging
+from ..errors import FinishedRun
+from ..processes import Computing
+
+logger = logging.get_logger(__name__)
+
+
+CARD_FILE = "README.md"  # written last
+
+
+class CheckpointFolder:
+    """
+    The checkpoints `checkpoint-<step>` of a run: written whole or not at all, the oldest removed, resumed exactly.
+
+    Args:
+        output_dir (`Path`): The run's folder.
+        keep (`int`, *optional*, defaults to 1): How many checkpoints stay.
+        state_file (`str`, *optional*): What is written last into a checkpoint, so that one without it is not whole.
+    """
+
+    def __init__(self, output_dir: Path, keep: int = 1, state_file: str = "training_state.json"):
+        if keep < 1:
+            raise ValueError(f"save_total_limit={keep}, expected at least 1 checkpoint to resume from.")
+        self.output_dir = output_dir
+        self.keep = keep
+        self.state_file = state_file
+
+    def list(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+        return sorted(filter(self._is_complete, found), key=lambda path: int(path.name[11:]))
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: the model is here, and its card, which is written last."""
+        return all((self.output_dir / name).exists() for name in ("model.safetensors", CARD_FILE))
+
+    def resolve(self, requested: str | None) -> Path | None:
+        """
+        The checkpoint to resume from: a folder, the newest for `"latest"`, None for None. Whether a finished run has
+        steps left is for [`~CheckpointFolder.check_steps`] to say, once their number is known.
+
+        Raises:
+            `FinishedRun`: the run is finished, and has no checkpoint to go on from. `ValueError`: there is none, or one
+                lies in the folder that is not to be resumed.
+        """
+        present = self.list()
+        if requested is None:
+            if self.is_finished():
+                raise ValueError(self._finished(has_checkpoint=bool(present)))
+            if present:
+                raise ValueError(
+                    f"{self.output_dir} holds a run, up to {present[-1].name}. Go on with --resume_from_checkpoint "
+                    "latest, or take another --output_dir."
+                )
+            if (self.output_dir / "model.safetensors").exists():
+                raise ValueError(f"{self.output_dir} holds a model: take another --output_dir.")
+            return None
+        if requested == "latest":
+            if not present and self.is_finished():
+                raise FinishedRun(self._finished(has_checkpoint=False))
+            if not present:
+                raise ValueError(
+                    f"{self.output_dir} has no checkpoint yet: start the run without --resume_from_checkpoint."
+                )
+            return present[-1]
+        if not self._is_complete(Path(requested)):
+            raise ValueError(f"{requested} is no checkpoint of a run: it has no {self.state_file}.")
+        return Path(requested)
+
+    def check_steps(self, requested: str | None, checkpoint: Path, planned: int, before: int) -> bool:
+        """
+        Whether a resumed run is to take more steps than it was to take before: its schedule then changes.
+
+        Args:
+            requested (`str`, *optional*), checkpoint (`Path`): As [`~CheckpointFolder.resolve`] takes and gives it.
+            planned, before (`int`): Steps of the whole run, as it is asked for now and as the checkpoint knows it.
+
+        Raises:
+            `FinishedRun`: `"latest"` of a finished run, of which no more is asked. `ValueError`: fewer steps are asked
+                for.
+        """
+        if requested == "latest" and planned <= before and self.is_finished():
+            raise FinishedRun(self._finished(has_checkpoint=True))
+        if planned < before:
+            raise ValueError(
+                f"{checkpoint} is of a run of {before:,} steps, which cannot become one of {planned:,}: its learning "
+                "rate has followed another schedule. Give the same arguments, or more steps."
+            )
+        if planned > before:
+            logger.warning(
+                f"{checkpoint} is of a run of {before:,} steps. From here on the learning rate is that of a run of "
+                f"{planned:,}; the model and its card are written anew at the end."
+            )
+        return planned > before
+
+    def reopen(self):
+        """Makes a finished run an unfinished one, until its card is written again."""
+        (self.output_dir / CARD_FILE).unlink(missing_ok=True)
+
+    def _finished(self, has_checkpoint: bool) -> str:
+        more = (
+            "Take another --output_dir, or ask for more steps: a larger --num_train_epochs or --max_steps, with "
+            "--resume_from_checkpoint latest."
+            if has_checkpoint
+            else "It has no checkpoint from which more steps could go on. Take another --output_dir, with "
+            f"--model_name_or_path {self.output_dir} to begin with its weights."
+        )
+        return f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. {more}"
+
+    def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
+        """
+        What was saved as `state`, with the `total_steps` that the run was to take.
+
+        Raises:
+            `ValueError`: `identity` differs from that of the run, which then could not go on exactly; but for its
+                `total_steps`, which [`~CheckpointFolder.check_steps`] looks at.
+        """
+        state = json.loads((checkpoint / self.state_file).read_text())
+        saved = state.pop("identity")
+        total_steps = saved.pop("total_steps", state["step"])
+        changed = {
+            name: (then, identity.get(name))
+            for name, then in saved.items()
+            if name not in identity or identity[name] != then
+        }
+        if changed:
+            raise ValueError(
+                f"{checkpoint} is of another run: (then, now) differ in {changed}. Give the same arguments."
+            )
+        return state | {"total_steps": total_steps}
+
+    def save(
+        self,
+        state: dict[str, Any],
+        identity: dict[str, Any],
+        accelerator: Accelerator,
+        processor: ProcessorMixin,
+        computing: Computing,
+    ):
+        """
+        Saves accelerate's state, the processor, how the run computes, and `state` with the `step`. Every process calls
+        it.
+
+        Args:
+            state (`dict`): What else the loop needs to go on, as JSON; `step` names the checkpoint.
+            identity (`dict`): What must be the same for a resumed run to be the same run, as JSON.
+        """
+        final = self.output_dir / f"checkpoint-{state['step']}"
+        partial = self.output_dir / f"partial-{state['step']}"
+        if accelerator.is_main_process:
+            for leftover in self.output_dir.glob("partial-*"):  # of a save or a removal that was cut short
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            processor.save_pretrained(partial)
+            computing.save(partial)
+            (partial / self.state_file).write_text(json.dumps({**state, "identity": identity}))
+            if final.exists():
+                self._remove(final)
+            os.replace(partial, final)
+            for old in self.list()[: -self.keep]:
+                self._remove(old)
+        accelerator.wait_for_everyone()
+
+    def _is_complete(self, checkpoint: Path) -> bool:
+        return (checkpoint / self.state_file).is_file()
+
+    def _remove(self, checkpoint: Path):
+        """Under another name first: what has lost some of its files must not pass for a checkpoint."""
+        doomed = self.output_dir / f"partial-old-{checkpoint.name}"
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
+
+
+def follow_schedule(scheduler: LRScheduler):
+    """
+    Sets the learning rates to what the schedule has at its step, in place of those of a checkpoint of another schedule,
+    whose next step would still be taken with them. Of schedules that are no function of the step, none.
+    """
+    if isinstance(scheduler, LambdaLR):
+        step = scheduler.last_epoch
+        rates = [rate * shape(step) for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+def save_weights_as_pretrained(accelerator: Accelerator):
+    """Makes the weights of accelerate's checkpoints the model's own files, so that `from_pretrained` reads them too."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str):
+        accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=weights.pop())
+
+    def load(models: list[torch.nn.Module], folder: str):
+        model = accelerator.unwrap_model(models.pop())
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -1,0 +1,105 @@
+"""The log of a run: a line of JSON for each measurement, and the mean losses beside the bar."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+class JsonLog:
+    """
+    One JSON object a line: `step` and the values of that step. The trackers of accelerate get them, too.
+
+    Args:
+        path (`Path`): The file, made if need be, and written by the main process.
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        resume_step (`int`): Lines after this step are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0):
+        self.path = path
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            lines = path.read_text().splitlines(keepends=True) if path.exists() and resume_step > 0 else []
+            # A crash may have cut the last line short.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(kept))
+
+    def write(self, step: int, values: dict[str, float]):
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(
+                    json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
+                )
+
+
+MASKED_LOSSES = ("mlm_loss", "moc_loss")  # of which the matches alone have one
+
+
+class LossMeter:
+    """
+    The loss and its parts since the last line of the log, over all processes. A checkpoint keeps its `state`.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        parts (sequence of `str`): Parts of the loss that are trained, as the model's output names them.
+    """
+
+    def __init__(self, accelerator: Accelerator, parts: Sequence[str]):
+        self.accelerator = accelerator
+        self.losses = ("loss", *parts)
+        # Of the losses, and of the share of rows whose tokens and regions count.
+        self._sums = torch.zeros(len(self.losses) + 1, device=accelerator.device)
+        self._of_process = torch.zeros_like(self._sums)
+        self.start_clock()
+
+    def start_clock(self):
+        """Anew, so that an evaluation does not count as training."""
+        self._since, self._rows = time.perf_counter(), 0
+
+    def add(self, outputs: Mapping[str, torch.Tensor], matching_labels: torch.Tensor, weight: float):
+        """Adds a micro-batch, of so much weight in its step; waits for no device."""
+        losses = [outputs[name].detach().mean() for name in self.losses]  # one a GPU under DataParallel
+        self._of_process += torch.stack([*losses, (matching_labels != 0).float().mean()]) * weight
+        self._rows += len(matching_labels)
+
+    def gather(self):
+        """Adds up what the processes have had since the last time. Every process calls it, after whole steps."""
+        self._sums += self.accelerator.reduce(self._of_process, reduction="sum")  # the same in every process
+        self._of_process.zero_()
+
+    def mean(self, steps: float) -> dict[str, float]:
+        """Over the last steps, of masked tokens and regions over their matches, as in evaluation; begins anew."""
+        *sums, counted = self._sums.tolist()
+        rows = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
+        self._sums.zero_()
+        self.start_clock()
+        means = {
+            name: total / (counted if name in MASKED_LOSSES else steps)
+            for name, total in zip(self.losses, sums, strict=True)
+        }
+        return means | {"rows_per_second": rows}
+
+    def state(self) -> dict[str, float]:
+        return dict(zip((*self.losses, "counted"), self._sums.tolist(), strict=True))
+
+    def load(self, state: Mapping[str, float] | Sequence[float]):
+        if not isinstance(state, Mapping):  # of a checkpoint without names
+            state = dict(zip(("loss", *MASKED_LOSSES, "matching_loss", "counted"), state, strict=True))
+        self._sums.copy_(torch.tensor([state[name] for name in (*self.losses, "counted")]))
+
+
+def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
+    """The losses and the learning rate of a line of the log, short enough to stand beside a progress bar."""
+    losses = {name.removesuffix("_loss"): f"{value:.3f}" for name, value in values.items() if name.endswith("loss")}
+    return losses | {"lr": f"{values['learning_rate']:.1e}"}
+
+
+def in_a_line(step: int, metrics: Mapping[str, float]) -> str:
+    """The metrics of an evaluation for the terminal."""
+    return f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

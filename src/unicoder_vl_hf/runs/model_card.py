@@ -1,0 +1,256 @@
+"""The end of a run: its metrics, its model card, and the push to the Hub."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
+
+import huggingface_hub
+
+from ..processes import PRECISIONS
+from .checkpoints import CARD_FILE
+
+
+def create_hub_repository(repo_id: str) -> str:
+    """Makes sure, before the training, that the repository can be written to; returns its full name."""
+    return huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
+
+
+def push_folder(repo_id: str, folder: Path):
+    """Uploads a run's model, processor, card and log; not its checkpoints, regions or trackers."""
+    huggingface_hub.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message="Upload Unicoder-VL",
+        ignore_patterns=["_*", "checkpoint-*", "partial-*", "pretraining/**", "runs/**"],
+    )
+
+
+# How a model was trained, for its card.
+_IN_WORDS = {
+    "mlm_loss": "masked language modelling",
+    "moc_loss": "masked object classification",
+    "matching_loss": "visual-linguistic matching",
+}
+
+
+def pretrained_by(losses: Sequence[str], by: str = "pre-trained by") -> str:
+    """The tasks of these parts of the loss, in the words of the card."""
+    *others, last = (_IN_WORDS[name] for name in losses)
+    return f"{by} {', '.join(others)} and {last}" if others else f"{by} {last}"
+
+
+PRETRAINED = pretrained_by(tuple(_IN_WORDS))
+FIRST_STAGE = "given a first stage of search, trained by a contrastive loss with the encoder frozen"
+
+
+def finish_run(output_dir: Path, metrics: dict[str, float], *, repo_id: str | None = None, **card: Any):
+    """What follows the last evaluation: `metrics.json`, the model card, which `card` is for, and the push."""
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    write_model_card(output_dir, metrics=metrics, repo_id=repo_id, **card)
+    if repo_id is not None:
+        push_folder(repo_id, output_dir)
+
+
+@dataclass
+class TrainingRun:
+    """
+    A training as it really ran, for the card.
+
+    Args:
+        steps (`int`): Of the optimiser.
+        epochs (`float`): Passes over the training data.
+        batch_size (`int`): `rows` of a step over all processes and micro-steps.
+        learning_rate (`float`): Its peak.
+        seed (`int`): Of the run.
+        mixed_precision (`str`): As accelerate has it.
+        rows (`str`, *optional*): What a batch counts.
+        kept_step (`int`, *optional*): The step whose model was kept, where it is not the last.
+    """
+
+    steps: int
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    seed: int
+    mixed_precision: str
+    rows: str = "pairs"
+    kept_step: int | None = None
+
+    def __str__(self) -> str:
+        kept = "" if self.kept_step in (None, self.steps) else f"; the model is that of step {self.kept_step:,}"
+        return "\n".join([
+            f"- Steps: {self.steps:,} of {self.batch_size:,} {self.rows} (over all processes){kept}",
+            f"- Epochs: {round(self.epochs, 2):g}",
+            f"- Learning rate: {self.learning_rate:g} at its peak",
+            f"- Seed: {self.seed}",
+            f"- Precision: {PRECISIONS.get(self.mixed_precision, self.mixed_precision)}",
+        ])  # fmt: skip
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    data_name: str,
+    metrics: dict[str, float],
+    provenance: dict[str, Any] | None,
+    measured_on: str | None = None,
+    trained_by: str = PRETRAINED,
+    task: Literal["image-text-retrieval", "visual-commonsense-reasoning"] = "image-text-retrieval",
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    training: TrainingRun | None = None,
+    search: str | None = None,
+) -> Path:
+    """
+    Writes `README.md`, the model card: tags, base model, data, training, where the regions come from, metrics and use.
+
+    Args:
+        folder (`Path`): The saved model's.
+        data_name (`str`): What it was trained on, in words.
+        metrics (`dict[str, float]`): On the validation split; may be empty.
+        provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
+        measured_on (`str`, *optional*): How many captions and images of it, without which recall at K says little.
+        trained_by (`str`, *optional*): How, in words that follow "Unicoder-VL, ".
+        task (`str`, *optional*): What the model is used for.
+        base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository,
+            and the text a folder by its name alone, which may be published where its path may not.
+        repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
+        training ([`TrainingRun`], *optional*): As it really ran.
+        search (`str`, *optional*): How a search in two stages orders what the model's first stage proposes, in words.
+    """
+    name = repo_id or folder.resolve().name
+    tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
+    results = [
+        huggingface_hub.EvalResult(
+            task_type=_USES[task]["task_type"],
+            task_name=tag.capitalize(),
+            dataset_type="image-text",
+            dataset_name=data_name,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    on_hub = base_model is not None and _is_repository(base_model)
+    metadata = huggingface_hub.ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", task, tag],
+        base_model=base_model if on_hub else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+    if base_model is not None and not on_hub:
+        base_model = PureWindowsPath(os.path.abspath(base_model)).name  # of either kind of path
+    known = {
+        field: value
+        for field, value in (provenance or {}).items()
+        if value not in (None, [], {}) and field not in ("dtype", "package_version")  # which do not change the features
+    }
+    text = _CARD.format(
+        name=name,
+        base_model=base_model or "none, trained from scratch",
+        data_name=data_name,
+        trained_by=trained_by,
+        training="" if training is None else f"\n## Training\n\n{training}\n",
+        regions="\n".join(f"- {field}: {_shorten(value)}" for field, value in known.items()) or "- unknown",
+        measured_on=f"validation: {measured_on}" if measured_on else "validation",
+        metrics="\n".join(_metric_row(*item) for item in metrics.items()) or "| not evaluated | |",
+        search="" if search is None else f"\n## Search\n\n{search}\n",
+        location=repo_id or folder.as_posix(),
+        **_USES[task],
+    )
+    path = folder / CARD_FILE
+    huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(path)
+    return path
+
+
+# With trust_remote_code the snippet needs no package of ours: it gives the regions as a dict.
+_CARD = """# {name}
+
+Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), {trained_by}, with unicoder-vl-hf.
+
+- Base model: {base_model}
+- Training data: {data_name}
+{training}
+## Regions
+
+The model reads region features of this kind, and no other:
+
+{regions}
+
+## Evaluation
+
+| metric | {measured_on} |
+|---|---|
+{metrics}
+{search}
+## Use
+
+```python
+import numpy as np
+from transformers import {auto_class}, AutoProcessor
+
+name = "{location}"
+model = {auto_class}.from_pretrained(name, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+
+# The regions of one photo. Put what the detector found here: zeros stand in for its features.
+regions = {{
+    "image_id": "photo",
+    "image_width": 640,
+    "image_height": 480,
+    "boxes": np.array([[0, 0, 640, 480], [64, 120, 320, 360]]),  # x1, y1, x2, y2 in pixels
+    "features": np.zeros((2, model.config.region_feature_dim), dtype=np.float32),
+}}
+{use}
+```
+"""
+
+_USES = {
+    "image-text-retrieval": {
+        "task_type": "image-text-matching",
+        "auto_class": "AutoModelForSequenceClassification",
+        "use": """captions = ["A dog runs.", "A cat sleeps."]
+inputs = processor(text=captions, regions=[regions, regions], return_tensors="pt")
+scores = model(**inputs).scores  # one for each caption; higher = better match""",
+    },
+    "visual-commonsense-reasoning": {
+        "task_type": "multiple-choice",
+        "auto_class": "AutoModelForMultipleChoice",
+        "use": """texts = ["What does the dog do? ; It runs.", "What does the dog do? ; It sleeps."]
+inputs = processor(text=texts, regions=[regions, regions], max_length=156, return_tensors="pt")
+# The region that each token names, or -1. Here the fifth, "dog", names the second region.
+inputs["token_region_ids"] = inputs["input_ids"] * 0 - 1
+inputs["token_region_ids"][:, 4] = 1
+choices = {name: tensor[None] for name, tensor in inputs.items()}
+probabilities = model(**choices).logits.softmax(dim=-1)  # of the two answers to one question""",
+    },
+}
+
+
+def _is_repository(name: str) -> bool:
+    """Whether `name` is of the Hub, as from_pretrained takes it: a folder of that name comes first."""
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except huggingface_hub.errors.HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _metric_row(name: str, value: float) -> str:
+    """Of the table: fractions and losses to four decimals; ranks count images or captions."""
+    decimals = 0 if name.endswith(("_tied_ranks", "_ties")) else 1 if name.endswith("_rank") else 4
+    return f"| {name} | {value:,.{decimals}f} |"
+
+
+def _shorten(value: Any) -> str:
+    """`value` as JSON; of a long list, such as 1600 class names, the beginning and the length."""
+    if isinstance(value, list) and len(value) > 10:
+        return f"{json.dumps(value[:5], ensure_ascii=False)[:-1]}, …] ({len(value)} in all)"
+    return json.dumps(value, ensure_ascii=False)

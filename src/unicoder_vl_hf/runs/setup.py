@@ -1,0 +1,353 @@
+"""What a run of any task begins with: captions joined with their regions, a model, its processor."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import datasets
+import numpy as np
+from transformers import AutoConfig, AutoTokenizer
+
+from .. import logging
+from ..configuration_unicoder_vl import UnicoderVLConfig
+from ..data.captions import check_tokens, join, read_captions, select_split
+from ..feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
+from ..modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLModel, UnicoderVLPreTrainedModel
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
+from ..regions.conversion import convert
+from ..regions.shards import MANIFEST, NO_OBJECT_IDS, shard_path
+from ..regions.store import RegionStore
+from .arguments import DataArguments, ModelArguments
+
+
+def check_object_ids(store: RegionStore, image_ids: Sequence[str], num_classes: int) -> int:
+    """
+    The highest object id of these images, all of which masked object classification is to predict.
+
+    Raises:
+        `ValueError`: an image has no object ids, or one that is not below `num_classes`. The collator would say so,
+            too, but perhaps days later.
+    """
+    highest = store.highest_object_ids(image_ids)
+    lacking, wrong = np.flatnonzero(highest == NO_OBJECT_IDS), np.flatnonzero(highest >= num_classes)
+    if len(lacking) > 0:
+        raise ValueError(
+            f"{store.path}, image {image_ids[lacking[0]]!r}{_one_of(lacking)}: the record has no object_ids, "
+            "which masked object classification predicts. Add them with `unicoder-vl label`, or leave it out: --no_moc."
+        )
+    if len(wrong) > 0:
+        raise ValueError(
+            f"{store.path}, image {image_ids[wrong[0]]!r}{_one_of(wrong)}: object_ids hold "
+            f"{highest[wrong[0]]}, expected 0 to {num_classes - 1}, as the model predicts, or -1 for none. Ids count "
+            "from 0, without background: convert the regions anew if theirs do not; or give the detector's number of "
+            "classes with --num_region_classes; or leave the task out: --no_moc."
+        )
+    return int(highest.max())
+
+
+def _one_of(images: np.ndarray) -> str:
+    return f" (one of {len(images):,})" if len(images) > 1 else ""
+
+
+logger = logging.get_logger(__name__)
+
+Model = TypeVar("Model", bound=UnicoderVLPreTrainedModel)
+
+# In the output folder; Trainer and we leave what begins with "_" at home when we push.
+DATA_FOLDER = "_data"
+
+# One that learns the scenes in minutes on two cores.
+SCENES_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@dataclass
+class CaptionedRegions:
+    """
+    Args:
+        store ([`RegionStore`]): The regions.
+        captions (`datasets.Dataset`): Of all splits; every image has regions.
+        train (`datasets.Dataset`): Those of the training split.
+        path (`Path`): Where the captions come from.
+        name (`str`): The data in words.
+    """
+
+    store: RegionStore
+    captions: datasets.Dataset
+    train: datasets.Dataset
+    path: Path
+    name: str
+
+    def validation(self, split: str) -> datasets.Dataset:
+        """The captions of a split to validate on; warns where it shows images that are trained on."""
+        rows = select_split(self.captions, self.path, split)
+        images = rows.unique("image_id")
+        if trained := len(set(images).intersection(self.train.unique("image_id"))):
+            logger.warning(
+                f"{trained:,} of the {len(images):,} images of the split {split!r} are trained on, too: its figures "
+                "say less about images never seen."
+            )
+        return rows
+
+
+@dataclass
+class TrainingSetup:
+    """
+    What a training run begins with, whatever its task. A subclass says what is trained, for the log and the card.
+
+    Args:
+        model ([`UnicoderVLPreTrainedModel`]), processor ([`UnicoderVLProcessor`]): What is trained, and its inputs.
+        collator (callable): Makes the batches.
+        train, validation: The rows; no validation where None.
+        data_name (`str`): The data in words.
+
+    Raises:
+        `ValueError`: The tokenizer has more tokens than the model knows.
+    """
+
+    model: UnicoderVLPreTrainedModel
+    processor: UnicoderVLProcessor
+    collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+    train: Any
+    validation: Any
+    data_name: str
+
+    task: ClassVar[str] = "image-text-retrieval"  # that the model is for, see [`write_model_card`]
+    rows: ClassVar[str] = "pairs"  # that a batch counts
+
+    def __post_init__(self):
+        self.processor.check_model(self.model)
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """The parts of the loss that are trained, as the model's output names them; none where the loss is one."""
+        return ()
+
+    @property
+    def trained_by(self) -> str:
+        """How the model is trained, in words that follow "Unicoder-VL, "."""
+        raise NotImplementedError
+
+    @property
+    def measured_on(self) -> str | None:
+        """How much of the validation split the metrics are of, in words."""
+        raise NotImplementedError
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the model card says of data and training: arguments of [`write_model_card`]."""
+        return {
+            "data_name": self.data_name,
+            "provenance": self.processor.feature_extractor.region_provenance,
+            "trained_by": self.trained_by,
+            "measured_on": self.measured_on,
+            "task": self.task,
+        }
+
+
+def in_words(captions: datasets.Dataset) -> str:
+    """How many captions and images these are, without which recall at K says little."""
+    return f"{len(captions):,} captions of {len(captions.unique('image_id')):,} images"
+
+
+def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegions:
+    """
+    Reads captions and regions and joins them. What is rendered or converted goes into the output folder.
+
+    Raises:
+        `ValueError`: captions without regions (unless `skip_missing`), or a fault in a file.
+    """
+    if arguments.on_scenes:
+        from ..scenes.world.world import build_scenes
+
+        folder = build_scenes(Path(output_dir, DATA_FOLDER, "scenes"))
+        path, store = folder / "captions.jsonl", RegionStore(folder / "regions")
+    else:
+        path = Path(str(arguments.captions))
+        store = open_or_convert(
+            Path(str(arguments.regions)), Path(output_dir, DATA_FOLDER, "regions"), arguments.num_region_classes
+        )
+    captions, report = join(
+        read_captions(path, ids=arguments.caption_ids),
+        store,
+        skip_missing=arguments.skip_missing,
+        skip_option="--skip_missing",
+    )
+    logger.warning(f"{path} with {store}:\n{report}")
+    train = select_split(captions, path, arguments.train_split)
+    return CaptionedRegions(store, captions, train, path, "rendered scenes" if arguments.on_scenes else path.stem)
+
+
+def open_or_convert(path: Path, converted: Path, num_classes: int | None) -> RegionStore:
+    """A store as it is; feature files of another format as a store in the output folder, converted once."""
+    if (path / MANIFEST).exists():
+        return RegionStore(path)
+    origin = converted.with_name(f"{converted.name}.source")  # what was converted
+    if origin.exists() and (source := origin.read_text(encoding="utf-8")) != str(path.absolute()):
+        raise ValueError(f"{converted} was converted from {source}, not from {path}: take another --output_dir.")
+    if not (converted / MANIFEST).exists():
+        made = [folder for folder in (converted, *converted.parents) if not folder.exists()]
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        origin.write_text(str(path.absolute()), encoding="utf-8")
+        try:
+            convert(path, converted, resume=True, num_classes=num_classes)
+        except BaseException:
+            if not shard_path(converted, 0).exists():  # nothing that the same files could go on with
+                origin.unlink()
+                for folder in made:
+                    with contextlib.suppress(OSError):  # it was not made, or holds something else
+                        folder.rmdir()
+            raise
+    return RegionStore(converted)
+
+
+def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[Model], **fields: Any) -> Model:
+    """
+    A Unicoder-VL checkpoint of any kind, a BERT, or new weights; `fields` are further ones of its configuration.
+
+    Raises:
+        `ValueError`: a checkpoint of another kind, or one that the regions, `max_length` or an option do not fit.
+    """
+    known = store.provenance["num_classes"]
+    regions: dict[str, Any] = {
+        "region_feature_dim": store.feature_dim,
+        "num_region_classes": arguments.num_region_classes or known or UnicoderVLConfig().num_region_classes,
+        "use_image_token_embedding": arguments.image_token,
+    }
+    if arguments.num_hidden_layers is not None:
+        regions["num_hidden_layers"] = arguments.num_hidden_layers
+    if arguments.dropout is not None:
+        fields |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
+    name = arguments.base_model
+    if name is None:
+        from ..scenes.world.world import scene_tokenizer
+
+        config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **fields}
+        model = model_class(UnicoderVLConfig(**config))
+    elif is_unicoder_vl(name):
+        model = model_class.from_pretrained(name, **fields)
+        _check_unchanged(arguments, model)
+        if model.config.region_feature_dim != store.feature_dim:
+            raise ValueError(
+                f"{name} takes features of width {model.config.region_feature_dim}, but those of {store.path} have "
+                f"width {store.feature_dim}. Give --regions of the detector that it was trained with (`unicoder-vl "
+                "extract` or `convert`), or train anew from a BERT: --model_name_or_path google-bert/bert-base-uncased."
+            )
+    else:
+        model = model_class.from_bert(name, **regions, **fields)
+    if arguments.max_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions: "
+            f"give --max_length {model.config.max_position_embeddings} or less."
+        )
+    cast(UnicoderVLModel, model.base_model).padding_free = True
+    return model
+
+
+def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel):
+    """
+    Raises:
+        `ValueError`: an option would change what a Unicoder-VL is made of, and would else be passed over.
+    """
+    config, options = model.config, {"--num_hidden_layers": arguments.num_hidden_layers}
+    has = {"--num_hidden_layers": config.num_hidden_layers}
+    if not arguments.image_token:
+        options["--image_token"], has["--image_token"] = False, config.use_image_token_embedding
+    if isinstance(model, UnicoderVLForPreTraining):  # which alone predicts them
+        options["--num_region_classes"] = arguments.num_region_classes
+        has["--num_region_classes"] = config.num_region_classes
+    for option, wanted in options.items():
+        if wanted is not None and wanted != has[option]:
+            raise ValueError(
+                f"{option} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has[option]}, which "
+                "stays. Leave the option out, or begin with a BERT."
+            )
+
+
+def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:
+    """As [`processor_for`]; says how many captions are cut, and raises ValueError of those that have no token."""
+    processor = processor_for(arguments, data.store, data.train.unique("image_id"))
+    check_tokens(data.captions, processor.tokenizer, data.path)
+    cut = processor.count_truncated(data.train["caption"], arguments.max_length)
+    logger.warning(
+        f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
+    )
+    return processor
+
+
+def processor_for(arguments: ModelArguments, store: RegionStore, train_image_ids: Sequence[str]) -> UnicoderVLProcessor:
+    """
+    That of a Unicoder-VL checkpoint, its feature scale included, or one for a BERT or new weights. It records the
+    provenance of the regions that are trained on; a checkpoint that was trained on others says so.
+    """
+    name, provenance = arguments.base_model, store.provenance
+    if name is not None and is_unicoder_vl(name):
+        processor = UnicoderVLProcessor.from_pretrained(name)
+        extractor = processor.feature_extractor
+        extractor.check_provenance(provenance)
+        if arguments.scale_features and extractor.feature_mean is None:
+            raise ValueError(f"{name} was trained on unscaled features: leave out --scale_features.")
+        if arguments.max_regions is not None:
+            extractor.max_regions = arguments.max_regions
+        extractor.feature_dim, extractor.region_provenance = store.feature_dim, provenance
+    else:
+        scale: dict[str, Any] = {}
+        if arguments.scale_features:
+            scale["feature_mean"], scale["feature_std"] = feature_statistics(store, train_image_ids)
+        extractor = UnicoderVLFeatureExtractor(
+            max_regions=arguments.max_regions or 100,
+            feature_dim=store.feature_dim,
+            region_provenance=provenance,
+            **scale,
+        )
+        if name is None:
+            from ..scenes.world.world import scene_tokenizer
+
+            processor = UnicoderVLProcessor(extractor, scene_tokenizer())
+        else:
+            processor = UnicoderVLProcessor(extractor, AutoTokenizer.from_pretrained(name))
+    return processor
+
+
+def feature_statistics(
+    store: Mapping[str, RegionRecord], image_ids: Sequence[str], max_images: int = 10_000
+) -> tuple[np.ndarray, float]:
+    """
+    The mean feature `(D,)` over the regions of these images (at most `max_images`, drawn evenly), and one standard
+    deviation of all values around it: what `UnicoderVLFeatureExtractor` takes as `feature_mean` and `feature_std`.
+    """
+    image_ids = image_ids[:: max(1, math.ceil(len(image_ids) / max_images))]
+    count, total, squares = 0, np.float64(0), np.float64(0)
+    for image_id in logging.tqdm(image_ids, desc="Measuring features", unit="image", leave=False):
+        features = np.asarray(store[image_id].features, dtype=np.float64)
+        count, total, squares = count + len(features), total + features.sum(0), squares + (features**2).sum(0)
+    mean = np.asarray(total / count)
+    return mean, float(np.sqrt((squares / count - mean**2).mean()))
+
+
+def is_unicoder_vl(name: str) -> bool:
+    """
+    Whether a folder or repository holds a Unicoder-VL.
+
+    Raises:
+        `ValueError`: there is no model of that name.
+    """
+    try:
+        return AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type
+    except OSError as error:
+        reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0]  # an argument of another function
+        raise ValueError(
+            f"There is no model {name!r}: no folder of that name with a config.json, and no repository of the Hub that "
+            f"can be reached from here ({reason})"
+        ) from error

@@ -1,0 +1,256 @@
+"""transformers' Trainer as all tasks use it: evaluation that keeps no logits, an end without loss, our model card, and
+the losses beside one quiet progress bar.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from ..processes import Computing, StopSignal
+from .checkpoints import CheckpointFolder, follow_schedule
+from .log import LossMeter, beside_the_bar, in_a_line
+from .model_card import TrainingRun, write_model_card
+from .setup import TrainingSetup
+
+_STATE_FILE = "trainer_state.json"
+
+
+def trainer_checkpoints(args: TrainingArguments) -> CheckpointFolder:
+    """The checkpoints of a run of Trainer."""
+    return CheckpointFolder(Path(str(args.output_dir)), state_file=_STATE_FILE)
+
+
+def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of `TrainingArguments` for a recipe, whose batch counts pairs over all micro-steps of one process."""
+    on_gpu, micro_steps = torch.cuda.is_available(), recipe["gradient_accumulation_steps"]
+    return {
+        "num_train_epochs": recipe["num_train_epochs"],
+        "learning_rate": recipe["learning_rate"],
+        "per_device_train_batch_size": recipe["train_batch_size"] // micro_steps,
+        "gradient_accumulation_steps": micro_steps,
+        "warmup_steps": 0.1,
+        "bf16": None,  # as pays for the model, once it is known
+        "use_cpu": not on_gpu,
+        "eval_strategy": "epoch",
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,  # every micro-batch holds the same number of pairs
+        "logging_steps": 20,
+        "logging_nan_inf_filter": False,  # which hides a loss that is NaN, and waits for the device at every step
+        "report_to": "none",
+    }
+
+
+class TaskTrainer(Trainer):
+    """
+    A Trainer for one of our tasks: a subclass says how a model is evaluated.
+
+    Args:
+        setup ([`TrainingSetup`]): What is trained, such as [`prepare_retrieval`] builds it.
+        args ([`TrainingArguments`]): Of the run. `bf16=None` trains in the precision that pays for the model.
+        base_model (`str`, *optional*): What the model started from, for the card.
+        callbacks (sequence of [`TrainerCallback`], *optional*): As in Trainer.
+        resume_from (`Path`, *optional*): The checkpoint to go on from, as [`trainer_checkpoints`] resolves it.
+    """
+
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        args: TrainingArguments,
+        base_model: str | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        resume_from: Path | None = None,
+    ):
+        undecided = cast(bool | None, args.bf16) is None and not args.fp16
+        asked = "auto" if undecided else args.mixed_precision
+        self.computing = Computing.choose(asked, args.device.type, setup.model.config.hidden_size, resume_from)
+        args.mixed_precision = self.computing.mixed_precision
+        args.bf16, args.fp16 = (args.mixed_precision == name for name in ("bf16", "fp16"))
+        super().__init__(
+            model=setup.model,
+            args=args,
+            data_collator=setup.collator,
+            train_dataset=setup.train,
+            eval_dataset=setup.validation,
+            processing_class=setup.processor,
+            callbacks=[EpochOfData(), _RecordOfComputing(self.computing), *callbacks],
+        )
+        if self.pop_callback(ProgressCallback) is not None:  # none under --disable_tqdm
+            self.add_callback(_LossesBesideTheBar())
+        self.setup = setup
+        self.base_model = base_model
+        self.last_metrics: dict[str, float] = {}
+        self.meter = LossMeter(self.accelerator, setup.loss_parts)
+        self._metered_step = 0
+        self._resumed_from = resume_from
+        self._goes_further = False
+
+    def evaluate_task(self, rows: Any) -> dict[str, float]:
+        """The metrics of the model on the validation rows, the same in every process."""
+        raise NotImplementedError
+
+    def set_initial_training_values(self, args, dataloader):
+        if len(dataloader) == 0:
+            raise ValueError(
+                f"The {len(self.setup.train):,} {self.setup.rows} of training fill no micro-batch of "
+                f"{args.train_batch_size} in each of {args.world_size} processes: give a smaller "
+                "--per_device_train_batch_size."
+            )
+        values = super().set_initial_training_values(args, dataloader)
+        if self._resumed_from is not None:
+            before = TrainerState.load_from_json(str(self._resumed_from / _STATE_FILE))
+            self._metered_step = before.global_step
+            checkpoints, requested = trainer_checkpoints(args), args.resume_from_checkpoint
+            self._goes_further = checkpoints.check_steps(requested, self._resumed_from, values[-1], before.max_steps)
+            if self._goes_further:
+                checkpoints.reopen()
+        return values
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._goes_further:
+            follow_schedule(cast(LRScheduler, self.lr_scheduler))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.setup.loss_parts:
+            self.meter.add(outputs, inputs["matching_labels"], 1 / self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.setup.loss_parts:
+            self.meter.gather()
+            parts = self.meter.mean(self.state.global_step - self._metered_step)
+            self._metered_step = self.state.global_step
+            logs |= {name: parts[name] for name in self.setup.loss_parts}
+        super().log(logs, start_time)
+
+    def conclude(self) -> None:
+        """Measures, in every process, what is saved with the model that was kept; by default nothing."""
+
+    def training_run(self) -> TrainingRun:
+        """The training as it really ran, for the card."""
+        args, state = self.args, self.state
+        return TrainingRun(
+            steps=state.global_step,
+            epochs=state.epoch or 0,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+            mixed_precision=self.accelerator.mixed_precision,
+            rows=self.setup.rows,
+            kept_step=state.best_global_step if args.load_best_model_at_end else None,
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        rows = self.setup.validation if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("There is nothing to validate on: see --validation_split and --max_validation_….")
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+            self.save_model()  # before the last evaluation, in which it would otherwise be lost
+        metrics = self.evaluate_task(rows)
+        self.last_metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(self.last_metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, self.last_metrics)
+        return self.last_metrics
+
+    def create_model_card(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            write_model_card(
+                Path(str(self.args.output_dir)),
+                base_model=self.base_model,
+                repo_id=self.hub_model_id,
+                metrics=self.last_metrics,
+                training=self.training_run(),
+                **self.setup.card,
+            )
+
+    def run(self) -> bool:
+        """
+        Trains, saves the model with its card, and pushes it if asked. False where Ctrl-C stopped it, which leaves a
+        checkpoint to resume from.
+        """
+        self.accelerator.print(f"How it computes: {self.computing}")
+        checkpoint = None if self._resumed_from is None else str(self._resumed_from)
+        if checkpoint is not None:
+            self.accelerator.print(f"Going on from {checkpoint}, whose weights replace those loaded before.")
+        with StopSignal() as stop, self.computing.threads():
+            stopping = _StopWithCheckpoint(stop, self)
+            self.add_callback(stopping)
+            self.train(resume_from_checkpoint=checkpoint)
+        if stopping.stopped:
+            self.accelerator.print(f"Stopped after {self.state.global_step} of {self.state.max_steps} steps.")
+            return False
+        best = [
+            entry for entry in self.state.log_history
+            if entry["step"] == self.state.best_global_step and f"eval_{self.args.metric_for_best_model}" in entry
+        ]  # fmt: skip
+        if self.args.load_best_model_at_end and best:  # which may not be the last
+            self.last_metrics = {name: value for name, value in best[-1].items() if name.startswith("eval_")}
+        self.conclude()
+        self.save_model()
+        if self.args.eval_strategy != "no" and not self.last_metrics:  # all that the run we resumed had left to do
+            self.evaluate()
+        self.save_state()
+        self.save_metrics("eval", self.last_metrics)
+        self.create_model_card()
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return True
+
+
+class EpochOfData(TrainerCallback):
+    """
+    Tells the epoch to the training data, whose masks and negatives follow from it: accelerate does so in a single
+    process only. For any Trainer: `Trainer(…, callbacks=[EpochOfData()])`.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class _RecordOfComputing(TrainerCallback):
+    """Writes into each checkpoint how the run computes."""
+
+    def __init__(self, computing: Computing):
+        self.computing = computing
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.computing.save(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+class _LossesBesideTheBar(ProgressCallback):
+    """One bar, with the latest losses beside it, where transformers prints a dict for every line of the log."""
+
+    training_bar: tqdm | None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(beside_the_bar(logs))
+        metrics = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if metrics:
+            self.training_bar.write(in_a_line(state.global_step, metrics))
+
+
+class _StopWithCheckpoint(TrainerCallback):
+    """Ctrl-C or SIGTERM: a checkpoint after the step, the same one in every process, and the end."""
+
+    def __init__(self, stop: StopSignal, trainer: Trainer):
+        self.stop = stop
+        self.accelerator = trainer.accelerator
+        self.stopped = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop.agreed(self.accelerator) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # within the epoch, to which its evaluation and its checkpoint do not belong
+            control.should_evaluate = control.should_save = False

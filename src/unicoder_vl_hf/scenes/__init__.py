@@ -1,0 +1,1 @@
+"""The rendered world and the questions about it."""

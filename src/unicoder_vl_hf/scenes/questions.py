@@ -1,0 +1,162 @@
+"""
+Visual commonsense reasoning on the rendered scenes: questions that nothing but their references decides.
+
+A scene shows two kinds of shape, one of each in every quarter of the picture, and the four of a kind differ in colour.
+What is right is therefore a matter of which one is meant, and the words ("circle") never tell:
+
+    what colour is [3] ?        [3] is red .                        its colour, or that of another of its kind
+    what colours are [1, 3] ?   blue and red .                      of four pairs, each sharing one with two others
+
+The rationale says the colour of an object of the other kind, which it refers to itself.
+
+Every choice is as likely as another to whoever sees the text alone, the regions without the references, or the
+references without the regions: one in four guesses is right.
+
+The files are VCR's own. As in `scenes.py` everything is a pure function of (seed, split, index).
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import logging
+from .world.world import (
+    COLOURS,
+    GROUNDS,
+    HEIGHT,
+    SHAPE_WORDS,
+    SPLITS,
+    WIDTH,
+    Scene,
+    SceneObject,
+    build_once,
+    generator_of,
+    place,
+    render_scene,
+    scene_record,
+    scene_store_writer,
+)
+
+FORMS = ("colour", "colours")
+# Part of what a finished folder must match: raise it with every change of what is drawn or asked.
+_WORLD = 1
+
+Tokens = list[str | list[int]]
+
+
+def sample_vcr_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
+    """Scene number `index` of a split, independent of all others; its objects are in random order."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+    image_id = f"vcr-{split}-{index:05d}"
+    rng = generator_of(seed, image_id, "scene")
+    kinds = rng.choice(list(SHAPE_WORDS), size=2, replace=False).tolist()
+    colours = [rng.choice(list(COLOURS), size=4, replace=False).tolist() for _ in kinds]
+    objects = []
+    for quarter, (left, top) in enumerate(product((0, WIDTH // 2), (0, HEIGHT // 2))):
+        boxes = place(rng, ["small", "small"], WIDTH // 2, HEIGHT // 2)
+        for kind, (x1, y1, x2, y2), of_kind in zip(kinds, boxes, colours, strict=True):
+            box = (left + x1, top + y1, left + x2, top + y2)
+            objects.append(SceneObject(kind, of_kind[quarter], "small", box))
+    order = rng.permutation(len(objects))
+    return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(objects[i] for i in order), seed)
+
+
+def scene_questions(scene: Scene) -> list[dict[str, Any]]:
+    """A question of each form about a scene of [`sample_vcr_scene`], in VCR's fields."""
+    rng = generator_of(scene.seed, scene.image_id, "questions")
+    return [_question(rng, scene, form) for form in FORMS]
+
+
+def _question(rng: np.random.Generator, scene: Scene, form: str) -> dict[str, Any]:
+    """The right choices come first, until they are shuffled."""
+    meant = int(rng.integers(len(scene.objects)))
+    kind = scene.objects[meant].shape
+    order = rng.permutation(len(scene.objects)).tolist()
+    alike = [meant, *(i for i in order if scene.objects[i].shape == kind and i != meant)]
+    others = [i for i in order if scene.objects[i].shape != kind]
+    if form == "colour":
+        question: Tokens = ["what", "colour", "is", [meant], "?"]
+        answers = _colours(scene, alike)
+    else:
+        # Around a square of the four, so that each pair shares an object with two others.
+        pairs = [sorted(pair) for pair in zip(alike, [*alike[1:], meant], strict=True)]
+        question = ["what", "colours", "are", pairs[0], "?"]
+        answers = [[scene.objects[i].colour, "and", scene.objects[j].colour, "."] for i, j in pairs]
+    item: dict[str, Any] = {"question": question}
+    for name, choices in (("answer", answers), ("rationale", _colours(scene, others))):
+        order = rng.permutation(len(choices)).tolist()
+        item |= {f"{name}_choices": [choices[i] for i in order], f"{name}_label": order.index(0)}
+    return item
+
+
+def _colours(scene: Scene, objects: Sequence[int]) -> list[Tokens]:
+    """That the first of `objects` has its colour, or that of another of them."""
+    return [[[objects[0]], "is", scene.objects[i].colour, "."] for i in objects]
+
+
+def build_vcr_scenes(
+    folder: str | os.PathLike, num_train: int = 2000, num_val: int = 400, num_test: int = 50, seed: int = 0
+) -> Path:
+    """
+    Draws a world of questions to disk, in the layout of VCR.
+
+        {train,val,test}.jsonl      the questions, two a scene; those of the test split have no labels
+        images/{image_id}.png       the pictures
+        images/{image_id}.json      the boxes of the objects
+        regions/                    a `RegionStore` of what a detector would find, of all splits
+        scenes.json                 the arguments of this function
+
+    Appears, stays and is replaced as what [`build_scenes`] draws.
+    """
+    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
+    arguments = {"vcr_world": _WORLD, "seed": seed, "scenes": counts}
+    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+
+
+def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
+    (folder / "images").mkdir(parents=True)
+    with scene_store_writer(folder / "regions") as writer:
+        for split, count in counts.items():
+            lines: list[str] = []
+            for index in logging.tqdm(range(count), desc=f"Drawing scenes to ask of, {split}", unit="scene"):
+                scene = sample_vcr_scene(index, split, seed)
+                image = render_scene(scene)
+                image.save(folder / "images" / f"{scene.image_id}.png", compress_level=1)
+                (folder / "images" / f"{scene.image_id}.json").write_text(json.dumps(_metadata(scene)))
+                writer.write(scene_record(scene, image))
+                lines += [json.dumps(item) + "\n" for item in _annotations(scene, split, first=len(lines))]
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+def _metadata(scene: Scene) -> dict[str, Any]:
+    return {
+        "boxes": [[*thing.box, 1.0] for thing in scene.objects],
+        "names": [thing.shape for thing in scene.objects],
+        "width": scene.width,
+        "height": scene.height,
+    }
+
+
+def _annotations(scene: Scene, split: str, first: int) -> Sequence[dict[str, Any]]:
+    items = []
+    for number, item in enumerate(scene_questions(scene), start=first):
+        if split == "test":
+            item = {name: value for name, value in item.items() if not name.endswith("_label")}
+        items.append(
+            {
+                "annot_id": f"{split}-{number}",
+                "img_id": scene.image_id,
+                "img_fn": f"{scene.image_id}.png",
+                "metadata_fn": f"{scene.image_id}.json",
+                "movie": "scenes",
+                "objects": [thing.shape for thing in scene.objects],
+                **item,
+            }
+        )
+    return items

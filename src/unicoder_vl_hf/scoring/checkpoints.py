@@ -1,0 +1,83 @@
+"""A checkpoint to score with: pre-trained (zero-shot) or fine-tuned, but never one whose matching head would be new."""
+
+import hashlib
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoProcessor
+
+from ..configuration_unicoder_vl import UnicoderVLConfig
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processes import start_processes
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..regions.store import RegionStore
+
+
+def load_for_scoring(
+    name: str | PathLike[str], dtype: torch.dtype = torch.float32
+) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
+    """
+    The model with the matching head of a pre-training or retrieval checkpoint, and its processor.
+
+    Args:
+        name (`str` or `os.PathLike`): a folder or a repository of the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights, whatever they were saved in.
+
+    Raises:
+        `ValueError`: another model, one that was saved without what scoring needs, or one with fewer rows than its
+            tokenizer has tokens.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, UnicoderVLConfig):
+        raise ValueError(f"{name} is a {config.model_type}; expected a checkpoint of Unicoder-VL.")
+    loaded: Any = UnicoderVLForImageTextRetrieval.from_pretrained(
+        name, config=config, dtype=dtype, output_loading_info=True
+    )
+    model, report = loaded
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(("bert.", "matching_head.")))
+    if missing:
+        raise ValueError(
+            f"{name} ({config.architectures}) has no {missing[:3]}: its scores would be random. Expected a checkpoint "
+            "of UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval."
+        )
+    processor = AutoProcessor.from_pretrained(name)
+    processor.check_model(model)
+    return model.eval(), processor
+
+
+def load_for_store(
+    name: str | PathLike[str], store: RegionStore
+) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
+    """
+    [`load_for_scoring`] in float32, on the device of this process, with a store as the processor's default; warns where
+    the model was trained on regions of another kind.
+    """
+    model, processor = load_for_scoring(name)
+    nn.Module.to(model, start_processes().device)
+    processor.set_store(store)
+    return model, processor
+
+
+def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTextRetrieval) -> dict[str, Any]:
+    """
+    What tells a checkpoint from others, as JSON: its name, the class that saved it (pre-training means zero-shot),
+    the revision where it is of the Hub, and a digest of the weights that scoring reads.
+    """
+    return {
+        "name": str(name),
+        "saved_by": next(iter(model.config.architectures or ()), None),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "scoring_weights_sha256": weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()}),
+    }
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for key, weight in sorted(weights.items()):
+        digest.update(key.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

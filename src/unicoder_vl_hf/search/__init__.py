@@ -1,0 +1,1 @@
+"""What finds, once something is trained: encoders, indexes, search in two stages."""

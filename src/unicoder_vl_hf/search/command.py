@@ -1,0 +1,394 @@
+"""`unicoder-vl index` and `unicoder-vl search`: from names of files to an index, and to what was found in it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import logging
+from ..data.captions import check_tokens, is_blank, join, read_captions
+from ..records_unicoder_vl import RegionRecord
+from ..regions.store import RegionStore
+from ..scoring.checkpoints import load_for_store
+from ..scoring.scorer import ImageTextScorer
+from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder, open_transformers_encoder
+from .index import INDEX, SearchIndex, build_index
+from .two_stage import Hit, SimilarityWeight, search
+
+logger = logging.get_logger(__name__)
+
+# Drawn on a photo of the gallery: more would hide it.
+REGIONS_DRAWN = 10
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """
+    The hits of one query; `str` of it is a table, by what its hits are ordered, and where the gallery is.
+
+    Attributes:
+        query (`str`): What was asked, in words.
+        hits (`list[Hit]`): The best first.
+        gallery (`Path`, *optional*): The HTML that shows them.
+        weight ([`SimilarityWeight`], *optional*): By which two stages ordered them; None where every pair was scored.
+    """
+
+    query: str
+    hits: list[Hit]
+    gallery: Path | None = None
+    weight: SimilarityWeight | None = None
+
+    @property
+    def similarity_weight(self) -> float:
+        return 0.0 if self.weight is None else self.weight.value
+
+    def __str__(self) -> str:
+        # Where the similarity adds nothing, what orders is the score itself.
+        columns = ["score", "similarity"]
+        if self.weight is not None and self.weight.value > 0:
+            columns.insert(0, self.weight.formula)
+        rows = [["rank", *columns, ""]]
+        for rank, hit in enumerate(self.hits, start=1):
+            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - 1]
+            similarity = "" if hit.similarity is None else f"{hit.similarity:.3f}"
+            rows.append([str(rank), *scores, similarity, hit.name])
+        widths = [4, *(max(8, len(column)) for column in columns), 0]
+        lines = [self.query]
+        lines += [
+            "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        if self.weight is not None:
+            lines.append(f"Ordered by {self.weight}.")
+        if self.gallery is not None:
+            lines.append(f"Gallery: {self.gallery}")
+        return "\n".join(lines)
+
+
+def make_index(
+    store: str,
+    output: str,
+    *,
+    model: str | None = None,
+    dual_encoder: str | None = None,
+    photos: str | None = None,
+    photo_ids: str = "stem",
+    captions: str | None = None,
+    caption_ids: str | None = None,
+    split: str | None = None,
+    images_of: str | None = None,
+    faiss: str | None = None,
+    restart: bool = False,
+) -> str:
+    """
+    Indexes the images of a store, or captions of these, by a checkpoint of ours or by a dual encoder of transformers.
+    Returns what there is now, in words. Arguments are those of `unicoder-vl index`.
+
+    Raises:
+        `ValueError`: not exactly one of `model` and `dual_encoder`; images for a dual encoder without `photos`; a
+        `model` whose first stage was not trained; options that do not go together; or as [`build_index`].
+    """
+    if (model is None) == (dual_encoder is None):
+        raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
+    if captions is not None and images_of is not None:
+        raise ValueError("Give either --captions, to index captions, or --images-of, to index the images of some.")
+    if split is not None and captions is None:
+        raise ValueError(
+            f"--split {split} is of --captions, which are not given. --images-of CAPTIONS:{split} indexes the images "
+            "of that split."
+        )
+    regions = RegionStore(store)
+    image_ids = None if images_of is None else _images_of(images_of, caption_ids, regions)
+    encoder: UnicoderVLDualEncoder | TransformersDualEncoder
+    if model is not None:
+        encoder = UnicoderVLDualEncoder(*load_for_store(model, regions), regions, model)
+    else:
+        encoder = open_transformers_encoder(
+            str(dual_encoder), regions, photos, photo_ids=photo_ids, needs_photos=captions is None
+        )
+    texts = None
+    if captions is not None:
+        texts = _captions(captions, caption_ids, split, regions, encoder.processor.tokenizer)
+    before = not restart and Path(output, INDEX).exists()
+    index = build_index(encoder, regions, output, image_ids=image_ids, captions=texts, faiss=faiss, restart=restart)
+    again = " It was complete before; --restart begins anew." if before else ""
+    return f"{output} is complete: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}.{again}"
+
+
+def run_search(
+    text: str | None = None,
+    *,
+    image: str | os.PathLike[str] | None = None,
+    image_id: str | None = None,
+    index: str | None = None,
+    exhaustive: bool = False,
+    regions: str | None = None,
+    model: str | None = None,
+    dual_encoder: str | None = None,
+    photos: str | None = None,
+    photo_ids: str = "stem",
+    captions: str | None = None,
+    caption_ids: str | None = None,
+    split: str | None = None,
+    candidates: int = 100,
+    similarity_weight: float | None = None,
+    top_k: int = 10,
+    gallery: str | None = None,
+) -> SearchResult:
+    """
+    Images for a text, or captions for an image, from an index or among all there are. Arguments are those of
+    `unicoder-vl search`.
+
+    Raises:
+        `ValueError`: arguments that do not go together, an index of the other kind, one that was made by another
+        checkpoint or from another store, or an `image` that is not shown to be the stored one of its name.
+        `FileNotFoundError`: an `image` that is no file.
+    """
+    by_text = text is not None
+    if [text, image, image_id].count(None) != 2:
+        raise ValueError(
+            "Give either a sentence, to search images, or an image, to search captions: --image FILE or --image-id ID."
+        )
+    if (index is None) != exhaustive:
+        raise ValueError("Give either --index, to search it in two stages, or --exhaustive, to score every pair.")
+    if gallery is not None and not by_text:
+        raise ValueError("--gallery shows the images that a sentence finds: give a sentence, not an image.")
+    if text is not None and is_blank(text):
+        raise ValueError("The sentence is empty: say what the images should show.")
+    for option, value in (("--top-k", top_k), ("--candidates", candidates)):
+        if value < 1:
+            raise ValueError(f"{option} is {value}, expected at least 1.")
+    if exhaustive and similarity_weight:
+        raise ValueError(
+            "--exhaustive has no first stage whose similarity could be added: leave --similarity-weight out."
+        )
+    if (captions or split) and (by_text or not exhaustive):
+        raise ValueError("--captions and --split say what --exhaustive searches by an image: leave them out.")
+    # Where there are none, it is said before the search.
+    opened_photos = None if photos is None or (gallery is None and image is None) else Photos(photos, photo_ids)
+    weight = None
+    if index is None:
+        if model is None or regions is None or not (by_text or captions):
+            raise ValueError("--exhaustive needs --model and --regions, and to search captions --captions.")
+        store = RegionStore(regions)
+        query, shown = _query(text, image, image_id, store, opened_photos)
+        loaded, processor = load_for_store(model, store)
+        names = list(store)
+        if not by_text:
+            names = _captions(str(captions), caption_ids, split, store, processor.tokenizer)
+        hits = _score_all(query, not by_text, ImageTextScorer(loaded, processor, store), names)
+        searched = len(names)
+    else:
+        opened = SearchIndex(index)
+        wanted = "images" if by_text else "captions"
+        if opened.items != wanted:
+            raise ValueError(f"{index} holds {opened.items}, but what is sought are {wanted}: give an index of these.")
+        store = RegionStore(regions or _place(opened, "store", "--regions"))
+        query, shown = _query(text, image, image_id, store, opened_photos)
+        encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos, photo_ids)
+        if isinstance(query, RegionRecord) and not isinstance(encoder, UnicoderVLDualEncoder):
+            raise ValueError(f"{encoder.name} looks at photos, and {image} holds regions alone: give --image-id.")
+        weight = SimilarityWeight.of(similarity_weight, encoder, scorer)
+        (hits,) = search(
+            [query], opened, encoder, scorer, top_k=top_k, candidates=candidates, similarity_weight=weight.value
+        )
+        searched = len(opened)
+    hits = hits[:top_k]
+    path = None
+    if gallery is not None:
+        ordered = "the score of every pair" if weight is None else str(weight)
+        path = _write_gallery(gallery, shown, hits, store, opened_photos, f"{searched:,} images, ordered by {ordered}")
+    return SearchResult(shown, hits, path, weight)
+
+
+def _two_stages(
+    index: SearchIndex,
+    store: RegionStore,
+    model: str | None,
+    dual_encoder: str | None,
+    photos: str | None,
+    photo_ids: str,
+) -> tuple[DualEncoder, ImageTextScorer]:
+    """The encoder that made the index, unless another is named, which `search` checks; and the scorer."""
+    made_by = index.facts["encoder"]
+    ours = made_by["family"] == "unicoder-vl" and dual_encoder is None
+    name = _place(index, "encoder", "--model") if ours and model is None else model
+    if name is None:
+        raise ValueError(f"{index.path} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")
+    loaded, processor = load_for_store(name, store)
+    scorer = ImageTextScorer(loaded, processor, store, verbose=False)
+    if ours:
+        return UnicoderVLDualEncoder(loaded, processor, store, name), scorer
+    needs_photos = index.items == "captions"  # which are searched by an image
+    first = dual_encoder or _place(index, "encoder", "--dual-encoder")
+    return open_transformers_encoder(first, store, photos, photo_ids=photo_ids, needs_photos=needs_photos), scorer
+
+
+def _place(index: SearchIndex, made: str, option: str) -> str:
+    """Where the encoder or the store of an index was when it was made. Raises ValueError where it is not any more."""
+    name = index.facts[made]["name"]
+    if os.path.isabs(name) and not os.path.exists(name):
+        raise ValueError(f"{index.path} was made with {name}, which is not there any more: say where it is, {option}.")
+    return name
+
+
+def _captions(path: str, ids: str | None, split: str | None, store: RegionStore, tokenizer: Any) -> list[str]:
+    """The captions of a file whose images are in the store, each text once."""
+    rows, _ = join(read_captions(path, split=split, ids=ids), store, skip_missing=True)
+    check_tokens(rows, tokenizer, path)
+    return list(dict.fromkeys(rows["caption"][:]))
+
+
+def _images_of(source: str, ids: str | None, store: RegionStore) -> list[str]:
+    """The images of the store that a caption file names, of all its splits (`FILE`) or of one (`FILE:SPLIT`)."""
+    path, split = source, None
+    if not Path(source).exists() and ":" in source:
+        path, _, split = source.rpartition(":")
+    return join(read_captions(path, split=split, ids=ids), store, skip_missing=True)[0].unique("image_id")
+
+
+def _query(
+    text: str | None,
+    image: str | os.PathLike[str] | None,
+    image_id: str | None,
+    store: RegionStore,
+    photos: Photos | None,
+) -> tuple[str | RegionRecord, str]:
+    """The sentence, the id of a stored image, or a saved record; and the query in words."""
+    if image is None and image_id is None:
+        return str(text), str(text)
+    if image is None:
+        if image_id not in store:
+            file = f" It is a file: --image {image_id}." if Path(str(image_id)).is_file() else ""
+            raise ValueError(
+                f"{store.path} has no image {image_id!r}; its ids are like {list(islice(store, 3))}.{file}"
+            )
+        return str(image_id), str(image_id)
+    path, is_id = Path(image), isinstance(image, str) and image in store
+    if not path.is_file():
+        known = f" {store.path} has an image of that id: --image-id {image}." if is_id else ""
+        raise FileNotFoundError(f"--image {image}: there is no such file.{known}")
+    if is_id:
+        raise ValueError(
+            f"{image} is a file, and the id of an image of {store.path}: give --image ./{image} for the "
+            f"file, or --image-id {image} for the stored image."
+        )
+    if path.suffix == ".npz":
+        record = RegionRecord.load(path)
+        return record, f"{path}, the saved regions of {record.image_id!r}"
+    stored = _stored_image(path, store, photos)
+    return stored, f"{path}, the photo of the stored image {stored!r}"
+
+
+def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
+    """
+    The id of the stored image whose photo a file is. Its name only tells which that could be: the photo must have the
+    size that the store knows, and the bytes of the photo of that id.
+
+    Raises:
+        `ValueError`: the file is no photo, or not shown to be that of a stored image.
+    """
+    from ..regions.photos import decode_photo
+
+    try:
+        _, size = decode_photo(path.read_bytes())
+    except Exception as error:  # of any kind, where a file is damaged
+        raise ValueError(f"--image {path} cannot be read: {error}.") from error
+    extract = (
+        "Extract its regions with the detector of the store, to a store of its own, and search by them: `unicoder-vl "
+        f"extract {path} NEW …`, in Python RegionStore('NEW')[{path.stem!r}].save('regions.npz'), then --image "
+        "regions.npz."
+    )
+    names = [path.stem, path.name]
+    if photos is not None and path.resolve().is_relative_to(Path(photos.path).resolve()):
+        names.append(path.resolve().relative_to(Path(photos.path).resolve()).as_posix())
+    image_id = next((name for name in names if name in store), None)
+    if image_id is None:
+        raise ValueError(
+            f"--image {path} is no photo of {store.path}, which has no image {path.stem!r}. {extract} If it is the "
+            "photo of a stored image, name that: --image-id ID."
+        )
+    named = f"If it is the photo of {image_id!r} all the same: --image-id {image_id}."
+    record = store[image_id]
+    if None not in (known := (record.image_width, record.image_height)) and known != size:
+        raise ValueError(
+            f"--image {path} is not the photo of the image {image_id!r} of {store.path}: it has {size[0]} x {size[1]} "
+            f"pixels, that has {known[0]} x {known[1]}. {extract} {named}"
+        )
+    if photos is None or image_id not in photos:
+        where = "" if photos is None else f", and {photos.path} has no photo of that id to compare it with"
+        raise ValueError(
+            f"--image {path} has the name of the image {image_id!r} of {store.path}, which does not show that it is "
+            f"its photo{where}. Give --photos, which the store was made of, and the two are compared; or, if you know "
+            f"that it is: --image-id {image_id}. If it is another photo: {extract}"
+        )
+    if photos.read(image_id) != path.read_bytes():
+        raise ValueError(
+            f"--image {path} is not the photo of the image {image_id!r} of {store.path}: {photos.file(image_id)} holds "
+            f"other bytes. {extract} {named}"
+        )
+    return image_id
+
+
+def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]) -> list[Hit]:
+    """Every name with the query, the best first; the scorer says before how long it takes."""
+    scores = scorer.score(names, [query])[:, 0] if by_image else scorer.score([str(query)], names)[0]
+    return [Hit(names[at], float(scores[at]), None, float(scores[at])) for at in np.argsort(-scores, kind="stable")]
+
+
+def _write_gallery(
+    path: str | os.PathLike[str],
+    query: str,
+    hits: Sequence[Hit],
+    store: RegionStore,
+    photos: Photos | None,
+    searched: str,
+) -> Path:
+    """Each found image as its whole photo, then with its surest regions; on a blank page where there is no photo."""
+    from PIL import Image
+
+    from ..pictures import GalleryItem, draw_regions, write_gallery
+
+    class_names = store.provenance.get("class_names") or None
+    problems: list[str] = []
+
+    def pictures(image_id: str) -> list[Image.Image]:
+        record, photo = store[image_id], None
+        if photos is not None:
+            try:
+                photo = photos.of(record)
+            except (KeyError, ValueError) as error:
+                problems.append(error.args[0])
+        page = photo or Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
+        if not _have_scores(record):
+            return [page]
+        drawn = draw_regions(page, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)
+        return [drawn] if photo is None else [photo, drawn]
+
+    surest = f"its {REGIONS_DRAWN} surest regions"
+    unscored = "regions are not drawn, since they have no scores by which some would stand out"
+    shown = {
+        (True, True): f"shown whole, then with {surest}",
+        (True, False): f"shown whole; {unscored}",
+        (False, True): f"shown as {surest} on a blank page, without --photos",
+        (False, False): f"a blank page, without --photos; {unscored}",
+    }[photos is not None, any(_have_scores(store[hit.name]) for hit in hits)]
+    item = GalleryItem(
+        query,
+        best=tuple((hit.name, hit.score) for hit in hits),
+        notes={hit.name: hit.summands for hit in hits if hit.similarity is not None},
+    )
+    intro = f"The best {len(hits)} of {searched}. Each is {shown}."
+    written = write_gallery(path, [item], pictures, title="Image search", intro=intro, picture_width=640)
+    if problems:
+        some = "\n".join(problems[:3]) + "\n…" * (len(problems) > 3)
+        logger.warning(f"{len(problems)} of {len(hits)} found images get a blank page:\n{some}")
+    return written
+
+
+def _have_scores(record: RegionRecord) -> bool:
+    """Whether some regions stand out, to be drawn; the cells of a grid have no scores."""
+    return record.boxes is not None and record.object_scores is not None

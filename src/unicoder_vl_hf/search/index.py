@@ -1,0 +1,261 @@
+"""An index of embedded images or captions: a folder, made once, searched by the nearest neighbours of a query.
+
+    index.json                  what is indexed, the checkpoint and the store that it was made from; written last
+    names.json                  the image ids, or the captions
+    embeddings.safetensors      (N, dim) float32, of unit length
+    faiss.index                 where FAISS was asked for
+
+The search is exact, by one matrix product, unless the index was made with a FAISS structure. A folder is made beside
+its place and renamed when it is whole; what was embedded before a kill is not embedded again. Left out: which encoder,
+see `encoders`, and what becomes of the candidates, see `two_stage`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from .. import logging
+from ..extras import optional_import
+from ..files import write_json
+from ..processes import start_processes
+from ..regions.store import RegionStore, manifest_checksum
+from ..regions.tensor_files import TensorFile
+from ..scoring.blocks import BlockFolder
+from .encoders import DualEncoder
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+INDEX, NAMES, EMBEDDINGS, FAISS = "index.json", "names.json", "embeddings.safetensors", "faiss.index"
+
+# Items that are embedded at once: what a kill loses.
+BLOCK_ITEMS = 1024
+# Similarities that are held at once.
+MAX_SIMILARITIES = 1 << 25
+
+Items = Literal["images", "captions"]
+
+
+class SearchIndex:
+    """
+    An index as [`build_index`] wrote it. `len(index)`, `index.names` and `index.embeddings` are what they say.
+
+    Args:
+        path (`str` or `os.PathLike`): Its folder.
+
+    Raises:
+        `ValueError`: No index, or one of another version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not (self.path / INDEX).exists():
+            raise ValueError(f"{self.path} is no index: it has no {INDEX}. Make one with `unicoder-vl index`.")
+        self.facts: dict[str, Any] = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+        if self.facts["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{self.path} has format_version {self.facts['format_version']}, expected {FORMAT_VERSION}: make it "
+                "again."
+            )
+        self.items: Items = self.facts["items"]
+        self.names: list[str] = json.loads((self.path / NAMES).read_text(encoding="utf-8"))
+        self.embeddings = TensorFile(self.path / EMBEDDINGS).tensors["embeddings"]
+        if not len(self.names) == len(self.embeddings) == self.facts["count"]:
+            raise ValueError(
+                f"{self.path} names {len(self.names)} {self.items} and holds {len(self.embeddings)} embeddings, "
+                f"expected {self.facts['count']} of each: make it again."
+            )
+        self._faiss: Any = None
+        if self.facts["faiss"] is not None:
+            self._faiss = optional_import("faiss", "faiss").read_index(str(self.path / FAISS))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        encoder, store = (self.facts[made]["name"] for made in ("encoder", "store"))
+        return (
+            f"{type(self).__name__}({str(self.path)!r}, {self.items}={len(self)}, dim={self.embeddings.shape[1]}, "
+            f"{encoder=}, {store=}, faiss={self.facts['faiss']!r})"
+        )
+
+    def check(self, encoder: DualEncoder | None = None, store: RegionStore | None = None) -> None:
+        """
+        Raises:
+            `ValueError`: the index was made by another checkpoint, or from another store; the message names both.
+        """
+        if encoder is not None:
+            _compare(f"{self.path} was made by the checkpoint", self.facts["encoder"], encoder.identity())
+        if store is not None:
+            _compare(f"{self.path} was made from the store", self.facts["store"], store_identity(store))
+
+    def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The items nearest to each query, the nearest first; of equally near ones the earlier.
+
+        Args:
+            queries (`np.ndarray` of shape `(Q, dim)`): Of unit length, by the encoder that made the index.
+            top_k (`int`): How many; all where there are fewer.
+
+        Returns:
+            positions `(Q, K)` (int64) in `names`, and similarities `(Q, K)` (float32) in `[-1, 1]`. An approximate
+            FAISS structure may find fewer: position -1.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}; expected at least 1.")
+        top_k = min(top_k, len(self))
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if self._faiss is not None:
+            similarities, positions = self._faiss.search(queries, top_k)
+            return positions, similarities
+        return nearest(queries, self.embeddings, top_k)
+
+
+def nearest(queries: np.ndarray, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and similarities of the `top_k` largest inner products of each query; of equal ones the earlier."""
+    positions = np.empty((len(queries), top_k), dtype=np.int64)
+    similarities = np.empty((len(queries), top_k), dtype=np.float32)
+    rows = max(1, MAX_SIMILARITIES // len(embeddings))
+    for start in range(0, len(queries), rows):
+        product = queries[start : start + rows] @ embeddings.T
+        for query, row in enumerate(product, start=start):
+            lowest = np.partition(row, len(row) - top_k)[len(row) - top_k]
+            candidates = np.flatnonzero(row >= lowest)
+            best = candidates[np.argsort(-row[candidates], kind="stable")[:top_k]]
+            positions[query], similarities[query] = best, row[best]
+    return positions, similarities
+
+
+def build_index(
+    encoder: DualEncoder,
+    store: RegionStore,
+    output: str | os.PathLike[str],
+    *,
+    image_ids: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
+    faiss: str | None = None,
+    restart: bool = False,
+) -> SearchIndex:
+    """
+    Embeds the images of a store, or captions, and writes the index. Under `accelerate launch` processes share the
+    work; the same call goes on where a killed one stopped, and opens an index that is complete.
+
+    Args:
+        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): What embeds.
+        store ([`RegionStore`]): Its images are indexed, and re-ranking reads their regions.
+        image_ids (sequence of `str`, *optional*): These images only, such as those of one split.
+        output (`str` or `os.PathLike`): A new folder, or that of the same index.
+        captions (sequence of `str`, *optional*): Index these instead, each text once, to be searched by an image.
+        faiss (`str`, *optional*): A structure of FAISS in the words of its `index_factory`, such as `"HNSW32"`, for
+            millions of images; the search is then approximate. Needs the extra `[faiss]`.
+        restart (`bool`, *optional*, defaults to `False`): Begin anew, whatever an earlier call left or completed. An
+            index that is there stays until the new one is complete, and is then replaced.
+
+    Raises:
+        `ValueError`: `output` holds something else, nothing to index, or what an earlier call left is of another job.
+    """
+    output = Path(output)
+    items: Items = "images" if captions is None else "captions"
+    chosen = store if image_ids is None else image_ids
+    names = list(dict.fromkeys(chosen if captions is None else captions))
+    if output.exists():
+        if not restart:
+            return _open_complete(output, encoder, store, items, names, faiss)
+        if not (output / INDEX).exists():
+            raise ValueError(f"{output} exists and is no index, which --restart could replace: name another folder.")
+    if not names:
+        raise ValueError(f"There are no {items} to index.")
+    library = None if faiss is None else optional_import("faiss", "faiss")
+    facts: dict[str, Any] = {"items": items, "count": len(names), "dim": encoder.dim, "faiss": faiss}
+    identity = encoder.identity()
+    if Path(identity["name"]).exists():  # a folder, not a name of the Hub
+        identity["name"] = str(Path(identity["name"]).absolute())
+    facts |= {"encoder": identity, "store": store_identity(store)}
+
+    state = start_processes()
+    work = output.with_name(f"{output.name}.partial")
+    old = work / "old"  # an index, from when the new one is whole until it has its name
+    state.wait_for_everyone()  # until all of them have seen what output there is
+    if restart and state.is_main_process:
+        if old.exists() and not output.exists():  # a kill came between
+            os.replace(old, output)
+        shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()
+    blocks = [names[start : start + BLOCK_ITEMS] for start in range(0, len(names), BLOCK_ITEMS)]
+    job = {**facts, "names_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(), "block_items": BLOCK_ITEMS}
+    try:
+        folder = BlockFolder(work / "blocks", job, state.process_index)
+    except ValueError as error:
+        raise ValueError(f"{error} --restart begins anew.") from error
+    if folder.done and state.is_main_process:
+        logger.warning(f"{output} was begun before: {len(folder.done):,} of {len(blocks):,} blocks are embedded.")
+    if not folder.is_complete:
+        embed = encoder.embed_images if captions is None else encoder.embed_captions
+        for block in range(state.process_index, len(blocks), state.num_processes):
+            if block not in folder.done:
+                folder.write(block, embed(blocks[block]).ravel())
+    size = BLOCK_ITEMS * encoder.dim
+    shape = len(names), encoder.dim
+    embeddings = folder.result(
+        len(blocks), shape, lambda block: np.arange(block * size, min((block + 1) * size, shape[0] * shape[1]))
+    )
+    if state.is_main_process:
+        whole = work / "whole"
+        shutil.rmtree(whole, ignore_errors=True)  # of a call that was killed while it wrote
+        whole.mkdir()
+        rows = np.array(embeddings)
+        save_file({"embeddings": rows}, whole / EMBEDDINGS)
+        write_json(whole / NAMES, names)
+        if library is not None:
+            structure = library.index_factory(encoder.dim, faiss, library.METRIC_INNER_PRODUCT)
+            structure.train(rows)
+            structure.add(rows)
+            library.write_index(structure, str(whole / FAISS))
+        write_json(whole / INDEX, {"format_version": FORMAT_VERSION, **facts})
+        if output.exists():
+            os.replace(output, old)
+        os.replace(whole, output)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(work)
+    return SearchIndex(output)
+
+
+def _open_complete(
+    path: Path, encoder: DualEncoder, store: RegionStore, items: Items, names: list[str], faiss: str | None
+) -> SearchIndex:
+    """The index that is there already, where it is the one that is asked for."""
+    if (path / INDEX).exists():
+        index = SearchIndex(path)
+        index.check(encoder, store)
+        if (index.items, index.names, index.facts["faiss"]) == (items, names, faiss):
+            return index
+    raise ValueError(
+        f"{path} exists and holds something else: name another folder for the index"
+        + (", or replace it by --restart." if (path / INDEX).exists() else ".")
+    )
+
+
+def store_identity(store: RegionStore) -> dict[str, str]:
+    """What tells a store from others: its place, and the checksum of its manifest, which lists all others."""
+    return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
+
+
+def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:
+    if any(before.get(key) != value for key, value in now.items() if key != "name"):
+        raise ValueError(
+            f"{what} {_words(before)}, but given is {_words(now)}: give that one, or make an index of this one, in "
+            "another folder or by --restart."
+        )
+
+
+def _words(identity: dict[str, str]) -> str:
+    rest = ", ".join(f"{key} {value[:12]}" for key, value in identity.items() if key != "name")
+    return f"{identity['name']} ({rest})"

@@ -1,0 +1,139 @@
+"""Search in two stages: the nearest of an index, put in order by the cross-encoder."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+
+from ..records_unicoder_vl import RegionRecord
+from ..regions.store import RegionStore
+from ..scoring.scorer import ImageTextScorer
+from .encoders import DualEncoder, UnicoderVLDualEncoder
+from .index import SearchIndex
+
+
+@dataclass(frozen=True)
+class SimilarityWeight:
+    """
+    How the first stage's candidates are ordered: by score + weight x similarity. `str` of it says so in words.
+
+    Attributes:
+        value (`float`): The weight; 0 is the score alone.
+        origin (`str`): `"given"` by who searches; `"measured"` when the checkpoint was trained; `"unknown"`, and 0,
+            where it was measured for no such pair of checkpoint and first stage.
+    """
+
+    value: float
+    origin: Literal["given", "measured", "unknown"]
+
+    @classmethod
+    def of(cls, given: float | None, encoder: DualEncoder, scorer: ImageTextScorer) -> "SimilarityWeight":
+        """
+        The weight that is given; else the one that was measured for the model that scores with its own first stage.
+
+        Raises:
+            `ValueError`: a weight that is no number, infinite or below 0.
+        """
+        if given is not None:
+            if not 0 <= given < math.inf:
+                raise ValueError(f"similarity_weight={given}; expected a number that is at least 0 and finite.")
+            return cls(given, "given")
+        own = isinstance(encoder, UnicoderVLDualEncoder) and encoder.model is scorer.model
+        measured = scorer.model.config.similarity_weight if own else None
+        return cls(0.0, "unknown") if measured is None else cls(float(measured), "measured")
+
+    @property
+    def formula(self) -> str:
+        return f"score + {self.value:g} similarity" if self.value or self.origin == "measured" else "score"
+
+    def __str__(self) -> str:
+        where = {
+            "given": ", the weight that was asked for",
+            "measured": ", the weight that was measured on validation captions",
+            "unknown": " alone: no weight of the similarity was measured for this checkpoint with this first stage",
+        }
+        return self.formula + where[self.origin]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """
+    An image id, or a caption, that was found: the `score` by which hits are ordered, which is the `matching_score` plus
+    the weight times the `similarity` in `[-1, 1]` that the first stage saw, if there was one.
+    """
+
+    name: str
+    score: float
+    similarity: float | None
+    matching_score: float = math.nan
+
+    @property
+    def summands(self) -> str:
+        """What `score` is made of, in words."""
+        similarity = "" if self.similarity is None else f", similarity {self.similarity:.3f}"
+        return f"score {self.matching_score:+.2f}{similarity}"
+
+
+def search(
+    queries: Sequence[str | RegionRecord],
+    index: SearchIndex,
+    encoder: DualEncoder,
+    scorer: ImageTextScorer,
+    *,
+    top_k: int = 10,
+    candidates: int = 100,
+    similarity_weight: float | None = None,
+) -> list[list[Hit]]:
+    """
+    The images of an index that match each caption best, or the captions of an index that match each image best.
+
+    Args:
+        queries: Captions where the index holds images; image ids or records where it holds captions.
+        index ([`SearchIndex`]): Made by `encoder` from the store of `scorer`, which is checked.
+        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): The first stage.
+        scorer ([`ImageTextScorer`]): The second.
+        top_k (`int`, *optional*, defaults to 10): Hits of a query.
+        candidates (`int`, *optional*, defaults to 100): Of the first stage, scored by the second; `top_k` at least.
+        similarity_weight (`float`, *optional*): So many times the first stage's similarity is added to the matching
+            score, as BLIP adds it. Defaults to the weight that was measured for the scorer's model with its own first
+            stage, else to 0; [`SimilarityWeight.of`] tells which.
+
+    Returns:
+        `list[list[Hit]]`: of each query the best hits, the best first.
+
+    Raises:
+        `ValueError`: `top_k` or `candidates` below 1, a weight below 0, or an index of another checkpoint or store.
+    """
+    if min(top_k, candidates) < 1:
+        raise ValueError(f"top_k={top_k}, candidates={candidates}; expected at least 1 of each.")
+    weight = SimilarityWeight.of(similarity_weight, encoder, scorer).value
+    index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
+    embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
+    positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
+    scores = rerank(queries, index, positions, scorer)
+    sums = scores + weight * np.where(positions >= 0, similarities, 0)
+    found = []
+    for total, score, near, row in zip(sums, scores, similarities, positions, strict=True):
+        best = [place for place in np.argsort(-total, kind="stable")[:top_k] if row[place] >= 0]
+        found.append(
+            [Hit(index.names[row[place]], *(float(of[place]) for of in (total, near, score))) for place in best]
+        )
+    return found
+
+
+def rerank(
+    queries: Sequence[str | RegionRecord], index: SearchIndex, positions: np.ndarray, scorer: ImageTextScorer
+) -> np.ndarray:
+    """The scores of each query with its candidates, `positions` `(Q, K)` in `index`; -inf where there is none (-1)."""
+    scores = np.full(positions.shape, -np.inf, dtype=np.float32)
+    of_query, place = np.nonzero(positions >= 0)
+    distinct, candidate = np.unique(positions[of_query, place], return_inverse=True)
+    names = [index.names[position] for position in distinct]
+    if index.items == "images":
+        found = scorer.score_pairs(cast(Sequence[str], queries), names, of_query, candidate)
+    else:
+        found = scorer.score_pairs(names, queries, candidate, of_query)
+    scores[of_query, place] = found
+    return scores

@@ -1,0 +1,1 @@
+"""Pre-training (paper, section Pre-training)."""

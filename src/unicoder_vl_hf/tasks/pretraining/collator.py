@@ -1,0 +1,240 @@
+"""
+From rows to the inputs of pre-training: fetch the regions, mask, and batch.
+
+Follows the paper's pre-training tasks: masked language modelling (15 % of the WordPiece tokens), masked object
+classification (15 % of the regions, the feature zeroed in 90 % of them) and visual-linguistic matching (one mismatch
+for each pair). What is masked is a pure function of (seed, epoch, row index), so that more workers, more processes,
+another micro-batch or a resume change no example. Left out: drawing mismatches, which the rows carry
+(`data/negatives.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import logging
+from ...data.masking import IGNORED, SALT, choose
+from ...data.rows import check_rows, fetch
+from ...processing_unicoder_vl import UnicoderVLProcessor
+from ...records_unicoder_vl import RegionRecord
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DataCollatorForUnicoderVLPreTraining:
+    """
+    Batches N rows into N matches, followed by their N mismatches where the rows carry any.
+
+    Matches and mismatches are masked alike: a `[MASK]` or a zeroed region that occurs in matches alone would tell the
+    label. At least one token is chosen in each row, and one region where a class is known.
+
+    Args:
+        processor ([`UnicoderVLProcessor`]):
+            Makes the tensors; its tokenizer must have a mask token.
+        store (`Mapping[str, RegionRecord]`):
+            The regions of every image.
+        seed (`int`, *optional*, defaults to 0):
+            At least 0.
+        max_length (`int`, *optional*, defaults to 44):
+            Tokens of a caption with `[CLS]` and `[SEP]`; longer ones are cut (paper: 144 less 100 regions).
+        mlm_probability (`float`, *optional*, defaults to 0.15):
+            Share of the tokens that are predicted, in `[0, 1]`; 0 leaves the text as it is.
+        mask_replace_prob, random_replace_prob (`float`, *optional*, default to 1.0 and 0.0):
+            Of these, the share replaced by `[MASK]` and by a random token; the rest stays. The paper replaces all;
+            BERT's values are 0.8 and 0.1.
+        whole_word_mask (`bool`, *optional*, defaults to `False`):
+            Choose whole words, with all of their WordPiece tokens.
+        moc_probability (`float`, *optional*, defaults to 0.15):
+            Share of the regions of known class that are predicted, in `[0, 1]`; 0 leaves the regions as they are.
+        region_zero_prob (`float`, *optional*, defaults to 0.9):
+            Of these, the share whose feature is set to zero; the rest stays.
+        num_region_classes (`int`, *optional*):
+            Where given, a larger `object_ids` is an error here, which names the image, and not in the loss.
+
+    Rows hold `image_id`, `caption`, `row_index` and `epoch`, and optionally `mismatch_image_id` and `mismatch_caption`,
+    as those of [`PairsWithMismatches`] do. Without mismatches matching is unknown, and a warning says so.
+
+    Returns:
+        `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
+        `region_attention_mask`, `labels`, `region_labels` and `matching_labels`: the arguments of
+        [`UnicoderVLForPreTraining`], and nothing else.
+
+    Raises:
+        `ValueError`: an option out of range, a row that lacks something, an empty caption, an object class out of
+        range, or a store without object classes while `moc_probability` is above 0; the message names the image.
+        `KeyError`: an image the store lacks.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForUnicoderVLPreTraining(processor, store, num_region_classes=80)
+    >>> batch = collator([PairsWithMismatches(pairs, seed=0)[0]])
+    >>> batch["matching_labels"]
+    tensor([1, 0])
+    ```
+    """
+
+    processor: UnicoderVLProcessor
+    store: Mapping[str, RegionRecord]
+    seed: int = 0
+    max_length: int = 44
+    mlm_probability: float = 0.15
+    mask_replace_prob: float = 1.0
+    random_replace_prob: float = 0.0
+    whole_word_mask: bool = False
+    moc_probability: float = 0.15
+    region_zero_prob: float = 0.9
+    num_region_classes: int | None = None
+
+    def __post_init__(self):
+        for name in (
+            "mlm_probability",
+            "mask_replace_prob",
+            "random_replace_prob",
+            "moc_probability",
+            "region_zero_prob",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected a share in 0..1.")
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError(
+                f"mask_replace_prob={self.mask_replace_prob} and random_replace_prob={self.random_replace_prob} are "
+                "shares of the chosen tokens: together at most 1."
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}, expected at least 0.")
+        if self.mlm_probability > 0 and self.processor.tokenizer.mask_token_id is None:
+            raise ValueError("The tokenizer has no mask token, which masked language modelling needs: use BERT's.")
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """The losses of the masked tasks that are on, as the model's output names them."""
+        shares = {"mlm_loss": self.mlm_probability, "moc_loss": self.moc_probability}
+        return tuple(name for name, share in shares.items() if share > 0)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        with_mismatches = any("mismatch_image_id" in row for row in rows)
+        if not with_mismatches:
+            logging.warn_once(
+                logger,
+                "These rows carry no mismatches: matching is unknown, and not learned. PairsWithMismatches(pairs, "
+                "seed=0) draws them.",
+            )
+        return self._collate(rows, with_mismatches)
+
+    def collate_matches(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batches the N matches of the rows alone, masked as they are with their mismatches; matching is unknown."""
+        return self._collate(rows, with_mismatches=False)
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]], with_mismatches: bool) -> dict[str, torch.Tensor]:
+        mismatch = ("mismatch_image_id", "mismatch_caption") if with_mismatches else ()
+        check_rows(rows, ("image_id", "caption", "row_index", "epoch", *mismatch), "PairsWithMismatches(pairs, seed=0)")
+        pairs = [(row["image_id"], row["caption"]) for row in rows]
+        if with_mismatches:
+            pairs += [(row["mismatch_image_id"], row["mismatch_caption"]) for row in rows]
+        for index, (_, caption) in enumerate(pairs):
+            if not caption.strip():
+                raise ValueError(f"{self._whose(rows, index)} has no word, expected at least one.")
+
+        text = self.processor.tokenizer(
+            [caption for _, caption in pairs],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_token_type_ids=True,
+            return_attention_mask=True,
+            return_special_tokens_mask=True,
+            return_tensors="np",
+        )
+        records = fetch(self.store, [image_id for image_id, _ in pairs])
+        regions = self.processor.feature_extractor(records, return_tensors="np", return_kept_indices=True)
+
+        input_ids, features = text["input_ids"], regions["region_features"]
+        is_word = text["special_tokens_mask"] == 0
+        for index in np.flatnonzero(~is_word.any(axis=1)).tolist():
+            raise ValueError(
+                f"{self._whose(rows, index)} has no token besides [CLS] and [SEP], with max_length={self.max_length}; "
+                "expected at least one."
+            )
+        object_ids = self._object_ids(records, regions["kept_indices"])
+        labels = np.full_like(input_ids, IGNORED)
+        region_labels = np.full_like(object_ids, IGNORED)
+        for index in range(len(pairs)):
+            slot, row = divmod(index, len(rows))  # slot 0: the match, 1: the mismatch
+            rng = np.random.default_rng([self.seed, rows[row]["epoch"], rows[row]["row_index"], slot, SALT])
+            if self.mlm_probability > 0:
+                word_ids = text.word_ids(index) if self.whole_word_mask else None
+                self._mask_tokens(rng, input_ids[index], labels[index], np.flatnonzero(is_word[index]), word_ids)
+            if self.moc_probability > 0:
+                self._mask_regions(rng, features[index], region_labels[index], object_ids[index])
+
+        matching_labels = np.full(len(pairs), IGNORED)
+        if with_mismatches:
+            matching_labels[: len(rows)], matching_labels[len(rows) :] = 1, 0
+        batch = {
+            "input_ids": input_ids,
+            "token_type_ids": text["token_type_ids"],
+            "attention_mask": text["attention_mask"],
+            "region_features": features,
+            "region_locations": regions["region_locations"],
+            "region_attention_mask": regions["region_attention_mask"],
+            "labels": labels,
+            "region_labels": region_labels,
+            "matching_labels": matching_labels,
+        }
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    @staticmethod
+    def _whose(rows: Sequence[Mapping[str, Any]], index: int) -> str:
+        """Names the caption of a batch for a message: that of a mismatch may be the row's own, or another image's."""
+        row = rows[index % len(rows)]
+        if index < len(rows) or row["mismatch_caption"] == row["caption"]:
+            return f"Image {row['image_id']!r}: its caption {row['caption']!r}"
+        return f"Image {row['image_id']!r}: {row['mismatch_caption']!r}, the caption of another that is its mismatch,"
+
+    def _object_ids(self, records: Sequence[RegionRecord], kept: np.ndarray) -> np.ndarray:
+        """The object class of each region as batched, `(B, R)`; -1 for none and for padding."""
+        object_ids = np.full_like(kept, -1)
+        if self.moc_probability == 0:
+            return object_ids
+        for record, ids, rows in zip(records, object_ids, kept, strict=True):
+            if record.object_ids is None:
+                raise ValueError(
+                    f"Image {record.image_id!r}: object_ids is None, but masked object classification predicts them. "
+                    "Add them to the store with `unicoder-vl label`, or train without (moc_probability=0, --no-moc)."
+                )
+            rows = rows[rows >= 0]
+            ids[: len(rows)] = record.object_ids[rows]
+            if self.num_region_classes is not None and ids.max() >= self.num_region_classes:
+                raise ValueError(
+                    f"Image {record.image_id!r}: object_ids holds {ids.max()}, expected at most "
+                    f"{self.num_region_classes - 1} as num_region_classes={self.num_region_classes}. Ids count from 0, "
+                    "without background: is the store of another detector?"
+                )
+        return object_ids
+
+    def _mask_tokens(self, rng, input_ids, labels, words: np.ndarray, word_ids: Sequence[int | None] | None):
+        if word_ids is None:
+            chosen = words[choose(rng, len(words), self.mlm_probability)]
+        else:
+            # Position of each token's word among the words of the caption, which an id may skip.
+            _, word = np.unique([word_ids[position] for position in words], return_inverse=True)
+            chosen = words[choose(rng, word.max() + 1, self.mlm_probability)[word]]
+        labels[chosen] = input_ids[chosen]
+        fate = rng.random(len(chosen))
+        masked = fate < self.mask_replace_prob
+        random = ~masked & (fate < self.mask_replace_prob + self.random_replace_prob)
+        input_ids[chosen[masked]] = self.processor.tokenizer.mask_token_id
+        input_ids[chosen[random]] = rng.integers(len(self.processor.tokenizer), size=random.sum())
+
+    def _mask_regions(self, rng, features, labels, object_ids):
+        known = np.flatnonzero(object_ids >= 0)
+        if len(known) == 0:
+            return
+        chosen = known[choose(rng, len(known), self.moc_probability)]
+        labels[chosen] = object_ids[chosen]
+        features[chosen[rng.random(len(chosen)) < self.region_zero_prob]] = 0

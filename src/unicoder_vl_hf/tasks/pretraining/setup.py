@@ -1,0 +1,135 @@
+"""
+What the two pre-training scripts share: their data and model arguments, and what these become.
+
+Follows the paper's pre-training tasks; the loops are in `examples/run_pretraining.py` (Accelerate) and
+`examples/run_pretraining_trainer.py` (Trainer).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from ... import logging
+from ...data.negatives import PairsWithMismatches
+from ...data.samplers import ReadAhead, StepBatchSampler
+from ...modeling_unicoder_vl import UnicoderVLForPreTraining
+from ...regions.store import RegionStore
+from ...runs.arguments import DataArguments
+from ...runs.model_card import pretrained_by
+from ...runs.setup import TrainingSetup, check_object_ids, in_words, load_model, load_processor, open_data
+from .collator import DataCollatorForUnicoderVLPreTraining
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PretrainingArguments(DataArguments):
+    """Data and model of a pre-training run. Without `captions` it runs on the rendered scenes with a small model."""
+
+    max_validation_pairs: int = field(default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none."})
+    max_regions: int | None = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
+    mask_replace_prob: float = field(default=1.0, metadata={"help": "Of these, the share made [MASK] (BERT: 0.8)."})
+    random_replace_prob: float = field(default=0.0, metadata={"help": "Of these, the share made random (BERT: 0.1)."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Choose whole words."})
+    moc: bool = field(
+        default=True, metadata={"help": "Masked object classification; --no_moc for regions without classes."}
+    )
+    moc_probability: float = field(default=0.15, metadata={"help": "Share of the regions that are predicted."})
+
+
+@dataclass
+class PretrainingSetup(TrainingSetup):
+    """What [`prepare_pretraining`] builds."""
+
+    model: UnicoderVLForPreTraining
+    collator: DataCollatorForUnicoderVLPreTraining
+    train: PairsWithMismatches
+    validation: PairsWithMismatches | None
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        return (*self.collator.loss_parts, "matching_loss")
+
+    @property
+    def trained_by(self) -> str:
+        return pretrained_by(self.loss_parts)
+
+    @property
+    def measured_on(self) -> str | None:
+        return None if self.validation is None else in_words(self.validation.pairs)
+
+    def train_batches(
+        self, sampler: StepBatchSampler, device: torch.device, num_workers: int = 0
+    ) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
+        """The micro-batches of the sampler's epoch from the step where it stands, each with its weight in its step."""
+        self.train.set_epoch(sampler.epoch)
+        loader = DataLoader(
+            self.train,
+            batch_sampler=ReadAhead(sampler, self._announce),
+            collate_fn=self.collator,
+            num_workers=num_workers,
+            generator=torch.Generator(),  # or it would draw from the dropout's
+        )
+        for batch, weight in zip(loader, sampler.weights(), strict=True):
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, weight
+
+    def _announce(self, rows: list[int]) -> None:
+        if isinstance(store := self.collator.store, RegionStore):
+            pairs = self.train.make_rows(rows)
+            store.will_need({pair[name] for pair in pairs for name in ("image_id", "mismatch_image_id")})
+
+
+def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path, seed: int) -> PretrainingSetup:
+    """
+    Reads captions and regions, joins them, and builds the model, before any time is spent on training.
+
+    Raises:
+        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, or a fault in a
+        file.
+    """
+    data = open_data(arguments, output_dir)
+    store, train = data.store, data.train
+    validation = None
+    if arguments.max_validation_pairs > 0:
+        validation = data.validation(arguments.validation_split)
+        step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
+        validation = validation.select(range(0, len(validation), step))
+
+    model = load_model(arguments, store, UnicoderVLForPreTraining)
+    if arguments.moc:
+        images = [image_id for part in (train, validation) if part is not None for image_id in part.unique("image_id")]
+        highest = check_object_ids(store, images, model.config.num_region_classes)
+        if arguments.num_region_classes is None and store.provenance["num_classes"] is None:
+            logger.warning(
+                f"{store.path} does not say how many object classes its detector knows. The model predicts "
+                f"{model.config.num_region_classes:,}; the highest id of these images is {highest}. If that is not the "
+                "detector's number, give it: --num_region_classes, or once for all "
+                f"`unicoder-vl merge {store.path} --output NEW --num-classes NUMBER`."
+            )
+    model.sparse_prediction = True
+    processor = load_processor(arguments, data)
+    collator = DataCollatorForUnicoderVLPreTraining(
+        processor,
+        store,
+        seed=seed,
+        max_length=arguments.max_length,
+        mlm_probability=arguments.mlm_probability,
+        mask_replace_prob=arguments.mask_replace_prob,
+        random_replace_prob=arguments.random_replace_prob,
+        whole_word_mask=arguments.whole_word_mask,
+        moc_probability=arguments.moc_probability if arguments.moc else 0.0,
+        num_region_classes=model.config.num_region_classes,
+    )
+    return PretrainingSetup(
+        model=model,
+        processor=processor,
+        collator=collator,
+        train=PairsWithMismatches(train, seed=seed),
+        validation=None if validation is None else PairsWithMismatches(validation, seed=seed, fixed_epoch=0),
+        data_name=data.name,
+    )

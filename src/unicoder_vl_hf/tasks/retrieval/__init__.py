@@ -1,0 +1,1 @@
+"""Image-text retrieval (paper, section Image-Text Retrieval)."""

@@ -1,0 +1,137 @@
+"""
+From groups of a match and its negatives to the inputs of fine-tuning for retrieval: each caption and image once.
+
+Words and regions may be hidden, of each caption and each image the same in all groups of an epoch (a function of seed,
+epoch and caption, or image id). Left out: drawing negatives, which the rows carry (`data/negatives.py`).
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...data.masking import SALT
+from ...data.rows import check_rows, fetch, is_mismatch
+from ...processing_unicoder_vl import UnicoderVLProcessor
+from ...records_unicoder_vl import RegionRecord
+
+
+@dataclass
+class DataCollatorForUnicoderVLRetrieval:
+    """
+    Batches N rows into N groups: a match, its caption negatives and its image negatives. Each caption and each image is
+    in the batch once, however many pairs share it; `caption_index` and `image_index` make the pairs.
+
+    Args:
+        processor ([`UnicoderVLProcessor`]):
+            Makes the tensors.
+        store (`Mapping[str, RegionRecord]`):
+            The regions of every image.
+        max_length (`int`, *optional*, defaults to 44):
+            Tokens of a caption with `[CLS]` and `[SEP]`; longer ones are cut (paper: 144 less 100 regions).
+        in_batch_negatives (`bool`, *optional*, defaults to `False`):
+            Pair the captions and images of different rows too, where they do not match, and make the batch one group:
+            N * N pairs, beside the negatives that the rows carry. What a row meets then depends on its batch.
+        contrastive (`bool`, *optional*, defaults to `False`):
+            Add `mismatches`, which tells the contrastive loss what captions and images of different rows mismatch.
+        mask_probability (`float`, *optional*, defaults to 0.0):
+            Share of the tokens that become `[MASK]`, and of the regions whose feature is set to zero, as the model
+            knows them from pre-training, in `[0, 1)`: so that it does not learn few photos by heart. Drawn for each
+            caption, and for each image, of `seed`, the epoch, and the caption's text or the image id: pairs share what
+            they share hidden alike, whatever the micro-batch.
+        seed (`int`, *optional*, defaults to 0):
+            At least 0.
+
+    Rows are those of [`PairsWithNegatives`].
+
+    Returns:
+        `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
+        `region_attention_mask`, `caption_index`, `image_index`, `group_ids` and `labels`: the arguments of
+        [`UnicoderVLForImageTextRetrieval`], and nothing else. The pairs of a row follow one another, its match first.
+
+    Raises:
+        `ValueError`: an empty caption, a row that lacks something, or an option out of range. `KeyError`: an image that
+        the store lacks.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForUnicoderVLRetrieval(processor, store)
+    >>> batch = collator([PairsWithNegatives(pairs, seed=0, num_captions=2, num_images=1)[0]])
+    >>> batch["labels"], batch["caption_index"], batch["image_index"]
+    (tensor([1, 0, 0, 0]), tensor([0, 1, 2, 0]), tensor([0, 0, 0, 1]))
+    ```
+    """
+
+    processor: UnicoderVLProcessor
+    store: Mapping[str, RegionRecord]
+    max_length: int = 44
+    in_batch_negatives: bool = False
+    contrastive: bool = False
+    mask_probability: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.mask_probability < 1:
+            raise ValueError(f"mask_probability={self.mask_probability}, expected a share in 0..1, below 1.")
+        if self.mask_probability > 0 and self.processor.tokenizer.mask_token_id is None:
+            raise ValueError("The tokenizer has no mask token, which mask_probability needs: use BERT's.")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        check_rows(rows, self._needed(), "PairsWithNegatives(pairs, seed=0)")
+        captions: dict[str, int] = {}  # caption -> its row of input_ids
+        images: dict[str, int] = {}
+        pairs: list[tuple[int, int, int, int]] = []  # caption, image, group, label
+
+        def add(group: int, caption: str, image_id: str, label: int) -> None:
+            caption_index = captions.setdefault(caption, len(captions))
+            pairs.append((caption_index, images.setdefault(image_id, len(images)), group, label))
+
+        for group, row in enumerate(rows):
+            add(group, row["caption"], row["image_id"], 1)
+            for caption in row["negative_captions"]:
+                add(group, caption, row["image_id"], 0)
+            for image_id in row["negative_image_ids"]:
+                add(group, row["caption"], image_id, 0)
+        if self.in_batch_negatives:
+            for row in rows:
+                for other in rows:
+                    if is_mismatch(row, other):
+                        add(0, row["caption"], other["image_id"], 0)
+            # A pair that two rows have in common counts once in the one group that is left.
+            pairs = list(dict.fromkeys((caption, image, 0, label) for caption, image, _, label in pairs))
+
+        index = torch.tensor(pairs).unbind(1)
+        inputs = self.processor(text=list(captions), padding=True, max_length=self.max_length, return_tensors="pt")
+        inputs |= self.processor.feature_extractor(fetch(self.store, list(images)), return_tensors="pt")
+        if self.mask_probability > 0:
+            self._hide(inputs, list(captions), list(images), epoch=rows[0]["epoch"])
+        batch = {**inputs, **dict(zip(("caption_index", "image_index", "group_ids", "labels"), index, strict=True))}
+        if self.contrastive:
+            matches = rows
+            if self.in_batch_negatives:  # where a match counts once, as above
+                matches = list({(row["caption"], row["image_id"]): row for row in rows}.values())
+            batch["mismatches"] = torch.tensor([[is_mismatch(row, other) for other in matches] for row in matches])
+        return batch
+
+    def _needed(self) -> tuple[str, ...]:
+        """The names that a row must hold."""
+        epoch = ("epoch",) if self.mask_probability > 0 else ()
+        codes = ("image_code", "codes_of_caption") if self.in_batch_negatives or self.contrastive else ()
+        return ("image_id", "caption", "negative_captions", "negative_image_ids", *epoch, *codes)
+
+    def _hide(self, inputs: Mapping[str, torch.Tensor], captions: Sequence[str], images: Sequence[str], epoch: int):
+        tokenizer = self.processor.tokenizer
+        is_word = ~np.isin(inputs["input_ids"].numpy(), tokenizer.all_special_ids)
+        is_region = inputs["region_attention_mask"].numpy() > 0
+        for names, may_hide, values, hidden in (
+            (captions, is_word, inputs["input_ids"].numpy(), tokenizer.mask_token_id),
+            (images, is_region, inputs["region_features"].numpy(), 0),
+        ):
+            for name, may, value in zip(names, may_hide, values, strict=True):
+                places = np.flatnonzero(may)
+                rng = np.random.default_rng([self.seed, epoch, *hashlib.sha256(name.encode()).digest()[:8], SALT])
+                value[places[rng.random(len(places)) < self.mask_probability]] = hidden

@@ -1,0 +1,307 @@
+"""Fine-tuning for image-text retrieval: the arguments of `examples/run_retrieval.py`, what they become, evaluation.
+
+Follows the paper's section Image-Text Retrieval: for each positive pair three captions and three images that do not
+match it, and a triplet loss on the hardest of each; options beside it are the losses of Oscar and ViLBERT, and
+in-batch negatives. Hard negatives are mined by `mining.py`.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from transformers import AutoConfig
+
+from ... import logging
+from ...data.negatives import PairsWithNegatives, read_duplicate_groups
+from ...modeling_unicoder_vl import (
+    GroupLoss,
+    UnicoderVLForImageTextRetrieval,
+    binary_matching_loss,
+    group_softmax_loss,
+    hardest_negative_triplet_loss,
+    sum_of_negatives_triplet_loss,
+)
+from ...processing_unicoder_vl import UnicoderVLProcessor
+from ...records_unicoder_vl import RegionRecord
+from ...runs.arguments import DataArguments
+from ...runs.setup import (
+    CaptionedRegions,
+    TrainingSetup,
+    in_words,
+    is_unicoder_vl,
+    load_model,
+    load_processor,
+    open_data,
+)
+from ...scoring.scorer import ImageTextScorer
+from ...search.encoders import UnicoderVLDualEncoder
+from .collator import DataCollatorForUnicoderVLRetrieval
+from .metrics import retrieval_metrics, with_recall_sum
+from .protocols import captions_of_images
+from .two_stage_report import describe_weight, measure_similarity_weight
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class RetrievalArguments(DataArguments):
+    """Data, model and groups of a fine-tuning run. Without `captions` it runs on the rendered scenes."""
+
+    max_validation_images: int = field(
+        default=100, metadata={"help": "Images of it, drawn evenly, with all their captions; 0 evaluates none."}
+    )
+    num_negative_captions: int = field(default=3, metadata={"help": "Captions that do not match, for each pair."})
+    num_negative_images: int = field(default=3, metadata={"help": "Images that do not match, for each pair."})
+    in_batch_negatives: bool = field(
+        default=False, metadata={"help": "Pair all captions and images of a micro-batch too; try with 0 of the others."}
+    )
+    duplicates: str | None = field(
+        default=None,
+        metadata={"help": "Groups of images that show the same, a line each: .jsonl of lists of image ids, or .csv."},
+    )
+    loss: Literal["hardest", "sum", "binary", "softmax", "none"] | None = field(
+        default=None,
+        metadata={
+            "help": "Triplet loss on the hardest negative (the paper's) or the sum of all, binary cross-entropy of "
+            "each pair (Oscar), or softmax over the group (ViLBERT); none scores no pairs and trains a first stage of "
+            "search alone, with its encoder. Default: hardest; for new weights sum."
+        },
+    )
+    margin: float = field(default=0.2, metadata={"help": "Of the triplet losses, on sigmoid(score)."})
+    caption_weight: float = field(default=1.0, metadata={"help": "Of caption negatives in the triplet losses."})
+    image_weight: float = field(default=1.0, metadata={"help": "Of image negatives in the triplet losses."})
+    contrastive_weight: float = field(
+        default=0.0,
+        metadata={"help": "Train a first stage of search as well, by so much of its contrastive loss; 0 trains none."},
+    )
+    projection_dim: int = field(default=256, metadata={"help": "Width of its embeddings, where it is new."})
+    num_hard_negatives: int = field(
+        default=0,
+        metadata={
+            "help": "Of each pair, so many captions and images of the micro-batch that the first stage likes best."
+        },
+    )
+    mask_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
+            "learned by heart."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_validation_images == 0 and self.early_stopping_patience is not None:
+            raise ValueError(
+                "--early_stopping_patience needs a validation, which --max_validation_images 0 leaves out."
+            )
+        if self.loss in ("binary", "softmax", "none") and (self.margin, self.caption_weight, self.image_weight) != (
+            type(self).margin,
+            type(self).caption_weight,
+            type(self).image_weight,
+        ):
+            raise ValueError(
+                f"--margin, --caption_weight and --image_weight are of the triplet losses: --loss {self.loss} has none."
+            )
+
+    @property
+    def group_loss(self) -> GroupLoss | None:
+        weights = {"caption_weight": self.caption_weight, "image_weight": self.image_weight}
+        triplet: dict[str, Any] = {"margin": self.margin, **weights}
+        losses: dict[str, GroupLoss | None] = {
+            "hardest": functools.partial(hardest_negative_triplet_loss, **triplet),
+            "sum": functools.partial(sum_of_negatives_triplet_loss, **triplet),
+            "binary": binary_matching_loss,
+            "softmax": group_softmax_loss,
+            "none": None,
+        }
+        # New weights learn nothing from the hardest of several negatives: all scores become one, and the loss stays at
+        # twice the margin.
+        return losses[self.loss or ("sum" if self.base_model is None else "hardest")]
+
+
+# The paper's recipe, but for the epochs and the warm-up, on which it is silent; and one for the scenes. A batch is
+# counted in positive pairs.
+PAPER = {"num_train_epochs": 10, "learning_rate": 5e-5, "train_batch_size": 192, "gradient_accumulation_steps": 4}
+SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+
+
+@dataclass
+class RetrievalSetup(TrainingSetup):
+    """
+    What [`prepare_retrieval`] builds.
+
+    Args:
+        weighing (`datasets.Dataset`, *optional*): Captions of the validation split by which the weight of the
+            similarity is measured where a first stage is trained; None where none is, or there is no such split.
+        search (`str`, *optional*): By what sum a search orders its candidates, in words, once it is measured.
+    """
+
+    model: UnicoderVLForImageTextRetrieval
+    collator: DataCollatorForUnicoderVLRetrieval
+    train: PairsWithNegatives
+    validation: datasets.Dataset | None
+    weighing: datasets.Dataset | None = None
+    search: str | None = None
+
+    def measure_similarity_weight(self) -> None:
+        """Measures the weight for the model as it is now, and notes it in its configuration and for its card."""
+        if self.weighing is None:
+            return
+        max_length, store = self.collator.max_length, self.collator.store
+        encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
+        scorer = ImageTextScorer(self.model, self.processor, store)
+        self.search = describe_weight(measure_similarity_weight(encoder, scorer, self.weighing, max_length))
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return {**super().card, "search": self.search}
+
+    @property
+    def measured_on(self) -> str | None:
+        return None if self.validation is None else in_words(self.validation)
+
+    @property
+    def trained_by(self) -> str:
+        model, train = self.model, self.train
+        if model.group_loss is None:
+            return (
+                "fine-tuned as a first stage of image-text retrieval, by a contrastive loss; its matching head, which "
+                "scores pairs, was left behind"
+            )
+        negatives = []
+        if train.num_captions + train.num_images > 0:
+            mined = train.hard_captions is not None or train.hard_images is not None
+            negatives.append("mined hard negatives" if mined else "mismatches drawn at random")
+        if self.collator.in_batch_negatives:
+            negatives.append("all mismatches of the batch")
+        if model.num_hard_negatives > 0:
+            negatives.append("the mismatches of the batch that its first stage likes best")
+        along = ", along with a first stage, by a contrastive loss" if model.contrastive_weight > 0 else ""
+        groups = " and ".join(["a match", *negatives])
+        return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
+
+
+def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, seed: int) -> RetrievalSetup:
+    """
+    Reads captions and regions, joins them, and builds the model, before any time is spent on training.
+
+    Raises:
+        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, a pair without
+        negatives, or a fault in a file.
+    """
+    data = open_data(arguments, output_dir)
+    held_out, validation = _held_out(arguments, data), None
+    if held_out is not None and arguments.max_validation_images > 0:
+        validation = captions_of_images(held_out, arguments.max_validation_images)
+    train = PairsWithNegatives(
+        data.train,
+        seed=seed,
+        num_captions=0 if arguments.loss == "none" else arguments.num_negative_captions,
+        num_images=0 if arguments.loss == "none" else arguments.num_negative_images,
+        duplicates=[] if arguments.duplicates is None else read_duplicate_groups(arguments.duplicates),
+    )
+    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **_first_stage_fields(arguments))
+    model.contrastive_weight = arguments.contrastive_weight
+    model.num_hard_negatives = arguments.num_hard_negatives
+    model.config.first_stage_trained = arguments.contrastive_weight > 0
+    model.config.similarity_weight = None  # that of another encoder, until the training has ended
+    model.config.triplet_margin = arguments.margin
+    model.group_loss = arguments.group_loss
+    if model.group_loss is None:
+        logger.warning(
+            "loss=none: the encoder leaves the matching head behind; train it again before pairs are scored."
+        )
+        for unused in (model.matching_head, model.bert.pooler):
+            unused.requires_grad_(False)  # DistributedDataParallel would wait for its gradients
+    processor = load_processor(arguments, data)
+    return RetrievalSetup(
+        model=model,
+        processor=processor,
+        collator=DataCollatorForUnicoderVLRetrieval(
+            processor,
+            data.store,
+            max_length=arguments.max_length,
+            in_batch_negatives=arguments.in_batch_negatives,
+            contrastive=arguments.contrastive_weight > 0,
+            mask_probability=arguments.mask_probability,
+            seed=seed,
+        ),
+        train=train,
+        validation=validation,
+        data_name=data.name,
+        weighing=held_out if arguments.contrastive_weight > 0 else None,
+    )
+
+
+def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets.Dataset | None:
+    """The validation split. Where nothing is validated it may be missing, and then the weight alone goes unmeasured."""
+    if arguments.max_validation_images > 0:
+        return data.validation(arguments.validation_split)
+    if arguments.contrastive_weight == 0:
+        return None
+    try:
+        return data.validation(arguments.validation_split)
+    except ValueError as error:
+        logger.warning(f"{error} The weight of the similarity in a search will not be measured.")
+        return None
+
+
+def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
+    """Of the configuration: a first stage that is trained, or none, since an old one would not fit the new encoder."""
+    for option in ("contrastive_weight", "num_hard_negatives"):
+        if getattr(arguments, option) < 0:
+            raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
+    if arguments.contrastive_weight == 0 and (arguments.loss == "none" or arguments.num_hard_negatives > 0):
+        raise ValueError(
+            f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "
+            "give --contrastive_weight, such as 1."
+        )
+    if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
+        raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")
+    name, old = arguments.base_model, None
+    if name is not None and is_unicoder_vl(name):
+        old = AutoConfig.from_pretrained(name).projection_dim
+    if arguments.contrastive_weight > 0:
+        return {"projection_dim": old or arguments.projection_dim}
+    if old is not None:
+        logger.warning(
+            f"{name} has a first stage of search, which would not fit the encoder after this training: it is left out. "
+            "Train it along with --contrastive_weight, or afterwards by `unicoder-vl train-first-stage`."
+        )
+    return {"projection_dim": None}
+
+
+def evaluate_retrieval(
+    model: UnicoderVLForImageTextRetrieval,
+    processor: UnicoderVLProcessor,
+    store: Mapping[str, RegionRecord],
+    captions: datasets.Dataset,
+    max_length: int = 44,
+) -> dict[str, float]:
+    """
+    Scores all captions with all their images and ranks them; by the first stage, where that is all that is trained
+    (`model.group_loss` is None). Every process calls it, and gets the whole.
+
+    Returns:
+        `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Those of the first
+        stage, but for the sum, begin with `first_stage_`.
+    """
+    image_ids = captions.unique("image_id")
+    column = {image_id: index for index, image_id in enumerate(image_ids)}
+    texts, right = captions["caption"][:], [column[image_id] for image_id in captions["image_id"]]
+    if model.group_loss is not None:
+        scores = ImageTextScorer(model, processor, store, verbose=False).score(texts, image_ids, max_length=max_length)
+        return with_recall_sum(retrieval_metrics(scores, right))
+    encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
+    metrics = with_recall_sum(
+        retrieval_metrics(encoder.embed_captions(texts) @ encoder.embed_images(image_ids).T, right)
+    )
+    recall_sum = metrics.pop("recall_sum")
+    return {f"first_stage_{name}": value for name, value in metrics.items()} | {"recall_sum": recall_sum}

@@ -1,0 +1,233 @@
+"""What a search in two stages costs and loses, for several numbers of candidates; and the weight of the similarity."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ...scoring.scorer import ImageTextScorer
+from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
+from ...search.index import nearest
+from .metrics import QueryRanks, rank_queries, summarize, with_recall_sum
+from .protocols import DIRECTIONS, KS, RetrievalFold, captions_of_images, retrieval_test
+
+# Weights of the similarity that are tried, from the score alone to where the score hardly counts.
+SIMILARITY_WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+# What is measured for that: at most so many captions, and images, ask among at most so many images, and have so many
+# candidates each. That are 10,000 pairs, among as many images as a test split has.
+WEIGHING_QUERIES, WEIGHING_IMAGES, WEIGHING_CANDIDATES = 250, 1000, 20
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """
+    One row of [`TwoStageReport`].
+
+    Attributes:
+        candidates (`int`): K, of each query; 0 for the first stage alone.
+        similarity_weight (`float`): Of the first stage's similarity, in the sum by which the K are ordered.
+        pairs (`int`): That were scored, of both directions; those in common once.
+        seconds (`float`, *optional*): For scoring, or for embedding all captions and images.
+        ceiling (`dict[str, float]`): By direction, the share of queries with a right item among the K: no order of
+            them reaches more. Empty for the first stage alone.
+        metrics (`dict[str, float]`): Recalls by the names of [`retrieval_metrics`].
+    """
+
+    candidates: int
+    similarity_weight: float
+    pairs: int
+    seconds: float | None
+    ceiling: dict[str, float]
+    metrics: dict[str, float]
+
+    @property
+    def recall_sum(self) -> float:
+        return with_recall_sum(self.metrics)["recall_sum"]
+
+
+@dataclass(frozen=True)
+class TwoStageReport:
+    """
+    What [`two_stage_report`] measured; `str` of it is a table in Markdown.
+
+    Attributes:
+        num_captions, num_images (`int`): Among which is searched.
+        num_queries (`dict[str, int]`): By direction.
+        rows (`tuple[StageResult, ...]`): The first stage alone, then each K by each weight.
+    """
+
+    num_captions: int
+    num_images: int
+    num_queries: dict[str, int]
+    rows: tuple[StageResult, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def best(self) -> StageResult:
+        """The re-ranked row of the highest sum of recalls; of equal ones that of the smallest weight, then K."""
+        # Equal sums of shares may differ in their last bits.
+        return min(self.rows[1:], key=lambda row: (-round(row.recall_sum, 9), row.similarity_weight, row.candidates))
+
+    def __str__(self) -> str:
+        recalls = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
+        lines = [
+            "| candidates | pairs | time | ceiling T, I | " + " | ".join(f"{d}R@{k}" for d in "TI" for k in KS) + " |",
+            "|---|--:|--:|--:|" + "--:|" * len(recalls),
+        ]
+        for row in self.rows:
+            name = str(row.candidates or "first stage alone")
+            if row.similarity_weight:
+                name += f", score + {row.similarity_weight:g} similarity"
+            ceiling = ", ".join(f"{100 * row.ceiling[direction]:.1f}" for direction in DIRECTIONS if row.ceiling)
+            figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in recalls)
+            lines.append(f"| {name} | {row.pairs:,} | {_seconds(row.seconds)} | {ceiling} | {figures} |")
+        last = self.rows[-1]
+        pairs = self.num_captions * self.num_images
+        seconds = None if last.seconds is None else last.seconds / last.pairs * pairs
+        lines.append(f"| all, for comparison | {pairs:,} | about {_seconds(seconds)} |" + " |" * (1 + len(recalls)))
+        return "\n".join(lines)
+
+
+def two_stage_report(
+    encoder: DualEncoder,
+    scorer: ImageTextScorer,
+    fold: RetrievalFold,
+    candidates: Sequence[int] = (10, 50, 100, 200),
+    num_queries: int | None = None,
+    scores_dir: str | os.PathLike[str] | None = None,
+    similarity_weights: Sequence[float] = (0.0,),
+    max_length: int = 44,
+) -> TwoStageReport:
+    """
+    Recall of the first stage alone, and of the second among the best K of the first, for each K and each weight of the
+    similarity, in both directions.
+
+    Args:
+        encoder, scorer: The first stage and the second.
+        fold ([`RetrievalFold`]): Captions and images, as [`retrieval_test`] gives them.
+        candidates (sequence of `int`, *optional*, defaults to `(10, 50, 100, 200)`): The Ks. The pairs of the largest
+            hold those of all others and are scored once; the time of the others is their share of it.
+        num_queries (`int`, *optional*): Ask with so many captions and so many images only, drawn evenly, among all
+            there are: the figures of fewer queries, of a task as hard.
+        scores_dir (`str` or `os.PathLike`, *optional*): Where the scorer keeps what it finished, to go on from there;
+            the time is then unknown where it went on.
+        similarity_weights (sequence of `float`, *optional*, defaults to `(0.0,)`): Each as in [`search`].
+        max_length (`int`, *optional*, defaults to 44): Tokens of a caption that is scored.
+
+    Raises:
+        `ValueError`: no K, or one below 1; no weight; or no query.
+    """
+    if num_queries is not None and num_queries < 1:
+        raise ValueError(f"num_queries={num_queries}; expected at least 1, or None for all.")
+    if not candidates or min(candidates) < 1:
+        raise ValueError(f"candidates={tuple(candidates)}; expected at least one number, each at least 1.")
+    if not similarity_weights:
+        raise ValueError("similarity_weights is empty; expected at least one number, such as 0 for the score alone.")
+    shape = num_captions, num_images = len(fold.captions), len(fold.image_ids)
+    right_image = np.asarray(fold.image_of_caption)
+    started = time.perf_counter()
+    texts, images = encoder.embed_captions(fold.captions), encoder.embed_images(fold.image_ids)
+    asked = {"image_retrieval": _evenly(num_captions, num_queries), "text_retrieval": _evenly(num_images, num_queries)}
+
+    def metrics_of(ranked: Mapping[str, QueryRanks]) -> dict[str, float]:
+        return summarize([{name: ranked[name].select(queries) for name, queries in asked.items()}], KS)
+
+    similarities = texts @ images.T
+    alone = metrics_of(rank_queries(similarities, right_image))
+    rows = [StageResult(0, 0.0, 0, time.perf_counter() - started, {}, alone)]
+
+    largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
+    images_of, _ = nearest(texts[by_caption], images, min(largest, num_images))
+    captions_of, _ = nearest(images[by_image], texts, min(largest, num_captions))
+    of_caption = by_caption[:, None] * num_images + images_of  # pairs, as numbers
+    of_image = captions_of * num_images + by_image[:, None]
+    pairs = np.union1d(of_caption, of_image)
+    resumed = scores_dir is not None and Path(scores_dir).exists()
+    started = time.perf_counter()
+    scores = scorer.score_pairs(
+        fold.captions, fold.image_ids, *np.divmod(pairs, num_images), max_length=max_length, output_dir=scores_dir
+    )
+    seconds = None if resumed else time.perf_counter() - started
+
+    for count in sorted(candidates):
+        chosen = {"image_retrieval": of_caption[:, :count], "text_retrieval": of_image[:, :count]}
+        num_pairs = len(np.union1d(*chosen.values()))
+        hits = {
+            "text_retrieval": right_image[captions_of[:, :count]] == by_image[:, None],
+            "image_retrieval": images_of[:, :count] == right_image[by_caption, None],
+        }
+        ceiling = {direction: float(found.any(axis=1).mean()) for direction, found in hits.items()}
+        share = None if seconds is None else seconds * num_pairs / len(pairs)
+        for weight in similarity_weights:
+            sums = scores + weight * similarities.flat[pairs]
+            ranked = {}
+            for direction, numbers in chosen.items():
+                matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
+                matrix.flat[numbers.ravel()] = sums[np.searchsorted(pairs, numbers.ravel())]
+                ranked[direction] = rank_queries(matrix, right_image)[direction]
+            rows.append(StageResult(count, weight, num_pairs, share, ceiling, metrics_of(ranked)))
+    return TwoStageReport(
+        num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows)
+    )
+
+
+def measure_similarity_weight(
+    encoder: UnicoderVLDualEncoder, scorer: ImageTextScorer, captions: datasets.Dataset, max_length: int = 44
+) -> TwoStageReport:
+    """
+    Measures by which of `SIMILARITY_WEIGHTS` a model orders what its own first stage proposes best, and notes that
+    weight in the model's configuration. Every process calls it.
+
+    Args:
+        encoder, scorer: The first stage and the second, of one model.
+        captions (`datasets.Dataset`): Rows of the validation split, of which a bounded part is asked and scored.
+        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
+
+    Returns:
+        [`TwoStageReport`]: the first stage alone, then each weight; its `best` has the weight that was chosen.
+    """
+    (fold,) = retrieval_test(captions_of_images(captions, WEIGHING_IMAGES)).folds
+    report = two_stage_report(
+        encoder,
+        scorer,
+        fold,
+        candidates=[WEIGHING_CANDIDATES],
+        num_queries=WEIGHING_QUERIES,
+        similarity_weights=SIMILARITY_WEIGHTS,
+        max_length=max_length,
+    )
+    scorer.model.config.similarity_weight = report.best.similarity_weight
+    return report
+
+
+def describe_weight(report: TwoStageReport) -> str:
+    """Says which weight [`measure_similarity_weight`] chose, by what figures, and on what."""
+    alone, by_score, *_ = report.rows
+    best, asked = report.best, report.num_queries
+    tried = ", ".join(f"{row.similarity_weight:g}" for row in report.rows[1:])
+    return (
+        f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} similarity. Of the weights "
+        f"{tried} this one has the highest sum of recalls on the validation split, {best.recall_sum:.3f} (by the score "
+        f"alone {by_score.recall_sum:.3f}, by the similarity alone {alone.recall_sum:.3f}): of "
+        f"{asked['image_retrieval']:,} captions and {asked['text_retrieval']:,} images, each with up to "
+        f"{best.candidates} candidates among {report.num_images:,} images and {report.num_captions:,} captions."
+    )
+
+
+def _evenly(total: int, count: int | None) -> np.ndarray:
+    """`count` of the numbers below `total`, at even steps; all of them where there are no more."""
+    count = min(total, count or total)
+    return np.arange(count) * total // count
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,1 @@
+"""Visual commonsense reasoning (paper, section Visual Commonsense Reasoning)."""

@@ -1,0 +1,201 @@
+"""Second-stage pre-training on the text of VCR, as UNITER showed it to help: not in the paper.
+
+The text is question `;` right answer `;` right rationale, whose references point at regions as in fine-tuning. Masked
+tokens and masked object classes are predicted; matching is unknown. A masked region has no feature for the tokens that
+refer to it either. Left out: whole-word masking.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Subset
+
+from ...data.masking import IGNORED, SALT
+from ...data.rows import Row, RowsOfEpoch
+from ...modeling_unicoder_vl import UnicoderVLForPreTraining
+from ...records_unicoder_vl import RegionRecord
+from ...runs.model_card import pretrained_by
+from ...runs.setup import TrainingSetup
+from ..pretraining.collator import DataCollatorForUnicoderVLPreTraining
+from .collator import DataCollatorForUnicoderVLMultipleChoice
+from .data import require_labels
+from .training import VCRDataArguments, open_and_load
+
+
+@dataclass
+class VCRPretrainingArguments(VCRDataArguments):
+    """Data, model and tasks of a second stage of pre-training on VCR. Without `annotations` it reads of scenes."""
+
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
+    moc_probability: float = field(
+        default=0.15, metadata={"help": "Share of the regions that are predicted; 0 for regions without classes."}
+    )
+
+
+class RightTexts(RowsOfEpoch):
+    """
+    A question with its right answer and rationale, one a row, as an example of a single choice; with the row's number
+    and the epoch, or a fixed one, which decide what is masked.
+
+    Raises:
+        ValueError: A row has no labels.
+    """
+
+    def __init__(self, rows: datasets.Dataset, fixed_epoch: int | None = None):
+        for name in ("answer_label", "rationale_label"):
+            require_labels(rows, name, "which belongs to the text: give a labelled split.")
+        super().__init__(fixed_epoch)
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        return [self._make_row(number) for number in numbers]
+
+    def _make_row(self, number: int) -> Row:
+        row = self.rows[number]
+        right = [row[f"{name}_choices"][row[f"{name}_label"]] for name in ("answer", "rationale")]
+        return Row(row, choices=[[row["question"], *right]], label=0, row_index=number, epoch=self.epoch)
+
+
+@dataclass
+class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
+    """
+    Batches N rows of [`RightTexts`], masked as `masking` would.
+
+    Args:
+        masking ([`DataCollatorForUnicoderVLPreTraining`]): Its seed, shares and checks are taken.
+
+    Returns:
+        `dict` as of [`DataCollatorForUnicoderVLPreTraining`], and `token_region_ids`; `matching_labels` are -100.
+    """
+
+    masking: DataCollatorForUnicoderVLPreTraining = field(kw_only=True)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {name: tensor.numpy() for name, tensor in super().__call__(rows).items()}
+        for name in ("input_ids", "token_type_ids", "attention_mask", "token_region_ids"):
+            batch[name] = batch[name][:, 0]
+        object_ids = batch.pop("object_ids")
+        input_ids, tokenizer = batch["input_ids"], self.processor.tokenizer
+        is_word = ~np.isin(input_ids, tokenizer.all_special_ids)
+        batch["labels"] = np.full_like(input_ids, IGNORED)
+        batch["region_labels"] = np.full_like(object_ids, IGNORED)
+        batch["matching_labels"] = np.full(len(rows), IGNORED)
+        for index, row in enumerate(rows):
+            rng = np.random.default_rng([self.masking.seed, row["epoch"], row["row_index"], 0, SALT])
+            if self.masking.mlm_probability > 0:
+                words = np.flatnonzero(is_word[index])
+                self.masking._mask_tokens(rng, input_ids[index], batch["labels"][index], words, None)
+            if self.masking.moc_probability > 0:
+                self.masking._mask_regions(
+                    rng, batch["region_features"][index], batch["region_labels"][index], object_ids[index]
+                )
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _tensors(self, records: Sequence[RegionRecord]) -> Mapping[str, np.ndarray]:
+        tensors = super()._tensors(records)
+        mask = tensors["region_attention_mask"]
+        kept = np.where(mask, np.arange(mask.shape[1]), -1)  # nothing is left out of these records
+        return {**tensors, "object_ids": self.masking._object_ids(records, kept)}
+
+
+@dataclass
+class VCRPretrainingSetup(TrainingSetup):
+    """What [`prepare_vcr_pretraining`] builds."""
+
+    model: UnicoderVLForPreTraining
+    collator: DataCollatorForVCRPreTraining
+    train: RightTexts
+    validation: RightTexts
+
+    rows = "examples"
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        return self.collator.masking.loss_parts
+
+    @property
+    def trained_by(self) -> str:
+        return pretrained_by(self.loss_parts, "pre-trained further on the text of VCR by")
+
+    @property
+    def measured_on(self) -> str:
+        return f"{len(self.validation):,} questions"
+
+
+def prepare_vcr_pretraining(
+    arguments: VCRPretrainingArguments, output_dir: str | Path, seed: int
+) -> VCRPretrainingSetup:
+    """
+    Reads questions and regions, and builds the model, before any time is spent on training.
+
+    Raises:
+        `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
+    """
+    data, model, processor = open_and_load(arguments, output_dir, UnicoderVLForPreTraining)
+    masking = DataCollatorForUnicoderVLPreTraining(
+        processor,
+        data.store,
+        seed=seed,
+        mlm_probability=arguments.mlm_probability,
+        moc_probability=arguments.moc_probability,
+        num_region_classes=model.config.num_region_classes,
+    )
+    if not masking.loss_parts:
+        raise ValueError("mlm_probability=0 and moc_probability=0 leave nothing to learn: raise one of them.")
+    choices = data.collator(processor, arguments)
+    collator = DataCollatorForVCRPreTraining(**{**vars(choices), "masking": masking})
+    return VCRPretrainingSetup(
+        model=model,
+        processor=processor,
+        collator=collator,
+        train=RightTexts(data.train),
+        validation=RightTexts(data.validation, fixed_epoch=0),
+        data_name=data.name,
+    )
+
+
+@torch.no_grad()
+def evaluate_vcr_pretraining(
+    model: torch.nn.Module,
+    texts: RightTexts,
+    collator: DataCollatorForVCRPreTraining,
+    accelerator: Accelerator,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> dict[str, float]:
+    """`mlm_accuracy` and `moc_accuracy`: the share of the masked tokens and classes that are told. In all processes."""
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all
+    mine = Subset(texts, range(accelerator.process_index, len(texts), accelerator.num_processes))
+    loader = DataLoader(
+        mine,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # or it would draw from the dropout's
+    )
+    for batch in loader:
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        with accelerator.autocast():
+            outputs = model(**batch)
+        tasks = ((outputs.prediction_logits, batch["labels"]), (outputs.region_logits, batch["region_labels"]))
+        for task, (logits, labels) in enumerate(tasks):
+            chosen = labels != IGNORED
+            counts[task] += torch.stack(((logits.argmax(-1) == labels)[chosen].sum(), chosen.sum()))
+    model.train(was_training)
+    totals = accelerator.reduce(counts, reduction="sum").tolist()
+    return {
+        f"{name}_accuracy": right / count
+        for name, (right, count) in zip(("mlm", "moc"), totals, strict=True)
+        if count > 0
+    }

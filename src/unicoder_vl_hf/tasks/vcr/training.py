@@ -1,0 +1,347 @@
+"""Visual commonsense reasoning: the arguments of `examples/run_vcr.py`, what they become, and the scores of a model.
+
+Follows the paper's section of that name: Q->A and QA->R are choices among four, trained by cross-entropy. The paper is
+silent on whether one model learns both; here one does, unless a run names a single task.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from ... import logging
+from ...data.rows import Row, RowsOfEpoch
+from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
+from ...processing_unicoder_vl import UnicoderVLProcessor
+from ...records_unicoder_vl import RegionRecord
+from ...regions.store import RegionStore
+from ...runs.arguments import ModelArguments
+from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
+from .collator import DataCollatorForUnicoderVLMultipleChoice
+from .data import NUM_CHOICES, VCRExamples, read_vcr, require_labels
+from .metrics import choice_metrics, vcr_metrics
+
+logger = logging.get_logger(__name__)
+
+# The accuracy of each task alone.
+TASKS = {"qa": "answer_accuracy", "qar": "rationale_accuracy"}
+# What a batch is left without, to see what the answers owe to it. References without regions point nowhere.
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "nothing": (),
+    "references": ("token_region_ids",),
+    "regions": ("token_region_ids", "region_features", "region_locations", "region_attention_mask"),
+}
+# Of so many questions, drawn evenly, a run says before it begins how many texts are cut.
+_LOOKED_AT = 2000
+
+Batch = dict[str, torch.Tensor]
+Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
+
+
+@dataclass
+class VCRDataArguments(ModelArguments):
+    """Data and model of a run on VCR. Without `annotations` it asks about rendered scenes."""
+
+    annotations: str | None = field(
+        default=None, metadata={"help": "Folder with VCR's train.jsonl and val.jsonl. Default: rendered scenes."}
+    )
+    metadata: str | None = field(
+        default=None, metadata={"help": "Folder that metadata_fn starts from, such as vcr1images."}
+    )
+    regions: str | None = field(
+        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
+    )
+    gt_features: str | None = field(
+        default=None,
+        metadata={"help": "RegionStore of features pooled in the ground-truth boxes, instead of those of detections."},
+    )
+    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
+    max_length: int = field(default=156, metadata={"help": "Tokens of a choice; longer ones are cut."})
+
+    def __post_init__(self):
+        if (self.annotations is None) != (self.regions is None):
+            raise ValueError("Give both --annotations and --regions, or neither for the rendered scenes.")
+
+    @property
+    def on_scenes(self) -> bool:
+        return self.annotations is None
+
+
+@dataclass
+class VCRArguments(VCRDataArguments):
+    """Data, model and tasks of a run on VCR. Without `annotations` it asks about rendered scenes."""
+
+    tasks: list[str] = field(
+        default_factory=lambda: [*TASKS], metadata={"help": "qa (Q->A), qar (QA->R), or both in one model."}
+    )
+    without: Literal["nothing", "references", "regions"] = field(
+        default="nothing", metadata={"help": "Leave them out of every batch, to see what the answers owe to them."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.tasks or set(self.tasks) - TASKS.keys():
+            raise ValueError(f"--tasks {' '.join(self.tasks)}: expected qa, qar, or both.")
+
+
+# The paper's recipe, but for the warm-up, on which it is silent; and one for the scenes. A batch counts examples: a
+# question of one task, with its four choices.
+PAPER = {"num_train_epochs": 20, "learning_rate": 3e-5, "train_batch_size": 48, "gradient_accumulation_steps": 4}
+SCENES = {
+    "num_train_epochs": 5,
+    "learning_rate": 1e-3,
+    "train_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+}
+# Of its model, which has no more positions.
+SCENES_FIELDS = {"max_length": 64, "num_hidden_layers": 2}
+# New weights of the size that BERT begins with learn nothing from choices for a thousand steps, in a model so narrow.
+SCENES_MODEL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+    "initializer_range": 0.12,
+}
+
+
+@dataclass
+class VCRData:
+    """
+    Args:
+        store (`RegionStore`): The detections.
+        gt_features (`RegionStore`, *optional*): Features pooled in the ground-truth boxes.
+        train, validation (`datasets.Dataset`): As [`read_vcr`] gives them.
+        name (`str`): The data in words.
+    """
+
+    store: RegionStore
+    gt_features: RegionStore | None
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    name: str
+
+    def collator(self, processor: UnicoderVLProcessor, arguments: VCRDataArguments):
+        return DataCollatorForUnicoderVLMultipleChoice(
+            processor,
+            self.store,
+            max_length=arguments.max_length,
+            max_regions=processor.feature_extractor.max_regions,
+            gt_features=self.gt_features,
+        )
+
+
+def open_vcr(arguments: VCRDataArguments, output_dir: str | Path) -> VCRData:
+    """
+    Reads questions and regions. What is rendered or converted goes into the output folder.
+
+    Raises:
+        `ValueError`: an image without regions, or a fault in a file. `FileNotFoundError`: a file is missing.
+    """
+    own = Path(output_dir, DATA_FOLDER)
+    metadata: Path | None
+    if arguments.on_scenes:
+        from ...scenes.world.questions import build_vcr_scenes
+
+        folder = build_vcr_scenes(own / "vcr_scenes")
+        metadata, store, name = folder / "images", RegionStore(folder / "regions"), "questions about rendered scenes"
+    else:
+        folder, name = Path(str(arguments.annotations)), "VCR"
+        metadata = None if arguments.metadata is None else Path(arguments.metadata)
+        store = open_or_convert(Path(str(arguments.regions)), own / "regions", arguments.num_region_classes)
+    train, validation = (
+        _labelled(folder / f"{split}.jsonl", metadata_dir=metadata, store=store, ids=arguments.ids)
+        for split in ("train", "val")
+    )
+    gt_features = None if arguments.gt_features is None else RegionStore(arguments.gt_features)
+    return VCRData(store, gt_features, train, validation, name)
+
+
+def _labelled(path: Path, **options: Any) -> datasets.Dataset:
+    rows = read_vcr(path, **options)
+    try:
+        require_labels(
+            rows, "answer_label", "without which there is nothing to learn or to measure. Is it the test split?"
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return rows
+
+
+def open_and_load(
+    arguments: VCRDataArguments, output_dir: str | Path, model_class: type[Model]
+) -> tuple[VCRData, Model, UnicoderVLProcessor]:
+    """[`open_vcr`], and the model and the processor that the arguments ask for."""
+    data = open_vcr(arguments, output_dir)
+    fields = SCENES_MODEL if arguments.base_model is None else {}
+    model = load_model(arguments, data.store, model_class, **fields)
+    return data, model, processor_for(arguments, data.store, data.train.unique("image_id"))
+
+
+class EpochOfExamples(RowsOfEpoch):
+    """Examples one after another, each with its number and the epoch, which decide what is masked of it."""
+
+    def __init__(self, parts: Sequence[VCRExamples]):
+        super().__init__()
+        self.examples: ConcatDataset[Row] = ConcatDataset(parts)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        return [self.examples[number] | {"row_index": number, "epoch": self.epoch} for number in numbers]
+
+
+@dataclass
+class WithoutInputs:
+    """A collator whose batches are left without some of their tensors."""
+
+    collator: Collator
+    names: Sequence[str]
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        return {name: value for name, value in self.collator(rows).items() if name not in self.names}
+
+
+@dataclass
+class VCRSetup(TrainingSetup):
+    """What [`prepare_vcr`] builds."""
+
+    model: UnicoderVLForMultipleChoice
+    train: EpochOfExamples
+    validation: datasets.Dataset
+
+    task = "visual-commonsense-reasoning"
+    rows = "examples"
+    trained_by = "fine-tuned for visual commonsense reasoning"
+
+    @property
+    def measured_on(self) -> str:
+        return f"{len(self.validation):,} questions"
+
+
+def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
+    """
+    Reads questions and regions, and builds the model, before any time is spent on training.
+
+    Raises:
+        `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
+    """
+    data, model, processor = open_and_load(arguments, output_dir, UnicoderVLForMultipleChoice)
+    collator = data.collator(processor, arguments)
+    _report(collator, data.train, arguments.tasks)
+    return VCRSetup(
+        model=model,
+        processor=processor,
+        collator=WithoutInputs(collator, LEFT_OUT[arguments.without]),
+        train=EpochOfExamples([VCRExamples(data.train, task) for task in arguments.tasks]),
+        validation=data.validation,
+        data_name=data.name,
+    )
+
+
+def _report(collator: DataCollatorForUnicoderVLMultipleChoice, rows: datasets.Dataset, tasks: Sequence[str]):
+    """How many texts are cut, and how many ground-truth boxes take the feature of a region that hardly meets them."""
+    rows = rows.select(range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT)))
+    for task in tasks:
+        examples = VCRExamples(rows, task)
+        cut = collator.count_truncated(examples[index] for index in range(len(examples)))
+        logger.warning(
+            f"{task}: {cut:,} of {len(rows) * NUM_CHOICES:,} texts exceed {collator.max_length} tokens and are cut."
+        )
+    if collator.gt_features is None:
+        low, total = collator.count_low_ious(rows)
+        logger.warning(f"{low:,} of {total:,} ground-truth boxes overlap no detection by an IoU of 0.1.")
+
+
+@torch.no_grad()
+def score_choices(
+    model: UnicoderVLForMultipleChoice,
+    collator: Collator,
+    examples: Dataset[Row],
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> np.ndarray:
+    """The score of each choice of each example, `(num_examples, num_choices)`; every process gets the whole."""
+    state, count = PartialState(), len(examples)  # type: ignore[arg-type]
+    mine = range(state.process_index, count, state.num_processes)
+    loader = DataLoader(
+        Subset(examples, mine),
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # or it would draw from the dropout's
+    )
+    was_training = model.training
+    model.eval()
+    scores: list[list[float]] = []
+    for batch in logging.tqdm(loader, desc="Scoring choices", leave=False, disable=not state.is_local_main_process):
+        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+        scores += model(**inputs).logits.tolist()
+    model.train(was_training)
+    found = list(zip(mine, scores, strict=True))
+    found = gather_object(found) if state.num_processes > 1 else found
+    return np.array([row for _, row in sorted(found)], dtype=np.float32)
+
+
+def evaluate_vcr(
+    model: UnicoderVLForMultipleChoice,
+    collator: Collator,
+    rows: datasets.Dataset,
+    tasks: Sequence[str] = tuple(TASKS),
+    **options: int,
+) -> dict[str, float]:
+    """
+    Accuracies and ties on questions with labels: as [`vcr_metrics`], or those of the one task. Every process calls it.
+
+    Args:
+        options: `batch_size` and `num_workers` of [`score_choices`].
+    """
+    scores = {task: score_choices(model, collator, VCRExamples(rows, task), **options) for task in tasks}
+    labels = {"qa": rows["answer_label"][:], "qar": rows["rationale_label"][:]}
+    if scores.keys() == TASKS.keys():
+        return vcr_metrics(scores["qa"], scores["qar"], labels["qa"], labels["qar"])
+    (task,) = scores
+    return choice_metrics(TASKS[task].removesuffix("_accuracy"), scores[task], labels[task])
+
+
+def choice_probabilities(
+    model: UnicoderVLForMultipleChoice, collator: Collator, examples: VCRExamples, **options: int
+) -> np.ndarray:
+    """Softmax over the scores, `(num_questions, 4)`; with `every_answer` `(num_questions, 4 premises, 4)`."""
+    scores = torch.from_numpy(score_choices(model, collator, examples, **options))
+    shape = (-1, NUM_CHOICES, NUM_CHOICES) if examples.per_row > 1 else (-1, NUM_CHOICES)
+    return scores.double().softmax(dim=-1).view(shape).numpy()
+
+
+def load_for_vcr(
+    name: str | PathLike[str], store: Mapping[str, RegionRecord]
+) -> tuple[UnicoderVLForMultipleChoice, UnicoderVLProcessor]:
+    """
+    A multiple-choice checkpoint on the device of this process, with its processor; warns where it was trained on
+    regions of another kind.
+
+    Raises:
+        `ValueError`: the checkpoint has no head for choices, which would be new, or fewer rows than its tokenizer has
+            tokens.
+    """
+    loaded: Any = UnicoderVLForMultipleChoice.from_pretrained(name, output_loading_info=True)
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{name} ({model.config.architectures}) has no {sorted(report['missing_keys'])[:3]}: its scores would be "
+            "random. Expected a checkpoint of UnicoderVLForMultipleChoice, as examples/run_vcr.py trains one."
+        )
+    torch.nn.Module.to(model, PartialState().device)
+    processor = UnicoderVLProcessor.from_pretrained(name)
+    processor.check_model(model)
+    processor.set_store(store)
+    return model.eval(), processor
