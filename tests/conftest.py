@@ -21,9 +21,9 @@ FIRST = [
     "test_run_retrieval.py",
     "test_hub.py",
     "test_leak.py",
-    "test_detectors_visual_genome.py",
+    "test_visual_genome.py",
     "test_remote_code.py",
-    "test_retrieval_finetuning.py",
+    "test_finetuning.py",
     "test_negatives.py",
 ]
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from unicoder_vl_hf.cli import _parser
 from unicoder_vl_hf.scenes.world.world import sample_scene, scene_captions
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -4,16 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_vcr_evaluation import ANSWER_LABELS, ANSWERS, RATIONALE_LABELS, RATIONALES
+from places import ROOT
+from test_vcr_metrics import ANSWER_LABELS, ANSWERS, RATIONALE_LABELS, RATIONALES
 
 from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
 from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics
 
-ROOT = Path(__file__).parents[1]
 SCORES = np.round(np.random.default_rng(0).standard_normal((40, 12)), 1).astype(np.float32)  # with ties
 IMAGE_OF_CAPTION = np.concatenate([np.arange(12), np.random.default_rng(1).integers(12, size=28)])
 QUESTIONS = {

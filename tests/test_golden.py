@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 import pytest
 import small_world
+import test_conversion
 import test_extraction
-import test_regions_conversion
 from safetensors.torch import load_file
 from transformers import AutoModelForPreTraining, AutoModelForSequenceClassification
 from two_processes import run
@@ -126,7 +126,7 @@ def test_unfinished_mining(disk, monkeypatch):
 def test_an_unfinished_conversion(disk):
     kept = (disk / "unfinished_conversion" / "regions-00001.safetensors").read_bytes()
     store = convert("features.tsv", "unfinished_conversion", shard_size=100, resume=True)
-    test_regions_conversion.assert_holds(store, range(1, 10))
+    test_conversion.assert_holds(store, range(1, 10))
     assert (store.path / "regions-00001.safetensors").read_bytes() == kept
 
 

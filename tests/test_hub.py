@@ -12,10 +12,10 @@ import torch
 from checkpoint_matrix import MODELS, OTHERS
 from hub_client import KEPT_AT_HOME, METRICS
 from hub_stub import HubStub
+from places import TESTS
 
 import unicoder_vl_hf
 
-TESTS = Path(__file__).parent
 REPOSITORIES = ("someone/plain", "someone/trained", "someone/run")
 CHECKPOINT = {
     "config.json",

@@ -4,13 +4,12 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from unicoder_vl_hf import logging
 
-ROOT = Path(__file__).parents[1]
 FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
 
 

@@ -2,9 +2,9 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
+from places import EXAMPLES
 from transformers import AutoConfig
 
 from unicoder_vl_hf.runs.checkpoints import CheckpointFolder
@@ -15,7 +15,7 @@ NAMES = [f"{direction}_recall@{k}" for direction in ("text_retrieval", "image_re
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module("run_demo")
 
 

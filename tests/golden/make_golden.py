@@ -24,14 +24,14 @@ import torch
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
-from unicoder_vl_hf.processes import StopSignal
 from unicoder_vl_hf.regions.conversion import convert
 from unicoder_vl_hf.regions.extraction import extract
-from unicoder_vl_hf.scenes.world.world import build_scenes
-from unicoder_vl_hf.scoring.blocks import BlockFolder
-from unicoder_vl_hf.scoring.checkpoints import load_for_store
-from unicoder_vl_hf.search.command import make_index, run_search
-from unicoder_vl_hf.tasks.retrieval import mining
+from unicoder_vl_hf.retrieval import mining
+from unicoder_vl_hf.retrieval.blocks import BlockFolder
+from unicoder_vl_hf.retrieval.checkpoints import load_for_store
+from unicoder_vl_hf.retrieval.searching import make_index, run_search
+from unicoder_vl_hf.scenes import build_scenes
+from unicoder_vl_hf.training import StopSignal
 
 QUERY = "a red circle above a blue square"
 

@@ -1,11 +1,10 @@
 """Grid features against plain means of the encoders' own outputs."""
 
-from pathlib import Path
-
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from places import SHARED
 from torch import nn
 
 pytest.importorskip("torchvision")
@@ -34,7 +33,7 @@ from transformers import (
 from unicoder_vl_hf.regions.detectors import load_detector
 from unicoder_vl_hf.regions.detectors.grid import GridDetector, Prepare, grid_boxes
 
-COCO = Path(__file__).parents[2] / "shared/data/coco_free/photos"
+COCO = SHARED / "data/coco_free/photos"
 CPU = torch.device("cpu")
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}
 

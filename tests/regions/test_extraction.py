@@ -513,7 +513,7 @@ def test_features_too_large_for_float16(tmp_path):
 
 
 def test_batches_and_workers_change_nothing(tmp_path):
-    from test_detectors_torchvision import tiny_model
+    from test_torchvision_models import tiny_model
 
     photos = save_photos(tmp_path / "photos", 12)
     model = tiny_model()
@@ -653,7 +653,7 @@ def test_on_a_cpu_a_stop_is_heard_within_a_photo_and_the_bar_moves_by_photo(tmp_
 
 def test_resumed_it_gives_the_same_bits(tmp_path):
     """A batch of other photos may round otherwise: on a CPU a photo is a batch."""
-    from test_detectors_torchvision import tiny_model
+    from test_torchvision_models import tiny_model
 
     photos, model = save_photos(tmp_path / "photos", 12), tiny_model()
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from foreign_readers import reader
+from places import SHARED
 
 from unicoder_vl_hf import RegionStore
 from unicoder_vl_hf.regions.conversion import convert
 from unicoder_vl_hf.regions.formats import bottom_up_tsv, detect_format, milvlg_npz, read_records
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the development data is not here: {DATA}")
 
 WIDTH, HEIGHT = 640, 480

@@ -1,7 +1,6 @@
 """What fine-tuning for retrieval is made of: groups without false negatives, their batches, and a plain loop."""
 
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,6 +9,7 @@ import small_world
 import tiny
 import torch
 from accelerate import Accelerator
+from places import SHARED
 from torch.utils.data import DataLoader
 
 from unicoder_vl_hf import (
@@ -38,7 +38,7 @@ from unicoder_vl_hf.tasks.retrieval.training import (
     prepare_retrieval,
 )
 
-FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k/dataset_flickr8k.json"
+FLICKR8K = SHARED / "data/flickr8k/dataset_flickr8k.json"
 
 
 def fold(text):

@@ -1,8 +1,7 @@
-from pathlib import Path
-
 import datasets
 import numpy as np
 import pytest
+from places import SHARED
 
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.tasks.retrieval.metrics import chance_recalls, retrieval_metrics
@@ -15,7 +14,7 @@ from unicoder_vl_hf.tasks.retrieval.protocols import (
     retrieval_test,
 )
 
-FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k/dataset_flickr8k.json"
+FLICKR8K = SHARED / "data/flickr8k/dataset_flickr8k.json"
 
 
 def rows(captions_of_image: list[int], **columns) -> datasets.Dataset:

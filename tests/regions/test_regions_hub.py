@@ -8,10 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_stub import HubStub
+from places import TESTS
 
 import unicoder_vl_hf
 
-TESTS = Path(__file__).parent
 REPO = "datasets/someone/regions"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from places import SHARED
 
 from unicoder_vl_hf.data.captions import (
     FORMATS,
@@ -20,7 +21,7 @@ from unicoder_vl_hf.data.captions import (
 )
 from unicoder_vl_hf.name_lists import read_names
 
-SHARED = Path(__file__).parents[2] / "shared/data"
+SHARED = SHARED / "data"
 
 KARPATHY = {
     "dataset": "coco",

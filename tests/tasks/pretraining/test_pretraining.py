@@ -17,6 +17,7 @@ import small_world
 import tiny
 import torch
 from accelerate import Accelerator
+from places import EXAMPLES
 
 from unicoder_vl_hf import (
     ImageTextScorer,
@@ -312,7 +313,7 @@ def test_help_shows_the_defaults_of_the_paper_and_names_those_of_the_scenes(caps
 
 
 def test_help_of_an_evaluation(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit):
         importlib.import_module("evaluate_pretraining").main(["--help"])
     assert "--no_moc, --no-moc Turn --moc off. --mixed_precision" in " ".join(capsys.readouterr().out.split())

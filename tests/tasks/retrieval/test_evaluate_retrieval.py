@@ -3,12 +3,12 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from places import EXAMPLES
 from transformers import BertConfig
 
 from unicoder_vl_hf import (
@@ -46,7 +46,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def run(world, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "examples"), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
 
     def run(model, *options):
         output = tmp_path / "output.json"

@@ -2,10 +2,10 @@
 Damaged and hostile feature files. Whatever the bytes, each image ends in a record or in a ValueError that names the
 file, and the next one is read: no hang, crash, flood of memory, other exception or executed pickle.
 
-    UNICODER_VL_FUZZ=10000 pytest -s tests/test_regions_formats_fuzz.py
+    UNICODER_VL_FUZZ=10000 pytest -s tests/test_formats_fuzz.py
 
 changes 10,000 files; without the variable, a few hundred. They are read in a process of their own, whose crash the test
-survives. `PYTHONPATH=src python tests/test_regions_formats_fuzz.py FOLDER 17 18` repeats case 17 alone.
+survives. `PYTHONPATH=src python tests/test_formats_fuzz.py FOLDER 17 18` repeats case 17 alone.
 """
 
 import io

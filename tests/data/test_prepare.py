@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import SHARED
 
 from unicoder_vl_hf import RegionRecord
 from unicoder_vl_hf.cli import main
@@ -15,7 +16,7 @@ from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.prepare import prepare
 from unicoder_vl_hf.regions.conversion import write_store
 
-COCO_FREE = Path(__file__).parents[2] / "shared/data/coco_free"
+COCO_FREE = SHARED / "data/coco_free"
 
 
 def make_photos(folder: Path, *names: str) -> Path:

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from places import EXAMPLES
 from scoring_process import CAPTIONS, IMAGES, STORE
 from test_pictures import Page
 from transformers import (
@@ -1025,7 +1026,7 @@ def test_the_command_of_the_first_stage_has_the_defaults_of_its_function():
 
 
 def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     script = importlib.import_module("evaluate_two_stage")
     rows = [json.loads(line) | {"split": "test"} for line in (folder / "captions.jsonl").read_text().splitlines()]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))

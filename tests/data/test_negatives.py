@@ -1,16 +1,16 @@
 import pickle
 from collections import defaultdict
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from places import SHARED
 from torch.utils.data import DataLoader
 
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import MismatchIndex, PairsWithMismatches, fold_caption, read_duplicate_groups
 
-FLICKR8K = Path(__file__).parents[2] / "shared/data/flickr8k/dataset_flickr8k.json"
+FLICKR8K = SHARED / "data/flickr8k/dataset_flickr8k.json"
 
 
 def pairs(num_images=40, captions_per_image=5) -> datasets.Dataset:

@@ -3,12 +3,12 @@
 import dataclasses
 import importlib
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import small_world
 import tiny
+from places import EXAMPLES
 from test_pictures import Page
 
 from unicoder_vl_hf.data.captions import read_captions
@@ -17,7 +17,7 @@ from unicoder_vl_hf.pictures import GalleryItem
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module("retrieval_gallery")
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("torchvision")
 
 import yaml
 from PIL import Image
-from test_detectors_selection import greedy
+from test_selection import greedy
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList

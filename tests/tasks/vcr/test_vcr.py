@@ -2,13 +2,13 @@
 
 import inspect
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 import vcr_miniature
+from places import SHARED
 from vcr_miniature import FEATURE_DIM, OBJECTS, STORE, VOCABULARY, detections
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionRecord, UnicoderVLForMultipleChoice
@@ -26,7 +26,7 @@ from unicoder_vl_hf.tasks.vcr.data import (
     words_of,
 )
 
-GD_VCR = Path(__file__).parents[2] / "shared/data/vcr/gd_vcr_val_200.jsonl"
+GD_VCR = SHARED / "data/vcr/gd_vcr_val_200.jsonl"
 IMAGES = list(OBJECTS)
 
 
