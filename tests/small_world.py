@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 from unicoder_vl_hf import UnicoderVLForImageTextRetrieval
 from unicoder_vl_hf.runs.arguments import DataArguments
 from unicoder_vl_hf.runs.setup import load_model, load_processor, open_data
-from unicoder_vl_hf.scenes.world.world import build_scenes, scene_tokenizer
+from unicoder_vl_hf.scenes.world import build_scenes, scene_tokenizer
 
 # 40 training images of 2 captions: 20 steps of 4 pairs an epoch.
 NUM_TRAIN_PAIRS, NUM_VALIDATION_PAIRS = 80, 20

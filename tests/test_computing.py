@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import plain_descent  # noqa: F401  (the examples are on its path)
 
 from unicoder_vl_hf import UnicoderVLForImageTextRetrieval, UnicoderVLForMultipleChoice, UnicoderVLForPreTraining
-from unicoder_vl_hf import training as training_module
+from unicoder_vl_hf import processes as training_module
 from unicoder_vl_hf.processes import Computing, fast_precision, resolve_precision
 
 run_pretraining = importlib.import_module("run_pretraining")

@@ -12,7 +12,7 @@ import pytest
 from places import ROOT
 
 from unicoder_vl_hf.cli import _parser
-from unicoder_vl_hf.scenes.world.world import sample_scene, scene_captions
+from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

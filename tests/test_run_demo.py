@@ -8,7 +8,7 @@ from places import EXAMPLES
 from transformers import AutoConfig
 
 from unicoder_vl_hf.runs.checkpoints import CheckpointFolder
-from unicoder_vl_hf.scenes.world import world as scenes
+from unicoder_vl_hf.scenes import world as scenes
 
 NAMES = [f"{direction}_recall@{k}" for direction in ("text_retrieval", "image_retrieval") for k in (1, 5, 10)]
 

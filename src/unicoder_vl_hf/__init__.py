@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import registration
+from ._version import package_version
 
 if TYPE_CHECKING:
     from .configuration_unicoder_vl import UnicoderVLConfig
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 
 # Name -> where it is.
 _LAZY = {
-    "DataCollatorForUnicoderVLMultipleChoice": ".data.collators",
-    "DataCollatorForUnicoderVLPreTraining": ".data.collators",
-    "DataCollatorForUnicoderVLRetrieval": ".data.collators",
-    "ImageTextScorer": ".retrieval.scoring",
+    "DataCollatorForUnicoderVLMultipleChoice": ".tasks.vcr.collator",
+    "DataCollatorForUnicoderVLPreTraining": ".tasks.pretraining.collator",
+    "DataCollatorForUnicoderVLRetrieval": ".tasks.retrieval.collator",
+    "ImageTextScorer": ".scoring.scorer",
     "RegionRecord": ".records_unicoder_vl",
     "RegionStore": ".regions.store",
     "RegionStoreWriter": ".regions.store",
@@ -45,7 +46,7 @@ _LAZY = {
     "UnicoderVLForPreTraining": ".modeling_unicoder_vl",
     "UnicoderVLModel": ".modeling_unicoder_vl",
     "UnicoderVLProcessor": ".processing_unicoder_vl",
-    "retrieval_metrics": ".retrieval.metrics",
+    "retrieval_metrics": ".tasks.retrieval.metrics",
 }
 # Modules that are attributes, too, though nobody imported them.
 _MODULES = [
@@ -57,7 +58,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name], __name__), name)
     elif name == "__version__":
-        value = _version()
+        value = package_version()
     elif name in _MODULES:
         value = importlib.import_module(f".{name}", __name__)
     else:
@@ -68,15 +69,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("unicoder-vl-hf")
-    except PackageNotFoundError:  # A source tree on the path, not installed.
-        return "0+unknown"
 
 
 registration.install()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from ._version import package_version
 from .errors import USER_ERRORS, end_with, stopped
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     from .regions.conversion import EXPORTS
 
     parser = argparse.ArgumentParser(prog="unicoder-vl", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"unicoder-vl-hf {__version__}")
+    parser.add_argument("--version", action="version", version=f"unicoder-vl-hf {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(run, help: str, *positional: tuple[str, str]) -> argparse.ArgumentParser:

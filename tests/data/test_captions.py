@@ -10,15 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from places import SHARED
 
-from unicoder_vl_hf.data.captions import (
-    FORMATS,
-    JoinReport,
-    check_tokens,
-    detect_format,
-    encode_column,
-    join,
-    read_captions,
-)
+from unicoder_vl_hf.data.caption_files import FORMATS, detect_format, encode_column
+from unicoder_vl_hf.data.captions import JoinReport, check_tokens, join, read_captions
 from unicoder_vl_hf.name_lists import read_names
 
 SHARED = SHARED / "data"

@@ -12,11 +12,11 @@ from foreign_arrays import IMAGES
 from foreign_arrays import WRITERS as ARRAYS
 from foreign_pickles import WRITERS as PICKLES
 
-from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
+from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter, files
 from unicoder_vl_hf.data.captions import join, read_captions
 from unicoder_vl_hf.data.image_ids import id_mapping
 from unicoder_vl_hf.files import locked
-from unicoder_vl_hf.regions import conversion, tensor_files
+from unicoder_vl_hf.regions import conversion
 from unicoder_vl_hf.regions.conversion import convert, export
 from unicoder_vl_hf.regions.formats import FORMATS, detect_format, read_records
 from unicoder_vl_hf.regions.labelling import label
@@ -153,7 +153,7 @@ def test_a_failed_start_leaves_what_is_not_its_own(workers, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="line 1"):
         convert(source, folder, workers=workers)
     assert sorted(tmp_path.rglob("*")) == [source, folder, folder / "notes.txt"]
-    monkeypatch.setattr(tensor_files, "LOCK_PATIENCE", 0)
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0)
     (folder / conversion.PLAN).touch()
     with locked(folder), pytest.raises(ValueError, match="is being written by another process"):
         convert(source, folder, workers=workers)

@@ -163,10 +163,10 @@ def test_a_setup_says_what_its_card_needs(tmp_path):
         "measured_on": "3 captions of 2 images",
         "task": "image-text-retrieval",
     }
-    setup.collator.moc_probability, setup.validation = 0.0, None
+    setup.collator, setup.validation = dataclasses.replace(setup.collator, moc_probability=0.0), None
     assert setup.card["trained_by"] == "pre-trained by masked language modelling and visual-linguistic matching"
     assert setup.card["measured_on"] is None
-    setup.collator.mlm_probability = 0.0
+    setup.collator = dataclasses.replace(setup.collator, mlm_probability=0.0)
     assert setup.card["trained_by"] == "pre-trained by visual-linguistic matching"
 
 

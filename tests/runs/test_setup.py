@@ -14,10 +14,11 @@ from unicoder_vl_hf import (
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
 )
-from unicoder_vl_hf.runs import arguments as preparation
+from unicoder_vl_hf.runs import arguments as arguments_module
+from unicoder_vl_hf.runs import setup
 from unicoder_vl_hf.runs.arguments import parse_arguments
 from unicoder_vl_hf.runs.trainer import training_defaults
-from unicoder_vl_hf.scenes.world import questions as scenes_vcr
+from unicoder_vl_hf.scenes import questions as scenes_vcr
 from unicoder_vl_hf.scoring.checkpoints import load_for_scoring
 from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
@@ -95,7 +96,7 @@ def test_pairs_of_a_step_and_of_a_micro_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert loop("--per_device_train_batch_size", "12", *accumulation).train_batch_size == 96
     given = ["--train_batch_size", "48", *accumulation]
-    (words,) = [preparation.in_our_spelling(given, preparation.make_parser(TrainingArguments))]
+    (words,) = [arguments_module.in_our_spelling(given, arguments_module.make_parser(TrainingArguments))]
     assert words == ["--per_device_train_batch_size", "6", *accumulation]
 
 
@@ -236,7 +237,7 @@ def test_what_a_checkpoint_is_made_of_stays(world, bert, tmp_path, options, says
 )
 def test_a_validation_on_what_is_trained_on_is_said(world, bert, tmp_path, monkeypatch, split, said):
     warned = []
-    monkeypatch.setattr(preparation.logger, "warning", warned.append)
+    monkeypatch.setattr(setup.logger, "warning", warned.append)
     files = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions")}
     arguments = RetrievalArguments(**files, model_name_or_path=str(bert), validation_split=split)
     prepare_retrieval(arguments, tmp_path, seed=0)

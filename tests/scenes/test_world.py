@@ -15,8 +15,8 @@ from PIL import Image
 
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.regions.store import RegionStore
-from unicoder_vl_hf.scenes.world import world as scenes
-from unicoder_vl_hf.scenes.world.world import (
+from unicoder_vl_hf.scenes import world as scenes
+from unicoder_vl_hf.scenes.world import (
     CLASS_NAMES,
     COLOURS,
     FEATURE_DIM,

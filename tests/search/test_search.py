@@ -32,7 +32,6 @@ from transformers import (
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, RegionStoreWriter, UnicoderVLForImageTextRetrieval, cli
 from unicoder_vl_hf.search import index as index_module
-from unicoder_vl_hf.search import two_stage
 from unicoder_vl_hf.search.command import SearchResult, run_search
 from unicoder_vl_hf.search.encoders import (
     Photos,
@@ -43,6 +42,7 @@ from unicoder_vl_hf.search.encoders import (
 )
 from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest
 from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search
+from unicoder_vl_hf.tasks.retrieval import two_stage_report as report_module
 from unicoder_vl_hf.tasks.retrieval.first_stage import train_first_stage
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.tasks.retrieval.protocols import RetrievalFold
@@ -415,7 +415,7 @@ def test_the_weight_is_the_smallest_of_the_best_by_a_slow_loop(monkeypatch):
         scores = rng.integers(-9, 10, (captions, images)) + matches * rng.integers(0, 12)
         similarities = rng.integers(-4, 5, (captions, images)) / 8 + matches * rng.integers(0, 5) / 8
         for name, value in (("CANDIDATES", candidates), ("QUERIES", queries), ("IMAGES", images)):
-            monkeypatch.setattr(two_stage, f"WEIGHING_{name}", value)
+            monkeypatch.setattr(report_module, f"WEIGHING_{name}", value)
         scorer = GivenScores(scores)
         report = measure_similarity_weight(Given(similarities), scorer, rows)
         expected = {
@@ -433,7 +433,7 @@ def test_the_weight_is_the_smallest_of_the_best_by_a_slow_loop(monkeypatch):
 
 def test_what_is_measured_is_bounded(monkeypatch):
     for name, value in (("CANDIDATES", 2), ("QUERIES", 3), ("IMAGES", 5)):
-        monkeypatch.setattr(two_stage, f"WEIGHING_{name}", value)
+        monkeypatch.setattr(report_module, f"WEIGHING_{name}", value)
     rows = datasets.Dataset.from_dict(
         {"image_id": [f"i{i // 2}" for i in range(40)], "caption": list(map(str, range(40)))}
     )

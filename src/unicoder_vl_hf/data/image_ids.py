@@ -49,9 +49,9 @@ def id_mapping(rule: str) -> Rename:
         raise ValueError(
             f"ids {rule!r} is no rule: expected stem, coco, a .csv with source_id and image_id, or CAPTIONS:COLUMN."
         )
-    from .captions import read_captions
+    from .caption_files import read_caption_file
 
-    captions = read_captions(path, split=split)
+    captions = read_caption_file(path, split=split)
     if column == "row":
         return _look_up(((str(row), name) for row, name in enumerate(captions.unique("image_id"))), rule)
     if column not in captions.column_names:

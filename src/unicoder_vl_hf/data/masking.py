@@ -1,12 +1,154 @@
-"""What masks share: their salt, the label of what is not predicted, and the draw of what is hidden."""
+"""
+What is hidden of a row, and what is to be predicted there: words and regions (paper, section Pre-training).
+
+The masked tasks of every training draw by these rules, each row from a generator of its own, made of (seed, epoch, row
+index): more workers, more processes, another micro-batch or a resume change no example.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ..records_unicoder_vl import RegionRecord
+
 SALT = 0x6D61736B  # keeps these draws apart from orders and mismatches that use the same seed
-IGNORED = -100
+IGNORED = -100  # the label of what is not predicted
 
 
-def choose(rng: np.random.Generator, count: int, probability: float) -> np.ndarray:
+@dataclass(frozen=True)
+class Masking:
+    """
+    Rules of masked language modelling and masked object classification.
+
+    Args:
+        seed (`int`): At least 0.
+        mlm_probability (`float`): Share of the tokens that are predicted, in `[0, 1]`.
+        mask_replace_prob, random_replace_prob (`float`): Of these, the shares made `[MASK]` and made random.
+        moc_probability (`float`): Share of the regions of known class that are predicted, in `[0, 1]`.
+        region_zero_prob (`float`): Of these, the share whose feature is zeroed.
+        num_region_classes (`int`, *optional*): Object classes of the detector, against which ids are checked.
+
+    Raises:
+        `ValueError`: a share out of range, or a seed below 0.
+    """
+
+    seed: int = 0
+    mlm_probability: float = 0.15
+    mask_replace_prob: float = 1.0
+    random_replace_prob: float = 0.0
+    moc_probability: float = 0.15
+    region_zero_prob: float = 0.9
+    num_region_classes: int | None = None
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name.endswith(("_probability", "_prob")) and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}, expected a share in 0..1.")
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError(
+                f"mask_replace_prob={self.mask_replace_prob} and random_replace_prob={self.random_replace_prob} are "
+                "shares of the chosen tokens: together at most 1."
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}, expected at least 0.")
+
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """The losses of the masked tasks that are on, as the model's output names them."""
+        shares = {"mlm_loss": self.mlm_probability, "moc_loss": self.moc_probability}
+        return tuple(name for name, share in shares.items() if share > 0)
+
+    def generator(self, row: Mapping[str, Any], slot: int = 0) -> np.random.Generator:
+        """The draws of a row, by its `epoch` and `row_index`; `slot` 1 is its mismatch."""
+        return np.random.default_rng([self.seed, row["epoch"], row["row_index"], slot, SALT])
+
+    def hide_tokens(
+        self,
+        rng: np.random.Generator,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        is_word: np.ndarray,
+        tokenizer: Any,
+        word_ids: Any = None,
+    ):
+        """
+        Chooses tokens of a row, at least one, and hides them in place.
+
+        Args:
+            rng (`np.random.Generator`): Of [`~Masking.generator`].
+            input_ids, labels (`np.ndarray` of shape `(T,)`): Changed where tokens are chosen.
+            is_word (`np.ndarray` of shape `(T,)`): Which tokens may be chosen.
+            tokenizer: Whose mask token and vocabulary are used.
+            word_ids (sequence of `int` or `None`, *optional*): The word of each token, to choose whole words.
+        """
+        if self.mlm_probability == 0:
+            return
+        words = np.flatnonzero(is_word)
+        if word_ids is None:
+            chosen = words[_choose(rng, len(words), self.mlm_probability)]
+        else:
+            # Position of each token's word among the words of the caption, which an id may skip.
+            _, word = np.unique([word_ids[position] for position in words], return_inverse=True)
+            chosen = words[_choose(rng, word.max() + 1, self.mlm_probability)[word]]
+        labels[chosen] = input_ids[chosen]
+        fate = rng.random(len(chosen))
+        masked = fate < self.mask_replace_prob
+        random = ~masked & (fate < self.mask_replace_prob + self.random_replace_prob)
+        input_ids[chosen[masked]] = tokenizer.mask_token_id
+        input_ids[chosen[random]] = rng.integers(len(tokenizer), size=random.sum())
+
+    def hide_regions(self, rng: np.random.Generator, features: np.ndarray, labels: np.ndarray, object_ids: np.ndarray):
+        """
+        Chooses regions of known class of a row, at least one where there is one, and zeroes features in place.
+
+        Args:
+            rng (`np.random.Generator`): Behind the draws of [`~Masking.hide_tokens`].
+            features (`np.ndarray` of shape `(R, D)`), labels (`np.ndarray` of shape `(R,)`): Changed where regions are
+                chosen.
+            object_ids (`np.ndarray` of shape `(R,)`): As of [`~Masking.object_ids`].
+        """
+        known = np.flatnonzero(object_ids >= 0)
+        if self.moc_probability == 0 or len(known) == 0:
+            return
+        chosen = known[_choose(rng, len(known), self.moc_probability)]
+        labels[chosen] = object_ids[chosen]
+        features[chosen[rng.random(len(chosen)) < self.region_zero_prob]] = 0
+
+    def object_ids(self, records: Sequence[RegionRecord], kept: np.ndarray) -> np.ndarray:
+        """
+        The object class of each region as batched, `(B, R)`; -1 for none and for padding, and for all where classes are
+        not predicted.
+
+        Args:
+            records (sequence of [`RegionRecord`]): Of the B rows.
+            kept (`np.ndarray` of shape `(B, R)`): Which region of its record each one is; -1 for padding.
+
+        Raises:
+            `ValueError`: a record without object ids, or one that is not below `num_region_classes`.
+        """
+        object_ids = np.full_like(kept, -1)
+        if self.moc_probability == 0:
+            return object_ids
+        for record, ids, rows in zip(records, object_ids, kept, strict=True):
+            if record.object_ids is None:
+                raise ValueError(
+                    f"Image {record.image_id!r}: object_ids is None, but masked object classification predicts them. "
+                    "Add them to the store with `unicoder-vl label`, or train without (moc_probability=0, --no-moc)."
+                )
+            rows = rows[rows >= 0]
+            ids[: len(rows)] = record.object_ids[rows]
+            if self.num_region_classes is not None and ids.max() >= self.num_region_classes:
+                raise ValueError(
+                    f"Image {record.image_id!r}: object_ids holds {ids.max()}, expected at most "
+                    f"{self.num_region_classes - 1} as num_region_classes={self.num_region_classes}. Ids count from 0, "
+                    "without background: is the store of another detector?"
+                )
+        return object_ids
+
+
+def _choose(rng: np.random.Generator, count: int, probability: float) -> np.ndarray:
     """Each of `count` with `probability`, and one of them where none came up."""
     chosen = rng.random(count) < probability
     if not chosen.any():

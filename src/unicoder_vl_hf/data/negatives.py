@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import logging
 from ..name_lists import numbered_lines
-from .captions import encode_column
+from .caption_files import encode_column
 from .rows import Row, RowsOfEpoch, natural
 
 logger = logging.get_logger(__name__)

@@ -24,7 +24,8 @@ from ..regions.conversion import UnmappedId
 from ..regions.photos import in_words, list_photos, stem
 from ..regions.shards import MANIFEST, UNFINISHED
 from ..regions.store import RegionStore
-from .captions import EXAMPLES, JoinReport, read_captions
+from .caption_files import EXAMPLES
+from .captions import JoinReport, read_captions
 from .image_ids import coco_number, photo_ids
 
 logger = logging.get_logger(__name__)

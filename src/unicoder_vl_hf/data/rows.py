@@ -5,8 +5,6 @@ from collections import UserDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .. import logging
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
@@ -40,6 +38,7 @@ class RowsOfEpoch(Rows):
     """
 
     def __init__(self, fixed_epoch: int | None = None):
+        import torch
 
         self.fixed_epoch = None if fixed_epoch is None else natural("fixed_epoch", fixed_epoch)
         self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()

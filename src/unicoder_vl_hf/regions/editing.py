@@ -18,8 +18,18 @@ import numpy as np
 
 from .. import logging
 from ..files import begun_anew, complete, partial_path, say_finished, sync_folder, write_json
-from .shards import INDEX, MANIFEST, STORE_OF_STORES, UNFINISHED, ImageIds, Shards, shard_path, sorted_run
-from .store import FORMAT_VERSION, MERGE, RegionStore, RegionStoreWriter, finish_store
+from .shards import (
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    STORE_OF_STORES,
+    UNFINISHED,
+    ImageIds,
+    Shards,
+    shard_path,
+    sorted_run,
+)
+from .store import MERGE, RegionStore, RegionStoreWriter, finish_store
 from .tensor_files import file_facts
 
 

@@ -9,15 +9,12 @@ import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-from .shards import INDEX, MANIFEST
-
-if TYPE_CHECKING:
-    from .store import RegionStore
+from .shards import INDEX, MANIFEST, Index, Shards, read_manifest
 
 CARD, SHARDS = "README.md", "regions-*.safetensors"
 # In a card that we wrote, and may write again.
@@ -25,7 +22,8 @@ MARK = "<!-- Written from manifest.json by unicoder-vl-hf. Take this line out to
 
 
 def push_store(
-    store: "RegionStore",
+    path: Path,
+    manifest: dict[str, Any],
     repo_id: str,
     *,
     private: bool | None,
@@ -36,24 +34,24 @@ def push_store(
     """See `RegionStore.push_to_hub`."""
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    shards = [facts["file"] for facts in store.manifest["shards"]]
+    shards = [facts["file"] for facts in manifest["shards"]]
     api.upload_folder(
         repo_id=repo_id,
         repo_type="dataset",
         revision=revision,
-        folder_path=store.path,
+        folder_path=path,
         allow_patterns=SHARDS,
         commit_message=f"{commit_message}: shards",
     )
     # One commit, and the last: a store that grew is the old one or the new one to whoever downloads meanwhile.
     present = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(name, store.path / name) for name in (INDEX, MANIFEST)
+        CommitOperationAdd(name, path / name) for name in (INDEX, MANIFEST)
     ]
-    if (store.path / CARD).exists():
-        operations.append(CommitOperationAdd(CARD, store.path / CARD))
+    if (path / CARD).exists():
+        operations.append(CommitOperationAdd(CARD, path / CARD))
     elif CARD not in present or _is_ours(api, repo_id, revision):
-        operations.append(CommitOperationAdd(CARD, dataset_card(store, repo_id).encode()))
+        operations.append(CommitOperationAdd(CARD, dataset_card(path, manifest, repo_id).encode()))
     stale = [name for name in present if fnmatch(name, SHARDS) and name not in shards]
     operations.extend(CommitOperationDelete(name) for name in stale)
     api.create_commit(
@@ -76,7 +74,6 @@ def fetch_store(
     local_files_only: bool,
 ) -> Path:
     """See `RegionStore.from_hub`. Returns the folder in the cache."""
-    from .store import RegionStore
 
     def fetch(names: list[str], revision: str | None, pattern: str | None = None) -> Path:
         folder = huggingface_hub.snapshot_download(
@@ -94,31 +91,33 @@ def fetch_store(
         return Path(folder)
 
     folder = fetch([MANIFEST, INDEX], revision)
-    store = RegionStore(folder)
-    numbers: Iterable[int] = range(len(store.shards))
+    manifest = read_manifest(folder)
+    shards = Shards(folder, manifest["shards"])
+    numbers: Iterable[int] = range(len(shards))
     if image_ids is not None:
-        numbers = sorted({store.shards.number_of(store.number_of(image_id)) for image_id in image_ids})
-    names = [store.shards.facts[number]["file"] for number in numbers]
+        index = Index(folder, manifest["images"])
+        numbers = sorted({shards.number_of(index.number_of(image_id)) for image_id in image_ids})
+    names = [shards.facts[number]["file"] for number in numbers]
     # The folder is named after the commit, which a push in between does not change.
     return fetch(names, folder.name, SHARDS if image_ids is None else None)
 
 
-def dataset_card(store: "RegionStore", repo_id: str) -> str:
-    """README.md of a store in the repository `repo_id`."""
+def dataset_card(path: Path, manifest: dict[str, Any], repo_id: str) -> str:
+    """README.md of the store in a folder, for the repository `repo_id`."""
     metadata = huggingface_hub.DatasetCardData(
         pretty_name=repo_id.split("/")[-1],
         tags=["region-features", "image-text", "vision-language", "unicoder-vl-hf"],
-        size_categories=_size_category(len(store)),
+        size_categories=_size_category(manifest["images"]),
     )
-    shards = store.manifest["shards"]
+    shards = manifest["shards"]
     facts = {
-        "images": f"{len(store):,}",
-        "regions": f"{store.num_regions:,}",
+        "images": f"{manifest['images']:,}",
+        "regions": f"{manifest['regions']:,}",
         "size": f"{sum(shard['bytes'] for shard in shards) / 1e9:,.2f} GB in {len(shards)} shards",
-        **{name.replace("_", " "): _in_words(value) for name, value in store.provenance.items()},
+        **{name.replace("_", " "): _in_words(value) for name, value in manifest["provenance"].items()},
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    example = next(iter(store))
+    example = Index(path, manifest["images"]).image_ids[0]
     return _CARD.format(
         metadata=metadata, mark=MARK, repo_id=repo_id, rows=rows, example=json.dumps(example, ensure_ascii=False)
     )

@@ -6,6 +6,7 @@ an id whatever its length; an id counts as found where the files hold the very s
 """
 
 import hashlib
+import json
 import os
 import zlib
 from array import array
@@ -21,6 +22,7 @@ from ..files import OutputKind
 from ..records_unicoder_vl import RegionRecord
 from .tensor_files import DTYPES, TensorFile, TensorFileWriter, file_facts
 
+FORMAT_VERSION = 1
 MANIFEST, INDEX, UNFINISHED = "manifest.json", "index.safetensors", "unfinished.json"
 SKIPPED = "skipped.jsonl"  # what the source of a store holds and the store lacks, and why
 PLAN = "conversion.json"  # what a conversion that goes on must not change
@@ -311,6 +313,29 @@ def sorted_run(hashes: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.
     return hashes[order], numbers[order]
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Of a finished store; see `RegionStore` for what is raised."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (folder / UNFINISHED).exists():
+            raise ValueError(
+                f"{folder} is an unfinished store: what writes it is at work, or was stopped and goes on when it is "
+                "run again (in Python with resume=True)."
+            ) from None
+        if folder.is_dir() and not any(folder.iterdir()):
+            raise FileNotFoundError(f"{folder} is empty: no store was finished there.") from None
+        raise FileNotFoundError(f"{folder} is no region store: there is no {MANIFEST}.") from None
+    except NotADirectoryError:
+        raise ValueError(f"{folder} is a file, expected the folder of a region store.") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}): copy it again.") from error
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}: update unicoder-vl-hf.")
+    return manifest
+
+
 class Index(TensorFile):
     """The index file of a store: the id of each image, and hashes to look them up by."""
 
@@ -323,6 +348,16 @@ class Index(TensorFile):
         except KeyError as error:
             raise ValueError(f"{self.path} is no index of a region store: it has no tensor {error}.") from error
         self.ids = ImageIds(self._image_id, runs)
+
+    def number_of(self, image_id: str) -> int:
+        """Place of an image in disk order, from 0. Raises KeyError where there is none of this id."""
+        number = self.ids.find(image_id) if isinstance(image_id, str) else None
+        if number is None:
+            examples = ", ".join(repr(self.image_ids[place]) for place in range(min(3, self.num_images)))
+            raise KeyError(
+                f"{self.path.parent} has no image {image_id!r}; its {self.num_images} ids are like {examples}."
+            )
+        return number
 
     def _image_id(self, number: int) -> str | None:
         # While a resumed writer finishes, the index may already know images that the manifest does not.

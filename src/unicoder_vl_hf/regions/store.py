@@ -26,10 +26,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from .. import __version__
+from .._version import package_version
 from ..files import locked, make_folder, write_json
 from ..records_unicoder_vl import RegionRecord, is_region_record
 from .shards import (
+    FORMAT_VERSION,
     LARGEST,
     MANIFEST,
     MAX_SHARD_IMAGES,
@@ -41,12 +42,12 @@ from .shards import (
     Shards,
     ShardWriter,
     checksum,
+    read_manifest,
     shard_path,
     to_bfloat16,
     write_index,
 )
 
-FORMAT_VERSION = 1
 MERGE = "merge_of"  # in unfinished.json: the stores that are merged here
 MAX_COMING = 2**14
 ABSURD = 1e8  # a magnitude that no feature has
@@ -159,11 +160,7 @@ class RegionStore(Mapping[str, RegionRecord]):
 
     def number_of(self, image_id: str) -> int:
         """Place of an image in disk order, from 0. Raises KeyError where there is none of this id."""
-        number = self.index.ids.find(image_id) if isinstance(image_id, str) else None
-        if number is None:
-            examples = ", ".join(map(repr, islice(self, 3)))
-            raise KeyError(f"{self.path} has no image {image_id!r}; its {len(self)} ids are like {examples}.")
-        return number
+        return self.index.number_of(image_id)
 
     def highest_object_ids(self, image_ids: Iterable[str]) -> np.ndarray:
         """
@@ -207,7 +204,15 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         from .hub import push_store
 
-        return push_store(self, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+        return push_store(
+            self.path,
+            self.manifest,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     @classmethod
     def from_hub(
@@ -248,29 +253,6 @@ class RegionStore(Mapping[str, RegionRecord]):
                 local_files_only=local_files_only,
             )
         )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Of a finished store; see `RegionStore` for what is raised."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if (folder / UNFINISHED).exists():
-            raise ValueError(
-                f"{folder} is an unfinished store: what writes it is at work, or was stopped and goes on when it is "
-                "run again (in Python with resume=True)."
-            ) from None
-        if folder.is_dir() and not any(folder.iterdir()):
-            raise FileNotFoundError(f"{folder} is empty: no store was finished there.") from None
-        raise FileNotFoundError(f"{folder} is no region store: there is no {MANIFEST}.") from None
-    except NotADirectoryError:
-        raise ValueError(f"{folder} is a file, expected the folder of a region store.") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}): copy it again.") from error
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}: update unicoder-vl-hf.")
-    return manifest
 
 
 class NoRecordWritten(ValueError):
@@ -544,7 +526,7 @@ def finish_store(shards: Shards, ids: ImageIds, provenance: dict[str, Any]) -> N
         "format_version": FORMAT_VERSION,
         "images": shards.num_images,
         "regions": sum(facts["regions"] for facts in shards.facts),
-        "provenance": {**provenance, "package_version": __version__},
+        "provenance": {**provenance, "package_version": package_version()},
         "index": write_index(shards, ids),
         "shards": shards.facts,
     }

@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import logging
 from ..records_unicoder_vl import RegionRecord
-from .shards import INDEX, MANIFEST, Index, Shard, Shards, hash_id
-from .store import manifest_checksum, read_manifest
+from .shards import INDEX, MANIFEST, Index, Shard, Shards, hash_id, read_manifest
+from .store import manifest_checksum
 from .tensor_files import file_facts
 
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .. import logging
 from ..configuration_unicoder_vl import UnicoderVLConfig
-from ..data.captions import check_tokens, join, read_captions, select_split
+from ..data.caption_files import select_split
+from ..data.captions import check_tokens, join, read_captions
 from ..feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
 from ..modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLModel, UnicoderVLPreTrainedModel
 from ..processing_unicoder_vl import UnicoderVLProcessor
@@ -169,7 +170,7 @@ def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegi
         `ValueError`: captions without regions (unless `skip_missing`), or a fault in a file.
     """
     if arguments.on_scenes:
-        from ..scenes.world.world import build_scenes
+        from ..scenes.world import build_scenes
 
         folder = build_scenes(Path(output_dir, DATA_FOLDER, "scenes"))
         path, store = folder / "captions.jsonl", RegionStore(folder / "regions")
@@ -231,7 +232,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         fields |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
     name = arguments.base_model
     if name is None:
-        from ..scenes.world.world import scene_tokenizer
+        from ..scenes.world import scene_tokenizer
 
         config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **fields}
         model = model_class(UnicoderVLConfig(**config))
@@ -312,7 +313,7 @@ def processor_for(arguments: ModelArguments, store: RegionStore, train_image_ids
             **scale,
         )
         if name is None:
-            from ..scenes.world.world import scene_tokenizer
+            from ..scenes.world import scene_tokenizer
 
             processor = UnicoderVLProcessor(extractor, scene_tokenizer())
         else:

@@ -12,7 +12,7 @@ The rationale says the colour of an object of the other kind, which it refers to
 Every choice is as likely as another to whoever sees the text alone, the regions without the references, or the
 references without the regions: one in four guesses is right.
 
-The files are VCR's own. As in `scenes.py` everything is a pure function of (seed, split, index).
+The files are VCR's own. As in `world.py` everything is a pure function of (seed, split, index).
 """
 
 import json
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from .. import logging
-from .world.world import (
+from .world import (
     COLOURS,
     GROUNDS,
     HEIGHT,

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .. import logging
-from ..data.captions import check_tokens, is_blank, join, read_captions
+from ..data.caption_files import is_blank
+from ..data.captions import check_tokens, join, read_captions
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store

@@ -21,7 +21,7 @@ from unicoder_vl_hf import (
     UnicoderVLProcessor,
 )
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
-from unicoder_vl_hf.scenes.world.world import scene_tokenizer
+from unicoder_vl_hf.scenes.world import scene_tokenizer
 
 PAD, UNK, CLS, SEP, MASK, A, DOG, CAT, RUNS, SLEEPS, ON, THE, GRASS, DOT = range(14)
 NAMES = ["input_ids", "token_type_ids", "attention_mask"]

@@ -23,7 +23,7 @@ from unicoder_vl_hf import (
     UnicoderVLProcessor,
 )
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
-from unicoder_vl_hf.scenes.world.world import scene_tokenizer
+from unicoder_vl_hf.scenes.world import scene_tokenizer
 
 NUM_IMAGES, NUM_HELD_OUT, FEATURE_DIM = 1200, 600, 8
 COLOURS, SHAPES = ("red", "green", "blue", "white"), ("circle", "square", "star", "cross", "ring")

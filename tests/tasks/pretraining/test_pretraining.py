@@ -25,18 +25,20 @@ from unicoder_vl_hf import (
     RegionStoreWriter,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
+    errors,
+    processes,
 )
-from unicoder_vl_hf import processes as training
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.errors import FinishedRun, run_script
 from unicoder_vl_hf.processes import Computing, StopSignal
 from unicoder_vl_hf.regions.conversion import export
-from unicoder_vl_hf.runs import arguments as preparation
+from unicoder_vl_hf.runs import checkpoints as checkpoints_module
+from unicoder_vl_hf.runs import setup as runs_setup
 from unicoder_vl_hf.runs.arguments import parse_arguments
 from unicoder_vl_hf.runs.checkpoints import CheckpointFolder
 from unicoder_vl_hf.runs.log import JsonLog, LossMeter, beside_the_bar
-from unicoder_vl_hf.tasks.pretraining import setup as pretraining
+from unicoder_vl_hf.tasks.pretraining import setup as pretraining_setup
 from unicoder_vl_hf.tasks.pretraining.evaluation import (
     ShuffledStore,
     evaluate_pretraining,
@@ -63,7 +65,7 @@ def bert(tmp_path_factory):
 def warnings(monkeypatch):
     """What is warned of, as text."""
     found = []
-    for module in (preparation, pretraining, training):
+    for module in (errors, processes, checkpoints_module, runs_setup, pretraining_setup):
         monkeypatch.setattr(module.logger, "warning", found.append)
     return found
 

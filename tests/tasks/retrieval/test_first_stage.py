@@ -21,7 +21,8 @@ from unicoder_vl_hf import (
     UnicoderVLForPreTraining,
     UnicoderVLProcessor,
 )
-from unicoder_vl_hf.data.captions import read_captions, select_split
+from unicoder_vl_hf.data.caption_files import select_split
+from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import PairsWithNegatives
 from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss, group_softmax_loss, hard_negatives
 from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder, image_states, text_states

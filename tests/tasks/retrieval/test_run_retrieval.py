@@ -25,7 +25,7 @@ from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.errors import FinishedRun
 from unicoder_vl_hf.processes import StopSignal
 from unicoder_vl_hf.runs.trainer import _StopWithCheckpoint
-from unicoder_vl_hf.scenes.world import world as scenes
+from unicoder_vl_hf.scenes import world as scenes
 from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.tasks.retrieval.training import RetrievalSetup

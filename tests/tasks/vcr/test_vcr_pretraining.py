@@ -9,8 +9,8 @@ from transformers import AutoModelForPreTraining
 from two_processes import run
 
 from unicoder_vl_hf import UnicoderVLForMultipleChoice
-from unicoder_vl_hf.scenes.world import questions as scenes_vcr
-from unicoder_vl_hf.scenes.world.world import CLASS_NAMES
+from unicoder_vl_hf.scenes import questions as scenes_vcr
+from unicoder_vl_hf.scenes.world import CLASS_NAMES
 from unicoder_vl_hf.tasks.vcr.data import read_vcr
 from unicoder_vl_hf.tasks.vcr.pretraining import RightTexts, VCRPretrainingArguments, prepare_vcr_pretraining
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForMultipleChoice, AutoProcessor
 from two_processes import run
 
 from unicoder_vl_hf import RegionStore, UnicoderVLConfig, UnicoderVLForMultipleChoice, UnicoderVLForPreTraining
-from unicoder_vl_hf.scenes.world import questions as scenes_vcr
-from unicoder_vl_hf.scenes.world.world import scene_tokenizer
+from unicoder_vl_hf.scenes import questions as scenes_vcr
+from unicoder_vl_hf.scenes.world import scene_tokenizer
 from unicoder_vl_hf.tasks.vcr.data import VCRExamples, read_vcr
 from unicoder_vl_hf.tasks.vcr.metrics import check_submission
 from unicoder_vl_hf.tasks.vcr.training import (

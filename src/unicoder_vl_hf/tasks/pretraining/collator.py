@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ... import logging
-from ...data.masking import IGNORED, SALT, choose
+from ...data.masking import IGNORED, Masking
 from ...data.rows import check_rows, fetch
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
@@ -91,30 +91,17 @@ class DataCollatorForUnicoderVLPreTraining:
     num_region_classes: int | None = None
 
     def __post_init__(self):
-        for name in (
-            "mlm_probability",
-            "mask_replace_prob",
-            "random_replace_prob",
-            "moc_probability",
-            "region_zero_prob",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected a share in 0..1.")
-        if self.mask_replace_prob + self.random_replace_prob > 1:
-            raise ValueError(
-                f"mask_replace_prob={self.mask_replace_prob} and random_replace_prob={self.random_replace_prob} are "
-                "shares of the chosen tokens: together at most 1."
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}, expected at least 0.")
+        self.masking = Masking(
+            seed=self.seed,
+            mlm_probability=self.mlm_probability,
+            mask_replace_prob=self.mask_replace_prob,
+            random_replace_prob=self.random_replace_prob,
+            moc_probability=self.moc_probability,
+            region_zero_prob=self.region_zero_prob,
+            num_region_classes=self.num_region_classes,
+        )
         if self.mlm_probability > 0 and self.processor.tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which masked language modelling needs: use BERT's.")
-
-    @property
-    def loss_parts(self) -> tuple[str, ...]:
-        """The losses of the masked tasks that are on, as the model's output names them."""
-        shares = {"mlm_loss": self.mlm_probability, "moc_loss": self.moc_probability}
-        return tuple(name for name, share in shares.items() if share > 0)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         with_mismatches = any("mismatch_image_id" in row for row in rows)
@@ -160,17 +147,16 @@ class DataCollatorForUnicoderVLPreTraining:
                 f"{self._whose(rows, index)} has no token besides [CLS] and [SEP], with max_length={self.max_length}; "
                 "expected at least one."
             )
-        object_ids = self._object_ids(records, regions["kept_indices"])
+        object_ids = self.masking.object_ids(records, regions["kept_indices"])
         labels = np.full_like(input_ids, IGNORED)
         region_labels = np.full_like(object_ids, IGNORED)
+        tokenizer = self.processor.tokenizer
         for index in range(len(pairs)):
             slot, row = divmod(index, len(rows))  # slot 0: the match, 1: the mismatch
-            rng = np.random.default_rng([self.seed, rows[row]["epoch"], rows[row]["row_index"], slot, SALT])
-            if self.mlm_probability > 0:
-                word_ids = text.word_ids(index) if self.whole_word_mask else None
-                self._mask_tokens(rng, input_ids[index], labels[index], np.flatnonzero(is_word[index]), word_ids)
-            if self.moc_probability > 0:
-                self._mask_regions(rng, features[index], region_labels[index], object_ids[index])
+            rng = self.masking.generator(rows[row], slot)
+            word_ids = text.word_ids(index) if self.whole_word_mask else None
+            self.masking.hide_tokens(rng, input_ids[index], labels[index], is_word[index], tokenizer, word_ids)
+            self.masking.hide_regions(rng, features[index], region_labels[index], object_ids[index])
 
         matching_labels = np.full(len(pairs), IGNORED)
         if with_mismatches:
@@ -195,46 +181,3 @@ class DataCollatorForUnicoderVLPreTraining:
         if index < len(rows) or row["mismatch_caption"] == row["caption"]:
             return f"Image {row['image_id']!r}: its caption {row['caption']!r}"
         return f"Image {row['image_id']!r}: {row['mismatch_caption']!r}, the caption of another that is its mismatch,"
-
-    def _object_ids(self, records: Sequence[RegionRecord], kept: np.ndarray) -> np.ndarray:
-        """The object class of each region as batched, `(B, R)`; -1 for none and for padding."""
-        object_ids = np.full_like(kept, -1)
-        if self.moc_probability == 0:
-            return object_ids
-        for record, ids, rows in zip(records, object_ids, kept, strict=True):
-            if record.object_ids is None:
-                raise ValueError(
-                    f"Image {record.image_id!r}: object_ids is None, but masked object classification predicts them. "
-                    "Add them to the store with `unicoder-vl label`, or train without (moc_probability=0, --no-moc)."
-                )
-            rows = rows[rows >= 0]
-            ids[: len(rows)] = record.object_ids[rows]
-            if self.num_region_classes is not None and ids.max() >= self.num_region_classes:
-                raise ValueError(
-                    f"Image {record.image_id!r}: object_ids holds {ids.max()}, expected at most "
-                    f"{self.num_region_classes - 1} as num_region_classes={self.num_region_classes}. Ids count from 0, "
-                    "without background: is the store of another detector?"
-                )
-        return object_ids
-
-    def _mask_tokens(self, rng, input_ids, labels, words: np.ndarray, word_ids: Sequence[int | None] | None):
-        if word_ids is None:
-            chosen = words[choose(rng, len(words), self.mlm_probability)]
-        else:
-            # Position of each token's word among the words of the caption, which an id may skip.
-            _, word = np.unique([word_ids[position] for position in words], return_inverse=True)
-            chosen = words[choose(rng, word.max() + 1, self.mlm_probability)[word]]
-        labels[chosen] = input_ids[chosen]
-        fate = rng.random(len(chosen))
-        masked = fate < self.mask_replace_prob
-        random = ~masked & (fate < self.mask_replace_prob + self.random_replace_prob)
-        input_ids[chosen[masked]] = self.processor.tokenizer.mask_token_id
-        input_ids[chosen[random]] = rng.integers(len(self.processor.tokenizer), size=random.sum())
-
-    def _mask_regions(self, rng, features, labels, object_ids):
-        known = np.flatnonzero(object_ids >= 0)
-        if len(known) == 0:
-            return
-        chosen = known[choose(rng, len(known), self.moc_probability)]
-        labels[chosen] = object_ids[chosen]
-        features[chosen[rng.random(len(chosen)) < self.region_zero_prob]] = 0

@@ -53,7 +53,7 @@ class PretrainingSetup(TrainingSetup):
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
-        return (*self.collator.loss_parts, "matching_loss")
+        return (*self.collator.masking.loss_parts, "matching_loss")
 
     @property
     def trained_by(self) -> str:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ... import logging
-from ...data.captions import check_tokens, encode_column, join, read_captions, select_split
+from ...data.caption_files import encode_column, select_split
+from ...data.captions import check_tokens, join, read_captions
 from ...data.negatives import MismatchIndex, read_duplicate_groups
 from ...files import new_folder
 from ...modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval, contrastive_loss

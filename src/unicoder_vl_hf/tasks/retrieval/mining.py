@@ -22,7 +22,8 @@ import datasets
 import numpy as np
 
 from ... import logging
-from ...data.captions import check_tokens, encode_column, join, read_captions, select_split
+from ...data.caption_files import encode_column, select_split
+from ...data.captions import check_tokens, join, read_captions
 from ...data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
 from ...files import OutputKind, begun_anew, new_folder, say_finished, write_json
 from ...processes import start_processes

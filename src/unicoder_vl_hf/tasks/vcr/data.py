@@ -2,7 +2,7 @@
 
 Follows the paper's section of that name: Q->A reads question `;` answer, QA->R question `;` right answer `;` rationale;
 the ground-truth boxes come first among the regions, each with the feature of the detection that overlaps it most.
-Everything is a pure function of the files and the row. Left out: batching (`collators.py`).
+Everything is a pure function of the files and the row. Left out: batching (`collator.py`).
 """
 
 import json

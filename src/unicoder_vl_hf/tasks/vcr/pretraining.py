@@ -16,13 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 
-from ...data.masking import IGNORED, SALT
+from ...data.masking import IGNORED, Masking
 from ...data.rows import Row, RowsOfEpoch
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...records_unicoder_vl import RegionRecord
 from ...runs.model_card import pretrained_by
 from ...runs.setup import TrainingSetup
-from ..pretraining.collator import DataCollatorForUnicoderVLPreTraining
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import require_labels
 from .training import VCRDataArguments, open_and_load
@@ -68,16 +67,16 @@ class RightTexts(RowsOfEpoch):
 @dataclass
 class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
     """
-    Batches N rows of [`RightTexts`], masked as `masking` would.
+    Batches N rows of [`RightTexts`], and hides what is to be predicted.
 
     Args:
-        masking ([`DataCollatorForUnicoderVLPreTraining`]): Its seed, shares and checks are taken.
+        masking ([`Masking`]): By which rules.
 
     Returns:
         `dict` as of [`DataCollatorForUnicoderVLPreTraining`], and `token_region_ids`; `matching_labels` are -100.
     """
 
-    masking: DataCollatorForUnicoderVLPreTraining = field(kw_only=True)
+    masking: Masking = field(kw_only=True)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {name: tensor.numpy() for name, tensor in super().__call__(rows).items()}
@@ -90,21 +89,18 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
         batch["region_labels"] = np.full_like(object_ids, IGNORED)
         batch["matching_labels"] = np.full(len(rows), IGNORED)
         for index, row in enumerate(rows):
-            rng = np.random.default_rng([self.masking.seed, row["epoch"], row["row_index"], 0, SALT])
-            if self.masking.mlm_probability > 0:
-                words = np.flatnonzero(is_word[index])
-                self.masking._mask_tokens(rng, input_ids[index], batch["labels"][index], words, None)
-            if self.masking.moc_probability > 0:
-                self.masking._mask_regions(
-                    rng, batch["region_features"][index], batch["region_labels"][index], object_ids[index]
-                )
+            rng = self.masking.generator(row)
+            self.masking.hide_tokens(rng, input_ids[index], batch["labels"][index], is_word[index], tokenizer)
+            self.masking.hide_regions(
+                rng, batch["region_features"][index], batch["region_labels"][index], object_ids[index]
+            )
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _tensors(self, records: Sequence[RegionRecord]) -> Mapping[str, np.ndarray]:
         tensors = super()._tensors(records)
         mask = tensors["region_attention_mask"]
         kept = np.where(mask, np.arange(mask.shape[1]), -1)  # nothing is left out of these records
-        return {**tensors, "object_ids": self.masking._object_ids(records, kept)}
+        return {**tensors, "object_ids": self.masking.object_ids(records, kept)}
 
 
 @dataclass
@@ -141,9 +137,7 @@ def prepare_vcr_pretraining(
         `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
     """
     data, model, processor = open_and_load(arguments, output_dir, UnicoderVLForPreTraining)
-    masking = DataCollatorForUnicoderVLPreTraining(
-        processor,
-        data.store,
+    masking = Masking(
         seed=seed,
         mlm_probability=arguments.mlm_probability,
         moc_probability=arguments.moc_probability,

@@ -149,7 +149,7 @@ def open_vcr(arguments: VCRDataArguments, output_dir: str | Path) -> VCRData:
     own = Path(output_dir, DATA_FOLDER)
     metadata: Path | None
     if arguments.on_scenes:
-        from ...scenes.world.questions import build_vcr_scenes
+        from ...scenes.questions import build_vcr_scenes
 
         folder = build_vcr_scenes(own / "vcr_scenes")
         metadata, store, name = folder / "images", RegionStore(folder / "regions"), "questions about rendered scenes"
