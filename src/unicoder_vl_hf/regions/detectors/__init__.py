@@ -39,7 +39,7 @@ class Detector(Protocol):
     """Keyword arguments of `RegionStoreWriter`: detector, detector_revision, box_type, thresholds, class_names, …"""
 
     prepare: "Callable[[Image], Any]"
-    """Turns an RGB photo into CPU tensors that are small to send between processes; picklable, holds no device or model."""
+    """Turns an RGB photo into CPU tensors that are small to send between processes; picklable, without the model."""
 
     def __call__(
         self, prepared: Sequence[Any], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
