@@ -245,7 +245,8 @@ def _read_csv(path: Path, format: str) -> Iterator[Entry]:
         if len(cells) != len(names):
             raise ValueError(
                 f"{path}, line {number}: expected {len(names)} cells between {SEPARATORS[separator]}, {names}, got "
-                f"{len(cells)}. " + ("Quote captions that hold such." if quoting else "A caption cannot hold such.")
+                f"{len(cells)}. {'Quote captions that hold' if quoting else 'A caption cannot hold'} "
+                f"{SEPARATORS[separator]}."
             )
         yield f"line {number}", dict(zip(names, cells, strict=True))
 

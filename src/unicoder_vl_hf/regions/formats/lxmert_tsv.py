@@ -65,7 +65,7 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
         ValueError: `path` exists or does not end in .tsv, or a record lacks boxes or the image size.
     """
     if Path(path).suffix != ".tsv":
-        raise ValueError(f"{path}: LXMERT reads files that end in .tsv: name it {Path(path).name}.tsv.")
+        raise ValueError(f"{path}: LXMERT reads files that end in .tsv, expected such as {Path(path).name}.tsv.")
     with new_file(path) as file:
         for record in records:
             file.write(_line(record))
