@@ -202,7 +202,7 @@ def begun_anew(output: str | os.PathLike, restart: bool, kind: OutputKind, *work
             else:
                 shutil.rmtree(before, ignore_errors=True)  # left by a restart that was killed after it was complete
                 os.replace(folder, before)
-                logger.warning(f"{folder} begins anew; what it held is in {before} until it is complete.")
+                logger.warning(f"{folder} begins anew; its former content is in {before} until it is complete.")
     try:
         yield
     except BaseException:

@@ -2,9 +2,10 @@
 """
 The regions of one image in NumPy: `RegionRecord`.
 
-Values are checked here, once, so that neither the feature extractor nor the model need. The file imports neither torch
-nor transformers: whoever reads, checks and converts stores of records starts without them. Left out: finding regions in
-photos and storing them (`unicoder_vl_hf.regions`), and making tensors of records (`feature_extraction_unicoder_vl`).
+Values are checked here, once, so that neither the feature extractor nor the model need do so. The file imports neither
+torch nor transformers: reading, checking and converting stores of records starts without them. Left out: finding
+regions in photos and storing them (`unicoder_vl_hf.regions`), and making tensors of records
+(`feature_extraction_unicoder_vl`).
 """
 
 import functools
@@ -236,15 +237,13 @@ class RegionRecord:
         )
         if not fits:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
-            raise self._error(
-                field, f"have shape {array.shape}, expected ({expected}): give as many rows as features has"
-            )
+            raise self._error(field, f"have shape {array.shape}, expected ({expected}): give one row for each region")
         return array
 
     def _floats(self, field: str, values: Any, *shape: int | None) -> np.ndarray:
         array = self._numbers(field, values, *shape)
         if array.dtype not in (np.float16, np.float32):
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is caught below
+            with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
                 array = array.astype(np.float32)
         finite = np.isfinite(array)
         if not finite.all():

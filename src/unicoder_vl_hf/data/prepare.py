@@ -202,7 +202,7 @@ def _meet(
     rule = max(found, key=lambda name: len(found[name][0]))
     pairs, problem = found[rule]
     sides = f"{captions} has images such as {_some(images)}, {photos} has photos such as {_some(known)}"
-    remedy = "say which is which with caption_ids (--caption-ids), a .csv of source_id and image_id."
+    remedy = "name the photo of each image with caption_ids (--caption-ids), a .csv of source_id and image_id."
     if not pairs:
         raise ValueError(f"No image of the captions is a photo: {sides}. If some are, {remedy}")
     if problem:

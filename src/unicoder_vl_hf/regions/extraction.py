@@ -113,7 +113,8 @@ def extract(
         ValueError: Two photos have one id, no photo is found or none gives regions, the store was begun with other
             settings, photos or ids, or is being written, or it is finished and lacks photos that are new.
         KeyboardInterrupt: It was told to stop; the same call goes on.
-        Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; what was extracted is kept.
+        Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; regions that were extracted before are
+            kept.
     """
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
     # they wait for one another, perhaps longer than the default timeout of ten minutes.
@@ -314,7 +315,7 @@ def _extract_part(
     if failures:
         raise failures[0]
     if stop.is_set():
-        raise KeyboardInterrupt(f"Stopped, with what is extracted in {part.parent}: the same call goes on.")
+        raise KeyboardInterrupt(f"Stopped; the regions so far are in {part.parent}, and the same call goes on.")
 
 
 def _until_failure(items: Iterable[Any], failures: list[Exception]) -> Iterator[Any]:

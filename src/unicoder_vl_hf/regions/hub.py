@@ -43,7 +43,7 @@ def push_store(
         allow_patterns=SHARDS,
         commit_message=f"{commit_message}: shards",
     )
-    # The last commit holds all of these: whoever downloads meanwhile gets the old store or the new one.
+    # The last commit holds all of these: a download meanwhile gets the old store or the new one.
     present = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, path / name) for name in (INDEX, MANIFEST)

@@ -237,8 +237,8 @@ def _global(module: Any, name: Any) -> _Global:
         raise ValueError(f"it names something by {brief(module)} and {brief(name)}, expected text")
     if (module, name) not in _GLOBALS:
         raise ValueError(
-            f"it names {module}.{name}, and only arrays, numbers, text, lists, tuples and dicts are read, lest the "
-            "file run code"
+            f"it names {module}.{name}, and only arrays, numbers, text, lists, tuples and dicts are read: any "
+            "other name could run code"
         )
     return _Global(_GLOBALS[module, name])
 

@@ -29,7 +29,7 @@ from .items import Item, broken
 NAME = "vlbert-json"
 SUFFIX = ".json"
 REQUIRED = frozenset({"image_w", "image_h", "num_boxes", "boxes", "features"})
-MAX_FIRST_BYTES = 2**24  # limit of the first file, which is looked at to detect the format
+MAX_FIRST_BYTES = 2**24  # limit of the file that is read to detect the format
 VG_CLASSES, VG_ATTRIBUTES = 1600, 400  # of Visual Genome, on which the detectors were trained
 # The errors that zipfile raises on damaged archives.
 ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
