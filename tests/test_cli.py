@@ -107,7 +107,7 @@ def test_what_is_no_store_is_said(store, source, tmp_path, capsys):
         (["compare", str(tmp_path / "none"), str(store)], "none is no region store: there is no manifest.json."),
         (
             ["inspect", str(tmp_path / "begun")],
-            "begun is an unfinished store: what writes it is at work",
+            "begun is an unfinished store: the command that writes it is at work",
         ),
     ):
         assert main(arguments) == 1

@@ -200,7 +200,7 @@ def test_boxes_at_the_border_and_of_no_size_are_drawn():
 
 
 def test_a_record_without_boxes_is_refused():
-    with pytest.raises(ValueError, match="photo: boxes"):
+    with pytest.raises(ValueError, match="Image 'photo': boxes is None"):
         draw_regions(Image.new("RGB", (10, 10)), record(boxes=None))
 
 

@@ -1,6 +1,6 @@
 """
-How a command ends: an error that a user can mend, Ctrl-C and a finished run are said in one line, without the way they
-took through the code.
+Endings of a command: an error that a user can mend, Ctrl-C and a finished run are each said in one line, without a
+traceback.
 """
 
 import os
@@ -11,15 +11,18 @@ from pathlib import Path
 from . import logging
 
 USER_ERRORS = (ValueError, OSError, ImportError, KeyError)
-TRACEBACK = "UNICODER_VL_TRACEBACK"  # set in the environment: the way, too
+TRACEBACK = "UNICODER_VL_TRACEBACK"  # set in the environment: show the traceback, too
 
 
 def end_with(error: Exception, program: str) -> int:
     """
-    Says one of `USER_ERRORS` and returns the exit code 1. Raises it again where the environment asks for the traceback,
-    and where it is a KeyError of a bare key: ours are sentences, that one is a defect of the code.
+    Logs one of `USER_ERRORS` in one line and returns the exit code 1. Raises it again where the environment asks for
+    the traceback, and where it is a KeyError whose key is no sentence: our own are sentences, so that one is a defect
+    of the code.
     """
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # whose str() is quoted
+    message = (
+        str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    )  # str() of a KeyError is quoted
     if os.environ.get(TRACEBACK, "0") != "0" or (isinstance(error, KeyError) and " " not in message):
         raise error
     sys.stderr.write(f"{program}: {message or type(error).__name__}\n")
@@ -27,7 +30,10 @@ def end_with(error: Exception, program: str) -> int:
 
 
 def stopped(program: str, go_on: str = "") -> int:
-    """Says that Ctrl-C ended it, and in `go_on` what goes on where; returns 130, as the shell has it."""
+    """
+    Says that Ctrl-C ended the program, followed by `go_on`, which says how to go on. Returns 130, the exit code of
+    shells.
+    """
     sys.stderr.write(f"{program}: stopped. {go_on}".rstrip() + "\n")
     return 130
 
@@ -36,15 +42,18 @@ logger = logging.get_logger(__name__)
 
 
 class FinishedRun(ValueError):
-    """There is nothing left to train."""
+    """An error that says that nothing is left to train."""
 
 
 def run_script(main: Callable[[], bool | None], go_on: str = ""):
     """
-    `main` as a command. What Ctrl-C stopped ends with 130, as the shell has it, so that what follows after `&&` does
-    not take up half a model: a training that returned False, after a checkpoint, or anything else, at once; `go_on`
-    then says what goes on. A training that was finished before ends well. An error that the user can mend is said in
-    one line by each process that meets it, and ends with 1, whereupon the launcher ends the others.
+    Makes a command of `main`.
+
+    A run that Ctrl-C stopped ends with exit code 130, as in a shell, so that whatever follows after `&&` does not start
+    with a half-trained model. This holds for a training that saved a checkpoint and returned False, and for anything
+    that stopped at once; `go_on` then says how to go on. A training that was finished before ends with 0. An error that
+    the user can mend is logged in one line by each process that meets it, and ends with 1, whereupon the launcher ends
+    the other processes.
     """
     rank = os.environ.get("RANK")
     program = Path(sys.argv[0]).name + (f" (process {rank})" if rank else "")
@@ -63,6 +72,6 @@ def run_script(main: Callable[[], bool | None], go_on: str = ""):
 
 
 def _warn_once(text: str):
-    """In one of the launcher's processes."""
+    """Warns in one of the processes of the launcher."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning(text)

@@ -1,4 +1,4 @@
-"""Libraries that not every user has."""
+"""Imports of libraries that not every user has."""
 
 import importlib
 from types import ModuleType
@@ -6,8 +6,8 @@ from types import ModuleType
 
 def optional_import(module: str, extra: str) -> ModuleType:
     """
-    Imports a library of one of our extras. Raises ImportError: it is not installed, and the message names the extra; or
-    it is, and fails.
+    Imports a library of one of our extras. Raises ImportError where it is not installed, naming the extra that brings
+    it, and where it is installed but fails.
     """
     try:
         return importlib.import_module(module)

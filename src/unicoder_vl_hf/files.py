@@ -1,6 +1,4 @@
-"""
-Files and folders that come whole or not at all: written beside their place and renamed, locked, begun anew.
-"""
+"""Files and folders that appear whole or not at all: written beside their place and renamed, locked, begun anew."""
 
 import json
 import os
@@ -20,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names of the files in a folder last."""
+    """Makes sure that the names of the files in a folder outlast a crash of the system."""
     if sys.platform != "win32":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -30,12 +28,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """What a file is called until it is complete."""
+    """Gives the path under which a file is written until it is complete."""
     return path.with_name(f"{path.name}.partial")
 
 
 def complete(file: IO, path: Path) -> None:
-    """Closes the file at `partial_path(path)` and gives it its name, in such an order that a crash leaves it whole."""
+    """
+    Closes the file at `partial_path(path)` and gives it its name, in an order that leaves a whole file after a crash.
+    """
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -44,7 +44,7 @@ def complete(file: IO, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` atomically: readers see the old file or the new one."""
+    """Writes `value` as JSON, atomically: readers see the old file or the new one."""
     with partial_path(path).open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -97,7 +97,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name when the block ends without an error. Raises ValueError if it exists."""
+    """
+    Opens a file to write, which gets its name when the block ends without an error. Raises ValueError if it exists.
+    """
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} exists already: remove it, or choose another name.")
@@ -111,12 +113,14 @@ def new_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends without an error. Raises ValueError if it exists."""
+    """
+    Makes a folder to fill, which gets its name when the block ends without an error. Raises ValueError if it exists.
+    """
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"{path} exists already: remove it, or choose another name.")
     partial = partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -128,12 +132,12 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 @dataclass(frozen=True)
 class OutputKind:
     """
-    The folders that a command writes, told from all others by what is in them, so that `--restart` removes no other.
+    A kind of folder that commands write, recognised by the files in it, so that `--restart` removes no other folder.
 
     Args:
-        name (`str`): What messages call one, such as `"region store"`.
+        name (`str`): Name of the kind in messages, such as `"region store"`.
         last (`str`): The file that is written last: a folder that holds it is complete.
-        files (tuple of `str`): Patterns of the names of all that a folder may hold, `last` among them.
+        files (tuple of `str`): Patterns of the names of all files that a folder may hold, `last` among them.
         work (tuple of `str`): Patterns for the folders of unfinished work that lie beside it.
     """
 
@@ -147,35 +151,39 @@ class OutputKind:
         return (folder / self.last).exists()
 
     def check(self, folder: Path, patterns: tuple[str, ...]) -> None:
-        """Raises ValueError where there is a file at `folder`, or something in it that no pattern fits."""
+        """Raises ValueError where `folder` is a file, or holds something that none of the patterns fits."""
         if folder.is_file():
-            raise ValueError(f"{folder} is a file, no {self.name}: --restart leaves it. Take another folder.")
+            raise ValueError(
+                f"{folder} is a file, no {self.name}, so --restart does not remove it: take another folder."
+            )
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
         if foreign:
             raise ValueError(
-                f"{folder} holds {foreign[0]!r}, which is no part of a {self.name}: --restart leaves it. Move it away, "
-                "or take another folder."
+                f"{folder} holds {foreign[0]!r}, which is no part of a {self.name}, so --restart does not remove "
+                "it: move it away, or take another folder."
             )
 
 
 @contextmanager
 def begun_anew(output: str | os.PathLike, restart: bool, kind: OutputKind, *work: Path) -> Iterator[None]:
     """
-    Runs a block that writes `output`, or goes on with it; with `restart`, as if nothing were there.
+    Runs a block that writes the folder `output`, or goes on with it; with `restart`, as if nothing were there.
 
-    What is unfinished is then removed. What is complete is set aside, and removed when the block ends without an error:
-    until then both need room. If the block fails before anything is begun, it comes back. Whoever goes on with a
-    restart that was stopped enters this block without `restart`. Of several processes one does.
+    A restart removes unfinished work. It sets a complete output aside, and removes it when the block ends without an
+    error: until then the disk holds both. If the block fails before anything is begun, the complete output comes back.
+    To go on with a restart that was stopped, enter this block without `restart`. Of several processes, only one
+    enters it.
 
     Args:
         output (`str` or `os.PathLike`): The folder that the block writes.
-        restart (`bool`): Begin anew.
-        kind (`OutputKind`): What it holds.
-        work (`Path`): Folders beside it in which the block keeps what is unfinished.
+        restart (`bool`): Whether to begin anew.
+        kind (`OutputKind`): The kind of folder that `output` is.
+        work (`Path`): Folders beside it in which the block keeps unfinished work.
 
     Raises:
-        ValueError: `restart` would remove what is no part of such a folder, or another process writes it.
+        ValueError: `restart` would remove a file that is no part of such a folder, or another process writes the
+            folder.
     """
     folder = Path(os.path.realpath(output))
     before = folder.with_name(f".{folder.name}.before-restart")
@@ -192,9 +200,9 @@ def begun_anew(output: str | os.PathLike, restart: bool, kind: OutputKind, *work
             if not kind.is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             else:
-                shutil.rmtree(before, ignore_errors=True)  # of a restart that was killed when it was complete
+                shutil.rmtree(before, ignore_errors=True)  # left by a restart that was killed after it was complete
                 os.replace(folder, before)
-                logger.warning(f"{folder} begins anew; what it held is in {before} until it is complete.")
+                logger.warning(f"{folder} begins anew; its former content is in {before} until it is complete.")
     try:
         yield
     except BaseException:
@@ -205,5 +213,5 @@ def begun_anew(output: str | os.PathLike, restart: bool, kind: OutputKind, *work
 
 
 def say_finished(output: str | os.PathLike) -> None:
-    """Says that a command has nothing to do."""
+    """Warns that an output is finished, so that a command has nothing to do."""
     logger.warning(f"{os.fspath(output)} is finished, and stays as it is; --restart begins anew.")

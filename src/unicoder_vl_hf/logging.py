@@ -1,9 +1,9 @@
 """
-Log lines and progress bars as `transformers.utils.logging` gives them, for code that does without transformers.
+Log lines and progress bars like those of `transformers.utils.logging`, for code that does without transformers.
 
-A command that reads and writes files alone begins at once; importing transformers for a logger would cost it seconds.
-Loggers are Python's own, as transformers hands them to other packages: warnings go to stderr as they are. Bars are
-tqdm's, and obey whoever asks for silence: `TQDM_DISABLE=1`, `HF_HUB_DISABLE_PROGRESS_BARS=1`, or
+A command that only reads and writes files starts at once; importing transformers for a logger would take seconds.
+Loggers are Python's own, as transformers hands them to other packages: warnings go to stderr. Progress bars are tqdm's,
+and are turned off by any of `TQDM_DISABLE=1`, `HF_HUB_DISABLE_PROGRESS_BARS=1`, or
 `disable_progress_bar()` of transformers.
 """
 
@@ -15,22 +15,22 @@ from typing import Any
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger by the name of its module."""
+    """Gives the logger of a module, by its name."""
     return logging.getLogger(name)
 
 
 @functools.cache
 def warn_once(logger: logging.Logger, message: str) -> None:
-    """Warns, where the same was not said before in this process."""
+    """Logs a warning, unless the same was logged before in this process."""
     logger.warning(message)
 
 
 def tqdm(*args: Any, disable: bool = False, **kwargs: Any) -> Any:
-    """A progress bar with tqdm's arguments; `disable` says that this process shows none."""
+    """Makes a progress bar with tqdm's arguments; `disable` says that this process shows none."""
     from tqdm import auto
 
     if disable or _are_bars_disabled():
-        kwargs["disable"] = True  # to pass on a False would overrule TQDM_DISABLE
+        kwargs["disable"] = True  # passing False on would overrule TQDM_DISABLE
     return auto.tqdm(*args, **kwargs)
 
 

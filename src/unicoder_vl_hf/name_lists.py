@@ -1,4 +1,4 @@
-"""Text files of one name a line: classes, image ids, groups, photos."""
+"""Text files that hold one name a line: classes, image ids, groups, photos."""
 
 from collections.abc import Iterator
 from os import PathLike
@@ -11,8 +11,8 @@ logger = logging.get_logger(__name__)
 
 def numbered_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
     """
-    Yields the lines that are not blank, each with its number from 1 and without its end; a byte-order mark is no part
-    of the first.
+    Yields the lines of a text file that are not blank, each with its number from 1 and without its line end. A
+    byte-order mark is left out.
 
     Raises:
         ValueError: The file is not UTF-8.
@@ -31,8 +31,8 @@ def numbered_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
 
 def read_names(path: str | PathLike[str]) -> list[str]:
     """
-    Reads a list of one name a line. A byte-order mark, blanks behind a name and empty lines are left out; where a name
-    counts by its place, empty lines between two names are no places, and a warning says so.
+    Reads a list of one name a line. A byte-order mark, blanks behind a name and empty lines are left out. A warning
+    tells of empty lines between names, because they do not count where a name is known by its line.
 
     Raises:
         ValueError: The file is not UTF-8.

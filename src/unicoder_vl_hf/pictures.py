@@ -1,8 +1,8 @@
 """
 Pictures of what a model did: training curves (PNG), regions drawn on a photo, and a gallery of retrieval (HTML).
 
-Plain functions over plain data: rows of a log, a record, a list of queries. They know no model and no store. Pillow and
-matplotlib are the extra `unicoder-vl-hf[demo]`. Left out: anything that moves or needs a server.
+All are plain functions over plain data: rows of a log, a record, a list of queries. They know no model and no store.
+Pillow and matplotlib are the extra `unicoder-vl-hf[demo]`. Left out: anything that moves or needs a server.
 """
 
 import base64
@@ -24,12 +24,12 @@ try:
 except ImportError as error:
     raise ImportError("Pictures need Pillow: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
 
-# Told apart by most kinds of colour vision (Okabe and Ito), dark enough for white text and thin lines.
+# Colours of Okabe and Ito, which most kinds of colour vision tell apart; dark enough for white text and thin lines.
 PALETTE = ("#0072b2", "#d55e00", "#007a5a", "#a8437f", "#5b4ea3", "#8a6100", "#00748c", "#b3262e")
 _EVAL = "eval_"
 _MAJORITY = "_majority_accuracy"
-_MEAN_LOSS = "train_loss"  # of the whole run, in the last row of Trainer
-_SHARES = ("accuracy", "auc", "recall@1", "recall@5", "recall@10")  # what ends so lies in 0..1, and more is better
+_MEAN_LOSS = "train_loss"  # of the whole run, in the last row of the log
+_SHARES = ("accuracy", "auc", "recall@1", "recall@5", "recall@10")  # endings of names of shares, 0 to 1, more is better
 
 
 def training_curves(
@@ -46,11 +46,11 @@ def training_curves(
         log (`str`, `os.PathLike` or iterable of `dict`):
             Rows, or a jsonl file of rows, as `Trainer.state.log_history` has them: each has a `step`; names that end
             with `loss`, `accuracy`, `auc` or `recall@1`, 5, 10 are drawn, those that begin with `eval_` as validation.
-        path (`str` or `os.PathLike`): Where the PNG goes.
+        path (`str` or `os.PathLike`): The PNG file to write.
         chance (`dict`, *optional*): Value that guessing reaches, by name without `eval_`, for example
-            `{"matching_accuracy": 0.5}`; drawn as a dotted line. That of `moc_accuracy` is `moc_majority_accuracy` of
-            the log, where it has one; so for every name.
-        title (`str`, *optional*): Heading.
+            `{"matching_accuracy": 0.5}`; drawn as a dotted line. Where the log itself has `moc_majority_accuracy`, that
+            is the line for `moc_accuracy`, and likewise for every other name.
+        title (`str`, *optional*): Heading of the picture.
 
     Returns:
         `Path`: `path`.
@@ -99,7 +99,7 @@ def training_curves(
 
 
 def _series(rows: Sequence[Mapping[str, Any]], endings: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(steps, values) of every name in the rows that ends with one of `endings`."""
+    """Gives `(steps, values)` for every name in the rows that ends with one of `endings`."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -125,14 +125,14 @@ def _draw_series(axes: Any, series: Mapping[str, tuple[np.ndarray, np.ndarray]],
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` values around each (fewer at the ends)."""
+    """Gives the mean over `window` values around each value (fewer at the ends)."""
     sums, at = np.cumsum(np.concatenate([[0.0], values])), np.arange(len(values))
     starts, ends = np.maximum(0, at - window // 2), np.minimum(len(values), at + window // 2 + 1)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name without `eval_`: the loss and the accuracy of a task share theirs."""
+    """Gives a colour for each name without `eval_`; the loss and the accuracy of one task share theirs."""
     colours: dict[str, str] = {}
     for name in dict.fromkeys(name.removeprefix(_EVAL) for name in names):
         partner = name.replace("accuracy", "loss")
@@ -154,10 +154,11 @@ def draw_regions(
 
     Args:
         image (`PIL.Image.Image`): The photo, of any size: boxes are scaled to it.
-        record (`RegionRecord`): Its regions.
-        class_names (sequence of `str`, *optional*): Name of each object id; without, the id is shown.
-        labels (sequence of `str`, *optional*): What stands at each box, instead of index, class and score.
-        max_regions (`int`, *optional*): Only the best by score (the first, where there are no scores).
+        record (`RegionRecord`): Regions of the photo.
+        class_names (sequence of `str`, *optional*): Name of each object id; without them, the id is shown.
+        labels (sequence of `str`, *optional*): A text for each box, in place of index, class and score.
+        max_regions (`int`, *optional*): Number of regions to draw, the best by score (the first, where there are no
+            scores).
         min_width (`int`, defaults to 640): Narrower photos are enlarged to it, so that the labels can be read.
 
     Returns:
@@ -167,7 +168,9 @@ def draw_regions(
         ValueError: The record has no boxes.
     """
     if record.boxes is None:
-        raise ValueError(f"Record {record.image_id}: boxes are unknown, so there is nothing to draw.")
+        raise ValueError(
+            f"Image {record.image_id!r}: boxes is None, so there is nothing to draw: give a record with boxes."
+        )
     scale = max(1.0, min_width / image.width)
     canvas = image.convert("RGB").resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
@@ -180,7 +183,7 @@ def draw_regions(
     shown = sorted(order[:max_regions].tolist())
     cells = [shown[place] for place in _grid_cells(boxes[shown])] if labels is None else []
     line = max(2, canvas.width // 200)
-    for index in sorted(shown, key=lambda index: index not in cells):  # what is no cell lies above them
+    for index in sorted(shown, key=lambda index: index not in cells):  # other boxes lie above the cells
         colour, width = (PALETTE[0], 1) if index in cells else (PALETTE[index % len(PALETTE)], line)
         draw.rectangle(_inside(boxes[index], canvas.size), outline=colour, width=width)
     for index in cells:
@@ -198,7 +201,10 @@ def draw_regions(
 
 
 def _grid_cells(boxes: np.ndarray) -> list[int]:
-    """Which of the boxes are of one size, at least nine, and lie side by side; labels as of others would hide all."""
+    """
+    Gives the indices of boxes that form a grid: at least nine of one size, side by side. Labels like those of other
+    boxes would hide them all.
+    """
     sizes = boxes[:, 2:] - boxes[:, :2]
     size = np.median(sizes, axis=0)
     cells = np.flatnonzero((abs(sizes - size) <= 1.5).all(axis=1))
@@ -208,7 +214,7 @@ def _grid_cells(boxes: np.ndarray) -> list[int]:
 
 
 def _number_cell(draw: ImageDraw.ImageDraw, box: np.ndarray, text: str) -> None:
-    """In its middle, where it can be read at all."""
+    """Writes a number into the middle of a cell, where there is room to read it."""
     width, height = box[2:] - box[:2]
     size = min(14.0, width / 2.5, height / 1.5)
     if size >= 12:
@@ -218,7 +224,7 @@ def _number_cell(draw: ImageDraw.ImageDraw, box: np.ndarray, text: str) -> None:
 
 
 def _inside(box: np.ndarray, size: tuple[int, int]) -> tuple[float, ...]:
-    """`box` with its last row and column inside the picture, and never inverted."""
+    """Gives `box` with its last row and column inside the picture, and never inverted."""
     x1, y1, x2, y2 = np.clip(np.rint(box), 0, [size[0] - 1, size[1] - 1] * 2).tolist()
     return x1, y1, max(x1, x2), max(y1, y2)
 
@@ -235,7 +241,9 @@ def _region_label(record: RegionRecord, index: int, class_names: Sequence[str] |
 def _free_place(
     text: tuple[float, float, float, float], box: np.ndarray, size: tuple[int, int], taken: Sequence[tuple[float, ...]]
 ) -> tuple[float, float, float, float]:
-    """Where a label goes: above its box, else inside, else below, else further down; over another label if need be."""
+    """
+    Finds a place for a label: above its box, else inside, else below, else further down; over another label if need be.
+    """
     width, height = text[2] + 6, text[3] + 4
     left = float(np.clip(box[0], 0, max(0, size[0] - width)))
     tops = [box[1] - height, box[1], box[3], *np.arange(box[1], size[1], height)]
@@ -251,16 +259,16 @@ def _free_place(
 @dataclass(frozen=True)
 class GalleryItem:
     """
-    One caption and the images that scored best for it.
+    A caption and the images that scored best for it.
 
     Args:
         caption (`str`): The query.
-        image_id (`str`, *optional*): Its right image; without, nothing is marked.
-        score (`float`): Of the right image; higher = better match.
-        rank (`int`): Of the right image, from 1; a wrong image of the same score ranks before it. 0 if it is not among
-            the candidates that were scored.
+        image_id (`str`, *optional*): The right image; without it, nothing is marked.
+        score (`float`): Score of the right image; higher = better match.
+        rank (`int`): Rank of the right image, from 1; a wrong image of the same score ranks before it. 0 if the right
+            image is not among the candidates that were scored.
         best (tuple of `(image_id, score)`): The best images, best first.
-        notes (`dict[str, str]`): What stands beneath an image beside its score, such as what the score is the sum of.
+        notes (`dict[str, str]`): A note for some image ids, shown beneath the image, such as the parts of its score.
     """
 
     caption: str
@@ -272,7 +280,10 @@ class GalleryItem:
 
     @classmethod
     def from_scores(cls, caption: str, image_id: str, image_ids: Sequence[str], scores: Any, top_k: int = 5) -> Self:
-        """From the caption's row of the score matrix, of shape `(num_images,)`, with columns named by `image_ids`."""
+        """
+        Makes an item from the caption's row of the score matrix, of shape `(num_images,)`, whose columns are named by
+        `image_ids`. Raises ValueError where `image_id` is not among these.
+        """
         row, right = np.asarray(scores, dtype=np.float32), list(image_ids).index(image_id)
         order = np.lexsort((np.arange(len(row)) == right, -row))
         best = tuple((image_ids[column], float(row[column])) for column in order[:top_k].tolist())
@@ -287,7 +298,7 @@ class GalleryItem:
         top_k: int = 5,
         notes: Mapping[str, str] | None = None,
     ) -> Self:
-        """From the candidates of a search, `(image_id, score)`, the best first, and notes on them."""
+        """Makes an item from the candidates of a search, `(image_id, score)` with the best first, and notes on them."""
         found = {name: (score, rank) for rank, (name, score) in enumerate(hits, start=1)}
         score, rank = found.get(image_id, (float("nan"), 0))
         return cls(caption, image_id, score, rank, tuple(hits[:top_k]), notes or {})
@@ -307,13 +318,13 @@ def write_gallery(
     Writes one HTML file that needs no other: each caption with its best images, the right one marked.
 
     Args:
-        path (`str` or `os.PathLike`): Where the HTML goes.
+        path (`str` or `os.PathLike`): The HTML file to write.
         items (iterable of `GalleryItem`): The queries, in the order of the page.
-        picture (callable): Picture of an image_id, for example
-            `lambda image_id: Image.open(f"photos/{image_id}.jpg")`; or several, which stand one above the other.
-        title, intro (`str`): Heading, and a sentence or two beneath; plain text.
-        results (`dict`, *optional*): Of each model, and of chance, the recalls by the names of `retrieval_metrics`;
-            what else these hold is left out.
+        picture (callable): Gives the picture of an image_id, for example
+            `lambda image_id: Image.open(f"photos/{image_id}.jpg")`; or several, which are shown one above the other.
+        title, intro (`str`): Heading of the page, and a sentence or two beneath it; plain text.
+        results (`dict`, *optional*): Recalls of each model and of chance, named as `retrieval_metrics` names them;
+            other metrics among them are left out.
         picture_width (`int`, defaults to 320): Wider pictures are embedded at this width.
 
     Returns:
@@ -340,7 +351,7 @@ def write_gallery(
 
 
 def _data_url(image: Image.Image, width: int) -> str:
-    """PNG for a small picture, which keeps drawings sharp; JPEG for a photo."""
+    """Gives a picture as a `data:` URL: PNG for a small one, which keeps drawings sharp; JPEG for a photo."""
     buffer = io.BytesIO()
     if image.width <= width and image.format != "JPEG":
         image.save(buffer, "PNG", optimize=True)
@@ -354,7 +365,7 @@ def _data_url(image: Image.Image, width: int) -> str:
 
 
 def _results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for each result, a column for each recall, in percent."""
+    """Gives the HTML of a table with a row for each result and a column for each recall, in percent."""
     recalls = list(dict.fromkeys(name for metrics in results.values() for name in metrics if "recall@" in name))
     if not recalls:
         return ""

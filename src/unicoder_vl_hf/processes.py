@@ -1,4 +1,4 @@
-"""How the processes of a run compute and end: devices and launcher, precision and threads, and the stop signal."""
+"""Devices, launcher, precision, threads and the stop signal of a run's processes."""
 
 import contextlib
 import json
@@ -22,30 +22,33 @@ logger = logging.get_logger(__name__)
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS: dict[str, str] = {"no": "float32", "bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)"}  # in words
 
-# The hidden size from which bfloat16 pays in training, by what of a CPU computes it. Measured: AVX512-BF16 makes steps
-# 1.5 times as fast at 64, 2 at 128 and 3 at 384; AMX 1.75 at 384, and nothing yet at 128; the rest are taken for AMX.
+# The hidden size from which bfloat16 makes training faster, by the CPU's instructions for it. Measured: with
+# AVX512-BF16 steps are 1.5 times as fast at size 64, twice at 128 and 3 times at 384; with AMX 1.75 times at 384, and
+# no faster at 128. Others, which were not measured, are treated like AMX.
 BF16_FROM_HIDDEN_SIZE = {"amx_bf16": 256, "avx512_bf16": 64, "bf16": 256, "sve_bf16": 256}
-# Smaller models train on one thread. Two gain a quarter on a quiet machine, and take five times as long on a busy one,
-# where each waits at every operation for the other to be scheduled.
+# Smaller models train on one thread. A second thread makes them a quarter faster on an idle machine, and five times
+# slower on a busy one, where each thread waits at every operation until the other is scheduled.
 TWO_THREADS_FROM_HIDDEN_SIZE = 256
 
 
 def fast_precision(device_type: str, hidden_size: int | None = None) -> Precision:
     """
-    The mixed precision that a device is fast in: bf16 on GPUs and CPUs that compute it, else fp16 on GPUs, else none.
+    Gives the mixed precision that a device is fast in: bf16 on GPUs and CPUs that compute it, else fp16 on GPUs, else
+    "no".
 
-    A CPU without AMX or AVX512-BF16 emulates bf16, measured 150 times slower than fp32; none here is fast in fp16.
+    A CPU without AMX or AVX512-BF16 emulates bf16, which was measured 150 times slower than fp32. No CPU is
+    fast in fp16.
 
     Args:
         device_type (`str`): Such as `"cuda"` or `"cpu"`.
-        hidden_size (`int`, *optional*): Of the model to be trained: one that is too small for bf16 to pay on a CPU gets
-            none.
+        hidden_size (`int`, *optional*): Hidden size of the model to be trained; "no" where it is too small to gain by
+            bf16 on a CPU.
     """
     if device_type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device_type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        for name, pays_from in BF16_FROM_HIDDEN_SIZE.items():  # AMX first: its CPUs have the others, too
+        for name, pays_from in BF16_FROM_HIDDEN_SIZE.items():  # AMX first: CPUs with AMX have the others, too
             if capabilities.get(name):
                 return "bf16" if hidden_size is None or hidden_size >= pays_from else "no"
     return "no"
@@ -53,15 +56,15 @@ def fast_precision(device_type: str, hidden_size: int | None = None) -> Precisio
 
 def resolve_precision(requested: str, device_type: str, hidden_size: int | None = None) -> Precision:
     """
-    `requested` (`"auto"`, `"no"`, `"bf16"` or `"fp16"`) as accelerate takes it; warns where the device emulates it.
+    Gives the precision for accelerate that was `requested`, and warns where the device only emulates it.
 
     Args:
-        requested (`str`): `"auto"` is [`fast_precision`] of the device and the size.
+        requested (`str`): `"no"`, `"bf16"` or `"fp16"`; or `"auto"`, which asks [`fast_precision`].
         device_type (`str`): Such as `"cuda"` or `"cpu"`.
-        hidden_size (`int`, *optional*): Of the model to be trained.
+        hidden_size (`int`, *optional*): Hidden size of the model to be trained.
 
     Raises:
-        `ValueError`: another word.
+        `ValueError`: `requested` is another word.
     """
     if requested not in ("auto", "no", "bf16", "fp16"):
         raise ValueError(f"mixed precision is {requested!r}, expected auto, no, bf16 or fp16.")
@@ -78,12 +81,12 @@ def resolve_precision(requested: str, device_type: str, hidden_size: int | None 
 @dataclass(frozen=True)
 class Computing:
     """
-    How a run computes: chosen once, by a rule of the model's size and the hardware, never by a clock or the load, and
-    kept in every checkpoint, so that a resumed run computes as it began.
+    The precision and number of threads that a run computes with. They are chosen once, from the model's size and the
+    hardware, never by a clock or the load, and kept in every checkpoint, so that a resumed run computes as it began.
 
     Args:
-        mixed_precision (`str`): As accelerate has it.
-        num_threads (`int`, *optional*): Of PyTorch on a CPU; None leaves them as they are.
+        mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`, as accelerate takes it.
+        num_threads (`int`, *optional*): Number of PyTorch's threads on a CPU; None leaves it as it is.
     """
 
     FILE: ClassVar[str] = "computing.json"  # in a checkpoint
@@ -94,11 +97,14 @@ class Computing:
     @classmethod
     def choose(cls, requested: str, device_type: str, hidden_size: int, checkpoint: Path | None = None) -> "Computing":
         """
+        Chooses how a run computes, or goes on as its checkpoint began.
+
         Args:
-            requested (`str`): The precision as of [`resolve_precision`]. `"auto"` goes on as the checkpoint began.
+            requested (`str`): The precision, see [`resolve_precision`]; `"auto"` goes on as the checkpoint began.
             device_type (`str`): Such as `"cuda"` or `"cpu"`.
-            hidden_size (`int`): Of the model to be trained.
-            checkpoint (`Path`, *optional*): What is resumed; one without a record is of an older version.
+            hidden_size (`int`): Hidden size of the model to be trained.
+            checkpoint (`Path`, *optional*): Folder of the checkpoint that is resumed; one of an older version has no
+                record.
         """
         recorded: dict[str, Any] = {}
         if checkpoint is not None and (checkpoint / cls.FILE).exists():
@@ -107,17 +113,18 @@ class Computing:
             requested = recorded.get("mixed_precision", "auto")
         precision = resolve_precision(requested, device_type, hidden_size)
         threads = None
-        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # which the user, or the launcher, has set
+        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # the user or the launcher may have set it
             small = hidden_size < TWO_THREADS_FROM_HIDDEN_SIZE
             threads = min(recorded.get("num_threads") or (1 if small else torch.get_num_threads()), available_cpus())
         return cls(precision, threads)
 
     def save(self, checkpoint: Path):
+        """Writes the choice into the folder of a checkpoint."""
         (checkpoint / self.FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:
-        """PyTorch computes with this number of threads, and afterwards with as many as before."""
+        """Runs a block with this number of threads, and restores the number from before."""
         before = torch.get_num_threads()
         try:
             if self.num_threads is not None:
@@ -132,12 +139,14 @@ class Computing:
 
 
 def available_cpus() -> int:
-    """Those that this process may run on, where the system tells."""
+    """Counts the CPUs that this process may run on; where the system does not tell, all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def new_accelerator(computing: Computing, **options: Any) -> Accelerator:
-    """An Accelerator for another run of this process, of any precision: accelerate itself knows one run a process."""
+    """
+    Makes an Accelerator for another run of this process, of any precision: accelerate itself allows one run a process.
+    """
     AcceleratorState._reset_state()
     GradientState._reset_state()
     return Accelerator(mixed_precision=computing.mixed_precision, **options)
@@ -145,10 +154,10 @@ def new_accelerator(computing: Computing, **options: Any) -> Accelerator:
 
 def start_processes() -> PartialState:
     """
-    The processes of the launcher, on CPUs where ACCELERATE_USE_CPU says so.
+    Gives the state of the processes that the launcher started, on CPUs where ACCELERATE_USE_CPU says so.
 
     Raises:
-        `ValueError`: accelerate takes each for a run of its own.
+        `ValueError`: accelerate takes each process for a run of its own.
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
@@ -161,8 +170,8 @@ def start_processes() -> PartialState:
 
 class StopSignal:
     """
-    Lets a loop end at its next safe point: Ctrl-C or SIGTERM set it, and say the message; a second one ends the loop at
-    once.
+    Lets a loop end at its next safe point. Ctrl-C or SIGTERM sets the signal and logs the message; a second one ends
+    the loop at once.
 
     ```python
     with StopSignal() as stop:
@@ -189,10 +198,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def is_set(self) -> bool:
+        """Tells whether this process was told to stop."""
         return self._is_set
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether it is set in any process, so that all end at the same step. Every process calls it."""
+        """Tells whether any process was told to stop, so that all end at the same step. Every process must call it."""
         if self._is_set:
             accelerator.set_trigger()
         if accelerator.check_trigger():

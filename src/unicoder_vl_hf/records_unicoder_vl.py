@@ -1,10 +1,11 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """
-One image's regions in NumPy: `RegionRecord`.
+The regions of one image in NumPy: `RegionRecord`.
 
-Values are checked here, once, so that neither the feature extractor nor the model need. The file imports neither torch
-nor transformers: whoever reads, checks and converts stores of records starts without them. Left out: finding regions in
-photos and storing them (`unicoder_vl_hf.regions`), and making tensors of records (`feature_extraction_unicoder_vl`).
+Values are checked here, once, so that neither the feature extractor nor the model need do so. The file imports neither
+torch nor transformers: reading, checking and converting stores of records starts without them. Left out: finding
+regions in photos and storing them (`unicoder_vl_hf.regions`), and making tensors of records
+(`feature_extraction_unicoder_vl`).
 """
 
 import functools
@@ -21,22 +22,23 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 PIXEL_TOLERANCE = 1.0
-FRACTION_TOLERANCE = 0.01  # a pixel of a 100-pixel image, and far above the rounding of a float16 fraction
-SCORE_TOLERANCE = 1e-3  # float16 softmax outputs may exceed 1 by so much
+FRACTION_TOLERANCE = 0.01  # one pixel of a 100-pixel image; rounding a fraction to float16 changes far less
+SCORE_TOLERANCE = 1e-3  # a softmax in float16 may exceed 1 by this much
 
 
 @dataclass(eq=False)
 class RegionRecord:
     """
-    The regions of one image in NumPy, checked and coerced on construction. All but `image_id` and `features` may be
-    None, which means unknown. Row order carries no meaning. `dataclasses.replace` changes a field and checks again.
+    The regions of one image in NumPy, checked and coerced on construction. Every field except `image_id` and `features`
+    may be None, which means unknown. The order of the rows carries no meaning. `dataclasses.replace` changes a field
+    and checks again.
 
     Args:
-        image_id (`str`): Name of the image; what captions are joined by.
+        image_id (`str`): Name of the image, by which captions are joined to it.
         image_width, image_height (`int`, *optional*): Size in pixels of the image the boxes refer to. Both or neither.
         boxes (`np.ndarray` of shape `(n, 4)`, float32, *optional*): `x1 y1 x2 y2`, in pixels when the image size is
-            known, as fractions of the image when it is not; within a pixel of the image. A box of zero width or height
-            passes: detectors clip boxes to the image, and real files hold what that leaves of one at the border.
+            known, as fractions of the image when it is not; at most a pixel outside the image. A box of zero width or
+            height passes, since detectors clip boxes at the border of the image.
         features (`np.ndarray` of shape `(n, D)`): One row a region, n >= 1, finite. float16 and float32 stay as they
             are, other numbers become float32.
         object_ids (`np.ndarray` of shape `(n,)`, int64, *optional*): Detector class, 0-based and without background;
@@ -100,7 +102,10 @@ class RegionRecord:
 
     @classmethod
     def from_dict(cls, arrays: Mapping[str, Any]) -> "RegionRecord":
-        """Builds a record from `{field: value}`. Raises ValueError on keys that are no field."""
+        """
+        Builds a record from `{field: value}`, and checks it. Raises ValueError on a key that is no field, and where
+        `image_id` or `features` is missing.
+        """
         names = [field.name for field in fields(cls)]
         unknown = [name for name in arrays if name not in names]
         missing = [name for name in ("image_id", "features") if arrays.get(name) is None]
@@ -112,18 +117,20 @@ class RegionRecord:
 
     @classmethod
     def unchecked(cls, values: dict[str, Any]) -> "RegionRecord":
-        """A record of `{field: value}`, all fields given, without checks: they were made when it was stored."""
+        """
+        Builds a record from `{field: value}`, with all fields given, without checks: they were made when it was stored.
+        """
         record = cls.__new__(cls)
         vars(record).update(values)
         return record
 
     def to_dict(self) -> dict[str, Any]:
-        """`{field: value}` of the fields that are not None; arrays are shared, not copied."""
+        """Gives `{field: value}` of the fields that are not None; arrays are shared, not copied."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def num_regions(self) -> int:
-        """n, at least 1."""
+        """The number n of regions, at least 1."""
         return self.features.shape[0]
 
     def __len__(self) -> int:
@@ -131,8 +138,8 @@ class RegionRecord:
 
     def locations(self) -> np.ndarray:
         """
-        The paper's location vectors, `(n, 5)` float32: x1, y1, x2, y2 and area, all as fractions of the image. Zeros,
-        with a warning, when the boxes are unknown.
+        Gives the paper's location vectors, `(n, 5)` float32: x1, y1, x2, y2 and area, all as fractions of the image (0
+        to 1). They are zeros, with a warning, when the boxes are unknown.
         """
         locations = np.zeros((self.num_regions, 5), dtype=np.float32)
         if self.boxes is None:
@@ -146,7 +153,10 @@ class RegionRecord:
         return locations
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one .npz without pickles, keys = field names, to exactly `path`, atomically."""
+        """
+        Writes the record to exactly `path`, atomically: an .npz without pickles, whose keys are the names of the
+        fields.
+        """
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -160,7 +170,10 @@ class RegionRecord:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RegionRecord":
-        """Reads and checks what `save` wrote. ValueError, naming the file, on anything else; nothing is unpickled."""
+        """
+        Reads and checks a file that `save` wrote; nothing is unpickled. Raises ValueError, naming the file, on any
+        other.
+        """
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return cls.from_dict(dict(arrays))
@@ -212,7 +225,7 @@ class RegionRecord:
         raise self._error("boxes", f"[{row}] = {boxes[row].tolist()} is outside, expected {expected}: {advice}")
 
     def _numbers(self, field: str, values: Any, *shape: int | None) -> np.ndarray:
-        """`values` as an array of numbers of this shape, where None fits any length."""
+        """Gives `values` as an array of numbers of this shape, where None fits any length."""
         try:
             array = np.asarray(values)
         except ValueError as error:
@@ -224,13 +237,13 @@ class RegionRecord:
         )
         if not fits:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
-            raise self._error(field, f"have shape {array.shape}, expected ({expected}): give one row a row of features")
+            raise self._error(field, f"have shape {array.shape}, expected ({expected}): give one row for each region")
         return array
 
     def _floats(self, field: str, values: Any, *shape: int | None) -> np.ndarray:
         array = self._numbers(field, values, *shape)
         if array.dtype not in (np.float16, np.float32):
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is caught below
+            with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
                 array = array.astype(np.float32)
         finite = np.isfinite(array)
         if not finite.all():
@@ -260,8 +273,8 @@ class RegionRecord:
 
 def is_region_record(value: Any) -> bool:
     """
-    Whether `value` is a `RegionRecord`, by name: a checkpoint loaded with `trust_remote_code` brings its own class,
-    and must take the records of an installed package's store all the same.
+    Tells whether `value` is a `RegionRecord`, by the name of its class: a checkpoint loaded with `trust_remote_code`
+    brings a class of its own, and must still take the records that an installed package reads from a store.
     """
     return any(cls.__name__ == "RegionRecord" for cls in type(value).__mro__)
 

@@ -1,17 +1,18 @@
 """
-Our classes in transformers' Auto classes, without importing transformers before anyone needs it.
+Registers our classes with transformers' Auto classes, without importing transformers before anyone needs it.
 
-`AutoModel.register` takes a class. To call it in `import unicoder_vl_hf` would load PyTorch and transformers, seconds
-of a CPU, for whoever only asks for `--help` or validates a store. So [`install`] puts a finder before the others of
-`sys.meta_path`: it finds what they find, and sees when modules of transformers have been executed. When the outermost
-of them has, our classes are registered with the Auto classes that came with it; those that were there before are
-served at once. So nobody gets hold of an Auto class that does not know ours, whatever is imported first.
+`AutoModel.register` takes a class. Calling it in `import unicoder_vl_hf` would load PyTorch and transformers, which
+takes seconds, even for `--help` or to validate a store. So [`install`] puts a finder before the others of
+`sys.meta_path`: it finds what they find, and notices when a module of transformers has been executed. When the
+outermost such module is done, our classes are registered with the Auto classes that came with it. Auto classes that
+were loaded before are served at once. So every Auto class knows our classes, whatever is imported first.
 
-Why the outermost: `transformers.modeling_layers`, which our model needs, imports `AutoModel` in its first lines. To
-load our model at that moment would be a circle. So would it be while our own files are executed, which count likewise.
+It has to be the outermost module: `transformers.modeling_layers`, which our model needs, imports `AutoModel` in its
+first lines, and loading our model at that moment would be a circle. The same holds while our own files are executed, so
+they count as well.
 
-The other way, commands in a package of their own, would have taken the stores along, and left everybody who imports
-`RegionStore` with these seconds.
+Moving the commands to a package of their own would not help: the stores would have to move along, or everybody who
+imports `RegionStore` would wait these seconds.
 """
 
 import sys
@@ -24,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = __name__.rpartition(".")[0]
-# Module of transformers.models.auto -> its Auto classes, with the class of ours that each is to know.
+# Module of transformers.models.auto -> its Auto classes, each with the class of ours to register.
 AUTO_CLASSES = {
     "configuration_auto": {"AutoConfig": "UnicoderVLConfig"},
     "modeling_auto": {
@@ -39,14 +40,17 @@ AUTO_CLASSES = {
 
 
 class Registration:
-    """A finder of modules that registers our classes; there is one in a process."""
+    """A finder of modules that registers our classes. There is one in a process."""
 
     def __init__(self) -> None:
-        self.depths: Counter[int] = Counter()  # thread -> modules, one within the other, that it is executing
-        self.served: set[Any] = set()  # Auto classes that know ours
+        self.depths: Counter[int] = Counter()  # thread -> number of nested modules that it is executing
+        self.served: set[Any] = set()  # Auto classes with which ours is registered
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The usual finder's answer, for modules of transformers and ours; their loader will tell of the execution."""
+        """
+        Finds modules of transformers and of ours as the usual finder does, with a loader that calls
+        [`~Registration.run`].
+        """
         if name.partition(".")[0] not in ("transformers", PACKAGE):
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -77,12 +81,12 @@ class Registration:
                 auto.register(config.model_type if ours is config else config, ours)
                 self.served.add(auto)
         except (ImportError, AttributeError):
-            # A module is half executed, by another thread that waits for this one: it will come here when it is done.
+            # Another thread has half executed a module and waits for this one: it will come here when it is done.
             if self.pending() and len(self.depths) == 1:
                 raise
 
     def pending(self) -> list[tuple[Any, str]]:
-        """Auto classes that are loaded and do not know ours, with the name of ours."""
+        """Lists the Auto classes that are loaded and do not know our class yet, each with the name of our class."""
         found = []
         for name, classes in AUTO_CLASSES.items():
             module = sys.modules.get(f"transformers.models.auto.{name}")
@@ -93,7 +97,7 @@ class Registration:
 
 
 def install() -> None:
-    """Has our classes registered, now and later."""
+    """Has our classes registered with the Auto classes that are loaded, now and later."""
     registration = Registration()
     sys.meta_path.insert(0, registration)
     registration.run(lambda: None)

@@ -274,7 +274,11 @@ def karpathy(**changes):
             r"a\.csv, line 2: no column 'image_id'; the columns are \['picture', 'caption'\]",
         ),
         ("a.csv", "picture; words\n1; a\n", r"a\.csv, line 2: no column 'image_id'; .* \['picture', 'words'\]"),
-        ("a.csv", "image_id,caption,caption\n1,a,b\n", r"line 1: the columns, between commas, are .*; each once"),
+        (
+            "a.csv",
+            "image_id,caption,caption\n1,a,b\n",
+            r"line 1: the columns, between commas, are .*; expected each name once",
+        ),
         ("a.csv", "image_id;caption\n1;a\n2;b;c\n", r"line 3: expected 2 cells between semicolons, .*, got 3"),
         ("a.tsv", "image_id\tcaption\n1\ta\n2\n", r"a\.tsv, line 3: expected 2 cells between tabs, .*, got 1"),
         ("a.csv", "image_id,caption\n1,a\n2,b, c\n", r"a\.csv, line 3: expected 2 cells"),
@@ -282,7 +286,7 @@ def karpathy(**changes):
         ("a.csv", 'image_id,caption\n1,"a" b\n', r"a\.csv, line 2: malformed csv"),
         ("a.csv", "image_id,caption\n1,a\n2,\n", r"a\.csv, line 3: caption of image '2' is ''"),
         ("a.csv", "image_id,caption\n", r"a\.csv holds no captions"),
-        ("a.txt", "hello\n", r"a\.txt has no layout that is known: its first line is 'hello'"),
+        ("a.txt", "hello\n", r"a\.txt has no known layout: its first line is 'hello'"),
         ("a.txt", "\n \n", r"a\.txt is empty"),
         (
             "a.jsonl",

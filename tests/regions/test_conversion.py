@@ -384,7 +384,9 @@ def test_fields_that_a_format_cannot_hold_are_said_once(name, tmp_path, caplog):
         assert lost == NOT_WRITTEN[name] or unknown
     export(store, tmp_path / NAMES.get(name, "out"), name)
     (said,) = [each.message for each in caplog.records]
-    assert f"{name} has no place" in said and all(f"{field} (3 images)" in said for field in NOT_WRITTEN[name])
+    assert f"lacks fields that {name} cannot hold" in said and all(
+        f"{field} (3 images)" in said for field in NOT_WRITTEN[name]
+    )
     assert "object_ids" not in said
 
 

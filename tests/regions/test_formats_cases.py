@@ -208,7 +208,7 @@ def test_arrays_of_bytes_are_no_features_until_their_type_is_stated(write_one, t
     source = write_one(new(tmp_path), numbers())
     (record,) = read_records(source, format, feature_dtype="float32")
     assert np.array_equal(record.features, numbers())
-    with pytest.raises(ValueError, match="float32 by the file's own word, not float16"):
+    with pytest.raises(ValueError, match="float32 as the file says, not float16"):
         list(read_records(source, format, feature_dtype="float16"))
 
 

@@ -333,7 +333,7 @@ def test_a_resumed_store_equals_an_undisturbed_one(stop, small, tmp_path):
     else:
         with pytest.raises(ValueError, match=r"an unfinished store: .* goes on when it is run again \(in Python"):
             RegionStore(folder)
-        with pytest.raises(ValueError, match=r"an unfinished store: go on with it by resume=True, or"):
+        with pytest.raises(ValueError, match=r"an unfinished store: go on with resume=True, or"):
             RegionStoreWriter(folder, **options)
     (folder / "regions-00077.safetensors.partial").write_bytes(b"what a kill leaves")
     write_store(map(make, range(40)), folder, resume=True, **options)

@@ -1,5 +1,5 @@
 """
-Caption files of every common layout, read into one `datasets.Dataset`.
+Readers of caption files of every common layout, which give one `datasets.Dataset`.
 
 The layouts are those of Karpathy's json, COCO's captions json, `{image id: captions}`, Flickr's `.token`, plain tables
 (jsonl, json, csv, tsv, parquet) and folders of `datasets`. Rows keep the file's order, and duplicates. Conceptual
@@ -30,18 +30,18 @@ logger = logging.get_logger(__name__)
 JSON_LAYOUTS = ("karpathy", "coco", "mapping", "rows")
 FORMATS = ("json", *JSON_LAYOUTS, "token", "jsonl", "csv", "parquet", "datasets")
 
-# Of a table: the column that names the image, by its id or by the name of its file, and the one of the caption. The
-# first that is there counts.
+# Columns of a table that may name the image, by its id or by the name of its file, and that may hold the caption. The
+# first one that a table has is taken.
 IMAGE_COLUMNS = ("image_id", "image", "file_name", "image_name", "filename")
 CAPTION_COLUMNS = ("caption", "captions", "comment", "text")
-# Of a csv or tsv. Within quotes a comma or semicolon is text; where tabs or bars separate, quotes are.
+# Separators of a csv or tsv. Between commas or semicolons a cell may be quoted; between tabs or bars a quote is text.
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 QUOTING = ",;"
 
-Entry = tuple[str, Any]  # where the row is in its file ("line 3"), and the row, a dict if the file is as it should be
+Entry = tuple[str, Any]  # the place of the row in its file ("line 3"), and the row: a dict unless the file is malformed
 
 _TOKEN_LINE = re.compile(r"([^\t]+)#(\d+)\t(.*)")
-# Neither blanks nor characters that control or format: what a reader sees something of.
+# A character that a reader can see: neither blank nor a control or format character.
 _VISIBLE = r"[^\p{Cc}\p{Cf}\p{Z}]"
 _INVISIBLE = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp", "Zs"])
 _QUOTES = 'A quote that is text is written twice, within quotes: """Stop"" says a sign."; in a .tsv it needs nothing.'
@@ -52,10 +52,10 @@ _CHUNK = 10_000
 def read_caption_file(
     path: str | PathLike[str], format: str | None = None, split: str | None = None, skip_empty: bool = False
 ) -> datasets.Dataset:
-    """Reads a caption file with the ids that it has; arguments, result and errors are those of `read_captions`."""
+    """Reads a caption file and keeps its ids; arguments, result and errors are those of `read_captions`."""
     if format is not None and format not in FORMATS:
         raise ValueError(
-            f"format={format!r} is unknown; expected one of {', '.join(FORMATS)}, or None to find it from the file."
+            f"format={format!r} is unknown; expected one of {', '.join(FORMATS)}, or None to detect it from the file."
         )
     if format != "datasets" and not Path(path).exists():
         raise FileNotFoundError(f"No caption file at {path}. For a repository of the Hub pass format='datasets'.")
@@ -80,9 +80,13 @@ def read_caption_file(
 
 def detect_format(path: str | PathLike[str]) -> str:
     """
-    Name the format of a caption file: content decides, and the name where content leaves two possibilities.
+    Names the format of a caption file, one of `FORMATS`. Its content decides; where that leaves two possibilities, the
+    name of the file does.
 
-    `"json"` stands for all of `JSON_LAYOUTS`: which one it is shows when the whole has been read.
+    `"json"` stands for all of `JSON_LAYOUTS`: which of them it is can be told only when the whole file has been read.
+
+    Raises:
+        `ValueError`: the file is empty, or has no known layout.
     """
     path = Path(path)
     if path.is_dir():
@@ -103,13 +107,13 @@ def detect_format(path: str | PathLike[str]) -> str:
     if path.suffix in (".csv", ".tsv") or _separator(line) is not None:
         return "csv"
     raise ValueError(
-        f"{path} has no layout that is known: its first line is {line.strip()[:80]!r}. Expected one of "
+        f"{path} has no known layout: its first line is {line.strip()[:80]!r}. Expected one of "
         f"{', '.join(FORMATS)}; a csv or tsv needs a header with image_id and caption. In Python, "
         "read_captions(…, format=…) names the layout."
     )
 
 
-# The readers: each yields the place and the row for every caption of a file, and knows nothing of splits.
+# The readers. Each yields the place and the row of every caption of a file, and knows nothing of splits.
 
 
 def _open(path: Path) -> TextIO:
@@ -220,7 +224,7 @@ def _read_jsonl(path: Path, format: str) -> Iterator[Entry]:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {number}, column {error.colno}: malformed json ({error.msg}); expected an object"
+                f"{path}, line {number}, column {error.colno}: malformed json ({error.msg}); expected an object."
             ) from error
 
 
@@ -228,24 +232,30 @@ def _read_csv(path: Path, format: str) -> Iterator[Entry]:
     with _open(path) as file:
         header = file.readline()
     separator = _separator(header) or max(SEPARATORS, key=header.count)
-    # Quotes of tabs are those of a spreadsheet where the file is named so.
+    # Between tabs quotes are text, unless the file is named .csv, as spreadsheets name theirs.
     quoting = separator in QUOTING or (separator == "\t" and path.suffix == ".csv")
     rows = (_quoted_rows if quoting else _plain_rows)(path, separator)
     _, names = next(rows)
     names = [name.strip() for name in names]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}, line 1: the columns, between {SEPARATORS[separator]}, are {names}; each once.")
+        raise ValueError(
+            f"{path}, line 1: the columns, between {SEPARATORS[separator]}, are {names}; expected each name once."
+        )
     for number, cells in rows:
         if len(cells) != len(names):
             raise ValueError(
                 f"{path}, line {number}: expected {len(names)} cells between {SEPARATORS[separator]}, {names}, got "
-                f"{len(cells)}. " + ("Is a caption with one not quoted?" if quoting else "A caption may hold none.")
+                f"{len(cells)}. {'Quote captions that hold' if quoting else 'A caption cannot hold'} "
+                f"{SEPARATORS[separator]}."
             )
         yield f"line {number}", dict(zip(names, cells, strict=True))
 
 
 def _separator(header: str) -> str | None:
-    """What stands between columns that can be an image and its caption, in the first line of a csv or tsv."""
+    """
+    Finds the separator in the first line of a csv or tsv: the one whose columns can be an image and its caption; None
+    if none does.
+    """
     for separator in SEPARATORS:
         names = {name.strip().strip('"') for name in header.split(separator)}
         if names & set(IMAGE_COLUMNS) and names & set(CAPTION_COLUMNS):
@@ -254,7 +264,10 @@ def _separator(header: str) -> str | None:
 
 
 def _plain_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Cells by line, in which a quote is text; says where a spreadsheet seems to have meant otherwise."""
+    """
+    Yields the line numbers and cells of a file in which a quote is text; warns where a spreadsheet seems to have meant
+    otherwise.
+    """
     as_csv = 0
     for number, line in numbered_lines(path):
         cells = line.split(separator)
@@ -268,10 +281,13 @@ def _plain_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _quoted_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Cells by the line where they end. A quoted one may span lines, but not lines that are rows by themselves."""
+    """
+    Yields the cells of each row with the number of the line where it ends. A quoted cell may span lines, but none of
+    them may look like a row by itself.
+    """
     with _open(path) as file:
         lines: list[str] = []
-        spaced = re.match(f".*{re.escape(separator)} ", file.readline()) is not None  # blanks behind each separator
+        spaced = re.match(f".*{re.escape(separator)} ", file.readline()) is not None  # a blank follows each separator
         file.seek(0)
         reader = csv.reader(_noting(file, lines), delimiter=separator, strict=True, skipinitialspace=spaced)
         width = 0
@@ -298,7 +314,7 @@ def _noting(lines: Iterable[str], noted: list[str]) -> Iterator[str]:
         yield line
 
 
-# Of hard negatives, see `negatives`: ids of images, too.
+# The column of hard negatives, see `negatives`: it holds ids of images, too.
 _NEGATIVES = "negative_image_ids"
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Entry]]] = {
@@ -311,11 +327,14 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Entry]]] = {
 
 
 def _entries(path: Path, format: str) -> Iterator[Entry]:
-    """The place and the row of every caption of a file, one a caption, with `image_id` and `caption` by these names."""
+    """
+    Yields the place and the row of every caption of a file, one row a caption; `image_id` and `caption` have these
+    names.
+    """
     names: tuple[str, str] | None = None
     for where, row in _READERS[format](path, format):
         if not isinstance(row, dict):
-            yield where, row  # which the check refuses
+            yield where, row  # the check refuses it
             continue
         if names is None:
             names = _find_columns(path, row)
@@ -331,7 +350,9 @@ def _entries(path: Path, format: str) -> Iterator[Entry]:
 
 
 def _find_columns(path: str | PathLike[str], names: Iterable[str]) -> tuple[str, str]:
-    """The columns of image and caption, the usual ones where there are none; says it where they are others."""
+    """
+    Finds the columns of image and caption, and warns where they have other names; the usual names where there are none.
+    """
     names = set(names)
     image = next((name for name in IMAGE_COLUMNS if name in names), "image_id")
     caption = next((name for name in CAPTION_COLUMNS if name in names), "caption")
@@ -374,7 +395,7 @@ def _load_datasets(path: str | PathLike[str], split: str | None) -> datasets.Dat
     return datasets.concatenate_datasets(parts)
 
 
-# The checks, one row at a time for files, and whole columns for what comes as Arrow.
+# The checks. Files are checked row by row, Arrow tables by whole columns.
 
 
 def _field(item: Any, name: str, path: Path, where: str) -> Any:
@@ -385,18 +406,24 @@ def _field(item: Any, name: str, path: Path, where: str) -> Any:
 
 
 def stem_of(file_name: Any) -> Any:
+    """Gives the stem of the name of a file; a value that is no text stays as it is, for the check to refuse."""
     return stem(file_name) if isinstance(file_name, str) else file_name
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: it is empty, or blanks and characters that control or format, as U+200B."""
+    """
+    Tells whether a text shows nothing: it is empty, or holds only blanks and control or format characters, such as
+    U+200B.
+    """
     return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def _check_row(row: Any, path: str | PathLike[str], where: str, skip_empty: bool) -> bool:
-    """Bring `image_id` to text and check both fields; `False` for a row to be left out."""
+    """Turns `image_id` into text and checks both fields; False for a row to be left out."""
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, {where}: {row!r:.80} is not an object; expected one with image_id and caption.")
+        raise ValueError(
+            f"{path}, {where}: {row!r:.80} is not an object; expected an object with image_id and caption."
+        )
     for name in ("image_id", "caption"):
         if name not in row:
             raise ValueError(_no_column(f"{path}, {where}", name, row))
@@ -474,7 +501,10 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
 
 
 def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str]) -> datasets.Dataset:
-    """With `image_id` and `caption` by these names, where others serve, and lists of captions unfolded."""
+    """
+    Gives a table one row a caption: other names of the columns become `image_id` and `caption`, and lists of captions
+    are unfolded.
+    """
     # A column of pictures may be called image, too.
     usable = (name for name, kind in table.features.items() if isinstance(kind, datasets.Value | datasets.List))
     image, caption = _find_columns(path, usable)
@@ -494,7 +524,7 @@ def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str]) -> da
 
 
 def _add_column(table: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
-    """Without the bar that `datasets` shows while it copies selected rows."""
+    """Adds a column without the progress bar that `datasets` shows while it copies selected rows."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -525,7 +555,10 @@ def _warn_skipped(path: str | PathLike[str], count: int) -> None:
 
 
 def _to_arrow(rows: Iterator[dict[str, Any]], path: str | PathLike[str]) -> pa.Table:
-    """Arrow in chunks, so that Python objects of a few thousand rows live at a time; columns are those of any row."""
+    """
+    Makes an Arrow table in chunks, so that Python objects of only a few thousand rows live at a time. Its columns are
+    those of any row.
+    """
     tables = []
     try:
         while chunk := list(islice(rows, _CHUNK)):
@@ -535,7 +568,7 @@ def _to_arrow(rows: Iterator[dict[str, Any]], path: str | PathLike[str]) -> pa.T
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{path}: {error.object!r:.80} holds half a character, {error.object[error.start]!r}; expected text that "
-            "UTF-8 can hold."
+            "UTF-8 can encode."
         ) from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: a column mixes types ({error}); expected one type a column.") from error
@@ -544,7 +577,10 @@ def _to_arrow(rows: Iterator[dict[str, Any]], path: str | PathLike[str]) -> pa.T
 def encode_column(
     rows: datasets.Dataset, name: str, transform: Callable[[str], str] | None = None
 ) -> tuple[pa.Array, np.ndarray]:
-    """The distinct values of a text column in order of first appearance, and each row's index among them (int32)."""
+    """
+    Gives the distinct values of a text column in the order of their first appearance, and the index of each row among
+    them (int32).
+    """
     column = rows.select_columns([name]).with_format("arrow")
     chunks: list[pa.Array] = []
     for start in range(0, len(rows), _CHUNK):
@@ -559,7 +595,10 @@ def encode_column(
 
 
 def select_split(table: datasets.Dataset, path: str | PathLike[str], split: str) -> datasets.Dataset:
-    """The rows of a split, by the column of that name. Raises ValueError naming `path`, where they come from."""
+    """
+    Gives the rows of one split, by the column `split`. Raises ValueError, naming `path`, the file that they come from,
+    where there is no such column or split.
+    """
     if "split" not in table.column_names:
         raise ValueError(_no_split_column(path, table.column_names))
     splits = table.select_columns(["split"]).with_format("arrow")[:]["split"].to_pylist()

@@ -1,9 +1,10 @@
 """
-Captions as all commands take them: read from a file of any layout, under ids that meet those of the regions, and joined
+Captions as all commands read them: from a file of any layout, under ids that match those of the regions, and joined
 with a store.
 
-Every row is one caption: `image_id` and `caption` (both `str`), beside what the source has (`split`, `file_name`,
-`caption_id`, …). Ids change by a rule that the caller names, or not at all: a join only says which do not meet.
+Every row is one caption: `image_id` and `caption` (both `str`), and further columns of the source (`split`,
+`file_name`, `caption_id`, …). Ids change by a rule that the caller names, or not at all: a join only reports ids that
+do not match.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +43,7 @@ def read_captions(
     ids: str | None = None,
 ) -> datasets.Dataset:
     """
-    Read a caption file or a folder of `datasets` into one row a caption, in the order of the file.
+    Reads a caption file or a folder of `datasets` into one row a caption, in the order of the file.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -56,25 +57,25 @@ def read_captions(
         skip_empty (`bool`, *optional*, defaults to `False`):
             Drop captions that are empty or show nothing, such as whitespace, with a warning, instead of raising.
         ids (`str`, *optional*):
-            Other names for the images: `"stem"`, `"coco"`, a .csv, or any rule of `image_ids.id_mapping`.
+            Rule that gives the images other ids: `"stem"`, `"coco"`, a .csv, or any other of `image_ids.id_mapping`.
 
     Returns:
-        `datasets.Dataset` with columns `image_id` (`str`), `caption` (`str`), and those that the source has beside:
+        `datasets.Dataset` with columns `image_id` (`str`), `caption` (`str`), and further ones by the layout:
 
         - Karpathy: `split`, `file_name`, `caption_id` (`sentid`), and `imgid`, `cocoid`, `filepath` where present;
           `image_id` is the stem of the file's name.
         - COCO: `file_name` (where `images` names it), `caption_id`; `image_id` is the number as text.
         - Flickr `.token`: `file_name`, `caption_id` (after `#`); `image_id` is the stem of the file's name.
-        - `{image id: caption}` and `{image id: [captions]}`: nothing.
+        - `{image id: caption}` and `{image id: [captions]}`: no further ones.
         - tables and `datasets`: every further column, as it is. Numeric image ids become text. Without a column
-          `image_id` or `caption`, another of `IMAGE_COLUMNS` or `CAPTION_COLUMNS` serves, and a warning says which: of
-          a file's name `image_id` is the stem. A row with a list of captions becomes one row a caption. In a .tsv no
-          cell spans lines and quotes are text.
+          `image_id` or `caption`, another of `IMAGE_COLUMNS` or `CAPTION_COLUMNS` is taken, and a warning says which;
+          where it names files, `image_id` is the stem of the name. A row with a list of captions becomes one row a
+          caption. In a .tsv no cell spans lines, and quotes are text.
 
     Raises:
         `FileNotFoundError`: there is nothing at `path`.
         `ValueError`: the file is malformed, a column, value or split is missing, a caption is empty, `ids` does not
-            cover an image or makes two of them one. The message names the file, the place in it, the field and its
+            cover an image or gives two images one id. The message names the file, the place in it, the field and its
             value, and what was expected.
     """
     rows = read_caption_file(path, format, split, skip_empty)
@@ -84,14 +85,14 @@ def read_captions(
 @dataclass(frozen=True)
 class JoinReport:
     """
-    How captions and stored regions meet, counted in images, with a few example ids each.
+    A report of how captions and stored regions match, counted in images, with a few example ids each.
 
     Attributes:
         matched (`int`): images that have both captions and regions.
         missing (`int`): images that have captions but no regions.
         unused (`int`): images that have regions but no captions.
         missing_captions (`int`): captions of the missing images, which training has to leave out.
-        things (`str`): what captions meet, in words: regions, or photos.
+        things (`str`): the word for what captions are joined with: regions, or photos.
     """
 
     matched: int
@@ -111,7 +112,7 @@ class JoinReport:
             (f"unused ({self.things}, no captions)", self.unused, self.unused_examples),
         ):
             more = ", …" if count > len(examples) else ""
-            # An id that is no text, as of a dict by number, joins nothing: it has to look like none.
+            # An id that is no text, such as a key of a dict by number, matches nothing: show that it is none.
             shown = (example if isinstance(example, str) else f"{example!r} (no text)" for example in examples)
             lines.append(f"{name:<32}{count:>10,}  {', '.join(shown)}{more}".rstrip())
         return "\n".join(lines)
@@ -125,17 +126,18 @@ def join(
     skip_option: str | None = "skip_missing=True (--skip-missing)",
 ) -> tuple[datasets.Dataset, JoinReport]:
     """
-    Keep the captions whose image is in `store`, and report what does not meet. No record of the store is read.
+    Keeps the captions whose image is in `store`, and reports ids that do not match. No record of the store is read.
 
     Args:
         captions (`datasets.Dataset`): rows with a column `image_id`.
         store (`Mapping`): image id -> record, such as a `RegionStore`.
         skip_missing (`bool`, *optional*, defaults to `False`): drop captions whose image is not in `store`, with a
             warning, instead of raising.
-        skip_option (`str`, *optional*): how the caller's user asks for that, for the message; None if they cannot.
+        skip_option (`str`, *optional*): the option that skips missing images, as the error names it to the user; None
+            if there is none.
 
     Raises:
-        `ValueError`: an image is missing from `store` and `skip_missing` is not set, or no image at all is there.
+        `ValueError`: an image is missing from `store` and `skip_missing` is not set, or all images are missing.
     """
     if "image_id" not in captions.column_names:
         raise ValueError(f"The captions have no column 'image_id'; their columns are {captions.column_names}.")
@@ -192,7 +194,7 @@ def _rename(rows: datasets.Dataset, path: str | PathLike[str], rule: str) -> dat
         raise ValueError(f"{path}, with the ids of {rule}: {error}") from error
     first: dict[str, str] = {}
     for before, after in names.items():
-        # A table of pairs may give an image several names; what is cut from a name should tell images apart.
+        # A table of pairs may map several ids to one image; a rule that shortens names must keep images apart.
         if rule in ("stem", "coco") and (other := first.setdefault(after, before)) != before:
             raise ValueError(f"{path}: by the rule {rule} the images {other!r} and {before!r} both become {after!r}.")
     renamed = pa.array(names.values(), pa.string()).take(pa.array(codes))
@@ -203,15 +205,15 @@ def check_tokens(
     rows: datasets.Dataset, tokenizer: Callable[..., Mapping[str, Any]], path: str | PathLike[str]
 ) -> None:
     """
-    Checks that a tokenizer makes at least one token of each caption, as it must be before anything is computed.
+    Checks that a tokenizer makes at least one token of each caption, before anything is computed.
 
     Args:
-        rows (`datasets.Dataset`): What `read_captions` gave.
-        tokenizer (`PreTrainedTokenizerBase`): The model's.
-        path (`str` or `os.PathLike`): Where the captions come from, for the message.
+        rows (`datasets.Dataset`): The captions, from `read_captions`.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
+        path (`str` or `os.PathLike`): The file of the captions, for the message.
 
     Raises:
-        `ValueError`: it makes none of a caption, such as one of control characters; the message names the images, the
+        `ValueError`: a caption has no token, such as one of control characters; the message names the images, the
             captions, and their lines.
     """
     texts = rows.select_columns(["image_id", "caption"])
@@ -235,7 +237,7 @@ def check_tokens(
 
 
 def _places(path: str | PathLike[str], captions: set[str]) -> dict[str, str]:
-    """Where in a file captions first stand; nothing of what has no lines."""
+    """Finds the places in a file where captions first stand; none where the file has no lines."""
     if not Path(path).is_file() or (format := detect_format(path)) not in _READERS:
         return {}
     places: dict[str, str] = {}

@@ -1,6 +1,7 @@
-"""Ids that mean one image under several names, made one: what lets captions and features of different origin join.
+"""
+Rules that rename images, so that captions and features of different origin share their ids and can be joined.
 
-A photo is `150367` in a TSV, `COCO_val2014_000000391895` with `cocoid` 391895 in Karpathy's file,
+One photo is `391895` in a TSV, `COCO_val2014_000000391895` with `cocoid` 391895 in Karpathy's file,
 `coco_val_000000391895` in UNITER's, and a row number in SCAN's. One rule may rename the ids of features when they are
 converted, those of photos when regions are extracted, and those of captions when they are read.
 """
@@ -19,7 +20,7 @@ from ..regions.photos import PHOTO_IDS, stem
 
 def id_mapping(rule: str) -> Rename:
     """
-    Gives the function from an image id of a file to the one that the image goes by; it can be pickled.
+    Gives the function that turns an image id of a file into the new id by a rule; it can be pickled.
 
     Args:
         rule (`str`): One of
@@ -33,7 +34,8 @@ def id_mapping(rule: str) -> Rename:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The rule or its file is malformed. The function raises `UnmappedId`, which is one.
+        ValueError: The rule or its file is malformed. The function that is returned raises `UnmappedId`, a ValueError,
+            on an id that the rule does not cover.
     """
     if rule == "stem":
         return Rename(rule, stem)
@@ -61,7 +63,7 @@ def id_mapping(rule: str) -> Rename:
 
 def photo_ids(rule: str) -> dict[str, Any]:
     """
-    Gives the arguments of `extract` and `list_photos` for a rule: how photos get their ids.
+    Gives the arguments of `extract` and `list_photos` by which photos get their ids from a rule.
 
     Args:
         rule (`str`): `stem`, `path` or `key`, see `extract`; or a rule of `id_mapping`.
@@ -70,7 +72,10 @@ def photo_ids(rule: str) -> dict[str, Any]:
 
 
 def coco_number(image_id: str) -> str:
-    """Gives the number at the end of a name, without its zeros, as COCO numbers images. Raises UnmappedId."""
+    """
+    Gives the number at the end of a name, without leading zeros, as COCO numbers images. Raises UnmappedId where there
+    is none.
+    """
     number = re.search(r"(\d+)$", stem(image_id))
     if number is None:
         raise UnmappedId(f"Image {image_id!r} ends in no number, expected COCO's, as in COCO_val2014_000000391895.")
@@ -98,7 +103,9 @@ def _look_up(pairs: Iterable[tuple[str, str]], rule: str) -> Rename:
 
 @dataclass(frozen=True)
 class _Names:
-    """A class, because processes that share the work send it to each other, and a closure cannot be sent."""
+    """
+    A table of ids as a function. It is a class, since a closure cannot be sent to the processes that share the work.
+    """
 
     rule: str
     names: dict[str, str]

@@ -1,8 +1,8 @@
 """
-What is hidden of a row, and what is to be predicted there: words and regions (paper, section Pre-training).
+Rules by which words and regions of a row are hidden and become labels (paper, section Pre-training).
 
-The masked tasks of every training draw by these rules, each row from a generator of its own, made of (seed, epoch, row
-index): more workers, more processes, another micro-batch or a resume change no example.
+Every training with masked tasks draws by these rules. Each row has a generator of its own, made of (seed, epoch, row
+index): more workers, more processes, another size of micro-batch or a resume change no example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from ..records_unicoder_vl import RegionRecord
 
 SALT = 0x6D61736B  # keeps these draws apart from orders and mismatches that use the same seed
-IGNORED = -100  # the label of what is not predicted
+IGNORED = -100  # the label of tokens and regions that are not predicted
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Masking:
     Rules of masked language modelling and masked object classification.
 
     Args:
-        seed (`int`): At least 0.
+        seed (`int`): Seed of the draws, at least 0.
         mlm_probability (`float`): Share of the tokens that are predicted, in `[0, 1]`.
-        mask_replace_prob, random_replace_prob (`float`): Of these, the shares made `[MASK]` and made random.
+        mask_replace_prob, random_replace_prob (`float`): Shares of these tokens that become `[MASK]` and a random
+            token.
         moc_probability (`float`): Share of the regions of known class that are predicted, in `[0, 1]`.
-        region_zero_prob (`float`): Of these, the share whose feature is zeroed.
-        num_region_classes (`int`, *optional*): Object classes of the detector, against which ids are checked.
+        region_zero_prob (`float`): Share of these regions whose feature becomes zeros.
+        num_region_classes (`int`, *optional*): Number of object classes of the detector, below which ids must be.
 
     Raises:
         `ValueError`: a share out of range, or a seed below 0.
@@ -61,7 +62,9 @@ class Masking:
         return tuple(name for name, share in shares.items() if share > 0)
 
     def generator(self, row: Mapping[str, Any], slot: int = 0) -> np.random.Generator:
-        """The draws of a row, by its `epoch` and `row_index`; `slot` 1 is its mismatch."""
+        """
+        Makes the generator of the draws of a row, from its `epoch` and `row_index`; `slot` 1 is that of its mismatch.
+        """
         return np.random.default_rng([self.seed, row["epoch"], row["row_index"], slot, SALT])
 
     def hide_tokens(
@@ -77,10 +80,10 @@ class Masking:
         Chooses tokens of a row, at least one, and hides them in place.
 
         Args:
-            rng (`np.random.Generator`): Of [`~Masking.generator`].
+            rng (`np.random.Generator`): Generator of the row, see [`~Masking.generator`].
             input_ids, labels (`np.ndarray` of shape `(T,)`): Changed where tokens are chosen.
-            is_word (`np.ndarray` of shape `(T,)`): Which tokens may be chosen.
-            tokenizer: Whose mask token and vocabulary are used.
+            is_word (`np.ndarray` of shape `(T,)`, bool): True for the tokens that may be chosen.
+            tokenizer: The tokenizer, for its mask token and vocabulary.
             word_ids (sequence of `int` or `None`, *optional*): The word of each token, to choose whole words.
         """
         if self.mlm_probability == 0:
@@ -89,7 +92,7 @@ class Masking:
         if word_ids is None:
             chosen = words[_choose(rng, len(words), self.mlm_probability)]
         else:
-            # Position of each token's word among the words of the caption, which an id may skip.
+            # Position of each token's word among the words that occur; word ids may have gaps.
             _, word = np.unique([word_ids[position] for position in words], return_inverse=True)
             chosen = words[_choose(rng, word.max() + 1, self.mlm_probability)[word]]
         labels[chosen] = input_ids[chosen]
@@ -101,13 +104,14 @@ class Masking:
 
     def hide_regions(self, rng: np.random.Generator, features: np.ndarray, labels: np.ndarray, object_ids: np.ndarray):
         """
-        Chooses regions of known class of a row, at least one where there is one, and zeroes features in place.
+        Chooses regions of known class of a row, at least one where there is one, and sets some of their features to
+        zeros in place.
 
         Args:
-            rng (`np.random.Generator`): Behind the draws of [`~Masking.hide_tokens`].
+            rng (`np.random.Generator`): The generator that [`~Masking.hide_tokens`] drew from before.
             features (`np.ndarray` of shape `(R, D)`), labels (`np.ndarray` of shape `(R,)`): Changed where regions are
                 chosen.
-            object_ids (`np.ndarray` of shape `(R,)`): As of [`~Masking.object_ids`].
+            object_ids (`np.ndarray` of shape `(R,)`): Object classes, a row of [`~Masking.object_ids`].
         """
         known = np.flatnonzero(object_ids >= 0)
         if self.moc_probability == 0 or len(known) == 0:
@@ -118,15 +122,15 @@ class Masking:
 
     def object_ids(self, records: Sequence[RegionRecord], kept: np.ndarray) -> np.ndarray:
         """
-        The object class of each region as batched, `(B, R)`; -1 for none and for padding, and for all where classes are
-        not predicted.
+        Gives the object class of each region of a batch, `(B, R)`: -1 for regions without a class and for padding, and
+        everywhere where classes are not predicted.
 
         Args:
-            records (sequence of [`RegionRecord`]): Of the B rows.
-            kept (`np.ndarray` of shape `(B, R)`): Which region of its record each one is; -1 for padding.
+            records (sequence of [`RegionRecord`]): The records of the B rows.
+            kept (`np.ndarray` of shape `(B, R)`): The index of each region in its record; -1 for padding.
 
         Raises:
-            `ValueError`: a record without object ids, or one that is not below `num_region_classes`.
+            `ValueError`: a record has no object ids, or one that is not below `num_region_classes`.
         """
         object_ids = np.full_like(kept, -1)
         if self.moc_probability == 0:
@@ -149,7 +153,7 @@ class Masking:
 
 
 def _choose(rng: np.random.Generator, count: int, probability: float) -> np.ndarray:
-    """Each of `count` with `probability`, and one of them where none came up."""
+    """Chooses each of `count` with `probability`, and one at random where none was chosen."""
     chosen = rng.random(count) < probability
     if not chosen.any():
         chosen[rng.integers(count)] = True

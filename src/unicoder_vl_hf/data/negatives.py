@@ -1,10 +1,11 @@
-"""Mismatched pairs: for every pair of a caption and its image, one of the two replaced by another of the split.
+"""
+Mismatched pairs: for every pair of a caption and its image, one of the two is replaced by another of the split.
 
 Follows the paper's visual-linguistic matching ("for every pair one negative is sampled: either another image or
-another caption") and its image-text retrieval (three of each for every pair). What stands in is taken from a row
-drawn uniformly over the whole split, in both directions, so that captions and images occur in mismatches as often as
-they do in matches and none of them tells the label. A draw is a pure function of (seed, epoch, row). Hard negatives
-are read from columns of the pairs; `retrieval/mining.py` finds them.
+another caption") and its image-text retrieval (three of each for every pair). The replacement comes from a row drawn
+uniformly over the whole split, for captions and images alike: both occur in mismatches as often as in matches, so that
+neither gives the label away. A draw is a pure function of (seed, epoch, row). Hard negatives are read from columns of
+the pairs; `tasks/retrieval/mining.py` finds them.
 """
 
 import csv
@@ -25,7 +26,7 @@ from .rows import Row, RowsOfEpoch, natural
 
 logger = logging.get_logger(__name__)
 
-# Columns of hard negatives: for each pair a list of captions, and one of image ids.
+# Columns of hard negatives: for each pair a list of captions, and a list of image ids.
 NEGATIVE_CAPTIONS, NEGATIVE_IMAGES = "negative_captions", "negative_image_ids"
 
 SALT = 0x6E6567  # keeps these draws apart from masks and shuffles that use the same seed
@@ -34,17 +35,17 @@ _TRIES, _BLOCK = 16, 4
 
 
 def fold_caption(text: str) -> str:
-    """The form in which two captions count as the same text: case folded, runs of whitespace made one space."""
+    """Gives the form in which two captions count as the same text: case folded, each run of whitespace one space."""
     return " ".join(text.casefold().split())
 
 
 def read_duplicate_groups(path: str | PathLike[str]) -> list[list[str]]:
     """
-    Groups of image ids whose photos show the same, one a line: a JSON list (`.jsonl`), or ids between commas (`.csv`,
-    without a header). Empty lines are left out.
+    Reads groups of image ids whose photos show the same, one group a line: a JSON list (`.jsonl`), or ids between
+    commas (`.csv`, without a header). Empty lines are left out.
 
     Raises:
-        `ValueError`: a line that is neither; it names the file and the line.
+        `ValueError`: a line is neither; the message names the file and the line.
     """
     path = Path(path)
     groups = []
@@ -70,11 +71,11 @@ def _json_list(line: str) -> list[Any] | None:
 
 class MismatchIndex:
     """
-    Which caption text belongs to which image, as sorted integers: 16 bytes a pair, whatever the texts.
+    An index of which caption text belongs to which image, as sorted integers: 16 bytes a pair, whatever the texts.
 
-    A text belongs to an image where any row pairs the two, case and spacing folded. Thus neither another caption of
-    an image nor the same words on another image ever counts as a mismatch. Images that are duplicates of one another
-    have one code: what belongs to one belongs to all.
+    A text belongs to an image where any row pairs the two; case and spacing make no difference. So neither another
+    caption of an image nor the same words for another image ever count as a mismatch. Images that are duplicates of one
+    another share a code: a text that belongs to one of them belongs to all.
 
     Args:
         images (`np.ndarray` of shape `(num_pairs,)`): integer code of each pair's image.
@@ -83,7 +84,10 @@ class MismatchIndex:
 
     @classmethod
     def from_pairs(cls, pairs: datasets.Dataset, duplicates: Iterable[Sequence[str]] = ()) -> "MismatchIndex":
-        """The index of rows with `image_id` and `caption`; `duplicates` are groups of image ids, see above."""
+        """
+        Makes the index of rows with `image_id` and `caption`; `duplicates` are groups of image ids whose photos show
+        the same.
+        """
         image_ids, images = encode_column(pairs, "image_id")
         groups = _merged(image_ids.to_pylist(), duplicates)
         return cls(groups[images], encode_column(pairs, "caption", fold_caption)[1])
@@ -97,23 +101,28 @@ class MismatchIndex:
         return len(self.images)
 
     def belongs(self, texts: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Whether each text belongs to each image; the two broadcast."""
+        """Tells whether each text belongs to each image; the two arrays of codes broadcast."""
         keys = self._key(texts, images)
-        # An index past the end wraps to the first key, which is smaller than what was looked up.
+        # An index past the end wraps to the first key, which is smaller than the key that is looked for.
         return self._known.take(np.searchsorted(self._known, keys), mode="wrap") == keys
 
     def images_of(self, text: int) -> np.ndarray:
-        """The images that a text belongs to."""
-        start = int(text) * self._num_images  # more than the 32 bits of a code hold
+        """Gives the codes of the images that a text belongs to."""
+        start = int(text) * self._num_images  # may exceed the 32 bits of a code
         first, last = np.searchsorted(self._known, [start, start + self._num_images])
         return self._known[first:last] - start
 
     def stuck(self) -> np.ndarray:
-        """The rows that no mismatch can be made of: each text belongs to their image, and their text to all."""
+        """
+        Gives the rows of which no mismatch can be made: every text belongs to their image, and their text to every
+        image.
+        """
         return np.flatnonzero(self.irreplaceable(True) & self.irreplaceable(False))
 
     def irreplaceable(self, image: bool) -> np.ndarray:
-        """Whether no other image (else caption) makes a mismatch of each row."""
+        """
+        Tells for each row whether no other image (or, with `image=False`, no other caption) makes a mismatch of it.
+        """
         texts, images = np.divmod(self._known, self._num_images)
         if image:
             taken = np.bincount(texts, weights=np.bincount(self.images)[images]) == len(self)
@@ -123,8 +132,8 @@ class MismatchIndex:
 
     def draw(self, rng: np.random.Generator, row: int, replace_image: bool) -> int | None:
         """
-        A row, uniform over those whose image (`replace_image`) or caption makes a mismatch in place of that of `row`;
-        `None` if there is none.
+        Draws a row whose image (`replace_image`) or caption makes a mismatch in place of that of `row`, uniformly over
+        all such rows; None if there is none.
         """
         return next(iter(self.draw_distinct(rng, row, replace_image, 1)), None)
 
@@ -132,8 +141,8 @@ class MismatchIndex:
         self, rng: np.random.Generator, row: int, replace_image: bool, count: int, but: Iterable[int] = ()
     ) -> list[int]:
         """
-        `count` rows like those of `draw`, of as many different images (or texts), none of them that of a row in `but`;
-        fewer where there are no more.
+        Draws `count` rows as `draw` does, with as many different images (or texts), none of them the image (or text) of
+        a row in `but`. Gives fewer where there are no more.
         """
         codes = self.images if replace_image else self.texts
         taken = {int(codes[other]) for other in but}
@@ -153,7 +162,7 @@ class MismatchIndex:
         return drawn
 
     def makes_match(self, row: int, others: np.ndarray, replace_image: bool) -> np.ndarray:
-        """Whether `row` is still a match with the image (`replace_image`) or caption of each of the others."""
+        """Tells whether `row` is still a match with the image (`replace_image`) or caption of each of the others."""
         if replace_image:
             return self.belongs(self.texts[row], self.images[others])
         return self.belongs(self.texts[others], self.images[row])
@@ -163,12 +172,12 @@ class MismatchIndex:
 
 
 def _merged(image_ids: Sequence[str], duplicates: Iterable[Sequence[str]]) -> np.ndarray:
-    """A code for each image; equal for those of one group, and of groups that share an image."""
+    """Gives a code for each image, which is equal for images of one group, and of groups that share an image."""
     parent: dict[str, str] = {}
 
     def root(image_id: str) -> str:
         while (above := parent.get(image_id, image_id)) != image_id:
-            parent[image_id] = parent.get(above, above)  # half the way next time: groups may form a long chain
+            parent[image_id] = parent.get(above, above)  # halves the way for next time: groups may form a long chain
             image_id = above
         return image_id
 
@@ -180,7 +189,7 @@ def _merged(image_ids: Sequence[str], duplicates: Iterable[Sequence[str]]) -> np
 
 
 def pairs_digest(pairs: datasets.Dataset) -> str:
-    """A SHA-256 of the image ids and captions of all rows, in their order."""
+    """Gives a SHA-256 of the image ids and captions of all rows, in their order."""
     digest = hashlib.sha256()
     for name in ("image_id", "caption"):
         values, codes = encode_column(pairs, name)
@@ -190,7 +199,7 @@ def pairs_digest(pairs: datasets.Dataset) -> str:
 
 
 class _PairsOfEpoch(RowsOfEpoch):
-    """Pairs of a split, of which the rows of an epoch are made."""
+    """Pairs of a split, from which the rows of an epoch are made."""
 
     def __init__(self, pairs: datasets.Dataset, seed: int, fixed_epoch: int | None):
         super().__init__(fixed_epoch)
@@ -208,7 +217,7 @@ class _PairsOfEpoch(RowsOfEpoch):
         return len(self.pairs)
 
     def _texts(self, rows: Sequence[int]) -> tuple[list[str], list[str]]:
-        """The image ids and captions of rows."""
+        """Gives the image ids and captions of rows."""
         table = self.pairs[rows]
         return table["image_id"].to_pylist(), table["caption"].to_pylist()
 
@@ -227,7 +236,7 @@ class PairsWithMismatches(_PairsOfEpoch):
     derives its own randomness.
 
     The epoch lives in shared memory, so that `set_epoch` reaches running workers too (`persistent_workers=True`, fork
-    and spawn). Call it between epochs, before iterating the loader: workers fetch ahead.
+    and spawn). Call `set_epoch` between epochs, before you iterate the loader: workers fetch ahead.
 
     Args:
         pairs (`datasets.Dataset`):
@@ -235,9 +244,9 @@ class PairsWithMismatches(_PairsOfEpoch):
             a dataset in memory is copied to each worker; one that lies on disk (`save_to_disk`, `load_from_disk`) is
             not.
         seed (`int`):
-            At least 0.
+            Seed of the draws, at least 0.
         fixed_epoch (`int`, *optional*):
-            Draw as in this epoch for ever and ignore `set_epoch`: for evaluation, the same mismatches each time.
+            Epoch to draw for at all times, whatever `set_epoch` says: an evaluation has the same mismatches each time.
 
     Raises:
         `ValueError`: a column is missing, there are no pairs, or no mismatch exists for a pair. The message names the
@@ -265,6 +274,7 @@ class PairsWithMismatches(_PairsOfEpoch):
             )
 
     def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Makes the rows of these numbers, each a match with its mismatch for the epoch."""
         epoch = self.epoch
         rows = [self._row(number) for number in numbers]
         drawn = [self.mismatch(row, epoch) for row in rows]
@@ -282,10 +292,10 @@ class PairsWithMismatches(_PairsOfEpoch):
         ]
 
     def mismatch(self, row: int, epoch: int) -> tuple[int, bool]:
-        """The row that stands in for `row` in `epoch`, and whether by its image (else by its caption)."""
+        """Gives the row that replaces part of `row` in `epoch`, and whether its image is taken (else its caption)."""
         rng = np.random.default_rng([self.seed, epoch, row, SALT])
         coin = bool(rng.integers(2))
-        for replace_image in (coin, not coin):  # a direction without any mismatch leaves the draw to the other
+        for replace_image in (coin, not coin):  # where one of the two makes no mismatch, the other is drawn
             other = self.index.draw(rng, row, replace_image)
             if other is not None:
                 return other, replace_image
@@ -294,14 +304,16 @@ class PairsWithMismatches(_PairsOfEpoch):
 
 class PairsWithNegatives(_PairsOfEpoch):
     """
-    The pairs of a split, each with captions and images that do not match it, drawn for the epoch: the paper's groups.
+    The pairs of a split, each with captions and images that do not match it, drawn for the epoch: the groups of the
+    paper's image-text retrieval.
 
-    An item holds `image_id` and `caption` (a match), `negative_captions` (with its image), `negative_image_ids` (with
-    its caption), `row_index`, `epoch`, and for in-batch negatives `image_code` and `codes_of_caption`: the caption of
-    one item matches the image of another where the latter's `image_code` is among the former's `codes_of_caption`.
+    An item holds `image_id` and `caption` (a match), `negative_captions` (which mismatch its image),
+    `negative_image_ids` (which mismatch its caption), `row_index`, `epoch`, and for in-batch negatives `image_code` and
+    `codes_of_caption`: the caption of one item matches the image of another whose `image_code` is among the
+    `codes_of_caption` of the first.
 
-    Hard negatives come first: where the pairs have the columns `negative_captions` or `negative_image_ids` (a list a
-    row), they are taken, drawn anew each epoch where there are more than wanted; what is lacking is drawn at random.
+    Hard negatives come first. Where the pairs have the columns `negative_captions` or `negative_image_ids` (a list a
+    row), negatives are drawn from these, anew each epoch where there are more than needed; the rest is drawn at random.
     The negatives of a pair are distinct, and repeat only where the split holds too few. `set_epoch` is that of
     [`PairsWithMismatches`].
 
@@ -309,14 +321,14 @@ class PairsWithNegatives(_PairsOfEpoch):
         pairs (`datasets.Dataset`):
             Rows with columns `image_id` and `caption`: the whole split, for negatives are drawn from it.
         seed (`int`):
-            At least 0.
+            Seed of the draws, at least 0.
         num_captions, num_images (`int`, *optional*, default to 3):
-            Negatives of each kind; the defaults are the paper's.
+            Number of negatives of each kind; the defaults are the paper's.
         duplicates (iterable of sequences of `str`, *optional*):
-            Groups of image ids whose photos show the same, such as [`read_duplicate_groups`] gives: what matches one
-            is no negative of another.
+            Groups of image ids whose photos show the same, such as [`read_duplicate_groups`] gives: a caption that
+            matches one image of a group is no negative of another.
         fixed_epoch (`int`, *optional*):
-            Draw as in this epoch for ever.
+            Epoch to draw for at all times, whatever `set_epoch` says.
 
     Raises:
         `ValueError`: a column is missing, there are no pairs, or no negative exists for a pair. The message names the
@@ -358,7 +370,7 @@ class PairsWithNegatives(_PairsOfEpoch):
         self.hard_images = self._hard_rows(pairs, NEGATIVE_IMAGES, replace_image=True)
 
     def _hard_rows(self, pairs: datasets.Dataset, name: str, replace_image: bool) -> list[np.ndarray] | None:
-        """For each row the rows of its hard negatives, distinct, without any that is false or not of the split."""
+        """Finds for each row the rows of its hard negatives: distinct ones of the split that do not match it."""
         if name not in pairs.column_names:
             return None
         fold, codes = (str, self.index.images) if replace_image else (fold_caption, self.index.texts)
@@ -378,6 +390,7 @@ class PairsWithNegatives(_PairsOfEpoch):
         return hard
 
     def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Makes the rows of these numbers, each a match with its negatives for the epoch."""
         epoch = self.epoch
         rows = [self._row(number) for number in numbers]
         drawn = [self.negatives(row, epoch) for row in rows]
@@ -401,7 +414,7 @@ class PairsWithNegatives(_PairsOfEpoch):
         return items
 
     def negatives(self, row: int, epoch: int) -> tuple[list[int], list[int]]:
-        """The rows whose captions, and those whose images, are the negatives of `row` in `epoch`."""
+        """Gives the rows whose captions, and those whose images, are the negatives of `row` in `epoch`."""
         rng = np.random.default_rng([self.seed, epoch, row, SALT])
         return (
             self._draw(rng, row, False, self.num_captions, self.hard_captions),

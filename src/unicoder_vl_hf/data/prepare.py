@@ -1,8 +1,9 @@
 """
-Captions made ready for photos: ids that meet, splits that share no image, in one file that every script takes.
+Captions made ready for photos: with the ids of the photos and splits that share no image, in one file that every script
+takes.
 
-The ids of photos stay, since a store has them; those of captions become theirs, by a rule that is found and reported.
-What could mean two photos is an error, and never decided here.
+Photos keep their ids, since a store has them. The images of the captions get these ids by a rule that is found and
+reported. An id that could mean two photos is an error: nothing is guessed.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 COLUMNS = ("image_id", "caption", "split")
 SPLITS = ("train", "val", "test")
 SHARES = (0.8, 0.1, 0.1)
-# How ids of captions and of photos may meet: what is compared, from the surest on.
+# Rules by which ids of captions and of photos are compared, the surest first.
 RULES: dict[str, Callable[[str], str]] = {"equal": str, "stem": stem, "coco": coco_number}
 RULES_IN_WORDS = {
     "equal": "equal on both sides",
@@ -45,16 +46,18 @@ RULES_IN_WORDS = {
 @dataclass(frozen=True)
 class PreparedCaptions:
     """
-    Says what became of captions and photos; `str` of it is the report.
+    The outcome of `prepare`; `str` of it is a report.
 
     Attributes:
-        path (`Path`): The file of captions.
-        rule (`str`): By which rule the ids met, a key of `RULES`.
-        join (`JoinReport`): What meets and what does not, with ids of captions where no photo is theirs.
-        splits (`dict[str, tuple[int, int]]`): Images and captions of each split.
-        drawn (`str`): How the splits came about, in words.
-        photo_of (`dict[str, str]`): The id of the photo for each id of the captions' images that has one.
-        skipped (`Path`, *optional*): The list of what is left out, with reasons; None where nothing is.
+        path (`Path`): The file of captions that was written.
+        rule (`str`): The rule by which the ids match, a key of `RULES`.
+        join (`JoinReport`): Counts of images that match and that do not; those without a photo have the ids of the
+            captions.
+        splits (`dict[str, tuple[int, int]]`): Number of images and of captions of each split.
+        drawn (`str`): The origin of the splits, in words.
+        photo_of (`dict[str, str]`): Id of an image in the captions -> id of its photo, where it has one.
+        skipped (`Path`, *optional*): The list of captions and photos that are left out, with reasons; None where there
+            are none.
     """
 
     path: Path
@@ -97,22 +100,24 @@ def prepare(
     Called again with the same arguments it changes nothing.
 
     Args:
-        photos (`str` or `os.PathLike`): What `extract` takes, or the store that it wrote.
+        photos (`str` or `os.PathLike`): Photos in any form that `extract` takes, or the store that it wrote.
         captions (`str` or `os.PathLike`): A caption file in any layout of `read_captions`.
-        output (`str` or `os.PathLike`): The .jsonl. What is left out is listed beside it, in `<name>.skipped.jsonl`.
-        ids (`str`, defaults to `"stem"`): How photos get their ids, as `extract` was or will be told.
-        caption_ids (`str`, *optional*): Other names for the captions' images first, see `image_ids.id_mapping`.
+        output (`str` or `os.PathLike`): The .jsonl to write. Images that are left out are listed beside it, in
+            `<name>.skipped.jsonl`.
+        ids (`str`, defaults to `"stem"`): Rule by which photos get their ids, the one that `extract` was or will be
+            given.
+        caption_ids (`str`, *optional*): Rule that renames the images of the captions first, see `image_ids.id_mapping`.
         splits (sequence of `float`, *optional*): Shares of the images for train, val and test, which add up to 1. None
             keeps the splits that the captions have, and draws 0.8, 0.1 and 0.1 where they have none.
-        split_lists (`Mapping[str, str]`, *optional*): Instead, for each split a file that names its images, one a line,
-            by ids or by files. Images that no list names are left out.
-        seed (`int`, defaults to 0): Of the draw. An image's place in it depends on its id and the seed alone.
-        restart (`bool`, defaults to `False`): Write `output` anew where it holds other prepared captions.
+        split_lists (`Mapping[str, str]`, *optional*): In place of shares, a file for each split that names its images,
+            one a line, by ids or by files. Images that no list names are left out.
+        seed (`int`, defaults to 0): Seed of the draw. The place of an image in it depends on its id and the seed alone.
+        restart (`bool`, defaults to `False`): Whether to write `output` anew where it holds other prepared captions.
 
     Raises:
-        FileNotFoundError: There are no such photos or captions.
-        ValueError: No id meets, one could mean two photos, an image is in two splits, or `output` holds something
-            else; or as `read_captions` and `list_photos`.
+        FileNotFoundError: `photos` or `captions` does not exist.
+        ValueError: No id matches, one could mean two photos, an image is in two splits, or `output` holds something
+            else; also for the reasons of `read_captions` and `list_photos`.
     """
     path = Path(output)
     if path.suffix not in (".jsonl", ".ndjson"):
@@ -170,7 +175,10 @@ def prepare(
 
 
 def _list_ids(photos: Path, ids: str) -> tuple[list[str], Callable[[str], str], list[tuple[str | None, str, str]]]:
-    """The ids of photos or of a store, what an id is found by, and what the listing leaves out, with reasons."""
+    """
+    Gives the ids of photos or of a store, the key by which ids are looked up, and the files that the listing leaves
+    out, with reasons.
+    """
     if any((photos / name).exists() for name in (MANIFEST, UNFINISHED)):
         if ids != "stem":
             raise ValueError(f"{photos} is a store, whose images have their ids: leave out ids={ids!r} (--ids).")
@@ -186,12 +194,15 @@ def _list_ids(photos: Path, ids: str) -> tuple[list[str], Callable[[str], str], 
 def _meet(
     images: Sequence[str], known: Sequence[str], captions: str | PathLike[str], photos: str | PathLike[str]
 ) -> tuple[str, dict[str, str]]:
-    """The rule by which most of the captions' images have a photo, and the photo of each. The first of equals wins."""
+    """
+    Finds the rule by which most images of the captions have a photo, and the photo of each. Of rules that are equally
+    good, the first wins.
+    """
     found = {name: _pairs(images, known, key) for name, key in RULES.items()}
     rule = max(found, key=lambda name: len(found[name][0]))
     pairs, problem = found[rule]
     sides = f"{captions} has images such as {_some(images)}, {photos} has photos such as {_some(known)}"
-    remedy = "say which is which with caption_ids (--caption-ids), a .csv of source_id and image_id."
+    remedy = "name the photo of each image with caption_ids (--caption-ids), a .csv of source_id and image_id."
     if not pairs:
         raise ValueError(f"No image of the captions is a photo: {sides}. If some are, {remedy}")
     if problem:
@@ -205,7 +216,10 @@ def _meet(
 
 
 def _pairs(images: Iterable[str], known: Iterable[str], key: Callable[[str], str]) -> tuple[dict[str, str], str]:
-    """The photo of each image that has one by this key, and in words why that is not clear, or nothing."""
+    """
+    Gives the photo of each image that has one by this key, and, in words, why that is ambiguous (empty where it is
+    not).
+    """
     photos: dict[str, list[str]] = {}
     for photo in known:
         with suppress(UnmappedId):
@@ -236,7 +250,7 @@ def _split(
     captions: str | PathLike[str],
     key: Callable[[str], str],
 ) -> tuple[dict[str, str], str]:
-    """The split of each photo, and in words where it comes from."""
+    """Gives the split of each photo, and the origin of the splits in words."""
     if lists:
         if shares is not None:
             raise ValueError("Give either splits (--splits), to be drawn, or split_lists (--split-list).")
@@ -259,7 +273,9 @@ def _split(
 
 
 def _draw(photos: Iterable[str], shares: Sequence[float], seed: int) -> dict[str, str]:
-    """Splits by shares: photos in an order that is a function of their ids and the seed, cut where the shares end."""
+    """
+    Draws splits by shares: photos are ordered by a function of their ids and the seed, and cut where the shares end.
+    """
     if not 1 <= len(shares) <= len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"splits are {tuple(shares)}; expected shares of {', '.join(SPLITS)} that add up to 1.")
     order = sorted(photos, key=lambda photo: hashlib.sha256(f"{seed}:{photo}".encode()).digest())
@@ -276,7 +292,7 @@ def _draw(photos: Iterable[str], shares: Sequence[float], seed: int) -> dict[str
 def _listed(
     photo_of: Mapping[str, str], lists: Mapping[str, str | PathLike[str]], key: Callable[[str], str]
 ) -> dict[str, str]:
-    """Splits by lists, which name images as the captions do or as the photos do, by ids or by files."""
+    """Gives the splits by lists, which name images as the captions do or as the photos do, by ids or by files."""
     by_id = {**photo_of, **{photo: photo for photo in photo_of.values()}}
     by_key = {key(photo): photo for photo in photo_of.values()}
 
@@ -307,13 +323,15 @@ def _listed(
 
 
 def _count(names: Iterable[str]) -> dict[str, int]:
-    """How often each occurs, the usual splits first."""
+    """Counts how often each name occurs, the usual splits first."""
     counts = Counter(names)
     return {name: counts[name] for name in (*SPLITS, *sorted(counts.keys() - set(SPLITS))) if counts[name]}
 
 
 def _write(path: Path, content: str, list_path: Path, listed: str, restart: bool, captions: Path) -> None:
-    """Both files, whole or not at all, the captions last. Raises ValueError rather than lose what is there."""
+    """
+    Writes both files, whole or not at all, the captions last. Raises ValueError where an existing file would be lost.
+    """
     if path.exists():
         if path.is_dir() or (captions.exists() and path.samefile(captions)):
             raise ValueError(f"{path} is a folder, or the captions themselves: name another file.")

@@ -1,4 +1,4 @@
-"""Rows of training, and the epoch that masks, mismatches and negatives are drawn for."""
+"""Rows of training, and the epoch for which masks, mismatches and negatives are drawn."""
 
 import os
 from collections import UserDict
@@ -14,8 +14,8 @@ logger = logging.get_logger(__name__)
 
 class Row(UserDict[str, Any]):
     """
-    A row on its way to a collator. Of a dict, Trainer with its defaults would leave what the model's forward does not
-    name, which is nothing.
+    A row on its way to a collator. It is no dict, because Trainer with its defaults takes out of dicts all that the
+    forward of the model does not name, which is everything here.
     """
 
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
     Rows = Dataset[Row]
 else:
-    Rows = object  # PyTorch asks a dataset for its length and items alone, and to read a file nobody needs PyTorch
+    Rows = object  # a dataset needs a length and items alone, and reading a file must not import PyTorch
 
 
 class RowsOfEpoch(Rows):
     """
     Rows that follow from their number and the epoch, which lives in shared memory and so reaches running workers.
 
-    Warns where an epoch goes on for half as long again as it should: it was not told that another has begun.
+    Warns where one epoch gives 1.5 times as many rows as there are: `set_epoch` was not called for the next epoch.
 
     Args:
-        fixed_epoch (`int`, *optional*): Ignore `set_epoch`, and stay in this epoch for ever.
+        fixed_epoch (`int`, *optional*): Epoch to stay in, whatever `set_epoch` says.
     """
 
     def __init__(self, fixed_epoch: int | None = None):
@@ -42,14 +42,15 @@ class RowsOfEpoch(Rows):
 
         self.fixed_epoch = None if fixed_epoch is None else natural("fixed_epoch", fixed_epoch)
         self._epoch = torch.tensor(self.fixed_epoch or 0).share_memory_()
-        self._given = torch.tensor(0).share_memory_()  # rows of the epoch, in this process and its workers
+        self._given = torch.tensor(0).share_memory_()  # rows given in this epoch, by this process and its workers
 
     @property
     def epoch(self) -> int:
+        """The epoch for which rows are drawn."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw for this epoch from now on, in workers as well; nothing happens under `fixed_epoch`."""
+        """Draws for this epoch from now on, in workers as well; nothing happens where there is a `fixed_epoch`."""
         epoch = natural("epoch", epoch)
         if self.fixed_epoch is None and epoch != self.epoch:
             self._epoch.fill_(epoch)
@@ -59,14 +60,14 @@ class RowsOfEpoch(Rows):
         raise NotImplementedError
 
     def make_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """The rows of these numbers, without counting them as trained on."""
+        """Makes the rows of these numbers, without counting them as trained on."""
         raise NotImplementedError
 
     def __getitem__(self, number: int) -> Row:
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Row]:
-        """A whole batch at once; a `DataLoader` asks for this one."""
+        """Makes the rows of a whole batch at once, as `DataLoader` asks for them."""
         if self.fixed_epoch is None:
             self._count(len(numbers))
         return self.make_rows(numbers)
@@ -83,7 +84,7 @@ class RowsOfEpoch(Rows):
 
 
 def natural(name: str, value: int) -> int:
-    """`value` as an int, or a `ValueError` where it is none, or below 0."""
+    """Gives `value` as an int. Raises ValueError, naming `name`, where it is no integer or below 0."""
     if value < 0 or value != int(value):
         raise ValueError(f"{name}={value!r}; expected an integer of at least 0.")
     return int(value)
@@ -91,8 +92,10 @@ def natural(name: str, value: int) -> int:
 
 def check_rows(rows: Sequence[Mapping[str, Any]], names: Sequence[str], wrapper: str):
     """
+    Checks that rows hold all the names that a collator needs.
+
     Raises:
-        `ValueError`: a row lacks one of the names, as whoever does not make them by `wrapper` finds out.
+        `ValueError`: a row lacks one of the names; the message says that `wrapper` makes rows that have them.
     """
     for row in rows:
         if lacking := [name for name in names if name not in row]:
@@ -104,12 +107,12 @@ def check_rows(rows: Sequence[Mapping[str, Any]], names: Sequence[str], wrapper:
 
 
 def is_mismatch(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the caption of one row is a mismatch with the image of another."""
+    """Tells whether the caption of one row is a mismatch with the image of another."""
     return other["image_code"] not in row["codes_of_caption"]
 
 
 def fetch(store: Mapping[str, RegionRecord], image_ids: Sequence[str]) -> list[RegionRecord]:
-    """One read for each image, however many times it is named."""
+    """Reads the records of images, in the order of `image_ids`; each image is read once, however often it is named."""
     unique = list(dict.fromkeys(image_ids))
     if isinstance(store, RegionStore):
         records = dict(zip(unique, store.get_many(unique), strict=True))

@@ -1,9 +1,9 @@
 """
-Two stores of the same images, region by region: do their features agree?
+The comparison of two stores of the same images, region by region: do their features agree?
 
-"My features differ from yours" has many causes: another detector or revision, channels swapped, another resize, other
-boxes, ids off by one. Regions are matched by their boxes, since row order means nothing; then features are compared by
-cosine, and object classes by equality. Left out: judging which of the two is right.
+Features may differ for many reasons: another detector or revision, swapped channels, another resize, other boxes, ids
+off by one. Regions are matched by their boxes, since row order means nothing; then features are compared by cosine, and
+object classes by equality. Left out: judging which of the two is right.
 """
 
 from collections.abc import Mapping
@@ -19,20 +19,22 @@ from ..records_unicoder_vl import RegionRecord
 @dataclass
 class StoreComparison:
     """
-    What `compare_stores` found. Shares are fractions in 0..1, None where nothing could be compared.
+    The result of `compare_stores`. Shares are fractions in 0..1, None where nothing could be compared.
 
     Args:
-        images, only_in_a, only_in_b (`int`): Images of both stores, and of one of them.
-        without_boxes (`int`): Images of both whose boxes one of the stores does not know: they were not compared.
-        other_photos (`list`): Images that are two photos under one name, as the proportions of their sizes show; they
+        images, only_in_a, only_in_b (`int`): Number of images in both stores, and in one of them only.
+        without_boxes (`int`): Number of images in both that have no boxes in one of the stores: they were not compared.
+        other_photos (`list`): Ids that stand for two different photos, as the proportions of their sizes show; they
             were not compared.
-        matched, unmatched_in_a, unmatched_in_b (`int`): Regions of the compared images.
-        ious (`np.ndarray` of shape `(matched,)`): Overlap of each matched pair of boxes.
-        cosines (`np.ndarray` of shape `(matched,)`): Cosine of their features; empty where the widths differ.
-        same_class (`np.ndarray` of shape `(known,)`, bool): Of the matched regions whose class both stores know.
-        class_offsets (`dict`): How often the class id in B lies how far above that in A, commonest first: all at 1 is
-            a background class that one of them counts.
-        worst (`list`): Image ids of the lowest mean cosine, with it.
+        matched, unmatched_in_a, unmatched_in_b (`int`): Number of regions of the compared images.
+        ious (`np.ndarray` of shape `(matched,)`): Overlap of each matched pair of boxes (intersection over union, 0 to
+            1).
+        cosines (`np.ndarray` of shape `(matched,)`): Cosine of their features, -1 to 1; empty where the widths differ.
+        same_class (`np.ndarray` of shape `(known,)`, bool): Whether the classes agree, for the matched regions whose
+            class both stores know.
+        class_offsets (`dict`): Class id in B minus that in A -> number of regions, commonest first: all at 1 or -1
+            means that one of them counts a background class.
+        worst (`list`): Image ids with the lowest mean cosine, each with that cosine.
     """
 
     images: int = 0
@@ -90,12 +92,13 @@ def compare_stores(
     max_images: int | None = None,
 ) -> StoreComparison:
     """
-    Compares the images that both hold, with a progress bar.
+    Compares the images that both stores hold, with a progress bar.
 
     Args:
-        a, b (`Mapping[str, RegionRecord]`): Two stores, with the same names for images.
-        min_iou (`float`, defaults to 0.5): Boxes that overlap less do not match. Each box matches one, best first.
-        max_images (`int`, *optional*): Only the first of A.
+        a, b (`Mapping[str, RegionRecord]`): Two stores that share image ids.
+        min_iou (`float`, defaults to 0.5): Smallest overlap (0 to 1) at which boxes match. Each box matches at most one
+            other, the largest overlaps first.
+        max_images (`int`, *optional*): Number of images to compare, the first of A; None compares all.
 
     Raises:
         ValueError: No image is in both; the message shows ids of each.
@@ -144,7 +147,7 @@ def compare_stores(
 
 
 def _may_be_one_photo(a: RegionRecord, b: RegionRecord) -> bool:
-    """Tells whether one size may be the other, resized: each side is then rounded by less than a pixel."""
+    """Tells whether one photo may be the other, resized: each side is then rounded by less than a pixel."""
     sizes = [a.image_width, a.image_height, b.image_width, b.image_height]
     if None in sizes:
         return True
@@ -153,7 +156,10 @@ def _may_be_one_photo(a: RegionRecord, b: RegionRecord) -> bool:
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every box of `a (n, 4)` with every one of `b (m, 4)`: `(n, m)`, 0 for empty boxes."""
+    """
+    Gives the intersection over union of every box of `a (n, 4)` with every one of `b (m, 4)`: `(n, m)`, 0 to 1, 0 for
+    empty boxes.
+    """
     a, b = a.astype(np.float64), b.astype(np.float64)
     overlap = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
     intersection = overlap.clip(min=0).prod(axis=2)
@@ -163,7 +169,10 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def match_boxes(iou: np.ndarray, min_iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows and columns of `iou (n, m)`, each used once, the largest overlap first, none below `min_iou`."""
+    """
+    Matches the rows and columns of `iou (n, m)`, each at most once, the largest overlap first, none below `min_iou`.
+    Gives the indices of both.
+    """
     free, pairs = iou.copy(), []
     while free.size and (best := free.max()) >= min_iou and best > 0:
         row, column = np.unravel_index(free.argmax(), free.shape)

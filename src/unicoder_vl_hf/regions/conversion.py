@@ -1,4 +1,6 @@
-"""Foreign files → `RegionStore`, in one pass and constant memory, by one process or several."""
+"""
+Conversion of foreign files to a `RegionStore` and back, in one pass and constant memory, by one process or several.
+"""
 
 import json
 import multiprocessing
@@ -27,23 +29,25 @@ logger = logging.get_logger(__name__)
 
 WRITERS = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
 EXPORTS = ("parquet", *WRITERS)  # formats that `export` writes
-PLAN_VERSION = 2  # of what a plan stands for: how workers share the images, and that the store keeps class names
+PLAN_VERSION = (
+    2  # raise it when the meaning of a plan changes: how workers share images, and that stores keep class names
+)
 SKIP_BROKEN, SKIP_UNMAPPED = "skip_broken=True (--skip-broken)", "skip_unmapped=True (--skip-unmapped)"
 BACKGROUND_NAMES = ("background", "__background__")
 
 
 class UnmappedId(ValueError):
-    """A rule does not cover an id."""
+    """An id that a rule does not cover."""
 
 
 @dataclass(frozen=True)
 class Rename:
     """
-    A function from ids to ids that can be sent to other processes, and the rule that it stands for.
+    A function from ids to ids that can be sent to other processes, with the rule that it stands for.
 
     Args:
-        rule (`str`): What it is called where it is recorded.
-        function (`Callable[[str], str]`): Raises `UnmappedId` on an id that the rule does not cover.
+        rule (`str`): The rule, as it is recorded in plans and named in errors.
+        function (`Callable[[str], str]`): Gives the new id; raises `UnmappedId` on an id that the rule does not cover.
     """
 
     rule: str
@@ -60,7 +64,8 @@ def write_store(
     Writes records to a store, with a progress bar, and opens it.
 
     Args:
-        records (iterable of `RegionRecord`): Of different ids. With `resume=True`, those in the store are passed over.
+        records (iterable of `RegionRecord`): Records of different ids. With `resume=True`, those in the store are
+            skipped.
         path (`str` or `os.PathLike`): Folder of the store.
         total (`int`, *optional*): Number of records, for the bar.
         options: Arguments of `RegionStoreWriter`.
@@ -92,22 +97,23 @@ def convert(
     """
     Converts a file or folder of a known format to a store, with a progress bar, and opens it.
 
-    Run again after an interruption, it goes on. An image that comes twice is taken once if it is the same both times.
-    Of what is left out or comes again the log tells the numbers.
+    Called again after an interruption, it goes on. An image that comes twice is taken once if it is the same both
+    times. The log tells how many images were left out, and how many came twice.
 
     Args:
-        source (`str` or `os.PathLike`): See `formats.read_items`.
+        source (`str` or `os.PathLike`): The file or folder, see `formats.read_items`.
         destination (`str` or `os.PathLike`): Folder of the store.
         format (`str`, *optional*): A key of `formats.FORMATS`; None detects it.
-        rename (`Rename`, *optional*): Gives the id to store an image under, see `data.image_ids.id_mapping`.
-        skip_unmapped (`bool`, defaults to `False`): Leave out images that `rename` does not cover; `skipped.jsonl` in
-            the store's folder lists them.
-        skip_broken (`bool`, defaults to `False`): Leave out images that are malformed or do not fit the others, too.
-        workers (`int`, defaults to 1): Processes. Each takes the images whose ids hash to its number, and reads past
-            the others; their parts lie beside the destination until all are whole, and are then merged.
-        resume (`bool`, *optional*): None goes on with what equal settings began, and leaves a finished store of this
-            source as it is; True adds what the source has and a finished store lacks; False refuses both.
-        restart (`bool`, defaults to `False`): Begins anew, with whatever settings.
+        rename (`Rename`, *optional*): Rule that gives images the ids of the store, see `data.image_ids.id_mapping`.
+        skip_unmapped (`bool`, defaults to `False`): Whether to leave out images that `rename` does not cover;
+            `skipped.jsonl` in the store's folder lists them.
+        skip_broken (`bool`, defaults to `False`): Whether to leave out, likewise, images that are malformed or do not
+            fit the others.
+        workers (`int`, defaults to 1): Number of processes. Each takes the images whose ids hash to its number, and
+            skips the others. Their parts lie beside the destination until all are complete, and are then merged.
+        resume (`bool`, *optional*): None goes on with a conversion of equal settings, and leaves a finished store of
+            this source as it is; True also adds images that a finished store lacks; False refuses both.
+        restart (`bool`, defaults to `False`): Whether to begin anew, with any settings.
         format_options (`dict`, *optional*): Arguments of the format's `items`, such as `feature_dtype`, and
             `class_names`, which the store keeps.
         options: Arguments of `RegionStoreWriter`: provenance and `dtype`.
@@ -125,7 +131,7 @@ def convert(
     format_options = format_options or {}
     options = known_provenance(source, format) | options
     task = _Task(source, options["source_format"], rename, skip_unmapped, skip_broken, format_options, options)
-    read_items(source, task.format, **format_options).close()  # it names an option that the format does not have
+    read_items(source, task.format, **format_options).close()  # raises on an option that the format does not have
     plan = {
         "workers": workers,
         "ids": None if rename is None else rename.rule,
@@ -152,7 +158,7 @@ def _convert(
 ) -> RegionStore:
     made, finished = not folder.exists(), STORE.is_complete(folder)
     if finished and not resume and not (folder / UNFINISHED).exists():
-        with RegionStoreWriter(folder, **task.options):  # which refuses other settings
+        with RegionStoreWriter(folder, **task.options):  # refuses other settings
             pass
         shutil.rmtree(parts, ignore_errors=True)
         say_finished(folder)
@@ -182,14 +188,14 @@ def _convert(
 
 def write_skipped(folder: Path, rows: list[dict[str, Any]]) -> None:
     """
-    Lists what a store lacks, each image with its file and the reason, and files that are none of an image with an
-    image_id of null; where it lacks none, there is no list.
+    Writes the list of images that a store lacks, each with its file and the reason; files that hold no image have an
+    image_id of null. Where nothing is lacking, there is no list.
     """
     path = folder / SKIPPED
     if not rows:
         path.unlink(missing_ok=True)
         return
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # names of files may be no text
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a name of a file may be no text
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     logger.warning(f"{len(rows):,} left out: {path} says which and why.")
 
@@ -202,12 +208,12 @@ def _nothing(source: Path, found: "_Found") -> str:
 
 
 def _begun(folder: Path, parts: Path) -> list[Path]:
-    """The folders that hold something converted."""
+    """Gives the folders that hold converted images."""
     return [store for store in (folder, *parts.glob("*")) if shard_path(store, 0).exists()]
 
 
 def _forget_empty(folder: Path, parts: Path, made: bool) -> None:
-    """Removes what a failed start leaves, where nothing was converted, and no other process is at work."""
+    """Removes the files of a failed start, where no image was converted and no other process is at work."""
     with suppress(OSError, ValueError), locked(folder):
         if not _begun(folder, parts):
             for name in (PLAN, SKIPPED):
@@ -219,17 +225,20 @@ def _forget_empty(folder: Path, parts: Path, made: bool) -> None:
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
-    """How what is begun was begun; empty where no `convert` did, or one before it noted that."""
+    """
+    Reads the settings of a conversion that was begun; empty where none was, or where a version that noted none began
+    it.
+    """
     path = folder / PLAN
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _check_plan(place: Path, before: dict[str, Any], plan: dict[str, Any], resume: bool | None, finished: bool) -> None:
-    """Raises ValueError where what is begun at `place` must not be gone on with, or with other settings."""
+    """Raises ValueError where a conversion at `place` must not be gone on with, or was begun with other settings."""
     if resume is False:
         raise ValueError(f"{place} holds a store, or the beginning of one: resume is False, which refuses both.")
     ignored = {"version"} | ({"workers"} if finished else set())
-    if resume or "source" not in before:  # a source may be moved, or a second one be added
+    if resume or "source" not in before:  # a source may have moved, or a second one may be added
         ignored.add("source")
     for name in sorted((before.keys() | plan.keys()) - ignored):
         if before.get(name) != plan.get(name):
@@ -241,7 +250,10 @@ def _check_plan(place: Path, before: dict[str, Any], plan: dict[str, Any], resum
 
 @dataclass
 class _Found:
-    """What a conversion met beside the images that it wrote: rows of `skipped.jsonl`, and how many came again."""
+    """
+    A count of what a conversion met beside the images that it wrote: rows of `skipped.jsonl`, and images that came
+    again.
+    """
 
     skipped: list[dict[str, str]] = field(default_factory=list)
     repeated: int = 0
@@ -250,13 +262,13 @@ class _Found:
 @dataclass
 class _Task:
     """
-    A conversion, as it is sent to the processes that share it.
+    A conversion, in a form that can be sent to the processes that share it.
 
     Args:
-        source, format, rename, skip_unmapped, skip_broken, format_options: As `convert` has them.
+        source, format, rename, skip_unmapped, skip_broken, format_options: See `convert`.
         options (`dict`): Arguments of `RegionStoreWriter`.
-        shares_source_ids (`bool`): Whether workers share images by their ids in the source, as they once did, and not
-            by those that they are stored under: whatever goes on must be shared as it was begun.
+        shares_source_ids (`bool`): Whether workers share the images by their ids in the source, as older versions did,
+            and not by their ids in the store: a conversion must go on as it was begun.
     """
 
     source: Path
@@ -278,7 +290,7 @@ class _Task:
         self.options["class_names"] = names
 
     def run(self, destination: Path, part: int = 0, parts: int = 1, plan: dict[str, Any] | None = None) -> _Found:
-        """Writes a share of the images. Returns what else it met."""
+        """Writes one share of the images, and tells what else it met."""
         found = _Found()
         with suppress(NoRecordWritten), RegionStoreWriter(destination, **self.options) as writer:
             if plan is not None:
@@ -298,7 +310,10 @@ class _Task:
         return _Found(skipped, sum(found.repeated for found in results))
 
     def new_id(self, item: Item) -> str:
-        """The id that an image is stored under. Raises UnmappedId, after the place, where the rule gives none."""
+        """
+        Gives the id that an image is stored under. Raises UnmappedId, naming the place of the image, where the rule
+        gives none.
+        """
         if self.rename is None:
             return item.image_id
         try:
@@ -311,8 +326,8 @@ class _Sorter:
     """
     Writes the images of a source that are to be written, and notes why others are not.
 
-    Which image of several with one id is the first whole one does not depend on where an earlier run was stopped:
-    what it found broken, it noted at once, and that is decoded again.
+    Of several images with one id, the first that is not broken is taken, wherever an earlier run was stopped: each run
+    notes broken images at once, and a later one decodes them again.
     """
 
     def __init__(self, task: _Task, writer: RegionStoreWriter, log: Path, found: _Found):
@@ -322,13 +337,16 @@ class _Sorter:
         self.found = found
         if log.exists():
             with log.open("a") as file:
-                file.write("\n")  # behind a row that a kill cut short
+                file.write("\n")  # ends a row that a kill cut short
         self.broken_before = {(row["file"], row.get("place", "")) for row in read_rows(log)}
-        self.met = np.zeros(len(writer.resumed), bool)  # of the images of earlier runs
-        self.width = writer.feature_dim  # else of the first whole image of the source, whoever writes it
+        self.met = np.zeros(len(writer.resumed), bool)  # the images of earlier runs that this run met
+        self.width = writer.feature_dim  # or that of the first whole image of the source, whichever process writes it
 
     def take(self, item: Item, part: int, parts: int) -> None:
-        """Does with an image what is to be done. Raises ValueError, after its place, where it ends the conversion."""
+        """
+        Writes an image, or notes why it is not written. Raises ValueError, naming its place, where it ends the
+        conversion.
+        """
         if not _is_text(item.image_id):
             if part == 0:
                 error = ValueError(f"{item.place}: the image_id {item.image_id!r} is no text.")
@@ -362,7 +380,7 @@ class _Sorter:
                 self._skip(item, error, self.task.skip_broken, SKIP_BROKEN)
 
     def _is_of_earlier_run(self, image_id: str) -> bool:
-        """Whether an earlier run wrote the image of this id, and no other of this id came in this run."""
+        """Tells whether an earlier run wrote the image of this id, and no other image of this id came in this run."""
         number = self.writer.resumed.find(image_id) if len(self.met) else None
         if number is None or self.met[number]:
             return False
@@ -375,7 +393,7 @@ class _Sorter:
                 f"Image {record.image_id!r}: features have width {record.features.shape[1]}, expected {self.width} as "
                 "the first image has."
             )
-        if self._is_of_earlier_run(record.image_id):  # which was broken then
+        if self._is_of_earlier_run(record.image_id):  # it was broken then
             return
         if record.image_id not in self.writer:
             self.writer.write(record)
@@ -398,7 +416,7 @@ class _Sorter:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _first_place(self, image_id: str) -> str:
-        """Where the image that was taken is."""
+        """Finds the place of the image that was taken."""
         broken = {(row["file"], row.get("place", "")) for row in self.found.skipped}
         items = read_items(self.task.source, self.task.format, **self.task.format_options)
         with closing(items):
@@ -406,15 +424,15 @@ class _Sorter:
                 with suppress(UnmappedId):
                     if self.task.new_id(item) == image_id and (item.file, item.where) not in broken:
                         return item.place
-        return str(self.writer.path)  # of another source
+        return str(self.writer.path)  # the image is of another source
 
 
 class _Differs(ValueError):
-    """An image comes twice, and is not the same."""
+    """An image that comes twice and is not the same both times."""
 
 
 def _is_text(image_id: str) -> bool:
-    """Whether an id can be stored: names of files and of HDF5's groups are bytes, of which some are no UTF-8."""
+    """Tells whether an id can be stored: names of files and of groups in HDF5 are bytes, which may be no UTF-8."""
     try:
         image_id.encode()
     except UnicodeEncodeError:
@@ -427,7 +445,7 @@ def _is_mine(image_id: str, part: int, parts: int) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a `skipped.jsonl`, without one that a kill cut short."""
+    """Reads the rows of a `skipped.jsonl`, without one that a kill cut short."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with suppress(ValueError):
@@ -437,16 +455,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def export(store: RegionStore, path: str | PathLike, format: str) -> None:
     """
-    Writes a store in a format that other tools read, with a progress bar. What the format has no place for is left
-    out, with a warning that names these fields.
+    Writes a store in a format that other tools read, with a progress bar. Fields that the format cannot hold are left
+    out, with a warning that names them.
 
     Args:
-        store (`RegionStore`): What to write.
-        path (`str` or `os.PathLike`): A new file or folder, as the format has it.
+        store (`RegionStore`): The store to write.
+        path (`str` or `os.PathLike`): A new file or folder, whichever the format is.
         format (`str`): One of `EXPORTS`: `parquet`, which `datasets` reads by itself, or a format of other tools.
 
     Raises:
-        ValueError: The format cannot be written or not by this name, or a record lacks what it needs.
+        ValueError: The format cannot be written, or not under this name, or a record lacks a field that it needs.
     """
     if format == "parquet":
         from .parquet import export_parquet
@@ -457,13 +475,13 @@ def export(store: RegionStore, path: str | PathLike, format: str) -> None:
         WRITERS[format](_counting_lost(store, format, lost), path)
         if lost:
             fields = ", ".join(f"{name} ({images:,} images)" for name, images in lost.items())
-            logger.warning(f"{path} lacks what {format} has no place for: {fields}.")
+            logger.warning(f"{path} lacks fields that {format} cannot hold: {fields}.")
     else:
         raise ValueError(f"{format!r} cannot be written, only {list(EXPORTS)}.")
 
 
 def _counting_lost(store: RegionStore, format: str, lost: Counter[str]) -> Iterator[RegionRecord]:
-    """The records of a store; `lost` counts the images of each field that is not written."""
+    """Yields the records of a store, and counts in `lost` the images of each field that is not written."""
     for record in logging.tqdm(store.values(), desc=f"Writing {format}", unit="image", total=len(store)):
         lost.update(FORMATS[format].not_written(record))
         yield record

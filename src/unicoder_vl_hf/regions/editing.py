@@ -1,7 +1,7 @@
 """
 Stores made from stores: merged, cut to some images, or split.
 
-Each function may be called again after an interruption, with the same arguments, and goes on.
+Each function goes on when it is called again after an interruption, with the same arguments.
 """
 
 import json
@@ -42,15 +42,17 @@ def merge_stores(
     restart: bool = False,
 ) -> RegionStore:
     """
-    Makes one store of several, images in the order of the sources. Shards are hard links where the file system has
-    them, else copies, and never rewritten. A merge that is complete already stays as it is.
+    Makes one store of several, with the images in the order of the sources. Shards are hard links where the file system
+    has them, else copies, and are never rewritten. A merge that is complete already stays as it is.
 
     Args:
         sources (sequence of `str` or `os.PathLike`): Finished stores of equal provenance (but for `package_version`).
         destination (`str` or `os.PathLike`): A new folder, or that of the same merge.
-        num_classes (`int`, *optional*): Number of object classes, for sources that do not tell; one source will do.
-        move (`bool`, defaults to `False`): Removes the sources once the destination is whole.
-        restart (`bool`, defaults to `False`): Begins anew where the destination holds a store, or the beginning of one.
+        num_classes (`int`, *optional*): Number of object classes, for sources that do not tell it; one source is
+            enough.
+        move (`bool`, defaults to `False`): Whether to remove the sources once the destination is complete.
+        restart (`bool`, defaults to `False`): Whether to begin anew where the destination holds a store, finished or
+            not.
 
     Raises:
         ValueError: Provenances differ, an image is in two stores, an object id is not below `num_classes`, or the
@@ -83,7 +85,7 @@ def merge_stores(
 
 
 def _check_merged(found: RegionStore, stores: list[RegionStore], num_classes: int | None) -> None:
-    """Raises ValueError where a finished store is not what merging these would give."""
+    """Raises ValueError where a finished store is not the merge of these stores."""
     remedy = "begin anew with restart=True (--restart), or take another folder."
     shards = [facts["sha256"] for store in stores for facts in store.manifest["shards"]]
     if [facts["sha256"] for facts in found.manifest["shards"]] != shards:
@@ -95,7 +97,7 @@ def _check_merged(found: RegionStore, stores: list[RegionStore], num_classes: in
 
 
 def merged_stores(folder: Path) -> list[str]:
-    """The stores whose merge into a folder was interrupted; none where there was no such merge."""
+    """Names the stores whose merge into a folder was interrupted; none where there was no such merge."""
     progress = folder / UNFINISHED
     return json.loads(progress.read_text(encoding="utf-8")).get(MERGE, []) if progress.exists() else []
 
@@ -106,7 +108,7 @@ def subset_store(source: str | PathLike, image_ids: Iterable[str], destination: 
 
     Args:
         source (`str` or `os.PathLike`): The store.
-        image_ids (iterable of `str`): Which; an id that is there twice counts once.
+        image_ids (iterable of `str`): Ids of the images to copy; one that is given twice counts once.
         destination (`str` or `os.PathLike`): A new folder.
 
     Raises:
@@ -121,12 +123,12 @@ def split_store(
     source: str | PathLike, splits: Mapping[str, Iterable[str]], folder: str | PathLike
 ) -> dict[str, RegionStore]:
     """
-    Copies the images of a store to one store a split, which share none.
+    Copies the images of a store to one store for each split; no two of them share an image.
 
     Args:
         source (`str` or `os.PathLike`): The store.
         splits (`Mapping`): Name of a split -> ids of its images. Images in no split are left out.
-        folder (`str` or `os.PathLike`): Where the stores will be, each under its name.
+        folder (`str` or `os.PathLike`): The folder of the new stores, each under the name of its split.
 
     Raises:
         KeyError: An id is not in the store; nothing is written then.
@@ -154,7 +156,7 @@ def _merge(stores: list[RegionStore], folder: Path, num_classes: int | None) -> 
     hashes, numbers = [], []
     for store, start in zip(stores, starts, strict=False):
         own_hashes, own_numbers = store.index.ids.all()
-        known = own_numbers < len(store)  # an index may know what an interrupted writer added
+        known = own_numbers < len(store)  # an index may hold images that an interrupted writer added
         hashes.append(own_hashes[known])
         numbers.append(own_numbers[known] + np.uint32(start))
     ids = ImageIds(lambda number: find(number)[1], [sorted_run(np.concatenate(hashes), np.concatenate(numbers))])
@@ -188,7 +190,7 @@ def _common_provenance(stores: list[RegionStore], num_classes: int | None) -> di
 
 
 def _provenance(store: RegionStore, num_classes: int | None) -> dict[str, Any]:
-    """That of a store, with the number of classes where it does not tell."""
+    """Gives the provenance of a store, with the number of classes where the store does not tell it."""
     provenance = store.provenance
     if num_classes is None or provenance["num_classes"] == num_classes:
         return provenance
@@ -208,7 +210,7 @@ def _provenance(store: RegionStore, num_classes: int | None) -> dict[str, Any]:
 
 def _link_or_copy(source: Path, path: Path, sha256: str) -> None:
     if path.exists():
-        # Done before an interruption, unless the source was written anew since then.
+        # It was made before an interruption, unless the source was written anew since then.
         if path.samefile(source) or file_facts(path)["sha256"] == sha256:
             return
         path.unlink()
@@ -221,7 +223,7 @@ def _link_or_copy(source: Path, path: Path, sha256: str) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the store, and the folder if nothing else is in it. What is no part of the store stays."""
+    """Removes a store, and its folder if nothing else is in it. Files that are no part of the store stay."""
     for path in (folder / MANIFEST, folder / INDEX, *folder.glob("regions-*.safetensors")):
         path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -229,7 +231,7 @@ def _remove(folder: Path) -> None:
 
 
 def _numbers(store: RegionStore, image_ids: Iterable[str]) -> np.ndarray:
-    """Places of images in the store, sorted, each once."""
+    """Gives the places of images in the store, sorted, each once."""
     return np.unique(np.fromiter(map(store.number_of, image_ids), np.int64))
 
 
@@ -237,7 +239,7 @@ def _copy(store: RegionStore, numbers: np.ndarray, destination: Path) -> RegionS
     provenance = store.provenance
     options = {name: value for name, value in provenance.items() if name not in ("feature_dim", "package_version")}
     with RegionStoreWriter(destination, resume=True, **options) as writer:
-        # What an interrupted call left is a beginning of what is to be written.
+        # An interrupted call left the first of the images that are to be written.
         done = len(writer.resumed)
         if not all(store.shards.image_id(number) in writer.resumed for number in numbers[:done].tolist()) or done > len(
             numbers

@@ -1,8 +1,9 @@
 """
-Photos → `RegionStore`: read by worker processes, detected in batches, by one process or many, and resumed after a kill.
+Extraction of photos to a `RegionStore`: read by worker processes, detected in batches, by one process or many, and
+resumed after a kill.
 
-Each process writes a store of its own in `<output>.parts`; at the end they become one. A photo gives what it gives
-alone, so that the store does not depend on the number of processes, workers or photos a batch.
+Each process writes a store of its own in `<output>.parts`; at the end these become one. The regions of a photo do not
+depend on the photos beside it, so the store does not depend on the number of processes, workers or photos a batch.
 """
 
 import json
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Photos are sorted by shape over so many batches: a detector computes those of equal shape together.
+# Photos are sorted by shape over this many batches: a detector computes those of equal shape together.
 BATCHES_SORTED = 4
-# A GPU computes so many photos at a time. A CPU gains nothing by it and takes one, so that a stop is heard sooner.
+# A GPU computes this many photos at a time. A CPU gains nothing by it and takes one, which makes a stop quicker.
 GPU_BATCH_SIZE = 8
-# Where a detector fails at so many photos one after the other, it is not the photos' fault.
+# Where a detector fails at this many photos in a row, the fault is not the photos'.
 FAILURES_IN_A_ROW = 8
 
 Boxes = Mapping[str, np.ndarray]
@@ -74,47 +75,49 @@ def extract(
     """
     Extracts the regions of photos to a store, with a progress bar, and opens it.
 
-    Run again after an interruption, it goes on: what complete shards hold is not extracted again. Ctrl-C and SIGTERM
-    complete the shard first, after the photo or batch at work. Under `accelerate launch` or `torchrun` the processes
-    share the photos. Photos that cannot be read, or in which nothing can be extracted, are listed in `skipped.jsonl` in
-    the store's folder: image_id, file, reason. Run again, it tries them again. Files that are left out, since they are
-    no photos or hidden, are listed there with image_id null.
+    Called again after an interruption, it goes on: photos in complete shards are not extracted again. On Ctrl-C and
+    SIGTERM it ends the photo or batch at work and completes the shard first. Under `accelerate launch` or `torchrun`
+    the processes share the photos. Photos that cannot be read, or in which nothing can be extracted, are listed in
+    `skipped.jsonl` in the store's folder (image_id, file, reason), and tried again by the next call. Files that are
+    left out, since they are no photos or hidden, are listed there with image_id null.
 
     Args:
-        photos (`str`, `os.PathLike` or `datasets.Dataset`): A folder, with all photos and .tar files below it; one
-            .tar file; a .txt file that names photos, one a line, from its own folder on; a .parquet file or a folder
+        photos (`str`, `os.PathLike` or `datasets.Dataset`): A folder, with all photos and .tar files below it; one .tar
+            file; a .txt file that names photos, one a line, relative to its own folder; a .parquet file or a folder
             that `Dataset.save_to_disk` wrote; a dataset.
         output (`str` or `os.PathLike`): Folder of the store.
-        detector (`str` or `Detector`): Its name, see `load_detector`; or a detector, on its device.
-        ids (`str`, defaults to `"stem"`): How a photo gets its image_id: `"stem"`, the file's name without folders and
-            suffix; `"path"`, the path below `photos`, or in the .tar; or `"key"`, webdataset's, which is the path up to
-            the first point of the file's name. Of a dataset it is `id_column`.
-        rename (`Rename`, *optional*): Gives the image_id instead, see `data.image_ids.id_mapping`, from the path, the
-            file's name or its stem, whichever the rule knows; of a dataset from `id_column`.
-        skip_unmapped (`bool`, defaults to `False`): Leave out photos that `rename` does not cover.
-        image_column, id_column (`str`): Columns of a dataset.
-        split (`str`, *optional*): Of a dataset that has several.
-        boxes (`str`, `os.PathLike` or `Mapping`, *optional*): Given boxes, in which features are pooled instead of in
+        detector (`str` or `Detector`): The name of a detector, see `load_detector`; or a detector, on its device.
+        ids (`str`, defaults to `"stem"`): The image_id of a photo: `"stem"`, the file's name without folders and
+            suffix; `"path"`, the path below `photos`, or in the .tar; or `"key"`, webdataset's key, which is the path
+            up to the first point of the file's name. In a dataset it is `id_column`.
+        rename (`Rename`, *optional*): Rule that gives the image_id instead, see `data.image_ids.id_mapping`, from the
+            path, the file's name or its stem, whichever the rule knows; in a dataset from `id_column`.
+        skip_unmapped (`bool`, defaults to `False`): Whether to leave out photos that `rename` does not cover.
+        image_column, id_column (`str`): Columns of a dataset that hold the photos and their ids.
+        split (`str`, *optional*): Split to take from a dataset that has several.
+        boxes (`str`, `os.PathLike` or `Mapping`, *optional*): Given boxes, in which features are pooled in place of
             detected ones: image_id -> `(n, 4)` pixels x1 y1 x2 y2 of the upright photo (further columns, such as VCR's
             scores, are left out), as a mapping, a .npz, or a .jsonl of `image_id` and `boxes`. Rows keep their order.
-        batch_size (`int`, *optional*): Photos a call of the detector; None takes 1 on a CPU and 8 on a GPU. The
-            progress bar moves, and a stop is heard, after each call.
-        num_workers (`int`, defaults to 2): Reading processes, for each process that computes.
-        device (`torch.device` or `str`, *optional*): Where to compute; None takes a GPU if there is one.
+        batch_size (`int`, *optional*): Number of photos in a call of the detector; None takes 1 on a CPU and 8 on a
+            GPU. The progress bar moves, and a stop takes effect, after each call.
+        num_workers (`int`, defaults to 2): Number of reading processes for each process that computes.
+        device (`torch.device` or `str`, *optional*): Device to compute on; None takes a GPU if there is one.
         precision (`str`, defaults to `"auto"`): `"auto"`, `"no"`, `"bf16"` or `"fp16"`; see `load_detector`.
-        dtype (`str`, defaults to `"float16"`): Of the stored features.
-        shard_size (`int`, defaults to 128 MiB): Bytes after which a shard is complete; what a kill -9 may cost.
-        restart (`bool`, defaults to `False`): Begin anew where `output` holds a store, or the beginning of one.
-        options: Those of the detector's family.
+        dtype (`str`, defaults to `"float16"`): Type of the stored features.
+        shard_size (`int`, defaults to 128 MiB): Bytes after which a shard is complete; a kill -9 loses the incomplete
+            one.
+        restart (`bool`, defaults to `False`): Whether to begin anew where `output` holds a store, finished or not.
+        options: Options of the detector's family.
 
     Raises:
         ValueError: Two photos have one id, no photo is found or none gives regions, the store was begun with other
-            settings, photos or ids, or is being written, or it is finished and lacks photos that were not there.
-        KeyboardInterrupt: It was told to stop, and can go on.
-        Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; what was extracted is kept.
+            settings, photos or ids, or is being written, or it is finished and lacks photos that are new.
+        KeyboardInterrupt: It was told to stop; the same call goes on.
+        Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; regions that were extracted before are
+            kept.
     """
-    # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. They wait
-    # for one another at the end, for which the default patience of ten minutes is short.
+    # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
+    # they wait for one another, perhaps longer than the default timeout of ten minutes.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=timedelta(days=30))
     source = list_photos(
@@ -163,7 +166,7 @@ def extract(
                 logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
             else:
                 say_finished(folder)
-        # A finished store has what the detector does not fail at: those that are left may all be odd.
+        # A finished store has every photo that the detector can take: it may well fail at all that are left.
         patience = FAILURES_IN_A_ROW if before or not done else float("inf")
         reader = _Reader(source, left[state.process_index :: state.num_processes], detector.prepare, given)
         results = logging.tqdm(
@@ -184,7 +187,7 @@ def extract(
 
 
 def _say_what_is_there(photos: Any, source: PhotoSource, given: Boxes | None) -> None:
-    """What the listing left out, and boxes that are given for no photo."""
+    """Warns of files that the listing left out, and of boxes that are given for no photo."""
     if source.left_out:
         logger.warning(f"{photos}: {in_words(source)} {SKIPPED} in the store's folder will list them.")
     if given is not None and (unused := given.keys() - set(source.ids)):
@@ -193,7 +196,7 @@ def _say_what_is_there(photos: Any, source: PhotoSource, given: Boxes | None) ->
 
 def read_boxes(boxes: str | PathLike | Mapping[str, Any]) -> Boxes:
     """
-    Given boxes by image_id; see `extract`.
+    Reads given boxes by image_id; see `extract`.
 
     Raises:
         ValueError: The file is neither .npz nor .jsonl, or a line of it is malformed.
@@ -221,7 +224,7 @@ def read_boxes(boxes: str | PathLike | Mapping[str, Any]) -> Boxes:
 
 @dataclass(frozen=True)
 class _Photo:
-    """What a reading process makes of a photo; `problem` says why it could make nothing."""
+    """A photo as a reading process gives it; `problem` says why it could not be read."""
 
     index: int
     image_id: str
@@ -233,12 +236,12 @@ class _Photo:
 
     @property
     def scale(self) -> np.ndarray:
-        """From boxes in the decoded photo to boxes in the photo."""
+        """The factors `(4,)` that take boxes in the decoded photo to boxes in the photo."""
         return np.tile(np.divide(self.size, self.decoded_size), 2)
 
 
 class _Reader(Dataset[_Photo]):
-    """Photos as the detector takes them. Whatever is wrong with one, it is returned and not raised."""
+    """Photos in the form that the detector takes. An error in one is returned with it, and not raised."""
 
     def __init__(self, source: PhotoSource, indices: Sequence[int], prepare: Any, given: Boxes | None):
         self.source = source
@@ -287,8 +290,8 @@ def _extract_part(
     settings: dict[str, Any],
 ) -> None:
     """
-    The share of one process: a store, and a list of what was skipped. Raises KeyboardInterrupt when told to stop, and
-    what the results raise; what was extracted before is kept.
+    Writes the share of one process: a store, and a list of photos that were skipped. Raises KeyboardInterrupt when told
+    to stop, and the errors of `results`; regions that were extracted before are kept.
     """
     failures: list[Exception] = []
     with (
@@ -312,11 +315,11 @@ def _extract_part(
     if failures:
         raise failures[0]
     if stop.is_set():
-        raise KeyboardInterrupt(f"Stopped, with what is extracted in {part.parent}: the same call goes on.")
+        raise KeyboardInterrupt(f"Stopped; the regions so far are in {part.parent}, and the same call goes on.")
 
 
 def _until_failure(items: Iterable[Any], failures: list[Exception]) -> Iterator[Any]:
-    """The items before the one whose making fails; the error goes into the list."""
+    """Yields the items before the one whose making fails; the error goes into the list."""
     try:
         yield from items
     except Exception as error:
@@ -327,8 +330,8 @@ def _results(
     detector: Detector, reader: _Reader, batch_size: int, num_workers: int, patience: float
 ) -> "Iterator[tuple[_Photo, RegionRecord | str]]":
     """
-    Each photo with its record, or with the reason why it has none. Raises what the detector raises at the last of
-    `patience` photos in a row.
+    Yields each photo with its record, or with the reason why it has none. Raises the error of the detector at the last
+    of `patience` photos in a row.
     """
     photos = iter(
         DataLoader(
@@ -360,15 +363,15 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C reaches every process; readers go on until the one that they read for ends them."""
+    """Ignores Ctrl-C, which reaches every process: readers go on until the process that they read for ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _detect(detector: Detector, photos: Sequence[_Photo]) -> list[RegionRecord | Exception]:
     """
-    The records of some photos, or why one has none. Where they fail together, each is tried alone: so one that is odd,
-    or too many for the memory, cost no other.
+    Gives the records of some photos, or for each the reason why it has none. Where the photos fail together, each is
+    tried alone, so that an odd photo, or too many for the memory, cost no other.
     """
     ids = [photo.image_id for photo in photos]
     boxes = None if photos[0].boxes is None else [photo.boxes / photo.scale for photo in photos]
@@ -380,7 +383,10 @@ def _detect(detector: Detector, photos: Sequence[_Photo]) -> list[RegionRecord |
 
 
 def _in_photo(record: RegionRecord, photo: _Photo) -> RegionRecord:
-    """From the decoded photo to the photo, where its size differs; given boxes as they were given."""
+    """
+    Gives a record with its boxes in the photo, where the decoded photo has another size; given boxes as they were
+    given.
+    """
     if photo.boxes is None and photo.size == photo.decoded_size:
         return record
     boxes = photo.boxes if photo.boxes is not None else record.boxes * photo.scale
@@ -395,12 +401,15 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _finished(folder: Path) -> list[Path]:
-    return [folder] * (folder / MANIFEST).exists()
+    return [folder] if (folder / MANIFEST).exists() else []
 
 
 def _finish_parts(parts: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """Makes stores of what an interrupted run left, and forgets what it skipped, which is tried again."""
-    if sources := merged_stores(folder):  # it was stopped at its very end
+    """
+    Makes finished stores of the parts of an interrupted run, and forgets the photos that it skipped, which are tried
+    again.
+    """
+    if sources := merged_stores(folder):  # it was stopped while its parts were merged
         merge_stores(sources, folder)
     elif folder.is_file() or ((folder / UNFINISHED).exists() and not _finished(folder)):
         raise ValueError(f"{folder} is a file, or the beginning of another store: take another folder.")
@@ -423,7 +432,10 @@ def _remove_empty(part: Path) -> None:
 
 
 def _by_key(photos: Any, folder: Path, done: set[str]) -> PhotoSource | None:
-    """The photos of a .tar by webdataset's keys, where what was begun has them: once they were the default there."""
+    """
+    Lists the photos of a .tar by webdataset's keys, where the store was begun with them: they were once the default
+    there.
+    """
     if not isinstance(photos, (str, PathLike)) or not all("/" in image_id for image_id in done):
         return None
     source = list_photos(photos, ids="key")
@@ -434,7 +446,7 @@ def _by_key(photos: Any, folder: Path, done: set[str]) -> PhotoSource | None:
 
 
 def _check_ids(folder: Path, done: set[str], image_ids: Sequence[str]) -> None:
-    """Raises ValueError where what was begun has none of these photos: they are others, or have other ids."""
+    """Raises ValueError where the store was begun with none of these photos: they are others, or have other ids."""
     if done.isdisjoint(image_ids):
         raise ValueError(
             f"{folder} was begun with images such as {min(done)!r}, and none of these photos, such as "
@@ -444,7 +456,10 @@ def _check_ids(folder: Path, done: set[str], image_ids: Sequence[str]) -> None:
 
 
 def _check_left(folder: Path, left: Sequence[str]) -> None:
-    """A finished store takes what it skipped before, and no other photos. Raises ValueError."""
+    """
+    Raises ValueError where photos are left that a finished store did not skip: it takes those that it skipped, and no
+    other.
+    """
     skipped = {row["image_id"] for row in _read_rows(folder / SKIPPED)}
     new = [image_id for image_id in left if image_id not in skipped]
     if new:
@@ -461,7 +476,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: PhotoSource) -> None:
     """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
-    stores, renewed = _parts(parts), {None, *source.ids}  # None: of what a listing left out
+    stores, renewed = _parts(parts), {None, *source.ids}  # None: files that the listing left out
     skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in _read_rows(file)]
     if stores and _finished(folder):
         records = chain.from_iterable(RegionStore(part).values() for part in stores)

@@ -1,5 +1,5 @@
 """
-Stores on the Hub: a dataset repository holds the files of the folder as they are, and a card made from the manifest.
+Stores on the Hub: a dataset repository holds the files of the folder unchanged, and a card made from the manifest.
 
 `RegionStore.push_to_hub` and `RegionStore.from_hub` are what users call.
 """
@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from .shards import INDEX, MANIFEST, Index, Shards, read_manifest
 
 CARD, SHARDS = "README.md", "regions-*.safetensors"
-# In a card that we wrote, and may write again.
+# Marks a card that we wrote, and may write again.
 MARK = "<!-- Written from manifest.json by unicoder-vl-hf. Take this line out to keep your changes. -->"
 
 
@@ -31,7 +31,7 @@ def push_store(
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """See `RegionStore.push_to_hub`."""
+    """Uploads a store to a dataset repository; see `RegionStore.push_to_hub`."""
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     shards = [facts["file"] for facts in manifest["shards"]]
@@ -43,7 +43,7 @@ def push_store(
         allow_patterns=SHARDS,
         commit_message=f"{commit_message}: shards",
     )
-    # One commit, and the last: a store that grew is the old one or the new one to whoever downloads meanwhile.
+    # The last commit holds all of these: a download meanwhile gets the old store or the new one.
     present = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, path / name) for name in (INDEX, MANIFEST)
@@ -73,7 +73,7 @@ def fetch_store(
     token: str | bool | None,
     local_files_only: bool,
 ) -> Path:
-    """See `RegionStore.from_hub`. Returns the folder in the cache."""
+    """Downloads a store from the Hub and gives its folder in the cache; see `RegionStore.from_hub`."""
 
     def fetch(names: list[str], revision: str | None, pattern: str | None = None) -> Path:
         folder = huggingface_hub.snapshot_download(
@@ -98,12 +98,12 @@ def fetch_store(
         index = Index(folder, manifest["images"])
         numbers = sorted({shards.number_of(index.number_of(image_id)) for image_id in image_ids})
     names = [shards.facts[number]["file"] for number in numbers]
-    # The folder is named after the commit, which a push in between does not change.
+    # The folder is named after its commit, so that a push in between changes nothing.
     return fetch(names, folder.name, SHARDS if image_ids is None else None)
 
 
 def dataset_card(path: Path, manifest: dict[str, Any], repo_id: str) -> str:
-    """README.md of the store in a folder, for the repository `repo_id`."""
+    """Gives the README.md of the store in a folder, for the repository `repo_id`."""
     metadata = huggingface_hub.DatasetCardData(
         pretty_name=repo_id.split("/")[-1],
         tags=["region-features", "image-text", "vision-language", "unicoder-vl-hf"],
@@ -167,7 +167,7 @@ def _in_words(value: Any) -> str:
 
 
 def _size_category(images: int) -> str:
-    """The Hub's name for so many rows."""
+    """Gives the name that the Hub has for this number of rows."""
     bounds = [1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]
     names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"]
     return names[sum(images >= bound for bound in bounds)]

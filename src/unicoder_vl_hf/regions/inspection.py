@@ -1,4 +1,4 @@
-"""What is in a store or a foreign file: counts, widths, which fields are known, and one record."""
+"""A look at a store or a foreign file: counts, widths, known fields, and one record."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from ..records_unicoder_vl import RegionRecord
 @dataclass
 class Inspection:
     """
-    What `inspect_records` saw; printed as a table.
+    The result of `inspect_records`; `str` of it is a table.
 
     Args:
-        images (`int`): Records seen.
-        regions (`Counter`): How many images have how many regions.
-        features (`Counter`): How many images have features of which `(D, dtype)`.
-        known (`Counter`): How many images know each optional field.
-        example (`RegionRecord`): The first.
-        complete (`bool`): Whether these were all.
+        images (`int`): Number of records seen.
+        regions (`Counter`): Number of regions -> number of images.
+        features (`Counter`): `(D, dtype)` of the features -> number of images.
+        known (`Counter`): Optional field -> number of images that have it.
+        example (`RegionRecord`): The first record.
+        complete (`bool`): Whether all records were seen.
     """
 
     images: int = 0
@@ -39,11 +39,9 @@ class Inspection:
         lines += [
             f"features  {width} x {dtype} in {images:,} images" for (width, dtype), images in self.features.items()
         ]
-        lines += [
-            f"{name:20} {'all' if (images := self.known[name]) == self.images else f'{images:,}' if images else 'none'}"
-            for name in (entry.name for entry in fields(RegionRecord))
-            if name not in ("image_id", "features")
-        ]
+        optional = (entry.name for entry in fields(RegionRecord) if entry.name not in ("image_id", "features"))
+        in_words = {0: "none", self.images: "all"}
+        lines += [f"{name:20} {in_words.get(self.known[name], f'{self.known[name]:,}')}" for name in optional]
         lines += ["", "regions an image", *_histogram(self.regions)]
         if self.example is not None:
             lines += ["", f"first {describe(self.example)}"]
@@ -51,7 +49,7 @@ class Inspection:
 
 
 def describe(record: RegionRecord) -> str:
-    """A line a field that is known: its kind, range and first row."""
+    """Describes a record, a line for each known field: its dtype, shape, range and first row."""
     known = {name: value for name, value in record.to_dict().items() if name != "image_id"}
     return "\n".join(
         [f"record: {record.image_id!r}", *(f"  {name:20} {_shown(value)}" for name, value in known.items())]
@@ -59,7 +57,7 @@ def describe(record: RegionRecord) -> str:
 
 
 def check_photo_size(record: RegionRecord, photo: str, size: tuple[int, int]) -> None:
-    """Raises ValueError where a photo has another size than the one that the regions of a record were found in."""
+    """Raises ValueError where a photo has another size than the one in which the regions of a record were found."""
     known = record.image_width, record.image_height
     if None not in known and known != size:
         raise ValueError(
@@ -75,8 +73,8 @@ def inspect_records(
     Looks at records one at a time, with a progress bar.
 
     Args:
-        records (iterable of `RegionRecord`): Of a store (`store.values()`) or of `formats.read_records`.
-        max_images (`int`, *optional*): Stop after so many.
+        records (iterable of `RegionRecord`): Records of a store (`store.values()`) or of `formats.read_records`.
+        max_images (`int`, *optional*): Number of records to stop after.
         total (`int`, *optional*): Number of records, for the bar.
     """
     found, rest = Inspection(), iter(records)
@@ -91,7 +89,7 @@ def inspect_records(
 
 
 def _histogram(counts: Counter[int], bins: int = 10, width: int = 40) -> list[str]:
-    """A line a bin: from, to, images, and a bar."""
+    """Gives a line for each bin: from, to, images, and a bar."""
     if not counts:
         return []
     edges = np.unique(np.linspace(min(counts), max(counts) + 1, bins + 1).round().astype(int)).tolist()

@@ -1,9 +1,9 @@
 """
 Object classes for features that came without, by the classifier of the detector that made them.
 
-Bottom-up TSV, HDF5 and SCAN files hold no classes, and masked object classification needs them. A classifier tells them
-from the stored features, provided that it is the one of the same weights: with any other its answers look plausible and
-mean nothing. So the store's provenance must name that detector.
+Bottom-up TSV, HDF5 and SCAN files hold no classes, and masked object classification needs them. A classifier can
+find them from the stored features, provided that it has the weights that made these: with any others its answers look
+plausible and mean nothing. So the provenance of the store must name that detector.
 """
 
 import dataclasses
@@ -23,29 +23,31 @@ Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 class Classifier(Protocol):
-    """A detector that can classify stored features, such as `detectors.visual_genome`'s."""
+    """A detector that can classify stored features, such as that of `detectors.visual_genome`."""
 
     provenance: dict[str, Any]
 
     def classify(self, features: np.ndarray) -> Classes:
-        """Of features `(n, D)`: object ids and scores, attribute ids and scores or None, `(n,)` each."""
+        """
+        Classifies features `(n, D)`: gives object ids and scores, and attribute ids and scores or None, `(n,)` each.
+        """
         ...
 
 
 def load_classifier(store: RegionStore, name: str, **options: Any) -> Classifier:
     """
-    The classifier of a store's features by the name of their detector. What can be known without its weights is checked
-    before they are fetched.
+    Loads the classifier of a store's features by the name of their detector. All that can be checked without its
+    weights is checked before they are fetched.
 
     Raises:
-        ValueError: The detector cannot classify, is not that of the store, or see `label`.
+        ValueError: The detector cannot classify or is not that of the store; also for the reasons of `label`.
     """
     family, _, model = name.partition(":")
     if family != "visual-genome":
         raise ValueError(f"{name} cannot classify stored features, only visual-genome detectors can.")
     _check_unlabelled(store)
     detector = store.provenance["detector"]
-    if not Path(model).is_dir() and name != detector:  # a folder goes by its last name
+    if not Path(model).is_dir() and name != detector:  # a folder is recorded by its name alone
         raise ValueError(f"{store.path} holds the features of {detector}, not of {name}: name that detector.")
     return cast(Classifier, load_detector(name, **options))
 
@@ -71,16 +73,16 @@ def label(
     **options: Any,
 ) -> RegionStore:
     """
-    Writes a store with the object classes (and attributes) that the classifier gives the features of another.
+    Writes a store with the object classes (and attributes) that the classifier gives the features of another store.
 
-    Run again after an interruption, it goes on. What is complete stays as it is, but takes images that are new.
+    Called again after an interruption, it goes on. A complete store stays as it is, but for images that are new.
 
     Args:
-        store (`RegionStore`): Its provenance names the detector and revision of the classifier.
+        store (`RegionStore`): The store, whose provenance names the detector and revision of the classifier.
         destination (`str` or `os.PathLike`): Folder of the new store.
-        classifier (`Classifier`): See `detectors.load_detector`.
-        resume (`bool`, defaults to `True`): False refuses a folder in which something was begun.
-        restart (`bool`, defaults to `False`): Begins anew there.
+        classifier (`Classifier`): The detector, see `detectors.load_detector`.
+        resume (`bool`, defaults to `True`): Whether to go on in a folder in which a store was begun; False refuses it.
+        restart (`bool`, defaults to `False`): Whether to begin anew in such a folder.
         options: Further arguments of `RegionStoreWriter`, such as `dtype`.
 
     Raises:

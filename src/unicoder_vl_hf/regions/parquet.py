@@ -23,7 +23,7 @@ from ..records_unicoder_vl import RegionRecord
 from .shards import OPTIONAL_FIELDS, Shard
 from .store import RegionStore
 
-# Of features in a row group, which readers hold in memory as a whole.
+# Bytes of features in a row group, which readers hold in memory as a whole.
 GROUP_BYTES = 32 * 2**20
 
 
@@ -35,8 +35,8 @@ def export_parquet(store: RegionStore, folder: str | PathLike) -> list[Path]:
         datasets.load_dataset("parquet", data_dir=folder, streaming=True)["train"]
 
     Args:
-        store (`RegionStore`): What to write.
-        folder (`str` or `os.PathLike`): Made if need be.
+        store (`RegionStore`): The store to write.
+        folder (`str` or `os.PathLike`): The folder of the files, made if need be.
 
     Returns:
         The files.
@@ -79,7 +79,7 @@ def _schema(store: RegionStore) -> pyarrow.Schema:
     }
     feature = pyarrow.float16() if store.provenance["dtype"] == "float16" else pyarrow.float32()
     types["features"] = pyarrow.list_(pyarrow.list_(feature, store.feature_dim))
-    # Which shards have, in one dtype or the other.
+    # Shards may have it, in one dtype or the other.
     found = [store.shards[number].tensors.get("class_probabilities") for number in range(len(store.shards))]
     probabilities = [tensor for tensor in found if tensor is not None]
     if probabilities:

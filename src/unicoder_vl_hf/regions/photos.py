@@ -1,6 +1,6 @@
 """
-Photos by id: which files of a folder, a .tar, a list or a dataset are photos, what each is called, and how one is
-decoded. What a listing leaves out, it names with the reason.
+Photos by id: which files of a folder, a .tar, a list or a dataset are photos, what their ids are, and how one is
+decoded. A listing names the files that it leaves out, with the reasons.
 """
 
 import math
@@ -27,20 +27,21 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset(".avif .bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 ARCHIVES = frozenset(".7z .bz2 .gz .rar .tgz .xz .zip .zst".split())
-# What a stem does without: files of features are named after photos, too.
+# Suffixes that a stem leaves out, those of features too: such files are named after photos.
 STEM_SUFFIXES = SUFFIXES | {".npy", ".npz"}
 PHOTO_IDS = ("stem", "path", "key")
 HIDDEN = "hidden: a name begins with a point"
-# Pillow refuses files that claim more than about 179 million pixels. Photos of 500 exist; a small file may claim more.
+# Pillow refuses files that claim more than about 179 million pixels. Photos of 500 million exist; a small file may
+# claim still more.
 MAX_PIXELS = 500_000_000
-# Photos of four times as many pixels are halved, and so on: every detector scales them down further.
+# Photos of four times as many pixels are halved in width and height, and so on: detectors scale them down anyway.
 ENOUGH_PIXELS = 8_000_000
 
 
 def stem(name: str) -> str:
     """
     Gives the name of a file without its folders, written with `/` or with a backslash, and without the suffix of a
-    photo or of a file of features. Whatever else follows a point is part of the name, as in VCR's time codes.
+    photo or of a file of features. Whatever else follows a point is part of the name, such as the time codes of VCR.
     """
     name = re.split(r"[/\\]", name)[-1] or name
     base, _, suffix = name.rpartition(".")
@@ -48,28 +49,33 @@ def stem(name: str) -> str:
 
 
 class LeftOut(NamedTuple):
-    """A file that a listing passes over, and why."""
+    """A file that a listing leaves out, and the reason."""
 
     file: str
     reason: str
 
 
 class PhotoSource(Protocol):
-    """Photos by index."""
+    """Photos by index, and the files that their listing left out."""
 
     ids: list[str]
     left_out: list[LeftOut]
 
     def name(self, index: int) -> str:
-        """What a user finds it by."""
+        """Names a photo in the form that a user finds it by: its path, or its row."""
         ...
 
-    def read(self, index: int) -> bytes: ...
+    def read(self, index: int) -> bytes:
+        """Reads the bytes of a photo's file."""
+        ...
 
 
 @dataclass
 class _Files:
-    """Files and members of .tar files: path, member (empty for a file), and where in the file its bytes are."""
+    """
+    Photos in files and in members of .tar files: each has a path, a member (empty for a file), and the place of its
+    bytes in the file.
+    """
 
     ids: list[str] = field(default_factory=list)
     places: list[tuple[Path, str, int, int]] = field(default_factory=list)
@@ -88,7 +94,7 @@ class _Files:
 
 @dataclass
 class _Column:
-    """A column of encoded images."""
+    """Photos in a column of encoded images."""
 
     ids: list[str]
     rows: list[int]
@@ -116,14 +122,17 @@ def list_photos(
     split: str | None = None,
 ) -> PhotoSource:
     """
-    Lists the photos of a folder, a .tar, a .txt that names files, a dataset on disk or in memory; see
+    Lists the photos of a folder, a .tar, a .txt that names files, or a dataset on disk or in memory; see
     `extraction.extract`.
 
     Args:
-        ids (`str`, defaults to `"stem"`): One of `PHOTO_IDS`.
-        rename (`Rename`, *optional*): Gives the id instead, from the path, the file's name or its stem, whichever of
-            them the rule knows; of a dataset, from `id_column`.
-        skip_unmapped (`bool`, defaults to `False`): Leave out photos that `rename` does not cover.
+        photos (`str`, `os.PathLike` or `datasets.Dataset`): See `extraction.extract`.
+        ids (`str`, defaults to `"stem"`): Rule by which photos get their ids, one of `PHOTO_IDS`.
+        rename (`Rename`, *optional*): Rule that gives the id instead, from the path, the file's name or its stem,
+            whichever of them the rule knows; in a dataset, from `id_column`.
+        skip_unmapped (`bool`, defaults to `False`): Whether to leave out photos that `rename` does not cover.
+        image_column, id_column (`str`): Columns of a dataset that hold the photos and their ids.
+        split (`str`, *optional*): Split to take from a dataset that has several.
 
     Raises:
         FileNotFoundError: There is nothing at `photos`.
@@ -157,22 +166,25 @@ def list_photos(
 
 
 def in_words(source: PhotoSource) -> str:
-    """Says how many photos there are, and in one line what was left out and why."""
+    """Says how many photos there are, and how many files were left out for which reasons, in one line."""
     kinds = Counter(reason for _, reason in source.left_out).most_common()
-    shown = [f"{count:,} ({reason})" for reason, count in kinds[:6]] + ["…"] * (len(kinds) > 6)
+    shown = [f"{count:,} ({reason})" for reason, count in kinds[:6]] + (["…"] if len(kinds) > 6 else [])
     return f"{len(source.ids):,} photos." + (f" Left out: {', '.join(shown)}." if shown else "")
 
 
 @dataclass
 class _Naming:
-    """How photos get their ids."""
+    """The rule by which photos get their ids."""
 
     ids: str
     rename: Rename | None
     skip_unmapped: bool
 
     def of_path(self, path: str) -> str:
-        """The id of a photo by its path below what is listed. Raises UnmappedId, and ValueError where it has two."""
+        """
+        Gives the id of a photo by its path below the folder or .tar that is listed. Raises UnmappedId where the rule
+        gives none, and ValueError where it gives several.
+        """
         if self.rename is None:
             return path if self.ids == "path" else _key(path)[0] if self.ids == "key" else stem(path)
         found: dict[str, str] = {}
@@ -192,14 +204,16 @@ class _Naming:
         return image_id if self.rename is None else self.rename(image_id)
 
     def left_out(self, error: UnmappedId) -> str:
-        """The reason to leave a photo out. Raises the error where none is to be."""
+        """Gives the reason to leave a photo out. Raises the error where photos must not be left out."""
         if not self.skip_unmapped:
             raise UnmappedId(f"{error} skip_unmapped=True (--skip-unmapped) leaves such photos out.") from error
         return "its id is not mapped"
 
 
 def _key(path: str) -> tuple[str, str]:
-    """As webdataset has them: the key, which ends at the first point of the file's name, and the extension."""
+    """
+    Splits a path as webdataset does: into the key, which ends at the first point of the file's name, and the extension.
+    """
     folder, slash, name = path.rpartition("/")
     base, _, extension = name.partition(".")
     return folder + slash + base, extension
@@ -251,7 +265,10 @@ def _list_files(root: Path, naming: _Naming) -> _Files:
 
 
 def _add(files: _Files, naming: _Naming, place: tuple[Path, str, int, int], below: str, problem: str = "") -> None:
-    """Adds a photo by its path below what is listed, or, where it is none, adds it to what is left out."""
+    """
+    Adds a photo by its path below the folder or .tar that is listed; a file that is no photo is added to those left
+    out.
+    """
     suffix = PurePosixPath(below).suffix.lower()
     if problem:
         pass
@@ -272,7 +289,7 @@ def _add(files: _Files, naming: _Naming, place: tuple[Path, str, int, int], belo
 
 
 def _no_photo(member: tarfile.TarInfo) -> str:
-    """Why a member of a .tar is none, whatever its suffix; empty if it may be one."""
+    """Says why a member of a .tar is no photo, whatever its suffix; empty if it may be one."""
     if not member.isfile() or member.issparse():
         return "a link, or no plain file, in a .tar"
     hidden = any(part.startswith(".") for part in PurePosixPath(member.name).parts if part != "..")
@@ -280,7 +297,7 @@ def _no_photo(member: tarfile.TarInfo) -> str:
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """What a .tar holds, but for its folders."""
+    """Yields the members of a .tar, except folders."""
     try:
         with tarfile.open(path, "r:") as archive:
             yield from (member for member in archive if not member.isdir())
@@ -290,8 +307,8 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
 
 def _walk(root: Path, left_out: list[LeftOut]) -> Iterator[tuple[Path, str]]:
     """
-    All files below a folder with their paths below it, or the file itself, in an order that does not depend on the
-    file system. What is hidden, links to folders, and folders that cannot be opened are added to `left_out`.
+    Yields all files below a folder with their paths below it, or the file itself, in an order that does not depend on
+    the file system. Hidden files, links to folders, and folders that cannot be opened are added to `left_out`.
     """
     if root.is_file():
         yield root, root.name
@@ -311,7 +328,7 @@ def _walk(root: Path, left_out: list[LeftOut]) -> Iterator[tuple[Path, str]]:
 
 
 def _named(path: Path) -> Iterator[tuple[Path, str]]:
-    """The files that a list names, from its own folder on."""
+    """Yields the files that a list names, relative to its own folder."""
     for name in read_names(path):
         if not (file := path.parent / name).is_file():
             raise ValueError(f"{path} holds no photo but a list, whose name {name!r} is of no file: {file}.")
@@ -320,12 +337,13 @@ def _named(path: Path) -> Iterator[tuple[Path, str]]:
 
 def decode_photo(data: bytes) -> "tuple[Image.Image, tuple[int, int]]":
     """
-    A photo as RGB and upright, and its width and height; one of 32 million pixels or more comes smaller than that.
+    Decodes a photo as RGB and upright, and gives it with its width and height; a photo of 32 million pixels or more is
+    decoded at a smaller size.
 
-    Of an animation it is the first frame. Transparent pixels show white, 16 bits become 8.
+    An animation gives its first frame. Transparent pixels become white, 16 bits become 8.
 
     Raises:
-        Exception: Of any kind, as Pillow finds the file damaged.
+        Exception: Pillow finds the file damaged, and raises any kind of error.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -362,7 +380,7 @@ def _pixel_limit() -> Iterator[None]:
 def _to_rgb(image: "Image.Image") -> "Image.Image":
     from PIL import Image
 
-    if image.mode.startswith("I"):  # Pillow's own conversion makes white of what exceeds 255
+    if image.mode.startswith("I"):  # Pillow's own conversion makes all values above 255 white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"its pixels run from {values.min()} to {values.max()}, expected 16 bits")

@@ -1,8 +1,8 @@
 """
 The files of a region store: shards, the numbers of the images in them, and the index from image_id to number.
 
-An image's number counts through all shards in their order. Which ids there are is kept as hashes and numbers, 12 bytes
-an id whatever its length; an id counts as found where the files hold the very same.
+The number of an image counts through all shards in their order. The ids are kept in memory as hashes and numbers, 12
+bytes an id whatever its length; an id counts as found where the files hold exactly that id.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from .tensor_files import DTYPES, TensorFile, TensorFileWriter, file_facts
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, UNFINISHED = "manifest.json", "index.safetensors", "unfinished.json"
-SKIPPED = "skipped.jsonl"  # what the source of a store holds and the store lacks, and why
-PLAN = "conversion.json"  # what a conversion that goes on must not change
-# A card or a note that someone wrote is no part of it.
+SKIPPED = "skipped.jsonl"  # images of the source that the store lacks, and why
+PLAN = "conversion.json"  # the settings of a conversion, which must stay the same when it goes on
+# A card or a note that someone wrote is no part of a store.
 SHARDS_ALONE = (MANIFEST, INDEX, UNFINISHED, "regions-*.safetensors", "*.partial")
 STORE = OutputKind(
     "region store",
@@ -40,8 +40,8 @@ LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4
 NARROW_FIELDS = ("boxes", "object_ids", "object_scores", "attribute_ids", "attribute_scores")
 # The bits of a shard's `present`, lowest first: new fields go to the end.
 OPTIONAL_FIELDS = (*NARROW_FIELDS, "class_probabilities")
-NO_OBJECT_IDS = -2  # where -1 is a region without a class
-# As wide as features: fetched per record. The other tensors are about 1 % of a shard, fetched with the first record.
+NO_OBJECT_IDS = -2  # the record has no ids; -1 is a region without a class
+# The wide fields are fetched for each record. The other tensors, about 1 % of a shard, are fetched with the first one.
 WIDE_FIELDS = ("features", "class_probabilities")
 # Each open shard holds a file descriptor, of which a process has 1,024 by default.
 MAX_OPEN_SHARDS = 256
@@ -50,29 +50,33 @@ MAX_SHARD_IMAGES = 2**18
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """Gives the path of a shard by its number."""
     return folder / f"regions-{number:05d}.safetensors"
 
 
 def hash_id(image_id: str) -> int:
-    """Of 64 bits, and the same in every process (Python's own is not)."""
+    """Hashes an id to 64 bits, the same in every process (unlike Python's own hash)."""
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little")
 
 
 def to_bfloat16(features: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bfloat16, ties to even."""
+    """Gives the bits (uint16) of the nearest bfloat16, ties to even."""
     bits = features.astype(np.float32, copy=False).view(np.uint32)
     return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """float32, exactly."""
+    """Gives the float32 of bfloat16 bits (uint16), exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def checksum(record: RegionRecord, features: np.ndarray) -> int:
-    """CRC-32 over all that a shard holds of an image; `features` as stored, optional fields as `record` has them."""
+    """
+    Computes a CRC-32 over everything that a shard holds of an image; `features` as they are stored, optional fields as
+    `record` has them.
+    """
     probabilities = record.class_probabilities
-    if probabilities is not None:  # which a shard may widen
+    if probabilities is not None:  # a shard may widen them
         probabilities = probabilities.astype(np.float32, copy=False)
     size = np.array([record.image_width or 0, record.image_height or 0], "<i4")
     value = zlib.crc32(record.image_id.encode())
@@ -83,7 +87,7 @@ def checksum(record: RegionRecord, features: np.ndarray) -> int:
 
 
 class Strings:
-    """A list of str as two tensors: UTF-8 text, and where each begins."""
+    """A list of str as two tensors: UTF-8 text, and the places where each str begins."""
 
     def __init__(self, text: np.ndarray, offsets: np.ndarray):
         self._text, self._offsets = text, offsets
@@ -104,7 +108,7 @@ class Strings:
 
 
 class Shard(TensorFile):
-    """One file of records: `len`, the ids of its images, and a record for each row."""
+    """A file of records: the number of images (`len`), their ids, and a record for each row."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -124,11 +128,11 @@ class Shard(TensorFile):
         return len(self._present)
 
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """Gives the entry of this shard in the manifest."""
         return {**file_facts(self.path), "images": len(self), "regions": len(self.features)}
 
     def will_need_row(self, row: int) -> None:
-        """Has the kernel fetch the wide fields of one image, and once the narrow ones of all."""
+        """Has the kernel fetch the wide fields of one image, and on the first call the narrow fields of all."""
         if not self._narrow_asked:
             self._narrow_asked = True
             for name in self.tensors.keys() - WIDE_FIELDS:
@@ -139,6 +143,7 @@ class Shard(TensorFile):
                 self.will_need(name, first, last)
 
     def record(self, row: int) -> RegionRecord:
+        """Gives the record of a row; its arrays are views of the file."""
         first, last = self.region_offsets[row : row + 2].tolist()
         width, height = self._sizes[row].tolist()
         present = int(self._present[row])
@@ -154,7 +159,9 @@ class Shard(TensorFile):
         return RegionRecord.unchecked(values)
 
     def highest_object_ids(self) -> np.ndarray:
-        """Of each image; `NO_OBJECT_IDS` where there are none. Nothing else of the shard is read."""
+        """
+        Gives the highest object id of each image, `NO_OBJECT_IDS` where it has none. Nothing else of the shard is read.
+        """
         _, bit, object_ids = next(field for field in self._fields if field[0] == "object_ids")
         if object_ids is None:
             return np.full(len(self), NO_OBJECT_IDS)
@@ -162,22 +169,22 @@ class Shard(TensorFile):
         return np.where(self._present & bit, highest, NO_OBJECT_IDS)
 
     def checksum(self, row: int) -> int:
-        """Of what was written there, see the function `checksum`."""
+        """Gives the checksum that was stored for a row, see the function `checksum`."""
         return int(self._checksums[row])
 
     def is_intact(self, row: int, record: RegionRecord) -> bool:
-        """Whether `record`, which was read from `row`, is what was written there."""
+        """Tells whether `record`, which was read from `row`, is the record that was written there."""
         first, last = self.region_offsets[row : row + 2].tolist()
         return checksum(record, self.features[first:last]) == self.checksum(row)
 
 
 class Shards:
     """
-    The shards of a folder, opened when needed, anew in each process; where an image of some number is.
+    The shards of a folder, opened when needed and anew in each process, which find the place of an image by its number.
 
     Args:
-        folder (`Path`): Their folder.
-        facts (list of `dict`): Of each shard its size, its images and so on, as in the manifest.
+        folder (`Path`): The folder of the shards.
+        facts (list of `dict`): Size, number of images and so on of each shard, as in the manifest.
     """
 
     def __init__(self, folder: Path, facts: Iterable[dict[str, Any]] = ()):
@@ -193,12 +200,13 @@ class Shards:
         return type(self), (self.folder, self.facts)
 
     def add(self, facts: dict[str, Any]) -> None:
-        """One more, behind the last."""
+        """Adds one shard behind the last."""
         self.facts.append(facts)
         self.starts.append(self.starts[-1] + facts["images"])
 
     @property
     def num_images(self) -> int:
+        """The number of images in all shards."""
         return self.starts[-1]
 
     def __len__(self) -> int:
@@ -224,19 +232,20 @@ class Shards:
         return self.opened[number]
 
     def close(self) -> None:
-        """Lets go of the maps: whoever reads everything in turn need not hold what is behind."""
+        """Closes the maps: a reader that goes through everything in turn need not hold the shards behind it."""
         self.opened.clear()
 
     def number_of(self, image: int) -> int:
-        """Which shard holds the image."""
+        """Gives the number of the shard that holds an image."""
         return bisect_right(self.starts, image) - 1
 
     def find(self, image: int) -> tuple[Shard, int]:
-        """The shard of an image, and the row there."""
+        """Gives the shard of an image, and its row there."""
         number = self.number_of(image)
         return self[number], image - self.starts[number]
 
     def image_id(self, image: int) -> str:
+        """Gives the id of an image by its number."""
         shard, row = self.find(image)
         return shard.image_ids[row]
 
@@ -246,8 +255,8 @@ class ImageIds(Container[str]):
     The ids of a store and the numbers of their images, in sorted runs of hashes.
 
     Args:
-        id_of (callable): The id of an image, by number; None where no image has it.
-        runs (list): See `add`.
+        id_of (callable): Gives the id of an image by its number; None where no image has this number.
+        runs (list): Hashes and numbers, sorted by hash, see `add`.
     """
 
     def __init__(self, id_of: Callable[[int], str | None], runs: Iterable[tuple[np.ndarray, np.ndarray]] = ()):
@@ -255,7 +264,7 @@ class ImageIds(Container[str]):
         self._runs = list(runs)
 
     def copy(self) -> "ImageIds":
-        """What is here now."""
+        """Copies the ids that are here now."""
         return ImageIds(self._id_of, self._runs)
 
     def __len__(self) -> int:
@@ -265,16 +274,16 @@ class ImageIds(Container[str]):
         return isinstance(image_id, str) and self.find(image_id) is not None
 
     def add(self, image_ids: Iterable[str]) -> None:
-        """The ids of the next numbers."""
+        """Adds ids under the next numbers."""
         hashes = np.fromiter(map(hash_id, image_ids), np.uint64)
         numbers = np.arange(len(self), len(self) + len(hashes), dtype=np.uint32)
         self._runs.append(sorted_run(hashes, numbers))
-        # Each run is twice as long as the next, so that there are few, and each id is moved few times.
+        # Each run is at least twice as long as the next, so that there are few runs, and each id moves few times.
         while len(self._runs) > 1 and len(self._runs[-2][0]) < 2 * len(self._runs[-1][0]):
             self._merge_last()
 
     def find(self, image_id: str) -> int | None:
-        """Number of an image, None if it is not here."""
+        """Gives the number of an image, None if it is not here."""
         wanted = np.uint64(hash_id(image_id))
         for hashes, numbers in self._runs:
             place = int(hashes.searchsorted(wanted))
@@ -286,13 +295,13 @@ class ImageIds(Container[str]):
         return None
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes, sorted, and the number of each."""
+        """Gives all hashes, sorted, and the number of each."""
         while len(self._runs) > 1:
             self._merge_last()
         return self._runs[0]
 
     def duplicates(self) -> Iterator[tuple[int, int]]:
-        """Numbers of two images of the same id."""
+        """Yields the numbers of every two images that share an id."""
         hashes, numbers = self.all()
         for place in np.flatnonzero(hashes[1:] == hashes[:-1]).tolist():
             other = place + 1
@@ -308,20 +317,20 @@ class ImageIds(Container[str]):
 
 
 def sorted_run(hashes: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both in the order of the hashes."""
-    order = hashes.argsort(kind="stable")  # which merges runs that are sorted
+    """Sorts hashes and numbers by the hashes."""
+    order = hashes.argsort(kind="stable")  # a stable sort merges runs that are sorted already
     return hashes[order], numbers[order]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Of a finished store; see `RegionStore` for what is raised."""
+    """Reads the manifest of a finished store; see `RegionStore` for the errors."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
             raise ValueError(
-                f"{folder} is an unfinished store: what writes it is at work, or was stopped and goes on when it is "
-                "run again (in Python with resume=True)."
+                f"{folder} is an unfinished store: the command that writes it is at work, or was stopped and goes on "
+                "when it is run again (in Python with resume=True)."
             ) from None
         if folder.is_dir() and not any(folder.iterdir()):
             raise FileNotFoundError(f"{folder} is empty: no store was finished there.") from None
@@ -337,7 +346,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class Index(TensorFile):
-    """The index file of a store: the id of each image, and hashes to look them up by."""
+    """The index file of a store: the id of each image, and hashes by which ids are found."""
 
     def __init__(self, folder: Path, num_images: int):
         super().__init__(folder / INDEX)
@@ -350,7 +359,7 @@ class Index(TensorFile):
         self.ids = ImageIds(self._image_id, runs)
 
     def number_of(self, image_id: str) -> int:
-        """Place of an image in disk order, from 0. Raises KeyError where there is none of this id."""
+        """Gives the place of an image in disk order, from 0. Raises KeyError where no image has this id."""
         number = self.ids.find(image_id) if isinstance(image_id, str) else None
         if number is None:
             examples = ", ".join(repr(self.image_ids[place]) for place in range(min(3, self.num_images)))
@@ -365,7 +374,7 @@ class Index(TensorFile):
 
 
 def write_index(shards: Shards, ids: ImageIds) -> dict[str, Any]:
-    """Writes the index of a folder and returns what the manifest says of it."""
+    """Writes the index of a folder and gives its entry in the manifest."""
     writer = TensorFileWriter(shards.folder / INDEX)
     hashes, numbers = ids.all()
     writer.append("hashes", hashes)
@@ -383,7 +392,7 @@ def write_index(shards: Shards, ids: ImageIds) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """The shard being written. Fields go to disk at once, what is small for each image with `commit`."""
+    """A shard that is being written. Fields go to disk at once, the small tables of all images with `commit`."""
 
     def __init__(self, path: Path):
         self._file = TensorFileWriter(path)
@@ -394,14 +403,14 @@ class ShardWriter:
 
     @property
     def num_bytes(self) -> int:
-        """About."""
+        """The size of the shard so far, approximately."""
         return self._field_bytes + len(self._text) + 29 * len(self)
 
     def __len__(self) -> int:
         return len(self._present)
 
     def add(self, record: RegionRecord, features: np.ndarray) -> None:
-        """Adds a record, features as stored. A failed call leaves no trace."""
+        """Adds a record, with features as they are stored. A call that fails leaves no trace."""
         first = self._region_offsets[-1]
         self._file.write("features", features, first)
         present, num_bytes = 0, features.nbytes
@@ -423,13 +432,15 @@ class ShardWriter:
 
     @property
     def image_ids(self) -> Strings:
+        """The ids of the images so far."""
         return Strings(np.frombuffer(self._text, np.uint8), np.array(self._id_offsets, np.int64))
 
     def checksum(self, row: int) -> int:
-        """Of what was written there, see the function `checksum`."""
+        """Gives the checksum of a row, see the function `checksum`."""
         return self._checksums[row]
 
     def commit(self) -> None:
+        """Writes the tables, completes the file and gives it its name."""
         tables: dict[str, np.ndarray] = {
             "image_ids": np.frombuffer(self._text, np.uint8),
             "image_id_offsets": np.array(self._id_offsets, np.int64),
@@ -443,4 +454,5 @@ class ShardWriter:
         self._file.commit(dict.fromkeys(("features", *self._fields), self._region_offsets[-1]))
 
     def discard(self) -> None:
+        """Removes the unfinished file."""
         self._file.discard()

@@ -1,17 +1,19 @@
 """
 A folder of region records: written once, read at random by many processes.
 
-    manifest.json               counts, provenance, size and SHA-256 of every file; written last, so where it is the
-                                store is whole
-    index.safetensors           hashes (N,) uint64 sorted, numbers (N,) uint32: which image has an id of that hash; and
+    manifest.json               counts, provenance, size and SHA-256 of every file; written last, so a store that has
+    one
+                                is complete
+    index.safetensors           hashes (N,) uint64 sorted, numbers (N,) uint32 of the images with an id of that hash;
+    and
                                 the ids themselves, by number
-    regions-00000.safetensors   features (rows, D) and the other fields, flat; offsets say which rows are whose image's,
-                                checksums (CRC-32) what was written for each image
+    regions-00000.safetensors   features (rows, D) and the other fields, flat; the offsets of each image's rows, and a
+                                checksum (CRC-32) for each image
     unfinished.json             while a writer is at work, and after it was interrupted
 
-A shard also holds the ids of its images, so that the index can be made again. Reading is a memory map: nothing is
-copied until the caller does. What is done to whole stores has its own modules: `validation`, `editing` (merge, subset,
-split), `hub` and `parquet`.
+A shard also holds the ids of its images, so that the index can be made again. Records are views of a memory map:
+nothing is copied until the caller does. Work on whole stores has its own modules: `validation`, `editing` (merge,
+subset, split), `hub` and `parquet`.
 """
 
 import hashlib
@@ -55,11 +57,11 @@ ABSURD = 1e8  # a magnitude that no feature has
 
 class RegionStore(Mapping[str, RegionRecord]):
     """
-    A folder written by `RegionStoreWriter`, as a mapping from image_id to `RegionRecord`. Iterates in disk order.
+    A folder written by `RegionStoreWriter`, as a mapping from image_id to `RegionRecord`. It iterates in disk order.
 
-    The arrays of a record are read-only views of a memory map, features in the dtype of the store: copy what you
-    want to change. NumPy has no bfloat16: features stored so come out as float32, exactly. Files are opened when first
-    needed, anew in each process; a store may be pickled, forked and read by many.
+    The arrays of a record are read-only views of a memory map, features in the dtype of the store: copy an array to
+    change it. NumPy has no bfloat16, so features that are stored so are read as float32, exactly. Files are opened when
+    first needed, anew in each process; a store may be pickled, forked and read by many processes.
 
     Args:
         path (`str` or `os.PathLike`): The folder.
@@ -74,11 +76,11 @@ class RegionStore(Mapping[str, RegionRecord]):
         self.manifest = read_manifest(self.path)
         self.shards = Shards(self.path, self.manifest["shards"])
         self._index: Index | None = None
-        self._coming: dict[str, int] = {}  # numbers of images that `will_need` named and nobody read yet
+        self._coming: dict[str, int] = {}  # numbers of images that `will_need` named and that are not read yet
 
     @property
     def index(self) -> Index:
-        """What finds the place of an id; opened when first asked for."""
+        """The index, which finds the place of an id; opened when first asked for."""
         if self._index is None:
             self._index = Index(self.path, len(self))
         return self._index
@@ -95,7 +97,7 @@ class RegionStore(Mapping[str, RegionRecord]):
     @property
     def provenance(self) -> dict[str, Any]:
         """
-        Where the regions come from, ready for JSON: `detector`, `detector_revision`, `detector_declared`, `box_type`,
+        The origin of the regions, ready for JSON: `detector`, `detector_revision`, `detector_declared`, `box_type`,
         `thresholds`, `class_names`, `num_classes`, `source_format` (None where unknown), `feature_dim`, `dtype`,
         `package_version`.
         """
@@ -103,12 +105,12 @@ class RegionStore(Mapping[str, RegionRecord]):
 
     @property
     def feature_dim(self) -> int:
-        """D, the width of the features."""
+        """The width D of the features."""
         return self.manifest["provenance"]["feature_dim"]
 
     @property
     def num_regions(self) -> int:
-        """Regions of all images together."""
+        """The number of regions of all images together."""
         return self.manifest["regions"]
 
     def __len__(self) -> int:
@@ -124,7 +126,10 @@ class RegionStore(Mapping[str, RegionRecord]):
         return self._named(image_id, self.record_at(self.number_of(image_id)))
 
     def get_many(self, image_ids: Iterable[str]) -> list[RegionRecord]:
-        """The records of these images, in the order asked for; the kernel fetches them all at once, in disk order."""
+        """
+        Reads the records of images, in the order of `image_ids`; the kernel fetches them all at once, in disk order.
+        Raises KeyError where no image has an id.
+        """
         image_ids = list(image_ids)
         wanted = set(image_ids)
         numbers = {image_id: n for image_id in wanted if (n := self._coming.pop(image_id, None)) is not None}
@@ -133,7 +138,9 @@ class RegionStore(Mapping[str, RegionRecord]):
         return [self._named(image_id, shard.record(row)) for image_id, shard, row in places]
 
     def _named(self, image_id: str, record: RegionRecord) -> RegionRecord:
-        """The record, which a shard of another store would hold of another image."""
+        """
+        Gives the record if it has the id that was asked for. Raises ValueError where a shard of another store is here.
+        """
         if record.image_id != image_id:
             raise ValueError(
                 f"{self.path} holds image {record.image_id!r} where its index has {image_id!r}: its files are not all "
@@ -143,15 +150,15 @@ class RegionStore(Mapping[str, RegionRecord]):
 
     def will_need(self, image_ids: Iterable[str]) -> None:
         """
-        Has the kernel fetch these images, without waiting for them: say what comes next before you compute on what is
-        here, and the disk works meanwhile ([`ReadAhead`] does so for the batches of a `DataLoader`).
+        Has the kernel fetch these images, without waiting for them: name the images of the next batch before you
+        compute on this one, and the disk works meanwhile ([`ReadAhead`] does so for the batches of a `DataLoader`).
         """
-        if len(self._coming) > MAX_COMING:  # read by other processes, or never
+        if len(self._coming) > MAX_COMING:  # other processes read these, or nobody does
             self._coming = {}
         self._coming |= self._fetch(image_ids)
 
     def _fetch(self, image_ids: Iterable[str]) -> dict[str, int]:
-        """Has the kernel fetch images, in disk order. Their numbers."""
+        """Has the kernel fetch images, in disk order, and gives their numbers."""
         numbers = {image_id: self.number_of(image_id) for image_id in image_ids}
         for number in sorted(numbers.values()):
             shard, row = self.shards.find(number)
@@ -159,13 +166,13 @@ class RegionStore(Mapping[str, RegionRecord]):
         return numbers
 
     def number_of(self, image_id: str) -> int:
-        """Place of an image in disk order, from 0. Raises KeyError where there is none of this id."""
+        """Gives the place of an image in disk order, from 0. Raises KeyError where no image has this id."""
         return self.index.number_of(image_id)
 
     def highest_object_ids(self, image_ids: Iterable[str]) -> np.ndarray:
         """
-        The highest object id of each of these images: -1 where no region has a class, `shards.NO_OBJECT_IDS` where the
-        record has none. Reads the ids alone, and so tells for a million images within seconds.
+        Gives the highest object id of each of these images, int `(len(image_ids),)`: -1 where no region has a class,
+        `shards.NO_OBJECT_IDS` where the record has no ids. Only the ids are read, within seconds for a million images.
         """
         numbers = np.fromiter(map(self.number_of, image_ids), np.int64)
         shard_of = np.searchsorted(self.shards.starts, numbers, side="right") - 1
@@ -176,7 +183,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         return highest
 
     def record_at(self, number: int) -> RegionRecord:
-        """The record at a place in disk order."""
+        """Reads the record at a place in disk order."""
         shard, row = self.shards.find(number)
         shard.will_need_row(row)
         return shard.record(row)
@@ -193,14 +200,14 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         Uploads the store to a dataset repository, made if need be, with a card written from the manifest; a card that
         someone wrote (`README.md` here or there) is kept. After an interruption the same call goes on. The manifest
-        goes last, so that a store on the Hub is whole, too. Returns the repository's full name.
+        goes last, so that a store on the Hub is complete, too. Returns the full name of the repository.
 
         Args:
-            repo_id (`str`): Such as `"someone/flickr30k-regions"`.
-            private (`bool`, *optional*): For a new repository; None leaves it to the account's default.
-            token (`str` or `bool`, *optional*): None takes the one that `hf auth login` saved.
+            repo_id (`str`): Name of the repository, such as `"someone/flickr30k-regions"`.
+            private (`bool`, *optional*): Whether a new repository is private; None takes the default of the account.
+            token (`str` or `bool`, *optional*): Access token; None takes the one that `hf auth login` saved.
             revision (`str`, *optional*): A branch that exists; None is the main one.
-            commit_message (`str`): For the history.
+            commit_message (`str`): Message of the commit.
         """
         from .hub import push_store
 
@@ -231,15 +238,15 @@ class RegionStore(Mapping[str, RegionRecord]):
         Args:
             repo_id (`str`): The dataset repository.
             revision (`str`, *optional*): A branch, tag or commit; None is the main branch.
-            image_ids (iterable of `str`, *optional*): Fetches only the shards that hold these images. All ids stay
-                known, but reading an image of another shard is a FileNotFoundError: call again with what you need.
-            cache_dir (`str` or `os.PathLike`, *optional*): None is the cache of huggingface_hub.
-            token (`str` or `bool`, *optional*): None takes the one that `hf auth login` saved.
-            local_files_only (`bool`, defaults to `False`): Asks the cache only.
+            image_ids (iterable of `str`, *optional*): Images whose shards are fetched; None fetches all. All ids stay
+                known, but reading an image of another shard raises FileNotFoundError: call again with its id.
+            cache_dir (`str` or `os.PathLike`, *optional*): Folder of the cache; None takes that of huggingface_hub.
+            token (`str` or `bool`, *optional*): Access token; None takes the one that `hf auth login` saved.
+            local_files_only (`bool`, defaults to `False`): Whether to look in the cache only.
 
         Raises:
-            KeyError: The store has no image of an id.
-            FileNotFoundError: `local_files_only`, and something is not in the cache.
+            KeyError: The store has no image with one of the ids.
+            FileNotFoundError: A file is not in the cache, and `local_files_only` is set; or the repository lacks it.
         """
         from .hub import fetch_store
 
@@ -256,37 +263,39 @@ class RegionStore(Mapping[str, RegionRecord]):
 
 
 class NoRecordWritten(ValueError):
-    """A writer's block ended without a record, so that there is no store."""
+    """An error of a writer whose block ended without a record, so that there is no store."""
 
 
 class RegionStoreWriter:
     """
     Writes a `RegionStore`, as a context manager with `write(record)`.
 
-    Shards appear whole or not at all, the manifest when the `with` block ends without an error. After an error or
-    a kill the complete shards stay; `resume=True` goes on behind them, and `image_id in writer.resumed` says what need
-    not be written again (`image_id in writer` knows the new ones, too). One writer a folder: several processes write
-    several stores, which `editing.merge_stores` makes one.
+    Shards appear whole or not at all, the manifest when the `with` block ends without an error. After an error or a
+    kill the complete shards stay; `resume=True` goes on behind them, and `image_id in writer.resumed` tells which
+    images need not be written again (`image_id in writer` includes the new ones). A folder has one writer at a time:
+    several processes write several stores, which `editing.merge_stores` makes one.
 
     Args:
         path (`str` or `os.PathLike`): The folder, made if need be.
-        dtype (`str`, defaults to `"float16"`): Of the features, `"float16"`, `"bfloat16"` or `"float32"`. bfloat16 has
-            the range of float32 and 8 bits of precision; safetensors knows it, NumPy does not, so that records of such
+        dtype (`str`, defaults to `"float16"`): Type of the stored features, `"float16"`, `"bfloat16"` or `"float32"`.
+            bfloat16 has the range of float32 and 8 bits of precision; NumPy does not have it, so that records of such
             a store have float32 features.
-        shard_size (`int`, defaults to 512 MiB): Bytes after which a shard is complete; 262,144 images complete it, too.
-        resume (`bool`, defaults to `False`): Go on with an unfinished store, or add to a finished one, of equal
-            provenance; an empty folder will do, too. Without it, a folder that holds a store is refused.
-        detector, detector_revision (`str`, *optional*): What found the regions, such as a name and a commit on the Hub.
-        detector_declared (`bool`, *optional*): True where a user says so, and no file does.
-        box_type (`str`, *optional*): What the boxes are, such as `"proposal"`, `"regressed"` or `"ground truth"`.
-        thresholds (`dict`, *optional*): What the detector kept, such as `{"score": 0.2, "max_regions": 100}`.
+        shard_size (`int`, defaults to 512 MiB): Bytes after which a shard is complete; so it is after 262,144 images.
+        resume (`bool`, defaults to `False`): Whether to go on with an unfinished store, or add to a finished one, of
+            equal provenance; an empty folder is fine, too. With False a folder that holds a store is refused.
+        detector, detector_revision (`str`, *optional*): The detector that found the regions, such as a name and a
+            commit on the Hub.
+        detector_declared (`bool`, *optional*): Whether a user named the detector, rather than a file.
+        box_type (`str`, *optional*): Kind of the boxes, such as `"proposal"`, `"regressed"` or `"ground truth"`.
+        thresholds (`dict`, *optional*): Rule by which the detector kept regions, such as `{"score": 0.2, "max_regions":
+            100}`.
         class_names (sequence of `str`, *optional*): Name of each object id, without background.
         num_classes (`int`, *optional*): Number of object classes where their names are unknown. Ids must be below it.
-        source_format (`str`, *optional*): The format that the records were read from.
+        source_format (`str`, *optional*): The foreign format that the records were read from.
 
     Raises:
         ValueError: The folder holds a store that `resume` does not allow or match, or an argument is malformed.
-        NoRecordWritten: The block ends without a record; a ValueError, too.
+        NoRecordWritten: The block ends without a record; this is a ValueError, too.
     """
 
     def __init__(
@@ -325,10 +334,10 @@ class RegionStoreWriter:
             "source_format": source_format,
             "dtype": dtype,
         }
-        self._widths: dict[str, int] = {}  # of the wide fields, which one store must agree on
+        self._widths: dict[str, int] = {}  # widths of the wide fields, which are the same in all records of a store
         self._shards = Shards(self.path)
-        self._ids = ImageIds(self._shards.image_id)  # of the shards
-        self._new: dict[str, int] = {}  # of the pending one, with their rows there
+        self._ids = ImageIds(self._shards.image_id)  # ids in the shards
+        self._new: dict[str, int] = {}  # ids in the shard being written, with their rows
         self._pending: ShardWriter | None = None
         self._open = True
         self._made = not self.path.exists()
@@ -366,16 +375,16 @@ class RegionStoreWriter:
 
     @property
     def feature_dim(self) -> int | None:
-        """D, the width of the features; None before the first record."""
+        """The width D of the features; None before the first record."""
         return self._widths.get("features")
 
     def write(self, record: RegionRecord) -> None:
         """
-        Adds a record.
+        Adds a record to the store.
 
         Raises:
-            ValueError: The id is here already, the width differs from that of the records before, an object id is
-                outside `num_classes`, or a feature does not fit into the dtype. The store is as it was before the call.
+            ValueError: The id is here already, the width differs from that of the records before, an object id is not
+                below `num_classes`, or a feature does not fit into the dtype. The store is as it was before the call.
         """
         if not self._open:
             raise ValueError(f"The writer of {self.path} is closed: write inside its with block.")
@@ -395,7 +404,9 @@ class RegionStoreWriter:
             self._commit_shard()
 
     def holds(self, record: RegionRecord) -> bool:
-        """Tells whether the image of this id is here and is what `write` would make of `record`, by its checksum."""
+        """
+        Tells whether the image of this id is here and equals what `write` would make of `record`, by its checksum.
+        """
         if (row := self._new.get(record.image_id)) is not None and self._pending is not None:
             written = self._pending.checksum(row)
         elif (number := self._ids.find(record.image_id)) is not None:
@@ -406,7 +417,10 @@ class RegionStoreWriter:
         return written == checksum(record, self._stored(record.features))
 
     def _forget_empty(self) -> None:
-        """Where no shard is, nothing was begun, and other settings may be."""
+        """
+        Removes the settings of an unfinished store without shards: nothing was written yet, so other settings may
+        follow.
+        """
         progress = self.path / UNFINISHED
         if shard_path(self.path, 0).exists() or not progress.exists():
             return
@@ -415,14 +429,14 @@ class RegionStoreWriter:
 
     def _start(self, resume: bool) -> None:
         self._forget_empty()
-        # An unfinished store may be one that is being extended, and then knows more shards than the manifest.
+        # An unfinished store may be a finished one that is being extended: then it has more shards than the manifest.
         known = [self.path / name for name in (UNFINISHED, MANIFEST) if (self.path / name).exists()]
         if known and not resume:
             state = "a finished" if known[-1].name == MANIFEST else "an unfinished"
-            raise ValueError(f"{self.path} holds {state} store: go on with it by resume=True, or take another folder.")
+            raise ValueError(f"{self.path} holds {state} store: go on with resume=True, or take another folder.")
         if not known and shard_path(self.path, 0).exists():
             raise ValueError(f"{self.path} holds shards but neither {MANIFEST} nor {UNFINISHED}: take another folder.")
-        for partial in self.path.glob("*.partial"):  # what a kill left
+        for partial in self.path.glob("*.partial"):  # left by a killed process
             partial.unlink()
         if known:
             before = json.loads(known[0].read_text(encoding="utf-8"))
@@ -431,11 +445,13 @@ class RegionStoreWriter:
                 self._adopt(facts)
         else:
             self._note_progress()
-        while (path := shard_path(self.path, len(self._shards))).exists():  # killed before it was noted
+        while (
+            path := shard_path(self.path, len(self._shards))
+        ).exists():  # written by a process that was killed before it noted so
             self._adopt(Shard(path).facts())
 
     def _adopt(self, facts: dict[str, Any]) -> None:
-        """Goes on behind a shard that is here."""
+        """Adds a shard that is here already, to go on behind it."""
         self._shards.add(facts)
         shard = self._shards[len(self._shards) - 1]
         self._ids.add(shard.image_ids)
@@ -455,14 +471,14 @@ class RegionStoreWriter:
         now = json.loads(json.dumps(self._provenance))  # tuples become lists, as they did before
         for name, value in now.items():
             if before["provenance"].get(name) != value:
-                told = "; `unicoder-vl merge --num-classes` tells it to a finished one" * (name == "num_classes")
+                told = "; `unicoder-vl merge --num-classes` tells it to a finished one" if name == "num_classes" else ""
                 raise ValueError(
                     f"{self.path} was begun with {name}={before['provenance'].get(name)!r}, not {value!r}: go on with "
                     f"equal settings, begin anew with --restart, or take another folder{told}."
                 )
 
     def _check(self, record: RegionRecord) -> np.ndarray:
-        """The features as they will be stored."""
+        """Checks a record and gives its features as they will be stored."""
         name = record.image_id
         for field in WIDE_FIELDS:
             array = getattr(record, field)
@@ -478,7 +494,7 @@ class RegionStoreWriter:
                 f"{num_classes} classes, 0-based and without background."
             )
         features, dtype = record.features, self._provenance["dtype"]
-        if features.dtype != np.float16 and dtype != "float32":  # what float16 holds, all dtypes hold
+        if features.dtype != np.float16 and dtype != "float32":  # values of float16 fit into every dtype
             largest = float(max(features.max(), -features.min()))
             if largest > LARGEST[dtype]:
                 advice = "write the store with dtype='float32' (--dtype float32)"
@@ -494,7 +510,7 @@ class RegionStoreWriter:
         dtype = self._provenance["dtype"]
         if dtype == "bfloat16":
             return to_bfloat16(features)
-        with np.errstate(over="ignore"):  # of what was not checked, and is only compared
+        with np.errstate(over="ignore"):  # features that are only compared were not checked
             return features.astype(dtype, copy=False)
 
     def _note_widths(self, features: np.ndarray, class_probabilities: np.ndarray | None) -> None:
@@ -520,7 +536,7 @@ class RegionStoreWriter:
 
 
 def finish_store(shards: Shards, ids: ImageIds, provenance: dict[str, Any]) -> None:
-    """Writes index and manifest of a folder of shards."""
+    """Writes the index and the manifest of a folder of shards."""
     manifest = {
         "format": "region store of unicoder-vl-hf",
         "format_version": FORMAT_VERSION,
@@ -534,6 +550,6 @@ def finish_store(shards: Shards, ids: ImageIds, provenance: dict[str, Any]) -> N
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a manifest says, but for the checksum itself."""
+    """Gives a SHA-256 of everything in a manifest except the checksum itself."""
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

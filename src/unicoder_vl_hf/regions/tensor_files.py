@@ -2,8 +2,7 @@
 safetensors files, written as a stream and read as a memory map.
 
 The library writes a file from tensors that are all in memory, and its lazy slices copy what they read. Here tensors
-grow on disk row by row, and reading gives views of the page cache. Any safetensors reader opens the files. Beside them,
-how files and folders of any kind come whole or not at all.
+grow on disk row by row, and reading gives views of the page cache. Any safetensors reader opens the files.
 """
 
 import hashlib
@@ -43,7 +42,7 @@ CHUNK_BYTES = 2**20
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Name, size and checksum of a file, as a manifest lists them (and `sha256sum`, and the Hub)."""
+    """Gives the name, size and SHA-256 of a file, as a manifest lists them (and `sha256sum`, and the Hub)."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"file": path.name, "bytes": file.tell(), "sha256": digest}
@@ -51,14 +50,14 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 @dataclass
 class _Growing:
-    """A tensor being written to `file`, from byte `start` on."""
+    """A tensor that is being written to `file`, from byte `start` on."""
 
     file: IO[bytes]
     start: int
     dtype: np.dtype
     row_shape: tuple[int, ...]
     rows: int = 0
-    position: int | None = None  # of the file, None after an error
+    position: int | None = None  # current position in the file, None after an error
 
     @property
     def row_bytes(self) -> int:
@@ -74,7 +73,7 @@ class _Growing:
         self.rows = first + len(rows)
 
     def widened(self, dtype: np.dtype, file: IO[bytes]) -> "_Growing":
-        """A copy in another file, of another dtype."""
+        """Copies the tensor to another file, in another dtype."""
         wide = _Growing(file, 0, dtype, self.row_shape)
         step = max(1, CHUNK_BYTES // self.row_bytes)
         self.file.seek(0)
@@ -89,8 +88,8 @@ class TensorFileWriter:
     """
     Writes the file `path`, which appears with `commit` and never before: until then there is `<path>.partial`.
 
-    Tensors grow along their first axis, all at the same time and in little memory. The first one goes where it will
-    stay; the others wait in nameless files of the same folder, which vanish with the process.
+    Tensors grow along their first axis, all at the same time and in little memory. The first one is written to its
+    final place; the others wait in nameless files of the same folder, which vanish with the process.
     """
 
     def __init__(self, path: Path):
@@ -99,11 +98,14 @@ class TensorFileWriter:
         self._tensors: dict[str, _Growing] = {}
 
     def append(self, name: str, rows: np.ndarray) -> None:
-        """Adds rows behind the last one of tensor `name`."""
+        """Adds rows behind the last one of the tensor `name`."""
         self.write(name, rows, self._tensors[name].rows if name in self._tensors else 0)
 
     def write(self, name: str, rows: np.ndarray, first: int) -> None:
-        """Puts rows at `first` of tensor `name`, over what a failed call left there. Rows passed over are zeros."""
+        """
+        Writes rows of the tensor `name` from row `first` on, over rows that a failed call left there. Rows in between
+        that nobody wrote are zeros.
+        """
         tensor = self._tensors.get(name)
         if tensor is None:
             file, start = (self._spool(), 0) if self._tensors else (self._file, DATA_START)
@@ -117,7 +119,7 @@ class TensorFileWriter:
         Completes the file and gives it its name.
 
         Args:
-            lengths (`Mapping`, *optional*): Rows of a tensor; else what was written last is its end.
+            lengths (`Mapping`, *optional*): Number of rows of a tensor; by default it ends with the rows written last.
         """
         header: dict[str, Any] = {}
         position = 0
@@ -126,7 +128,7 @@ class TensorFileWriter:
         for name in (first, *sorted(spooled, key=lambda name: -self._tensors[name].dtype.itemsize)):
             tensor = self._tensors[name]
             if gap := -position % tensor.dtype.itemsize:
-                self._file.write(bytes(gap))  # which safetensors allows as a tensor only
+                self._file.write(bytes(gap))  # safetensors allows a gap only as a tensor
                 header["padding"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, position + gap]}
                 position += gap
             rows = (lengths or {}).get(name, tensor.rows)
@@ -149,7 +151,7 @@ class TensorFileWriter:
         complete(self._file, self.path)
 
     def discard(self) -> None:
-        """Drops what was written."""
+        """Removes everything that was written."""
         for tensor in self._tensors.values():
             tensor.file.close()
         self._file.close()
@@ -194,7 +196,7 @@ class TensorFile:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file."""
+        """The size of the file in bytes."""
         return len(self._map)
 
     def will_need(self, name: str, first: int = 0, last: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a store is as it was written, and what it holds is sound: every byte is read."""
+"""The check whether a store is as it was written, and whether its records are sound: every byte is read."""
 
 import json
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from .tensor_files import file_facts
 @dataclass(frozen=True)
 class Problem:
     """
-    What is wrong with a store.
+    A fault of a store.
 
     Args:
         file (`str`): Name of the file.
-        message (`str`): What is wrong there.
-        image_ids (tuple of `str`): The images that are hit, as far as can be told.
+        message (`str`): The fault in that file, and what to do.
+        image_ids (tuple of `str`): Ids of the images that it affects, as far as can be told.
     """
 
     file: str
@@ -36,8 +36,8 @@ class Problem:
 
 def validate(path: str | PathLike) -> Iterator[Problem]:
     """
-    Looks for truncation, changed bytes, values that no record may have, and disagreement of index and shards, with a
-    progress bar and in constant memory. A store is sound if this yields nothing.
+    Yields the faults of a store: truncation, changed bytes, values that no record may have, and disagreement of index
+    and shards. It shows a progress bar and takes constant memory. A store is sound if this yields nothing.
 
     Raises:
         FileNotFoundError: There is no store.
@@ -96,7 +96,9 @@ def _check_shard(shards: Shards, number: int, index: Index | None, num_classes: 
 
 
 def _check_tables(shard: Shard, facts: dict[str, Any]) -> None:
-    """Raises ValueError where lengths and offsets do not fit together, so that no row can be told from the next."""
+    """
+    Raises ValueError where lengths and offsets do not fit together, so that the rows of images cannot be told apart.
+    """
     tensors, images, regions = shard.tensors, facts["images"], facts["regions"]
     for name, tensor in tensors.items():
         rows = {"padding": len(tensor), "image_ids": len(tensor)}
@@ -168,7 +170,7 @@ def _find(index: Index, image_id: str) -> int | None:
 
 
 def _id_in_index(index: Index | None, number: int) -> str | None:
-    """The id of an image, None where the index does not tell."""
+    """Gives the id of an image, None where the index does not tell."""
     try:
         return None if index is None or number >= index.num_images else index.image_ids[number]
     except ValueError:

@@ -1,16 +1,16 @@
 """
-Visual commonsense reasoning on the rendered scenes: questions that nothing but their references decides.
+Visual commonsense reasoning on the rendered scenes: questions that can be answered only by the objects they refer to.
 
 A scene shows two kinds of shape, one of each in every quarter of the picture, and the four of a kind differ in colour.
-What is right is therefore a matter of which one is meant, and the words ("circle") never tell:
+The right answer therefore depends on which object is referred to, and the words ("circle") never tell:
 
     what colour is [3] ?        [3] is red .                        its colour, or that of another of its kind
     what colours are [1, 3] ?   blue and red .                      of four pairs, each sharing one with two others
 
 The rationale says the colour of an object of the other kind, which it refers to itself.
 
-Every choice is as likely as another to whoever sees the text alone, the regions without the references, or the
-references without the regions: one in four guesses is right.
+From the text alone, the regions without the references, or the references without the regions, every choice is equally
+likely: one in four guesses is right.
 
 The files are VCR's own. As in `world.py` everything is a pure function of (seed, split, index).
 """
@@ -43,14 +43,17 @@ from .world import (
 )
 
 FORMS = ("colour", "colours")
-# Part of what a finished folder must match: raise it with every change of what is drawn or asked.
+# A finished folder must have this version: raise it with every change of the pictures or questions.
 _WORLD = 1
 
 Tokens = list[str | list[int]]
 
 
 def sample_vcr_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
-    """Scene number `index` of a split, independent of all others; its objects are in random order."""
+    """
+    Draws scene number `index` of a split, independent of all others; its objects are in random order. Raises ValueError
+    on an unknown split.
+    """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
     image_id = f"vcr-{split}-{index:05d}"
@@ -68,13 +71,13 @@ def sample_vcr_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
 
 
 def scene_questions(scene: Scene) -> list[dict[str, Any]]:
-    """A question of each form about a scene of [`sample_vcr_scene`], in VCR's fields."""
+    """Asks a question of each form about a scene of [`sample_vcr_scene`], in VCR's fields."""
     rng = generator_of(scene.seed, scene.image_id, "questions")
     return [_question(rng, scene, form) for form in FORMS]
 
 
 def _question(rng: np.random.Generator, scene: Scene, form: str) -> dict[str, Any]:
-    """The right choices come first, until they are shuffled."""
+    """Asks a question of one form. The right choices come first, until they are shuffled."""
     meant = int(rng.integers(len(scene.objects)))
     kind = scene.objects[meant].shape
     order = rng.permutation(len(scene.objects)).tolist()
@@ -84,7 +87,7 @@ def _question(rng: np.random.Generator, scene: Scene, form: str) -> dict[str, An
         question: Tokens = ["what", "colour", "is", [meant], "?"]
         answers = _colours(scene, alike)
     else:
-        # Around a square of the four, so that each pair shares an object with two others.
+        # Pairs along the sides of a square of the four objects: each shares an object with two others.
         pairs = [sorted(pair) for pair in zip(alike, [*alike[1:], meant], strict=True)]
         question = ["what", "colours", "are", pairs[0], "?"]
         answers = [[scene.objects[i].colour, "and", scene.objects[j].colour, "."] for i, j in pairs]
@@ -96,7 +99,9 @@ def _question(rng: np.random.Generator, scene: Scene, form: str) -> dict[str, An
 
 
 def _colours(scene: Scene, objects: Sequence[int]) -> list[Tokens]:
-    """That the first of `objects` has its colour, or that of another of them."""
+    """
+    Gives a statement for each of `objects`: that the first one has its own colour (the right one), or that of another.
+    """
     return [[[objects[0]], "is", scene.objects[i].colour, "."] for i in objects]
 
 
@@ -112,7 +117,18 @@ def build_vcr_scenes(
         regions/                    a `RegionStore` of what a detector would find, of all splits
         scenes.json                 the arguments of this function
 
-    Appears, stays and is replaced as what [`build_scenes`] draws.
+    The folder appears whole, is kept, replaced or refused as that of [`build_scenes`] is.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder to write.
+        num_train, num_val, num_test (`int`): Number of scenes of each split.
+        seed (`int`): Seed of the world; another seed gives another world of the same kind.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: The folder holds something that this function did not write.
     """
     counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
     arguments = {"vcr_world": _WORLD, "seed": seed, "scenes": counts}

@@ -87,7 +87,7 @@ PLACE_WORDS = {
     "middle": ("in the middle", "in the centre"),
 }
 GLUE_WORDS = ("a", "an", "the", "and", "there", "is", "on", ",", ".")
-QUESTION_WORDS = ("what", "colour", "colours", "are", "?", ";")  # see scenes_vcr.py
+QUESTION_WORDS = ("what", "colour", "colours", "are", "?", ";")  # see questions.py
 
 CLASS_NAMES = (*SHAPE_WORDS, *GROUNDS)
 HELD_OUT = frozenset(
@@ -102,13 +102,13 @@ FEATURE_DESCRIPTION = (
 )
 _SUPERSAMPLING = 3
 _INK = (48, 44, 52)
-# Part of what a finished folder must match: raise it with every change of what is drawn, said or pooled.
+# A finished folder must have this version: raise it with every change of the pictures, captions or features.
 _WORLD = 1
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape of a scene. `box` is tight: (x1, y1, x2, y2) in pixels, outline included."""
+    """A shape of a scene. `box` is tight: (x1, y1, x2, y2) in pixels, outline included."""
 
     shape: str
     colour: str
@@ -118,7 +118,10 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `seed` and `image_id` decide everything random about its picture, regions and captions."""
+    """
+    The ground and the objects of a picture. `seed` and `image_id` decide everything random about its picture, regions
+    and captions.
+    """
 
     image_id: str
     ground: str
@@ -129,11 +132,12 @@ class Scene:
 
 
 def generator_of(seed: int, image_id: str, purpose: str) -> np.random.Generator:
+    """Makes the random generator of one purpose, such as "picture", for a scene."""
     return np.random.default_rng(list(f"{seed}/{image_id}/{purpose}".encode()))
 
 
 def sample_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
-    """Scene number `index` of a split, independent of all others."""
+    """Draws scene number `index` of a split, independent of all others. Raises ValueError on an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
     image_id = f"{split}-{index:05d}"
@@ -141,7 +145,7 @@ def sample_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPE_WORDS]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
     if split == "test":
-        # The first held-out pair of the random order leads, the rest may be anything.
+        # The first held-out pair of the random order comes first; the rest may be any pairs.
         pairs.insert(0, pairs.pop(next(i for i, pair in enumerate(pairs) if pair in HELD_OUT)))
     else:
         pairs = [pair for pair in pairs if pair not in HELD_OUT]
@@ -157,7 +161,7 @@ def sample_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
 def place(
     rng: np.random.Generator, sizes: Sequence[str], width: int = WIDTH, height: int = HEIGHT, gap: int = 5
 ) -> list[tuple[int, int, int, int]]:
-    """Boxes that keep `gap` pixels of each other and of the border; starts over when a box finds no room."""
+    """Places boxes that keep `gap` pixels from each other and from the border; starts over when a box finds no room."""
     while True:
         boxes: list[tuple[int, int, int, int]] = []
         for size in sizes:
@@ -175,7 +179,10 @@ def place(
 
 
 def _separation(box: Sequence[float], other: Sequence[float]) -> tuple[str, float]:
-    """How `box` lies to `other` along the axis that parts them best, and the pixels between (< 0: they overlap)."""
+    """
+    Gives how `box` lies to `other` along the axis that separates them best, and the pixels between them (< 0: they
+    overlap).
+    """
     gaps = {
         "left": other[0] - box[2],
         "right": box[0] - other[2],
@@ -234,7 +241,7 @@ _LOOPS: dict[str, list[_Loop]] = {
 
 
 def render_scene(scene: Scene) -> Image.Image:
-    """An RGB picture of `scene.width` x `scene.height` pixels."""
+    """Draws a scene as an RGB picture of `scene.width` x `scene.height` pixels."""
     rng = generator_of(scene.seed, scene.image_id, "picture")
     scale = _SUPERSAMPLING
     size = (scene.width * scale, scene.height * scale)
@@ -248,7 +255,7 @@ def render_scene(scene: Scene) -> Image.Image:
         x1, y1, x2, y2 = (edge * scale for edge in thing.box)
         origin, side = (x1 + inset, y1 + inset), (x2 - x1 - 2 * inset - 1, y2 - y1 - 2 * inset - 1)
         loops = [[(origin[0] + x * side[0], origin[1] + y * side[1]) for x, y in loop] for loop in _LOOPS[thing.shape]]
-        # Through all loops and back to the first: what lies between two loops is inside.
+        # One polygon through all loops and back to the first: the area between two loops is inside.
         draw.polygon([p for loop in loops for p in loop] + loops[0][:1], fill=_tinted(rng, COLOURS[thing.colour], 8))
         for loop in loops:
             draw.line([*loop, loop[1]], fill=_INK, width=2 * inset, joint="curve")
@@ -260,7 +267,7 @@ def _tinted(rng: np.random.Generator, colour: tuple[int, int, int], spread: int)
 
 
 def _draw_ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, ground: str, size: tuple[int, int]) -> None:
-    """A light texture: blades on grass, grains on sand, ripples on water, flakes on snow."""
+    """Draws a light texture: blades on grass, grains on sand, ripples on water, flakes on snow."""
     for x, y, shade in zip(rng.uniform(0, size[0], 70), rng.uniform(0, size[1], 70), rng.integers(-26, -8, 70)):  # noqa: B905
         colour = tuple(int(value + shade) for value in GROUNDS[ground])
         if ground == "grass":
@@ -278,7 +285,7 @@ def _draw_ground(draw: ImageDraw.ImageDraw, rng: np.random.Generator, ground: st
 
 def pool_pixels(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
     """
-    Features of boxes: what their pixels look like on a coarse grid, see `FEATURE_DESCRIPTION`.
+    Gives the features of boxes: their pixels on a coarse grid, see `FEATURE_DESCRIPTION`.
 
     Args:
         image (`PIL.Image.Image`): An RGB picture.
@@ -302,9 +309,11 @@ def pool_pixels(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
 
 def scene_regions(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Boxes, object classes and scores as a detector would give them: each side off by up to 6 %, best first.
+    Gives boxes `(n, 4)` in pixels, object classes `(n,)` and scores `(n,)` as a detector would: each side off by up to
+    6 %, best first.
 
-    The score is the overlap with the tight box (intersection over union), so the order tells nothing of what is where.
+    The score is the overlap with the tight box (intersection over union, 0 to 1), so the order does not tell what is
+    where.
     """
     rng = generator_of(scene.seed, scene.image_id, "regions")
     tight = np.array([(0, 0, scene.width, scene.height), *(thing.box for thing in scene.objects)], dtype=np.float32)
@@ -320,7 +329,7 @@ def scene_regions(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def scene_record(scene: Scene, image: Image.Image | None = None) -> RegionRecord:
-    """The regions of a scene, with features from `image` (rendered when None)."""
+    """Makes the record of the regions of a scene, with features from `image` (rendered when None)."""
     boxes, object_ids, object_scores = scene_regions(scene)
     return RegionRecord(
         image_id=scene.image_id,
@@ -337,7 +346,7 @@ def scene_record(scene: Scene, image: Image.Image | None = None) -> RegionRecord
 
 
 def scene_captions(scene: Scene, count: int = 5) -> list[str]:
-    """`count` true captions of a scene, each of another form as long as forms last. Needs three objects."""
+    """Writes `count` true captions of a scene, each of another form until all forms were used. Needs three objects."""
     rng = generator_of(scene.seed, scene.image_id, "captions")
     forms = [_listing, _on_ground, _related, _twice_related, _placed]
     captions = []
@@ -350,7 +359,7 @@ def scene_captions(scene: Scene, count: int = 5) -> list[str]:
 
 
 def _say(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """The first word most of the time, a synonym otherwise."""
+    """Gives the first word most of the time, a synonym otherwise."""
     return words[0] if rng.random() < 0.6 else words[int(rng.integers(len(words)))]
 
 
@@ -366,7 +375,7 @@ def _relation(rng: np.random.Generator, thing: SceneObject, other: SceneObject) 
 
 
 def _position(rng: np.random.Generator, thing: SceneObject, scene: Scene) -> str:
-    """A third of the picture that holds the centre of `thing`."""
+    """Names a third of the picture that holds the centre of `thing`."""
     x, y = (thing.box[0] + thing.box[2]) / 2 / scene.width, (thing.box[1] + thing.box[3]) / 2 / scene.height
     true = {"left": x < 1 / 3, "right": x > 2 / 3, "top": y < 1 / 3, "bottom": y > 2 / 3}
     places = [name for name, holds in true.items() if holds] or ["middle"]
@@ -399,7 +408,7 @@ def _placed(rng: np.random.Generator, things: Sequence[SceneObject], scene: Scen
 
 
 def scene_tokenizer() -> BertTokenizer:
-    """A BERT WordPiece tokenizer whose vocabulary is this world's words, and letters for all others."""
+    """Makes a BERT WordPiece tokenizer whose vocabulary is the words of this world, and letters for all others."""
     tables = (COLOUR_WORDS, SHAPE_WORDS, GROUND_WORDS, SIZE_WORDS, RELATION_WORDS, PLACE_WORDS)
     phrases = [phrase for table in tables for names in table.values() for phrase in names]
     words = dict.fromkeys([word for phrase in phrases for word in phrase.split()] + list(GLUE_WORDS))
@@ -429,10 +438,10 @@ def build_scenes(
     others is replaced, and a folder that holds anything else is refused.
 
     Args:
-        folder (`str` or `os.PathLike`): Where to.
-        num_train, num_val, num_test (`int`): Scenes of each split.
-        captions_per_image (`int`): Captions of each scene.
-        seed (`int`): Another seed is another world of the same kind.
+        folder (`str` or `os.PathLike`): The folder to write.
+        num_train, num_val, num_test (`int`): Number of scenes of each split.
+        captions_per_image (`int`): Number of captions of each scene.
+        seed (`int`): Seed of the world; another seed gives another world of the same kind.
 
     Returns:
         `Path`: The folder.
@@ -449,7 +458,10 @@ def build_scenes(
 
 
 def build_once(folder: str | os.PathLike, arguments: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """What `write` puts into a new folder, as [`build_scenes`] says; `arguments` are written beside, as scenes.json."""
+    """
+    Has `write` fill a new folder, which is kept, replaced or refused as [`build_scenes`] says. `arguments` are written
+    into it as scenes.json.
+    """
     folder = Path(folder).absolute()
     if _arguments_of(folder) == arguments:
         logger.info(f"{folder} holds these scenes already.")
@@ -467,7 +479,7 @@ def build_once(folder: str | os.PathLike, arguments: dict[str, Any], write: Call
 
 
 def _arguments_of(folder: Path) -> dict | None:
-    """What the scenes in `folder` were built with, None if there is nothing yet."""
+    """Reads the arguments that the scenes in `folder` were built with; None if there is nothing yet."""
     try:
         return json.loads((folder / "scenes.json").read_text())
     except FileNotFoundError:
@@ -490,6 +502,7 @@ def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, 
 
 
 def scene_store_writer(path: Path) -> RegionStoreWriter:
+    """Makes the writer of a store of scenes, with its provenance."""
     return RegionStoreWriter(
         path,
         detector="scenes: drawing boxes",

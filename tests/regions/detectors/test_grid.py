@@ -186,7 +186,7 @@ def test_real_weights_tell_dogs():
 def test_a_model_that_cannot_be_had_is_named_with_the_places_and_the_way(family, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match=f"^{family}:someone/model cannot be had: ") as caught:
+    with pytest.raises(OSError, match=f"^{family}:someone/model cannot be loaded: ") as caught:
         load_detector(f"{family}:someone/model", device="cpu")
     message = str(caught.value)
     assert f"no folder {tmp_path / 'someone/model'}" in message

@@ -225,7 +225,7 @@ def test_mixed_precision(family):
 
 def test_given_boxes_are_refused():
     model, processor, _ = build(detr)
-    with pytest.raises(ValueError, match="not to given boxes: take a visual-genome, torchvision or grid detector"):
+    with pytest.raises(ValueError, match="cannot take given ones: use a visual-genome, torchvision or grid detector"):
         detect(TransformersDetector(model, processor, device=CPU), photo(120, 80), boxes=[np.array([[0, 0, 9, 9]])])
 
 

@@ -1,5 +1,5 @@
 """
-From photos to regions: one small interface, and one module a family of detectors.
+Detectors, which find regions in photos: one small interface, and one module a family.
 
 A detector is named `family:name`, where the name is a folder, a Hub repository or, for torchvision, a model. Nothing
 outside this room imports torchvision.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...records_unicoder_vl import RegionRecord
 
-# Each module has `load(name, *, device, precision, **its own options) -> Detector`, and is imported when asked for.
+# Each module has `load(name, *, device, precision, **its own options) -> Detector`, and is imported when needed.
 FAMILIES = {
     "visual-genome": "visual_genome",
     "torchvision": "torchvision_models",
@@ -30,25 +30,29 @@ FAMILIES = {
 
 
 class Detector(Protocol):
-    """Photos → records. Reading processes call `prepare`, the process that owns the device calls the detector."""
+    """
+    A function from photos to records. Reading processes call `prepare`, the process that owns the device calls the
+    detector.
+    """
 
     provenance: dict[str, Any]
     """Keyword arguments of `RegionStoreWriter`: detector, detector_revision, box_type, thresholds, class_names, …"""
 
     prepare: "Callable[[Image], Any]"
-    """One RGB photo as CPU tensors, small enough to send between processes; picklable, no device, no model."""
+    """Turns an RGB photo into CPU tensors that are small to send between processes; picklable, without the model."""
 
     def __call__(
         self, prepared: Sequence[Any], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
     ) -> "list[RegionRecord]":
         """
-        The records of some photos, in their order, boxes in pixels of the photo. Each photo gives what it gives alone.
+        Gives the records of some photos, in their order, boxes in pixels of the photo. The record of a photo does not
+        depend on the other photos.
 
         Args:
-            prepared (sequence): What `prepare` gave, of photos of any sizes.
-            image_ids (sequence of `str`): Their ids.
+            prepared (sequence): Results of `prepare`, for photos of any sizes.
+            image_ids (sequence of `str`): Ids of the photos.
             boxes (sequence of `np.ndarray` of shape `(n, 4)`, *optional*): Given boxes in pixels, x1 y1 x2 y2: features
-                are pooled there, and nothing is detected. A detector that cannot raises ValueError.
+                are pooled in these, and nothing is detected. A detector that cannot do so raises ValueError.
         """
         ...
 
@@ -57,18 +61,18 @@ def load_detector(
     name: str, *, device: torch.device | str | None = None, precision: str = "auto", **options: Any
 ) -> Detector:
     """
-    A detector by name.
+    Loads a detector by name.
 
     Args:
         name (`str`): `family:name`, such as `"torchvision:fasterrcnn_resnet50_fpn_v2"`, `"visual-genome:DIR"`,
             `"transformers:facebook/detr-resnet-50"` or `"grid:facebook/dinov2-base"`.
-        device (`torch.device` or `str`, *optional*): Where it computes; None takes a GPU if there is one.
-        precision (`str`, defaults to `"auto"`): `"auto"` takes what the device is fast in, else `"no"`, `"bf16"` or
-            `"fp16"`.
-        options: Those of the family, such as `max_regions=36` or `grid_size=14`.
+        device (`torch.device` or `str`, *optional*): Device to compute on; None takes a GPU if there is one.
+        precision (`str`, defaults to `"auto"`): `"no"`, `"bf16"` or `"fp16"`; `"auto"` takes the one that the device is
+            fast in.
+        options: Options of the family, such as `max_regions=36` or `grid_size=14`.
 
     Raises:
-        ValueError: There is no such family or option; the message lists those that there are.
+        ValueError: There is no such family or option; the message lists the known ones.
         ImportError: A library is missing; the message names the extra that brings it.
     """
     from ...processes import resolve_precision

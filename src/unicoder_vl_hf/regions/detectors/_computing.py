@@ -1,4 +1,4 @@
-"""What detectors of several families compute alike."""
+"""Computing that detectors of several families share."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Prepared(NamedTuple):
-    """A photo as a detector takes it: `size` is its width and height, `content` its height and width in `pixels`."""
+    """
+    A photo in the form that a detector takes: `size` is its width and height, `content` its height and width in
+    `pixels`.
+    """
 
     pixels: Tensor
     size: tuple[int, int]
@@ -27,16 +30,16 @@ class Prepared(NamedTuple):
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context of mixed precision, `"no"`, `"bf16"` or `"fp16"`."""
+    """Gives the context of mixed precision, `"no"`, `"bf16"` or `"fp16"`."""
     return nullcontext() if precision == "no" else torch.autocast(device.type, DTYPES[precision])
 
 
 def in_groups_of_shape(images: Sequence[Tensor], compute: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
     """
-    The results of `compute(indices)`, called for images of equal shape together, in the order of `images`.
+    Calls `compute(indices)` for images of equal shape together, and gives the results in the order of `images`.
 
-    Never padded: with padding, what a photo gives would depend on those beside it, since a network whose convolutions
-    have biases sees the padding.
+    Images are never padded: a network whose convolutions have biases sees the padding, so that the result of a photo
+    would depend on the photos beside it.
     """
     groups: dict[torch.Size, list[int]] = {}
     for index, image in enumerate(images):
@@ -49,7 +52,7 @@ def in_groups_of_shape(images: Sequence[Tensor], compute: Callable[[list[int]], 
 
 
 def box_tensor(image_id: str, boxes: np.ndarray, device: torch.device) -> Tensor:
-    """Given boxes, `(n, 4)` float32, on the device. Raises ValueError, naming the image, on another shape."""
+    """Puts given boxes, `(n, 4)` float32, on the device. Raises ValueError, naming the image, on another shape."""
     corners = torch.tensor(np.ascontiguousarray(boxes), dtype=torch.float32, device=device)
     if corners.ndim != 2 or corners.shape[1] != 4:
         raise ValueError(f"Image {image_id!r}: boxes have shape {tuple(corners.shape)}, expected (n, 4).")
@@ -64,7 +67,7 @@ def make_record(
     object_ids: Tensor | None = None,
     object_scores: Tensor | None = None,
 ) -> RegionRecord:
-    """A record from tensors of any device; boxes are clipped to the photo, whose `size` is width and height."""
+    """Makes a record from tensors on any device; boxes are clipped to the photo, whose `size` is width and height."""
     width, height = size
     return RegionRecord(
         image_id,
@@ -78,14 +81,17 @@ def make_record(
 
 
 def select(scores: Tensor, score_threshold: float, min_regions: int, max_regions: int) -> Tensor:
-    """Indices of the regions to keep, best first: those above the threshold, but at least and at most so many."""
+    """
+    Gives the indices of the regions to keep, best first: those that score above the threshold, but at least
+    `min_regions` and at most `max_regions`.
+    """
     order = scores.argsort(descending=True, stable=True)
     count = int((scores > score_threshold).sum())
     return order[: min(max(count, min_regions), max_regions)]
 
 
 def check_counts(min_regions: int, max_regions: int) -> None:
-    """Raises ValueError where no number of regions could satisfy both."""
+    """Raises ValueError where no number of regions could satisfy both limits."""
     if not 1 <= min_regions <= max_regions:
         raise ValueError(f"min_regions is {min_regions} and max_regions {max_regions}, expected 1 <= min <= max.")
 
@@ -93,10 +99,11 @@ def check_counts(min_regions: int, max_regions: int) -> None:
 @contextmanager
 def fetching(family: str, name: str) -> Iterator[None]:
     """
-    Says of a model that the block cannot load where it was looked for, and what to do without the Hub.
+    Raises a clear OSError where the block cannot load a model: it says where the model was looked for, and what to do
+    without the Hub.
 
     Raises:
-        OSError: In place of that of the block.
+        OSError: The block raised OSError; this one replaces it.
     """
     try:
         yield
@@ -108,11 +115,11 @@ def fetching(family: str, name: str) -> Iterator[None]:
             huggingface_hub.utils.validate_repo_id(name)
         except huggingface_hub.errors.HFValidationError:
             raise OSError(
-                f"{family}:{name} cannot be had: there is no folder {Path(name).absolute()}, and no repository of the "
-                "Hub has such a name."
+                f"{family}:{name} cannot be loaded: there is no folder {Path(name).absolute()}, and no "
+                "repository of the Hub has such a name."
             ) from error
         raise OSError(
-            f"{family}:{name} cannot be had: there is no folder {Path(name).absolute()}, the cache "
+            f"{family}:{name} cannot be loaded: there is no folder {Path(name).absolute()}, the cache "
             f"{huggingface_hub.constants.HF_HUB_CACHE} lacks it, and the Hub did not give it ({reason}). Where the Hub "
             f"can be reached, `hf download {name} --local-dir FOLDER`; bring the folder here, and give --detector "
             f"{family}:FOLDER."
@@ -120,19 +127,19 @@ def fetching(family: str, name: str) -> Iterator[None]:
 
 
 def check_loaded(name: str, info: dict[str, Any], unused: tuple[str, ...] = ()) -> None:
-    """Raises ValueError where `from_pretrained` left weights random, but for modules that are not read."""
+    """Raises ValueError where `from_pretrained` left weights random, except those of modules in `unused`."""
     missing = [key for key in info["missing_keys"] if not any(module in key for module in unused)]
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: it is another model.")
 
 
 def model_revision(name: str, config: PretrainedConfig) -> str | None:
-    """The commit of a model of the Hub, or the content of a folder's weights; None where neither is known."""
+    """Gives the commit of a model of the Hub, or a hash of a folder's weights; None where neither is known."""
     weights = Path(name) / "model.safetensors"
     return file_revision(weights) if weights.is_file() else vars(config).get("_commit_hash")
 
 
 def file_revision(path: str | PathLike) -> str:
-    """The content of a file of weights in a few characters, for the provenance."""
+    """Gives the hash of a file of weights in a few characters, for the provenance."""
     with Path(path).open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"

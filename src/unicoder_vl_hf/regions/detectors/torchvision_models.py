@@ -1,8 +1,8 @@
 """
-Detectors of torchvision that have a box head: `fasterrcnn_resnet50_fpn_v2` and kin, Mask R-CNN included.
+Detectors of torchvision that have a box head: `fasterrcnn_resnet50_fpn_v2` and its relatives, Mask R-CNN included.
 
-The feature of a region is what the box head (1024-d) makes of its box: the model finds its boxes as in its own forward
-pass, then the head reads them once more. So a box that is found and the same box given have the same feature.
+The feature of a region is the output of the box head (1024-d) for its box: the model finds its boxes as in its own
+forward pass, then the head reads them once more. So a box has the same feature whether it is detected or given.
 """
 
 import pickle
@@ -43,15 +43,16 @@ class Prepare:
 
 class TorchvisionDetector:
     """
-    See the module.
+    A detector around a model of torchvision; see the module.
 
     Args:
-        model (`GeneralizedRCNN`): With a box head and box predictor.
-        device (`torch.device`): Where it computes.
-        precision (`str`, defaults to `"no"`): Of the backbone and the box head; `"no"`, `"bf16"` or `"fp16"`.
-        score_threshold (`float`, defaults to 0.05): Boxes that score above it are kept, ...
-        min_regions, max_regions (`int`, defaults to 10 and 100): ... but at least and at most so many, by rank.
-        provenance: What else the store should say: `detector`, `detector_revision`, `class_names`.
+        model (`GeneralizedRCNN`): Model with a box head and a box predictor.
+        device (`torch.device`): Device to compute on.
+        precision (`str`, defaults to `"no"`): Precision of the backbone and the box head: `"no"`, `"bf16"` or `"fp16"`.
+        score_threshold (`float`, defaults to 0.05): Score (0 to 1) above which boxes are kept, within the next two
+            limits.
+        min_regions, max_regions (`int`, defaults to 10 and 100): Least and largest number of boxes to keep, by rank.
+        provenance: Further provenance of the store: `detector`, `detector_revision`, `class_names`.
     """
 
     def __init__(
@@ -86,7 +87,10 @@ class TorchvisionDetector:
     def __call__(
         self, prepared: Sequence[Prepared], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
     ) -> list[RegionRecord]:
-        """See `Detector`. Given boxes get the class that the box predictor thinks likeliest, and its score."""
+        """
+        Gives the records of photos; see `Detector`. Given boxes get the class that the box predictor finds likeliest,
+        and its score.
+        """
 
         def compute(indices: list[int]) -> list[RegionRecord]:
             return self._compute(
@@ -100,12 +104,13 @@ class TorchvisionDetector:
     def _compute(
         self, photos: Sequence[Prepared], image_ids: Sequence[str], given: Sequence[np.ndarray] | None
     ) -> list[RegionRecord]:
-        """Of photos whose pixels have equal shapes."""
+        """Gives the records of photos whose pixels have equal shapes."""
         pixels = torch.stack([photo.pixels for photo in photos]).to(self.device)
         images = ImageList(pixels, [photo.content for photo in photos])
         with autocast(self.device, self.precision):
             levels = self.model.backbone(pixels)
-        # In float32 from here: anchors take the dtype of the features, and bf16 tells no pixels above 256 apart.
+        # From here in float32: anchors take the dtype of the features, and bf16 cannot tell neighbouring pixels above
+        # 256 apart.
         levels = {name: level.float() for name, level in levels.items()}
         if given is None:
             found = self._detect(images, levels)
@@ -135,13 +140,16 @@ class TorchvisionDetector:
         ]
 
     def _features(self, levels: dict[str, Tensor], boxes: list[Tensor], images: ImageList) -> Tensor:
-        """One row a box, of all photos after one another."""
+        """Gives one row a box, photo after photo."""
         pooled = self.model.roi_heads.box_roi_pool(levels, boxes, images.image_sizes)
         with autocast(self.device, self.precision):
             return self.model.roi_heads.box_head(pooled).float()
 
     def _detect(self, images: ImageList, levels: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Boxes in the scaled photo, scores and labels of each photo, best first, as in torchvision's forward pass."""
+        """
+        Gives boxes in the scaled photo, scores and labels of each photo, best first, as torchvision's own forward pass
+        does.
+        """
         heads = self.model.roi_heads
         proposals, _ = self.model.rpn(images, levels)
         logits, regression = heads.box_predictor(self._features(levels, proposals, images))
@@ -159,7 +167,7 @@ class TorchvisionDetector:
         ends = np.cumsum([len(boxes) for boxes in proposals])
         for index, (_, scores, _) in enumerate(found):
             if len(scores) < self.min_regions:
-                # The suppression goes by rank, so that those above the threshold come first here, too.
+                # NMS goes by rank, so boxes above the threshold come first here, too.
                 rows = slice(ends[index] - len(proposals[index]), ends[index])
                 ((boxes, scores, labels),) = kept(0.0, rows, slice(index, index + 1))
                 found[index] = boxes[: self.min_regions], scores[: self.min_regions], labels[: self.min_regions]
@@ -177,17 +185,17 @@ def load(
     max_regions: int = 100,
 ) -> TorchvisionDetector:
     """
-    A model of torchvision by name.
+    Loads a model of torchvision by name.
 
     Args:
         name (`str`): One of `NAMES`.
         device, precision, score_threshold, min_regions, max_regions: See `TorchvisionDetector`.
-        weights (`str`, defaults to `"DEFAULT"`): A name of torchvision's, such as `"COCO_V1"`, or a file that holds a
-            state dict, of any number of classes. Class names are known of torchvision's own weights only.
+        weights (`str`, defaults to `"DEFAULT"`): A name of torchvision, such as `"COCO_V1"`, or a file that holds a
+            state dict, of any number of classes. Class names are known only for the weights of torchvision.
 
     Raises:
-        ValueError: No such model or weights, or the file does not fit the model.
-        OSError: The weights are neither here nor to be had; the message says where they were looked for.
+        ValueError: There is no such model or weights, or the file does not fit the model.
+        OSError: The weights are not here and cannot be downloaded; the message says where they were looked for.
     """
     if name not in NAMES:
         raise ValueError(f"torchvision has no detector {name!r} with a box head, expected one of {NAMES}.")
@@ -218,14 +226,21 @@ def load(
 
 
 def _classes(weights: WeightsEnum | None) -> dict[str, list[str]]:
-    """Without the background, which is first. COCO's table of 90 has ten ids that are no class, each named N/A."""
+    """
+    Gives the names of the classes without the background, which is first. COCO's table of 90 has ten ids that are no
+    class, each named N/A.
+    """
     return {} if weights is None else {"class_names": list(weights.meta["categories"][1:])}
 
 
 def _download(name: str, weights: WeightsEnum) -> GeneralizedRCNN:
     try:
         return get_model(name, weights=weights)
-    except (OSError, HTTPException, RuntimeError) as error:  # no network, cut off, or damaged on the way
+    except (
+        OSError,
+        HTTPException,
+        RuntimeError,
+    ) as error:  # there is no network, or the file was cut off or damaged on the way
         reason = error.reason if isinstance(error, URLError) else error
         file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise OSError(

@@ -1,5 +1,5 @@
 """
-Object detectors of transformers: DETR and its kin, RT-DETR, D-FINE, YOLOS, and Grounding DINO with a text.
+Object detectors of transformers: DETR and its relatives, RT-DETR, D-FINE, YOLOS, and Grounding DINO with a text.
 
 The feature of a region is the last decoder state of its query, from which the model predicts class and box. A query
 gives one region, of its likeliest class; the models' own post-processing may list a query several times.
@@ -40,13 +40,13 @@ from ._computing import (
     select,
 )
 
-# Their logits are one a token of the text.
+# These have one logit a token of the text.
 GROUNDED = ("grounding-dino", "mm-grounding-dino")
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Scales and normalises a photo as the model's image processor does for one alone."""
+    """Scales and normalises a photo as the model's image processor does for a single photo."""
 
     processor: BaseImageProcessor
 
@@ -56,7 +56,7 @@ class Prepare:
 
 
 class Prompt:
-    """The classes that a grounded detector looks for, as tokens: which of them are whose."""
+    """The classes that a grounded detector looks for, and which tokens of the text belong to each."""
 
     def __init__(self, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int):
         text, spans = "", []
@@ -68,11 +68,13 @@ class Prompt:
         if len(first) > max_tokens:
             raise ValueError(f"The text has {len(first)} tokens, the model takes {max_tokens}: name fewer classes.")
         self.inputs = dict(encoding)
-        # (classes, tokens); an empty span is a special token's
+        # (classes, tokens); a special token has an empty span
         self.tokens_of_class = torch.stack([(first >= start) & (last <= end) & (first < last) for start, end in spans])
 
     def class_probabilities(self, logits: Tensor) -> Tensor:
-        """`(..., classes)` from logits `(..., max_tokens)`: of each class the likeliest token's."""
+        """
+        Gives `(..., classes)` from logits `(..., max_tokens)`: for each class the probability of its likeliest token.
+        """
         tokens = self.tokens_of_class.to(logits.device)
         of_class = logits[..., None, : tokens.shape[1]].masked_fill(~tokens, -torch.inf)
         return of_class.amax(-1).sigmoid()
@@ -80,11 +82,12 @@ class Prompt:
 
 def class_probabilities(logits: Tensor, num_labels: int) -> Tensor:
     """
-    `(..., num_labels)` from the logits of a detector without a text. DETR, YOLOS and Table Transformer have a last
-    column for no object, and a softmax; the others, trained by a focal loss, have none, and a sigmoid.
+    Gives probabilities `(..., num_labels)` from the logits of a detector without a text. DETR, YOLOS and Table
+    Transformer have a last column for no object, and a softmax; the others, trained by a focal loss, have none, and a
+    sigmoid.
 
     Raises:
-        ValueError: The logits have another width.
+        ValueError: The logits have another width than these labels.
     """
     if logits.shape[-1] == num_labels + 1:
         return logits.softmax(-1)[..., :-1]
@@ -95,17 +98,18 @@ def class_probabilities(logits: Tensor, num_labels: int) -> Tensor:
 
 class TransformersDetector:
     """
-    See the module.
+    A detector around a model of transformers; see the module.
 
     Args:
-        model (`PreTrainedModel`): For object detection.
-        processor (`BaseImageProcessor`): Its image processor.
-        device (`torch.device`): Where it computes.
+        model (`PreTrainedModel`): Model for object detection.
+        processor (`BaseImageProcessor`): Image processor of the model.
+        device (`torch.device`): Device to compute on.
         precision (`str`, defaults to `"no"`): `"no"`, `"bf16"` or `"fp16"`.
-        score_threshold (`float`, defaults to 0): Regions that score above it are kept, ...
-        min_regions, max_regions (`int`, defaults to 10 and 100): ... but at least and at most so many, by rank.
+        score_threshold (`float`, defaults to 0): Score (0 to 1) above which regions are kept, within the next two
+            limits.
+        min_regions, max_regions (`int`, defaults to 10 and 100): Least and largest number of regions to keep, by rank.
         prompt (`Prompt`, *optional*): The classes, where the model takes a text.
-        provenance: What else the store should say: `detector`, `detector_revision`, `class_names`, `num_classes`.
+        provenance: Further provenance of the store: `detector`, `detector_revision`, `class_names`, `num_classes`.
     """
 
     def __init__(
@@ -139,10 +143,10 @@ class TransformersDetector:
     def __call__(
         self, prepared: Sequence[Prepared], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
     ) -> list[RegionRecord]:
-        """See `Detector`. Raises ValueError where boxes are given."""
+        """Gives the records of photos; see `Detector`. Raises ValueError where boxes are given."""
         if boxes is not None:
             raise ValueError(
-                "The decoder queries of transformers' detectors go where they want, not to given boxes: take a "
+                "Detectors of transformers choose their boxes themselves and cannot take given ones: use a "
                 "visual-genome, torchvision or grid detector."
             )
 
@@ -152,7 +156,7 @@ class TransformersDetector:
         return in_groups_of_shape([photo.pixels for photo in prepared], compute)
 
     def _compute(self, photos: Sequence[Prepared], image_ids: Sequence[str]) -> list[RegionRecord]:
-        """Of photos whose pixels have equal shapes."""
+        """Gives the records of photos whose pixels have equal shapes."""
         pixels = torch.stack([photo.pixels for photo in photos]).to(self.device)
         text = {} if self.prompt is None else self.prompt.inputs
         text = {name: ids.expand(len(photos), -1).to(self.device) for name, ids in text.items()}
@@ -164,7 +168,7 @@ class TransformersDetector:
         else:
             probabilities = self.prompt.class_probabilities(logits)
         scores, labels = probabilities.max(-1)
-        # YOLOS' last states begin with those of the patches.
+        # The last states of YOLOS begin with those of the patches.
         states = outputs.last_hidden_state[:, -scores.shape[1] :]
         corners: Any = center_to_corners_format(outputs.pred_boxes.float())
         records = []
@@ -178,7 +182,10 @@ class TransformersDetector:
 
 
 def _predict_boxes_in_float32(model: nn.Module, device: torch.device) -> None:
-    """The last layers of boxes, named `bbox_…` in every model: in bfloat16 a box is a pixel or three off."""
+    """
+    Has the last layers of boxes, named `bbox_…` in every model, compute in float32: in bfloat16 a box is up to three
+    pixels off.
+    """
 
     def forward(layer: nn.Linear, states: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
@@ -201,18 +208,19 @@ def load(
     max_regions: int = 100,
 ) -> TransformersDetector:
     """
-    A detector of transformers from a folder or the Hub.
+    Loads a detector of transformers from a folder or the Hub.
 
     Args:
         name (`str`): Folder or repository.
         device, precision, score_threshold, min_regions, max_regions: See `TransformersDetector`.
         revision (`str`, *optional*): Commit, branch or tag on the Hub.
-        text (`str` or sequence of `str`, *optional*): For Grounding DINO: the classes to look for, as a list or as
-            `"a cat. a dog."`. They are the store's classes.
+        text (`str` or sequence of `str`, *optional*): Classes that Grounding DINO looks for, as a list or as
+            `"a cat. a dog."`. They become the classes of the store.
 
     Raises:
-        ValueError: The model is no detector, weights are missing, or it takes a text and has none, or the reverse.
-        OSError: It is neither here nor to be had from the Hub; the message says where it was looked for.
+        ValueError: The model is no detector, weights are missing, or a text is missing or is given to a model that
+            takes none.
+        OSError: The model is neither here nor on the Hub; the message says where it was looked for.
     """
     with fetching("transformers", name):
         return _load(

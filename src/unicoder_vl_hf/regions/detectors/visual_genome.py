@@ -1,8 +1,8 @@
 """
 Regions by the Faster R-CNN of bottom-up attention (Anderson et al., arXiv 1707.07998), trained on Visual Genome.
 
-Reads a folder, or a repository of the Hub, with `config.yaml` and `model.safetensors` or `pytorch_model.bin`. The
-weights may have either layout of `visual_genome_network`.
+It is read from a folder, or a repository of the Hub, with `config.yaml` and `model.safetensors` or `pytorch_model.bin`.
+The weights may have either layout of `visual_genome_network`.
 """
 
 import pickle
@@ -31,15 +31,17 @@ from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state
 
 CONFIG, NAMES = "config.yaml", "objects_vocab.txt"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-CAFFE_SIZES = (600, 1000)  # shorter side, and what the longer one may not exceed
-RULES = {"caffe": "proposal", "max-nms": "regressed"}  # and what their boxes are
-# Ids and scores of objects, then of attributes.
+CAFFE_SIZES = (600, 1000)  # pixels of the shorter side, and the most of the longer one
+RULES = {"caffe": "proposal", "max-nms": "regressed"}  # rule -> kind of its boxes
+# Ids and scores of objects, then of attributes (or None), `(n,)` each.
 Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Scales a photo by its shorter side, and brings its channels into the network's order. The mean comes later."""
+    """
+    Scales a photo by its shorter side, and puts its channels into the network's order. The mean is subtracted later.
+    """
 
     min_size: int
     max_size: int
@@ -48,12 +50,12 @@ class Prepare:
     def __call__(self, image: Image) -> Prepared:
         width, height = image.size
         scale = min(self.min_size / min(width, height), self.max_size / max(width, height))
-        # A photo of one row must leave a cell, too.
+        # A photo of one row must give a cell, too.
         size = [max(int(side * scale + 0.5), STRIDE) for side in (height, width)]
         planes = pil_to_tensor(image)
         if self.channels == "BGR":
             planes = planes.flip(0)
-        # One plane after the other: a photo of 100 megapixels is 1.2 GB in float32.
+        # One channel after the other: a photo of 100 megapixels is 1.2 GB in float32.
         scaled = [F.interpolate(plane[None, None].float(), size, mode="bilinear")[0, 0] for plane in planes]
         pixels = torch.stack([plane.round().to(torch.uint8) for plane in scaled])
         return Prepared(pixels, (width, height), (size[0], size[1]))
@@ -61,18 +63,20 @@ class Prepare:
 
 class VisualGenomeDetector:
     """
-    See the module.
+    A detector around the Faster R-CNN of bottom-up attention; see the module.
 
     Args:
-        model (`FasterRCNN`): With its weights.
-        device (`torch.device`): Where it computes.
-        precision (`str`, defaults to `"no"`): Of the convolutions; `"no"`, `"bf16"` or `"fp16"`.
-        rule (`str`, defaults to `"caffe"`): Which proposals become regions, `"caffe"` or `"max-nms"`: see `selection`.
-        min_regions, max_regions (`int`, default to 100): 100/100 as in the paper; 10/100 and 36/36 are common, too.
-        preprocess (`str`, defaults to `"config"`): `"config"` scales photos as config.yaml says, `"caffe"` as in
-            training: the shorter side to 600 pixels, the longer one to at most 1000.
+        model (`FasterRCNN`): The network with its weights.
+        device (`torch.device`): Device to compute on.
+        precision (`str`, defaults to `"no"`): Precision of the convolutions: `"no"`, `"bf16"` or `"fp16"`.
+        rule (`str`, defaults to `"caffe"`): Rule by which proposals become regions, `"caffe"` or `"max-nms"`, see
+            `selection`.
+        min_regions, max_regions (`int`, default to 100): Least and largest number of regions; 100/100 as in the paper,
+            10/100 and 36/36 are common, too.
+        preprocess (`str`, defaults to `"config"`): Scaling of photos: `"config"` as config.yaml says, `"caffe"` as in
+            training (the shorter side to 600 pixels, the longer one to at most 1000).
         class_probabilities (`bool`, defaults to `False`): Whether records hold the probability of each class.
-        provenance: What else the store should say: `detector`, `detector_revision`, `class_names`.
+        provenance: Further provenance of the store: `detector`, `detector_revision`, `class_names`.
     """
 
     def __init__(
@@ -137,7 +141,7 @@ class VisualGenomeDetector:
         return records
 
     def _detect(self, features: Tensor, size: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
-        """Boxes in the scaled photo, and their features, of the regions that the rule keeps."""
+        """Gives boxes in the scaled photo, and their features, of the regions that the rule keeps."""
         counts = {"min_regions": self.min_regions, "max_regions": self.max_regions}
         boxes = self.model.propose(features, size, scale)
         pooled = self.model.pool(features, boxes)
@@ -170,7 +174,10 @@ class VisualGenomeDetector:
 
     @torch.inference_mode()
     def classify(self, features: np.ndarray) -> Classes:
-        """What the heads say of stored features `(n, D)`: object ids and scores, attribute ids and scores or None."""
+        """
+        Classifies stored features `(n, D)` by the heads: gives object ids and scores, and attribute ids and scores or
+        None, `(n,)` each. Raises ValueError on another shape.
+        """
         if features.ndim != 2 or features.shape[1] != self.model.config.feature_dim:
             raise ValueError(f"features have shape {features.shape}, expected (n, {self.model.config.feature_dim}).")
         return _best(*self.model.classify(torch.from_numpy(features.astype(np.float32)).to(self.device)))
@@ -198,17 +205,17 @@ def load(
     revision: str | None = None,
 ) -> VisualGenomeDetector:
     """
-    A detector from a folder or from the Hub. The other arguments are `VisualGenomeDetector`'s.
+    Loads a detector from a folder or from the Hub. The other arguments are those of `VisualGenomeDetector`.
 
     Args:
         name (`str`): The folder or the repository, such as `"unc-nlp/frcnn-vg-finetuned"`.
-        class_names (`str`, `os.PathLike` or sequence of `str`, *optional*): Names, or a file of one a line,
-            synonyms after commas; None takes `objects_vocab.txt` beside the weights if there is one.
+        class_names (`str`, `os.PathLike` or sequence of `str`, *optional*): Names of the classes, or a file of one name
+            a line, synonyms after commas; None takes `objects_vocab.txt` beside the weights if there is one.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Raises:
-        OSError: There is no such folder, it lacks a file, or the Hub does not give it.
-        ValueError: A file is malformed; the message names it, and the key.
+        OSError: There is no such folder, it lacks a file, or the Hub does not have it.
+        ValueError: A file is malformed; the message names the file and the key.
     """
     folder, commit = _fetch(name, revision)
     weights_file, weights = _read_weights(folder)
@@ -239,7 +246,7 @@ def load(
 
 
 def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder, and the commit if it is from the Hub."""
+    """Gives the folder, and the commit if it is from the Hub."""
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:
@@ -263,7 +270,7 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is no file of weights that loads without running code: {error}") from error
-    weights = weights.get("model", weights)  # Detectron2 keeps them beside its optimizer
+    weights = weights.get("model", weights)  # Detectron2 stores them beside its optimizer
     if not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds more than named tensors: save the state dict alone.")
     return path, weights

@@ -1,12 +1,13 @@
 """
 The Faster R-CNN of bottom-up attention (Anderson et al., arXiv 1707.07998), for inference: ResNet C4 and its heads.
 
-Of its weights there are two layouts, told apart by their shapes:
+Its weights come in two layouts, told apart by their shapes:
 
     frcnn   unc-nlp/frcnn-vg-finetuned: background is the last class, x2 - x1 is the width of a box
     caffe   as bottom-up-attention.pytorch converts Caffe's: background is the first, x2 - x1 + 1 is the width
 
-`parameter_shapes` lists what they must hold, no more and no less. Left out: training, and reading files.
+`parameter_shapes` lists the tensors that the weights must hold, no more and no less. Left out: training, and reading
+files.
 """
 
 import ast
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms, roi_pool
 
-ROIS_AT_ONCE = 100  # 0.3 GB each for what a stage keeps
+ROIS_AT_ONCE = 100  # intermediate results of a stage take 0.3 GB for this many
 STRIDE = 16  # pixels a cell of the C4 feature map
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -30,7 +31,7 @@ RPN = "proposal_generator.rpn_head"
 HEADS = "roi_heads.box_predictor"
 ATTRIBUTE_HEAD = ("cls_embedding", "fc_attr", "attr_score")
 CAFFE_ATTRIBUTE_HEAD = ("cls_embed", "attr_linear1", "attr_linear2")
-# A config of Detectron2 tells what differs from these; the flat one of frcnn tells everything.
+# A config of Detectron2 holds only values that differ from these; the flat one of frcnn holds all.
 DETECTRON2_DEFAULTS: dict[str, Any] = {
     "anchor_generator.aspect_ratios": [[0.5, 1.0, 2.0]],
     "anchor_generator.offset": 0.0,
@@ -63,7 +64,7 @@ DETECTRON2_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What `config.yaml` says, and the two things that the weights say: their layout and the width of the RPN."""
+    """The settings of `config.yaml`, and two that the weights tell: their layout and the width of the RPN."""
 
     caffe: bool
     depth: int
@@ -84,7 +85,7 @@ class Config:
     rpn_after_nms: int
     pool_size: int
     num_classes: int  # without background
-    num_attributes: int  # without "none"; 0: no attribute head
+    num_attributes: int  # without "none"; 0 where there is no attribute head
     box_weights: tuple[float, ...]
     nms_thresholds: tuple[float, ...]
     channels: str
@@ -95,12 +96,12 @@ class Config:
 
     @property
     def feature_dim(self) -> int:
-        """D, the width of a region's feature: 2048 unless the network is narrower."""
+        """The width D of a region's feature: 2048 unless the network is narrower."""
         return 8 * self.res2_channels
 
     @property
     def stages(self) -> list[tuple[str, int, int, int, int]]:
-        """Of each stage: name, number of blocks, and channels coming in, within and going out."""
+        """The stages of the network: name, number of blocks, and channels coming in, within and going out of each."""
         names = ("backbone.res2", "backbone.res3", "backbone.res4", "roi_heads.res5")
         width, incoming, stages = self.num_groups * self.width_per_group, self.stem_channels, []
         for number, (name, blocks) in enumerate(zip(names, BLOCKS[self.depth], strict=True)):
@@ -126,13 +127,13 @@ class Config:
         caffe = _is_caffe(weights)
 
         def value(*names: str) -> Any:
-            """Of the first of these names of one thing that is there."""
+            """Gives the first value that is there, of several names for one setting."""
             for name in names:
                 node: Any = sections
                 for part in name.split("."):
                     node = node.get(part) if isinstance(node, dict) else None
                 if node is not None:
-                    # Detectron2 writes tuples, which YAML reads as text.
+                    # Detectron2 writes tuples, and YAML reads them as text.
                     return ast.literal_eval(node) if isinstance(node, str) and node.startswith("(") else node
             if nested and names[0] in DETECTRON2_DEFAULTS:
                 return DETECTRON2_DEFAULTS[names[0]]
@@ -186,13 +187,15 @@ def _lower(node: Any) -> Any:
 
 
 def _is_caffe(weights: Mapping[str, Tensor]) -> bool:
-    """Only Caffe regresses a box for the background, too."""
+    """Tells whether weights are in the layout of Caffe, which alone regresses a box for the background, too."""
     scores, boxes = weights.get(f"{HEADS}.cls_score.weight"), weights.get(f"{HEADS}.bbox_pred.weight")
     return scores is not None and boxes is not None and len(boxes) == 4 * len(scores)
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of everything that the weights must hold. `norm.num_batches_tracked` may stand beside it."""
+    """
+    Gives the name and shape of every tensor that the weights must hold. `norm.num_batches_tracked` may be there, too.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def convolution(name: str, outgoing: int, incoming: int, kernel: int) -> None:
@@ -231,7 +234,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def module_state(weights: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """
-    The weights as `FasterRCNN` holds them: batch norm folded into the convolutions, background last.
+    Gives the weights as `FasterRCNN` holds them: batch norm folded into the convolutions, background last.
 
     Raises:
         ValueError: A tensor is missing, unused or of another shape than `parameter_shapes` says; the message names it.
@@ -299,7 +302,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         y = self.conv1(x).relu_()
         if mask is not None:
-            # The 3x3 convolution alone looks beyond its own place: around a photo it must find zeros, as at a border.
+            # Only the 3x3 convolution looks at its neighbours: outside the photo it must find zeros, as at a border.
             y = y * mask[:, :, :: self.first, :: self.first]
             mask = mask[:, :, :: self.stride, :: self.stride]
         y = self.conv3(self.conv2(y).relu_())
@@ -313,7 +316,7 @@ class FasterRCNN(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32
-        self.extent = float(config.caffe)  # what x2 - x1 lacks of the width
+        self.extent = float(config.caffe)  # the width of a box is x2 - x1 plus this
         self.stem = nn.ModuleDict({"conv1": nn.Conv2d(3, config.stem_channels, 7, 2, 3)})
         self.res2, self.res3, self.res4, self.res5 = (
             self._stage(incoming, width, outgoing, blocks, halve, dilate)
@@ -348,19 +351,21 @@ class FasterRCNN(nn.Module):
         return nn.ModuleList([first, *others])
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Puts the heavy convolutions into `dtype`. What decides about classes and boxes stays in float32."""
+        """Puts the heavy convolutions into `dtype`. The layers that decide about classes and boxes stay in float32."""
         self.dtype = dtype
         for module in (self.stem, self.res2, self.res3, self.res4, self.res5, self.rpn_head["conv"]):
             module.to(dtype)
 
     def grid_size(self, pixels: int) -> int:
-        """Cells of the feature map along a side of so many pixels."""
+        """Gives the number of cells of the feature map along a side of `pixels` pixels."""
         cells = (pixels + 1) // 2
         cells = cells // 2 if self.config.ceil_mode_pool else (cells + 1) // 2
         return math.ceil(cells / 4)
 
     def backbone(self, photos: Sequence[Tensor]) -> list[Tensor]:
-        """Feature maps `(1, C, h, w)` of photos `(3, H, W)` of any sizes, each what it is alone."""
+        """
+        Gives feature maps `(1, C, h, w)` of photos `(3, H, W)` of any sizes, each equal to that of the photo alone.
+        """
         height, width = (max(photo.shape[side] for photo in photos) for side in (1, 2))
         x = photos[0].new_zeros(len(photos), 3, height, width)
         mask = x.new_zeros(len(photos), 1, height, width)
@@ -373,7 +378,7 @@ class FasterRCNN(nn.Module):
         ceil = self.config.ceil_mode_pool
         if padded is not None:
             padded = padded[:, :, ::2, ::2]
-            # Zeros do not change the maximum of what relu left.
+            # After relu, zeros do not change a maximum.
             x = x * padded
             padded = padded[:, :, 1::2, 1::2] if ceil else padded[:, :, ::2, ::2]
         x = F.max_pool2d(x, 3, 2, 0 if ceil else 1, ceil_mode=ceil)
@@ -385,14 +390,17 @@ class FasterRCNN(nn.Module):
         ]
 
     def propose(self, features: Tensor, size: tuple[int, int], scale: float) -> Tensor:
-        """Proposals `(n, 4)` of one photo, best first. `size` is its height and width, `scale` how it was scaled."""
+        """
+        Gives proposals `(n, 4)` of one photo, best first. `size` is its height and width, `scale` the factor by which
+        it was scaled.
+        """
         config = self.config
         hidden = self.rpn_head["conv"](features).relu_().float()
         objectness = self.rpn_head["objectness_logits"](hidden)[0].permute(1, 2, 0).flatten()
         deltas = self.rpn_head["anchor_deltas"](hidden)[0].permute(1, 2, 0).reshape(-1, 4)
         boxes = self.decode(self.anchor_grid(*features.shape[2:]), deltas, config.rpn_box_weights)
         boxes = self.clip(boxes, size)
-        # Caffe measures in pixels of the photo, and drops small boxes before it counts.
+        # Caffe measures in pixels of the photo before scaling, and drops small boxes before it counts.
         smallest = config.rpn_min_size * (scale if config.caffe else 1)
         large = (boxes[:, 2:] - boxes[:, :2] + self.extent > smallest).all(1)
         rank = objectness.where(large, -math.inf) if config.caffe else objectness
@@ -402,12 +410,12 @@ class FasterRCNN(nn.Module):
         boxes = boxes[nms(self.with_extent(boxes), objectness, config.rpn_nms)[: config.rpn_after_nms]]
         if len(boxes):
             return boxes
-        # Nothing at all happens with odd photos and odd weights: then the whole photo is the region.
+        # Odd photos or odd weights may give no proposal at all: then the whole photo is the region.
         whole = boxes.new_tensor([[0, 0, size[1], size[0]]])
         return self.clip(whole, size)
 
     def anchor_grid(self, height: int, width: int) -> Tensor:
-        """Anchors `(height * width * A, 4)`: rows, columns, then the A shapes."""
+        """Gives the anchors `(height * width * A, 4)`: rows, columns, then the A shapes."""
         y, x = torch.meshgrid(
             *(torch.arange(n, device=self.anchors.device) + self.config.anchor_offset for n in (height, width)),
             indexing="ij",
@@ -416,7 +424,7 @@ class FasterRCNN(nn.Module):
         return (corners[:, :, None] + self.anchors).reshape(-1, 4)
 
     def decode(self, boxes: Tensor, deltas: Tensor, weights: Sequence[float]) -> Tensor:
-        """Moves and scales boxes `(n, 4)` by what a head predicts, `(n, 4)`."""
+        """Moves and scales boxes `(n, 4)` by the deltas that a head predicts, `(n, 4)`."""
         shift, growth = (deltas / deltas.new_tensor(weights)).split(2, 1)
         size = boxes[:, 2:] - boxes[:, :2] + self.extent
         center = boxes[:, :2] + size / 2 + shift * size
@@ -424,16 +432,17 @@ class FasterRCNN(nn.Module):
         return torch.cat((center - size / 2, center + size / 2), 1)
 
     def clip(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Clips boxes `(n, 4)` to a photo of this height and width."""
         height, width = (side - self.extent for side in size)
         return boxes.clamp(min=0).minimum(boxes.new_tensor((width, height, width, height)))
 
     def with_extent(self, boxes: Tensor) -> Tensor:
-        """Boxes whose overlap, taken as torchvision takes it, is what it is in this layout."""
+        """Gives boxes whose overlap, computed by torchvision, is the overlap that this layout defines."""
         return boxes + boxes.new_tensor((0, 0, self.extent, self.extent))
 
     def pool(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """Features `(n, D)` in float32 of boxes `(n, 4)`."""
-        features = features.float()  # roi_pool knows no bfloat16
+        """Gives the features `(n, D)` of boxes `(n, 4)`, in float32."""
+        features = features.float()  # roi_pool does not take bfloat16
         pooled = []
         for some in boxes.split(ROIS_AT_ONCE):
             x = roi_pool(features, [some], self.config.pool_size, 1 / STRIDE).to(self.dtype)
@@ -443,18 +452,21 @@ class FasterRCNN(nn.Module):
         return torch.cat(pooled)
 
     def classify(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Probabilities of the classes `(n, K)` and attributes `(n, A)`, without background and without "none"."""
+        """
+        Gives the probabilities of the classes `(n, K)` and attributes `(n, A)`, 0 to 1, without background and without
+        "none".
+        """
         logits = self.cls_score(features)
         probabilities = logits.softmax(1)[:, :-1]
         if not self.config.num_attributes:
             return probabilities, None
         embedded = self.cls_embedding(logits.argmax(1))
         logits = self.attr_score(self.fc_attr(torch.cat((features, embedded), 1)).relu())
-        # The two tools differ in whether "none" takes its share.
+        # In one of the two tools "none" takes part in the softmax, in the other not.
         return probabilities, logits.softmax(1)[:, :-1] if self.config.caffe else logits[:, :-1].softmax(1)
 
     def regress(self, features: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
-        """The boxes `(n, 4)` as the classes `(n,)` would have them."""
+        """Gives the boxes `(n, 4)` regressed for the classes `(n,)`."""
         deltas = self.bbox_pred(features).view(len(boxes), -1, 4)
         return self.decode(
             boxes, deltas[torch.arange(len(boxes), device=boxes.device), classes], self.config.box_weights

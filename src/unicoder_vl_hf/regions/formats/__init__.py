@@ -1,10 +1,10 @@
 """
-Region features as other tools leave them, one module a format.
+Formats of region features as other tools write them, one module a format.
 
 Each module has `NAME`, `matches(path)` (a look at the first bytes) and `items(path, **options)`, a generator of `Item`s
-in constant memory: an image with its place and its id, not yet decoded. What a format lacks is None in the record; ids
-are those of the source. Some also have `write(records, path)`, and `not_written(record)`: the fields that a record
-knows and the file will not.
+in constant memory: an image with its place and its id, not yet decoded. A field that a format lacks is None in the
+record; ids are those of the source. Some modules also have `write(records, path)`, and `not_written(record)`: the known
+fields of a record that the file cannot hold.
 """
 
 import inspect
@@ -55,7 +55,7 @@ FORMATS = {
         vlbert_json,
     )
 }
-# They hold no object ids, which names could be for.
+# These hold no object ids, so class names have no use.
 WITHOUT_CLASSES = (bottom_up_tsv, hdf5, scan_npy)
 
 __all__ = [
@@ -70,21 +70,21 @@ __all__ = [
     "read_records",
 ]
 
-# Those that have `provenance(path)`.
+# These have `provenance(path)`.
 SELF_DESCRIBING = tuple(module for module in FORMATS.values() if "provenance" in vars(module))
 
 
-# What errors add of a file that is of no format because it is damaged.
+# These describe the damage of a file that is recognised as no format for that reason.
 DAMAGE = (_lmdb.damage, _npz.damage, hdf5.damage)
 
 
 def detect_format(path: str | PathLike) -> str:
     """
-    Name of the format of a file or folder.
+    Detects the format of a file or folder and gives its name, a key of `FORMATS`.
 
     Raises:
         FileNotFoundError: There is nothing at `path`.
-        ValueError: No format, or more than one, matches, the file was cut short, or the folder is empty.
+        ValueError: No format matches, or more than one does, the file was cut short, or the folder is empty.
     """
     path = Path(path)
     if not path.exists():
@@ -104,15 +104,15 @@ def detect_format(path: str | PathLike) -> str:
 
 def read_items(path: str | PathLike, format: str | None = None, **options: Any) -> Generator[Item]:
     """
-    Images of a file or folder of any known format, one at a time and not yet decoded: what is broken is found when its
-    record is made, so that whoever reads may go on with the next one.
+    Yields the images of a file or folder of any known format, one at a time and not yet decoded. A broken image is
+    found when its record is made, so that the reader may go on with the next one.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
         format (`str`, *optional*): A key of `FORMATS`; None asks `detect_format`.
-        options: What the format's `items` takes: `feature_dtype`, and where the format has them `background`, if a tool
-            may have counted it, `index`, if it numbers its images, and `class_names`. All formats with object ids take
-            `class_names`, the name of each id; most need none to read.
+        options: Options of the format's `items`: `feature_dtype`, and, as far as the format has them, `background`
+            (whether ids count it), `index` (the ids of images that are numbered) and `class_names` (the name of each
+            object id). All formats with object ids take `class_names`; most do not need them to read.
 
     Raises:
         ValueError: The format is unknown or has no such option.
@@ -122,7 +122,7 @@ def read_items(path: str | PathLike, format: str | None = None, **options: Any) 
     if "class_names" not in known and module not in WITHOUT_CLASSES:
         options.pop("class_names", None)
     if unknown := options.keys() - known:
-        why = "; it has no object ids that could have names" * ("class_names" in unknown)
+        why = "; it has no object ids that could have names" if "class_names" in unknown else ""
         raise ValueError(f"{path}: this format has no option {sorted(unknown)}, only {sorted(known)}{why}.")
     check_dtype(options.get("feature_dtype"))
     return module.items(path, **options)
@@ -132,12 +132,12 @@ def read_records(
     path: str | PathLike, format: str | None = None, skip: Container[str] = (), **options: Any
 ) -> Iterator[RegionRecord]:
     """
-    Records of a file or folder of any known format, one at a time.
+    Yields the records of a file or folder of any known format, one at a time.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
         format (`str`, *optional*): A key of `FORMATS`; None asks `detect_format`.
-        skip (container of `str`): Ids of images to pass over, cheaply.
+        skip (container of `str`): Ids of images to skip without decoding them.
         options: See `read_items`.
 
     Raises:
@@ -153,7 +153,7 @@ def _records(items: Generator[Item], skip: Container[str]) -> Iterator[RegionRec
 
 
 def known_provenance(path: str | PathLike, format: str | None = None) -> dict[str, Any]:
-    """What a file or folder tells of its own provenance, as arguments of `RegionStoreWriter`."""
+    """Reads the provenance that a file or folder tells of itself, as arguments of `RegionStoreWriter`."""
     module = get_format(path, format)
     told = module.provenance(path) if module in SELF_DESCRIBING else {}
     return {"source_format": module.NAME} | told
@@ -161,7 +161,7 @@ def known_provenance(path: str | PathLike, format: str | None = None) -> dict[st
 
 def get_format(path: str | PathLike, format: str | None = None) -> Any:
     """
-    The module of a format.
+    Gives the module of a format.
 
     Raises:
         ValueError: The format is unknown.

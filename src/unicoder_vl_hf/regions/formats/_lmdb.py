@@ -1,9 +1,9 @@
 """
-The keys and values of an LMDB file, in order, by plain reads and without the library.
+A reader of the keys and values of an LMDB file, in order, by plain reads and without the library.
 
-The library maps the file and trusts it: on a damaged or truncated one the process dies of SIGBUS or SIGSEGV. It also
+The library maps the file and trusts it: on a damaged or truncated file the process dies of SIGBUS or SIGSEGV. It also
 refuses to open a file twice in a process, and its handles must not be carried over a fork. Here every offset is
-checked, a key follows the one before (so no loop of pages goes on for ever), and a value is read when it is asked for.
+checked, keys must ascend (so that a loop of pages ends), and a value is read only when it is asked for.
 
 The layout is that of LMDB 0.9 on 64-bit little-endian machines (`mdb.c`: MDB_page, MDB_node, MDB_meta). Left out:
 named databases and duplicate keys, which no format here has.
@@ -30,11 +30,11 @@ _MAGIC = 0xBEEFC0DE
 
 def entries(path: Path) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
     """
-    `(key, value)` of a file, or of `data.mdb` in a folder, by ascending key. Calling the value reads it, until the next
-    step.
+    Yields `(key, value)` of a file, or of `data.mdb` in a folder, by ascending key. Calling `value` reads the bytes; it
+    must be called before the next step.
 
     Raises:
-        ValueError: The file is no LMDB, damaged or cut short; the message names it.
+        ValueError: The file is no LMDB, or is damaged or cut short; the message names it.
     """
     path = path / "data.mdb" if path.is_dir() else path
     if not path.is_file():
@@ -61,7 +61,7 @@ def _whole(path: Path, value: Callable[[], bytes]) -> bytes:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with an LMDB whose first value nothing can tell; None where it is none, or whole."""
+    """Describes the damage of an LMDB whose first value cannot be read; None where the file is none, or is whole."""
     file = path / "data.mdb" if path.is_dir() else path
     try:
         with file.open("rb") as start:
@@ -79,7 +79,7 @@ def damage(path: Path) -> str | None:
 
 
 def first_value(path: Path, skip: bytes) -> bytes | None:
-    """The value of the first key other than `skip`; None where there is none, or no LMDB."""
+    """Gives the value of the first key other than `skip`; None where there is none, or the file is no LMDB."""
     try:
         return next((value() for key, value in entries(path) if key != skip), None)
     except (ValueError, OSError):
@@ -87,7 +87,7 @@ def first_value(path: Path, skip: bytes) -> bytes | None:
 
 
 def _newest_root(file: IO[bytes]) -> tuple[int, int]:
-    """Page size, and the root of the main database as of the last transaction."""
+    """Reads the page size, and the root of the main database as of the last transaction."""
     newest = (-1, _NO_PAGE)
     page_size = 0
     for number in range(2):

@@ -1,4 +1,4 @@
-"""What the formats of one .npz an image share."""
+"""Reading and writing that the formats of one .npz an image share."""
 
 import os
 import zipfile
@@ -15,12 +15,14 @@ from ._pickled import known
 from .items import Item
 from .restricted_pickle import load_npz
 
-# Of foreign bytes zipfile says NotImplementedError and UnicodeDecodeError too.
+# zipfile raises NotImplementedError and UnicodeDecodeError, too, on foreign bytes.
 ERRORS = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError)
 
 
 def members(path: str | os.PathLike) -> set[str]:
-    """Names of the arrays of an .npz, or of the first whole one of a folder; none where there is no such file."""
+    """
+    Gives the names of the arrays of an .npz, or of the first whole .npz of a folder; none where there is no such file.
+    """
     for file in _files(Path(path)):
         try:
             with zipfile.ZipFile(file) as archive:
@@ -31,7 +33,7 @@ def members(path: str | os.PathLike) -> set[str]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with an .npz whose members nothing can tell; None where it is none, or whole."""
+    """Describes the damage of an .npz whose members cannot be listed; None where the file is none, or is whole."""
     if path.suffix != ".npz" or not path.is_file():
         return None
     try:
@@ -45,8 +47,8 @@ def npz_items(
     path: str | os.PathLike, names: Collection[str], record: Callable[[str, dict[str, Any]], RegionRecord]
 ) -> Iterator[Item]:
     """
-    An image for one .npz, or for each of a folder by name, with its name as the image_id; `record(image_id, arrays)`
-    makes its record of those of `names` that are there and known.
+    Yields an image for one .npz, or for each .npz of a folder by name, with the name as its image_id; `record(image_id,
+    arrays)` makes its record of those arrays of `names` that are there and known.
 
     Raises:
         ValueError: There is no .npz.
@@ -67,10 +69,10 @@ def write_files(
     records: Iterable[RegionRecord], path: str | os.PathLike, arrays: Callable[[RegionRecord], Mapping[str, Any]]
 ) -> None:
     """
-    `arrays(record)` of each record to `<image_id>.npz` in a new folder, which gets its name when all is written.
+    Writes `arrays(record)` of each record to `<image_id>.npz` in a new folder, which gets its name when all is written.
 
     Raises:
-        ValueError: `path` exists, two ids are the same or one is no name of a file, or what `arrays` raises.
+        ValueError: `path` exists, two ids are the same, an id is no name of a file, or `arrays` raises it.
     """
     with new_folder(path) as folder:
         for record in records:

@@ -1,9 +1,9 @@
 """
-Numbers of foreign files whose type the file does not tell: bytes in base64, and arrays of bytes.
+Numbers of foreign files that do not tell their type: bytes in base64, and arrays of bytes.
 
-All tools that write features so write float32, but people save what they have: a matrix of float16 read as float32 is
-garbage of half the width, one of float64 of double. So bytes are taken for float32 only where they look like it: the
-magnitudes of features lie within a few powers of two of one another, those of misread bytes do not.
+All tools that write features so write float32, but files of other makers may hold another type: float16 read as float32
+is garbage of half the width, float64 garbage of double the width. So bytes are taken for float32 only where they look
+like it: the magnitudes of features lie within a few powers of two of one another, those of misread bytes do not.
 """
 
 import binascii
@@ -30,44 +30,50 @@ _TYPES: dict[str, tuple[int, Decode]] = {
 FEATURE_DTYPES = tuple(_TYPES)
 
 _SAMPLE = 1024  # bytes looked at from either end of a matrix
-_FEW = 16  # numbers other than zero, of which nothing is concluded
-# In powers of two, between the 10th and the 90th percentile of the magnitudes. Features have 3 to 8; float16 read as
-# float32 eight times as much, and bytes in the wrong order 200.
+_FEW = 16  # from fewer numbers other than zero nothing is concluded
+# The spread of magnitudes: powers of two between their 10th and 90th percentile. Features have 3 to 8; float16 read as
+# float32 has eight times as much, and bytes in the wrong order have 200.
 _SMALLEST_SPREAD, _USUAL_SPREAD, _LARGEST_SPREAD, _ABSURD_SPREAD = 1, 7, 12, 20
 _LARGEST_EXPONENT, _SMALLEST_EXPONENT = 26, -40
-_SMALLEST_COORDINATE = 1e-30  # what is smaller is a whole number, read as a fraction
+_SMALLEST_COORDINATE = 1e-30  # a smaller number is a whole number that was read as a fraction
 
 
 class OtherType(ValueError):
-    """Features are not of the type that was assumed or stated, which is not the fault of one image."""
+    """
+    An error that says that features are not of the type that was assumed or stated, which is not the fault of one
+    image.
+    """
 
 
 def decode(image_id: str, name: str, text: bytes | str) -> bytes:
     """
-    The bytes of base64, also where Python's `b'…'` is around it. Raises ValueError naming the image and the field.
+    Decodes base64 to bytes, also where Python's `b'…'` is around it. Raises ValueError naming the image and the field.
     """
     if isinstance(text, str):
         text = text[2:-1] if text.startswith(("b'", 'b"')) else text
     elif text.startswith((b"b'", b'b"')):
         text = text[2:-1]
     try:
-        return binascii.a2b_base64(text, strict_mode=True)  # which copies no text first, as base64 does
-    except ValueError as error:  # binascii's, and that of text that is no ASCII
+        return binascii.a2b_base64(text, strict_mode=True)  # unlike base64, it copies no text first
+    except ValueError as error:  # of binascii, or of text that is no ASCII
         raise ValueError(f"Image {image_id!r}: {name} is no base64 ({error}): the line may be cut short.") from None
 
 
 def matrix(image_id: str, name: str, text: bytes | str, n: int, dtype: str = "<f4") -> np.ndarray:
-    """`(n, columns)` from base64 of C-order numbers of a known type. Raises ValueError naming the image and field."""
+    """
+    Decodes `(n, columns)` numbers of a known type from base64, in C order. Raises ValueError naming the image and the
+    field.
+    """
     return _rows(image_id, name, decode(image_id, name, text), n, dtype)
 
 
 def coordinates(image_id: str, name: str, text: bytes | str, n: int) -> np.ndarray:
     """
-    Boxes `(n, 4)` from base64 of float32, or of numbers that their size and magnitude show to be another type: four
+    Decodes boxes `(n, 4)` from base64 of float32, or of numbers whose size and magnitude show another type: four
     numbers a box leave no doubt about the size, and whole numbers read as floats are below 1e-30.
 
     Raises:
-        ValueError: The bytes are no `n` rows; the message names the image and the field.
+        ValueError: The bytes are not `n` rows; the message names the image and the field.
     """
     data = decode(image_id, name, text)
     size = 8 if len(data) == 32 * n else 4
@@ -80,34 +86,34 @@ def coordinates(image_id: str, name: str, text: bytes | str, n: int) -> np.ndarr
 
 def features(image_id: str, name: str, text: bytes | str, n: int, dtype: str | None) -> np.ndarray:
     """
-    Features `(n, D)` from base64.
+    Decodes features `(n, D)` from base64.
 
     Args:
-        image_id, name (`str`): What errors name: the image and the field.
+        image_id, name (`str`): The image and the field, for errors.
         text (`bytes` or `str`): The base64.
         n (`int`): Number of rows.
-        dtype (`str`, *optional*): One of `FEATURE_DTYPES`. None: float32, if the values look like it.
+        dtype (`str`, *optional*): One of `FEATURE_DTYPES`; None takes float32 if the values look like it.
 
     Raises:
         OtherType: The bytes look like another type; the message names it.
-        ValueError: They are no `n` rows, or look like no type.
+        ValueError: The bytes are not `n` rows, or look like no type.
     """
     return _of_bytes(image_id, name, np.frombuffer(decode(image_id, name, text), np.uint8), n, dtype)
 
 
 def typed_features(image_id: str, name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
     """
-    Features from an array, which tells its type; bytes and other whole numbers are none, unless `dtype` states what
-    their bytes are.
+    Gives features from an array, which tells its type. An array of bytes or other whole numbers is refused, unless
+    `dtype` states the type of these bytes.
 
     Raises:
         OtherType: The array holds whole numbers and `dtype` is None, or floats of another type than `dtype`.
-        ValueError: Its bytes are no rows of numbers of `dtype`.
+        ValueError: The bytes are not rows of numbers of `dtype`.
     """
     if array.dtype.kind == "f":
         if dtype is not None and array.dtype != _PLAIN.get(dtype):
             raise OtherType(
-                f"Image {image_id!r}: {name} are {array.dtype} by the file's own word, not {dtype}: leave out "
+                f"Image {image_id!r}: {name} are {array.dtype} as the file says, not {dtype}: leave out "
                 "feature_dtype (--feature-dtype)."
             )
         return array
@@ -141,7 +147,7 @@ def _of_bytes(image_id: str, name: str, data: np.ndarray, n: int, dtype: str | N
     fits = data.size and not data.size % (size * n)
     if dtype is None and not (fits and _looks_usual(data)):
         found = _look_alike(_sample(data), n, data.size)
-        problem = _absurd(data, found) if fits else f"{data.size} bytes are not {rows}" * bool(found)
+        problem = _absurd(data, found) if fits else f"{data.size} bytes are not {rows}" if found else ""
         if problem and found:
             raise OtherType(f"Image {image_id!r}: {name} are no float32: {problem}{_advice(found)}.")
         if problem:
@@ -167,7 +173,7 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def _sample(data: np.ndarray) -> np.ndarray:
-    """Bytes of both ends of a matrix, from multiples of eight on; of a small one all."""
+    """Takes bytes from both ends of a matrix, at multiples of eight; from a small one all."""
     if data.size <= 2 * _SAMPLE:
         return data[: data.size // 8 * 8]
     start = (data.size - _SAMPLE) // 8 * 8
@@ -175,12 +181,15 @@ def _sample(data: np.ndarray) -> np.ndarray:
 
 
 def _looks_usual(data: np.ndarray) -> bool:
-    """A quick look: float32 as features are, and no pairs of bfloat16. Where it says no, more is computed."""
+    """
+    Tells, after a quick look, whether bytes are float32 as features are, and no pairs of bfloat16. If not, more is
+    computed.
+    """
     bits = _sample(data).view("<u4")
     exponents = _exponents(bits >> 23)
     if len(exponents) < _FEW:
         return not bits.any()
-    lower = _exponents(bits >> 7)  # of the lower halves: noise, or none, in float32
+    lower = _exponents(bits >> 7)  # exponents of the lower halves, which in float32 are noise or zero
     return (
         _spread(exponents) <= _USUAL_SPREAD
         and exponents[-1] <= 127 + _LARGEST_EXPONENT
@@ -190,7 +199,7 @@ def _looks_usual(data: np.ndarray) -> bool:
 
 
 def _exponents(bits: np.ndarray) -> np.ndarray:
-    """Exponents, the lowest eight bits, sorted; without those of zero, and of what is next to it."""
+    """Gives the exponents, the lowest eight bits, sorted; without those of zero and of numbers close to it."""
     exponents = bits.astype(np.uint8)
     exponents.sort()
     return exponents[exponents.searchsorted(1) :]
@@ -201,7 +210,10 @@ def _spread(exponents: np.ndarray) -> int:
 
 
 def _absurd(data: np.ndarray, found: dict[str, tuple[float, int]]) -> str:
-    """Why bytes are no features in float32, given what else they look like; empty where they may be."""
+    """
+    Says why bytes are no features in float32, given the other types that they look like; empty where they may be
+    features.
+    """
     bits = _sample(data).view("<u4")
     with np.errstate(invalid="ignore"):
         values = np.abs(bits.view("<f4").astype(np.float64))
@@ -223,13 +235,16 @@ def _absurd(data: np.ndarray, found: dict[str, tuple[float, int]]) -> str:
 
 
 def _look_alike(sample: np.ndarray, n: int, num_bytes: int) -> dict[str, tuple[float, int]]:
-    """Types other than float32 that bytes look like, the likeliest first: spread in powers of two, and columns."""
+    """
+    Finds the types other than float32 that bytes look like, the likeliest first: for each its spread in powers of two,
+    and the number of columns.
+    """
     found: dict[str, tuple[float, int]] = {}
     for name, (size, view) in _TYPES.items():
         if name != "float32" and not num_bytes % (size * n):
             with np.errstate(invalid="ignore", over="ignore"):
                 values = np.abs(view(sample).astype(np.float64))
-            # Numbers of another size leave noise, or nothing, in every second one.
+            # If the numbers have another size, every second one is noise or zero.
             spreads = [spread for phase in range(2) if (spread := _features_spread(values[phase::2])) is not None]
             if len(spreads) == 2:
                 found[name] = (max(spreads), num_bytes // (size * n))
@@ -237,7 +252,7 @@ def _look_alike(sample: np.ndarray, n: int, num_bytes: int) -> dict[str, tuple[f
 
 
 def _features_spread(magnitudes: np.ndarray) -> float | None:
-    """In powers of two, of what may be features; None of what is not."""
+    """Gives the spread of magnitudes, in powers of two, if they may be those of features; else None."""
     known = magnitudes[magnitudes > 0]
     if not np.isfinite(magnitudes).all() or len(np.unique(known)) < _FEW // 2:
         return None

@@ -1,4 +1,4 @@
-"""What several formats read alike: TSV, JSON, and side files."""
+"""Reading that several formats share: TSV, JSON, and side files."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from . import restricted_pickle
 from .items import Item, check_text, text_id
 from .restricted_pickle import brief
 
-MAX_BYTES = restricted_pickle.MAX_MEMBER_BYTES  # of one line, or one image, too: what is longer is no such file
+MAX_BYTES = restricted_pickle.MAX_MEMBER_BYTES  # the limit of one line, or one image, too
 
 
 def integer(image_id: str, name: str, text: bytes | str) -> int:
-    """A whole number from text. Raises ValueError naming the image and the field."""
+    """Reads a whole number from text. Raises ValueError naming the image and the field."""
     try:
         return int(text)
     except ValueError:
@@ -27,7 +27,7 @@ def integer(image_id: str, name: str, text: bytes | str) -> int:
 
 
 def num_boxes(image_id: str, text: bytes | str) -> int:
-    """The number of regions, n >= 1, from text. Raises ValueError naming the image."""
+    """Reads the number of regions, n >= 1, from text. Raises ValueError naming the image."""
     n = integer(image_id, "num_boxes", text)
     if n < 1:
         raise ValueError(f"Image {image_id!r}: num_boxes is {n}, expected at least 1: take the line out.")
@@ -35,7 +35,7 @@ def num_boxes(image_id: str, text: bytes | str) -> int:
 
 
 def from_json(source: str, text: bytes | str) -> Any:
-    """The value of a JSON text. Raises ValueError naming `source`, whatever is wrong with the text."""
+    """Reads the value of a JSON text. Raises ValueError naming `source`, whatever is wrong with the text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -43,27 +43,29 @@ def from_json(source: str, text: bytes | str) -> Any:
 
 
 def listed(path: str | os.PathLike) -> list[Path]:
-    """`path`, or what is in a folder, by name."""
+    """Lists `path` itself, or the contents of a folder, by name."""
     path = Path(path)
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def files(path: str | os.PathLike, suffix: str) -> list[Path]:
-    """Those of `listed` that have `suffix` among theirs: `a.tsv.0` has `.tsv`."""
+    """Lists the files of `listed` that have `suffix` among their suffixes: `a.tsv.0` has `.tsv`."""
     return [file for file in listed(path) if suffix in file.suffixes]
 
 
 def first_fields(path: Path, size: int = 4096) -> list[bytes]:
-    """Columns of the first line of a TSV, as far as its first `size` bytes go: lines may be megabytes."""
+    """Reads the columns of the first line of a TSV, within its first `size` bytes: lines may be megabytes."""
     with path.open("rb") as file:
         return file.read(size).split(b"\n", 1)[0].split(b"\t")
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each line that is not empty, with its end, after its place, `line <number>`."""
+    """Yields the lines that are not empty, each as its place, `line <number>`, and its bytes with the line end."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
-            if len(line) == MAX_BYTES and not line.endswith(b"\n"):  # `columns` refuses it; the next line is whole
+            if len(line) == MAX_BYTES and not line.endswith(
+                b"\n"
+            ):  # skip its rest: `columns` refuses it, and the next line is whole
                 while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
                     pass
             if line not in (b"\n", b"\r\n"):
@@ -71,11 +73,14 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def columns(line: bytes) -> list[bytes]:
-    """Columns of a line of a TSV. Raises ValueError where it has no end, or its first one, the image_id, is no text."""
-    # A cut may leave base64 of whole rows, so that the features would only be fewer.
+    """
+    Splits a line of a TSV into its columns. Raises ValueError where it has no line end, or its first column, the
+    image_id, is no text.
+    """
+    # A line that was cut short may hold base64 of whole rows: without this check it would just have fewer features.
     if not line.endswith(b"\n"):
         raise ValueError("the line has no end: the file was cut short, or is damaged.")
-    # The last column is as good as all of the line, and copied once.
+    # The last column is nearly all of the line, so it is copied only once.
     last, tail = line.rfind(b"\t"), line[-2:]
     end = len(line) - len(tail) + len(tail.rstrip(b"\r\n"))
     fields = [*line[:last].split(b"\t"), line[last + 1 : end]] if last >= 0 else [line[:end]]
@@ -85,8 +90,8 @@ def columns(line: bytes) -> list[bytes]:
 
 def tsv_items(path: str | os.PathLike, record: Callable[[str, list[bytes]], RegionRecord]) -> Iterator[Item]:
     """
-    An image for each line of a .tsv, or of all in a folder by name; `record(image_id, columns)` makes its record. The
-    first column is the image_id.
+    Yields an image for each line of a .tsv, or of all in a folder by name; `record(image_id, columns)` makes its
+    record. The first column is the image_id.
 
     Raises:
         ValueError: There is no .tsv, or all are empty.
@@ -107,16 +112,16 @@ def tsv_items(path: str | os.PathLike, record: Callable[[str, list[bytes]], Regi
 
 
 def first_column(line: bytes) -> bytes:
-    """The image_id of a line."""
+    """Gives the image_id of a line."""
     return line[: line.find(b"\t")] if b"\t" in line else line.rstrip(b"\r\n")
 
 
 def read_index(path: str | os.PathLike) -> dict[int, str]:
     """
-    Row → image_id of a side file: `{image_id: row}` in .pkl or .json, or the ids row by row in .json or text.
+    Reads row → image_id from a side file: `{image_id: row}` in .pkl or .json, or the ids row by row in .json or text.
 
     Raises:
-        ValueError: The file is damaged, or a row is no row or has two ids; the message names the file.
+        ValueError: The file is damaged, a row is no whole number, or two ids share a row; the message names the file.
     """
     path = Path(path)
     data = path.read_bytes()

@@ -1,4 +1,6 @@
-"""What the formats of pickled dicts share: LMDB of them, and fields that are numbers or text, arrays or base64."""
+"""
+Reading that the formats of pickled dicts share: LMDB of them, and fields that are numbers or text, arrays or base64.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +17,13 @@ from ._parsing import integer
 from .items import Item, broken, check_text, text_id
 from .restricted_pickle import brief
 
-KEYS = b"keys"  # the list of all ids, under which no image is
+KEYS = b"keys"  # the key of the list of all ids, which is no image
 
 
 def lmdb_items(path: str | os.PathLike, record: Callable[[str, dict[str, Any]], RegionRecord]) -> Iterator[Item]:
     """
-    An image for each pickled dict of an LMDB, whose key is the image_id; `record(image_id, fields)` makes its record of
-    the fields that are known. Where the file is damaged, a broken image ends it.
+    Yields an image for each pickled dict of an LMDB, whose key is the image_id; `record(image_id, fields)` makes its
+    record of the known fields. Where the file is damaged, a broken image comes last.
     """
 
     def load(image_id: str, key: bytes, value: Callable[[], bytes]) -> RegionRecord:
@@ -46,7 +48,7 @@ def lmdb_items(path: str | os.PathLike, record: Callable[[str, dict[str, Any]], 
 
 
 def known(fields: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The fields without those that are None, which some tools write for what they do not know."""
+    """Leaves out the fields that are None, which some tools write for unknown values."""
 
     def is_none(value: Any) -> bool:
         return value is None or (isinstance(value, np.ndarray) and value.dtype == object and value.item(0) is None)
@@ -55,7 +57,7 @@ def known(fields: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def first_fields(path: str | os.PathLike) -> set[str]:
-    """Names of the fields of an LMDB's first image; none where it is no LMDB of pickled dicts."""
+    """Gives the names of the fields of an LMDB's first image; none where the file is no LMDB of pickled dicts."""
     value = _lmdb.first_value(Path(path), KEYS) or b""
     if not value.startswith(b"\x80"):  # as every pickle by Python 3 does
         return set()
@@ -67,7 +69,7 @@ def first_fields(path: str | os.PathLike) -> set[str]:
 
 
 def whole_number(image_id: str, name: str, value: Any) -> int:
-    """An integer from text, a number, or an array of one. Raises ValueError naming the image and the field."""
+    """Reads an integer from text, a number, or an array of one. Raises ValueError naming the image and the field."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     if isinstance(value, str | bytes):
@@ -81,7 +83,7 @@ def whole_number(image_id: str, name: str, value: Any) -> int:
 
 
 def array(image_id: str, name: str, value: Any, n: int | None, dtype: str = "<f4") -> np.ndarray:
-    """An array as it is, or `(n, columns)` from base64. Raises ValueError naming the image and the field."""
+    """Gives an array as it is, or `(n, columns)` from base64. Raises ValueError naming the image and the field."""
     if isinstance(value, str | bytes):
         return matrix(image_id, name, value, _rows(image_id, name, n), dtype)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or not value.ndim:
@@ -90,14 +92,14 @@ def array(image_id: str, name: str, value: Any, n: int | None, dtype: str = "<f4
 
 
 def feature_array(image_id: str, name: str, value: Any, n: int | None, dtype: str | None) -> np.ndarray:
-    """Features from an array or base64; `dtype` as in `_numbers.features`. Raises ValueError likewise."""
+    """Gives features from an array or base64; `dtype` as in `_numbers.features`, and the same errors."""
     if isinstance(value, str | bytes):
         return features(image_id, name, value, _rows(image_id, name, n), dtype)
     return typed_features(image_id, name, array(image_id, name, value, n), dtype)
 
 
 def box_array(image_id: str, name: str, value: Any, n: int | None) -> np.ndarray:
-    """Boxes from an array or base64. Raises ValueError naming the image and the field."""
+    """Gives boxes from an array or base64. Raises ValueError naming the image and the field."""
     if isinstance(value, str | bytes):
         return coordinates(image_id, name, value, _rows(image_id, name, n))
     return array(image_id, name, value, n)
@@ -113,13 +115,14 @@ def foreground(
     image_id: str, name: str, probabilities: np.ndarray, background: bool | None, classes: int
 ) -> tuple[np.ndarray, bool]:
     """
-    Class probabilities without the background's, and whether there was one.
+    Gives class probabilities without that of the background, and tells whether there was one.
 
     Args:
-        image_id, name (`str`): What errors name: the image and the field.
-        probabilities (`np.ndarray` of shape `(n, columns)`): Of all classes, background first where it is one.
-        background (`bool`, *optional*): Whether it is. None: where there are `classes + 1` columns.
-        classes (`int`): How many the usual detector knows, with which `background` must not disagree.
+        image_id, name (`str`): The image and the field, for errors.
+        probabilities (`np.ndarray` of shape `(n, columns)`): Probabilities of all classes, 0 to 1; that of the
+            background, if there is one, comes first.
+        background (`bool`, *optional*): Whether there is one; None takes it so where there are `classes + 1` columns.
+        classes (`int`): Number of classes of the usual detector, which `background` must not contradict.
     """
     columns = probabilities.shape[-1]
     if background is None:
@@ -133,7 +136,7 @@ def foreground(
 
 
 def without_background(image_id: str, name: str, probabilities: np.ndarray) -> np.ndarray:
-    """Columns of class probabilities but the first. Raises ValueError naming the image and the field."""
+    """Gives all columns of class probabilities except the first. Raises ValueError naming the image and the field."""
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:
         raise ValueError(
             f"Image {image_id!r}: {name} have shape {probabilities.shape}, expected a row a region, and after the "

@@ -3,9 +3,9 @@ The TSV of bottom-up-attention (Anderson et al., 2018): a line an image, without
 
     image_id  image_w  image_h  num_boxes  boxes  features
 
-The last two are base64 of C-order float32: (n, 4) absolute x1 y1 x2 y2, and (n, D); files of people's own hold other
-types, which `_numbers` tells. There are no classes and no scores.
-Boxes are proposals in the original tool and regressed boxes in later ports; the file does not say which.
+The last two are base64 of C-order float32: (n, 4) x1 y1 x2 y2 in pixels, and (n, D); files of other makers may hold
+another type, which `_numbers` detects. There are no classes and no scores. Boxes are proposals in the original tool and
+regressed boxes in later ports; the file does not say which.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is a .tsv (or part of one: `.tsv.0`) of six columns, or a folder of such files."""
+    """Tells whether `path` is a .tsv (or part of one: `.tsv.0`) of six columns, or a folder of such files."""
     # The four columns before the base64 are short.
     fields = next((first_fields(file) for file in files(path, ".tsv")), [])
     return len(fields) in (5, 6) and all(field.isdigit() for field in fields[1:4])
 
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
-    """Images of a file, or of all .tsv files of a folder by name, a line at a time."""
+    """Yields the images of a file, or of all .tsv files of a folder by name, a line at a time."""
     return tsv_items(path, partial(_record, feature_dtype=feature_dtype))
 
 

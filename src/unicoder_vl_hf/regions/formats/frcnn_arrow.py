@@ -23,14 +23,14 @@ from .items import Item, broken
 
 NAME = "frcnn-arrow"
 COLUMNS = ("img_id", "preds_per_image", "boxes", "obj_ids", "obj_probs", "attr_ids", "attr_probs", "roi_features")
-MESSAGE = b"\xff\xff\xff\xff"  # with which each message of an Arrow stream begins
-# What pyarrow says of damaged files, beside errors of its own.
+MESSAGE = b"\xff\xff\xff\xff"  # the first bytes of each message of an Arrow stream
+# The errors that pyarrow raises on damaged files, beside its own.
 ERRORS = (OSError, EOFError, LookupError, ValueError, TypeError, OverflowError)
-END = MESSAGE + bytes(4)  # an empty one: without it Arrow takes a stream that was cut short for a whole one
+END = MESSAGE + bytes(4)  # an empty message: Arrow itself does not miss it in a stream that was cut short
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is an Arrow stream with these columns, or a folder in which the first .arrow is one."""
+    """Tells whether `path` is an Arrow stream with these columns, or a folder in which the first .arrow is one."""
     file = next(iter(_files(path)), None)
     if file is None:
         return False
@@ -41,7 +41,7 @@ def matches(path: str | PathLike) -> bool:
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Images of a file, or of all .arrow files of a folder by name, from their memory map.
+    Yields the images of a file, or of all .arrow files of a folder by name, from their memory map.
 
     Raises:
         ValueError: There is no such file.
@@ -77,11 +77,11 @@ def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator
 
 def _files(path: str | PathLike) -> list[Path]:
     path = Path(path)
-    return sorted(path.glob("*.arrow")) if path.is_dir() else [path] * path.is_file()
+    return sorted(path.glob("*.arrow")) if path.is_dir() else [path] if path.is_file() else []
 
 
 def _storage(column: Any) -> Any:
-    """The lists in an `Array2D`, which is one only where `datasets` was imported."""
+    """Gives the lists of an `Array2D`, which has that type only where `datasets` was imported."""
     return getattr(column, "storage", column)
 
 

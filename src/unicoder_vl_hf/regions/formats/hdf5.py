@@ -28,14 +28,14 @@ from .items import Item, broken
 NAME = "hdf5"
 SUFFIXES = (".hdf5", ".h5")
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-# What h5py says of damaged files, depending on where the damage is.
+# The errors that h5py raises on damaged files, depending on where the damage is.
 ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, MemoryError, OverflowError)
 
 logger = logging.get_logger(__name__)
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is an HDF5 file with `image_features`, or a folder in which the first one has them."""
+    """Tells whether `path` is an HDF5 file with `image_features`, or a folder in which the first such file has them."""
     file = next(iter(hdf5_files(path)), None)
     if file is None or not holds_hdf5(file):
         return False
@@ -52,17 +52,17 @@ def items(
     path: str | PathLike, *, index: str | PathLike | None = None, feature_dtype: str | None = None
 ) -> Iterator[Item]:
     """
-    Images of a file, or of all .hdf5 and .h5 of a folder by name, in the order of their rows.
+    Yields the images of a file, or of all .hdf5 and .h5 of a folder by name, in the order of their rows.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
-        index (`str` or `os.PathLike`, *optional*): `{image_id: row}` as .pkl or .json, if it is not beside the file as
-            `<name>_imgid2idx.pkl`. For a single file.
+        index (`str` or `os.PathLike`, *optional*): `{image_id: row}` of a single file as .pkl or .json, if it is not
+            beside the file as `<name>_imgid2idx.pkl`.
         feature_dtype (`str`, *optional*): Type of the features where the file holds their bytes.
 
     Raises:
         ImportError: h5py is not installed.
-        ValueError: There is no file, or no index, or it is damaged; the message names the file.
+        ValueError: There is no file or no index, or one of them is damaged; the message names the file.
     """
     h5py = optional_import("h5py", "hdf5")
     found = hdf5_files(path)
@@ -80,7 +80,7 @@ def items(
 
 
 def decoded(load: Callable[[], RegionRecord]) -> RegionRecord:
-    """What `load` makes. Raises ValueError in place of what h5py says of damaged files."""
+    """Gives the record that `load` makes. Raises ValueError in place of the errors of h5py on damaged files."""
     try:
         return load()
     except ERRORS as error:
@@ -88,7 +88,7 @@ def decoded(load: Callable[[], RegionRecord]) -> RegionRecord:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with an HDF5 file that cannot be opened; None where it is none, or whole."""
+    """Describes the damage of an HDF5 file that cannot be opened; None where the file is none, or is whole."""
     file = next(iter(hdf5_files(path)), None)
     if file is None or not holds_hdf5(file):
         return None
@@ -100,7 +100,7 @@ def damage(path: Path) -> str | None:
 
 
 def hdf5_files(path: str | PathLike) -> list[Path]:
-    """The .hdf5 and .h5 files that `path` is, or that are in it, by name."""
+    """Lists the .hdf5 and .h5 files that `path` is, or that are in it, by name."""
     return [file for file in listed(path) if file.suffix in SUFFIXES and file.is_file()]
 
 
@@ -157,7 +157,7 @@ def _range(image_id: str, row: int, arrays: Any, regions: int) -> slice:
 
 
 def check_size(image_id: str, array: Any, where: int | slice) -> None:
-    """Raises ValueError before reading, where a damaged header promises terabytes."""
+    """Raises ValueError, before anything is read, where a damaged header promises terabytes."""
     regions = where.stop - where.start if isinstance(where, slice) else array.shape[1]
     size = array.dtype.itemsize * max(regions * array.shape[-1], math.prod(array.chunks or ()))
     if size > MAX_BYTES:

@@ -4,13 +4,13 @@ The TSV of LXMERT (Tan and Bansal, 2019; its `extract_*_image.py` and `utils.loa
     img_id  img_h  img_w  objects_id  objects_conf  attrs_id  attrs_conf  num_boxes  boxes  features
 
 Height before width, unlike bottom-up-attention's. The arrays are base64: ids int64 (n,), 0-based and without
-background; the rest float32, boxes (n, 4) x1 y1 x2 y2 in pixels; files of people's own hold other types, which
-`_numbers` tells. Detectors without attributes leave these two columns out. A variant appends
+background; the rest float32, boxes (n, 4) x1 y1 x2 y2 in pixels; files of other makers may hold another type,
+which `_numbers` detects. Detectors without attributes leave these two columns out. A variant appends
 
     cls_prob  attrs  classes
 
-of shapes (n, 1601), (n, 401) and (n, 1601), whose column 0 is background. Of these a record has room for `cls_prob`;
-`classes` repeats it, and the attribute that leads in `attrs` is in `attrs_id`.
+of shapes (n, 1601), (n, 401) and (n, 1601), whose column 0 is background. A record keeps `cls_prob`; `classes`
+repeats it, and the most probable attribute of `attrs` is in `attrs_id`.
 """
 
 from base64 import b64encode
@@ -35,7 +35,7 @@ LAYOUTS = {len(fields): fields for fields in (FIELDS, VARIANT_FIELDS, WITHOUT_AT
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is a .tsv (or part of one: `.tsv.0`) with LXMERT's columns, or a folder of such files."""
+    """Tells whether `path` is a .tsv (or part of one: `.tsv.0`) with LXMERT's columns, or a folder of such files."""
     # Enough for the eight columns before the boxes, of a thousand regions.
     fields = next((first_fields(file, 2**16) for file in files(path, ".tsv")), [])
     for count in (7, 5):  # the column num_boxes, with and without attributes
@@ -47,32 +47,32 @@ def matches(path: str | PathLike) -> bool:
 
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
-    """Images of a file, or of all .tsv files of a folder by name, a line at a time."""
+    """Yields the images of a file, or of all .tsv files of a folder by name, a line at a time."""
     return tsv_items(path, partial(_record, feature_dtype=feature_dtype))
 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     """
-    Writes the ten columns to a new file, for LXMERT's own loader. It has no word for unknown: unknown classes and
-    attributes become id -1 with confidence 0, which reading undoes. Features become float32; class probabilities
-    are left out; boxes are clipped to the image, since LXMERT refuses what is a pixel outside.
+    Writes the ten columns to a new file, for LXMERT's own loader. The format has no value for unknown: unknown classes
+    and attributes become id -1 with confidence 0, which reading undoes. Features become float32; class probabilities
+    are left out; boxes are clipped to the image, since LXMERT refuses boxes that are a pixel outside.
 
     Args:
-        records (iterable of `RegionRecord`): With image size and boxes.
-        path (`str` or `os.PathLike`): The file, complete or not there at all.
+        records (iterable of `RegionRecord`): Records with image size and boxes.
+        path (`str` or `os.PathLike`): The new file, which appears whole or not at all.
 
     Raises:
-        ValueError: `path` exists or does not end in .tsv, or a record lacks what LXMERT needs.
+        ValueError: `path` exists or does not end in .tsv, or a record lacks boxes or the image size.
     """
     if Path(path).suffix != ".tsv":
-        raise ValueError(f"{path}: LXMERT reads files of the name *.tsv, expected such as {Path(path).name}.tsv.")
+        raise ValueError(f"{path}: LXMERT reads files that end in .tsv, expected such as {Path(path).name}.tsv.")
     with new_file(path) as file:
         for record in records:
             file.write(_line(record))
 
 
 def not_written(record: RegionRecord) -> list[str]:
-    """The class probabilities; and scores without ids, which are read as unknown."""
+    """Names the class probabilities, and scores without ids, which are read as unknown."""
     lost = ["class_probabilities"]
     for ids, scores in (("object_ids", "object_scores"), ("attribute_ids", "attribute_scores")):
         known = getattr(record, ids)

@@ -32,14 +32,15 @@ OPTIONAL = {
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is such an .npz, or a folder in which the first .npz is one."""
+    """Tells whether `path` is such an .npz, or a folder in which the first .npz is one."""
     names = members(path)
     return all(name in names for name in REQUIRED if name != "bbox") and bool({"bbox", "boxes"} & names)
 
 
 def items(path: str | PathLike, *, background: bool = False, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Images of one file, or of all .npz files of a folder by name. The image_id is the file's name without `.npz`.
+    Yields the images of one file, or of all .npz files of a folder by name. The image_id is the file's name without
+    `.npz`.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
@@ -52,7 +53,7 @@ def items(path: str | PathLike, *, background: bool = False, feature_dtype: str 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     """
-    Writes a folder of .npz files, with `info` as the tool has it. Class probabilities are left out.
+    Writes a folder of .npz files, with `info` as the tool writes it. Class probabilities are left out.
 
     Raises:
         ValueError: `path` exists, or a record lacks boxes or the image size, or has an image_id that is no file name.
@@ -61,7 +62,7 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
 
 
 def not_written(record: RegionRecord) -> list[str]:
-    """The class probabilities."""
+    """Names the class probabilities."""
     return [] if record.class_probabilities is None else ["class_probabilities"]
 
 

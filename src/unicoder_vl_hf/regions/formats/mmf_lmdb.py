@@ -15,11 +15,11 @@ NAME = "mmf-lmdb"
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is an LMDB (its folder or file) whose first value is a pickled dict as MMF makes it."""
+    """Tells whether `path` is an LMDB (its folder or file) whose first value is a pickled dict as MMF makes it."""
     fields = first_fields(path)
     return {"feature_path", "features"} <= fields and "boxes" not in fields
 
 
 def items(path: str | PathLike, *, background: bool | None = None, feature_dtype: str | None = None) -> Iterator[Item]:
-    """Images by ascending key. Nothing of a pickle is executed. The options are those of `mmf_npy.items`."""
+    """Yields the images by ascending key. Nothing of a pickle is executed. The options are those of `mmf_npy.items`."""
     return lmdb_items(path, partial(record, background=background, feature_dtype=feature_dtype))

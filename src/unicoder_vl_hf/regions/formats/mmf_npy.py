@@ -31,15 +31,15 @@ logger = logging.get_logger(__name__)
 
 NAME = "mmf-npy"
 INFO = "_info.npy"
-VG_CLASSES = 1600  # of Visual Genome, with which MMF's detectors were trained
-MOST_REGIONS = 1000  # in an array without its `_info.npy`: one of more rows holds images, and not regions
+VG_CLASSES = 1600  # of Visual Genome, on which MMF's detectors were trained
+MOST_REGIONS = 1000  # of an array without `_info.npy`: with more rows it holds images, not regions
 _MATRIX = re.compile(rb"'descr': '[<>|=]f\d', .*'shape': \((\d{1,9})L?, \d+L?\)")
 
 
 def matches(path: str | PathLike) -> bool:
     """
-    Whether `path` is an .npy with its `_info.npy` beside it, or a matrix of floats of `MOST_REGIONS` rows at most, or a
-    folder in which, or in a folder of which, the first .npy is one.
+    Tells whether `path` is an .npy with its `_info.npy` beside it, or a matrix of floats of `MOST_REGIONS` rows at
+    most, or a folder whose first .npy (in it, or in a folder of it) is one of these.
     """
     path = Path(path)
     if not path.is_dir():
@@ -56,12 +56,13 @@ def _is_matrix(path: Path) -> bool:
 
 def items(path: str | PathLike, *, background: bool | None = None, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Images of one .npy, or of all in a folder and below by name. The image_id is the path in that folder without .npy.
+    Yields the images of one .npy, or of all in a folder and below by name. The image_id is the path in that folder
+    without .npy.
 
     Args:
         path (`str` or `os.PathLike`): The file of features, or the folder.
-        background (`bool`, *optional*): Whether `objects` and `cls_prob` count background as 0. None: where `cls_prob`
-            has a column more than Visual Genome has classes.
+        background (`bool`, *optional*): Whether `objects` and `cls_prob` count background as 0; None takes it so where
+            `cls_prob` has one column more than Visual Genome has classes.
         feature_dtype (`str`, *optional*): Type of the features where the files hold their bytes.
 
     Raises:
@@ -94,7 +95,7 @@ def items(path: str | PathLike, *, background: bool | None = None, feature_dtype
 def record(
     image_id: str, fields: dict[str, Any], background: bool | None, feature_dtype: str | None = None
 ) -> RegionRecord:
-    """Makes the record of MMF's fields that are known. Raises ValueError naming the image and the field."""
+    """Makes the record of the known fields of MMF. Raises ValueError naming the image and the field."""
 
     def given(name: str) -> np.ndarray | None:
         return array(image_id, name, fields[name], None) if name in fields else None
@@ -105,7 +106,7 @@ def record(
         logging.warn_once(
             logger,
             "MMF's frcnn script stores the size of the RESIZED photo beside boxes of the original: the locations of "
-            "what it wrote are wrong by that scale.",
+            "its regions are wrong by that scale.",
         )
     if probabilities is not None:
         probabilities, background = foreground(image_id, "cls_prob", probabilities, background, VG_CLASSES)

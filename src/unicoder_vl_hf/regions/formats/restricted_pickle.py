@@ -1,11 +1,11 @@
 """
-Arrays out of pickles, .npy and .npz of unknown origin, of which nothing is executed.
+A reader of arrays in pickles, .npy and .npz of unknown origin that executes nothing of them.
 
-`pickle` runs whatever a file says. Here a machine of our own reads the opcodes and can make numbers, text, lists,
-tuples, dicts and arrays; it never imports a name, so there is nothing to escape to. Memory stays in proportion to the
-data: no array is allocated that is not there, and what is nested is only stored, neither walked nor hashed nor printed:
-lists that hold each other have no end, or one of 10**20 words.
-NumPy's .npy reader is replaced for the same reasons: a lying header costs it memory, and it raises whatever it likes.
+`pickle` runs whatever a file says. Here a machine of our own reads the opcodes and makes numbers, text, lists, tuples,
+dicts and arrays, and nothing else; it never imports a name, so that no file can run code. Memory stays in proportion to
+the data: an array is only a view of bytes that are there, and nested values are stored, but neither walked nor hashed
+nor printed, since lists that hold each other have no end, or one of 10**20 words. NumPy's reader of .npy is replaced
+for the same reasons: a false header costs it memory, and it raises errors of any kind.
 """
 
 import ast
@@ -21,16 +21,19 @@ from typing import IO, Any
 
 import numpy as np
 
-MAX_MEMBER_BYTES = 2**28  # of an .npz, unpacked: 300 times what 100 regions of 2048 float32 take
-MAX_OPCODES = 5_000_000  # of a pickle, some 20 s; a side file of a million ids has fewer
-_CORE = ("numpy.core", "numpy._core")  # before NumPy 2, and since
+MAX_MEMBER_BYTES = 2**28  # limit of an unpacked member of an .npz: 300 times the size of 100 regions of 2048 float32
+MAX_OPCODES = 5_000_000  # limit of a pickle, some 20 s; a side file of a million ids has fewer
+_CORE = ("numpy.core", "numpy._core")  # before NumPy 2, and from NumPy 2 on
 _GLOBALS = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
     # How Python 3 writes bytes for Python 2: as encoded text, and empty ones as a call without arguments.
     ("_codecs", "encode"): "encode",
     ("__builtin__", "bytes"): "bytes",
-    ("collections", "OrderedDict"): "OrderedDict",  # what csv.DictReader yielded until Python 3.8, hence Volta's values
+    (
+        "collections",
+        "OrderedDict",
+    ): "OrderedDict",  # csv.DictReader yielded it before Python 3.8, so Volta's values are such
     **{(f"{core}.multiarray", name): name for core in _CORE for name in ("_reconstruct", "scalar")},
     **{(f"{core}.numeric", "_frombuffer"): "_frombuffer" for core in _CORE},
 }
@@ -46,14 +49,15 @@ _NPY_HEADER = re.compile(
 
 def load(data: bytes, source: str) -> Any:
     """
-    The value of a pickle of any protocol: numbers, text, lists, tuples, dicts, and NumPy's arrays and scalars.
+    Reads the value of a pickle of any protocol: numbers, text, lists, tuples, dicts, and arrays and scalars of NumPy.
 
     Args:
         data (`bytes`): The pickle. Arrays may be read-only views of it.
-        source (`str`): What errors call it: the file, and the place in it.
+        source (`str`): The file and the place in it, for errors.
 
     Raises:
-        ValueError: The pickle is damaged, or names anything else; the message names `source` and the name.
+        ValueError: The pickle is damaged, or names any other type or function; the message tells `source` and that
+            name.
     """
     try:
         return _run(bytes(data))
@@ -63,10 +67,10 @@ def load(data: bytes, source: str) -> Any:
 
 def load_npy(data: bytes, source: str) -> np.ndarray:
     """
-    The array of an .npy file (or member of an .npz); an array of one object is unpickled with `load`.
+    Reads the array of an .npy file (or member of an .npz); an array of one object is unpickled with `load`.
 
     Raises:
-        ValueError: The file is damaged, or see `load`; the message names `source`.
+        ValueError: The file is damaged, or `load` raises it; the message names `source`.
     """
     length_bytes = 2 if data[6:7] == b"\x01" else 4
     start = 8 + length_bytes
@@ -88,11 +92,11 @@ def load_npy(data: bytes, source: str) -> np.ndarray:
 
 def load_npz(file: Path | IO[bytes], source: str, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """
-    The members of an .npz, or those of `names` that are there. Pickled ones are read with `load`.
+    Reads the members of an .npz, or those of `names` that are there. Pickled ones are read with `load`.
 
     Raises:
-        ValueError: The file is damaged, a member unpacks to more than `MAX_MEMBER_BYTES`, or see `load`; the message
-            names `source` and the member.
+        ValueError: The file is damaged, a member unpacks to more than `MAX_MEMBER_BYTES`, or `load` raises it; the
+            message names `source` and the member.
     """
     arrays = {}
     try:
@@ -106,7 +110,7 @@ def load_npz(file: Path | IO[bytes], source: str, names: Collection[str] | None 
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(f"{name} is packed by method {member.compress_type}, which np.savez never does")
                 arrays[name] = load_npy(archive.read(member), f"{source}, member {name!r}")
-    # zipfile says RuntimeError of encrypted members, and NotImplementedError of versions that it does not know.
+    # zipfile raises RuntimeError on encrypted members, and NotImplementedError on versions that it does not know.
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -116,7 +120,7 @@ def load_npz(file: Path | IO[bytes], source: str, names: Collection[str] | None 
 
 
 def brief(value: Any) -> str:
-    """What errors show of a value that was read."""
+    """Describes a value that was read, briefly, for errors."""
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape} and type {value.dtype}"
     if value is None or isinstance(value, (str, bytes, int, float, np.generic)):
@@ -125,7 +129,9 @@ def brief(value: Any) -> str:
 
 
 class _Unbuilt:
-    """What REDUCE made and BUILD will complete. None is left at the end of a pickle that pickle itself wrote."""
+    """
+    An object that REDUCE made and BUILD will complete. None is left at the end of a pickle that pickle itself wrote.
+    """
 
     def __init__(self, build: Callable[[tuple], Any]):
         self.build = build
@@ -133,7 +139,7 @@ class _Unbuilt:
 
 
 class _Global(str):
-    """One of `_GLOBALS`: its last name, which no string of the pickle can pass for."""
+    """A name of `_GLOBALS`, as its last part; no string of the pickle can pass for one."""
 
 
 def _run(data: bytes) -> Any:
@@ -141,14 +147,14 @@ def _run(data: bytes) -> Any:
     marks: list[list[Any]] = []  # the stacks below each MARK
     memo: dict[int, Any] = {}
     unbuilt = 0
-    # A cache, lest one text that is encoded a million times becomes a million byte strings.
+    # A cache, so that one text that is encoded a million times does not become a million byte strings.
     encode = functools.cache(lambda text: text.encode("latin-1"))
     argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if count == MAX_OPCODES:
             raise ValueError(f"it has more than {MAX_OPCODES} opcodes, expected few and large arrays")
         match opcode.name:
-            case name if name in _VALUES:  # cases are tried in turn: the usual ones first
+            case name if name in _VALUES:  # cases are tried in turn, so the usual ones come first
                 stack.append(argument)
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
@@ -231,8 +237,8 @@ def _global(module: Any, name: Any) -> _Global:
         raise ValueError(f"it names something by {brief(module)} and {brief(name)}, expected text")
     if (module, name) not in _GLOBALS:
         raise ValueError(
-            f"it names {module}.{name}, and only arrays, numbers, text, lists, tuples and dicts are read, lest the "
-            "file run code"
+            f"it names {module}.{name}, and only arrays, numbers, text, lists, tuples and dicts are read: any "
+            "other name could run code"
         )
     return _Global(_GLOBALS[module, name])
 
@@ -259,7 +265,10 @@ def _call(function: Any, arguments: tuple, encode: Callable[[str], bytes]) -> An
 
 
 def _dtype_of_state(code: str, state: tuple) -> np.dtype:
-    """State: version, byte order, and what only structured types, or those with metadata, have."""
+    """
+    Gives the dtype of a state: version, byte order, and fields that only structured types, or those with metadata,
+    have.
+    """
     _, order, *structure = state
     if order not in ("<", ">", "|", "=") or any(part is not None for part in structure[:3]) or len(structure) > 6:
         raise ValueError(f"dtype {code!r:.80} has a structure, expected plain numbers or text")
@@ -267,7 +276,7 @@ def _dtype_of_state(code: str, state: tuple) -> np.dtype:
 
 
 def dtype_of(code: Any) -> np.dtype:
-    """The dtype of a code such as `<f4`: numbers, text, or one object. Raises ValueError on anything else."""
+    """Gives the dtype of a code such as `<f4`: numbers, text, or one object. Raises ValueError on any other."""
     if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([biufSU]\d{1,9}|O8?)", code):
         raise ValueError(f"dtype {brief(code)} is not read, expected plain numbers or text")
     return np.dtype(code)
@@ -279,12 +288,14 @@ def _array_of_state(encode: Callable[[str], bytes], state: tuple) -> np.ndarray:
 
 
 def array_of(dtype: np.dtype, shape: Any, data: Any, fortran: bool = False) -> np.ndarray:
-    """A view of `data`, which must be just what the shape takes; or of one object, in a list."""
+    """
+    Gives a view of `data`, which must be exactly as long as the shape takes; or an array of one object, from a list.
+    """
     if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 32:
         raise ValueError(f"an array has as shape {brief(shape)}, expected a tuple of sizes")
     count = math.prod(shape)
     if dtype.kind == "O":
-        # One is what np.save makes of a dict. More could refer to each other over and over.
+        # np.save makes an array of one object of a dict. More objects could refer to each other over and over.
         if not isinstance(data, list) or len(data) != 1 or count != 1:
             raise ValueError(f"an array of objects has shape {shape}, expected a single object")
         array = np.empty(1, object)
@@ -308,7 +319,7 @@ def _update(target: Any, items: list) -> dict:
     if type(target) is not dict:
         raise ValueError(f"it sets items of a {type(target).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Nothing nested, which hashing would descend into.
+        # A nested key would be hashed all the way down.
         if not isinstance(key, (str, bytes, int, np.number)):
             raise ValueError(f"a dict has a key of type {type(key).__name__}, expected text or a number")
         target[key] = value

@@ -2,9 +2,9 @@
 The features of SCAN (Lee et al., 2018; its `util/convert_data.py` and `data.py`): `<split>_ims.npy`, an array
 (images, 36, D), beside `<split>_caps.txt`, five lines an image.
 
-The image_id is the number of the image, by which `data.py` joins captions, unless names are given. Boxes, classes and
-scores are gone. Older files repeat each image five times, once a caption; `data.py` knows them by their length, this
-module by the five equal rows.
+The image_id is the number of the image, by which `data.py` joins captions, unless names are given. There are no boxes,
+classes and scores. Older files repeat each image five times, once a caption; `data.py` recognises them by their length,
+this module by the five equal rows.
 """
 
 import mmap
@@ -29,7 +29,10 @@ CAPTIONS = 5
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is a three-dimensional array `<split>_ims.npy`, or a folder in which the first one is."""
+    """
+    Tells whether `path` is a three-dimensional array `<split>_ims.npy`, or a folder in which the first such file is
+    one.
+    """
     file = next(iter(_files(path)), None)
     if file is None:
         return False
@@ -41,7 +44,8 @@ def items(
     path: str | PathLike, *, index: str | PathLike | None = None, feature_dtype: str | None = None
 ) -> Iterator[Item]:
     """
-    Images of one file, from its memory map. A folder must hold one only: the ids of several would be the same numbers.
+    Yields the images of one file, from its memory map. A folder must hold one such file only: the ids of several would
+    be the same numbers.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
@@ -80,7 +84,7 @@ def _rows(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         if not path.stat().st_size:
             raise ValueError(f"{path} is empty.")
-        # The map is as good as bytes to the reader of untrusted .npy files, which copies nothing.
+        # The reader of untrusted .npy files takes the map for bytes, and copies nothing.
         rows = load_npy(cast(bytes, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), str(path))
     if rows.ndim != 3:
         raise ValueError(f"{path} has shape {rows.shape}, expected (images, regions, D).")

@@ -43,21 +43,22 @@ _IMAGES_PER_COMMIT = 1000
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is an LMDB (its folder or file) whose first value is an .npz or a map in msgpack."""
+    """Tells whether `path` is an LMDB (its folder or file) whose first value is an .npz or a map in msgpack."""
     value = _lmdb.first_value(Path(path), KEYS) or b""
-    # A pickle begins with 0x80 too, which in msgpack is an empty map.
+    # A pickle begins with 0x80, too, which in msgpack is an empty map.
     return value.startswith(b"PK") or b"\x81" <= value[:1] <= b"\x8f"
 
 
 def provenance(path: str | PathLike) -> dict[str, Any]:
-    """The thresholds that the folder's name tells."""
+    """Gives the thresholds that the folder's name tells."""
     thresholds = _thresholds(_folder_name(Path(path)))
     return {"thresholds": thresholds} if thresholds else {}
 
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Images by ascending key. The image_id is the key without `.npz`. In a folder of another name all rows are read.
+    Yields the images by ascending key. The image_id is the key without `.npz`. In a folder of another name all rows are
+    read.
 
     Raises:
         ValueError: The JSON file beside the folder is malformed; the message names it.
@@ -84,16 +85,16 @@ def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     """
     Writes a folder that UNITER's loader reads: all rows of each record, and the JSON file of their numbers beside it.
-    See `uniter_npz.arrays_of` for what is in it.
+    See `uniter_npz.arrays_of` for the arrays.
 
     Args:
-        records (iterable of `RegionRecord`): With boxes.
-        path (`str` or `os.PathLike`): The folder, whose name UNITER makes of its options: `feat_th0.2_max100_min10`,
-            `feat_numbb36`, and with `_compressed` behind it for .npz in place of msgpack.
+        records (iterable of `RegionRecord`): Records with boxes.
+        path (`str` or `os.PathLike`): The new folder, whose name UNITER makes of its options:
+            `feat_th0.2_max100_min10` or `feat_numbb36`, with `_compressed` behind it for .npz in place of msgpack.
 
     Raises:
-        ValueError: `path` has another name, it or the JSON file is there already, or a record lacks boxes, has too long
-            an id, one that came before or, for `numbb`, another number of regions.
+        ValueError: `path` has another name, it or the JSON file exists already, or a record lacks boxes, has an id that
+            is too long or came before, or, for `numbb`, has another number of regions.
     """
     path = Path(path).absolute()
     name = _folder_name(path)
@@ -134,7 +135,7 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
 
 
 def _folder_name(path: Path) -> str:
-    """Of the folder that holds `data.mdb`, which `path` is or is in, without `_compressed`."""
+    """Gives the name of the folder that holds `data.mdb`, without `_compressed`; `path` is the folder or that file."""
     path = path.absolute()
     return (path.parent if path.name == "data.mdb" else path).name.removesuffix("_compressed")
 
@@ -153,7 +154,7 @@ def _counts_file(path: Path, name: str) -> Path:
 
 
 def _counts(path: Path, name: str) -> dict[str, int]:
-    """Key → number of regions, from the file beside a folder of filtered regions; empty where it is not."""
+    """Reads key → number of regions from the file beside a folder of filtered regions; empty where there is none."""
     file = _counts_file(path.absolute(), name)
     if not _FILTERED.fullmatch(name) or not file.is_file():
         return {}
@@ -164,7 +165,7 @@ def _counts(path: Path, name: str) -> dict[str, int]:
 
 
 def _num_regions(image_id: str, name: str, arrays: dict[str, Any], count: int | None) -> int | None:
-    """How many rows to use; None: all."""
+    """Gives the number of rows to use; None for all."""
     if fixed := _FIXED.fullmatch(name):
         return int(fixed[1])
     if name != "all":
@@ -180,7 +181,7 @@ def _decode(image_id: str, value: bytes) -> dict[str, Any]:
         return load_npz(io.BytesIO(value), f"image {image_id!r}", ARRAYS)
     msgpack = optional_import("msgpack", "lmdb")
     try:
-        # An image has few arrays, of few dimensions. What announces more would cost memory before it is found out.
+        # An image has few arrays, of few dimensions. A value that claims more would take memory before it is refused.
         arrays = msgpack.unpackb(value, object_hook=_decode_array, max_array_len=64, max_map_len=64)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"Image {image_id!r}: the msgpack cannot be read: {error}.") from error
@@ -190,7 +191,7 @@ def _decode(image_id: str, value: bytes) -> dict[str, Any]:
 
 
 def _decode_array(fields: dict[Any, Any]) -> Any:
-    """What msgpack_numpy makes of an array or scalar; other maps stay."""
+    """Decodes an array or scalar as msgpack_numpy writes it; other maps stay."""
     if b"nd" not in fields:
         return fields
     shape = tuple(fields[b"shape"]) if fields[b"nd"] else (1,)
@@ -199,7 +200,7 @@ def _decode_array(fields: dict[Any, Any]) -> Any:
 
 
 def _msgpack_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """As msgpack_numpy would."""
+    """Encodes arrays as msgpack_numpy would."""
     fields = {
         name: {b"nd": True, b"type": a.dtype.str, b"kind": b"", b"shape": a.shape, b"data": a.tobytes()}
         for name, a in arrays.items()

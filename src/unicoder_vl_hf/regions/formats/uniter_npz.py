@@ -25,18 +25,21 @@ ARRAYS = ("features", "norm_bb", "conf", "soft_labels")
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is such an .npz, or a folder in which the first .npz is one."""
+    """Tells whether `path` is such an .npz, or a folder in which the first .npz is one."""
     return {"features", "norm_bb"} <= members(path)
 
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
-    """Images of one file, or of all .npz files of a folder by name, which is the image_id without `.npz`."""
+    """
+    Yields the images of one file, or of all .npz files of a folder by name. The image_id is the file's name without
+    `.npz`.
+    """
     return npz_items(path, ARRAYS, partial(record, feature_dtype=feature_dtype))
 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
     """
-    Writes a folder of .npz files. See `arrays_of` for what is in them.
+    Writes a folder of .npz files. See `arrays_of` for the arrays in them.
 
     Raises:
         ValueError: `path` exists, or a record lacks boxes or has an image_id that is no file name.
@@ -45,7 +48,10 @@ def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:
 
 
 def not_written(record: RegionRecord) -> list[str]:
-    """The image size; attributes; object classes other than the most probable ones, which `record` takes them from."""
+    """
+    Names the image size, the attributes, and object classes that are not the most probable ones, from which `record`
+    takes them.
+    """
     lost = ["image_width", "image_height", "attribute_ids", "attribute_scores"]
     ids, probabilities = record.object_ids, record.class_probabilities
     if probabilities is None or ids is None or (probabilities.argmax(axis=1) != ids).any():
@@ -57,7 +63,7 @@ def record(
     image_id: str, arrays: Mapping[str, Any], num_regions: int | None = None, feature_dtype: str | None = None
 ) -> RegionRecord:
     """Makes the record of the first `num_regions` rows. Raises ValueError naming the image and the field."""
-    # Other members are passed over: np.savez made a stray one of its keyword argument.
+    # Other members are left out: np.savez made a stray one of its keyword argument.
     found = {name: array(image_id, name, arrays[name], None)[:num_regions] for name in ARRAYS if name in arrays}
     missing = [name for name in ("features", "norm_bb") if name not in found]
     if missing:
@@ -76,8 +82,8 @@ def record(
 
 def arrays_of(record: RegionRecord) -> dict[str, np.ndarray]:
     """
-    UNITER's arrays of a record: `conf` and `soft_labels` where the scores and class probabilities are known. The
-    background gets what the other classes leave.
+    Gives the arrays of UNITER for a record, with `conf` and `soft_labels` where the scores and class probabilities are
+    known. The background gets the probability that the other classes leave.
 
     Raises:
         ValueError: The boxes are unknown.

@@ -13,9 +13,9 @@ these, so they only prove the layout. `rect` is x1 y1 x2 y2 in pixels.
 VinVL's own extraction writes (n, D) without these columns, and the boxes in `predictions.tsv` alone, of the same
 regions in the same order: their number must agree.
 
-Labels are a file of their own, often of another detector: classes and scores are taken over where number and boxes
-prove that they are of these regions, and are None elsewhere. The image size is that of `predictions.tsv`; without it
-boxes stay fractions. `features.lineidx`, the offset of each line, shows whether the file was cut short. Not needed:
+Labels are a file of their own, often of another detector. Classes and scores are used where number and boxes prove that
+they belong to these regions, and are None elsewhere. The image size is that of `predictions.tsv`; without it boxes stay
+fractions. `features.lineidx`, the offset of each line, shows whether the file was cut short. Left out:
 `imageid2idx.json`, the row of each key, and attributes, which are several words a region.
 """
 
@@ -34,15 +34,15 @@ from ._parsing import MAX_BYTES, columns, files, first_column, first_fields, fro
 from .items import Item, broken, text_id
 
 NAME = "vinvl-tsv"
-WIDTH_WITH_BOXES = 2054  # of the published features, whose boxes are in no other order
-# What the file of labels is called beside the file of features.
+WIDTH_WITH_BOXES = 2054  # width of the published features; the order of their boxes is known
+# The name of the file of labels beside each file of features.
 LABELS = (("features", "predictions"), ("features", "predictions_gt"), ("feature", "label"))
 
 logger = logging.get_logger(__name__)
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is a .tsv of features in either layout, or a folder with one."""
+    """Tells whether `path` is a .tsv of features in either layout, or a folder with one."""
     return bool(_feature_files(path))
 
 
@@ -50,14 +50,14 @@ def items(
     path: str | PathLike, *, class_names: Sequence[str] | None = None, feature_dtype: str | None = None
 ) -> Iterator[Item]:
     """
-    Images of a file of features and the labels beside it, or of all in a folder by name, a line at a time.
+    Yields the images of a file of features and the labels beside it, or of all in a folder by name, a line at a time.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
-        class_names (sequence of `str`, *optional*): Word of each object id. VinVL knows 1,594 classes, and not the
-            1,600 of bottom-up attention. Without it object ids are None.
-        feature_dtype (`str`, *optional*): Type of the features, and of the boxes behind them. None: float32, if they
-            look like it.
+        class_names (sequence of `str`, *optional*): Word of each object id. VinVL has 1,594 classes, others than the
+            1,600 of bottom-up attention. Without the words object ids are None.
+        feature_dtype (`str`, *optional*): Type of the features, and of the boxes behind them; None takes float32 if
+            they look like it.
 
     Raises:
         ValueError: There is no such file.
@@ -93,7 +93,7 @@ def _holds_features(fields: list[bytes]) -> bool:
 
 
 def _cut(file: Path) -> str | None:
-    """What shows that a file was cut short between two lines; None where nothing does."""
+    """Says what shows that a file was cut short between two lines; None where nothing does."""
     index = file.with_suffix(".lineidx")
     if not index.is_file():
         return None
@@ -120,7 +120,7 @@ def _items(
         return record(image_id, columns(line)[1:], label)
 
     for where, line in lines(file):
-        # Of images that are passed over too, lest the lines of labels between pile up in `passed`.
+        # Labels of skipped images are looked up, too, or their lines would pile up in `passed`.
         key = first_column(line)
         label = None if label_lines is None else _find(label_lines, passed, key)
         image_id = text_id(key)
@@ -129,8 +129,8 @@ def _items(
 
 def _find(file: IO[bytes], passed: dict[bytes, int], key: bytes) -> bytes | None:
     """
-    What follows `key` in a TSV that is read as far as need be. Offsets of the lines on the way are kept in `passed`:
-    none where keys are asked for in the order of the file.
+    Finds the rest of the line that begins with `key` in a TSV, which is read only as far as needed; None if there is
+    none. The offsets of lines on the way are kept in `passed`: none where keys are asked for in the order of the file.
     """
     end = None
     if key in passed:
@@ -178,7 +178,7 @@ def _record(
 
 
 def _regions(image_id: str, label: bytes, n: int, class_ids: dict[str, int] | None) -> dict[str, Any]:
-    """Boxes, size, classes and scores of `n` regions whose features hold no boxes."""
+    """Gives the boxes, size, classes and scores of `n` regions whose features hold no boxes."""
     objects, size = _read_label(image_id, label)
     if len(objects) != n:
         raise ValueError(
@@ -197,7 +197,9 @@ def _regions(image_id: str, label: bytes, n: int, class_ids: dict[str, int] | No
 
 
 def _labels(image_id: str, label: bytes, boxes: np.ndarray, class_ids: dict[str, int] | None) -> dict[str, Any]:
-    """Boxes, in pixels if `predictions.tsv` tells the image size, and whatever else it tells of these regions."""
+    """
+    Gives the boxes, in pixels if `predictions.tsv` tells the image size, and all else that it tells of these regions.
+    """
     objects, size = _read_label(image_id, label)
     sides = np.array(list(size.values()), np.float64) if size else None
     found = {"boxes": boxes if sides is None else boxes * np.tile(sides, 2), **size}
@@ -210,7 +212,7 @@ def _labels(image_id: str, label: bytes, boxes: np.ndarray, class_ids: dict[str,
 
 
 def _read_label(image_id: str, label: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The objects of a line of labels, and the size of the image, or an empty dict where it is unknown."""
+    """Reads the objects of a line of labels, and the size of the image, or an empty dict where it is unknown."""
     info = from_json(f"Image {image_id!r}: the line of labels", label)
     objects = info.get("objects") if isinstance(info, dict) else info
     width, height = (info.get("image_w"), info.get("image_h")) if isinstance(info, dict) else (None, None)
@@ -233,19 +235,19 @@ def _classes(image_id: str, objects: list[dict[str, Any]], class_ids: dict[str, 
 
 
 def _same_boxes(rects: list[Any], boxes: np.ndarray, scale: np.ndarray | None) -> bool:
-    """Whether rectangles in pixels are these boxes, in this order; in an image of any size if `scale` is None."""
+    """Tells whether rectangles in pixels are these boxes, in this order; in an image of any size if `scale` is None."""
     try:
         pixels = np.array(rects, np.float64)
     except (ValueError, TypeError, OverflowError):
         return False
     if pixels.shape != boxes.shape:
         return False
-    # x and y apart: (2 axes, 2n).
+    # x and y are apart: (2 axes, 2n).
     pixels, fractions = (array.reshape(-1, 2).T for array in (pixels, boxes.astype(np.float64)))
     if scale is None:
         scale = (pixels * fractions).sum(axis=1) / np.maximum((fractions**2).sum(axis=1), 1e-12)  # of least squares
     scale = scale[:, None]
-    # The fractions were clipped to the image, the rectangles not always.
+    # The fractions are clipped to the image, the rectangles not always.
     return bool((np.abs(pixels.clip(0, scale) - scale * fractions) <= PIXEL_TOLERANCE).all())
 
 

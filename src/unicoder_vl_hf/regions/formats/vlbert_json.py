@@ -29,14 +29,16 @@ from .items import Item, broken
 NAME = "vlbert-json"
 SUFFIX = ".json"
 REQUIRED = frozenset({"image_w", "image_h", "num_boxes", "boxes", "features"})
-MAX_FIRST_BYTES = 2**24  # of a file that is looked at
-VG_CLASSES, VG_ATTRIBUTES = 1600, 400  # of Visual Genome, with which the detectors were trained
-# What zipfile says of damaged archives.
+MAX_FIRST_BYTES = 2**24  # limit of the file that is read to detect the format
+VG_CLASSES, VG_ATTRIBUTES = 1600, 400  # of Visual Genome, on which the detectors were trained
+# The errors that zipfile raises on damaged archives.
 ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is such a .json, or a .zip or folder in which, or in a folder of which, the first .json is one."""
+    """
+    Tells whether `path` is such a .json, or a .zip or folder whose first .json (in it, or in a folder of it) is one.
+    """
     path = Path(path)
     try:
         if path.suffix == ".zip" and path.is_file():
@@ -52,14 +54,14 @@ def matches(path: str | PathLike) -> bool:
 
 def items(path: str | PathLike, *, background: bool | None = None, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Images of one .json, of all in a folder and below by name, or of a .zip. The image_id is the path there without
-    .json.
+    Yields the images of one .json, of all in a folder and below by name, or of a .zip. The image_id is the path there
+    without .json.
 
     Args:
-        path (`str` or `os.PathLike`): The file or folder.
-        background (`bool`, *optional*): Whether column 0 of `classes` and `attrs` is background. None: where there is a
-            column more than Visual Genome has classes, or attributes.
-        feature_dtype (`str`, *optional*): Type of the features. None: float32, if they look like it.
+        path (`str` or `os.PathLike`): The file, folder or .zip.
+        background (`bool`, *optional*): Whether column 0 of `classes` and `attrs` is background; None takes it so where
+            there is one column more than Visual Genome has classes, or attributes.
+        feature_dtype (`str`, *optional*): Type of the features; None takes float32 if they look like it.
 
     Raises:
         ValueError: There is no such file.
@@ -84,7 +86,7 @@ def items(path: str | PathLike, *, background: bool | None = None, feature_dtype
         except ERRORS as error:
             yield broken(str(path), path.name, error)
         return
-    files = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path] * (path.suffix == SUFFIX)
+    files = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path] if path.suffix == SUFFIX else []
     if not files:
         raise ValueError(f"{path} is no .json or .zip, nor a folder of .json.")
     for file in files:

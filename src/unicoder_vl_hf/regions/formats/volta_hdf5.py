@@ -21,11 +21,13 @@ from .hdf5 import ERRORS, decoded, hdf5_files, holds_hdf5
 from .items import Item, broken
 
 NAME = "volta-hdf5"
-MAX_DEPTH = 8  # folders in an image id
+MAX_DEPTH = 8  # limit of the folders in an image id
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is an HDF5 file with a group an image, or a folder in which the first .hdf5 or .h5 is one."""
+    """
+    Tells whether `path` is an HDF5 file with a group an image, or a folder in which the first .hdf5 or .h5 is one.
+    """
     file = next(iter(hdf5_files(path)), None)
     if file is None or not holds_hdf5(file):
         return False
@@ -40,7 +42,7 @@ def matches(path: str | PathLike) -> bool:
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
     """
-    Images of a file, or of all .hdf5 and .h5 of a folder by name, in the order of their names.
+    Yields the images of a file, or of all .hdf5 and .h5 of a folder by name, in the order of their names.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
@@ -65,14 +67,14 @@ def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator
 
 
 def _images(group: Any, seen: set[Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Groups that hold features, with their paths. A group that links to one above it is not followed."""
+    """Yields the groups that hold features, with their paths. A group that links to one above it is not followed."""
     import h5py
 
     if depth == MAX_DEPTH or group.id in seen:
         return
     seen.add(group.id)
     for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):  # no other file's
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):  # links to other files are not followed
             continue
         member = group[name]
         if isinstance(member, h5py.Group):
@@ -88,7 +90,7 @@ def _record(image_id: str, group: Any, feature_dtype: str | None) -> RegionRecor
 
 
 def _values(image_id: str, name: str, array: Any) -> Any:
-    """The numbers of a dataset. Raises ValueError where it holds none, or its header promises terabytes."""
+    """Reads the numbers of a dataset. Raises ValueError where it holds none, or its header promises terabytes."""
     dtype = getattr(array, "dtype", None)
     if dtype is None or dtype.kind not in "iuf":
         raise ValueError(f"Image {image_id!r}: {name} is {array}, expected an array of numbers.")

@@ -23,14 +23,14 @@ from ._pickled import array, box_array, feature_array, first_fields, lmdb_items,
 from .items import Item
 
 NAME = "volta-lmdb"
-# Field of a record: names in the source, type in base64.
+# Field of a record -> its names in the source, and its type in base64.
 _VECTORS = {
     "object_ids": ("objects_id", "obj_id", "<i8"),
     "object_scores": ("objects_conf", "obj_conf", "<f4"),
     "attribute_ids": ("attrs_id", "attr_id", "<i8"),
     "attribute_scores": ("attrs_conf", "attr_conf", "<f4"),
 }
-# All of which a record is made.
+# All fields from which a record is made.
 FIELDS = (
     "img_h",
     "img_w",
@@ -43,18 +43,20 @@ FIELDS = (
 
 
 def matches(path: str | PathLike) -> bool:
-    """Whether `path` is an LMDB (its folder or file) whose first value is a pickled dict with `boxes` and a size."""
+    """
+    Tells whether `path` is an LMDB (its folder or file) whose first value is a pickled dict with `boxes` and a size.
+    """
     fields = first_fields(path)
     return {"boxes", "features"} <= fields and bool({"img_h", "image_h"} & fields)
 
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
-    """Images by ascending key. Nothing of a pickle is executed."""
+    """Yields the images by ascending key. Nothing of a pickle is executed."""
     return lmdb_items(path, partial(record, feature_dtype=feature_dtype))
 
 
 def record(image_id: str, fields: dict[str, Any], feature_dtype: str | None) -> RegionRecord:
-    """Makes the record of the fields that are known. Raises ValueError naming the image and the field."""
+    """Makes the record of the known fields. Raises ValueError naming the image and the field."""
     height, width = ("img_h", "img_w") if "img_h" in fields else ("image_h", "image_w")
     missing = [name for name in (height, width, "boxes", "features") if name not in fields]
     if missing:
