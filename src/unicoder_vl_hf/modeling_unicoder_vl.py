@@ -433,9 +433,10 @@ class UnicoderVLLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output = self.attention(hidden_states, attention_mask, **kwargs)
+        attn_output = self.attention(hidden_states, attention_mask, query_states=query_states, **kwargs)
         return self.output(self.intermediate(attn_output), attn_output)
 
 
@@ -927,7 +928,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         for layer in layers:
             hidden_states = layer(hidden_states, **kwargs)
         first = hidden_states[:, packed.starts]
-        return last_layer(hidden_states, query_states=first, **packed.attention_kwargs(first_only=True))[0]
+        kwargs = packed.attention_kwargs(first_only=True)
+        # By position: reentrant checkpoints cut the graph at positional arguments alone.
+        return last_layer(hidden_states, kwargs.pop("attention_mask", None), first, **kwargs)[0]
 
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
