@@ -110,10 +110,9 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
             Index 1 = match.
         scores (`torch.Tensor` of shape `(batch_size,)`):
             `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
-        first_stage_logits (`torch.Tensor` of shape `(num_captions, num_images)`, *optional*, returned with
-        `output_first_stage=True`):
-            Similarity of each row of `input_ids` with each row of `region_features` by the first stage of a search,
-            over its learned temperature, float32.
+        first_stage_logits (`torch.Tensor` of shape `(len(first_stage_captions), len(first_stage_images))`, *optional*):
+            Similarity of each of these captions with each of these images by the first stage of a search, over its
+            learned temperature, float32.
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
             As in [`UnicoderVLForPreTrainingOutput`].
     """
@@ -852,6 +851,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             region_locations=region_locations,
             region_attention_mask=region_attention_mask,
         )
+        if len(hidden_states) == 0:
+            return hidden_states.new_zeros(0, hidden_states.shape[-1], dtype=torch.float32)
         packed, groups, index, _ = _pack(hidden_states, mask)
         attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
         states, total = packed[None], packed.float()
@@ -1132,9 +1133,11 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
         caption negative (the match's image) from an image negative (its caption).
     labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         1 = match, 0 = mismatch, -100 = ignored.
-    output_first_stage (`bool`, *optional*, defaults to `False`):
-        Whether `first_stage_logits` are returned, of all captions with all images that were given, whatever the indices
-        name; they may name no row. Needs a model with `config.projection_dim`.
+    first_stage_captions (`torch.LongTensor` of shape `(num_first_stage_captions,)`, *optional*):
+        Rows of `input_ids` that the first stage compares with each of `first_stage_images`, which gives
+        `first_stage_logits` beside the scores. Needs a model with `config.projection_dim`.
+    first_stage_images (`torch.LongTensor` of shape `(num_first_stage_images,)`, *optional*):
+        Rows of `region_features` that the first stage compares with each of `first_stage_captions`.
 """
 
 
@@ -1278,7 +1281,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         group_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
-        output_first_stage: bool = False,
+        first_stage_captions: torch.LongTensor | None = None,
+        first_stage_images: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLForImageTextRetrievalOutput:
         if region_features is None:
@@ -1292,15 +1296,22 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 "mismatches are for a contrastive loss, which calls the model itself: TwoStageLoss(groups)(model, "
                 "batch), see unicoder_vl_hf.tasks.retrieval.losses. Leave them out to score."
             )
+        if (first_stage_captions is None) != (first_stage_images is None):
+            raise ValueError("Give first_stage_captions and first_stage_images together: each meets each.")
         num_pairs = len(region_features if image_index is None else image_index)
         _check_shape("labels", labels, (num_pairs,))
         _check_shape("group_ids", group_ids, (num_pairs,))
 
         first_stage_logits = None
-        if output_first_stage:
+        if first_stage_captions is not None:
+            text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            regions: Any = (region_features, region_locations, region_attention_mask)
+            if position_ids is not None:  # of which one row may stand for all
+                source: Any = input_ids if inputs_embeds is None else inputs_embeds
+                text = (*text[:3], position_ids.expand(len(source), -1), inputs_embeds)
             first_stage_logits = self._first_stage().logits(
-                self.encode_text(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds),
-                self.encode_image(region_features, region_locations, region_attention_mask),
+                self.encode_text(*(_pick_rows(tensor, first_stage_captions) for tensor in text)),
+                self.encode_image(*(_pick_rows(tensor, first_stage_images) for tensor in regions)),
             )
         outputs = self.bert.pooled(
             input_ids=input_ids,

@@ -326,22 +326,31 @@ def test_without_a_loss_of_groups_the_first_stage_learns_alone():
 
 
 @pytest.mark.parametrize("padding_free", [None, True])
-def test_first_stage_logits_are_of_all_captions_and_images_beside_the_scores(padding_free):
+def test_first_stage_logits_are_of_the_captions_and_images_named_beside_the_scores(padding_free):
     encoder, inputs = model(padding_free=padding_free), batch()
     del inputs["mismatches"]
     text = {name: inputs[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
     regions = {name: value for name, value in inputs.items() if name.startswith("region_")}
-    plain, found = encoder(**inputs), encoder(**inputs, output_first_stage=True)
+    captions, images = torch.tensor([2, 0, 2]), torch.tensor([1, 0])
+    rows = {"first_stage_captions": captions, "first_stage_images": images}
+    plain, found = encoder(**inputs), encoder(**inputs, **rows)
     assert plain.first_stage_logits is None and torch.equal(found.scores, plain.scores)
     assert torch.equal(found.loss, plain.loss)
     similarities = encoder.encode_text(**text) @ encoder.encode_image(**regions).T
-    torch.testing.assert_close(found.first_stage_logits, similarities / 0.07)
+    torch.testing.assert_close(found.first_stage_logits, similarities[captions][:, images] / 0.07)
     none = torch.zeros(0, dtype=torch.long)
-    alone = encoder(**text, **regions, caption_index=none, image_index=none, output_first_stage=True)
+    alone = encoder(**text, **regions, caption_index=none, image_index=none, **rows)
     assert alone.scores.shape == (0,) and alone.matching_logits.shape == (0, 2)
     assert torch.equal(alone.first_stage_logits, found.first_stage_logits)
+    positions = torch.arange(text["input_ids"].shape[1])[None]
+    text["attention_mask"] = torch.ones_like(text["attention_mask"])
+    index = {name: inputs[name] for name in ("caption_index", "image_index")}
+    placed, default = (encoder(**text, **regions, **index, **rows, position_ids=each) for each in (positions, None))
+    torch.testing.assert_close(placed.first_stage_logits, default.first_stage_logits)
     with pytest.raises(ValueError, match="region_features was given without region_locations"):
-        encoder(**text, region_features=regions["region_features"], output_first_stage=True)
+        encoder(**text, **index, region_features=regions["region_features"], **rows)
+    with pytest.raises(ValueError, match="Give first_stage_captions and first_stage_images together"):
+        encoder(**inputs, first_stage_images=images)
 
 
 # With the encoder frozen

@@ -12,7 +12,7 @@ synchronises its gradients. Follows the paper's section Image-Text Retrieval; be
 ViLBERT, and the contrastive loss and the hard negatives of ALBEF. Left out: ALBEF's momentum encoder and its queue.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,8 @@ from ...modeling_unicoder_vl import hardest_negative_triplet_loss, negatives_of_
 
 # What a batch says about its pairs, which the losses take and scoring does without.
 _TARGETS = ("labels", "group_ids", "mismatches")
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
-_REGIONS = ("region_features", "region_locations", "region_attention_mask")
+_OF_GROUPS = ("labels", "group_ids", "caption_index", "image_index")
+_OF_MATCHES = ("labels", "caption_index", "image_index", "mismatches")
 
 
 class RetrievalLoss(Protocol):
@@ -53,9 +53,8 @@ class GroupLoss:
     """A loss of the scores of groups, which are one or more matches and their mismatches. A subclass says which."""
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        targets = _columns(batch, "labels", "group_ids", "caption_index", "image_index")
-        scores = model(**{name: tensor for name, tensor in batch.items() if name not in _TARGETS}).scores
-        return self.of_scores(scores, *targets)
+        targets = _columns(batch, _OF_GROUPS)
+        return self.of_scores(model(**_inputs(batch)).scores, *targets)
 
     def of_scores(
         self,
@@ -176,7 +175,7 @@ class ContrastiveLoss:
         _check_positive("weight", self.weight)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        logits, _, no_scores = _first_stage(model, batch)
+        logits, no_scores = _first_stage_alone(model, batch, *_matches(batch)[1:])
         # 0, of no pair: its graph gives the matching head, too, the gradient that DistributedDataParallel waits for.
         return self.weight * contrastive_loss(logits, batch["mismatches"]) + no_scores.sum()
 
@@ -199,15 +198,11 @@ class TwoStageLoss:
         _check_positive("contrastive_weight", self.contrastive_weight)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        logits, matches, _ = _first_stage(model, batch)
-        contrastive = contrastive_loss(logits, batch["mismatches"])
-        return self.groups(model, self.scored(batch, matches, logits)) + self.contrastive_weight * contrastive
-
-    def scored(
-        self, batch: Mapping[str, torch.Tensor], matches: torch.Tensor, logits: torch.Tensor
-    ) -> Mapping[str, torch.Tensor]:
-        """The batch whose pairs are scored, once the first stage has seen its matches, which are these rows."""
-        return batch
+        targets = _columns(batch, _OF_GROUPS)
+        _, captions, images = _matches(batch)
+        outputs = model(**_inputs(batch), first_stage_captions=captions, first_stage_images=images)
+        contrastive = contrastive_loss(outputs.first_stage_logits, batch["mismatches"])
+        return self.groups.of_scores(outputs.scores, *targets) + self.contrastive_weight * contrastive
 
 
 @dataclass(frozen=True)
@@ -228,15 +223,24 @@ class HardNegativeLoss(TwoStageLoss):
         super().__post_init__()
         _check_positive("num_hard_negatives", self.num_hard_negatives)
 
-    def scored(self, batch, matches, logits):
+    def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        _columns(batch, _OF_GROUPS)
+        matches, captions, images = _matches(batch)
+        logits, _ = _first_stage_alone(model, batch, captions, images)
         match, caption, image, label = hard_negatives(logits, batch["mismatches"], self.num_hard_negatives)
         more = {
-            "caption_index": batch["caption_index"][matches][caption],
-            "image_index": batch["image_index"][matches][image],
-            "group_ids": batch["group_ids"][matches][match],
             "labels": label,
+            "group_ids": batch["group_ids"][matches[match]],
+            "caption_index": captions[caption],
+            "image_index": images[image],
         }
-        return {**batch, **{name: torch.cat((batch[name], tensor)) for name, tensor in more.items()}}
+        pairs = {**batch, **{name: torch.cat((batch[name], tensor)) for name, tensor in more.items()}}
+        # No row for the first stage: so this graph holds all parameters, too, and DistributedDataParallel takes none
+        # for unused that the call before has used.
+        none = label.new_zeros(0)
+        scores = model(**_inputs(pairs), first_stage_captions=none, first_stage_images=none).scores
+        contrastive = contrastive_loss(logits, batch["mismatches"])
+        return self.groups.of_scores(scores, *_columns(pairs, _OF_GROUPS)) + self.contrastive_weight * contrastive
 
 
 def contrastive_loss(logits: torch.Tensor, mismatches: torch.Tensor) -> torch.Tensor:
@@ -287,26 +291,31 @@ def hard_negatives(
     )
 
 
-def _first_stage(
-    model: nn.Module, batch: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Embeds the captions and the images of a batch's matches: `(num_matches, num_matches)` logits of each with each, the
-    rows of the matches `(num_matches,)`, and the scores of no pair `(0,)`.
-    """
-    labels, captions, images, mismatches = _columns(batch, "labels", "caption_index", "image_index", "mismatches")
-    # The rows that are matches, in their order, without a look at how many there are.
+def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The arguments of a call that scores."""
+    return {name: tensor for name, tensor in batch.items() if name not in _TARGETS}
+
+
+def _matches(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of a batch that are matches, their captions and their images, each `(num_matches,)`."""
+    labels, captions, images, mismatches = _columns(batch, _OF_MATCHES)
+    # In their order, without a look at how many there are.
     matches = (labels == 1).long().argsort(descending=True, stable=True)[: len(mismatches)]
-    captions, images, none = captions[matches], images[matches], labels.new_zeros(0)
-    inputs = {name: batch[name][captions] for name in _TEXT if batch.get(name) is not None}
-    inputs |= {name: batch[name][images] for name in _REGIONS if batch.get(name) is not None}
-    if (positions := batch.get("position_ids")) is not None:  # of which one row may stand for all captions
-        inputs["position_ids"] = positions if len(positions) == 1 else positions[captions]
-    outputs = model(**inputs, caption_index=none, image_index=none, output_first_stage=True)
-    return outputs.first_stage_logits, matches, outputs.scores
+    return matches, captions[matches], images[matches]
 
 
-def _columns(batch: Mapping[str, torch.Tensor], *names: str) -> list[torch.Tensor]:
+def _first_stage_alone(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], captions: torch.Tensor, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of each of these captions with each of these images, and the scores of no pair, `(0,)`."""
+    none = captions.new_zeros(0)
+    no_pair = {**_inputs(batch), "caption_index": none, "image_index": none}
+    outputs = model(**no_pair, first_stage_captions=captions, first_stage_images=images)
+    return outputs.first_stage_logits, outputs.scores
+
+
+def _columns(batch: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
+    """These parts of a batch, in this order; raises ValueError of those that it lacks."""
     if missing := [name for name in names if batch.get(name) is None]:
         options = "(processor, store, contrastive=True)" if "mismatches" in missing else ""
         raise ValueError(

@@ -54,10 +54,11 @@ class RetrievalArguments(DataArguments):
     """Data, model and groups of a fine-tuning run. Without `captions` it runs on the rendered scenes."""
 
     max_validation_images: int = field(
-        default=100, metadata={"help": "Images of it, drawn evenly, with all their captions; 0 evaluates none."}
+        default=100,
+        metadata={"help": "Images of the validation split, drawn evenly, with all captions; 0 evaluates none."},
     )
-    num_negative_captions: int = field(default=3, metadata={"help": "Captions that do not match, for each pair."})
-    num_negative_images: int = field(default=3, metadata={"help": "Images that do not match, for each pair."})
+    num_negative_captions: int = field(default=3, metadata={"help": "Mismatching captions drawn for each pair."})
+    num_negative_images: int = field(default=3, metadata={"help": "Mismatching images drawn for each pair."})
     in_batch_negatives: bool = field(
         default=False, metadata={"help": "Pair all captions and images of a micro-batch too; try with 0 of the others."}
     )
@@ -73,18 +74,18 @@ class RetrievalArguments(DataArguments):
             "search alone, with its encoder. Default: hardest; for new weights sum."
         },
     )
-    margin: float = field(default=0.2, metadata={"help": "Of the triplet losses, on sigmoid(score)."})
-    caption_weight: float = field(default=1.0, metadata={"help": "Of caption negatives in the triplet losses."})
-    image_weight: float = field(default=1.0, metadata={"help": "Of image negatives in the triplet losses."})
+    margin: float = field(default=0.2, metadata={"help": "Margin of the triplet losses, on sigmoid(score)."})
+    caption_weight: float = field(default=1.0, metadata={"help": "Weight of caption negatives in the triplet losses."})
+    image_weight: float = field(default=1.0, metadata={"help": "Weight of image negatives in the triplet losses."})
     contrastive_weight: float = field(
         default=0.0,
-        metadata={"help": "Train a first stage of search as well, by so much of its contrastive loss; 0 trains none."},
+        metadata={"help": "Weight of the contrastive loss of a first stage of search, trained along; 0 trains none."},
     )
-    projection_dim: int = field(default=256, metadata={"help": "Width of its embeddings, where it is new."})
+    projection_dim: int = field(default=256, metadata={"help": "Width of the embeddings of a new first stage."})
     num_hard_negatives: int = field(
         default=0,
         metadata={
-            "help": "Of each pair, so many captions and images of the micro-batch that the first stage likes best."
+            "help": "Captions, and as many images, of the micro-batch that the first stage likes best, for each pair."
         },
     )
     mask_probability: float = field(
@@ -267,7 +268,7 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
-    """Of the configuration: a first stage that is trained, or none, since an old one would not fit the new encoder."""
+    """Fields of the configuration: a first stage that is trained, or none; an old one would not fit the new encoder."""
     for option in ("contrastive_weight", "num_hard_negatives"):
         if getattr(arguments, option) < 0:
             raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
