@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None):
     processor.check_model(model)
     check_tokens(captions, processor.tokenizer, args.captions)
     processor.set_store(store)
-    model.sparse_prediction = model.bert.padding_free = True
+    model.config.padding_free = True
     computing = Computing.choose(args.mixed_precision, start_processes().device.type, model.config.hidden_size)
     accelerator = new_accelerator(computing)
     model = accelerator.prepare(model)

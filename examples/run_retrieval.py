@@ -37,7 +37,9 @@ class RetrievalTrainer(TaskTrainer):
 
     def evaluate_task(self, rows):
         setup, collator = self.setup, self.setup.collator
-        return evaluate_retrieval(setup.model, setup.processor, collator.store, rows, max_length=collator.max_length)
+        return evaluate_retrieval(
+            setup.model, setup.processor, collator.store, rows, collator.max_length, setup.first_stage_alone
+        )
 
 
 def main(argv: list[str] | None = None) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import small_world
 import tiny
 import torch
-from test_padding_free import loss_and_gradients, multiple_choice_batch, pretraining_batch, retrieval_batch
+from test_padding_free import loss_and_gradients, loss_of, multiple_choice_batch, pretraining_batch, retrieval_batch
 from test_padding_free import retrieval_model as new_retrieval_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import plain_descent  # noqa: F401  (the examples are on its path)
@@ -280,7 +280,7 @@ def test_attention_of_bfloat16_in_float32(packed, attended):
 def test_training_in_bfloat16(model_class, build, batch, attended):
     """Under autocast, which would take attention back to bfloat16; without gradients it may, and is as fast."""
     model = build(model_class)
-    model.bert.padding_free = True
+    model.config.padding_free = True
     loss, gradients = loss_and_gradients(model, batch())
     attended.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -288,7 +288,7 @@ def test_training_in_bfloat16(model_class, build, batch, attended):
     assert attended == {torch.float32}
     attended.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        model(**batch())
+        loss_of(model, batch())
     assert attended == {torch.bfloat16}
     torch.testing.assert_close(found, loss, rtol=0.05, atol=0.05)
     cosine = torch.nn.functional.cosine_similarity

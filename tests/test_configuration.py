@@ -21,6 +21,7 @@ def test_defaults_are_the_papers_on_bert_base():
     config = UnicoderVLConfig()
     assert (config.region_feature_dim, config.region_location_dim, config.num_region_classes) == (2048, 5, 1600)
     assert (config.triplet_margin, config.use_image_token_embedding) == (0.2, True)
+    assert (config.padding_free, config.sparse_prediction) == (None, False)
     bert = BertConfig().to_dict()
     shared = [name for name in UnicoderVLConfig.__annotations__ if name in bert]
     assert len(shared) == 16
@@ -31,7 +32,7 @@ def test_round_trip_keeps_every_field(tmp_path):
     config = UnicoderVLConfig(
         vocab_size=41, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, region_feature_dim=7,
         region_location_dim=6, num_region_classes=9, use_image_token_embedding=False, triplet_margin=1,
-        hidden_dropout_prob=0, tie_word_embeddings=False,
+        hidden_dropout_prob=0, tie_word_embeddings=False, padding_free=False, sparse_prediction=True,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     for loaded in (UnicoderVLConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

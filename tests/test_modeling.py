@@ -473,9 +473,9 @@ def test_what_a_mismatch_would_predict_trains_nothing():
 @pytest.mark.parametrize("sparse_prediction", [False, True])
 def test_labels_that_are_all_ignored_give_zero_and_whole_gradients(sparse_prediction):
     model = build(UnicoderVLForPreTraining)
-    model.sparse_prediction = sparse_prediction
     inputs, labels = pretraining_inputs()
-    outputs = model(**inputs, **{name: torch.full_like(value, -100) for name, value in labels.items()})
+    labels = {name: torch.full_like(value, -100) for name, value in labels.items()}
+    outputs = model(**inputs, **labels, sparse_prediction=sparse_prediction)
     for name in ("loss", "mlm_loss", "moc_loss", "matching_loss"):
         assert outputs[name].item() == 0
     found = gradients(outputs.loss, model)
@@ -485,8 +485,7 @@ def test_labels_that_are_all_ignored_give_zero_and_whole_gradients(sparse_predic
 
 @pytest.mark.parametrize("sparse_prediction", [False, True])
 def test_four_micro_batches_equal_one_batch(sparse_prediction):
-    model = build(UnicoderVLForPreTraining)
-    model.sparse_prediction = sparse_prediction
+    model = build(UnicoderVLForPreTraining, sparse_prediction=sparse_prediction).train()
     inputs, labels = pretraining_inputs(copies=4)
     batch = {**inputs, **labels}
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
@@ -500,8 +499,9 @@ def test_four_micro_batches_equal_one_batch(sparse_prediction):
 
 
 def test_sparse_prediction_gives_the_same_loss_and_gradients():
-    dense, sparse = build(UnicoderVLForPreTraining), build(UnicoderVLForPreTraining)
-    sparse.sparse_prediction = True
+    dense = build(UnicoderVLForPreTraining)
+    # Padding is computed, too, since the labels are of anything.
+    sparse = build(UnicoderVLForPreTraining, sparse_prediction=True, padding_free=False).train()
     inputs, labels = pretraining_inputs()
     expected, actual = dense(**inputs, **labels), sparse(**inputs, **labels)
     # Row-major: tokens with a label in rows that are not mismatches.
@@ -512,6 +512,24 @@ def test_sparse_prediction_gives_the_same_loss_and_gradients():
     close(actual.loss, expected.loss)
     close(gradients(actual.loss, sparse), gradients(expected.loss, dense))
     assert sparse(**inputs).prediction_logits.shape == (5, 5, 40)
+
+
+def test_sparse_prediction_is_set_once_and_saved(tmp_path):
+    """In the configuration for training, where labels are; in a call for that call. Nobody else gets another shape."""
+    inputs, labels = pretraining_inputs()
+    plain = build(UnicoderVLForPreTraining).train()
+    assert plain(**inputs, **labels).prediction_logits.shape == (5, 5, 40)
+    plain.config.sparse_prediction = True
+    plain.save_pretrained(tmp_path)
+    loaded = UnicoderVLForPreTraining.from_pretrained(tmp_path)
+    for training, asked, shape in (
+        (True, None, (8, 40)),
+        (False, None, (5, 5, 40)),
+        (True, False, (5, 5, 40)),
+        (False, True, (8, 40)),
+    ):
+        outputs = loaded.train(training)(**inputs, **labels, sparse_prediction=asked)
+        assert outputs.prediction_logits.shape == shape
 
 
 def test_pretraining_without_regions_scores_and_predicts_tokens():

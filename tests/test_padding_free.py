@@ -15,6 +15,7 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLEncoder, UnicoderVLLayer
 from unicoder_vl_hf.runs.arguments import DataArguments
 from unicoder_vl_hf.runs.setup import load_model
+from unicoder_vl_hf.tasks.retrieval.losses import HardestNegativeLoss, TwoStageLoss
 
 TEXT_LENGTHS, NUM_REGIONS = [3, 7, 5, 7], [4, 1, 2, 4]
 
@@ -49,7 +50,7 @@ def pretraining_batch():
 
 
 def retrieval_batch():
-    """Two groups of a match, a caption negative and an image negative, with the contrastive loss beside."""
+    """Two groups of a match, a caption negative and an image negative, for the contrastive loss beside."""
     return padded_batch() | {
         "caption_index": torch.tensor([0, 1, 0, 2, 3, 2]),
         "image_index": torch.tensor([0, 0, 1, 3, 3, 2]),
@@ -70,14 +71,16 @@ def multiple_choice_batch():
 
 def retrieval_model(model_class):
     torch.manual_seed(1)
-    model = model_class(tiny.config(projection_dim=8))
-    model.contrastive_weight = 0.5
-    return model.eval()
+    return model_class(tiny.config(projection_dim=8)).eval()
+
+
+def loss_of(model, batch):
+    return TwoStageLoss(HardestNegativeLoss(), 0.5)(model, batch) if "mismatches" in batch else model(**batch).loss
 
 
 def loss_and_gradients(model, batch):
     model.zero_grad()
-    loss = model(**batch).loss
+    loss = loss_of(model, batch)
     loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
@@ -111,7 +114,7 @@ def test_same_loss_and_gradients(model_class, build, batch, implementation, comp
     loss, gradients = loss_and_gradients(model, batch())
     padded = list(computed)
     computed.clear()
-    model.bert.padding_free = True
+    model.config.padding_free = True
     found, found_gradients = loss_and_gradients(model, batch())
     assert max(computed) < max(padded)
     torch.testing.assert_close(found, loss, rtol=0, atol=1e-6)
@@ -125,7 +128,7 @@ def test_same_states_and_no_padding_is_computed(left, computed):
     model, batch = tiny.model(UnicoderVLModel), padded_batch(left)
     wanted = model(**batch)
     computed.clear()
-    model.padding_free = True
+    model.config.padding_free = True
     found = model(**batch)
     attended = torch.cat((batch["attention_mask"], batch["region_attention_mask"]), dim=1).bool()
     assert computed == [sum(TEXT_LENGTHS) + sum(NUM_REGIONS)] * 2
@@ -136,21 +139,19 @@ def test_same_states_and_no_padding_is_computed(left, computed):
 
 def test_a_row_without_anything_is_zero_and_changes_no_other():
     model, batch = tiny.model(UnicoderVLModel), padded_batch()
-    model.padding_free = True
+    model.config.padding_free = True
     wanted = model(**batch).last_hidden_state
     batch["attention_mask"][1] = batch["region_attention_mask"][1] = 0
     found = model(**batch).last_hidden_state
     assert not found[1].any()
     torch.testing.assert_close(found[[0, 2, 3]], wanted[[0, 2, 3]], rtol=0, atol=1e-5)
-    inputs = [batch.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")]
-    regions = [batch[name] for name in ("region_features", "region_locations", "region_attention_mask")]
-    pooled = model.pooled(*inputs, None, *regions).pooler_output
+    pooled = model.pooled(**batch).pooler_output
     torch.testing.assert_close(pooled, model(**batch).pooler_output, rtol=0, atol=1e-5)
 
 
 def test_what_is_recorded_has_the_shape_of_the_batch():
     model, batch = tiny.model(UnicoderVLModel), padded_batch()
-    model.padding_free = True
+    model.config.padding_free = True
     outputs = model(**batch, output_hidden_states=True, output_attentions=True)
     assert [tuple(states.shape) for states in outputs.hidden_states] == [(4, 11, 16)] * 3
     assert len(outputs.attentions) == 2 or model.config._attn_implementation == "sdpa"
@@ -158,9 +159,7 @@ def test_what_is_recorded_has_the_shape_of_the_batch():
 
 def test_mean_states_by_a_slow_loop():
     model, batch = tiny.model(UnicoderVLModel), padded_batch()
-    inputs = [batch.get(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")]
-    regions = [batch[name] for name in ("region_features", "region_locations", "region_attention_mask")]
-    found = model.mean_states(*inputs, None, *regions)
+    found = model.mean_states(**batch)
     layers = model(**batch, output_hidden_states=True).hidden_states
     attended = torch.cat((batch["attention_mask"], batch["region_attention_mask"]), dim=1).bool()
     for row in range(4):
@@ -170,7 +169,7 @@ def test_mean_states_by_a_slow_loop():
 
 def test_a_batch_without_masks_goes_through_the_encoder_as_it_is(monkeypatch):
     model, batch = tiny.model(UnicoderVLModel), padded_batch()
-    model.padding_free = True
+    model.config.padding_free = True
     shapes, forward = [], UnicoderVLEncoder.forward
 
     def noting(self, states, *arguments, **kwargs):
@@ -187,4 +186,36 @@ def test_every_training_begins_without_padding(model_class, tmp_path):
     world = small_world.build(tmp_path)
     arguments = DataArguments(captions=str(world / "captions.jsonl"), regions=str(world / "regions"))
     arguments.model_name_or_path = str(small_world.save_bert(tmp_path / "bert", dropout=0.0))
-    assert load_model(arguments, RegionStore(world / "regions"), model_class).bert.padding_free
+    model = load_model(arguments, RegionStore(world / "regions"), model_class)
+    assert model.config.padding_free is True and model.bert.packs() and not model.bert.packs(output_attentions=True)
+    model.config.padding_free = False
+    model.save_pretrained(tmp_path / "padded")
+    arguments.model_name_or_path = str(tmp_path / "padded")
+    again = load_model(arguments, RegionStore(world / "regions"), model_class)
+    assert again.config.padding_free is False  # what a user has set stays
+
+
+@pytest.mark.parametrize(
+    "padding_free, training, packs",
+    [(None, True, True), (None, False, False), (True, True, True), (True, False, True), (False, True, False)],
+)
+def test_it_is_set_once_and_saved(padding_free, training, packs, computed, tmp_path):
+    tiny.model(UnicoderVLModel).save_pretrained(tmp_path / "before")
+    UnicoderVLModel.from_pretrained(tmp_path / "before", padding_free=padding_free).save_pretrained(tmp_path / "set")
+    model, batch = UnicoderVLModel.from_pretrained(tmp_path / "set").train(training), padded_batch()
+    states = model(**batch).last_hidden_state
+    attended = torch.cat((batch["attention_mask"], batch["region_attention_mask"]), dim=1).bool()
+    assert computed == [int(attended.sum()) if packs else attended.numel()] * 2
+    assert bool(states[~attended].any()) is not packs
+
+
+@pytest.mark.parametrize("padding_free", [None, True])
+def test_a_compiled_graph_keeps_its_padding(padding_free):
+    torch._dynamo.reset()
+    config = tiny.config(padding_free=padding_free, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    torch.manual_seed(1)
+    model, batch = UnicoderVLModel(config).train(), padded_batch()
+    states = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch).last_hidden_state
+    attended = torch.cat((batch["attention_mask"], batch["region_attention_mask"]), dim=1).bool()
+    assert states[~attended].any()
+    torch.testing.assert_close(states[attended], model(**batch).last_hidden_state[attended], rtol=0, atol=1e-5)

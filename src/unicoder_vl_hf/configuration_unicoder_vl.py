@@ -25,6 +25,15 @@ class UnicoderVLConfig(PreTrainedConfig):
         the letter.
     triplet_margin (`float`, *optional*, defaults to 0.2):
         Margin of the hardest-negative triplet loss, on `sigmoid(score)` in `(0, 1)` (paper, Image-Text Retrieval).
+    padding_free (`bool`, *optional*):
+        Whether the layers leave padding out, on CPUs and with FlashAttention, the only places where that pays. By
+        default (`None`) in training mode, where nobody reads what is computed of padding; with `True` in evaluation
+        mode, too; with `False` never. A compiled, traced or exported graph has its padding always, and so have hidden
+        states and attentions.
+    sparse_prediction (`bool`, *optional*, defaults to `False`):
+        Whether pre-training computes `prediction_logits` for the counted tokens alone, in training mode and where there
+        are labels: the same loss and gradients in less time, but another shape. In evaluation mode, and by default,
+        the shape is `(batch_size, sequence_length, vocab_size)`.
     projection_dim (`int`, *optional*):
         Width of the embeddings of `encode_text` and `encode_image`, the first stage of a search. By default the model
         has none, as the paper's.
@@ -75,6 +84,8 @@ class UnicoderVLConfig(PreTrainedConfig):
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
     triplet_margin: float | int = 0.2
+    padding_free: bool | None = None
+    sparse_prediction: bool = False
     projection_dim: int | None = None
     first_stage_trained: bool = False
     similarity_weight: float | int | None = None

@@ -7,7 +7,6 @@ downstream tasks. Modules that BERT has keep BERT's names, and the text path equ
 makes BERT a decoder.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from transformers.models.bert import BertConfig, BertForPreTraining
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, maybe_autocast
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_unicoder_vl import UnicoderVLConfig
@@ -69,7 +69,8 @@ class UnicoderVLForPreTrainingOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with any label):
             Sum of the three parts below that were asked for.
         prediction_logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Masked language modelling. With `model.sparse_prediction` and `labels`: `(num_counted_tokens, vocab_size)`.
+            Masked language modelling; `(num_counted_tokens, vocab_size)` where it is sparse, see
+            `config.sparse_prediction`.
         region_logits (`torch.Tensor` of shape `(batch_size, num_regions, num_region_classes)`, *optional*):
             Masked object classification; `None` without regions.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
@@ -104,11 +105,14 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
-            `model.group_loss` with `group_ids`, cross-entropy without.
+            The hardest-negative triplet loss with `group_ids`, cross-entropy without.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
             Index 1 = match.
         scores (`torch.Tensor` of shape `(batch_size,)`):
             `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
+        first_stage_logits (`torch.Tensor` of shape `(len(first_stage_captions), len(first_stage_images))`, *optional*):
+            Similarity of each of these captions with each of these images by the first stage of a search, over its
+            learned temperature, float32.
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
             As in [`UnicoderVLForPreTrainingOutput`].
     """
@@ -116,6 +120,7 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
     loss: torch.Tensor | None = None
     matching_logits: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    first_stage_logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -427,9 +432,10 @@ class UnicoderVLLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output = self.attention(hidden_states, attention_mask, **kwargs)
+        attn_output = self.attention(hidden_states, attention_mask, query_states=query_states, **kwargs)
         return self.output(self.intermediate(attn_output), attn_output)
 
 
@@ -514,8 +520,8 @@ class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
 
 class UnicoderVLFirstStage(nn.Module):
     """
-    Projections of the mean states of a caption and of an image into one space, and the temperature of
-    [`contrastive_loss`] as CLIP learns it. In float32, where bfloat16 would tie many similarities.
+    Projects the mean states of a caption and of an image into one space, where a temperature makes logits of
+    similarities, learned by a contrastive loss as in CLIP. In float32, where bfloat16 would tie many similarities.
     """
 
     def __init__(self, config: UnicoderVLConfig, projection_dim: int):
@@ -699,9 +705,10 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
     The bare Unicoder-VL encoder over the sequence of text, then regions. Without regions it is BERT, to the same
     values.
 
-    With `model.padding_free = True` (it is not saved) the layers compute no padding, on CPUs and where FlashAttention
-    is chosen: the same values where there is something, and zeros where there is padding, in less time. Shapes then
-    depend on the data, which breaks a compiled graph. The training scripts set it.
+    On CPUs, and where FlashAttention is chosen, the layers compute no padding where `config.padding_free` says so: by
+    default in training, and always if it is `True`. The values are the same where there is something, and zeros where
+    there is padding, in less time. Shapes then depend on the data, so that padding is computed while a graph is
+    compiled, traced or exported.
     """
 )
 class UnicoderVLModel(UnicoderVLPreTrainedModel):
@@ -712,7 +719,6 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self.embeddings = UnicoderVLEmbeddings(config)
         self.encoder = UnicoderVLEncoder(config)
         self.pooler = UnicoderVLPooler(config)
-        self.padding_free = False
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -740,9 +746,18 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         hidden_states, joint_mask, text_mask = self._embed(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-            region_attention_mask, token_region_ids, caption_index, image_index,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            caption_index=caption_index,
+            image_index=image_index,
+        )
         if joint_mask is not None and self.packs(**kwargs):
             hidden_states = self._encode_without_padding(hidden_states, joint_mask)
         else:
@@ -755,34 +770,89 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         )
 
     def packs(self, **kwargs) -> bool:
-        """Whether padding is left out: it was asked for, it pays, and no layer's output is."""
+        """Whether padding is left out: it was asked for, it pays, and neither a layer's output nor a graph is."""
+        asked = self.training if self.config.padding_free is None else self.config.padding_free
         recorded = any(
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
         flash = is_flash_attention_requested(requested_attention_implementation=self.config._attn_implementation)
-        return self.padding_free and not recorded and (flash or self.device.type == "cpu")
+        return asked and not recorded and not is_tracing() and (flash or self.device.type == "cpu")
 
-    def pooled(self, *inputs: MaybeTensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+    def pooled(
+        self,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.Tensor | None = None,
+        caption_index: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
         """
-        `forward`, whose arguments it takes in their order, for a head that reads `pooler_output` alone: where padding
-        is left out, the last layer computes `[CLS]` alone, and there is no `last_hidden_state`.
+        Encodes as `forward` does, with its arguments, for a head that reads `pooler_output` alone: where padding is
+        left out, the last layer computes `[CLS]` alone, and where both indices name no row, nothing is computed. There
+        is no `last_hidden_state` then.
         """
-        if not self.packs(**kwargs):
-            return self(*inputs, **kwargs)
-        hidden_states, mask, _ = self._embed(*inputs)
-        packed, groups, _, rows = _pack(hidden_states, mask)
-        first = self.encode_packed(packed, groups)
-        first = first.new_zeros(len(hidden_states), first.shape[-1]).index_copy(0, rows, first)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "region_features": region_features,
+            "region_locations": region_locations,
+            "region_attention_mask": region_attention_mask,
+            "token_region_ids": token_region_ids,
+            "caption_index": caption_index,
+            "image_index": image_index,
+        }
+        if caption_index is not None and image_index is not None and not (len(caption_index) or len(image_index)):
+            first = self.pooler.dense.weight.new_zeros(0, self.config.hidden_size)
+        elif self.packs(**kwargs):
+            hidden_states, mask, _ = self._embed(**inputs)
+            packed, groups, _, rows = _pack(hidden_states, mask)
+            first = self.encode_packed(packed, groups)
+            first = first.new_zeros(len(hidden_states), first.shape[-1]).index_copy(0, rows, first)
+        else:
+            return self(**inputs, **kwargs)
         return BaseModelOutputWithPooling(pooler_output=self.pooler(first[:, None]))
 
-    def mean_states(self, *inputs: MaybeTensor) -> torch.Tensor:
+    def mean_states(
+        self,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
-        The mean over attended positions, embeddings and all layers, `(batch_size, hidden_size)`, float32; arguments as
-        in `forward`, in their order.
+        Means over attended positions, embeddings and all layers, `(batch_size, hidden_size)`, float32; the arguments
+        are those of `forward`.
         """
         # The last layer of a pre-trained encoder tells less of one modality alone: with it frozen, recall on Flickr8k
         # is a fifth lower than that of the mean over all.
-        hidden_states, mask, _ = self._embed(*inputs)
+        hidden_states, mask, _ = self._embed(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+        )
+        if len(hidden_states) == 0:
+            return hidden_states.new_zeros(0, hidden_states.shape[-1], dtype=torch.float32)
         packed, groups, index, _ = _pack(hidden_states, mask)
         attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
         states, total = packed[None], packed.float()
@@ -802,8 +872,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         return padded.view(*mask.shape, -1)
 
     def _embed(
-        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features=None,
-        region_locations=None, region_attention_mask=None, token_region_ids=None, caption_index=None, image_index=None,
+        self, *, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
+        region_features=None, region_locations=None, region_attention_mask=None, token_region_ids=None,
+        caption_index=None, image_index=None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
         """The embeddings of text and regions, their mask, and that of the text; no mask where there is no padding."""
         self._check_shapes(
@@ -858,7 +929,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         for layer in layers:
             hidden_states = layer(hidden_states, **kwargs)
         first = hidden_states[:, packed.starts]
-        return last_layer(hidden_states, query_states=first, **packed.attention_kwargs(first_only=True))[0]
+        kwargs = packed.attention_kwargs(first_only=True)
+        # By position: reentrant checkpoints cut the graph at positional arguments alone.
+        return last_layer(hidden_states, kwargs.pop("attention_mask", None), first, **kwargs)[0]
 
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
@@ -935,6 +1008,9 @@ PRETRAINING_LABELS_DOCSTRING = r"""
     matching_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         1 = match, 0 = mismatch (its tokens and regions do not count), -100 = unknown (they count, matching does not).
         Defaults to unknown.
+    sparse_prediction (`bool`, *optional*):
+        Whether `prediction_logits` are computed for the counted tokens alone. Defaults to `config.sparse_prediction` in
+        training, else to `False`; without `labels` it has no effect.
 """
 
 
@@ -943,10 +1019,10 @@ PRETRAINING_LABELS_DOCSTRING = r"""
     Unicoder-VL with the heads of its three pre-training tasks (paper, Pre-training Tasks): masked language modelling,
     tied to the word embeddings; masked object classification; and visual-linguistic matching.
 
-    With `model.sparse_prediction = True` (it is not saved) and `labels`, the language modelling head is computed on the
-    counted tokens only, those whose label is not -100 in rows that are not mismatches: the same loss and gradients in
-    less time, but `prediction_logits` is then `(num_counted_tokens, vocab_size)` in row-major order, and its shape
-    depends on the data, which breaks a compiled graph.
+    With `config.sparse_prediction` the language modelling head is computed, in training and where there are `labels`,
+    on the counted tokens only, those whose label is not -100 in rows that are not mismatches: the same loss and
+    gradients in less time, but `prediction_logits` is then `(num_counted_tokens, vocab_size)` in row-major order, and
+    its shape depends on the data, which breaks a compiled graph.
     """
 )
 class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
@@ -962,7 +1038,6 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         self.cls = UnicoderVLOnlyMLMHead(config)
         self.region_head = nn.Linear(config.hidden_size, config.num_region_classes)
         self.matching_head = UnicoderVLMatchingHead(config)
-        self.sparse_prediction = False
         self.post_init()
 
     def get_output_embeddings(self):
@@ -990,8 +1065,11 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         labels: torch.LongTensor | None = None,
         region_labels: torch.LongTensor | None = None,
         matching_labels: torch.LongTensor | None = None,
+        sparse_prediction: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLForPreTrainingOutput:
+        if sparse_prediction is None:
+            sparse_prediction = self.training and self.config.sparse_prediction
         outputs = self.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1018,7 +1096,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         mlm_loss = moc_loss = matching_loss = None
         if labels is None:
             prediction_logits = self.cls(text)
-        elif self.sparse_prediction:
+        elif sparse_prediction:
             weights = _target_weights(labels, counted)
             picked = weights > 0
             prediction_logits = self.cls(text[picked])
@@ -1050,14 +1128,16 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
 
 RETRIEVAL_LABELS_DOCSTRING = r"""
     group_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-        The group of each row: one or more matches and their mismatches. Selects `model.group_loss`, by default the
-        hardest-negative triplet loss; needs `caption_index` and `image_index`, which tell a caption negative (the
-        match's image) from an image negative (its caption).
+        The group of each row: one or more matches and their mismatches. The loss is then the hardest-negative triplet
+        loss with `config.triplet_margin`, else cross-entropy; needs `caption_index` and `image_index`, which tell a
+        caption negative (the match's image) from an image negative (its caption).
     labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         1 = match, 0 = mismatch, -100 = ignored.
-    mismatches (`torch.BoolTensor` of shape `(num_matches, num_matches)`, *optional*):
-        For the contrastive loss: whether the caption of one match is a mismatch with the image of another, the matches
-        in the order of their rows. Needed with `labels` where `model.contrastive_weight` is not 0.
+    first_stage_captions (`torch.LongTensor` of shape `(num_first_stage_captions,)`, *optional*):
+        Rows of `input_ids` that the first stage compares with each of `first_stage_images`, which gives
+        `first_stage_logits` beside the scores. Needs a model with `config.projection_dim`.
+    first_stage_images (`torch.LongTensor` of shape `(num_first_stage_images,)`, *optional*):
+        Rows of `region_features` that the first stage compares with each of `first_stage_captions`.
 """
 
 
@@ -1066,15 +1146,13 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
     Unicoder-VL for image-text retrieval: the matching head of pre-training, under the same parameter names, so that a
     pre-trained checkpoint scores pairs without fine-tuning (paper, Image-Text Retrieval, zero-shot).
 
-    `model.group_loss` is what groups are trained with: the paper's hardest-negative triplet loss with
-    `config.triplet_margin`, or any function of its first five arguments that is set in its place; with `None` groups
-    are not scored, and the first stage learns alone.
+    With `labels` and `group_ids` the loss is the paper's hardest-negative triplet loss, with `labels` alone the
+    cross-entropy of the two logits. Any other loss is a function of the scores and of what the batch says about them;
+    several, hard negatives of the batch among them, are in `unicoder_vl_hf.tasks.retrieval.losses`.
 
     With `config.projection_dim` the model has a first stage as well, `encode_text` and `encode_image`, for a search
-    among more images than can be scored. It is trained by `model.contrastive_weight` times [`contrastive_loss`] beside
-    the loss of the groups (0 by default, as the paper has none), or alone, by `unicoder-vl train-first-stage`. Along
-    with it, `model.num_hard_negatives` captions and as many images join the group of each match: those of the batch's
-    mismatches that the first stage likes best (as in ALBEF, the best in place of a draw).
+    among more images than can be scored. It is trained by a contrastive loss of its logits, along with the loss of the
+    groups or instead of it, or alone, by `unicoder-vl train-first-stage`.
     """
 )
 class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
@@ -1090,14 +1168,9 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             )
         self.bert = UnicoderVLModel(config)
         self.matching_head = UnicoderVLMatchingHead(config)
-        self.group_loss: GroupLoss | None = functools.partial(
-            hardest_negative_triplet_loss, margin=config.triplet_margin
-        )
         self.first_stage = (
             None if config.projection_dim is None else UnicoderVLFirstStage(config, config.projection_dim)
         )
-        self.contrastive_weight = 0.0
-        self.num_hard_negatives = 0
         self.post_init()
 
     @classmethod
@@ -1138,7 +1211,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
     def encode_image(
         self,
         region_features: torch.Tensor,
-        region_locations: torch.Tensor,
+        region_locations: torch.Tensor | None,
         region_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
@@ -1158,20 +1231,29 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `encode_text` projects, `(batch_size, hidden_size)`: the mean over tokens, embeddings and layers."""
-        return self.bert.mean_states(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        """Means over tokens, embeddings and layers, `(batch_size, hidden_size)`, which `encode_text` projects."""
+        return self.bert.mean_states(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
 
     def image_states(
         self,
         region_features: torch.Tensor,
-        region_locations: torch.Tensor,
+        region_locations: torch.Tensor | None,
         region_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What `encode_image` projects, as in `text_states`."""
+        """Means over regions, embeddings and layers, `(batch_size, hidden_size)`, which `encode_image` projects."""
         # An image alone is a sequence with a text of no token.
-        no_text = region_locations.new_empty((region_features.shape[0], 0, self.config.hidden_size), dtype=self.dtype)
+        no_text = region_features.new_empty((len(region_features), 0, self.config.hidden_size), dtype=self.dtype)
         return self.bert.mean_states(
-            None, None, None, None, no_text, region_features, region_locations, region_attention_mask
+            inputs_embeds=no_text,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
         )
 
     def _first_stage(self) -> UnicoderVLFirstStage:
@@ -1199,7 +1281,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         group_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
-        mismatches: torch.BoolTensor | None = None,
+        first_stage_captions: torch.LongTensor | None = None,
+        first_stage_images: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLForImageTextRetrievalOutput:
         if region_features is None:
@@ -1208,63 +1291,58 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             raise ValueError(
                 "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
             )
+        if "mismatches" in kwargs:
+            raise ValueError(
+                "mismatches are for a contrastive loss, which calls the model itself: TwoStageLoss(groups)(model, "
+                "batch), see unicoder_vl_hf.tasks.retrieval.losses. Leave them out to score."
+            )
+        if (first_stage_captions is None) != (first_stage_images is None):
+            raise ValueError("Give first_stage_captions and first_stage_images together: each meets each.")
         num_pairs = len(region_features if image_index is None else image_index)
         _check_shape("labels", labels, (num_pairs,))
         _check_shape("group_ids", group_ids, (num_pairs,))
-        contrastive = None
-        if labels is not None and self.contrastive_weight != 0:
-            if mismatches is None:
-                raise ValueError(
-                    f"contrastive_weight={self.contrastive_weight} needs mismatches: what is a negative of what? "
-                    "DataCollatorForUnicoderVLRetrieval(contrastive=True) gives them."
-                )
-            # The rows that are matches, in their order, without a look at how many there are.
-            matches = (labels == 1).long().argsort(descending=True, stable=True)[: mismatches.shape[0]]
-            captions: Any = matches if caption_index is None else caption_index[matches]
-            images: Any = matches if image_index is None else image_index[matches]
-            if position_ids is not None:  # which may be one row for all
-                source: Any = input_ids if inputs_embeds is None else inputs_embeds
-                position_ids = position_ids.expand(len(source), -1)
+
+        first_stage_logits = None
+        if first_stage_captions is not None:
             text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
             regions: Any = (region_features, region_locations, region_attention_mask)
-            logits = self._first_stage().logits(
-                self.encode_text(*(_pick_rows(tensor, captions) for tensor in text)),
-                self.encode_image(*(_pick_rows(tensor, images) for tensor in regions)),
+            if position_ids is not None:  # of which one row may stand for all
+                source: Any = input_ids if inputs_embeds is None else inputs_embeds
+                text = (*text[:3], position_ids.expand(len(source), -1), inputs_embeds)
+            first_stage_logits = self._first_stage().logits(
+                self.encode_text(*(_pick_rows(tensor, first_stage_captions) for tensor in text)),
+                self.encode_image(*(_pick_rows(tensor, first_stage_images) for tensor in regions)),
             )
-            contrastive = self.contrastive_weight * contrastive_loss(logits, mismatches)
-            if group_ids is not None and caption_index is not None and image_index is not None:  # see above
-                if self.group_loss is None:
-                    return UnicoderVLForImageTextRetrievalOutput(loss=contrastive)
-                match, caption, image, label = hard_negatives(logits, mismatches, self.num_hard_negatives)
-                caption_index = torch.cat((caption_index, captions[caption]))
-                image_index = torch.cat((image_index, images[image]))
-                group_ids = torch.cat((group_ids, group_ids[matches[match]]))
-                labels = torch.cat((labels, label))
-
         outputs = self.bert.pooled(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-            region_attention_mask, token_region_ids, caption_index, image_index, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            caption_index=caption_index,
+            image_index=image_index,
+            **kwargs,
+        )
         matching_logits = self.matching_head(outputs.pooler_output)
         scores = matching_logits[:, 1] - matching_logits[:, 0]
 
-        if labels is None:
-            loss = None
-        elif group_ids is None or caption_index is None or image_index is None:
+        loss = None
+        if labels is not None and group_ids is not None and caption_index is not None and image_index is not None:
+            loss = hardest_negative_triplet_loss(
+                scores, labels, group_ids, caption_index, image_index, margin=self.config.triplet_margin
+            )
+        elif labels is not None:
             row_losses = nn.functional.cross_entropy(matching_logits, labels, reduction="none")
             loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
-        elif self.group_loss is None or (self.num_hard_negatives > 0 and contrastive is None):
-            raise ValueError(
-                "group_loss=None and num_hard_negatives need a first stage that learns: contrastive_weight."
-            )
-        else:
-            loss = self.group_loss(scores, labels, group_ids, caption_index, image_index)
-        if loss is not None and contrastive is not None:
-            loss = loss + contrastive
         return UnicoderVLForImageTextRetrievalOutput(
             loss=loss,
-            matching_logits=matching_logits[:num_pairs],  # hard negatives are behind
-            scores=scores[:num_pairs],
+            matching_logits=matching_logits,
+            scores=scores,
+            first_stage_logits=first_stage_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -1333,17 +1411,16 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
             region_locations = _flatten_choices("region_locations", region_locations, choices)
             region_attention_mask = _flatten_choices("region_attention_mask", region_attention_mask, choices)
         outputs = self.bert.pooled(
-            _flatten_choices("input_ids", input_ids, choices),
-            _flatten_choices("attention_mask", attention_mask, choices),
-            _flatten_choices("token_type_ids", token_type_ids, choices),
-            _flatten_choices("position_ids", position_ids, choices),
-            _flatten_choices("inputs_embeds", inputs_embeds, choices),
-            region_features,
-            region_locations,
-            region_attention_mask,
-            _flatten_choices("token_region_ids", token_region_ids, choices),
-            None,
-            image_index,
+            input_ids=_flatten_choices("input_ids", input_ids, choices),
+            attention_mask=_flatten_choices("attention_mask", attention_mask, choices),
+            token_type_ids=_flatten_choices("token_type_ids", token_type_ids, choices),
+            position_ids=_flatten_choices("position_ids", position_ids, choices),
+            inputs_embeds=_flatten_choices("inputs_embeds", inputs_embeds, choices),
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=_flatten_choices("token_region_ids", token_region_ids, choices),
+            image_index=image_index,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch_size, num_choices)
@@ -1381,134 +1458,25 @@ def hardest_negative_triplet_loss(
         margin (`float`, *optional*, defaults to 0.2):
             On the difference of two values in `(0, 1)`.
         caption_weight, image_weight (`float`, *optional*, default to 1.0):
-            Of the two terms.
+            Weights of the two terms.
     """
-    captions, images = _triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
+    captions, images = triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
     loss = caption_weight * captions.amax(dim=1).sum() + image_weight * images.amax(dim=1).sum()
     return loss / (labels == 1).sum().clamp(min=1)
 
 
-def sum_of_negatives_triplet_loss(
-    scores: torch.Tensor,
-    labels: torch.LongTensor,
-    group_ids: torch.LongTensor,
-    caption_index: torch.LongTensor,
-    image_index: torch.LongTensor,
-    *,
-    margin: float = 0.2,
-    caption_weight: float = 1.0,
-    image_weight: float = 1.0,
-) -> torch.Tensor:
-    r"""
-    As [`hardest_negative_triplet_loss`], with the sum of `max(0, margin - s + s_negative)` over ALL negatives of a
-    direction in place of the hardest one's.
-    """
-    captions, images = _triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
-    return (caption_weight * captions.sum() + image_weight * images.sum()) / (labels == 1).sum().clamp(min=1)
-
-
-def group_softmax_loss(
-    scores: torch.Tensor,
-    labels: torch.LongTensor,
-    group_ids: torch.LongTensor,
-    caption_index: torch.LongTensor,
-    image_index: torch.LongTensor,
-) -> torch.Tensor:
-    r"""
-    Mean over the matches of `-log softmax`, over the scores of the match and of its negatives of both directions (the
-    four-way choice of ViLBERT, for any number). Another match of the group is no negative.
-    """
-    captions, images = _negatives_of_matches(labels, group_ids, caption_index, image_index)
-    match = labels == 1
-    options = captions | images | torch.diag(match)
-    # Rows that are no match have no option: all -inf would be NaN, in the gradient too.
-    options = options | ~match[:, None]
-    log_normalizer = scores.masked_fill(~options, float("-inf")).logsumexp(dim=1)
-    return ((log_normalizer - scores) * match).sum() / match.sum().clamp(min=1)
-
-
-def binary_matching_loss(
-    scores: torch.Tensor,
-    labels: torch.LongTensor,
-    group_ids: torch.LongTensor,
-    caption_index: torch.LongTensor,
-    image_index: torch.LongTensor,
-) -> torch.Tensor:
-    r"""
-    Binary cross-entropy of `sigmoid(score)`, mean over all matches and mismatches (Oscar); of groups it knows nothing.
-    Equal to the cross-entropy of the two logits.
-    """
-    known = labels != -100
-    losses = nn.functional.binary_cross_entropy_with_logits(scores, (labels == 1).to(scores.dtype), reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
-
-
-def contrastive_loss(logits: torch.Tensor, mismatches: torch.Tensor) -> torch.Tensor:
-    r"""
-    The symmetric cross-entropy of CLIP without false negatives: mean over the matches of `-log softmax` of each one's
-    logit, among the images that its caption does not match, and among the captions that its image does not match; mean
-    of the two.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_matches, num_matches)`):
-            Of caption p with image q; p with p is a match.
-        mismatches (`torch.BoolTensor` of shape `(num_matches, num_matches)`):
-            Whether caption p and image q are a mismatch. What is none, p with p apart, is left out.
-    """
-    _check_shape("mismatches", mismatches, tuple(logits.shape))
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    logits = logits.masked_fill(~(mismatches | own), float("-inf"))
-    log_normalizers = logits.logsumexp(dim=1) + logits.logsumexp(dim=0)
-    return (log_normalizers / 2 - logits.diagonal()).mean()
-
-
-def hard_negatives(
-    logits: torch.Tensor, mismatches: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    r"""
-    The mismatches of a batch that a first stage takes for matches most: of each match the `count` images with the
-    highest logits that its caption does not match, and the `count` captions that its image does not (ALBEF draws them
-    by these logits).
-
-    Args:
-        logits, mismatches: As in [`contrastive_loss`].
-        count (`int`): In each direction; at most `num_matches` are taken.
-
-    Returns:
-        Four `torch.LongTensor` of shape `(2 * count * num_matches,)`: whose negative a pair is, whose caption and whose
-        image it has, all as numbers of matches, and its label: 0, or -100 where there are not so many mismatches.
-    """
-    likely = logits.detach().masked_fill(~mismatches, float("-inf"))
-    count = min(count, len(likely))
-    images, captions = likely.topk(count, dim=1), likely.T.topk(count, dim=1)
-    own = torch.arange(len(likely), device=likely.device).repeat_interleave(count)
-    found = torch.cat((images.values, captions.values)).flatten()
-    return (
-        own.repeat(2),
-        torch.cat((own, captions.indices.flatten())),
-        torch.cat((images.indices.flatten(), own)),
-        torch.full_like(found, -100, dtype=torch.long).masked_fill(found > float("-inf"), 0),
-    )
-
-
-# Of scores, labels, group_ids, caption_index and image_index, each of shape (batch_size,).
-GroupLoss = Callable[
-    [torch.Tensor, torch.LongTensor, torch.LongTensor, torch.LongTensor, torch.LongTensor], torch.Tensor
-]
-
-
-def _negatives_of_matches(
+def negatives_of_matches(
     labels: torch.LongTensor,
     group_ids: torch.LongTensor,
     caption_index: torch.LongTensor,
     image_index: torch.LongTensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(batch_size, batch_size)` each: the caption negatives and the image negatives of the rows that are matches."""
+    """Caption negatives and image negatives of the rows that are matches, each `(batch_size, batch_size)`, bool."""
     candidate = (group_ids[:, None] == group_ids) & (labels == 1)[:, None] & (labels == 0)  # (match, mismatch)
     return candidate & (image_index[:, None] == image_index), candidate & (caption_index[:, None] == caption_index)
 
 
-def _triplet_hinges(
+def triplet_hinges(
     scores: torch.Tensor,
     labels: torch.LongTensor,
     group_ids: torch.LongTensor,
@@ -1516,8 +1484,11 @@ def _triplet_hinges(
     image_index: torch.LongTensor,
     margin: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`max(0, margin - s + s_negative)` of each match and negative, by captions and by images; 0 elsewhere."""
-    captions, images = _negatives_of_matches(labels, group_ids, caption_index, image_index)
+    """
+    Hinges `max(0, margin - s + s_negative)` of each match with each of its caption negatives, and with each of its
+    image negatives, on `s = sigmoid(score)`: each `(batch_size, batch_size)`, 0 elsewhere.
+    """
+    captions, images = negatives_of_matches(labels, group_ids, caption_index, image_index)
     probabilities = scores.sigmoid()
     hinges = (margin - probabilities[:, None] + probabilities).clamp(min=0)
     return hinges * captions, hinges * images

@@ -5,10 +5,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import datasets
 import numpy as np
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from .. import logging
@@ -16,7 +17,7 @@ from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..data.caption_files import select_split
 from ..data.captions import check_tokens, join, read_captions
 from ..feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
-from ..modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLModel, UnicoderVLPreTrainedModel
+from ..modeling_unicoder_vl import UnicoderVLForPreTraining, UnicoderVLPreTrainedModel
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 from ..regions.conversion import convert
@@ -112,6 +113,7 @@ class TrainingSetup:
         collator (callable): Makes the batches.
         train, validation: The rows; no validation where None.
         data_name (`str`): The data in words.
+        loss (callable, *optional*): Computes the loss of `(model, batch)`, where it is not the model's own.
 
     Raises:
         `ValueError`: The tokenizer has more tokens than the model knows.
@@ -123,6 +125,7 @@ class TrainingSetup:
     train: Any
     validation: Any
     data_name: str
+    loss: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] | None = None
 
     task: ClassVar[str] = "image-text-retrieval"  # that the model is for, see [`write_model_card`]
     rows: ClassVar[str] = "pairs"  # that a batch counts
@@ -252,7 +255,8 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
             f"max_length={arguments.max_length}, but the model has {model.config.max_position_embeddings} positions: "
             f"give --max_length {model.config.max_position_embeddings} or less."
         )
-    cast(UnicoderVLModel, model.base_model).padding_free = True
+    if model.config.padding_free is None:  # evaluating, too, reads nothing of padding
+        model.config.padding_free = True
     return model
 
 

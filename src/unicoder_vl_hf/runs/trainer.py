@@ -116,6 +116,9 @@ class TaskTrainer(Trainer):
             follow_schedule(cast(LRScheduler, self.lr_scheduler))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.setup.loss is not None:
+            loss = self.setup.loss(model, inputs)
+            return (loss, {}) if return_outputs else loss  # Trainer's own evaluation, which asks for them, is replaced
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.setup.loss_parts:
             self.meter.add(outputs, inputs["matching_labels"], 1 / self.current_gradient_accumulation_steps)

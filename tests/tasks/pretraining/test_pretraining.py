@@ -146,9 +146,7 @@ def slow_evaluation(model, pairs, collator):
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
-@pytest.mark.parametrize("sparse", [True, False])
-def test_evaluation_equals_a_slow_loop(setup, monkeypatch, batch_size, sparse):
-    monkeypatch.setattr(setup.model, "sparse_prediction", sparse)
+def test_evaluation_equals_a_slow_loop(setup, batch_size):
     found = evaluate_pretraining(setup.model, setup.validation, setup.collator, Accelerator(cpu=True), batch_size)
     expected = slow_evaluation(setup.model, setup.validation, setup.collator)
     assert found.keys() == expected.keys()

@@ -22,13 +22,16 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.data import negatives
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import PairsWithNegatives, read_duplicate_groups
-from unicoder_vl_hf.modeling_unicoder_vl import (
-    binary_matching_loss,
-    group_softmax_loss,
-    hardest_negative_triplet_loss,
-    sum_of_negatives_triplet_loss,
-)
 from unicoder_vl_hf.runs import arguments as preparation
+from unicoder_vl_hf.tasks.retrieval.losses import (
+    BinaryMatchingLoss,
+    ContrastiveLoss,
+    GroupSoftmaxLoss,
+    HardestNegativeLoss,
+    HardNegativeLoss,
+    SumOfNegativesLoss,
+    TwoStageLoss,
+)
 from unicoder_vl_hf.tasks.retrieval.metrics import chance_recalls
 from unicoder_vl_hf.tasks.retrieval.training import (
     PAPER,
@@ -424,14 +427,10 @@ def test_presets():
 
 def test_new_weights_begin_with_the_sum_of_negatives():
     found = {
-        name: RetrievalArguments(model_name_or_path=name, loss=loss).group_loss.func
+        name: RetrievalArguments(model_name_or_path=name, loss=loss).training_loss
         for name, loss in ((None, None), ("a-model", None), ("another", "sum"))
     }
-    assert found == {
-        None: sum_of_negatives_triplet_loss,
-        "a-model": hardest_negative_triplet_loss,
-        "another": sum_of_negatives_triplet_loss,
-    }
+    assert found == {None: SumOfNegativesLoss(), "a-model": HardestNegativeLoss(), "another": SumOfNegativesLoss()}
 
 
 def test_from_a_pretraining_checkpoint(world, bert, tmp_path, monkeypatch):
@@ -481,13 +480,20 @@ def test_options_reach_the_loss_and_the_data(world, bert, tmp_path):
     setup = prepare_retrieval(
         arguments(world, bert, duplicates=str(tmp_path / "same.csv"), in_batch_negatives=True, **options), tmp_path, 4
     )
-    assert setup.model.group_loss.keywords == {"margin": 0.3, "caption_weight": 1.0, "image_weight": 2.0}
+    assert setup.loss == SumOfNegativesLoss(margin=0.3, caption_weight=1.0, image_weight=2.0)
     assert setup.model.config.triplet_margin == 0.3 and setup.collator.in_batch_negatives
     assert (setup.collator.mask_probability, setup.collator.seed) == (0.2, 4)
     assert (setup.train.num_captions, setup.train.num_images, setup.train.seed) == (1, 2, 4)
     assert setup.train[0]["image_code"] == setup.train[2]["image_code"] != setup.train[4]["image_code"]
-    for loss, function in (("binary", binary_matching_loss), ("softmax", group_softmax_loss)):
-        assert arguments(world, bert, loss=loss).group_loss is function
+    softmax = GroupSoftmaxLoss()
+    for options, loss in (
+        ({"loss": "binary"}, BinaryMatchingLoss()),
+        ({"loss": "softmax"}, softmax),
+        ({"loss": "softmax", "contrastive_weight": 0.5}, TwoStageLoss(softmax, 0.5)),
+        ({"loss": "softmax", "contrastive_weight": 0.5, "num_hard_negatives": 2}, HardNegativeLoss(softmax, 0.5, 2)),
+        ({"loss": "none", "contrastive_weight": 0.5}, ContrastiveLoss(0.5)),
+    ):
+        assert arguments(world, bert, **options).training_loss == loss
 
 
 def test_dev_subset_is_drawn_evenly():
@@ -513,7 +519,7 @@ def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_pat
     for epoch in range(30):
         setup.train.set_epoch(epoch)
         for batch in loader:
-            accelerator.backward(model(**batch).loss)
+            accelerator.backward(setup.loss(model, batch))
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -24,9 +24,17 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.data.caption_files import select_split
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import PairsWithNegatives
-from unicoder_vl_hf.modeling_unicoder_vl import contrastive_loss, group_softmax_loss, hard_negatives
 from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder, image_states, text_states
 from unicoder_vl_hf.tasks.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
+from unicoder_vl_hf.tasks.retrieval.losses import (
+    ContrastiveLoss,
+    GroupSoftmaxLoss,
+    HardestNegativeLoss,
+    HardNegativeLoss,
+    TwoStageLoss,
+    contrastive_loss,
+    hard_negatives,
+)
 from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, evaluate_retrieval, prepare_retrieval
 from unicoder_vl_hf.tasks.retrieval.two_stage_report import describe_weight, measure_similarity_weight
 
@@ -212,10 +220,8 @@ def test_false_negatives_are_masked():
 def test_the_loss_beside_that_of_the_groups(rows, in_batch_negatives):
     """Whatever rows share, it is what the captions and images of the matches alone give."""
     encoder, inputs = model(), batch(rows, in_batch_negatives=in_batch_negatives)
-    plain = encoder(**{name: value for name, value in inputs.items() if name != "mismatches"}).loss
-    assert torch.equal(encoder(**inputs).loss, plain)
-    encoder.contrastive_weight = 0.5
-    loss = encoder(**inputs).loss
+    plain = HardestNegativeLoss()(encoder, inputs)
+    loss = TwoStageLoss(HardestNegativeLoss(), 0.5)(encoder, inputs)
 
     rows = list(dict.fromkeys(rows) if in_batch_negatives else rows)
     processor = tiny.processor()
@@ -238,24 +244,26 @@ def test_the_temperature_is_bounded():
 
 
 def test_without_mismatches_the_loss_is_refused():
-    encoder = model()
-    encoder.contrastive_weight = 1.0
     inputs = batch()
+    with pytest.raises(ValueError, match=r"mismatches are for a contrastive loss.*tasks\.retrieval\.losses"):
+        model()(**inputs)
     inputs.pop("mismatches")
-    with pytest.raises(ValueError, match=r"contrastive_weight=1.0 needs mismatches.*contrastive=True"):
-        encoder(**inputs)
+    for loss in (ContrastiveLoss(), TwoStageLoss(HardestNegativeLoss()), HardNegativeLoss(HardestNegativeLoss())):
+        with pytest.raises(ValueError, match=r"lacks mismatches, which the loss needs: .*contrastive=True"):
+            loss(model(), inputs)
+    with pytest.raises(ValueError, match=r"no first stage.*projection_dim is None"):
+        ContrastiveLoss()(tiny.model(UnicoderVLForImageTextRetrieval), batch())
 
 
 def test_validation_of_the_first_stage_alone_knows_no_dropout(world, trained):
     store = RegionStore(world / "regions")
     captions = read_captions(world / "captions.jsonl", split="val")
     encoder = AutoModelForSequenceClassification.from_pretrained(trained[0], hidden_dropout_prob=0.5).train()
-    encoder.group_loss = None
     processor = AutoProcessor.from_pretrained(trained[0])
-    first, again = (evaluate_retrieval(encoder, processor, store, captions) for _ in range(2))
+    first, again = (evaluate_retrieval(encoder, processor, store, captions, by_first_stage=True) for _ in range(2))
     assert first == again and encoder.training
     encoder.eval()
-    assert evaluate_retrieval(encoder, processor, store, captions) == first
+    assert evaluate_retrieval(encoder, processor, store, captions, by_first_stage=True) == first
     texts = text_states(encoder, processor, captions["caption"][:])
     assert {"first_stage_image_retrieval_recall@1", "recall_sum"} <= set(
         first
@@ -287,10 +295,8 @@ def test_hard_negatives_by_hand():
 def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
     """The loss is that of the pairs given and chosen, as if the collator had made all of them."""
     encoder, inputs = model(), batch((3, 0, 2, 4), in_batch_negatives=in_batch_negatives)
-    encoder.group_loss, encoder.contrastive_weight = group_softmax_loss, 0.5
-    plain = encoder(**inputs)
-    encoder.num_hard_negatives = 2
-    found = encoder(**inputs)
+    plain = TwoStageLoss(GroupSoftmaxLoss(), 0.5)(encoder, inputs)
+    found = HardNegativeLoss(GroupSoftmaxLoss(), 0.5, num_hard_negatives=2)(encoder, inputs)
 
     matches = [row for row, label in enumerate(inputs["labels"].tolist()) if label == 1]
     captions, images = inputs["caption_index"][matches], inputs["image_index"][matches]
@@ -302,34 +308,49 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
     index = {"caption_index": captions[caption], "image_index": images[image], "labels": label}
     index["group_ids"] = inputs["group_ids"][matches][match]
     given = {name: torch.cat((inputs[name], more)) for name, more in index.items()}
-    encoder.num_hard_negatives = 0
-    torch.testing.assert_close(found.loss, encoder(**inputs | given).loss)
-    torch.testing.assert_close(found.scores, plain.scores)  # of the pairs that were given
-    assert len(found.matching_logits) == len(plain.scores) and found.loss > plain.loss
-    encoder.num_hard_negatives, encoder.contrastive_weight = 2, 0.0
-    with pytest.raises(ValueError, match=r"num_hard_negatives need a first stage.*contrastive_weight"):
-        encoder(**inputs)
-    with pytest.raises(ValueError, match=r"labels has shape \(3,\)"):
-        encoder(**inputs | {"labels": inputs["labels"][:3]})
+    groups, contrastive = GroupSoftmaxLoss()(encoder, inputs | given), ContrastiveLoss(0.5)(encoder, inputs)
+    torch.testing.assert_close(found, groups + contrastive)
+    assert found > plain
 
 
 def test_without_a_loss_of_groups_the_first_stage_learns_alone():
     encoder, inputs = model(), batch()
-    encoder.contrastive_weight = 0.5
-    both = encoder(**inputs).loss
-    of_groups = encoder(**{name: value for name, value in inputs.items() if name != "mismatches"} | {"labels": None})
-    of_groups = encoder.group_loss(
-        of_groups.scores, *(inputs[name] for name in ("labels", "group_ids", "caption_index", "image_index"))
-    )
-    encoder.group_loss = None
-    alone = encoder(**inputs)
-    torch.testing.assert_close(alone.loss, both - of_groups)
-    assert alone.scores is None
-    alone.loss.backward()
-    assert encoder.matching_head.weight.grad is None and encoder.bert.encoder.layer[1].output.dense.weight.grad.any()
-    encoder.contrastive_weight = 0.0
-    with pytest.raises(ValueError, match=r"group_loss=None.*contrastive_weight"):
-        encoder(**inputs)
+    both = TwoStageLoss(HardestNegativeLoss(), 0.5)(encoder, inputs)
+    alone = ContrastiveLoss(0.5)(encoder, inputs)
+    torch.testing.assert_close(alone, both - HardestNegativeLoss()(encoder, inputs))
+    scored = []
+    encoder.matching_head.register_forward_hook(lambda module, arguments, output: scored.append(len(output)))
+    ContrastiveLoss(0.5)(encoder, inputs).backward()
+    assert scored == [0] and not encoder.matching_head.weight.grad.any()
+    assert encoder.bert.encoder.layer[1].output.dense.weight.grad.any()
+
+
+@pytest.mark.parametrize("padding_free", [None, True])
+def test_first_stage_logits_are_of_the_captions_and_images_named_beside_the_scores(padding_free):
+    encoder, inputs = model(padding_free=padding_free), batch()
+    del inputs["mismatches"]
+    text = {name: inputs[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
+    regions = {name: value for name, value in inputs.items() if name.startswith("region_")}
+    captions, images = torch.tensor([2, 0, 2]), torch.tensor([1, 0])
+    rows = {"first_stage_captions": captions, "first_stage_images": images}
+    plain, found = encoder(**inputs), encoder(**inputs, **rows)
+    assert plain.first_stage_logits is None and torch.equal(found.scores, plain.scores)
+    assert torch.equal(found.loss, plain.loss)
+    similarities = encoder.encode_text(**text) @ encoder.encode_image(**regions).T
+    torch.testing.assert_close(found.first_stage_logits, similarities[captions][:, images] / 0.07)
+    none = torch.zeros(0, dtype=torch.long)
+    alone = encoder(**text, **regions, caption_index=none, image_index=none, **rows)
+    assert alone.scores.shape == (0,) and alone.matching_logits.shape == (0, 2)
+    assert torch.equal(alone.first_stage_logits, found.first_stage_logits)
+    positions = torch.arange(text["input_ids"].shape[1])[None]
+    text["attention_mask"] = torch.ones_like(text["attention_mask"])
+    index = {name: inputs[name] for name in ("caption_index", "image_index")}
+    placed, default = (encoder(**text, **regions, **index, **rows, position_ids=each) for each in (positions, None))
+    torch.testing.assert_close(placed.first_stage_logits, default.first_stage_logits)
+    with pytest.raises(ValueError, match="region_features was given without region_locations"):
+        encoder(**text, **index, region_features=regions["region_features"], **rows)
+    with pytest.raises(ValueError, match="Give first_stage_captions and first_stage_images together"):
+        encoder(**inputs, first_stage_images=images)
 
 
 # With the encoder frozen
@@ -440,7 +461,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     options |= {"model_name_or_path": str(trained[0]), "max_validation_images": 0}
     dropped = prepare_retrieval(RetrievalArguments(**options), world.parent / "run", seed=0)
     assert dropped.model.first_stage is None and not dropped.model.config.first_stage_trained
-    assert not dropped.collator.contrastive and dropped.model.contrastive_weight == 0
+    assert not dropped.collator.contrastive and dropped.loss == HardestNegativeLoss()
     assert "would not fit the encoder after this training: it is left out" in caplog.text
     along = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
     assert along.model.config.projection_dim == 16 and along.model.config.first_stage_trained
@@ -454,18 +475,18 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         "has no split 'dev'; its splits are train, val, test. The weight of the similarity in a search will not be"
         in (caplog.text)
     )
-    loss = along.model(**along.collator([along.train[row] for row in (0, 7)])).loss
-    assert loss.isfinite() and along.model.contrastive_weight == 0.5
+    assert along.loss == TwoStageLoss(HardestNegativeLoss(), 0.5)
+    assert along.loss(along.model, along.collator([along.train[row] for row in (0, 7)])).isfinite()
     options["model_name_or_path"] = str(world.parent / "checkpoint")
     new = prepare_retrieval(RetrievalArguments(**options, contrastive_weight=0.5), world.parent / "run", seed=0)
     assert new.model.config.projection_dim == 256
     alone = RetrievalArguments(**options, contrastive_weight=1.0, loss="none")
     setup = prepare_retrieval(alone, world.parent / "run", seed=0)
-    assert setup.model.group_loss is None and "leaves the matching head behind" in caplog.text
+    assert setup.first_stage_alone and "leaves the matching head behind" in caplog.text
     assert setup.card["trained_by"].startswith("fine-tuned as a first stage of image-text retrieval, by a contrastive")
     batch = setup.collator([setup.train[row] for row in (0, 7)])
     assert batch["labels"].tolist() == [1, 1]  # nothing is read that would not be scored
-    setup.model(**batch).loss.backward()
+    setup.loss(setup.model, batch).backward()
     trained_ones = {name for name, parameter in setup.model.named_parameters() if parameter.requires_grad}
     assert trained_ones == {name for name, parameter in setup.model.named_parameters() if parameter.grad is not None}
     hard = RetrievalArguments(**options, contrastive_weight=1.0, num_hard_negatives=2, in_batch_negatives=True)

@@ -243,21 +243,31 @@ def test_four_micro_batches_equal_one_batch(command, plain, tmp_path):
     assert_same_weights(tmp_path, plain, tolerance=2e-5)
 
 
-def test_two_processes_equal_one(command, plain, world, tmp_path):
-    """At the same global batch; and mining by two processes finds what one finds."""
+def test_two_processes_equal_one(command, plain, world, berts, tmp_path):
+    """
+    At the same global batch; and mining by two processes finds what one finds. With hard negatives of the micro-batch,
+    which then has to be the same, too.
+    """
+    along = {"contrastive_weight": 1, "num_hard_negatives": 1, "projection_dim": 8, "loss": "softmax"}
+    along |= {"learning_rate": 0.05, "max_steps": 6, "pairs": 2, "plain": True}
+    with plain_descent():
+        run(SCRIPT, command(tmp_path / "along_one", accumulation=2, **along))
     mining = {"images_per_set": 10, "num_negatives": 2}
     inputs = [plain, world / "captions.jsonl", world / "regions"]
     shared, alone = (json.dumps([*map(str, inputs), str(tmp_path / name)]) for name in ("shared", "alone"))
     process = launch(
         tmp_path,
         (SCRIPT, command(tmp_path / "two", pairs=2, plain=True), True),
+        (SCRIPT, command(tmp_path / "along_two", **along), True),
         ("mining_client", [shared, json.dumps(mining)]),
         processes=2,
     )
     output = output_of(process, tmp_path)
     assert process.returncode == 0, output
-    assert output.count(f"{SCRIPT}: world size 2") == 2 and output.count("mining_client: world size 2") == 2, output
+    assert output.count(f"{SCRIPT}: world size 2") == 4 and output.count("mining_client: world size 2") == 2, output
     assert_same_weights(tmp_path / "two", plain, tolerance=2e-5)
+    assert_same_weights(tmp_path / "along_two", tmp_path / "along_one", tolerance=2e-5)
+    assert_trained(tmp_path / "along_two", berts[0.0])
     run("mining_client", [alone, json.dumps(mining)])
     mined = [read_captions(tmp_path / name) for name in ("shared", "alone")]
     for name in ("negative_captions", "negative_image_ids"):

@@ -62,7 +62,7 @@ def evaluate_pretraining(
         for batch in logging.tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
             batch = {key: value.to(accelerator.device) for key, value in batch.items()}
             with accelerator.autocast():
-                yield batch, model(**batch)
+                yield batch, model(**batch, sparse_prediction=True)
 
     config = accelerator.unwrap_model(model).config
     tasks = {"mlm": ("labels", config.vocab_size), "moc": ("region_labels", config.num_region_classes)}
@@ -72,7 +72,7 @@ def evaluate_pretraining(
         for name, logits in (("mlm", outputs.prediction_logits), ("moc", outputs.region_logits)):
             labels = batch[tasks[name][0]]
             targets = labels[labels != IGNORED]
-            if logits.ndim == 3:  # not sparse
+            if name == "moc":  # the others are of the targets alone
                 logits = logits[labels != IGNORED]
             losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
             sums[name] += torch.stack((losses, (logits.argmax(-1) == targets).sum())).double().cpu()

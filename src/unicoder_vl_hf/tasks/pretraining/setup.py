@@ -111,7 +111,7 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
                 "detector's number, give it: --num_region_classes, or once for all "
                 f"`unicoder-vl merge {store.path} --output NEW --num-classes NUMBER`."
             )
-    model.sparse_prediction = True
+    model.config.sparse_prediction = True
     processor = load_processor(arguments, data)
     collator = DataCollatorForUnicoderVLPreTraining(
         processor,

@@ -1,5 +1,5 @@
 """
-From groups of a match and its negatives to the inputs of fine-tuning for retrieval: each caption and image once.
+Makes the inputs of fine-tuning for retrieval of groups of a match and its negatives: each caption and image once.
 
 Words and regions may be hidden, of each caption and each image the same in all groups of an epoch (a function of seed,
 epoch and caption, or image id). Left out: drawing negatives, which the rows carry (`data/negatives.py`).
@@ -36,7 +36,8 @@ class DataCollatorForUnicoderVLRetrieval:
             Pair the captions and images of different rows too, where they do not match, and make the batch one group:
             N * N pairs, beside the negatives that the rows carry. What a row meets then depends on its batch.
         contrastive (`bool`, *optional*, defaults to `False`):
-            Add `mismatches`, which tells the contrastive loss what captions and images of different rows mismatch.
+            Add `mismatches`, which tells a contrastive loss what captions and images of different rows mismatch. Such
+            a batch is for the losses of `losses.py`, which call the model themselves.
         mask_probability (`float`, *optional*, defaults to 0.0):
             Share of the tokens that become `[MASK]`, and of the regions whose feature is set to zero, as the model
             knows them from pre-training, in `[0, 1)`: so that it does not learn few photos by heart. Drawn for each
@@ -50,7 +51,8 @@ class DataCollatorForUnicoderVLRetrieval:
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
         `region_attention_mask`, `caption_index`, `image_index`, `group_ids` and `labels`: the arguments of
-        [`UnicoderVLForImageTextRetrieval`], and nothing else. The pairs of a row follow one another, its match first.
+        [`UnicoderVLForImageTextRetrieval`], and nothing else, but for the `mismatches` of `contrastive`. The pairs of a
+        row follow one another, its match first.
 
     Raises:
         `ValueError`: an empty caption, a row that lacks something, or an option out of range. `KeyError`: an image that
@@ -118,7 +120,7 @@ class DataCollatorForUnicoderVLRetrieval:
         return batch
 
     def _needed(self) -> tuple[str, ...]:
-        """The names that a row must hold."""
+        """Names that a row must hold."""
         epoch = ("epoch",) if self.mask_probability > 0 else ()
         codes = ("image_code", "codes_of_caption") if self.in_batch_negatives or self.contrastive else ()
         return ("image_id", "caption", "negative_captions", "negative_image_ids", *epoch, *codes)

@@ -20,7 +20,7 @@ from ...data.caption_files import encode_column, select_split
 from ...data.captions import check_tokens, join, read_captions
 from ...data.negatives import MismatchIndex, read_duplicate_groups
 from ...files import new_folder
-from ...modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval, contrastive_loss
+from ...modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval
 from ...processes import start_processes
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...regions.store import RegionStore
@@ -28,6 +28,7 @@ from ...runs.model_card import FIRST_STAGE, TrainingRun, write_model_card
 from ...scoring.checkpoints import load_for_scoring
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import UnicoderVLDualEncoder, image_states, text_states
+from .losses import contrastive_loss
 from .metrics import retrieval_metrics, with_recall_sum
 from .two_stage_report import describe_weight, measure_similarity_weight
 

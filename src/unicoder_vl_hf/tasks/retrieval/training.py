@@ -1,11 +1,10 @@
 """Fine-tuning for image-text retrieval: the arguments of `examples/run_retrieval.py`, what they become, evaluation.
 
 Follows the paper's section Image-Text Retrieval: for each positive pair three captions and three images that do not
-match it, and a triplet loss on the hardest of each; options beside it are the losses of Oscar and ViLBERT, and
-in-batch negatives. Hard negatives are mined by `mining.py`.
+match it, and a triplet loss on the hardest of each; options beside it are the losses of `losses.py` and in-batch
+negatives. Hard negatives are mined by `mining.py`.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +15,7 @@ from transformers import AutoConfig
 
 from ... import logging
 from ...data.negatives import PairsWithNegatives, read_duplicate_groups
-from ...modeling_unicoder_vl import (
-    GroupLoss,
-    UnicoderVLForImageTextRetrieval,
-    binary_matching_loss,
-    group_softmax_loss,
-    hardest_negative_triplet_loss,
-    sum_of_negatives_triplet_loss,
-)
+from ...modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...runs.arguments import DataArguments
@@ -39,6 +31,17 @@ from ...runs.setup import (
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import UnicoderVLDualEncoder
 from .collator import DataCollatorForUnicoderVLRetrieval
+from .losses import (
+    BinaryMatchingLoss,
+    ContrastiveLoss,
+    GroupLoss,
+    GroupSoftmaxLoss,
+    HardestNegativeLoss,
+    HardNegativeLoss,
+    RetrievalLoss,
+    SumOfNegativesLoss,
+    TwoStageLoss,
+)
 from .metrics import retrieval_metrics, with_recall_sum
 from .protocols import captions_of_images
 from .two_stage_report import describe_weight, measure_similarity_weight
@@ -51,10 +54,11 @@ class RetrievalArguments(DataArguments):
     """Data, model and groups of a fine-tuning run. Without `captions` it runs on the rendered scenes."""
 
     max_validation_images: int = field(
-        default=100, metadata={"help": "Images of it, drawn evenly, with all their captions; 0 evaluates none."}
+        default=100,
+        metadata={"help": "Images of the validation split, drawn evenly, with all captions; 0 evaluates none."},
     )
-    num_negative_captions: int = field(default=3, metadata={"help": "Captions that do not match, for each pair."})
-    num_negative_images: int = field(default=3, metadata={"help": "Images that do not match, for each pair."})
+    num_negative_captions: int = field(default=3, metadata={"help": "Mismatching captions drawn for each pair."})
+    num_negative_images: int = field(default=3, metadata={"help": "Mismatching images drawn for each pair."})
     in_batch_negatives: bool = field(
         default=False, metadata={"help": "Pair all captions and images of a micro-batch too; try with 0 of the others."}
     )
@@ -70,18 +74,18 @@ class RetrievalArguments(DataArguments):
             "search alone, with its encoder. Default: hardest; for new weights sum."
         },
     )
-    margin: float = field(default=0.2, metadata={"help": "Of the triplet losses, on sigmoid(score)."})
-    caption_weight: float = field(default=1.0, metadata={"help": "Of caption negatives in the triplet losses."})
-    image_weight: float = field(default=1.0, metadata={"help": "Of image negatives in the triplet losses."})
+    margin: float = field(default=0.2, metadata={"help": "Margin of the triplet losses, on sigmoid(score)."})
+    caption_weight: float = field(default=1.0, metadata={"help": "Weight of caption negatives in the triplet losses."})
+    image_weight: float = field(default=1.0, metadata={"help": "Weight of image negatives in the triplet losses."})
     contrastive_weight: float = field(
         default=0.0,
-        metadata={"help": "Train a first stage of search as well, by so much of its contrastive loss; 0 trains none."},
+        metadata={"help": "Weight of the contrastive loss of a first stage of search, trained along; 0 trains none."},
     )
-    projection_dim: int = field(default=256, metadata={"help": "Width of its embeddings, where it is new."})
+    projection_dim: int = field(default=256, metadata={"help": "Width of the embeddings of a new first stage."})
     num_hard_negatives: int = field(
         default=0,
         metadata={
-            "help": "Of each pair, so many captions and images of the micro-batch that the first stage likes best."
+            "help": "Captions, and as many images, of the micro-batch that the first stage likes best, for each pair."
         },
     )
     mask_probability: float = field(
@@ -111,19 +115,23 @@ class RetrievalArguments(DataArguments):
             )
 
     @property
-    def group_loss(self) -> GroupLoss | None:
-        weights = {"caption_weight": self.caption_weight, "image_weight": self.image_weight}
-        triplet: dict[str, Any] = {"margin": self.margin, **weights}
-        losses: dict[str, GroupLoss | None] = {
-            "hardest": functools.partial(hardest_negative_triplet_loss, **triplet),
-            "sum": functools.partial(sum_of_negatives_triplet_loss, **triplet),
-            "binary": binary_matching_loss,
-            "softmax": group_softmax_loss,
-            "none": None,
+    def training_loss(self) -> RetrievalLoss:
+        """The loss that the options describe."""
+        if self.loss == "none":
+            return ContrastiveLoss(self.contrastive_weight)
+        triplet = (self.margin, self.caption_weight, self.image_weight)
+        losses: dict[str, GroupLoss] = {
+            "hardest": HardestNegativeLoss(*triplet),
+            "sum": SumOfNegativesLoss(*triplet),
+            "binary": BinaryMatchingLoss(),
+            "softmax": GroupSoftmaxLoss(),
         }
         # New weights learn nothing from the hardest of several negatives: all scores become one, and the loss stays at
         # twice the margin.
-        return losses[self.loss or ("sum" if self.base_model is None else "hardest")]
+        groups = losses[self.loss or ("sum" if self.base_model is None else "hardest")]
+        if self.num_hard_negatives > 0:
+            return HardNegativeLoss(groups, self.contrastive_weight, self.num_hard_negatives)
+        return groups if self.contrastive_weight == 0 else TwoStageLoss(groups, self.contrastive_weight)
 
 
 # The paper's recipe, but for the epochs and the warm-up, on which it is silent; and one for the scenes. A batch is
@@ -135,9 +143,10 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 @dataclass
 class RetrievalSetup(TrainingSetup):
     """
-    What [`prepare_retrieval`] builds.
+    Everything that a fine-tuning run begins with, as [`prepare_retrieval`] builds it.
 
     Args:
+        loss ([`RetrievalLoss`]): Loss that is trained with.
         weighing (`datasets.Dataset`, *optional*): Captions of the validation split by which the weight of the
             similarity is measured where a first stage is trained; None where none is, or there is no such split.
         search (`str`, *optional*): By what sum a search orders its candidates, in words, once it is measured.
@@ -147,6 +156,7 @@ class RetrievalSetup(TrainingSetup):
     collator: DataCollatorForUnicoderVLRetrieval
     train: PairsWithNegatives
     validation: datasets.Dataset | None
+    loss: RetrievalLoss = field(default_factory=HardestNegativeLoss)
     weighing: datasets.Dataset | None = None
     search: str | None = None
 
@@ -160,6 +170,11 @@ class RetrievalSetup(TrainingSetup):
         self.search = describe_weight(measure_similarity_weight(encoder, scorer, self.weighing, max_length))
 
     @property
+    def first_stage_alone(self) -> bool:
+        """Whether no pair is scored, and a first stage of search is all that is trained."""
+        return isinstance(self.loss, ContrastiveLoss)
+
+    @property
     def card(self) -> dict[str, Any]:
         return {**super().card, "search": self.search}
 
@@ -169,8 +184,8 @@ class RetrievalSetup(TrainingSetup):
 
     @property
     def trained_by(self) -> str:
-        model, train = self.model, self.train
-        if model.group_loss is None:
+        loss, train = self.loss, self.train
+        if self.first_stage_alone:
             return (
                 "fine-tuned as a first stage of image-text retrieval, by a contrastive loss; its matching head, which "
                 "scores pairs, was left behind"
@@ -181,9 +196,9 @@ class RetrievalSetup(TrainingSetup):
             negatives.append("mined hard negatives" if mined else "mismatches drawn at random")
         if self.collator.in_batch_negatives:
             negatives.append("all mismatches of the batch")
-        if model.num_hard_negatives > 0:
+        if isinstance(loss, HardNegativeLoss):
             negatives.append("the mismatches of the batch that its first stage likes best")
-        along = ", along with a first stage, by a contrastive loss" if model.contrastive_weight > 0 else ""
+        along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
 
@@ -208,18 +223,16 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         duplicates=[] if arguments.duplicates is None else read_duplicate_groups(arguments.duplicates),
     )
     model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **_first_stage_fields(arguments))
-    model.contrastive_weight = arguments.contrastive_weight
-    model.num_hard_negatives = arguments.num_hard_negatives
     model.config.first_stage_trained = arguments.contrastive_weight > 0
     model.config.similarity_weight = None  # that of another encoder, until the training has ended
     model.config.triplet_margin = arguments.margin
-    model.group_loss = arguments.group_loss
-    if model.group_loss is None:
+    loss = arguments.training_loss
+    if isinstance(loss, ContrastiveLoss):
         logger.warning(
             "loss=none: the encoder leaves the matching head behind; train it again before pairs are scored."
         )
         for unused in (model.matching_head, model.bert.pooler):
-            unused.requires_grad_(False)  # DistributedDataParallel would wait for its gradients
+            unused.requires_grad_(False)
     processor = load_processor(arguments, data)
     return RetrievalSetup(
         model=model,
@@ -236,6 +249,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         train=train,
         validation=validation,
         data_name=data.name,
+        loss=loss,
         weighing=held_out if arguments.contrastive_weight > 0 else None,
     )
 
@@ -254,7 +268,7 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
-    """Of the configuration: a first stage that is trained, or none, since an old one would not fit the new encoder."""
+    """Fields of the configuration: a first stage that is trained, or none; an old one would not fit the new encoder."""
     for option in ("contrastive_weight", "num_hard_negatives"):
         if getattr(arguments, option) < 0:
             raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
@@ -284,10 +298,17 @@ def evaluate_retrieval(
     store: Mapping[str, RegionRecord],
     captions: datasets.Dataset,
     max_length: int = 44,
+    by_first_stage: bool = False,
 ) -> dict[str, float]:
     """
-    Scores all captions with all their images and ranks them; by the first stage, where that is all that is trained
-    (`model.group_loss` is None). Every process calls it, and gets the whole.
+    Scores all captions with all their images and ranks them. Every process calls it, and gets the whole.
+
+    Args:
+        model, processor, store: What scores, and the regions.
+        captions (`datasets.Dataset`): Rows with `image_id` and `caption`.
+        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
+        by_first_stage (`bool`, *optional*, defaults to `False`): Rank by the similarities of the first stage in place
+            of the scores, as where that alone is trained.
 
     Returns:
         `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Those of the first
@@ -296,7 +317,7 @@ def evaluate_retrieval(
     image_ids = captions.unique("image_id")
     column = {image_id: index for index, image_id in enumerate(image_ids)}
     texts, right = captions["caption"][:], [column[image_id] for image_id in captions["image_id"]]
-    if model.group_loss is not None:
+    if not by_first_stage:
         scores = ImageTextScorer(model, processor, store, verbose=False).score(texts, image_ids, max_length=max_length)
         return with_recall_sum(retrieval_metrics(scores, right))
     encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
