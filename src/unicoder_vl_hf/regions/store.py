@@ -17,7 +17,7 @@ split), `hub` and `parquet`.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
@@ -167,13 +167,21 @@ class RegionStore(Mapping[str, RegionRecord]):
         The highest object id of each of these images: -1 where no region has a class, `shards.NO_OBJECT_IDS` where the
         record has none. Reads the ids alone, and so tells for a million images within seconds.
         """
+        return self._from_tables(image_ids, Shard.highest_object_ids)
+
+    def region_counts(self, image_ids: Iterable[str]) -> np.ndarray:
+        """The number of regions of each of these images. Reads the offsets alone, and no features."""
+        return self._from_tables(image_ids, lambda shard: np.diff(shard.region_offsets))
+
+    def _from_tables(self, image_ids: Iterable[str], table: Callable[[Shard], np.ndarray]) -> np.ndarray:
+        """The integer of each image in a table that every shard has for all of its images."""
         numbers = np.fromiter(map(self.number_of, image_ids), np.int64)
         shard_of = np.searchsorted(self.shards.starts, numbers, side="right") - 1
-        highest = np.empty(len(numbers), np.int64)
+        values = np.empty(len(numbers), np.int64)
         for shard in np.unique(shard_of).tolist():
             here = shard_of == shard
-            highest[here] = self.shards[shard].highest_object_ids()[numbers[here] - self.shards.starts[shard]]
-        return highest
+            values[here] = table(self.shards[shard])[numbers[here] - self.shards.starts[shard]]
+        return values
 
     def record_at(self, number: int) -> RegionRecord:
         """The record at a place in disk order."""

@@ -30,8 +30,16 @@ HEADER = struct.Struct("<QI")  # block, values
 CHECKSUM = struct.Struct("<I")
 
 
+def job_of(path: str | os.PathLike) -> dict[str, Any]:
+    """The job that a folder holds, or is to hold; empty where none was begun."""
+    known = Path(path) / JOB
+    return json.loads(known.read_text()) if known.exists() else {}
+
+
 class BlockFolder:
     """
+    A folder of blocks that processes fill together, each what it computes.
+
     Args:
         path (`str` or `os.PathLike`): The folder, made if need be.
         job (`dict`): What makes the blocks what they are, as JSON: names and values.
@@ -54,7 +62,7 @@ class BlockFolder:
             if foreign:
                 raise ValueError(f"{self.path} holds {foreign[:3]} and no {JOB}: give an empty folder, or a new one.")
             _write_text(known, json.dumps(job, indent=2))
-        before = json.loads(known.read_text())
+        before = job_of(self.path)
         differing = [name for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
         if differing:
             details = "; ".join(f"{name} was {before.get(name)!r}, is {job.get(name)!r}" for name in differing)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
@@ -70,12 +70,36 @@ def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTe
         "name": str(name),
         "saved_by": next(iter(model.config.architectures or ()), None),
         "revision": getattr(model.config, "_commit_hash", None),
-        "scoring_weights_sha256": weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()}),
+        "scoring_weights_sha256": scoring_digest(model),
     }
 
 
+def scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
+    """The digest of the weights that scoring reads."""
+    return weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()})
+
+
+def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
+    """What of the configuration decides on the scores, and no shape of a weight tells."""
+    return {
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "num_attention_heads": config.num_attention_heads,
+    }
+
+
+def former_scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
+    """The digest of weights and settings that scoring jobs named `model` at 9bccc44: those begun then go on by it."""
+    digest = hashlib.sha256(repr(tuple(scoring_settings(model.config).values())).encode())
+    weights = {**model.bert.state_dict(), **model.matching_head.state_dict(prefix="matching_head.")}
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values."""
+    """The SHA-256 of the names of weights and of their values in float32."""
     digest = hashlib.sha256()
     for key, weight in sorted(weights.items()):
         digest.update(key.encode())

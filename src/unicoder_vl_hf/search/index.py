@@ -110,16 +110,19 @@ class SearchIndex:
         """
         if top_k < 1:
             raise ValueError(f"top_k={top_k}; expected at least 1.")
-        top_k = min(top_k, len(self))
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if self._faiss is not None:
-            similarities, positions = self._faiss.search(queries, top_k)
+            similarities, positions = self._faiss.search(queries, min(top_k, len(self)))
             return positions, similarities
         return nearest(queries, self.embeddings, top_k)
 
 
 def nearest(queries: np.ndarray, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and similarities of the `top_k` largest inner products of each query; of equal ones the earlier."""
+    """
+    Positions and similarities of the `top_k` largest inner products of each query, or of all where there are fewer; of
+    equal ones the earlier.
+    """
+    top_k = min(top_k, len(embeddings))
     positions = np.empty((len(queries), top_k), dtype=np.int64)
     similarities = np.empty((len(queries), top_k), dtype=np.float32)
     rows = max(1, MAX_SIMILARITIES // len(embeddings))

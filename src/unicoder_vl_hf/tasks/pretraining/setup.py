@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from ... import logging
 from ...data.negatives import PairsWithMismatches
-from ...data.samplers import ReadAhead, StepBatchSampler
+from ...data.rows import Row
+from ...data.samplers import GivenRows, ReadAhead, StepBatchSampler
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...regions.store import RegionStore
 from ...runs.arguments import DataArguments
@@ -69,8 +70,8 @@ class PretrainingSetup(TrainingSetup):
         """The micro-batches of the sampler's epoch from the step where it stands, each with its weight in its step."""
         self.train.set_epoch(sampler.epoch)
         loader = DataLoader(
-            self.train,
-            batch_sampler=ReadAhead(sampler, self._announce),
+            GivenRows(),
+            batch_sampler=ReadAhead(map(self.train.make_rows, sampler), self._announce),
             collate_fn=self.collator,
             num_workers=num_workers,
             generator=torch.Generator(),  # or it would draw from the dropout's
@@ -78,9 +79,8 @@ class PretrainingSetup(TrainingSetup):
         for batch, weight in zip(loader, sampler.weights(), strict=True):
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, weight
 
-    def _announce(self, rows: list[int]) -> None:
+    def _announce(self, pairs: list[Row]) -> None:
         if isinstance(store := self.collator.store, RegionStore):
-            pairs = self.train.make_rows(rows)
             store.will_need({pair[name] for pair in pairs for name in ("image_id", "mismatch_image_id")})
 
 

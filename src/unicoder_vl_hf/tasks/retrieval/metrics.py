@@ -99,27 +99,43 @@ class QueryRanks:
         return QueryRanks(*(getattr(self, field.name)[queries] for field in fields(self)))
 
 
-def rank_queries(scores: ArrayLike, image_of_caption: ArrayLike) -> dict[str, QueryRanks]:
+def rank_queries(
+    scores: ArrayLike,
+    image_of_caption: ArrayLike,
+    directions: Sequence[str] = ("image_retrieval", "text_retrieval"),
+) -> dict[str, QueryRanks]:
     """
-    The `QueryRanks` of `"image_retrieval"` (a query is a caption) and `"text_retrieval"` (a query is an image).
+    The `QueryRanks` of `"image_retrieval"` (a query is a caption) and `"text_retrieval"` (a query is an image), or of
+    one of these `directions`.
 
-    Arguments and errors are those of `retrieval_metrics`. Nothing is sorted but what belongs to one image: a rank is
-    a count. The scores are read in blocks of rows, so that a memory map will do.
+    The other arguments and errors are those of `retrieval_metrics`. Nothing is sorted but what belongs to one image: a
+    rank is a count. The scores are read in blocks of rows, so that a memory map will do.
     """
     scores, image_of_caption = _check_scores(scores, image_of_caption)
+    right = scores[np.arange(len(scores)), image_of_caption].astype(np.float32)
+    rank = {"image_retrieval": _rank_captions, "text_retrieval": _rank_images}
+    return {direction: rank[direction](scores, image_of_caption, right) for direction in directions}
+
+
+def _rank_captions(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
+    """How each caption fares as a query; `right` are the scores with its image."""
+    ranks, tied = np.empty(len(scores), dtype=np.int64), np.empty(len(scores), dtype=bool)
+    for rows, block in _row_blocks(scores):
+        of_rows = right[rows, None]
+        ranks[rows] = (block >= of_rows).sum(axis=1)  # the right image itself makes the ranks start at 1
+        tied[rows] = (block == of_rows).sum(axis=1) > 1
+    return QueryRanks(ranks, 1 / ranks, tied, image_of_caption)
+
+
+def _rank_images(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
+    """How each image fares as a query; `right` are the scores of each caption with its image."""
     num_captions, num_images = scores.shape
     captions_of_image = np.bincount(image_of_caption, minlength=num_images)
-    right = scores[np.arange(num_captions), image_of_caption].astype(np.float32)
     best = np.full(num_images, -np.inf, dtype=np.float32)
     np.maximum.at(best, image_of_caption, right)
-
-    image_ranks, image_tied = np.empty(num_captions, dtype=np.int64), np.empty(num_captions, dtype=bool)
     wrong_above = np.zeros(num_captions, dtype=np.int64)  # captions of other images that score as high with its image
     equal_best = -np.bincount(image_of_caption, weights=right == best[image_of_caption]).astype(np.int64)
     for rows, block in _row_blocks(scores):
-        of_rows = right[rows, None]
-        image_ranks[rows] = (block >= of_rows).sum(axis=1)  # the right image itself makes the ranks start at 1
-        image_tied[rows] = (block == of_rows).sum(axis=1) > 1
         equal_best += (block == best).sum(axis=0)
         others = image_of_caption[rows, None] != image_of_caption
         wrong_above += ((block[:, image_of_caption] >= right) & others).sum(axis=0)
@@ -130,10 +146,7 @@ def rank_queries(scores: ArrayLike, image_of_caption: ArrayLike) -> dict[str, Qu
     ith = 1 + np.arange(num_captions) - np.repeat(first, captions_of_image)
     ranks = ith + wrong_above[by_image]
     precisions = np.bincount(image_of_caption[by_image], weights=ith / ranks) / captions_of_image
-    return {
-        "image_retrieval": QueryRanks(image_ranks, 1 / image_ranks, image_tied, image_of_caption),
-        "text_retrieval": QueryRanks(ranks[first], precisions, equal_best > 0, np.arange(num_images)),
-    }
+    return QueryRanks(ranks[first], precisions, equal_best > 0, np.arange(num_images))
 
 
 def summarize(folds: Sequence[Mapping[str, QueryRanks]], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

@@ -180,8 +180,9 @@ def mine_hard_negatives(
         )
     else:
         texts, images = encoder.embed_captions(captions), encoder.embed_images(image_ids)
-        rows_met = [np.union1d(*met) for met in zip(_nearest(images, texts, candidates), rows_of_image, strict=True)]
-        images_met = [np.union1d(*met) for met in zip(_nearest(texts, images, candidates), image_of_row, strict=True)]
+        near_rows, near_images = nearest(images, texts, candidates)[0], nearest(texts, images, candidates)[0]
+        rows_met = [np.union1d(*met) for met in zip(near_rows, rows_of_image, strict=True)]
+        images_met = [np.union1d(*met) for met in zip(near_images, image_of_row, strict=True)]
 
     width = len(image_ids)  # pairs are numbered as in the matrix of all captions and images
     by_image = [rows * width + image for image, rows in enumerate(rows_met)]
@@ -239,10 +240,6 @@ def _sets(
         rows_met |= dict.fromkeys(images.tolist(), rows)
         images_met |= dict.fromkeys(rows.tolist(), images)
     return [rows_met[image] for image in sorted(rows_met)], [images_met[row] for row in sorted(images_met)]
-
-
-def _nearest(queries: np.ndarray, embeddings: np.ndarray, count: int) -> np.ndarray:
-    return nearest(queries, embeddings, min(count, len(embeddings)))[0]
 
 
 _Found = tuple[list[int], list[float | None]]  # rows, and sigmoid(score) of each

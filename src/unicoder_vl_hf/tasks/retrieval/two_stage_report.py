@@ -144,8 +144,8 @@ def two_stage_report(
     rows = [StageResult(0, 0.0, 0, time.perf_counter() - started, {}, alone)]
 
     largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
-    images_of, _ = nearest(texts[by_caption], images, min(largest, num_images))
-    captions_of, _ = nearest(images[by_image], texts, min(largest, num_captions))
+    images_of, _ = nearest(texts[by_caption], images, largest)
+    captions_of, _ = nearest(images[by_image], texts, largest)
     of_caption = by_caption[:, None] * num_images + images_of  # pairs, as numbers
     of_image = captions_of * num_images + by_image[:, None]
     pairs = np.union1d(of_caption, of_image)
@@ -167,11 +167,11 @@ def two_stage_report(
         share = None if seconds is None else seconds * num_pairs / len(pairs)
         for weight in similarity_weights:
             sums = scores + weight * similarities.flat[pairs]
-            ranked = {}
+            ranked: dict[str, QueryRanks] = {}
             for direction, numbers in chosen.items():
                 matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
                 matrix.flat[numbers.ravel()] = sums[np.searchsorted(pairs, numbers.ravel())]
-                ranked[direction] = rank_queries(matrix, right_image)[direction]
+                ranked |= rank_queries(matrix, right_image, [direction])
             rows.append(StageResult(count, weight, num_pairs, share, ceiling, metrics_of(ranked)))
     return TwoStageReport(
         num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows)
