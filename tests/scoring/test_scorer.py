@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -361,9 +362,9 @@ class Killed(Exception):
     pass
 
 
-def kill_after(monkeypatch, blocks):
-    write = BlockFolder.write
-    left = [blocks]
+@contextmanager
+def killed_after(blocks):
+    write, left = BlockFolder.write, [blocks]
 
     def dying(self, *arguments):
         if left[0] == 0:
@@ -371,7 +372,16 @@ def kill_after(monkeypatch, blocks):
         left[0] -= 1
         write(self, *arguments)
 
-    monkeypatch.setattr(BlockFolder, "write", dying)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(BlockFolder, "write", dying)
+        yield
+
+
+def counted_blocks(monkeypatch):
+    """The blocks that are computed and written from now on."""
+    computed, write = [], BlockFolder.write
+    monkeypatch.setattr(BlockFolder, "write", lambda self, block, v: (computed.append(block), write(self, block, v)))
+    return computed
 
 
 def test_folder_gives_what_memory_gives(model, tmp_path):
@@ -385,16 +395,12 @@ def test_folder_gives_what_memory_gives(model, tmp_path):
 
 def test_resumed_after_a_kill(model, tmp_path, monkeypatch):
     whole = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 5)
-        with pytest.raises(Killed):
-            scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    with killed_after(5):
+        scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
     (file,) = tmp_path.glob("*.blocks")
     file.write_bytes(file.read_bytes()[:-3])  # the kill came while the fifth was written
 
-    computed = []
-    write = BlockFolder.write
-    monkeypatch.setattr(BlockFolder, "write", lambda self, block, v: (computed.append(block), write(self, block, v)))
+    computed = counted_blocks(monkeypatch)
     resumed = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
     assert np.array_equal(resumed, whole)
     num_blocks = len(scoring._Grid(items(), 8))
@@ -472,10 +478,8 @@ def as_9bccc44_wrote(folder, model):
 def test_a_job_begun_by_9bccc44_goes_on_with_its_model_and_regions_alone(model, tmp_path, monkeypatch):
     store, folder = write_store(tmp_path / "store"), tmp_path / "scores"
     options = {"block_pairs": 8, "verbose": False}
-    with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 5)
-        with pytest.raises(Killed):
-            ImageTextScorer(model, tiny.processor(), store, **options).score(CAPTIONS, IMAGES, output_dir=folder)
+    with killed_after(5):
+        ImageTextScorer(model, tiny.processor(), store, **options).score(CAPTIONS, IMAGES, output_dir=folder)
     as_9bccc44_wrote(folder, model)
     with pytest.raises(ValueError, match=r"another job: model was '[0-9a-f]{16}', is '[0-9a-f]{16}'"):
         other = tiny.model(UnicoderVLForImageTextRetrieval, 2)
@@ -483,8 +487,7 @@ def test_a_job_begun_by_9bccc44_goes_on_with_its_model_and_regions_alone(model, 
     changed = write_store(tmp_path / "changed", {**STORE, "image 3": tiny.record("image 3", num_regions=13)})
     with pytest.raises(ValueError, match=r"another job: regions was '[0-9a-f]{16}', is '[0-9a-f]{16}'"):
         ImageTextScorer(model, tiny.processor(), changed, **options).score(CAPTIONS, IMAGES, output_dir=folder)
-    computed, write = [], BlockFolder.write
-    monkeypatch.setattr(BlockFolder, "write", lambda self, block, v: (computed.append(block), write(self, block, v)))
+    computed = counted_blocks(monkeypatch)
     found = ImageTextScorer(model, tiny.processor(), store, **options).score(CAPTIONS, IMAGES, output_dir=folder)
     assert computed == list(range(5, len(scoring._Grid(items(), 8))))
     assert np.array_equal(found, scorer(model, block_pairs=8).score(CAPTIONS, IMAGES))
@@ -501,10 +504,8 @@ def test_any_order_of_blocks_gives_the_same_bits(model, tmp_path, monkeypatch, s
 
 def test_damaged_blocks_are_computed_again(model, tmp_path):
     whole = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 6)
-        with pytest.raises(Killed):
-            scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    with killed_after(6):
+        scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
     (file,) = tmp_path.glob("*.blocks")
     damaged = bytearray(file.read_bytes())
     damaged[40] ^= 1
@@ -551,10 +552,8 @@ def test_folder_of_another_job_is_refused(model, tmp_path, name, change, complet
     if complete:
         run()
     else:
-        with pytest.MonkeyPatch.context() as patch:
-            kill_after(patch, 2)
-            with pytest.raises(Killed):
-                run()
+        with killed_after(2):
+            run()
     before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
     with pytest.raises(ValueError, match=f"of another job: (.*; )?{name} was .*, is ") as error:
         run(**change)

@@ -14,7 +14,6 @@ copied until the caller does. What is done to whole stores has its own modules: 
 split), `hub` and `parquet`.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 
 from .._version import package_version
-from ..files import locked, make_folder, write_json
+from ..files import json_digest, locked, make_folder, write_json
 from ..records_unicoder_vl import RegionRecord, is_region_record
 from .shards import (
     FORMAT_VERSION,
@@ -543,5 +542,4 @@ def finish_store(shards: Shards, ids: ImageIds, provenance: dict[str, Any]) -> N
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of all that a manifest says, but for the checksum itself."""
-    content = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest({name: value for name, value in manifest.items() if name != "sha256"})

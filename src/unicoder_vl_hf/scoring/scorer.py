@@ -6,7 +6,6 @@ block is in `packed`, what lies on disk in `blocks`. Left out: choosing pairs, w
 """
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from accelerate.utils import broadcast_object_list, reduce
 from tqdm.auto import tqdm
 
 from .. import logging
+from ..files import json_digest
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
@@ -64,17 +64,22 @@ class ScoringPlan:
         return self.flops / self.flops_per_second / self.num_processes
 
     def __str__(self) -> str:
-        seconds = round(self.seconds)
-        duration = f"{seconds // 3600} h {seconds // 60 % 60} min" if seconds >= 3600 else f"{seconds // 60} min"
-        duration = f"{seconds} s" if seconds < 120 else duration
         done = f", {self.num_done:,} of them done before" if self.num_done else ""
         processes = f" on each of {self.num_processes} processes" if self.num_processes > 1 else ""
         return (
             f"Scoring {_count(self.num_captions, 'caption')} x {_count(self.num_images, 'image')}: "
             f"{_count(self.num_pairs, 'pair')}{done}, "
             f"{tqdm.format_sizeof(self.flops)}FLOP in {self.where}. At the measured "
-            f"{tqdm.format_sizeof(self.flops_per_second)}FLOP/s{processes}: about {duration}."
+            f"{tqdm.format_sizeof(self.flops_per_second)}FLOP/s{processes}: about {duration(self.seconds)}."
         )
+
+
+def duration(seconds: float) -> str:
+    """The duration in words, in seconds below two minutes."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _count(number: int, noun: str) -> str:
@@ -262,7 +267,6 @@ class ImageTextScorer:
         All that decides on the bits of the scores. A job that was begun `before` by 9bccc44 tells model and regions by
         other digests, `model` and `regions`: where the folder has these, they are computed, and it goes on.
         """
-        extractor = json.dumps(self.processor.feature_extractor.to_dict(), sort_keys=True, default=str)
         model: dict[str, Any]
         if "model" in before:
             model = {"model": former_scoring_digest(self.model)}
@@ -270,7 +274,7 @@ class ImageTextScorer:
             model = {"weights": scoring_digest(self.model), **scoring_settings(self.model.config)}
         return {
             **model,
-            "feature extractor": _digest([extractor.encode()]),
+            "feature extractor": json_digest(self.processor.feature_extractor.to_dict())[:16],
             **blocks.items.digests(before),
             **blocks.digests(),
             "dtype": str(self.dtype or self.model.dtype),

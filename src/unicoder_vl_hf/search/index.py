@@ -10,7 +10,6 @@ its place and renamed when it is whole; what was embedded before a kill is not e
 see `encoders`, and what becomes of the candidates, see `two_stage`.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 
 from .. import logging
 from ..extras import optional_import
-from ..files import write_json
+from ..files import json_digest, write_json
 from ..processes import start_processes
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile
@@ -192,7 +191,7 @@ def build_index(
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
     blocks = [names[start : start + BLOCK_ITEMS] for start in range(0, len(names), BLOCK_ITEMS)]
-    job = {**facts, "names_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(), "block_items": BLOCK_ITEMS}
+    job = {**facts, "names_sha256": json_digest(names), "block_items": BLOCK_ITEMS}
     try:
         folder = BlockFolder(work / "blocks", job, state.process_index)
     except ValueError as error:

@@ -10,12 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import ArrayLike
-from torch.utils.data import DataLoader, Subset
 
-from ... import logging
 from ...data.masking import IGNORED
 from ...data.negatives import PairsWithMismatches
 from ...records_unicoder_vl import RegionRecord
+from ...runs.evaluation import batches_to_evaluate
 from .collator import DataCollatorForUnicoderVLPreTraining
 
 
@@ -49,18 +48,11 @@ def evaluate_pretraining(
     """
     was_training = model.training
     model.eval()
-    mine = Subset(pairs, range(accelerator.process_index, len(pairs), accelerator.num_processes))
 
     def batches(collate_fn: Any, name: str):
-        loader = DataLoader(
-            mine,
-            batch_size=batch_size,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-            generator=torch.Generator(),  # or it would draw from the dropout's
-        )
-        for batch in logging.tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
-            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        for batch in batches_to_evaluate(
+            pairs, collate_fn, accelerator.device, name=name, batch_size=batch_size, num_workers=num_workers
+        ):
             with accelerator.autocast():
                 yield batch, model(**batch)
 

@@ -8,7 +8,6 @@ not match are kept. The guards against matches that nobody wrote down are those 
 """
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from ... import logging
 from ...data.caption_files import encode_column, select_split
 from ...data.captions import check_tokens, join, read_captions
 from ...data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
-from ...files import OutputKind, begun_anew, new_folder, say_finished, write_json
+from ...files import OutputKind, begun_anew, json_digest, new_folder, say_finished, write_json
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...scoring.blocks import JOB, RESULT
@@ -351,13 +350,13 @@ def mine(
         settings = {
             "model": checkpoint_provenance(model, loaded),
             "first_stage": None if encoder is None else encoder.identity(),
-            "captions": _fingerprint([table["image_id"][:], table["caption"][:]]),
+            "captions": json_digest([table["image_id"][:], table["caption"][:]]),
             "regions": store_identity(store),
             "split": split,
             **asdict(rule),
             "images_per_set": images_per_set if candidates is None else None,
             "candidates": candidates,
-            "duplicates": _fingerprint(groups),
+            "duplicates": json_digest(groups),
             "seed": seed,
             "max_length": max_length,
         }
@@ -398,10 +397,6 @@ def _is_mined(folder: Path) -> bool:
     """Tells the captions that `mine` wrote from any other folder."""
     info = folder / "dataset_info.json"
     return info.exists() and CAPTION_SCORES in json.loads(info.read_text(encoding="utf-8"))["features"]
-
-
-def _fingerprint(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ...scoring.scorer import ImageTextScorer
+from ...scoring.scorer import ImageTextScorer, duration
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
 from ...search.index import nearest
 from .metrics import QueryRanks, rank_queries, summarize, with_recall_sum
-from .protocols import DIRECTIONS, KS, RetrievalFold, captions_of_images, retrieval_test
+from .protocols import DIRECTIONS, KS, RECALLS, RetrievalFold, captions_of_images, retrieval_test
 
 # Weights of the similarity that are tried, from the score alone to where the score hardly counts.
 SIMILARITY_WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -76,22 +76,21 @@ class TwoStageReport:
         return min(self.rows[1:], key=lambda row: (-round(row.recall_sum, 9), row.similarity_weight, row.candidates))
 
     def __str__(self) -> str:
-        recalls = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
         lines = [
-            "| candidates | pairs | time | ceiling T, I | " + " | ".join(f"{d}R@{k}" for d in "TI" for k in KS) + " |",
-            "|---|--:|--:|--:|" + "--:|" * len(recalls),
+            "| candidates | pairs | time | ceiling T, I | " + " | ".join(RECALLS.values()) + " |",
+            "|---|--:|--:|--:|" + "--:|" * len(RECALLS),
         ]
         for row in self.rows:
             name = str(row.candidates or "first stage alone")
             if row.similarity_weight:
                 name += f", score + {row.similarity_weight:g} similarity"
             ceiling = ", ".join(f"{100 * row.ceiling[direction]:.1f}" for direction in DIRECTIONS if row.ceiling)
-            figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in recalls)
-            lines.append(f"| {name} | {row.pairs:,} | {_seconds(row.seconds)} | {ceiling} | {figures} |")
+            figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in RECALLS)
+            lines.append(f"| {name} | {row.pairs:,} | {_duration(row.seconds)} | {ceiling} | {figures} |")
         last = self.rows[-1]
         pairs = self.num_captions * self.num_images
         seconds = None if last.seconds is None else last.seconds / last.pairs * pairs
-        lines.append(f"| all, for comparison | {pairs:,} | about {_seconds(seconds)} |" + " |" * (1 + len(recalls)))
+        lines.append(f"| all, for comparison | {pairs:,} | about {_duration(seconds)} |" + " |" * (1 + len(RECALLS)))
         return "\n".join(lines)
 
 
@@ -227,7 +226,5 @@ def _evenly(total: int, count: int | None) -> np.ndarray:
     return np.arange(count) * total // count
 
 
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+def _duration(seconds: float | None) -> str:
+    return "unknown" if seconds is None else duration(seconds)
