@@ -107,6 +107,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
     @property
     def steps_per_epoch(self) -> int:
+        """The number of optimiser steps of an epoch."""
         return -(-self.num_rows // self.rows_per_step)
 
     def set_epoch(self, epoch: int, start_step: int | None = None) -> None:

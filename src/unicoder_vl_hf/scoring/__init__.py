@@ -1,1 +1,1 @@
-"""From pairs to scores, at any scale."""
+"""Scoring of pairs of a caption and an image, at any scale."""

@@ -63,8 +63,8 @@ def load_for_store(
 
 def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTextRetrieval) -> dict[str, Any]:
     """
-    What tells a checkpoint from others, as JSON: its name, the class that saved it (pre-training means zero-shot),
-    the revision where it is of the Hub, and a digest of the weights that scoring reads.
+    The facts that tell a checkpoint from others, as JSON: its name, the class that saved it (pre-training means
+    zero-shot), the revision where it is of the Hub, and a digest of the weights that scoring reads.
     """
     return {
         "name": str(name),
@@ -80,7 +80,7 @@ def scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTrai
 
 
 def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
-    """What of the configuration decides on the scores, and no shape of a weight tells."""
+    """The fields of a configuration that change scores without changing a weight or its shape."""
     return {
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.layer_norm_eps,

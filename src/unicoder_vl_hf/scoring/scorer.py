@@ -39,7 +39,7 @@ MAX_TOKENS_ELSEWHERE = 16384
 @dataclass
 class ScoringPlan:
     """
-    What a job is, and how long it will take.
+    The size of a scoring job, and the time that it will take.
 
     Args:
         num_captions, num_images, num_pairs (`int`): Of the whole job.
@@ -61,6 +61,7 @@ class ScoringPlan:
 
     @property
     def seconds(self) -> float:
+        """The seconds that the rest of the job takes."""
         return self.flops / self.flops_per_second / self.num_processes
 
     def __str__(self) -> str:
@@ -88,8 +89,8 @@ def _count(number: int, noun: str) -> str:
 
 class ImageTextScorer:
     """
-    Under `accelerate launch` or `torchrun` every process calls the same methods with the same arguments, computes its
-    share, and gets all scores.
+    Scores captions with images. Under `accelerate launch` or `torchrun` every process calls the same methods with the
+    same arguments, computes its share, and gets all scores.
 
     Args:
         model ([`UnicoderVLForImageTextRetrieval`] or [`UnicoderVLForPreTraining`]):
@@ -203,7 +204,7 @@ class ImageTextScorer:
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
 
     def plan(self, captions: Sequence[str], images: Sequence[str | RegionRecord], max_length: int = 44) -> ScoringPlan:
-        """What `score` would do, and how long it would take, measured on a few pairs."""
+        """Says how large a call of `score` is, and how long it would take, measured on a few pairs."""
         items = _Items(self.processor, self.store, captions, images, max_length)
         blocks = _Grid(items, self.block_pairs)
         with evaluating(self.model):
@@ -351,11 +352,11 @@ class _Blocks:
         raise NotImplementedError
 
     def positions(self, block: int) -> np.ndarray:
-        """Where the scores of its pairs go in all scores, flattened."""
+        """The places of a block's scores in all scores, flattened."""
         raise NotImplementedError
 
     def pairs(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Captions and images of its pairs."""
+        """The captions and the images of a block's pairs."""
         raise NotImplementedError
 
     def lengths(self, block: int) -> np.ndarray:
@@ -439,7 +440,7 @@ class _Embedded:
 
 
 class _Memory:
-    """What `BlockFolder` is on disk."""
+    """Blocks that are kept in memory, as a `BlockFolder` keeps them on disk."""
 
     done: set[int] = set()
     is_complete = False
@@ -460,7 +461,7 @@ class _Memory:
 
 @contextmanager
 def evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> Iterator[None]:
-    """Without dropout and graph, and in the model's own dtype, whatever autocast it is called under."""
+    """Runs a block without dropout and graph, and in the model's own dtype, whatever autocast is around it."""
     was_training = model.training
     model.eval()
     try:

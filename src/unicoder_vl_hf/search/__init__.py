@@ -1,1 +1,1 @@
-"""What finds, once something is trained: encoders, indexes, search in two stages."""
+"""Search with a trained model: encoders, indexes, search in two stages."""

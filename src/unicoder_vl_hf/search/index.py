@@ -87,6 +87,8 @@ class SearchIndex:
 
     def check(self, encoder: DualEncoder | None = None, store: RegionStore | None = None) -> None:
         """
+        Checks that a checkpoint and a store are those that the index was made with.
+
         Raises:
             `ValueError`: the index was made by another checkpoint, or from another store; the message names both.
         """
@@ -246,7 +248,7 @@ def _open_complete(
 
 
 def store_identity(store: RegionStore) -> dict[str, str]:
-    """What tells a store from others: its place, and the checksum of its manifest, which lists all others."""
+    """The facts that tell a store from others: its place, and the checksum of its manifest, which lists all others."""
     return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
 
 

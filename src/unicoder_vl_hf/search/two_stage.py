@@ -17,7 +17,8 @@ from .index import SearchIndex
 @dataclass(frozen=True)
 class SimilarityWeight:
     """
-    How the first stage's candidates are ordered: by score + weight x similarity. `str` of it says so in words.
+    The weight in the sum by which the first stage's candidates are ordered: score + weight x similarity. `str` of it
+    says so in words.
 
     Attributes:
         value (`float`): The weight; 0 is the score alone.
@@ -46,6 +47,7 @@ class SimilarityWeight:
 
     @property
     def formula(self) -> str:
+        """The sum by which hits are ordered, in words."""
         return f"score + {self.value:g} similarity" if self.value or self.origin == "measured" else "score"
 
     def __str__(self) -> str:
@@ -71,7 +73,7 @@ class Hit:
 
     @property
     def summands(self) -> str:
-        """What `score` is made of, in words."""
+        """The summands of `score` in words."""
         similarity = "" if self.similarity is None else f", similarity {self.similarity:.3f}"
         return f"score {self.matching_score:+.2f}{similarity}"
 

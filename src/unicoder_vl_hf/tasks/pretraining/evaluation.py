@@ -28,7 +28,7 @@ def evaluate_pretraining(
     num_workers: int = 0,
 ) -> dict[str, float]:
     """
-    The three tasks on a validation split, over all processes; nothing larger than a batch is kept.
+    Evaluates the three tasks on a validation split, over all processes; nothing larger than a batch is kept.
 
     Masked tokens and regions are predicted on the matches, masked as in training. Matching is told on the UNMASKED
     pairs, one match and one mismatch each.
@@ -130,7 +130,7 @@ def metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> 
 
 
 def pretraining_chance(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What guessing reaches: the commonest target of each masked task, and a coin for matching."""
+    """The figures that guessing reaches: the commonest target of each masked task, and a coin for matching."""
     chance = {
         name.replace("_majority", ""): value for name, value in metrics.items() if name.endswith("_majority_accuracy")
     }

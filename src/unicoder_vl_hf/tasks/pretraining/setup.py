@@ -1,5 +1,5 @@
 """
-What the two pre-training scripts share: their data and model arguments, and what these become.
+The data and model arguments of the two pre-training scripts, and what these become.
 
 Follows the paper's pre-training tasks; the loops are in `examples/run_pretraining.py` (Accelerate) and
 `examples/run_pretraining_trainer.py` (Trainer).
@@ -45,7 +45,7 @@ class PretrainingArguments(DataArguments):
 
 @dataclass
 class PretrainingSetup(TrainingSetup):
-    """What [`prepare_pretraining`] builds."""
+    """A pre-training run as [`prepare_pretraining`] builds it."""
 
     model: UnicoderVLForPreTraining
     collator: DataCollatorForUnicoderVLPreTraining
@@ -54,14 +54,17 @@ class PretrainingSetup(TrainingSetup):
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
+        """The losses of the tasks that are trained."""
         return (*self.collator.masking.loss_parts, "matching_loss")
 
     @property
     def trained_by(self) -> str:
+        """The tasks that are trained, in words."""
         return pretrained_by(self.loss_parts)
 
     @property
     def measured_on(self) -> str | None:
+        """The validation pairs in words, None without any."""
         return None if self.validation is None else in_words(self.validation.pairs)
 
     def train_batches(

@@ -72,7 +72,7 @@ class EncodedPairs:
 
     @torch.inference_mode()
     def recalls(self, first_stage: UnicoderVLFirstStage) -> dict[str, float]:
-        """Of all captions among all images, as [`retrieval_metrics`], and their sum."""
+        """The recalls of all captions among all images, as [`retrieval_metrics`], and their sum."""
         texts = first_stage.embed_text(self.texts)[self.caption_of_row]
         scores = (texts @ first_stage.embed_image(self.images).T).numpy()
         return with_recall_sum(retrieval_metrics(scores, self.image_of_row))

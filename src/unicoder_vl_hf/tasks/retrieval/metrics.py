@@ -80,7 +80,7 @@ def retrieval_ranks(scores: ArrayLike, image_of_caption: ArrayLike) -> tuple[np.
 @dataclass(frozen=True)
 class QueryRanks:
     """
-    How each query of one direction fared.
+    The ranks of the queries of one direction.
 
     Attributes:
         ranks (`np.ndarray` of shape `(num_queries,)`): of the first right item, from 1.
@@ -95,7 +95,7 @@ class QueryRanks:
     image_of_query: np.ndarray
 
     def select(self, queries: np.ndarray) -> "QueryRanks":
-        """Of some of the queries, by their numbers."""
+        """The ranks of some of the queries, by their numbers."""
         return QueryRanks(*(getattr(self, field.name)[queries] for field in fields(self)))
 
 
@@ -113,12 +113,12 @@ def rank_queries(
     """
     scores, image_of_caption = _check_scores(scores, image_of_caption)
     right = scores[np.arange(len(scores)), image_of_caption].astype(np.float32)
-    rank = {"image_retrieval": _rank_captions, "text_retrieval": _rank_images}
+    rank = {"image_retrieval": _rank_images, "text_retrieval": _rank_captions}
     return {direction: rank[direction](scores, image_of_caption, right) for direction in directions}
 
 
-def _rank_captions(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
-    """How each caption fares as a query; `right` are the scores with its image."""
+def _rank_images(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
+    """Ranks the images for each caption; `right` are the scores of each caption with its image."""
     ranks, tied = np.empty(len(scores), dtype=np.int64), np.empty(len(scores), dtype=bool)
     for rows, block in _row_blocks(scores):
         of_rows = right[rows, None]
@@ -127,8 +127,8 @@ def _rank_captions(scores: np.ndarray, image_of_caption: np.ndarray, right: np.n
     return QueryRanks(ranks, 1 / ranks, tied, image_of_caption)
 
 
-def _rank_images(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
-    """How each image fares as a query; `right` are the scores of each caption with its image."""
+def _rank_captions(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
+    """Ranks the captions for each image; `right` are the scores of each caption with its image."""
     num_captions, num_images = scores.shape
     captions_of_image = np.bincount(image_of_caption, minlength=num_images)
     best = np.full(num_images, -np.inf, dtype=np.float32)
@@ -215,7 +215,7 @@ def confidence_intervals(
 
 
 def _query_values(direction: str, queries: QueryRanks, ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the queries give to each metric that is a mean over them."""
+    """The value of each query in each metric that is a mean over them."""
     return {f"{direction}_recall@{k}": queries.ranks <= k for k in ks} | {
         f"{direction}_mean_rank": queries.ranks,
         f"{direction}_map": queries.average_precisions,

@@ -51,8 +51,8 @@ SALT = 0x6D696E65  # keeps these draws apart from others that use the same seed
 @dataclass(frozen=True)
 class MiningRule:
     """
-    Which candidates of a query become its negatives. All values are on `s = sigmoid(score)`, in `(0, 1)`: a share of
-    the score itself would turn round where it is negative.
+    The rule by which candidates of a query become its negatives. All values are on `s = sigmoid(score)`, in `(0, 1)`: a
+    share of the score itself would turn round where it is negative.
 
     Args:
         num_negatives (`int`, *optional*, defaults to 3):
@@ -126,7 +126,7 @@ class MiningRule:
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
-    """In float64, which tells 1 - 1e-16 from 1."""
+    """Computes the sigmoid in float64, which tells 1 - 1e-16 from 1."""
     return 1 / (1 + np.exp(-np.clip(np.asarray(scores, dtype=np.float64), -500, 500)))
 
 

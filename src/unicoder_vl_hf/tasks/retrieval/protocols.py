@@ -91,7 +91,7 @@ class RetrievalFold:
 @dataclass(frozen=True)
 class RetrievalTest:
     """
-    What is to be scored, and by which name it may be reported.
+    The captions and images to be scored, and the name by which the result may be reported.
 
     Attributes:
         title (`str`): the protocol, how many images and captions, and which.
@@ -118,6 +118,8 @@ class RetrievalTest:
 @dataclass(frozen=True)
 class RetrievalResult:
     """
+    The metrics of a test.
+
     Attributes:
         metrics (`dict[str, float]`): see [`summarize`].
         intervals (`dict[str, tuple[float, float]]`): see [`confidence_intervals`], of 95 %.

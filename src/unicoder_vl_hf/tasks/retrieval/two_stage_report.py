@@ -1,4 +1,4 @@
-"""What a search in two stages costs and loses, for several numbers of candidates; and the weight of the similarity."""
+"""Measures what a search in two stages costs and loses, by number of candidates, and the weight of the similarity."""
 
 import os
 import time
@@ -47,13 +47,14 @@ class StageResult:
 
     @property
     def recall_sum(self) -> float:
+        """The sum of the six recalls."""
         return with_recall_sum(self.metrics)["recall_sum"]
 
 
 @dataclass(frozen=True)
 class TwoStageReport:
     """
-    What [`two_stage_report`] measured; `str` of it is a table in Markdown.
+    The figures that [`two_stage_report`] measured; `str` of it is a table in Markdown.
 
     Attributes:
         num_captions, num_images (`int`): Among which is searched.
@@ -67,6 +68,7 @@ class TwoStageReport:
     rows: tuple[StageResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON."""
         return asdict(self)
 
     @property
