@@ -1,1 +1,1 @@
-"""Scoring of pairs of a caption and an image, at any scale."""
+"""From pairs to scores, at any scale."""

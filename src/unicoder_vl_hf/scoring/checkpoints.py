@@ -24,7 +24,8 @@ def load_for_scoring(
 
     Args:
         name (`str` or `os.PathLike`): a folder or a repository of the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights, whatever they were saved in.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The dtype of the weights, whatever they were
+            saved in.
 
     Raises:
         `ValueError`: another model, one that was saved without what scoring needs, or one with fewer rows than its

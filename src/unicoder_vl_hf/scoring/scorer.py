@@ -42,11 +42,11 @@ class ScoringPlan:
     The size of a scoring job, and the time that it will take.
 
     Args:
-        num_captions, num_images, num_pairs (`int`): Of the whole job.
+        num_captions, num_images, num_pairs (`int`): The size of the whole job.
         num_done (`int`): Pairs that an earlier run left in the folder.
         flops (`float`): Floating point operations of the pairs that remain.
-        flops_per_second (`float`): Of one process, measured.
-        num_processes (`int`): Among which the pairs are shared.
+        flops_per_second (`float`): The measured speed of one process.
+        num_processes (`int`): The processes that share the pairs.
         where (`str`): Dtype and device, in words.
     """
 

@@ -1,1 +1,1 @@
-"""Search with a trained model: encoders, indexes, search in two stages."""
+"""What finds, once something is trained: encoders, indexes, search in two stages."""

@@ -61,8 +61,8 @@ class UnicoderVLDualEncoder:
     Args:
         model ([`UnicoderVLForImageTextRetrieval`]): With a first stage that was trained.
         processor ([`UnicoderVLProcessor`]): Its own.
-        store (`Mapping[str, RegionRecord]`): Where image ids are looked up.
-        name (`str`): The checkpoint's.
+        store (`Mapping[str, RegionRecord]`): The records in which image ids are looked up.
+        name (`str`): The checkpoint's name.
         max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
 
     Raises:
@@ -117,7 +117,7 @@ class TransformersDualEncoder:
     Args:
         name (`str`): The checkpoint, with its processor.
         photo (callable, *optional*): The photo of an image id, such as [`Photos`]; without, captions only.
-        device (`torch.device`, *optional*, defaults to the CPU): Where it runs.
+        device (`torch.device`, *optional*, defaults to the CPU): The device on which it runs.
 
     Raises:
         `ValueError`: the model lacks one of the two methods.
@@ -176,7 +176,7 @@ class Photos:
     The photos of a folder, a .tar or a dataset, by image id; called with an id, it opens one. Needs Pillow.
 
     Args:
-        path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it.
+        path (`str` or `os.PathLike`): The photos, as `unicoder-vl extract` takes them.
         ids (`str`, *optional*, defaults to `"stem"`): How a photo gets its id, as the store was made with; see
             [`photo_ids`].
 

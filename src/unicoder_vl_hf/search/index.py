@@ -102,7 +102,7 @@ class SearchIndex:
         The items nearest to each query, the nearest first; of equally near ones the earlier.
 
         Args:
-            queries (`np.ndarray` of shape `(Q, dim)`): Of unit length, by the encoder that made the index.
+            queries (`np.ndarray` of shape `(Q, dim)`): Embeddings of unit length, by the encoder that made the index.
             top_k (`int`): How many; all where there are fewer.
 
         Returns:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from ...data.masking import IGNORED
 from ...data.negatives import PairsWithMismatches
 from ...records_unicoder_vl import RegionRecord
-from ...runs.evaluation import batches_to_evaluate
+from ...runs.batches import batches_to_evaluate
 from .collator import DataCollatorForUnicoderVLPreTraining
 
 
@@ -38,7 +38,7 @@ def evaluate_pretraining(
         pairs ([`PairsWithMismatches`]): with `fixed_epoch`, so that each evaluation sees the same masks and mismatches.
         collator: that of training.
         accelerator ([`~accelerate.Accelerator`]): of the run.
-        batch_size, num_workers (`int`): of each process.
+        batch_size, num_workers (`int`): rows of a batch, and processes that read, in each process.
 
     Returns:
         `dict[str, float]`: `mlm_loss` (mean negative log-likelihood of a masked token), `mlm_perplexity`,

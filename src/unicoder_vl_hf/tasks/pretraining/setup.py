@@ -34,8 +34,12 @@ class PretrainingArguments(DataArguments):
     max_validation_pairs: int = field(default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none."})
     max_regions: int | None = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
-    mask_replace_prob: float = field(default=1.0, metadata={"help": "Of these, the share made [MASK] (BERT: 0.8)."})
-    random_replace_prob: float = field(default=0.0, metadata={"help": "Of these, the share made random (BERT: 0.1)."})
+    mask_replace_prob: float = field(
+        default=1.0, metadata={"help": "Share of the predicted tokens that becomes [MASK] (BERT: 0.8)."}
+    )
+    random_replace_prob: float = field(
+        default=0.0, metadata={"help": "Share of the predicted tokens that becomes random (BERT: 0.1)."}
+    )
     whole_word_mask: bool = field(default=False, metadata={"help": "Choose whole words."})
     moc: bool = field(
         default=True, metadata={"help": "Masked object classification; --no_moc for regions without classes."}

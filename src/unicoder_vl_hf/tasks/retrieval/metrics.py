@@ -25,7 +25,7 @@ def retrieval_metrics(
         scores (array of shape `(num_captions, num_images)`): higher = better match, -inf = last; ranked in float32.
         image_of_caption (integer array of shape `(num_captions,)`): the column of each caption's image. Images may
             have any number of captions, but at least one.
-        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): where to cut the ranking.
+        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): the places at which the ranking is cut.
 
     Returns:
         `dict[str, float]`: `image_retrieval_recall@K` (a caption finds its image) and `text_retrieval_recall@K` (an
@@ -83,8 +83,8 @@ class QueryRanks:
     The ranks of the queries of one direction.
 
     Attributes:
-        ranks (`np.ndarray` of shape `(num_queries,)`): of the first right item, from 1.
-        average_precisions (`np.ndarray` of shape `(num_queries,)`): over all right items.
+        ranks (`np.ndarray` of shape `(num_queries,)`): the rank of the first right item, from 1.
+        average_precisions (`np.ndarray` of shape `(num_queries,)`): the average precision over all right items.
         tied (`np.ndarray` of shape `(num_queries,)`): whether a wrong item scores as the first right one does.
         image_of_query (`np.ndarray` of shape `(num_queries,)`): the query itself, or the caption's image.
     """
@@ -185,7 +185,7 @@ def confidence_intervals(
 
     Args:
         folds (sequence of what `rank_queries` returns): one, for a test that is ranked as a whole.
-        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): where to cut the ranking.
+        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): the places at which the ranking is cut.
         level (`float`, *optional*, defaults to 0.95): in (0, 1).
         num_resamples (`int`, *optional*, defaults to 1000): at least 1.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same intervals.

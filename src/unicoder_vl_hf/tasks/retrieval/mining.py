@@ -56,7 +56,7 @@ class MiningRule:
 
     Args:
         num_negatives (`int`, *optional*, defaults to 3):
-            Of each query.
+            The negatives of each query.
         range_max (`int`, *optional*):
             Only the best so many candidates that do not match are looked at.
         max_score, min_score (`float`, *optional*):
@@ -100,7 +100,7 @@ class MiningRule:
         The candidates that become negatives of one query, the best first; fewer than wanted where the guards say so.
 
         Args:
-            scores (array of shape `(n,)`): of the candidates, as the model gives them.
+            scores (array of shape `(n,)`): the scores of the candidates, as the model gives them.
             match (boolean array of shape `(n,)`): which of them match; at least one.
             codes (integer array of shape `(n,)`): equal for candidates that are the same; the best of them counts.
             rng: for `"random"`.

@@ -29,7 +29,7 @@ class Protocol:
     A published test.
 
     Attributes:
-        title (`str`): as papers call it.
+        title (`str`): the name that papers call it by.
         num_images (`int`): images of the whole test split.
         num_folds (`int`): parts of equal size, ranked each by itself.
         paper (`Mapping[str, tuple]`): what Unicoder-VL's paper reports (percent): text retrieval R@1, 5, 10, then

@@ -29,12 +29,12 @@ class StageResult:
     One row of [`TwoStageReport`].
 
     Attributes:
-        candidates (`int`): K, of each query; 0 for the first stage alone.
-        similarity_weight (`float`): Of the first stage's similarity, in the sum by which the K are ordered.
-        pairs (`int`): That were scored, of both directions; those in common once.
-        seconds (`float`, *optional*): For scoring, or for embedding all captions and images.
-        ceiling (`dict[str, float]`): By direction, the share of queries with a right item among the K: no order of
-            them reaches more. Empty for the first stage alone.
+        candidates (`int`): The number K of candidates of each query; 0 for the first stage alone.
+        similarity_weight (`float`): The weight of the first stage's similarity in the sum by which the K are ordered.
+        pairs (`int`): The number of pairs that were scored for both directions; those in common count once.
+        seconds (`float`, *optional*): The time of scoring, or of embedding all captions and images.
+        ceiling (`dict[str, float]`): The share of queries of each direction with a right item among the K: no order
+            of them reaches more. Empty for the first stage alone.
         metrics (`dict[str, float]`): Recalls by the names of [`retrieval_metrics`].
     """
 
@@ -57,8 +57,8 @@ class TwoStageReport:
     The figures that [`two_stage_report`] measured; `str` of it is a table in Markdown.
 
     Attributes:
-        num_captions, num_images (`int`): Among which is searched.
-        num_queries (`dict[str, int]`): By direction.
+        num_captions, num_images (`int`): The captions and images among which is searched.
+        num_queries (`dict[str, int]`): The number of queries of each direction.
         rows (`tuple[StageResult, ...]`): The first stage alone, then each K by each weight.
     """
 

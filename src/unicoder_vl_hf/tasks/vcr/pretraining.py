@@ -19,7 +19,7 @@ from ...data.masking import IGNORED, Masking
 from ...data.rows import Row, RowsOfEpoch
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...records_unicoder_vl import RegionRecord
-from ...runs.evaluation import batches_to_evaluate
+from ...runs.batches import batches_to_evaluate
 from ...runs.model_card import pretrained_by
 from ...runs.setup import TrainingSetup
 from .collator import DataCollatorForUnicoderVLMultipleChoice

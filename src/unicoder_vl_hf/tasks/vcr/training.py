@@ -25,7 +25,7 @@ from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import ModelArguments
-from ...runs.evaluation import batches_to_evaluate
+from ...runs.batches import batches_to_evaluate
 from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import NUM_CHOICES, VCRExamples, read_vcr, require_labels
