@@ -26,9 +26,13 @@ CAPTIONS, STORE = world()
 IMAGES = list(STORE)
 
 
-def score(folder: Path, seconds: float = 0.0) -> list[int]:
-    """Scores into the folder, 36 blocks of which each takes so much longer; returns those that were computed here."""
+def score(folder: Path, seconds: float = 0.0) -> tuple[list[int], int]:
+    """
+    Scores into the folder, 36 blocks of which each takes so much longer; returns those that were computed here, and how
+    often model and regions were hashed here.
+    """
     write, written = BlockFolder.write, []
+    job, hashed = ImageTextScorer._job, []
 
     def slow_write(self, block, values):
         time.sleep(seconds)
@@ -36,8 +40,9 @@ def score(folder: Path, seconds: float = 0.0) -> list[int]:
         written.append(block)
 
     BlockFolder.write = slow_write
+    ImageTextScorer._job = lambda *arguments: (hashed.append(None), job(*arguments))[1]
     scorer().score(CAPTIONS, IMAGES, output_dir=folder)
-    return written
+    return written, len(hashed)
 
 
 def scorer() -> ImageTextScorer:
@@ -55,8 +60,8 @@ def work(folder: Path, rank: int, port: int, seconds: float):
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    computed = score(target)
+    computed, hashed = score(target)
     state = PartialState()
     np.save(f"{target}-{state.process_index}.npy", scorer().score(CAPTIONS, IMAGES))
-    print(f"world size {state.num_processes}, computed {len(computed)}\n", end="", flush=True)
+    print(f"world size {state.num_processes}, computed {len(computed)}, hashed {hashed}\n", end="", flush=True)
     state.destroy_process_group()

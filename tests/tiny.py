@@ -25,9 +25,9 @@ def config(**changes) -> UnicoderVLConfig:
     return UnicoderVLConfig(**{**sizes, **changes})
 
 
-def model(model_class, seed: int = 1):
+def model(model_class, seed: int = 1, **changes):
     torch.manual_seed(seed)
-    return model_class(config()).eval()
+    return model_class(config(**changes)).eval()
 
 
 def processor(**extractor_arguments) -> UnicoderVLProcessor:

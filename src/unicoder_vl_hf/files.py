@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place and renamed, locked, begun anew."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -49,6 +50,11 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
         complete(file, path)
+
+
+def json_digest(value: Any) -> str:
+    """The SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def make_folder(folder: Path) -> None:

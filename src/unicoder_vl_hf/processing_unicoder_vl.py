@@ -65,6 +65,11 @@ class UnicoderVLProcessor(ProcessorMixin):
         self._check_provenance(store)
         self._store = _Reference(store)
 
+    @property
+    def store(self) -> Mapping[str, RegionRecord] | None:
+        """The store in which image ids are looked up by default, as [`~UnicoderVLProcessor.set_store`] took it."""
+        return self._store.target
+
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
@@ -136,7 +141,7 @@ class UnicoderVLProcessor(ProcessorMixin):
     def load_records(self, regions, store: Mapping[str, RegionRecord] | None = None) -> list[RegionRecord]:
         """The records behind `regions`, which is anything that a call takes."""
         if store is None:
-            store = self._store.target
+            store = self.store
         else:
             self._check_provenance(store)
         if isinstance(regions, (str, os.PathLike, Mapping)) or not isinstance(regions, Iterable):

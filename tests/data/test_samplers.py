@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from torch.utils.data import BatchSampler, DataLoader
 
+from unicoder_vl_hf.data import samplers
 from unicoder_vl_hf.data.samplers import ReadAhead, StepBatchSampler, epoch_order, step_parts
 
 GRID = list(itertools.product((1, 5, 23, 24), (1, 4, 7, 30), (1, 2, 3), (1, 2, 4)))
@@ -49,6 +50,14 @@ def test_order_by_hand():
     )
     assert list(first.parts()) == [([0, 1], 0.5), ([4], 1.0)]
     assert list(second.parts()) == [([2, 3], 0.5), ([4], 0.0)]  # a filler: process 1 takes part, its row counts nothing
+
+
+def test_weights_need_no_order(monkeypatch):
+    made = sampler(23, 7, micro_batches=2)
+    expected = [weight for _, weight in made.parts()]
+    monkeypatch.setattr(samplers, "epoch_order", lambda *_, **__: pytest.fail("the epoch is permuted again"))
+    assert list(made.weights()) == expected
+    assert len(set(expected)) > 1
 
 
 def test_step_parts_by_hand():

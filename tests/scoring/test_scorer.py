@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,15 +24,20 @@ from scoring_process import CAPTIONS, IMAGES, STORE
 
 from unicoder_vl_hf import (
     ImageTextScorer,
+    RegionStore,
+    RegionStoreWriter,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForPreTraining,
     UnicoderVLModel,
     UnicoderVLProcessor,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import PackedSequences
+from unicoder_vl_hf.regions.shards import Shard
+from unicoder_vl_hf.regions.store import manifest_checksum
 from unicoder_vl_hf.scoring import packed
 from unicoder_vl_hf.scoring import scorer as scoring
 from unicoder_vl_hf.scoring.blocks import BlockFolder, read_blocks
+from unicoder_vl_hf.scoring.checkpoints import former_scoring_digest, scoring_settings
 from unicoder_vl_hf.scoring.packed import PairEncoder, Rows, pair_flops, rows_of_pairs, split_by_tokens
 
 
@@ -356,9 +362,9 @@ class Killed(Exception):
     pass
 
 
-def kill_after(monkeypatch, blocks):
-    write = BlockFolder.write
-    left = [blocks]
+@contextmanager
+def killed_after(blocks):
+    write, left = BlockFolder.write, [blocks]
 
     def dying(self, *arguments):
         if left[0] == 0:
@@ -366,7 +372,16 @@ def kill_after(monkeypatch, blocks):
         left[0] -= 1
         write(self, *arguments)
 
-    monkeypatch.setattr(BlockFolder, "write", dying)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(BlockFolder, "write", dying)
+        yield
+
+
+def counted_blocks(monkeypatch):
+    """The blocks that are computed and written from now on."""
+    computed, write = [], BlockFolder.write
+    monkeypatch.setattr(BlockFolder, "write", lambda self, block, v: (computed.append(block), write(self, block, v)))
+    return computed
 
 
 def test_folder_gives_what_memory_gives(model, tmp_path):
@@ -380,27 +395,102 @@ def test_folder_gives_what_memory_gives(model, tmp_path):
 
 def test_resumed_after_a_kill(model, tmp_path, monkeypatch):
     whole = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 5)
-        with pytest.raises(Killed):
-            scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    with killed_after(5):
+        scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
     (file,) = tmp_path.glob("*.blocks")
     file.write_bytes(file.read_bytes()[:-3])  # the kill came while the fifth was written
 
-    computed = []
-    write = BlockFolder.write
-    monkeypatch.setattr(BlockFolder, "write", lambda self, block, v: (computed.append(block), write(self, block, v)))
+    computed = counted_blocks(monkeypatch)
     resumed = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
     assert np.array_equal(resumed, whole)
-    num_blocks = len(scoring._Grid(items(model), 8))
+    num_blocks = len(scoring._Grid(items(), 8))
     assert computed == list(range(4, num_blocks))
     computed.clear()
     assert np.array_equal(scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path), whole)
     assert computed == []
 
 
-def items(model):
-    return scoring._Items(tiny.processor(), STORE, CAPTIONS, IMAGES, 44)
+def items(store=STORE, **options):
+    return scoring._Items(tiny.processor(**options), store, CAPTIONS, IMAGES, 44)
+
+
+# What is read and hashed
+
+
+def write_store(path, records=STORE, **options):
+    with RegionStoreWriter(path, dtype="float32", **options) as writer:
+        for record in records.values():
+            writer.write(record)
+    return RegionStore(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_regions": 9}, {"min_regions": 1, "score_threshold": 0.5}])
+def test_a_store_counts_the_regions_that_the_model_will_see(options, tmp_path):
+    scores = np.random.default_rng(3)
+    records = {
+        image: dataclasses.replace(record, object_scores=scores.random(len(record), dtype=np.float32))
+        for image, record in STORE.items()
+    }
+    store = write_store(tmp_path / "store", records, shard_size=400)
+    assert len(store.shards) > 2
+    extractor = tiny.processor(**options).feature_extractor
+    wanted = [len(extractor.select(records[image])) for image in IMAGES]
+    assert items(store, **options).num_regions.tolist() == wanted
+    assert len(set(wanted)) > 1 and (not options or sum(wanted) < sum(map(len, STORE.values())))
+
+
+def test_of_a_store_a_record_is_read_to_be_embedded_and_for_nothing_else(model, tmp_path, monkeypatch):
+    store, read, record = write_store(tmp_path / "store"), [], Shard.record
+
+    def reading(shard, row):
+        read.append(shard.image_ids[row])
+        return record(shard, row)
+
+    monkeypatch.setattr(Shard, "record", reading)
+    monkeypatch.setattr(scoring, "former_scoring_digest", lambda model: pytest.fail("no job of 9bccc44"))
+    processor = tiny.processor()
+    processor.set_store(store)  # the default serves as well as one that is given
+    for given in (store, None):
+        read.clear()
+        made = ImageTextScorer(model, processor, given, verbose=False)
+        scores = made.score(CAPTIONS, IMAGES, output_dir=tmp_path / f"scores-{given is None}")
+        assert sorted(read) == sorted(IMAGES)
+        assert np.array_equal(scores, scorer(model).score(CAPTIONS, IMAGES))
+        job = json.loads((tmp_path / f"scores-{given is None}" / "job.json").read_text())
+        assert job["store"] == manifest_checksum(store.manifest) and "regions" not in job
+        read.clear()
+        made.score(CAPTIONS, IMAGES, output_dir=tmp_path / f"scores-{given is None}")
+        assert read == []  # nothing is left to embed
+    changed = write_store(tmp_path / "changed", {**STORE, "image 3": tiny.record("image 3", num_regions=13)})
+    with pytest.raises(ValueError, match=r"of another job: store was '[0-9a-f]{64}', is '[0-9a-f]{64}'\."):
+        ImageTextScorer(model, processor, changed).score(CAPTIONS, IMAGES, output_dir=tmp_path / "scores-True")
+
+
+def as_9bccc44_wrote(folder, model):
+    """The job of a folder, told as that commit told it. test_golden.py has files that it wrote."""
+    job = json.loads((folder / "job.json").read_text())
+    for name in ("weights", "store", *scoring_settings(model.config)):
+        job.pop(name, None)
+    regions = items().digests(before={})["regions"]
+    (folder / "job.json").write_text(json.dumps({"model": former_scoring_digest(model), "regions": regions} | job))
+
+
+def test_a_job_begun_by_9bccc44_goes_on_with_its_model_and_regions_alone(model, tmp_path, monkeypatch):
+    store, folder = write_store(tmp_path / "store"), tmp_path / "scores"
+    options = {"block_pairs": 8, "verbose": False}
+    with killed_after(5):
+        ImageTextScorer(model, tiny.processor(), store, **options).score(CAPTIONS, IMAGES, output_dir=folder)
+    as_9bccc44_wrote(folder, model)
+    with pytest.raises(ValueError, match=r"another job: model was '[0-9a-f]{16}', is '[0-9a-f]{16}'"):
+        other = tiny.model(UnicoderVLForImageTextRetrieval, 2)
+        ImageTextScorer(other, tiny.processor(), store, **options).score(CAPTIONS, IMAGES, output_dir=folder)
+    changed = write_store(tmp_path / "changed", {**STORE, "image 3": tiny.record("image 3", num_regions=13)})
+    with pytest.raises(ValueError, match=r"another job: regions was '[0-9a-f]{16}', is '[0-9a-f]{16}'"):
+        ImageTextScorer(model, tiny.processor(), changed, **options).score(CAPTIONS, IMAGES, output_dir=folder)
+    computed = counted_blocks(monkeypatch)
+    found = ImageTextScorer(model, tiny.processor(), store, **options).score(CAPTIONS, IMAGES, output_dir=folder)
+    assert computed == list(range(5, len(scoring._Grid(items(), 8))))
+    assert np.array_equal(found, scorer(model, block_pairs=8).score(CAPTIONS, IMAGES))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -414,10 +504,8 @@ def test_any_order_of_blocks_gives_the_same_bits(model, tmp_path, monkeypatch, s
 
 def test_damaged_blocks_are_computed_again(model, tmp_path):
     whole = scorer(model, block_pairs=8).score(CAPTIONS, IMAGES)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_after(patch, 6)
-        with pytest.raises(Killed):
-            scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    with killed_after(6):
+        scorer(model, block_pairs=8).score(CAPTIONS, IMAGES, output_dir=tmp_path)
     (file,) = tmp_path.glob("*.blocks")
     damaged = bytearray(file.read_bytes())
     damaged[40] ^= 1
@@ -428,7 +516,8 @@ def test_damaged_blocks_are_computed_again(model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("model", {"seed": 2}),
+        ("weights", {"seed": 2}),
+        ("num_attention_heads", {"heads": 1}),
         ("captions", {"captions": [*CAPTIONS[:-1], "a cat"]}),
         ("images", {"images": IMAGES[::-1]}),
         ("regions", {"store": {**STORE, "image 3": tiny.record("image 3", num_regions=13)}}),
@@ -442,9 +531,17 @@ def test_damaged_blocks_are_computed_again(model, tmp_path):
 @pytest.mark.parametrize("complete", [True, False])
 def test_folder_of_another_job_is_refused(model, tmp_path, name, change, complete):
     def run(
-        seed=1, captions=CAPTIONS, images=IMAGES, store=STORE, pairs=None, max_regions=100, block_pairs=8, **options
+        seed=1,
+        heads=2,
+        captions=CAPTIONS,
+        images=IMAGES,
+        store=STORE,
+        pairs=None,
+        max_regions=100,
+        block_pairs=8,
+        **options,
     ):
-        other = tiny.model(UnicoderVLForImageTextRetrieval, seed)
+        other = tiny.model(UnicoderVLForImageTextRetrieval, seed, num_attention_heads=heads)
         made = ImageTextScorer(
             other, tiny.processor(max_regions=max_regions), store, block_pairs=block_pairs, verbose=False, **options
         )
@@ -455,10 +552,8 @@ def test_folder_of_another_job_is_refused(model, tmp_path, name, change, complet
     if complete:
         run()
     else:
-        with pytest.MonkeyPatch.context() as patch:
-            kill_after(patch, 2)
-            with pytest.raises(Killed):
-                run()
+        with killed_after(2):
+            run()
     before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
     with pytest.raises(ValueError, match=f"of another job: (.*; )?{name} was .*, is ") as error:
         run(**change)
@@ -518,6 +613,7 @@ def test_two_processes_killed_at_random(model, expected, tmp_path):
     assert last.returncode == 0, last.stderr
     assert last.stdout.count("world size 2") == 2
     assert sum(map(int, re.findall(r"computed (\d+)", last.stdout))) == 36 - found
+    assert sorted(re.findall(r"hashed (\d+)", last.stdout)) == ["0", "1"]  # records are hashed by one for all
     whole = np.load(folder / "scores.npy")
     assert_close(whole, expected)
     assert np.array_equal(whole, scorer(model, block_pairs=2).score(CAPTIONS, IMAGES))

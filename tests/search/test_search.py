@@ -42,6 +42,7 @@ from unicoder_vl_hf.search.encoders import (
 )
 from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest
 from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search
+from unicoder_vl_hf.tasks.retrieval import metrics as metrics_module
 from unicoder_vl_hf.tasks.retrieval import two_stage_report as report_module
 from unicoder_vl_hf.tasks.retrieval.first_stage import train_first_stage
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
@@ -564,6 +565,21 @@ def test_an_index_of_some_images(folder, tmp_path):
     index = build_index(encoder, store, tmp_path / "some", image_ids=[IMAGES[4], IMAGES[1]])
     assert index.names == [IMAGES[4], IMAGES[1]]
     assert np.array_equal(index.embeddings, encoder.embed_images([IMAGES[4], IMAGES[1]]))
+
+
+def test_a_report_ranks_what_it_tells_and_nothing_else(monkeypatch):
+    ranked = []
+
+    def counting(name):
+        rank = getattr(metrics_module, name)
+        monkeypatch.setattr(metrics_module, name, lambda *arguments: (ranked.append(name), rank(*arguments))[1])
+
+    counting("_rank_captions"), counting("_rank_images")
+    fold = RetrievalFold(["a", "b", "c"], ["A", "B", "C"], np.array([0, 1, 2]))
+    encoder = Given([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3], [0.0, 0.6, 0.5]])
+    report = two_stage_report(encoder, GivenScores(np.eye(3)), fold, (1, 2), similarity_weights=(0.0, 10.0))
+    assert len(report.rows) == 5  # each of them ranks each direction once
+    assert sorted(ranked) == ["_rank_captions"] * 5 + ["_rank_images"] * 5
 
 
 def test_report_of_some_queries_by_hand():

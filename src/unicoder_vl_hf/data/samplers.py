@@ -5,12 +5,12 @@ so that a resume on another machine trains on the same steps. Every row occurs e
 step of an epoch is smaller.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 SALT = 0x6F7264  # keeps these draws apart from masks and negatives that use the same seed
 
@@ -107,6 +107,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
     @property
     def steps_per_epoch(self) -> int:
+        """The number of optimiser steps of an epoch."""
         return -(-self.num_rows // self.rows_per_step)
 
     def set_epoch(self, epoch: int, start_step: int | None = None) -> None:
@@ -126,15 +127,17 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def parts(self) -> Iterator[tuple[list[int], float]]:
         """The rows of each micro-batch of this process and its weight in its step (0: a filler), from `start_step`."""
-        order = epoch_order(self.num_rows, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle)
+        return self._parts(epoch_order(self.num_rows, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle))
+
+    def weights(self) -> Iterator[float]:
+        """The weight of each micro-batch that iterating gives: it follows from their sizes, whatever the order."""
+        return (weight for _, weight in self._parts(np.arange(self.num_rows)))
+
+    def _parts(self, order: np.ndarray) -> Iterator[tuple[list[int], float]]:
         mine = slice(self.process_index * self.micro_batches, (self.process_index + 1) * self.micro_batches)
         for step in range(self.start_step, self.steps_per_epoch):
             rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
             yield from step_parts(rows, self.num_processes * self.micro_batches)[mine]
-
-    def weights(self) -> Iterator[float]:
-        """The weight of each micro-batch that iterating gives."""
-        return (weight for _, weight in self.parts())
 
     def __iter__(self) -> Iterator[list[int]]:
         return (rows for rows, _ in self.parts())
@@ -143,21 +146,28 @@ class StepBatchSampler(Sampler[list[int]]):
         return (self.steps_per_epoch - self.start_step) * self.micro_batches
 
 
-class ReadAhead(Sampler[list[int]]):
+class GivenRows(Dataset[Any]):
+    """A dataset for a batch sampler that gives rows, not their numbers: what was made to announce it is at hand."""
+
+    def __getitem__(self, row: Any) -> Any:
+        return row
+
+
+class ReadAhead(Sampler[list[Any]]):
     """
     The batches of a sampler, each announced one batch before it is given, for `DataLoader(batch_sampler=…)`: so the
     disk reads what the next batch needs while this one is made and computed on.
 
     Args:
-        batches (`Sampler`): Gives lists of rows.
-        announce (callable): Takes the rows of a batch, such as
-            `lambda rows: store.will_need(image_ids[row] for row in rows)`.
+        batches (iterable, such as a `Sampler`): Gives lists of the numbers of rows, or of the rows themselves to be
+            given on by [`GivenRows`].
+        announce (callable): Takes a batch, such as `lambda rows: store.will_need(image_ids[row] for row in rows)`.
     """
 
-    def __init__(self, batches: Sampler[list[int]], announce: Callable[[list[int]], Any]):
+    def __init__(self, batches: Iterable[list[Any]], announce: Callable[[list[Any]], Any]):
         self.batches, self.announce = batches, announce
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for batch, following in pairwise(chain(self.batches, [[]])):
             if following:
                 self.announce(following)

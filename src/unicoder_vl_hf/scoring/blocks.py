@@ -30,11 +30,19 @@ HEADER = struct.Struct("<QI")  # block, values
 CHECKSUM = struct.Struct("<I")
 
 
+def job_of(path: str | os.PathLike) -> dict[str, Any]:
+    """The job that a folder holds, or is to hold; empty where none was begun."""
+    known = Path(path) / JOB
+    return json.loads(known.read_text()) if known.exists() else {}
+
+
 class BlockFolder:
     """
+    A folder of blocks that processes fill together, each what it computes.
+
     Args:
         path (`str` or `os.PathLike`): The folder, made if need be.
-        job (`dict`): What makes the blocks what they are, as JSON: names and values.
+        job (`dict`): All that the blocks follow from, as JSON: names and values.
         process (`int`): Rank of this process; process 0 puts the blocks together.
 
     Raises:
@@ -54,7 +62,7 @@ class BlockFolder:
             if foreign:
                 raise ValueError(f"{self.path} holds {foreign[:3]} and no {JOB}: give an empty folder, or a new one.")
             _write_text(known, json.dumps(job, indent=2))
-        before = json.loads(known.read_text())
+        before = job_of(self.path)
         differing = [name for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
         if differing:
             details = "; ".join(f"{name} was {before.get(name)!r}, is {job.get(name)!r}" for name in differing)
@@ -65,9 +73,11 @@ class BlockFolder:
 
     @property
     def is_complete(self) -> bool:
+        """Tells whether all blocks are there and put together."""
         return (self.path / RESULT).exists()
 
     def write(self, block: int, values: np.ndarray) -> None:
+        """Writes the values of a finished block."""
         if self._file is None:
             self._file = (self.path / f"{self.process:05d}-{uuid.uuid4().hex}.blocks").open("xb")
         payload = values.astype("<f4", copy=False).tobytes()
@@ -77,7 +87,7 @@ class BlockFolder:
 
     def result(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> np.ndarray:
         """
-        Waits for all blocks, and opens what they make: block b goes to `positions(b)` of the flattened array.
+        Waits for all blocks, and opens the array that they make: block b goes to `positions(b)` of it, flattened.
 
         Returns:
             `np.ndarray` of `shape`, float32, a read-only memory map.
@@ -129,7 +139,7 @@ class BlockFolder:
 
 
 def read_blocks(path: Path, offset: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Where each record of a file ends, the number of its block, and its values; up to one that is not whole."""
+    """Reads the records of a file up to one that is not whole: the offset of its end, its block, and its values."""
     with path.open("rb") as file:
         file.seek(offset)
         while len(head := file.read(HEADER.size + CHECKSUM.size)) == HEADER.size + CHECKSUM.size:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
@@ -24,7 +24,8 @@ def load_for_scoring(
 
     Args:
         name (`str` or `os.PathLike`): a folder or a repository of the Hub.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights, whatever they were saved in.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The dtype of the weights, whatever they were
+            saved in.
 
     Raises:
         `ValueError`: another model, one that was saved without what scoring needs, or one with fewer rows than its
@@ -63,19 +64,43 @@ def load_for_store(
 
 def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTextRetrieval) -> dict[str, Any]:
     """
-    What tells a checkpoint from others, as JSON: its name, the class that saved it (pre-training means zero-shot),
-    the revision where it is of the Hub, and a digest of the weights that scoring reads.
+    The facts that tell a checkpoint from others, as JSON: its name, the class that saved it (pre-training means
+    zero-shot), the revision where it is of the Hub, and a digest of the weights that scoring reads.
     """
     return {
         "name": str(name),
         "saved_by": next(iter(model.config.architectures or ()), None),
         "revision": getattr(model.config, "_commit_hash", None),
-        "scoring_weights_sha256": weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()}),
+        "scoring_weights_sha256": scoring_digest(model),
     }
 
 
+def scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
+    """The digest of the weights that scoring reads."""
+    return weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()})
+
+
+def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
+    """The fields of a configuration that change scores without changing a weight or its shape."""
+    return {
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "num_attention_heads": config.num_attention_heads,
+    }
+
+
+def former_scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
+    """The digest of weights and settings that scoring jobs named `model` at 9bccc44: those begun then go on by it."""
+    digest = hashlib.sha256(repr(tuple(scoring_settings(model.config).values())).encode())
+    weights = {**model.bert.state_dict(), **model.matching_head.state_dict(prefix="matching_head.")}
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values."""
+    """The SHA-256 of the names of weights and of their values in float32."""
     digest = hashlib.sha256()
     for key, weight in sorted(weights.items()):
         digest.update(key.encode())

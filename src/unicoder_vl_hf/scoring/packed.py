@@ -39,6 +39,7 @@ class Rows:
 
     @classmethod
     def of(cls, states: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> "Rows":
+        """The rows of items of these lengths, which follow each other in `states`."""
         lengths = np.asarray(lengths)
         return cls(states, np.cumsum(lengths) - lengths, lengths)
 
@@ -78,7 +79,7 @@ class PairEncoder:
             self.bert = with_onednn(self.bert)
 
     def embed_captions(self, token_ids: Sequence[Sequence[int]]) -> Rows:
-        """Of captions as token ids, `[CLS]` and `[SEP]` included."""
+        """Embeds captions, given as token ids, `[CLS]` and `[SEP]` included."""
         lengths = [len(ids) for ids in token_ids]
         if max(lengths) > self.config.max_position_embeddings:
             raise ValueError(
@@ -97,6 +98,7 @@ class PairEncoder:
         return Rows.of(states[0], lengths)
 
     def embed_images(self, records: Iterable[RegionRecord], extractor: UnicoderVLFeatureExtractor) -> Rows:
+        """Embeds images, given as records. Raises ValueError where features have another width than the model's."""
         states, lengths = [], []
         records = iter(records)
         while some := list(islice(records, RECORDS_AT_ONCE)):
@@ -135,8 +137,8 @@ class PairEncoder:
 
 def rows_of_pairs(captions: Rows, images: Rows, caption_index: np.ndarray, image_index: np.ndarray) -> np.ndarray:
     """
-    Which rows of `(captions.states, images.states)`, one below the other, make up the pairs, one behind the other: the
-    tokens of each caption, and then the regions of each image, wherever the caption ends.
+    Finds the rows of `(captions.states, images.states)`, one below the other, that make up the pairs, one behind the
+    other: the tokens of each caption, and then the regions of its image, wherever the caption ends.
     """
     num_tokens = captions.lengths[caption_index]
     lengths = num_tokens + images.lengths[image_index]

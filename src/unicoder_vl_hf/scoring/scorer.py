@@ -6,26 +6,29 @@ block is in `packed`, what lies on disk in `blocks`. Left out: choosing pairs, w
 """
 
 import hashlib
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from tqdm.auto import tqdm
 
 from .. import logging
+from ..files import json_digest
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
-from .blocks import BlockFolder
+from ..regions.store import RegionStore, manifest_checksum
+from .blocks import BlockFolder, job_of
+from .checkpoints import former_scoring_digest, scoring_digest, scoring_settings
 from .packed import PairEncoder, Rows, pair_flops
 
 # Measured on a CPU: 8 % slower at 1024, 3 % at 1536, no faster at 3072. On a GPU it is a guess.
@@ -36,14 +39,14 @@ MAX_TOKENS_ELSEWHERE = 16384
 @dataclass
 class ScoringPlan:
     """
-    What a job is, and how long it will take.
+    The size of a scoring job, and the time that it will take.
 
     Args:
-        num_captions, num_images, num_pairs (`int`): Of the whole job.
+        num_captions, num_images, num_pairs (`int`): The size of the whole job.
         num_done (`int`): Pairs that an earlier run left in the folder.
         flops (`float`): Floating point operations of the pairs that remain.
-        flops_per_second (`float`): Of one process, measured.
-        num_processes (`int`): Among which the pairs are shared.
+        flops_per_second (`float`): The measured speed of one process.
+        num_processes (`int`): The processes that share the pairs.
         where (`str`): Dtype and device, in words.
     """
 
@@ -58,20 +61,26 @@ class ScoringPlan:
 
     @property
     def seconds(self) -> float:
+        """The seconds that the rest of the job takes."""
         return self.flops / self.flops_per_second / self.num_processes
 
     def __str__(self) -> str:
-        seconds = round(self.seconds)
-        duration = f"{seconds // 3600} h {seconds // 60 % 60} min" if seconds >= 3600 else f"{seconds // 60} min"
-        duration = f"{seconds} s" if seconds < 120 else duration
         done = f", {self.num_done:,} of them done before" if self.num_done else ""
         processes = f" on each of {self.num_processes} processes" if self.num_processes > 1 else ""
         return (
             f"Scoring {_count(self.num_captions, 'caption')} x {_count(self.num_images, 'image')}: "
             f"{_count(self.num_pairs, 'pair')}{done}, "
             f"{tqdm.format_sizeof(self.flops)}FLOP in {self.where}. At the measured "
-            f"{tqdm.format_sizeof(self.flops_per_second)}FLOP/s{processes}: about {duration}."
+            f"{tqdm.format_sizeof(self.flops_per_second)}FLOP/s{processes}: about {duration(self.seconds)}."
         )
+
+
+def duration(seconds: float) -> str:
+    """The duration in words, in seconds below two minutes."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _count(number: int, noun: str) -> str:
@@ -80,8 +89,8 @@ def _count(number: int, noun: str) -> str:
 
 class ImageTextScorer:
     """
-    Under `accelerate launch` or `torchrun` every process calls the same methods with the same arguments, computes its
-    share, and gets all scores.
+    Scores captions with images. Under `accelerate launch` or `torchrun` every process calls the same methods with the
+    same arguments, computes its share, and gets all scores.
 
     Args:
         model ([`UnicoderVLForImageTextRetrieval`] or [`UnicoderVLForPreTraining`]):
@@ -195,7 +204,7 @@ class ImageTextScorer:
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
 
     def plan(self, captions: Sequence[str], images: Sequence[str | RegionRecord], max_length: int = 44) -> ScoringPlan:
-        """What `score` would do, and how long it would take, measured on a few pairs."""
+        """Says how large a call of `score` is, and how long it would take, measured on a few pairs."""
         items = _Items(self.processor, self.store, captions, images, max_length)
         blocks = _Grid(items, self.block_pairs)
         with evaluating(self.model):
@@ -210,7 +219,9 @@ class ImageTextScorer:
         if output_dir is None:
             target = _Memory(blocks)
         else:
-            target = BlockFolder(output_dir, self._job(blocks), state.process_index)
+            # Weights and regions are hashed by one process for all.
+            job = self._job(blocks, job_of(output_dir)) if state.is_main_process else None
+            target = BlockFolder(output_dir, broadcast_object_list([job])[0], state.process_index)
         share = [] if target.is_complete else _share(len(blocks), target.done, state)
         if share:
             with evaluating(self.model):
@@ -252,19 +263,20 @@ class ImageTextScorer:
             where=f"{str(encoder.bert.dtype).removeprefix('torch.')} on {encoder.device.type}",
         )
 
-    def _job(self, blocks: "_Blocks") -> dict[str, str | int]:
-        """What decides on the bits of the scores."""
-        config = self.model.config
-        weights = {**self.model.bert.state_dict(), **self.model.matching_head.state_dict(prefix="matching_head.")}
-        model = hashlib.sha256(repr((config.hidden_act, config.layer_norm_eps, config.num_attention_heads)).encode())
-        for name, weight in sorted(weights.items()):
-            model.update(name.encode())
-            model.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        extractor = json.dumps(self.processor.feature_extractor.to_dict(), sort_keys=True, default=str)
+    def _job(self, blocks: "_Blocks", before: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        All that decides on the bits of the scores. A job that was begun `before` by 9bccc44 tells model and regions by
+        other digests, `model` and `regions`: where the folder has these, they are computed, and it goes on.
+        """
+        model: dict[str, Any]
+        if "model" in before:
+            model = {"model": former_scoring_digest(self.model)}
+        else:
+            model = {"weights": scoring_digest(self.model), **scoring_settings(self.model.config)}
         return {
-            "model": model.hexdigest()[:16],
-            "feature extractor": hashlib.sha256(extractor.encode()).hexdigest()[:16],
-            **blocks.items.digests(),
+            **model,
+            "feature extractor": json_digest(self.processor.feature_extractor.to_dict())[:16],
+            **blocks.items.digests(before),
             **blocks.digests(),
             "dtype": str(self.dtype or self.model.dtype),
             "max_tokens": self.max_tokens,
@@ -286,12 +298,21 @@ class _Items:
         if len(images) == 0:
             raise ValueError("images is empty: give at least one image.")
         self.processor = processor
-        self.store = store
+        self.store = processor.store if store is None else store
         self.images = images
         tokenized = processor(text=list(captions), padding=False, max_length=max_length)
         self.token_ids: list[list[int]] = tokenized["input_ids"]
         self.num_tokens = np.array([len(ids) for ids in self.token_ids])
-        self.num_regions = np.array([len(processor.feature_extractor.select(record)) for record in self.records()])
+        extractor = processor.feature_extractor
+        # The store, where it holds all images: it tells of their regions without reading them.
+        self.region_store: RegionStore | None = None
+        if isinstance(self.store, RegionStore) and all(image in self.store for image in images):
+            self.region_store = self.store
+        if self.region_store is not None and extractor.score_threshold is None:
+            counts = self.region_store.region_counts(cast(Sequence[str], images))
+            self.num_regions = np.minimum(counts, extractor.max_regions)
+        else:  # how many score above a threshold, the records alone know
+            self.num_regions = np.array([len(extractor.select(record)) for record in self.records()])
 
     def record(self, image: int) -> RegionRecord:
         return self.processor.load_records([self.images[image]], self.store)[0]
@@ -299,18 +320,25 @@ class _Items:
     def records(self) -> Iterator[RegionRecord]:
         return map(self.record, range(len(self.images)))
 
-    def digests(self) -> dict[str, str]:
-        captions, images, regions = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-        for ids in self.token_ids:
-            captions.update(np.array([len(ids), *ids]).tobytes())
-        for record in self.records():
-            images.update(repr(record.image_id).encode())
-            for values in (record.features, record.locations(), record.object_scores):
-                regions.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+    def digests(self, before: Mapping[str, Any]) -> dict[str, str]:
+        """The digests of captions, images and regions; a store's manifest stands for its regions, see `_job`."""
+        names: list[Any] = []
+
+        def values() -> Iterator[bytes]:
+            for record in self.records():
+                names.append(record.image_id)
+                for array in (record.features, record.locations(), record.object_scores):
+                    yield b"-" if array is None else np.ascontiguousarray(array).tobytes()
+
+        if self.region_store is None or "regions" in before:
+            regions = {"regions": _digest(values())}
+        else:
+            names.extend(self.images)
+            regions = {"store": manifest_checksum(self.region_store.manifest)}
         return {
-            "captions": captions.hexdigest()[:16],
-            "images": images.hexdigest()[:16],
-            "regions": regions.hexdigest()[:16],
+            "captions": _digest(np.array([len(ids), *ids]).tobytes() for ids in self.token_ids),
+            "images": _digest(repr(name).encode() for name in names),
+            **regions,
         }
 
 
@@ -324,11 +352,11 @@ class _Blocks:
         raise NotImplementedError
 
     def positions(self, block: int) -> np.ndarray:
-        """Where the scores of its pairs go in all scores, flattened."""
+        """The places of a block's scores in all scores, flattened."""
         raise NotImplementedError
 
     def pairs(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Captions and images of its pairs."""
+        """The captions and the images of a block's pairs."""
         raise NotImplementedError
 
     def lengths(self, block: int) -> np.ndarray:
@@ -388,8 +416,7 @@ class _Pairs(_Blocks):
         return self.caption_index[self.order[block]], self.image_index[self.order[block]]
 
     def digests(self) -> dict[str, str]:
-        pairs = np.stack((self.caption_index, self.image_index))
-        return {"pairs": hashlib.sha256(pairs.tobytes()).hexdigest()[:16]}
+        return {"pairs": _digest([np.stack((self.caption_index, self.image_index)).tobytes()])}
 
 
 class _Embedded:
@@ -413,7 +440,7 @@ class _Embedded:
 
 
 class _Memory:
-    """What `BlockFolder` is on disk."""
+    """Blocks that are kept in memory, as a `BlockFolder` keeps them on disk."""
 
     done: set[int] = set()
     is_complete = False
@@ -434,7 +461,7 @@ class _Memory:
 
 @contextmanager
 def evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> Iterator[None]:
-    """Without dropout and graph, and in the model's own dtype, whatever autocast it is called under."""
+    """Runs a block without dropout and graph, and in the model's own dtype, whatever autocast is around it."""
     was_training = model.training
     model.eval()
     try:
@@ -447,6 +474,13 @@ def evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining
 def _share(num_blocks: int, done: set[int], state: PartialState) -> list[int]:
     """The blocks of this process. They need no agreement between processes, which may start at different moments."""
     return [block for block in range(state.process_index, num_blocks, state.num_processes) if block not in done]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:

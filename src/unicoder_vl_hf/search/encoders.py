@@ -32,17 +32,21 @@ READ_AT_ONCE = 1024
 
 
 class DualEncoder(Protocol):
-    """What embeds captions and images into one space, as `(n, dim)` float32 of unit length."""
+    """An encoder of captions and images into one space, as `(n, dim)` float32 of unit length."""
 
     name: str
     dim: int
 
-    def embed_captions(self, captions: Sequence[str]) -> np.ndarray: ...
+    def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
+        """Embeds captions, in their order."""
+        ...
 
-    def embed_images(self, image_ids: Sequence[str]) -> np.ndarray: ...
+    def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
+        """Embeds images by their ids, in their order."""
+        ...
 
     def identity(self) -> dict[str, str]:
-        """What tells it from others: its `name`, and what must be the same for its embeddings to be comparable."""
+        """The facts that tell it from others: its `name`, and all that comparable embeddings have in common."""
         ...
 
 
@@ -52,11 +56,13 @@ class UntrainedFirstStage(ValueError):
 
 class UnicoderVLDualEncoder:
     """
+    The first stage of a Unicoder-VL, on the regions of a store.
+
     Args:
         model ([`UnicoderVLForImageTextRetrieval`]): With a first stage that was trained.
         processor ([`UnicoderVLProcessor`]): Its own.
-        store (`Mapping[str, RegionRecord]`): Where image ids are looked up.
-        name (`str`): The checkpoint's.
+        store (`Mapping[str, RegionRecord]`): The records in which image ids are looked up.
+        name (`str`): The checkpoint's name.
         max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
 
     Raises:
@@ -85,14 +91,17 @@ class UnicoderVLDualEncoder:
         self.dim = self.first_stage.text_projection.out_features
 
     def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
+        """Embeds captions, see [`DualEncoder`]."""
         states = text_states(self.model, self.processor, captions, self.max_length)
         return self._embed(self.first_stage.embed_text, states)
 
     def embed_images(self, image_ids: Sequence[str | RegionRecord]) -> np.ndarray:
+        """Embeds images by their ids, or their records, see [`DualEncoder`]."""
         states = image_states(self.model, self.processor, image_ids, self.store)
         return self._embed(self.first_stage.embed_image, states)
 
     def identity(self) -> dict[str, str]:
+        """The name of the checkpoint, and the digest of the weights that embed."""
         weights = {**self.model.bert.state_dict(), **self.first_stage.state_dict()}
         return {"family": "unicoder-vl", "name": self.name, "weights_sha256": weights_digest(weights)}
 
@@ -108,7 +117,7 @@ class TransformersDualEncoder:
     Args:
         name (`str`): The checkpoint, with its processor.
         photo (callable, *optional*): The photo of an image id, such as [`Photos`]; without, captions only.
-        device (`torch.device`, *optional*, defaults to the CPU): Where it runs.
+        device (`torch.device`, *optional*, defaults to the CPU): The device on which it runs.
 
     Raises:
         `ValueError`: the model lacks one of the two methods.
@@ -136,16 +145,19 @@ class TransformersDualEncoder:
         self.dim = self.embed_captions(["a photo"]).shape[1]
 
     def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
+        """Embeds captions, see [`DualEncoder`]."""
         lengths = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
         return self._embed(captions, lambda some: {"text": list(some), **lengths}, self.model.get_text_features)
 
     def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
+        """Embeds photos by their ids, see [`DualEncoder`]. Raises ValueError where no photos were given."""
         if self.photo is None:
             raise ValueError(f"{self.name} embeds photos, and none were given.")
         photo = self.photo
         return self._embed(image_ids, lambda some: {"images": list(map(photo, some))}, self.model.get_image_features)
 
     def identity(self) -> dict[str, str]:
+        """The name of the checkpoint, and the digest of the weights that embed."""
         digest = weights_digest(self.model.state_dict())
         return {"family": self.model.config.model_type, "name": self.name, "weights_sha256": digest}
 
@@ -164,7 +176,7 @@ class Photos:
     The photos of a folder, a .tar or a dataset, by image id; called with an id, it opens one. Needs Pillow.
 
     Args:
-        path (`str` or `os.PathLike`): As `unicoder-vl extract` takes it.
+        path (`str` or `os.PathLike`): The photos, as `unicoder-vl extract` takes them.
         ids (`str`, *optional*, defaults to `"stem"`): How a photo gets its id, as the store was made with; see
             [`photo_ids`].
 
@@ -226,7 +238,7 @@ class Photos:
         return self._number[image_id]
 
     def _open(self, image_id: str) -> "tuple[Image.Image, tuple[int, int]]":
-        """As [`decode_photo`]."""
+        """Decodes a photo, as [`decode_photo`]."""
         from ..regions.photos import decode_photo
 
         place = self._place(image_id)
@@ -276,7 +288,7 @@ def text_states(
     captions: Sequence[str],
     max_length: int = 44,
 ) -> torch.Tensor:
-    """What the encoder makes of each caption alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
+    """Encodes each caption alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
     states = torch.empty(len(captions), model.config.hidden_size)
     batches = _alike([len(caption) for caption in captions])
     with evaluating(model):
@@ -294,7 +306,7 @@ def image_states(
     images: Sequence[str | RegionRecord],
     store: Mapping[str, RegionRecord] | None = None,
 ) -> torch.Tensor:
-    """What the encoder makes of each image alone, as in [`text_states`]."""
+    """Encodes each image alone, as [`text_states`] does captions."""
     states = torch.empty(len(images), model.config.hidden_size)
     starts = range(0, len(images), READ_AT_ONCE)
     with evaluating(model):
@@ -318,7 +330,7 @@ def _alike(lengths: Sequence[int]) -> list[list[int]]:
 def _exhaustive(
     model: UnicoderVLForImageTextRetrieval, processor: UnicoderVLProcessor, store: Mapping[str, RegionRecord]
 ) -> str:
-    """How long it takes to score one caption with every image, measured on a few."""
+    """Says how long it takes to score one caption with every image, measured on a few."""
     some = [image_id for image_id, _ in zip(store, range(200), strict=False)]
     plan = ImageTextScorer(model, processor, store).plan(["a dog runs on the grass in front of a house"], some)
     seconds = plan.seconds * len(store) / len(some)

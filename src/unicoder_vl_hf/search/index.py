@@ -10,7 +10,6 @@ its place and renamed when it is whole; what was embedded before a kill is not e
 see `encoders`, and what becomes of the candidates, see `two_stage`.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 
 from .. import logging
 from ..extras import optional_import
-from ..files import write_json
+from ..files import json_digest, write_json
 from ..processes import start_processes
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile
@@ -88,6 +87,8 @@ class SearchIndex:
 
     def check(self, encoder: DualEncoder | None = None, store: RegionStore | None = None) -> None:
         """
+        Checks that a checkpoint and a store are those that the index was made with.
+
         Raises:
             `ValueError`: the index was made by another checkpoint, or from another store; the message names both.
         """
@@ -101,7 +102,7 @@ class SearchIndex:
         The items nearest to each query, the nearest first; of equally near ones the earlier.
 
         Args:
-            queries (`np.ndarray` of shape `(Q, dim)`): Of unit length, by the encoder that made the index.
+            queries (`np.ndarray` of shape `(Q, dim)`): Embeddings of unit length, by the encoder that made the index.
             top_k (`int`): How many; all where there are fewer.
 
         Returns:
@@ -110,16 +111,19 @@ class SearchIndex:
         """
         if top_k < 1:
             raise ValueError(f"top_k={top_k}; expected at least 1.")
-        top_k = min(top_k, len(self))
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if self._faiss is not None:
-            similarities, positions = self._faiss.search(queries, top_k)
+            similarities, positions = self._faiss.search(queries, min(top_k, len(self)))
             return positions, similarities
         return nearest(queries, self.embeddings, top_k)
 
 
 def nearest(queries: np.ndarray, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and similarities of the `top_k` largest inner products of each query; of equal ones the earlier."""
+    """
+    Positions and similarities of the `top_k` largest inner products of each query, or of all where there are fewer; of
+    equal ones the earlier.
+    """
+    top_k = min(top_k, len(embeddings))
     positions = np.empty((len(queries), top_k), dtype=np.int64)
     similarities = np.empty((len(queries), top_k), dtype=np.float32)
     rows = max(1, MAX_SIMILARITIES // len(embeddings))
@@ -189,7 +193,7 @@ def build_index(
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
     blocks = [names[start : start + BLOCK_ITEMS] for start in range(0, len(names), BLOCK_ITEMS)]
-    job = {**facts, "names_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(), "block_items": BLOCK_ITEMS}
+    job = {**facts, "names_sha256": json_digest(names), "block_items": BLOCK_ITEMS}
     try:
         folder = BlockFolder(work / "blocks", job, state.process_index)
     except ValueError as error:
@@ -244,7 +248,7 @@ def _open_complete(
 
 
 def store_identity(store: RegionStore) -> dict[str, str]:
-    """What tells a store from others: its place, and the checksum of its manifest, which lists all others."""
+    """The facts that tell a store from others: its place, and the checksum of its manifest, which lists all others."""
     return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
 
 

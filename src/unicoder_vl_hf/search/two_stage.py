@@ -17,7 +17,8 @@ from .index import SearchIndex
 @dataclass(frozen=True)
 class SimilarityWeight:
     """
-    How the first stage's candidates are ordered: by score + weight x similarity. `str` of it says so in words.
+    The weight in the sum by which the first stage's candidates are ordered: score + weight x similarity. `str` of it
+    says so in words.
 
     Attributes:
         value (`float`): The weight; 0 is the score alone.
@@ -46,6 +47,7 @@ class SimilarityWeight:
 
     @property
     def formula(self) -> str:
+        """The sum by which hits are ordered, in words."""
         return f"score + {self.value:g} similarity" if self.value or self.origin == "measured" else "score"
 
     def __str__(self) -> str:
@@ -71,7 +73,7 @@ class Hit:
 
     @property
     def summands(self) -> str:
-        """What `score` is made of, in words."""
+        """The summands of `score` in words."""
         similarity = "" if self.similarity is None else f", similarity {self.similarity:.3f}"
         return f"score {self.matching_score:+.2f}{similarity}"
 
@@ -94,14 +96,15 @@ def search(
         index ([`SearchIndex`]): Made by `encoder` from the store of `scorer`, which is checked.
         encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): The first stage.
         scorer ([`ImageTextScorer`]): The second.
-        top_k (`int`, *optional*, defaults to 10): Hits of a query.
-        candidates (`int`, *optional*, defaults to 100): Of the first stage, scored by the second; `top_k` at least.
+        top_k (`int`, *optional*, defaults to 10): The number of hits of a query.
+        candidates (`int`, *optional*, defaults to 100): How many items the first stage proposes and the second scores;
+            `top_k` at least.
         similarity_weight (`float`, *optional*): So many times the first stage's similarity is added to the matching
             score, as BLIP adds it. Defaults to the weight that was measured for the scorer's model with its own first
             stage, else to 0; [`SimilarityWeight.of`] tells which.
 
     Returns:
-        `list[list[Hit]]`: of each query the best hits, the best first.
+        `list[list[Hit]]`: the best hits of each query, the best first.
 
     Raises:
         `ValueError`: `top_k` or `candidates` below 1, a weight below 0, or an index of another checkpoint or store.

@@ -28,7 +28,9 @@ from unicoder_vl_hf import (
     errors,
     processes,
 )
+from unicoder_vl_hf.data import samplers
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.data.negatives import PairsWithMismatches
 from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.errors import FinishedRun, run_script
 from unicoder_vl_hf.processes import Computing, StopSignal
@@ -101,6 +103,41 @@ def test_the_images_of_a_micro_batch_are_asked_for_while_the_one_before_is_here(
         next(batches)
         assert asked == expected
     assert max(map(len, expected)) > 2  # images that stand in for those of their pairs
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_is_permuted_drawn_and_read_once(setup, monkeypatch, tmp_path, num_workers):
+    calls = tmp_path / "calls"  # of all processes
+
+    def counting(owner, name, of):
+        function = getattr(owner, name)
+
+        def counted(*arguments, **options):
+            with calls.open("a") as file:
+                file.writelines(f"{name} {what}\n" for what in of(*arguments, **options))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    sampler = StepBatchSampler(len(setup.train), rows_per_step=5, micro_batches=2, seed=0)
+    sampler.set_epoch(3)
+    setup.train.set_epoch(3)
+    expected = [setup.collator(setup.train.make_rows(rows)) for rows in sampler]
+    weights = list(sampler.weights())
+    counting(samplers, "epoch_order", lambda num_rows, **options: ["all"])
+    counting(PairsWithMismatches, "mismatch", lambda _, row, epoch: [row])
+    counting(PairsWithMismatches, "_texts", lambda _, rows: [f"{len(rows)} rows"])
+    found = list(setup.train_batches(sampler, torch.device("cpu"), num_workers=num_workers))
+    assert [weight for _, weight in found] == weights
+    for (batch, _), wanted in zip(found, expected, strict=True):
+        assert batch.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(batch[name], tensor), name
+    lines = calls.read_text().splitlines()
+    assert lines.count("epoch_order all") == 1
+    drawn = [int(line.split()[1]) for line in lines if line.startswith("mismatch")]
+    assert sorted(drawn) == list(range(len(setup.train)))
+    assert sum(line.startswith("_texts") for line in lines) == len(expected)
 
 
 # Evaluation

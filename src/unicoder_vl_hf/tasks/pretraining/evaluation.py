@@ -10,12 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import ArrayLike
-from torch.utils.data import DataLoader, Subset
 
-from ... import logging
 from ...data.masking import IGNORED
 from ...data.negatives import PairsWithMismatches
 from ...records_unicoder_vl import RegionRecord
+from ...runs.batches import batches_to_evaluate
 from .collator import DataCollatorForUnicoderVLPreTraining
 
 
@@ -29,7 +28,7 @@ def evaluate_pretraining(
     num_workers: int = 0,
 ) -> dict[str, float]:
     """
-    The three tasks on a validation split, over all processes; nothing larger than a batch is kept.
+    Evaluates the three tasks on a validation split, over all processes; nothing larger than a batch is kept.
 
     Masked tokens and regions are predicted on the matches, masked as in training. Matching is told on the UNMASKED
     pairs, one match and one mismatch each.
@@ -39,7 +38,7 @@ def evaluate_pretraining(
         pairs ([`PairsWithMismatches`]): with `fixed_epoch`, so that each evaluation sees the same masks and mismatches.
         collator: that of training.
         accelerator ([`~accelerate.Accelerator`]): of the run.
-        batch_size, num_workers (`int`): of each process.
+        batch_size, num_workers (`int`): rows of a batch, and processes that read, in each process.
 
     Returns:
         `dict[str, float]`: `mlm_loss` (mean negative log-likelihood of a masked token), `mlm_perplexity`,
@@ -49,18 +48,11 @@ def evaluate_pretraining(
     """
     was_training = model.training
     model.eval()
-    mine = Subset(pairs, range(accelerator.process_index, len(pairs), accelerator.num_processes))
 
     def batches(collate_fn: Any, name: str):
-        loader = DataLoader(
-            mine,
-            batch_size=batch_size,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-            generator=torch.Generator(),  # or it would draw from the dropout's
-        )
-        for batch in logging.tqdm(loader, desc=name, leave=False, disable=not accelerator.is_local_main_process):
-            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        for batch in batches_to_evaluate(
+            pairs, collate_fn, accelerator.device, name=name, batch_size=batch_size, num_workers=num_workers
+        ):
             with accelerator.autocast():
                 yield batch, model(**batch, sparse_prediction=True)
 
@@ -138,7 +130,7 @@ def metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> 
 
 
 def pretraining_chance(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What guessing reaches: the commonest target of each masked task, and a coin for matching."""
+    """The figures that guessing reaches: the commonest target of each masked task, and a coin for matching."""
     chance = {
         name.replace("_majority", ""): value for name, value in metrics.items() if name.endswith("_majority_accuracy")
     }

@@ -1,5 +1,5 @@
 """
-What the two pre-training scripts share: their data and model arguments, and what these become.
+The data and model arguments of the two pre-training scripts, and what these become.
 
 Follows the paper's pre-training tasks; the loops are in `examples/run_pretraining.py` (Accelerate) and
 `examples/run_pretraining_trainer.py` (Trainer).
@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from ... import logging
 from ...data.negatives import PairsWithMismatches
-from ...data.samplers import ReadAhead, StepBatchSampler
+from ...data.rows import Row
+from ...data.samplers import GivenRows, ReadAhead, StepBatchSampler
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...regions.store import RegionStore
 from ...runs.arguments import DataArguments
@@ -33,8 +34,12 @@ class PretrainingArguments(DataArguments):
     max_validation_pairs: int = field(default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none."})
     max_regions: int | None = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
-    mask_replace_prob: float = field(default=1.0, metadata={"help": "Of these, the share made [MASK] (BERT: 0.8)."})
-    random_replace_prob: float = field(default=0.0, metadata={"help": "Of these, the share made random (BERT: 0.1)."})
+    mask_replace_prob: float = field(
+        default=1.0, metadata={"help": "Share of the predicted tokens that becomes [MASK] (BERT: 0.8)."}
+    )
+    random_replace_prob: float = field(
+        default=0.0, metadata={"help": "Share of the predicted tokens that becomes random (BERT: 0.1)."}
+    )
     whole_word_mask: bool = field(default=False, metadata={"help": "Choose whole words."})
     moc: bool = field(
         default=True, metadata={"help": "Masked object classification; --no_moc for regions without classes."}
@@ -44,7 +49,7 @@ class PretrainingArguments(DataArguments):
 
 @dataclass
 class PretrainingSetup(TrainingSetup):
-    """What [`prepare_pretraining`] builds."""
+    """A pre-training run as [`prepare_pretraining`] builds it."""
 
     model: UnicoderVLForPreTraining
     collator: DataCollatorForUnicoderVLPreTraining
@@ -53,14 +58,17 @@ class PretrainingSetup(TrainingSetup):
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
+        """The losses of the tasks that are trained."""
         return (*self.collator.masking.loss_parts, "matching_loss")
 
     @property
     def trained_by(self) -> str:
+        """The tasks that are trained, in words."""
         return pretrained_by(self.loss_parts)
 
     @property
     def measured_on(self) -> str | None:
+        """The validation pairs in words, None without any."""
         return None if self.validation is None else in_words(self.validation.pairs)
 
     def train_batches(
@@ -69,8 +77,8 @@ class PretrainingSetup(TrainingSetup):
         """The micro-batches of the sampler's epoch from the step where it stands, each with its weight in its step."""
         self.train.set_epoch(sampler.epoch)
         loader = DataLoader(
-            self.train,
-            batch_sampler=ReadAhead(sampler, self._announce),
+            GivenRows(),
+            batch_sampler=ReadAhead(map(self.train.make_rows, sampler), self._announce),
             collate_fn=self.collator,
             num_workers=num_workers,
             generator=torch.Generator(),  # or it would draw from the dropout's
@@ -78,9 +86,8 @@ class PretrainingSetup(TrainingSetup):
         for batch, weight in zip(loader, sampler.weights(), strict=True):
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, weight
 
-    def _announce(self, rows: list[int]) -> None:
+    def _announce(self, pairs: list[Row]) -> None:
         if isinstance(store := self.collator.store, RegionStore):
-            pairs = self.train.make_rows(rows)
             store.will_need({pair[name] for pair in pairs for name in ("image_id", "mismatch_image_id")})
 
 

@@ -73,7 +73,7 @@ class EncodedPairs:
 
     @torch.inference_mode()
     def recalls(self, first_stage: UnicoderVLFirstStage) -> dict[str, float]:
-        """Of all captions among all images, as [`retrieval_metrics`], and their sum."""
+        """The recalls of all captions among all images, as [`retrieval_metrics`], and their sum."""
         texts = first_stage.embed_text(self.texts)[self.caption_of_row]
         scores = (texts @ first_stage.embed_image(self.images).T).numpy()
         return with_recall_sum(retrieval_metrics(scores, self.image_of_row))
@@ -167,8 +167,8 @@ def train_first_stage(
         captions (`str`): A caption file in any layout, with both splits.
         regions (`str`): A [`RegionStore`].
         output (`str`): The folder of the new checkpoint, which must not exist.
-        split, validation_split (`str`, *optional*, default to `"train"` and `"val"`): To train on, and to choose the
-            best epoch and the weight of the similarity by.
+        split, validation_split (`str`, *optional*, default to `"train"` and `"val"`): The splits to train on, and to
+            choose the best epoch and the weight of the similarity by.
         projection_dim (`int`, *optional*, defaults to 256): Width of the embeddings.
         epochs, batch_size, learning_rate, seed: As in [`fit_first_stage`].
         duplicates (`str`, *optional*): As in [`read_duplicate_groups`].

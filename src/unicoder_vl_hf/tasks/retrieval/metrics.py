@@ -25,7 +25,7 @@ def retrieval_metrics(
         scores (array of shape `(num_captions, num_images)`): higher = better match, -inf = last; ranked in float32.
         image_of_caption (integer array of shape `(num_captions,)`): the column of each caption's image. Images may
             have any number of captions, but at least one.
-        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): where to cut the ranking.
+        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): the places at which the ranking is cut.
 
     Returns:
         `dict[str, float]`: `image_retrieval_recall@K` (a caption finds its image) and `text_retrieval_recall@K` (an
@@ -80,11 +80,11 @@ def retrieval_ranks(scores: ArrayLike, image_of_caption: ArrayLike) -> tuple[np.
 @dataclass(frozen=True)
 class QueryRanks:
     """
-    How each query of one direction fared.
+    The ranks of the queries of one direction.
 
     Attributes:
-        ranks (`np.ndarray` of shape `(num_queries,)`): of the first right item, from 1.
-        average_precisions (`np.ndarray` of shape `(num_queries,)`): over all right items.
+        ranks (`np.ndarray` of shape `(num_queries,)`): the rank of the first right item, from 1.
+        average_precisions (`np.ndarray` of shape `(num_queries,)`): the average precision over all right items.
         tied (`np.ndarray` of shape `(num_queries,)`): whether a wrong item scores as the first right one does.
         image_of_query (`np.ndarray` of shape `(num_queries,)`): the query itself, or the caption's image.
     """
@@ -95,31 +95,47 @@ class QueryRanks:
     image_of_query: np.ndarray
 
     def select(self, queries: np.ndarray) -> "QueryRanks":
-        """Of some of the queries, by their numbers."""
+        """The ranks of some of the queries, by their numbers."""
         return QueryRanks(*(getattr(self, field.name)[queries] for field in fields(self)))
 
 
-def rank_queries(scores: ArrayLike, image_of_caption: ArrayLike) -> dict[str, QueryRanks]:
+def rank_queries(
+    scores: ArrayLike,
+    image_of_caption: ArrayLike,
+    directions: Sequence[str] = ("image_retrieval", "text_retrieval"),
+) -> dict[str, QueryRanks]:
     """
-    The `QueryRanks` of `"image_retrieval"` (a query is a caption) and `"text_retrieval"` (a query is an image).
+    The `QueryRanks` of `"image_retrieval"` (a query is a caption) and `"text_retrieval"` (a query is an image), or of
+    one of these `directions`.
 
-    Arguments and errors are those of `retrieval_metrics`. Nothing is sorted but what belongs to one image: a rank is
-    a count. The scores are read in blocks of rows, so that a memory map will do.
+    The other arguments and errors are those of `retrieval_metrics`. Nothing is sorted but what belongs to one image: a
+    rank is a count. The scores are read in blocks of rows, so that a memory map will do.
     """
     scores, image_of_caption = _check_scores(scores, image_of_caption)
+    right = scores[np.arange(len(scores)), image_of_caption].astype(np.float32)
+    rank = {"image_retrieval": _rank_images, "text_retrieval": _rank_captions}
+    return {direction: rank[direction](scores, image_of_caption, right) for direction in directions}
+
+
+def _rank_images(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
+    """Ranks the images for each caption; `right` are the scores of each caption with its image."""
+    ranks, tied = np.empty(len(scores), dtype=np.int64), np.empty(len(scores), dtype=bool)
+    for rows, block in _row_blocks(scores):
+        of_rows = right[rows, None]
+        ranks[rows] = (block >= of_rows).sum(axis=1)  # the right image itself makes the ranks start at 1
+        tied[rows] = (block == of_rows).sum(axis=1) > 1
+    return QueryRanks(ranks, 1 / ranks, tied, image_of_caption)
+
+
+def _rank_captions(scores: np.ndarray, image_of_caption: np.ndarray, right: np.ndarray) -> QueryRanks:
+    """Ranks the captions for each image; `right` are the scores of each caption with its image."""
     num_captions, num_images = scores.shape
     captions_of_image = np.bincount(image_of_caption, minlength=num_images)
-    right = scores[np.arange(num_captions), image_of_caption].astype(np.float32)
     best = np.full(num_images, -np.inf, dtype=np.float32)
     np.maximum.at(best, image_of_caption, right)
-
-    image_ranks, image_tied = np.empty(num_captions, dtype=np.int64), np.empty(num_captions, dtype=bool)
     wrong_above = np.zeros(num_captions, dtype=np.int64)  # captions of other images that score as high with its image
     equal_best = -np.bincount(image_of_caption, weights=right == best[image_of_caption]).astype(np.int64)
     for rows, block in _row_blocks(scores):
-        of_rows = right[rows, None]
-        image_ranks[rows] = (block >= of_rows).sum(axis=1)  # the right image itself makes the ranks start at 1
-        image_tied[rows] = (block == of_rows).sum(axis=1) > 1
         equal_best += (block == best).sum(axis=0)
         others = image_of_caption[rows, None] != image_of_caption
         wrong_above += ((block[:, image_of_caption] >= right) & others).sum(axis=0)
@@ -130,10 +146,7 @@ def rank_queries(scores: ArrayLike, image_of_caption: ArrayLike) -> dict[str, Qu
     ith = 1 + np.arange(num_captions) - np.repeat(first, captions_of_image)
     ranks = ith + wrong_above[by_image]
     precisions = np.bincount(image_of_caption[by_image], weights=ith / ranks) / captions_of_image
-    return {
-        "image_retrieval": QueryRanks(image_ranks, 1 / image_ranks, image_tied, image_of_caption),
-        "text_retrieval": QueryRanks(ranks[first], precisions, equal_best > 0, np.arange(num_images)),
-    }
+    return QueryRanks(ranks[first], precisions, equal_best > 0, np.arange(num_images))
 
 
 def summarize(folds: Sequence[Mapping[str, QueryRanks]], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -172,7 +185,7 @@ def confidence_intervals(
 
     Args:
         folds (sequence of what `rank_queries` returns): one, for a test that is ranked as a whole.
-        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): where to cut the ranking.
+        ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): the places at which the ranking is cut.
         level (`float`, *optional*, defaults to 0.95): in (0, 1).
         num_resamples (`int`, *optional*, defaults to 1000): at least 1.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same intervals.
@@ -202,7 +215,7 @@ def confidence_intervals(
 
 
 def _query_values(direction: str, queries: QueryRanks, ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the queries give to each metric that is a mean over them."""
+    """The value of each query in each metric that is a mean over them."""
     return {f"{direction}_recall@{k}": queries.ranks <= k for k in ks} | {
         f"{direction}_mean_rank": queries.ranks,
         f"{direction}_map": queries.average_precisions,

@@ -8,7 +8,6 @@ not match are kept. The guards against matches that nobody wrote down are those 
 """
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from ... import logging
 from ...data.caption_files import encode_column, select_split
 from ...data.captions import check_tokens, join, read_captions
 from ...data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
-from ...files import OutputKind, begun_anew, new_folder, say_finished, write_json
+from ...files import OutputKind, begun_anew, json_digest, new_folder, say_finished, write_json
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...scoring.blocks import JOB, RESULT
@@ -52,12 +51,12 @@ SALT = 0x6D696E65  # keeps these draws apart from others that use the same seed
 @dataclass(frozen=True)
 class MiningRule:
     """
-    Which candidates of a query become its negatives. All values are on `s = sigmoid(score)`, in `(0, 1)`: a share of
-    the score itself would turn round where it is negative.
+    The rule by which candidates of a query become its negatives. All values are on `s = sigmoid(score)`, in `(0, 1)`: a
+    share of the score itself would turn round where it is negative.
 
     Args:
         num_negatives (`int`, *optional*, defaults to 3):
-            Of each query.
+            The negatives of each query.
         range_max (`int`, *optional*):
             Only the best so many candidates that do not match are looked at.
         max_score, min_score (`float`, *optional*):
@@ -101,7 +100,7 @@ class MiningRule:
         The candidates that become negatives of one query, the best first; fewer than wanted where the guards say so.
 
         Args:
-            scores (array of shape `(n,)`): of the candidates, as the model gives them.
+            scores (array of shape `(n,)`): the scores of the candidates, as the model gives them.
             match (boolean array of shape `(n,)`): which of them match; at least one.
             codes (integer array of shape `(n,)`): equal for candidates that are the same; the best of them counts.
             rng: for `"random"`.
@@ -127,7 +126,7 @@ class MiningRule:
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
-    """In float64, which tells 1 - 1e-16 from 1."""
+    """Computes the sigmoid in float64, which tells 1 - 1e-16 from 1."""
     return 1 / (1 + np.exp(-np.clip(np.asarray(scores, dtype=np.float64), -500, 500)))
 
 
@@ -180,8 +179,9 @@ def mine_hard_negatives(
         )
     else:
         texts, images = encoder.embed_captions(captions), encoder.embed_images(image_ids)
-        rows_met = [np.union1d(*met) for met in zip(_nearest(images, texts, candidates), rows_of_image, strict=True)]
-        images_met = [np.union1d(*met) for met in zip(_nearest(texts, images, candidates), image_of_row, strict=True)]
+        near_rows, near_images = nearest(images, texts, candidates)[0], nearest(texts, images, candidates)[0]
+        rows_met = [np.union1d(*met) for met in zip(near_rows, rows_of_image, strict=True)]
+        images_met = [np.union1d(*met) for met in zip(near_images, image_of_row, strict=True)]
 
     width = len(image_ids)  # pairs are numbered as in the matrix of all captions and images
     by_image = [rows * width + image for image, rows in enumerate(rows_met)]
@@ -239,10 +239,6 @@ def _sets(
         rows_met |= dict.fromkeys(images.tolist(), rows)
         images_met |= dict.fromkeys(rows.tolist(), images)
     return [rows_met[image] for image in sorted(rows_met)], [images_met[row] for row in sorted(images_met)]
-
-
-def _nearest(queries: np.ndarray, embeddings: np.ndarray, count: int) -> np.ndarray:
-    return nearest(queries, embeddings, min(count, len(embeddings)))[0]
 
 
 _Found = tuple[list[int], list[float | None]]  # rows, and sigmoid(score) of each
@@ -354,13 +350,13 @@ def mine(
         settings = {
             "model": checkpoint_provenance(model, loaded),
             "first_stage": None if encoder is None else encoder.identity(),
-            "captions": _fingerprint([table["image_id"][:], table["caption"][:]]),
+            "captions": json_digest([table["image_id"][:], table["caption"][:]]),
             "regions": store_identity(store),
             "split": split,
             **asdict(rule),
             "images_per_set": images_per_set if candidates is None else None,
             "candidates": candidates,
-            "duplicates": _fingerprint(groups),
+            "duplicates": json_digest(groups),
             "seed": seed,
             "max_length": max_length,
         }
@@ -401,10 +397,6 @@ def _is_mined(folder: Path) -> bool:
     """Tells the captions that `mine` wrote from any other folder."""
     info = folder / "dataset_info.json"
     return info.exists() and CAPTION_SCORES in json.loads(info.read_text(encoding="utf-8"))["features"]
-
-
-def _fingerprint(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from .metrics import chance_recalls, confidence_intervals, rank_queries, summari
 
 KS = (1, 5, 10)
 DIRECTIONS = ("text_retrieval", "image_retrieval")  # the order of the paper's columns
+# The heading of each recall in a table.
+RECALLS = {f"{direction}_recall@{k}": f"{direction[0].upper()}R@{k}" for direction in DIRECTIONS for k in KS}
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Protocol:
     A published test.
 
     Attributes:
-        title (`str`): as papers call it.
+        title (`str`): the name that papers call it by.
         num_images (`int`): images of the whole test split.
         num_folds (`int`): parts of equal size, ranked each by itself.
         paper (`Mapping[str, tuple]`): what Unicoder-VL's paper reports (percent): text retrieval R@1, 5, 10, then
@@ -89,7 +91,7 @@ class RetrievalFold:
 @dataclass(frozen=True)
 class RetrievalTest:
     """
-    What is to be scored, and by which name it may be reported.
+    The captions and images to be scored, and the name by which the result may be reported.
 
     Attributes:
         title (`str`): the protocol, how many images and captions, and which.
@@ -116,6 +118,8 @@ class RetrievalTest:
 @dataclass(frozen=True)
 class RetrievalResult:
     """
+    The metrics of a test.
+
     Attributes:
         metrics (`dict[str, float]`): see [`summarize`].
         intervals (`dict[str, tuple[float, float]]`): see [`confidence_intervals`], of 95 %.
@@ -229,22 +233,20 @@ def results_table(test: RetrievalTest, results: Mapping[str, RetrievalResult]) -
     Args:
         results (`Mapping[str, RetrievalResult]`): name of the row -> result.
     """
-    names = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
-    header = [f"{letter}R@{k}" for letter in "TI" for k in KS]
     lines = [
-        _line("percent", header, "tied TR, IR"),
-        _line("---", ["--:"] * len(header), "--:"),
+        _line("percent", RECALLS.values(), "tied TR, IR"),
+        _line("---", ["--:"] * len(RECALLS), "--:"),
         *(_line(f"paper, {name}", map(_percent, np.array(row) / 100), "") for name, row in test.paper.items()),
     ]
     for name, result in results.items():
         tied = ", ".join(f"{result.metrics[f'{direction}_tied_ranks']:,}" for direction in DIRECTIONS)
-        bounds = (f"{_percent(low)}-{_percent(high)}" for low, high in (result.intervals[name] for name in names))
+        bounds = (f"{_percent(low)}-{_percent(high)}" for low, high in (result.intervals[name] for name in RECALLS))
         lines += [
-            _line(name, (_percent(result.metrics[name]) for name in names), tied),
+            _line(name, (_percent(result.metrics[recall]) for recall in RECALLS), tied),
             _line("95 % interval over images", bounds, ""),
         ]
     by_chance = chance(test)
-    lines.append(_line("chance", (_percent(by_chance[name]) for name in names), ""))
+    lines.append(_line("chance", (_percent(by_chance[name]) for name in RECALLS), ""))
     return f"{test.title}\n\n" + "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a search in two stages costs and loses, for several numbers of candidates; and the weight of the similarity."""
+"""Measures what a search in two stages costs and loses, by number of candidates, and the weight of the similarity."""
 
 import os
 import time
@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ...scoring.scorer import ImageTextScorer
+from ...scoring.scorer import ImageTextScorer, duration
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
 from ...search.index import nearest
 from .metrics import QueryRanks, rank_queries, summarize, with_recall_sum
-from .protocols import DIRECTIONS, KS, RetrievalFold, captions_of_images, retrieval_test
+from .protocols import DIRECTIONS, KS, RECALLS, RetrievalFold, captions_of_images, retrieval_test
 
 # Weights of the similarity that are tried, from the score alone to where the score hardly counts.
 SIMILARITY_WEIGHTS = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -29,12 +29,12 @@ class StageResult:
     One row of [`TwoStageReport`].
 
     Attributes:
-        candidates (`int`): K, of each query; 0 for the first stage alone.
-        similarity_weight (`float`): Of the first stage's similarity, in the sum by which the K are ordered.
-        pairs (`int`): That were scored, of both directions; those in common once.
-        seconds (`float`, *optional*): For scoring, or for embedding all captions and images.
-        ceiling (`dict[str, float]`): By direction, the share of queries with a right item among the K: no order of
-            them reaches more. Empty for the first stage alone.
+        candidates (`int`): The number K of candidates of each query; 0 for the first stage alone.
+        similarity_weight (`float`): The weight of the first stage's similarity in the sum by which the K are ordered.
+        pairs (`int`): The number of pairs that were scored for both directions; those in common count once.
+        seconds (`float`, *optional*): The time of scoring, or of embedding all captions and images.
+        ceiling (`dict[str, float]`): The share of queries of each direction with a right item among the K: no order
+            of them reaches more. Empty for the first stage alone.
         metrics (`dict[str, float]`): Recalls by the names of [`retrieval_metrics`].
     """
 
@@ -47,17 +47,18 @@ class StageResult:
 
     @property
     def recall_sum(self) -> float:
+        """The sum of the six recalls."""
         return with_recall_sum(self.metrics)["recall_sum"]
 
 
 @dataclass(frozen=True)
 class TwoStageReport:
     """
-    What [`two_stage_report`] measured; `str` of it is a table in Markdown.
+    The figures that [`two_stage_report`] measured; `str` of it is a table in Markdown.
 
     Attributes:
-        num_captions, num_images (`int`): Among which is searched.
-        num_queries (`dict[str, int]`): By direction.
+        num_captions, num_images (`int`): The captions and images among which is searched.
+        num_queries (`dict[str, int]`): The number of queries of each direction.
         rows (`tuple[StageResult, ...]`): The first stage alone, then each K by each weight.
     """
 
@@ -67,6 +68,7 @@ class TwoStageReport:
     rows: tuple[StageResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON."""
         return asdict(self)
 
     @property
@@ -76,22 +78,21 @@ class TwoStageReport:
         return min(self.rows[1:], key=lambda row: (-round(row.recall_sum, 9), row.similarity_weight, row.candidates))
 
     def __str__(self) -> str:
-        recalls = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
         lines = [
-            "| candidates | pairs | time | ceiling T, I | " + " | ".join(f"{d}R@{k}" for d in "TI" for k in KS) + " |",
-            "|---|--:|--:|--:|" + "--:|" * len(recalls),
+            "| candidates | pairs | time | ceiling T, I | " + " | ".join(RECALLS.values()) + " |",
+            "|---|--:|--:|--:|" + "--:|" * len(RECALLS),
         ]
         for row in self.rows:
             name = str(row.candidates or "first stage alone")
             if row.similarity_weight:
                 name += f", score + {row.similarity_weight:g} similarity"
             ceiling = ", ".join(f"{100 * row.ceiling[direction]:.1f}" for direction in DIRECTIONS if row.ceiling)
-            figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in recalls)
-            lines.append(f"| {name} | {row.pairs:,} | {_seconds(row.seconds)} | {ceiling} | {figures} |")
+            figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in RECALLS)
+            lines.append(f"| {name} | {row.pairs:,} | {_duration(row.seconds)} | {ceiling} | {figures} |")
         last = self.rows[-1]
         pairs = self.num_captions * self.num_images
         seconds = None if last.seconds is None else last.seconds / last.pairs * pairs
-        lines.append(f"| all, for comparison | {pairs:,} | about {_seconds(seconds)} |" + " |" * (1 + len(recalls)))
+        lines.append(f"| all, for comparison | {pairs:,} | about {_duration(seconds)} |" + " |" * (1 + len(RECALLS)))
         return "\n".join(lines)
 
 
@@ -144,8 +145,8 @@ def two_stage_report(
     rows = [StageResult(0, 0.0, 0, time.perf_counter() - started, {}, alone)]
 
     largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
-    images_of, _ = nearest(texts[by_caption], images, min(largest, num_images))
-    captions_of, _ = nearest(images[by_image], texts, min(largest, num_captions))
+    images_of, _ = nearest(texts[by_caption], images, largest)
+    captions_of, _ = nearest(images[by_image], texts, largest)
     of_caption = by_caption[:, None] * num_images + images_of  # pairs, as numbers
     of_image = captions_of * num_images + by_image[:, None]
     pairs = np.union1d(of_caption, of_image)
@@ -167,11 +168,11 @@ def two_stage_report(
         share = None if seconds is None else seconds * num_pairs / len(pairs)
         for weight in similarity_weights:
             sums = scores + weight * similarities.flat[pairs]
-            ranked = {}
+            ranked: dict[str, QueryRanks] = {}
             for direction, numbers in chosen.items():
                 matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
                 matrix.flat[numbers.ravel()] = sums[np.searchsorted(pairs, numbers.ravel())]
-                ranked[direction] = rank_queries(matrix, right_image)[direction]
+                ranked |= rank_queries(matrix, right_image, [direction])
             rows.append(StageResult(count, weight, num_pairs, share, ceiling, metrics_of(ranked)))
     return TwoStageReport(
         num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows)
@@ -227,7 +228,5 @@ def _evenly(total: int, count: int | None) -> np.ndarray:
     return np.arange(count) * total // count
 
 
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+def _duration(seconds: float | None) -> str:
+    return "unknown" if seconds is None else duration(seconds)

@@ -12,23 +12,20 @@ from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...scoring.scorer import ImageTextScorer
 from .metrics import chance_recalls, retrieval_metrics
+from .protocols import RetrievalFold, retrieval_test
 
 
-@dataclass
-class ZeroShotRetrieval:
+@dataclass(frozen=True)
+class ZeroShotRetrieval(RetrievalFold):
     """
     Retrieval by the matching head of a pre-trained model, without fine-tuning (paper, Image-Text Retrieval, zero-shot).
 
     Args:
-        captions (`list[str]`), image_ids (`list[str]`): The C captions and M images.
-        image_of_caption (`np.ndarray` of shape `(C,)`): The index in `image_ids` of each caption's image.
+        captions, image_ids, image_of_caption: The C captions and M images, see [`RetrievalFold`].
         scores (`np.ndarray` of shape `(C, M)`): Higher = better match.
         metrics, chance (`dict[str, float]`): See [`retrieval_metrics`] and [`chance_recalls`].
     """
 
-    captions: list[str]
-    image_ids: list[str]
-    image_of_caption: np.ndarray
     scores: np.ndarray
     metrics: dict[str, float]
     chance: dict[str, float]
@@ -46,17 +43,13 @@ def zero_shot_retrieval(
     Scores the first `num_images` images of `captions` (rows of `image_id` and `caption`) with all their captions, in
     `dtype` if it is not to be the model's.
     """
-    image_ids = list(dict.fromkeys(captions["image_id"]))[:num_images]
-    column = {image_id: index for index, image_id in enumerate(image_ids)}
-    rows = [row for row in captions if row["image_id"] in column]
-    image_of_caption = np.array([column[row["image_id"]] for row in rows])
-    texts = [row["caption"] for row in rows]
-    scores = ImageTextScorer(model, processor, store, dtype=dtype).score(texts, image_ids)
+    if num_images is not None:
+        num_images = min(num_images, len(captions.unique("image_id")))
+    (fold,) = retrieval_test(captions, num_images=num_images).folds
+    scores = ImageTextScorer(model, processor, store, dtype=dtype).score(fold.captions, fold.image_ids)
     return ZeroShotRetrieval(
-        captions=texts,
-        image_ids=image_ids,
-        image_of_caption=image_of_caption,
+        **vars(fold),
         scores=scores,
-        metrics=retrieval_metrics(scores, image_of_caption),
-        chance=chance_recalls(image_of_caption),
+        metrics=retrieval_metrics(scores, fold.image_of_caption),
+        chance=chance_recalls(fold.image_of_caption),
     )

@@ -14,12 +14,12 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Subset
 
 from ...data.masking import IGNORED, Masking
 from ...data.rows import Row, RowsOfEpoch
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...records_unicoder_vl import RegionRecord
+from ...runs.batches import batches_to_evaluate
 from ...runs.model_card import pretrained_by
 from ...runs.setup import TrainingSetup
 from .collator import DataCollatorForUnicoderVLMultipleChoice
@@ -170,16 +170,10 @@ def evaluate_vcr_pretraining(
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all
-    mine = Subset(texts, range(accelerator.process_index, len(texts), accelerator.num_processes))
-    loader = DataLoader(
-        mine,
-        batch_size=batch_size,
-        collate_fn=collator,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # or it would draw from the dropout's
-    )
-    for batch in loader:
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+    for batch in batches_to_evaluate(
+        texts, collator, accelerator.device, name="Evaluating masked prediction", **options
+    ):
         with accelerator.autocast():
             outputs = model(**batch)
         tasks = ((outputs.prediction_logits, batch["labels"]), (outputs.region_logits, batch["region_labels"]))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ... import logging
 from ...data.rows import Row, RowsOfEpoch
@@ -25,6 +25,7 @@ from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import ModelArguments
+from ...runs.batches import batches_to_evaluate
 from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import NUM_CHOICES, VCRExamples, read_vcr, require_labels
@@ -271,23 +272,15 @@ def score_choices(
     num_workers: int = 0,
 ) -> np.ndarray:
     """The score of each choice of each example, `(num_examples, num_choices)`; every process gets the whole."""
-    state, count = PartialState(), len(examples)  # type: ignore[arg-type]
-    mine = range(state.process_index, count, state.num_processes)
-    loader = DataLoader(
-        Subset(examples, mine),
-        batch_size=batch_size,
-        collate_fn=collator,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # or it would draw from the dropout's
-    )
     was_training = model.training
     model.eval()
     scores: list[list[float]] = []
-    for batch in logging.tqdm(loader, desc="Scoring choices", leave=False, disable=not state.is_local_main_process):
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-        scores += model(**inputs).logits.tolist()
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+    for batch in batches_to_evaluate(examples, collator, model.device, name="Scoring choices", **options):
+        scores += model(**{name: value for name, value in batch.items() if name != "labels"}).logits.tolist()
     model.train(was_training)
-    found = list(zip(mine, scores, strict=True))
+    state = PartialState()
+    found = [(state.process_index + number * state.num_processes, row) for number, row in enumerate(scores)]
     found = gather_object(found) if state.num_processes > 1 else found
     return np.array([row for _, row in sorted(found)], dtype=np.float32)
 
