@@ -20,9 +20,7 @@ def end_with(error: Exception, program: str) -> int:
     the traceback, and where it is a KeyError whose key is no sentence: our own are sentences, so that one is a defect
     of the code.
     """
-    message = (
-        str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    )  # str() of a KeyError is quoted
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # else it were quoted
     if os.environ.get(TRACEBACK, "0") != "0" or (isinstance(error, KeyError) and " " not in message):
         raise error
     sys.stderr.write(f"{program}: {message or type(error).__name__}\n")

@@ -29,9 +29,8 @@ logger = logging.get_logger(__name__)
 
 WRITERS = {name: module.write for name, module in FORMATS.items() if "write" in vars(module)}
 EXPORTS = ("parquet", *WRITERS)  # formats that `export` writes
-PLAN_VERSION = (
-    2  # raise it when the meaning of a plan changes: how workers share images, and that stores keep class names
-)
+# Raise it when the meaning of a plan changes, such as how workers share images, or that stores keep class names.
+PLAN_VERSION = 2
 SKIP_BROKEN, SKIP_UNMAPPED = "skip_broken=True (--skip-broken)", "skip_unmapped=True (--skip-unmapped)"
 BACKGROUND_NAMES = ("background", "__background__")
 
@@ -251,7 +250,7 @@ def _check_plan(place: Path, before: dict[str, Any], plan: dict[str, Any], resum
 @dataclass
 class _Found:
     """
-    A count of what a conversion met beside the images that it wrote: rows of `skipped.jsonl`, and images that came
+    The images that a conversion met and did not write: rows of `skipped.jsonl`, and the number of images that came
     again.
     """
 

@@ -2,11 +2,9 @@
 A folder of region records: written once, read at random by many processes.
 
     manifest.json               counts, provenance, size and SHA-256 of every file; written last, so a store that has
-    one
-                                is complete
+                                it is complete
     index.safetensors           hashes (N,) uint64 sorted, numbers (N,) uint32 of the images with an id of that hash;
-    and
-                                the ids themselves, by number
+                                and the ids themselves, by number
     regions-00000.safetensors   features (rows, D) and the other fields, flat; the offsets of each image's rows, and a
                                 checksum (CRC-32) for each image
     unfinished.json             while a writer is at work, and after it was interrupted
@@ -294,8 +292,8 @@ class RegionStoreWriter:
             commit on the Hub.
         detector_declared (`bool`, *optional*): Whether a user named the detector, rather than a file.
         box_type (`str`, *optional*): Kind of the boxes, such as `"proposal"`, `"regressed"` or `"ground truth"`.
-        thresholds (`dict`, *optional*): Rule by which the detector kept regions, such as `{"score": 0.2, "max_regions":
-            100}`.
+        thresholds (`dict`, *optional*): Limits by which the detector kept regions, such as
+            `{"score": 0.2, "max_regions": 100}`.
         class_names (sequence of `str`, *optional*): Name of each object id, without background.
         num_classes (`int`, *optional*): Number of object classes where their names are unknown. Ids must be below it.
         source_format (`str`, *optional*): The foreign format that the records were read from.
@@ -452,9 +450,8 @@ class RegionStoreWriter:
                 self._adopt(facts)
         else:
             self._note_progress()
-        while (
-            path := shard_path(self.path, len(self._shards))
-        ).exists():  # written by a process that was killed before it noted so
+        # A process may have been killed after it wrote a shard, and before it noted that.
+        while (path := shard_path(self.path, len(self._shards))).exists():
             self._adopt(Shard(path).facts())
 
     def _adopt(self, facts: dict[str, Any]) -> None:

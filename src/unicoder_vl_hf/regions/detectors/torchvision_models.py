@@ -236,11 +236,7 @@ def _classes(weights: WeightsEnum | None) -> dict[str, list[str]]:
 def _download(name: str, weights: WeightsEnum) -> GeneralizedRCNN:
     try:
         return get_model(name, weights=weights)
-    except (
-        OSError,
-        HTTPException,
-        RuntimeError,
-    ) as error:  # there is no network, or the file was cut off or damaged on the way
+    except (OSError, HTTPException, RuntimeError) as error:  # no network, or a file that was cut off or damaged
         reason = error.reason if isinstance(error, URLError) else error
         file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         raise OSError(

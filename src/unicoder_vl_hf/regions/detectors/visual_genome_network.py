@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms, roi_pool
 
-ROIS_AT_ONCE = 100  # intermediate results of a stage take 0.3 GB for this many
+ROIS_AT_ONCE = 100  # each intermediate result of a stage takes 0.3 GB for this many
 STRIDE = 16  # pixels a cell of the C4 feature map
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")

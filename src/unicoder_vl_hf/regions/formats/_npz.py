@@ -47,8 +47,8 @@ def npz_items(
     path: str | os.PathLike, names: Collection[str], record: Callable[[str, dict[str, Any]], RegionRecord]
 ) -> Iterator[Item]:
     """
-    Yields an image for one .npz, or for each .npz of a folder by name, with the name as its image_id; `record(image_id,
-    arrays)` makes its record of those arrays of `names` that are there and known.
+    Yields an image for one .npz, or for each .npz of a folder by name, with the name as its image_id;
+    `record(image_id, arrays)` makes its record of those arrays of `names` that are there and known.
 
     Raises:
         ValueError: There is no .npz.

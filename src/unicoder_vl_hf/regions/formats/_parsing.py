@@ -63,9 +63,8 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yields the lines that are not empty, each as its place, `line <number>`, and its bytes with the line end."""
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), start=1):
-            if len(line) == MAX_BYTES and not line.endswith(
-                b"\n"
-            ):  # skip its rest: `columns` refuses it, and the next line is whole
+            # Skip the rest of the line: `columns` refuses it, and the next line is whole.
+            if len(line) == MAX_BYTES and not line.endswith(b"\n"):
                 while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
                     pass
             if line not in (b"\n", b"\r\n"):

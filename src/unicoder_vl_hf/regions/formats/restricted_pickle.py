@@ -30,10 +30,7 @@ _GLOBALS = {
     # How Python 3 writes bytes for Python 2: as encoded text, and empty ones as a call without arguments.
     ("_codecs", "encode"): "encode",
     ("__builtin__", "bytes"): "bytes",
-    (
-        "collections",
-        "OrderedDict",
-    ): "OrderedDict",  # csv.DictReader yielded it before Python 3.8, so Volta's values are such
+    ("collections", "OrderedDict"): "OrderedDict",  # Volta's values: csv.DictReader yielded it before Python 3.8
     **{(f"{core}.multiarray", name): name for core in _CORE for name in ("_reconstruct", "scalar")},
     **{(f"{core}.numeric", "_frombuffer"): "_frombuffer" for core in _CORE},
 }
