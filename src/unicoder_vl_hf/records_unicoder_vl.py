@@ -1,6 +1,6 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """
-One image's regions in NumPy: `RegionRecord`.
+Holds one image's regions in NumPy: `RegionRecord`.
 
 Values are checked here, once, so that neither the feature extractor nor the model need. The file imports neither torch
 nor transformers: whoever reads, checks and converts stores of records starts without them. Left out: finding regions in
@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -112,18 +112,18 @@ class RegionRecord:
 
     @classmethod
     def unchecked(cls, values: dict[str, Any]) -> "RegionRecord":
-        """A record of `{field: value}`, all fields given, without checks: they were made when it was stored."""
+        """Builds a record of `{field: value}`, all fields given, without checks: they were made when it was stored."""
         record = cls.__new__(cls)
         vars(record).update(values)
         return record
 
     def to_dict(self) -> dict[str, Any]:
-        """`{field: value}` of the fields that are not None; arrays are shared, not copied."""
+        """Gives `{field: value}` of the fields that are not None; arrays are shared, not copied."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def num_regions(self) -> int:
-        """n, at least 1."""
+        """The number n of regions, at least 1."""
         return self.features.shape[0]
 
     def __len__(self) -> int:
@@ -131,8 +131,8 @@ class RegionRecord:
 
     def locations(self) -> np.ndarray:
         """
-        The paper's location vectors, `(n, 5)` float32: x1, y1, x2, y2 and area, all as fractions of the image. Zeros,
-        with a warning, when the boxes are unknown.
+        Computes the paper's location vectors, `(n, 5)` float32: x1, y1, x2, y2 and area, all as fractions of the image.
+        Zeros, with a warning, when the boxes are unknown.
         """
         locations = np.zeros((self.num_regions, 5), dtype=np.float32)
         if self.boxes is None:
@@ -258,7 +258,7 @@ class RegionRecord:
         return array.astype(np.int64, copy=False)
 
 
-def is_region_record(value: Any) -> bool:
+def is_region_record(value: Any) -> TypeGuard[RegionRecord]:
     """
     Whether `value` is a `RegionRecord`, by name: a checkpoint loaded with `trust_remote_code` brings its own class,
     and must take the records of an installed package's store all the same.
