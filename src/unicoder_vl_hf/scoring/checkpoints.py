@@ -13,6 +13,7 @@ from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 
 
@@ -49,14 +50,29 @@ def load_for_scoring(
 
 
 def load_for_store(
-    name: str | PathLike[str], store: RegionStore
+    name: str | PathLike[str],
+    store: Mapping[str, RegionRecord] | str | PathLike[str] | None,
+    device: torch.device | str | None = None,
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
-    [`load_for_scoring`] in float32, on the device of this process, with a store as the processor's default; warns where
-    the model was trained on regions of another kind.
+    Loads as [`load_for_scoring`] in float32, with a store as the processor's default; warns where the model was trained
+    on regions of another kind.
+
+    Args:
+        name (`str` or `os.PathLike`): A folder or a repository of the Hub.
+        store (`Mapping[str, RegionRecord]`, `str` or `os.PathLike`, *optional*): The store, or its folder.
+        device (`torch.device` or `str`, *optional*): Where the model goes; None takes the device of this process.
+
+    Raises:
+        `ValueError`: `store` is no store, or as [`load_for_scoring`].
     """
+    if store is not None and not isinstance(store, Mapping):
+        if not isinstance(store, (str, PathLike)):
+            kind = type(store).__name__
+            raise ValueError(f"store is a {kind}, expected a RegionStore, its folder, or a mapping of ids to records.")
+        store = RegionStore(store)
     model, processor = load_for_scoring(name)
-    nn.Module.to(model, start_processes().device)
+    nn.Module.to(model, start_processes().device if device is None else device)
     processor.set_store(store)
     return model, processor
 
