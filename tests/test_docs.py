@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from unicoder_vl_hf.cli import _parser
+from unicoder_vl_hf.cli import build_parser
 from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,7 +56,7 @@ def test_commands_of_the_package_parse(page):
         for line in block.replace("\\\n", " ").splitlines():
             _, command, arguments = line.partition("unicoder-vl ")
             if command and not line.startswith("#"):
-                _parser().parse_args(shlex.split(arguments, comments=True))  # exits on what it does not know
+                build_parser().parse_args(shlex.split(arguments, comments=True))  # exits on what it does not know
 
 
 def test_commands_name_scripts_and_options_that_exist(page, monkeypatch):

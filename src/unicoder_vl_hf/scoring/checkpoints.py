@@ -64,12 +64,9 @@ def load_for_store(
         device (`torch.device` or `str`, *optional*): Where the model goes; None takes the device of this process.
 
     Raises:
-        `ValueError`: `store` is no store, or as [`load_for_scoring`].
+        `ValueError`: as [`load_for_scoring`]. `TypeError`, `FileNotFoundError`: `store` is no store.
     """
     if store is not None and not isinstance(store, Mapping):
-        if not isinstance(store, (str, PathLike)):
-            kind = type(store).__name__
-            raise ValueError(f"store is a {kind}, expected a RegionStore, its folder, or a mapping of ids to records.")
         store = RegionStore(store)
     model, processor = load_for_scoring(name)
     nn.Module.to(model, start_processes().device if device is None else device)

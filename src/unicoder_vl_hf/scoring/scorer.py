@@ -159,7 +159,7 @@ class ImageTextScorer:
 
         Raises:
             `ValueError`: another model, one without a trained matching head or with fewer rows than its tokenizer has
-            tokens, or a `store` that is none. `OSError`: there is no such checkpoint, or no such store.
+            tokens. `OSError`: there is no such checkpoint, or no such store.
         """
         model, processor = load_for_store(name_or_path, store, device)
         return cls(model, processor, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose)
