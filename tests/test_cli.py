@@ -257,7 +257,7 @@ def test_no_option_of_a_detector_is_an_argument_of_a_command():
 # Command -> the function that it stands for, its words, and options that the function has not by their own name.
 FUNCTIONS = {
     "extract": ("regions.extraction.extract", "photos store --detector grid:x", {"option"}),
-    "prepare": ("data.prepare.prepare", "photos captions output", {"split_list"}),
+    "prepare": ("data.preparation.prepare", "photos captions output", {"split_list"}),
     "merge": ("regions.editing.merge_stores", "a --output b", set()),
     "mine": ("tasks.retrieval.mining.mine", "model captions regions output", set()),
     "train-first-stage": ("tasks.retrieval.first_stage.train_first_stage", "model captions regions output", set()),

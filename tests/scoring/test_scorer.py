@@ -566,7 +566,7 @@ def test_a_scorer_from_what_is_none(tmp_path):
     tiny.processor().save_pretrained(tmp_path / "headless")
     with pytest.raises(ValueError, match=r"headless .* its scores would be random"):
         ImageTextScorer.from_pretrained(tmp_path / "headless", STORE)
-    with pytest.raises(TypeError, match="not '?list"):
+    with pytest.raises(TypeError, match=r"not '?list"):
         ImageTextScorer.from_pretrained(tmp_path / "headless", [*STORE.values()])
     with pytest.raises(FileNotFoundError, match="none is no region store"):
         ImageTextScorer.from_pretrained(tmp_path / "headless", tmp_path / "none")

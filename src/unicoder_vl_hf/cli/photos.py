@@ -88,7 +88,7 @@ def _prepare_arguments(parser: ArgumentParser) -> None:
     "Run again.",
 )
 def _prepare(args: Namespace) -> None:
-    from ..data.prepare import prepare
+    from ..data.preparation import prepare
 
     lists = dict(text.partition("=")[::2] for text in args.split_list)
     if not all(lists) or not all(lists.values()) or len(lists) < len(args.split_list):
