@@ -51,6 +51,18 @@ def test_python_parses_and_its_imports_exist(page):
                         importlib.import_module(f"{node.module}.{alias.name}")
 
 
+def test_imports_are_from_rooms(page):
+    """From the package, or from a room that names what it offers; never from a module inside."""
+    text = page.read_text(encoding="utf-8")
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "unicoder_vl_hf":
+                room = importlib.import_module(node.module)
+                assert {alias.name for alias in node.names} <= set(room.__all__) and hasattr(room, "__path__"), code
+    for place in re.findall(r"`unicoder_vl_hf\.([a-z_.]+)\.(?:\w+)`", text):
+        assert hasattr(importlib.import_module(f"unicoder_vl_hf.{place}"), "__path__"), place
+
+
 def test_commands_of_the_package_parse(page):
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():

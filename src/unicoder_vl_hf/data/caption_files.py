@@ -60,7 +60,7 @@ def read_caption_file(
     if format != "datasets" and not Path(path).exists():
         raise FileNotFoundError(f"No caption file at {path}. For a repository of the Hub pass format='datasets'.")
     try:
-        format = format or detect_format(path)
+        format = format or caption_format(path)
         logger.info(f"Reading captions from {path} as {format}.")
         if format == "datasets":
             rows = _check_table(_load_datasets(path, split), path, skip_empty)
@@ -78,9 +78,9 @@ def read_caption_file(
     return rows
 
 
-def detect_format(path: str | PathLike[str]) -> str:
+def caption_format(path: str | PathLike[str]) -> str:
     """
-    Name the format of a caption file: content decides, and the name where content leaves two possibilities.
+    Tells the format of a caption file: content decides, and the name where content leaves two possibilities.
 
     `"json"` stands for all of `JSON_LAYOUTS`: which one it is shows when the whole has been read.
     """
