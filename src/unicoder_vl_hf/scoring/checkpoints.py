@@ -14,7 +14,6 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
-from ..regions.store import RegionStore
 
 
 def load_for_scoring(
@@ -51,7 +50,7 @@ def load_for_scoring(
 
 def load_for_store(
     name: str | PathLike[str],
-    store: Mapping[str, RegionRecord] | str | PathLike[str] | None,
+    store: Mapping[str, RegionRecord] | None,
     device: torch.device | str | None = None,
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
@@ -60,14 +59,12 @@ def load_for_store(
 
     Args:
         name (`str` or `os.PathLike`): A folder or a repository of the Hub.
-        store (`Mapping[str, RegionRecord]`, `str` or `os.PathLike`, *optional*): The store, or its folder.
+        store (`Mapping[str, RegionRecord]`, *optional*): The store.
         device (`torch.device` or `str`, *optional*): Where the model goes; None takes the device of this process.
 
     Raises:
-        `ValueError`: as [`load_for_scoring`]. `TypeError`, `FileNotFoundError`: `store` is no store.
+        `ValueError`: as [`load_for_scoring`].
     """
-    if store is not None and not isinstance(store, Mapping):
-        store = RegionStore(store)
     model, processor = load_for_scoring(name)
     nn.Module.to(model, start_processes().device if device is None else device)
     processor.set_store(store)

@@ -26,6 +26,7 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLFo
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
+from ..regions.store import RegionStore
 from .blocks import BlockFolder
 from .checkpoints import load_for_store
 from .packed import PairEncoder, Rows, pair_flops
@@ -161,8 +162,12 @@ class ImageTextScorer:
             `ValueError`: another model, one without a trained matching head or with fewer rows than its tokenizer has
             tokens. `OSError`: there is no such checkpoint, or no such store.
         """
+        if store is not None and not isinstance(store, Mapping):
+            store = RegionStore(store)
         model, processor = load_for_store(name_or_path, store, device)
-        return cls(model, processor, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose)
+        return cls(
+            model, processor, store, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose
+        )
 
     def score(
         self,
