@@ -158,6 +158,13 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"unicoder-vl-hf {unicoder_vl_hf.__version__}\n"
 
 
+def test_it_runs_as_a_module(store):
+    """As `accelerate launch -m` runs it, with its exit code."""
+    for folder, code in ((store, 0), (store / "none", 1)):
+        command = [sys.executable, "-m", "unicoder_vl_hf.cli", "validate", str(folder)]
+        assert subprocess.run(command, capture_output=True, timeout=120).returncode == code
+
+
 def test_compare_and_merge(store, source, tmp_path, capsys):
     assert main(["compare", str(store), str(store)]) == 0
     assert f"{len(IMAGES)} in both, 0 in A alone" in capsys.readouterr().out

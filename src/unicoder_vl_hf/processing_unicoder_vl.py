@@ -68,7 +68,7 @@ class UnicoderVLProcessor(ProcessorMixin):
         self._store = _Reference(None)
         self._checked_stores = _Reference([])
 
-    def set_store(self, store: Mapping[str, RegionRecord] | None):
+    def set_store(self, store: Mapping[str, RegionRecord] | None) -> None:
         """
         Sets the store in which image ids are looked up by default; it is neither saved nor copied with the processor.
 
@@ -178,7 +178,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             count += sum(len(ids) > max_length for ids in tokens["input_ids"])
         return count
 
-    def check_model(self, model):
+    def check_model(self, model) -> None:
         """
         Checks that a model has an embedding for every token of the tokenizer: where it lacks one, some caption ends in
         an `IndexError`, perhaps days later.
@@ -214,7 +214,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             " or the path of a saved record (os.PathLike)."
         )
 
-    def _check_provenance(self, store: Mapping[str, RegionRecord] | None):
+    def _check_provenance(self, store: Mapping[str, RegionRecord] | None) -> None:
         if any(store is checked for checked in self._checked_stores.target):
             return
         # Any mapping of records may serve; only a RegionStore knows where its regions come from.
@@ -224,7 +224,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             self.feature_extractor.check_provenance(provenance)
 
 
-def _check_texts(text: str | Sequence[str]):
+def _check_texts(text: str | Sequence[str]) -> None:
     if len(text) == 0:
         raise ValueError(f"text is {text!r}: give at least one caption.")
     for position, caption in enumerate([text] if isinstance(text, str) else text):
