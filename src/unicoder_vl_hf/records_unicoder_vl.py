@@ -1,6 +1,6 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """
-Holds one image's regions in NumPy: `RegionRecord`.
+One image's regions in NumPy: `RegionRecord`.
 
 Values are checked here, once, so that neither the feature extractor nor the model need. The file imports neither torch
 nor transformers: whoever reads, checks and converts stores of records starts without them. Left out: finding regions in
@@ -112,18 +112,18 @@ class RegionRecord:
 
     @classmethod
     def unchecked(cls, values: dict[str, Any]) -> "RegionRecord":
-        """Builds a record of `{field: value}`, all fields given, without checks: they were made when it was stored."""
+        """A record of `{field: value}`, all fields given, without checks: they were made when it was stored."""
         record = cls.__new__(cls)
         vars(record).update(values)
         return record
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives `{field: value}` of the fields that are not None; arrays are shared, not copied."""
+        """`{field: value}` of the fields that are not None; arrays are shared, not copied."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def num_regions(self) -> int:
-        """The number n of regions, at least 1."""
+        """n, at least 1."""
         return self.features.shape[0]
 
     def __len__(self) -> int:
@@ -131,8 +131,8 @@ class RegionRecord:
 
     def locations(self) -> np.ndarray:
         """
-        Computes the paper's location vectors, `(n, 5)` float32: x1, y1, x2, y2 and area, all as fractions of the image.
-        Zeros, with a warning, when the boxes are unknown.
+        The paper's location vectors, `(n, 5)` float32: x1, y1, x2, y2 and area, all as fractions of the image. Zeros,
+        with a warning, when the boxes are unknown.
         """
         locations = np.zeros((self.num_regions, 5), dtype=np.float32)
         if self.boxes is None:

@@ -1,4 +1,4 @@
-"""Captions as rows, the photos' ids, and what is drawn of (seed, epoch, row): mismatches, hidden tokens, orders."""
+"""Rows of captions and pairs: reading them, joining them with regions, and drawing negatives, masks and their order."""
 
 from typing import TYPE_CHECKING
 

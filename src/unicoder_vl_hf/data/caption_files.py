@@ -80,7 +80,7 @@ def read_caption_file(
 
 def caption_format(path: str | PathLike[str]) -> str:
     """
-    Tells the format of a caption file: content decides, and the name where content leaves two possibilities.
+    Name the format of a caption file: content decides, and the name where content leaves two possibilities.
 
     `"json"` stands for all of `JSON_LAYOUTS`: which one it is shows when the whole has been read.
     """

@@ -1,4 +1,6 @@
-"""Region features: found in photos, read from files of other tools, stored, checked, changed and shared."""
+"""
+Regions of images: stores of records, the foreign formats that they are read from, and the detectors that find them.
+"""
 
 from typing import TYPE_CHECKING
 
