@@ -31,7 +31,7 @@ from unicoder_vl_hf.tasks.retrieval.protocols import PROTOCOLS, chance, evaluate
 
 
 @dataclass
-class RetrievalArguments:
+class EvaluationArguments:
     model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
     captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
     regions: str = field(metadata={"help": "RegionStore."})
@@ -52,7 +52,7 @@ class RetrievalArguments:
 
 
 def main(argv: list[str] | None = None):
-    (args,) = make_parser(RetrievalArguments).parse_args_into_dataclasses(argv)
+    (args,) = make_parser(EvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store = RegionStore(args.regions)
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.

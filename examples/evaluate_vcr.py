@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore
+from unicoder_vl_hf.data import IGNORED
 from unicoder_vl_hf.errors import run_script
 from unicoder_vl_hf.processes import start_processes
 from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.tasks.vcr.data import NO_LABEL, VCRExamples, read_vcr
+from unicoder_vl_hf.tasks.vcr.data import VCRExamples, read_vcr
 from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics, write_submission
 from unicoder_vl_hf.tasks.vcr.pictures import draw_question
 from unicoder_vl_hf.tasks.vcr.training import choice_probabilities, load_for_vcr
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None):
     state = start_processes()
     store = RegionStore(args.regions)
     rows = read_vcr(args.annotations, metadata_dir=args.metadata, store=store, ids=args.ids)
-    labelled = NO_LABEL not in rows["answer_label"]
+    labelled = IGNORED not in rows["answer_label"]
     if not labelled and args.submission is None:
         raise ValueError(f"{args.annotations} has no labels: give --submission for the leaderboard's file.")
 

@@ -1,5 +1,6 @@
 """`unicoder-vl` as a user types it. What the commands do is tested with their rooms."""
 
+import argparse
 import importlib
 import inspect
 import shutil
@@ -12,11 +13,11 @@ from foreign_arrays import IMAGES, WRITERS
 from PIL import Image
 
 import unicoder_vl_hf
-from unicoder_vl_hf import RegionStore, RegionStoreWriter, cli
-from unicoder_vl_hf.cli import main
+from unicoder_vl_hf import RegionStore, RegionStoreWriter
+from unicoder_vl_hf.cli import build_parser, main
+from unicoder_vl_hf.cli.parser import FAMILIES
 from unicoder_vl_hf.regions import detectors
 from unicoder_vl_hf.regions.extraction import extract
-from unicoder_vl_hf.tasks.retrieval.mining import mine
 
 
 @pytest.fixture
@@ -157,6 +158,13 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"unicoder-vl-hf {unicoder_vl_hf.__version__}\n"
 
 
+def test_it_runs_as_a_module(store):
+    """As `accelerate launch -m` runs it, with its exit code."""
+    for folder, code in ((store, 0), (store / "none", 1)):
+        command = [sys.executable, "-m", "unicoder_vl_hf.cli", "validate", str(folder)]
+        assert subprocess.run(command, capture_output=True, timeout=120).returncode == code
+
+
 def test_compare_and_merge(store, source, tmp_path, capsys):
     assert main(["compare", str(store), str(store)]) == 0
     assert f"{len(IMAGES)} in both, 0 in A alone" in capsys.readouterr().out
@@ -243,7 +251,7 @@ def test_an_option_that_is_none_of_the_detector_is_one_line(command, option, say
 def test_no_option_of_a_detector_is_an_argument_of_a_command():
     """Else `--option` could not reach it."""
     pytest.importorskip("torchvision")
-    parser = cli._parser()
+    parser = build_parser()
     extract_args = parser.parse_args(["extract", "photos", "store", "--detector", "grid:x"])
     label_args = parser.parse_args(["label", "store", "labelled", "--detector", "grid:x"])
     for module in detectors.FAMILIES.values():
@@ -253,15 +261,67 @@ def test_no_option_of_a_detector_is_an_argument_of_a_command():
         assert not own & vars(label_args).keys()
 
 
-def test_commands_pass_on_what_their_functions_take():
-    """`extract` and `mine` hand over every option by name."""
-    parser = cli._parser()
-    extract_args = parser.parse_args(["extract", "photos", "store", "--detector", "grid:x"])
-    inspect.signature(extract).bind(output="store", **cli._arguments(extract_args, "store", "option"))
-    mine_args = parser.parse_args(["mine", "model", "captions", "regions", "output"])
-    passed = inspect.signature(mine).bind(**cli._arguments(mine_args)).arguments
-    defaults = {name: value.default for name, value in inspect.signature(mine).parameters.items()}
-    assert {name: passed[name] for name in list(passed)[4:]} == {name: defaults[name] for name in list(defaults)[4:]}
+# Command -> the function that it stands for, its words, and options that the function has not by their own name.
+FUNCTIONS = {
+    "extract": ("regions.extraction.extract", "photos store --detector grid:x", {"option"}),
+    "prepare": ("data.preparation.prepare", "photos captions output", {"split_list"}),
+    "merge": ("regions.editing.merge_stores", "a --output b", set()),
+    "mine": ("tasks.retrieval.mining.mine", "model captions regions output", set()),
+    "train-first-stage": ("tasks.retrieval.first_stage.train_first_stage", "model captions regions output", set()),
+    "index": ("search.command.make_index", "store --output output", set()),
+    "search": ("search.command.run_search", "", set()),
+}
+# A value of an option that is not its default, by its type; and of some by their names.
+VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7", "split_list": "a=7", "splits": "1,1,1"}
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_a_command_hands_every_option_to_its_function(command, monkeypatch):
+    """Without options, the function's own defaults; with all of them, each where it belongs."""
+    place, words, other = FUNCTIONS[command]
+    module, _, name = f"unicoder_vl_hf.{place}".rpartition(".")
+    signature = inspect.signature(getattr(importlib.import_module(module), name))
+    calls = []
+
+    def called(*arguments, **options):
+        calls.append(signature.bind(*arguments, **options).arguments)
+        return {}
+
+    monkeypatch.setattr(f"{module}.{name}", called)
+    bare = [command, *words.split()]
+    typed, names = [], []
+    for action in build_parser().parse_args(bare).parser._actions:
+        if action.option_strings and not action.required and action.dest != "help":
+            value = next((each for each in action.choices or () if each != action.default), None)
+            value = value or VALUES.get(action.dest) or VALUES.get(action.type)
+            typed += [action.option_strings[-1]] if action.nargs == 0 else [action.option_strings[-1], value]
+            names.append(action.dest)
+    assert main(bare) == 0 and main([*bare, *typed]) == 0
+    short, full = calls
+    expected = build_parser().parse_args([*bare, *typed])
+    for name in set(names) - other:
+        assert short[name] == signature.parameters[name].default, name
+        assert full[name] == getattr(expected, name) != short[name], name
+    assert full.get("options", {"a": 7}) == {"a": 7} and full.get("split_lists", {"a": "7"}) == {"a": "7"}
+    assert short.keys() - other == full.keys() - other - {"options"}
+
+
+def test_every_command_has_a_name_of_its_own_and_says_how_it_goes_on():
+    every = [command for family in FAMILIES for command in family.commands]
+    assert len({command.name for command in every}) == len(every)
+    for command in every:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        assert bool(command.go_on) == ("--restart" in parser._option_string_actions), command.name
+
+
+def test_help_texts_name_their_noun():
+    """None begins with "of the detector": in the list of options, each is read alone."""
+    for command in (command for family in FAMILIES for command in family.commands):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        for action in parser._actions:
+            assert action.help and not action.help.startswith(("of ", "default", "to ", "so ", "where ")), action
 
 
 def test_help_needs_no_extra_and_loads_no_model():

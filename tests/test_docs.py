@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from unicoder_vl_hf.cli import _parser
+from unicoder_vl_hf.cli import build_parser
 from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,12 +51,24 @@ def test_python_parses_and_its_imports_exist(page):
                         importlib.import_module(f"{node.module}.{alias.name}")
 
 
+def test_imports_are_from_rooms(page):
+    """From the package, or from a room that names what it offers; never from a module inside."""
+    text = page.read_text(encoding="utf-8")
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "unicoder_vl_hf":
+                offered = getattr(importlib.import_module(node.module), "__all__", [])
+                assert {alias.name for alias in node.names} <= set(offered), f"{node.module} is no room, or lacks one"
+    for place in re.findall(r"`unicoder_vl_hf\.([a-z_.]+)\.(?:\w+)`", text):
+        assert hasattr(importlib.import_module(f"unicoder_vl_hf.{place}"), "__path__"), place
+
+
 def test_commands_of_the_package_parse(page):
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             _, command, arguments = line.partition("unicoder-vl ")
             if command and not line.startswith("#"):
-                _parser().parse_args(shlex.split(arguments, comments=True))  # exits on what it does not know
+                build_parser().parse_args(shlex.split(arguments, comments=True))  # exits on what it does not know
 
 
 def test_commands_name_scripts_and_options_that_exist(page, monkeypatch):

@@ -26,7 +26,7 @@ FLOORS = [
     ["configuration_unicoder_vl", "records_unicoder_vl"],
     ["processes"],
     ["files", "name_lists", "errors"],
-    ["extras", "logging", "_version"],
+    ["extras", "lazy", "logging", "_version"],
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,5 +1,7 @@
 """What is imported when: commands begin without PyTorch, and Auto classes know ours whatever came first."""
 
+import ast
+import importlib
 import json
 import os
 import subprocess
@@ -126,6 +128,40 @@ except AttributeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "module 'unicoder_vl_hf' has no attribute 'nothing'\n", done.stderr
+
+
+ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
+ROOMS += [".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_offers_what_it_names(name):
+    """In `__all__`, to type checkers and when asked, alike; and nothing by the name of a module, which would hide."""
+    room = importlib.import_module(f"unicoder_vl_hf{name}")
+    blocks = [node for node in ast.parse(Path(room.__file__).read_text()).body if isinstance(node, ast.If)]
+    typed = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    places = {alias.name: f"{room.__name__}.{node.module}" for node in typed for alias in node.names}
+    assert sorted(places) == dir(room) == sorted(room.__all__)
+    for offered, module in places.items():
+        assert getattr(room, offered) is getattr(importlib.import_module(module), offered)
+    folder = Path(room.__file__).parent
+    assert not [offered for offered in places if (folder / offered).exists() or (folder / f"{offered}.py").exists()]
+    with pytest.raises(AttributeError, match=f"module '{room.__name__}' has no attribute 'nothing'"):
+        room.nothing  # noqa: B018
+
+
+def test_rooms_are_attributes_and_import_no_more_than_what_is_asked_for():
+    code = f"""
+import sys, unicoder_vl_hf
+from unicoder_vl_hf.regions import RegionStore, convert, merge_stores, validate
+from unicoder_vl_hf.data import id_mapping, prepare
+assert callable(convert) and callable(prepare)
+assert unicoder_vl_hf.regions.convert is convert and unicoder_vl_hf.regions.conversion.convert is convert
+assert unicoder_vl_hf.tasks.vcr.check_submission and unicoder_vl_hf.search and unicoder_vl_hf.tasks.retrieval
+assert not sys.modules.keys() & {set(HEAVY)}, sys.modules.keys() & {set(HEAVY)}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("during", ["numpy", "torch", "transformers"])

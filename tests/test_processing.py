@@ -1,6 +1,7 @@
 """`UnicoderVLProcessor`: what it takes, what it refuses, and what becomes of its store."""
 
 import copy
+import inspect
 import json
 import logging
 import pickle
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter, UnicoderVLForImageTextRetrieval
-from unicoder_vl_hf.processing_unicoder_vl import UnicoderVLProcessor
+from unicoder_vl_hf.processing_unicoder_vl import UnicoderVLProcessor, UnicoderVLProcessorKwargs
 
 CAPTIONS = ["a dog runs .", "the cat sleeps on the grass ."]
 # [CLS] 2, [SEP] 3, then tiny.WORDS in order.
@@ -111,6 +113,30 @@ def test_a_str_is_an_image_id_never_a_path(processor, store, tmp_path, monkeypat
         processor(regions=["one", "absent"], store=store)
 
 
+def test_one_image_meets_every_text(processor, store):
+    every = processor(text=CAPTIONS, regions=[store["one"]] * 2, return_tensors="pt")
+    for one in ("one", ["one"], store["one"]):
+        inputs = processor(text=CAPTIONS, regions=one, store=store, return_tensors="pt")
+        assert sorted(inputs) == sorted(every)
+        assert all(torch.equal(inputs[name], every[name]) for name in every)
+
+
+def test_a_call_has_no_default_of_its_own_but_none(processor):
+    """Defaults are options of the processor, as everywhere in the library: the class or an object may set others."""
+    parameters = inspect.signature(UnicoderVLProcessor.__call__).parameters
+    assert [*parameters] == ["self", "text", "regions", "images", "store", "kwargs"]
+    assert all(each.annotation is not inspect.Parameter.empty for each in list(parameters.values())[1:])
+    assert UnicoderVLProcessorKwargs._defaults == {
+        "text_kwargs": {"padding": True, "truncation": True, "max_length": 44}
+    }
+    assert processor.valid_processor_kwargs is UnicoderVLProcessorKwargs
+
+
+def test_options_of_the_text_alone_leave_the_regions_as_they_are(processor, store):
+    inputs = processor(text="a dog", regions=store["one"], text_kwargs={"return_tensors": "pt"})
+    assert isinstance(inputs["input_ids"], torch.Tensor) and isinstance(inputs["region_features"], np.ndarray)
+
+
 def test_text_or_regions_alone(processor):
     assert sorted(processor(text="a dog")) == ["attention_mask", "input_ids", "token_type_ids"]
     assert sorted(processor(regions=tiny.record())) == sorted(REGION_INPUTS)
@@ -159,6 +185,8 @@ def test_a_column_of_a_dataset_is_text_and_regions(processor, store):
         ({"regions": "one"}, "'one' needs a store"),
         ({"text": ["a", "a", "a"], "regions": [tiny.record(), tiny.record()]}, "3 texts but 2 images"),
         ({"text": "a dog", "regions": [tiny.record(), tiny.record()]}, "1 texts but 2 images"),
+        ({"text": ["a dog"], "regions": [tiny.record(), tiny.record()]}, "1 texts but 2 images"),
+        ({"images": Image.new("RGB", (8, 8))}, "images holds photos.*unicoder-vl extract"),
         ({"regions": 391895}, "holds a int.*image id"),
         ({"regions": ["one", 391895]}, "holds a int.*image id"),
         ({"regions": np.ones((2, tiny.FEATURE_DIM))}, "holds a ndarray"),

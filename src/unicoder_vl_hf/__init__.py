@@ -4,11 +4,11 @@ What it offers is loaded when it is first asked for, and so are PyTorch and tran
 with transformers' Auto classes as soon as these are loaded, before or after: see `registration`.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import registration
 from ._version import package_version
+from .lazy import lazily
 
 if TYPE_CHECKING:
     from .configuration_unicoder_vl import UnicoderVLConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         UnicoderVLForMultipleChoice,
         UnicoderVLForPreTraining,
         UnicoderVLModel,
+        UnicoderVLPreTrainedModel,
     )
     from .processing_unicoder_vl import UnicoderVLProcessor
     from .records_unicoder_vl import RegionRecord
@@ -30,45 +31,34 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Name -> where it is.
-_LAZY = {
-    "DataCollatorForUnicoderVLMultipleChoice": ".tasks.vcr.collator",
-    "DataCollatorForUnicoderVLPreTraining": ".tasks.pretraining.collator",
-    "DataCollatorForUnicoderVLRetrieval": ".tasks.retrieval.collator",
-    "ImageTextScorer": ".scoring.scorer",
-    "RegionRecord": ".records_unicoder_vl",
-    "RegionStore": ".regions.store",
-    "RegionStoreWriter": ".regions.store",
-    "UnicoderVLConfig": ".configuration_unicoder_vl",
-    "UnicoderVLFeatureExtractor": ".feature_extraction_unicoder_vl",
-    "UnicoderVLForImageTextRetrieval": ".modeling_unicoder_vl",
-    "UnicoderVLForMultipleChoice": ".modeling_unicoder_vl",
-    "UnicoderVLForPreTraining": ".modeling_unicoder_vl",
-    "UnicoderVLModel": ".modeling_unicoder_vl",
-    "UnicoderVLProcessor": ".processing_unicoder_vl",
-    "retrieval_metrics": ".tasks.retrieval.metrics",
-}
-# Modules that are attributes, too, though nobody imported them.
-_MODULES = [
-    f"{part}_unicoder_vl" for part in ("configuration", "feature_extraction", "modeling", "processing", "records")
-]
+# A name that is a room is no function here: `unicoder_vl_hf.search` is the room, its function `search.search`.
+_load, __dir__ = lazily(
+    __name__,
+    {
+        "configuration_unicoder_vl": ["UnicoderVLConfig"],
+        "feature_extraction_unicoder_vl": ["UnicoderVLFeatureExtractor"],
+        "modeling_unicoder_vl": [
+            "UnicoderVLForImageTextRetrieval",
+            "UnicoderVLForMultipleChoice",
+            "UnicoderVLForPreTraining",
+            "UnicoderVLModel",
+            "UnicoderVLPreTrainedModel",
+        ],
+        "processing_unicoder_vl": ["UnicoderVLProcessor"],
+        "records_unicoder_vl": ["RegionRecord"],
+        "regions.store": ["RegionStore", "RegionStoreWriter"],
+        "scoring.scorer": ["ImageTextScorer"],
+        "tasks.pretraining.collator": ["DataCollatorForUnicoderVLPreTraining"],
+        "tasks.retrieval.collator": ["DataCollatorForUnicoderVLRetrieval"],
+        "tasks.retrieval.metrics": ["retrieval_metrics"],
+        "tasks.vcr.collator": ["DataCollatorForUnicoderVLMultipleChoice"],
+        **dict.fromkeys(("data", "regions", "runs", "scenes", "scoring", "search", "tasks"), ()),
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-    elif name == "__version__":
-        value = package_version()
-    elif name in _MODULES:
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # so that this function is not asked again
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return package_version() if name == "__version__" else _load(name)
 
 
 registration.install()
@@ -87,6 +77,7 @@ __all__ = [
     "UnicoderVLForMultipleChoice",
     "UnicoderVLForPreTraining",
     "UnicoderVLModel",
+    "UnicoderVLPreTrainedModel",
     "UnicoderVLProcessor",
     "retrieval_metrics",
 ]

@@ -1,6 +1,6 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """
-How records of regions (`RegionRecord`) become padded tensors: `UnicoderVLFeatureExtractor`.
+Makes padded tensors of records of regions (`RegionRecord`): `UnicoderVLFeatureExtractor`.
 
 Follows the input section of the paper (arXiv 1908.06066): at most 100 regions an image, the best by score, each
 with the 5-d location `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`. Left out: finding regions in photos and storing them
@@ -74,7 +74,7 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         super().__init__(**kwargs)
 
     def select(self, record: RegionRecord) -> np.ndarray:
-        """Rows of `record` that the model will see, int64 and increasing. Whoever points at a region remaps by them."""
+        """Chooses the rows that the model will see, int64 and increasing; whoever points at a region remaps by them."""
         count = min(record.num_regions, self.max_regions)
         scores = record.object_scores
         if scores is None:
@@ -115,7 +115,7 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         Raises:
             ValueError: There is no record, something is no record, or feature widths differ.
         """
-        batch: list[RegionRecord] = [records] if is_region_record(records) else list(records)  # type: ignore[list-item, arg-type]
+        batch: list[RegionRecord] = [records] if is_region_record(records) else list(records)  # type: ignore[arg-type]
         width = self._check_widths(batch)
         kept = [self.select(record) for record in batch]
         counts = np.array([len(indices) for indices in kept])

@@ -1,5 +1,5 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
-"""The processor of Unicoder-VL: captions by the tokenizer, regions by the feature extractor, looked up in a store.
+"""Pairs captions, by the tokenizer, with regions, by the feature extractor and looked up in a store.
 
 Follows the paper's input section: WordPiece `[CLS] w_1 … w_T [SEP]`, at most 44 tokens beside 100 regions. Left out:
 masking and mismatches, which are the collators' work.
@@ -8,16 +8,27 @@ masking and mismatches, which are the collators' work.
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor, is_region_record
 
 # A tokenizer passes over what it does not know: a misspelt argument would change nothing, and say nothing.
 _TOKENIZER_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.__call__).parameters, "split_special_tokens"}
+
+# The regions of one image in any form that a call takes.
+RegionInput = RegionRecord | Mapping[str, Any] | str | os.PathLike[str]
+
+
+class UnicoderVLProcessorKwargs(ProcessingKwargs, TextKwargs, total=False):  # type: ignore[misc]
+    """Options of a call: those of the tokenizer, by name or together as `text_kwargs`, which win."""
+
+    split_special_tokens: bool
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "max_length": 44}}  # type: ignore[misc]
 
 
 class _Reference:
@@ -50,13 +61,14 @@ class UnicoderVLProcessor(ProcessorMixin):
     ```"""
 
     _auto_class = "AutoProcessor"
+    valid_processor_kwargs = UnicoderVLProcessorKwargs
 
     def __init__(self, feature_extractor: UnicoderVLFeatureExtractor, tokenizer):
         super().__init__(feature_extractor, tokenizer)
         self._store = _Reference(None)
         self._checked_stores = _Reference([])
 
-    def set_store(self, store: Mapping[str, RegionRecord] | None):
+    def set_store(self, store: Mapping[str, RegionRecord] | None) -> None:
         """
         Sets the store in which image ids are looked up by default; it is neither saved nor copied with the processor.
 
@@ -66,21 +78,17 @@ class UnicoderVLProcessor(ProcessorMixin):
         self._store = _Reference(store)
 
     @property
-    def store(self) -> Mapping[str, RegionRecord] | None:
+    def default_store(self) -> Mapping[str, RegionRecord] | None:
         """The store in which image ids are looked up by default, as [`~UnicoderVLProcessor.set_store`] took it."""
         return self._store.target
 
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
-        regions=None,
+        regions: RegionInput | Iterable[RegionInput] | None = None,
+        images: ImageInput | None = None,
         store: Mapping[str, RegionRecord] | None = None,
-        return_tensors: str | None = None,
-        padding: bool | str = True,
-        truncation: bool | str = True,
-        max_length: int | None = 44,
-        text_kwargs: Mapping[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Unpack[UnicoderVLProcessorKwargs],
     ) -> BatchFeature:
         r"""
         Args:
@@ -89,17 +97,22 @@ class UnicoderVLProcessor(ProcessorMixin):
             regions (`RegionRecord`, `dict`, `str`, `os.PathLike`, or a sequence of these, *optional*):
                 The regions of each image: a record; its fields as a dict of arrays; an image id, looked up in `store`;
                 or the path of a record written by [`RegionRecord.save`]. A `str` is always an image id, never a path.
+                The regions of a single image meet every text.
+            images (*optional*):
+                Photos, which are refused for now: their regions must be found first.
             store (`Mapping[str, RegionRecord]`, *optional*):
                 Where image ids are looked up, such as a [`RegionStore`]. Defaults to that of
                 [`~UnicoderVLProcessor.set_store`].
             return_tensors (`str`, *optional*):
                 `"pt"` or `"np"`; lists of tokens and arrays of regions by default.
-            padding, truncation, max_length:
-                As in the tokenizer. The paper's 44 tokens by default.
-            text_kwargs (`Mapping`, *optional*):
-                Arguments of the tokenizer, which win over those above: transformers' way of naming whom they are for.
+            padding (`bool` or `str`, *optional*, defaults to `True`), truncation (`bool` or `str`, *optional*, defaults
+                to `True`), max_length (`int`, *optional*, defaults to 44):
+                As in the tokenizer; 44 tokens are the paper's.
+            text_kwargs (`dict`, *optional*):
+                Options of the tokenizer, which win over those given by name: transformers' way of naming whom they are
+                for.
             kwargs:
-                Further arguments of the tokenizer.
+                Further options of the tokenizer.
 
         Returns:
             [`BatchFeature`] with `input_ids`, `token_type_ids`, `attention_mask` of shape `(batch_size,
@@ -108,40 +121,53 @@ class UnicoderVLProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: neither text nor regions, an empty text, texts and images of different number, an image id
-            without a store, or a record with a fault. `KeyError`: an image id that the store lacks. `TypeError`: an
-            argument that neither this method nor the tokenizer has.
+            without a store, a record with a fault, or photos. `KeyError`: an image id that the store lacks.
+            `TypeError`: an option that neither this method nor the tokenizer has.
         """
-        kwargs = {**kwargs, **(text_kwargs or {})}
-        unknown = sorted(kwargs.keys() - _TOKENIZER_ARGUMENTS)
+        return_tensors = kwargs.get("return_tensors")
+        text_kwargs: dict[str, Any] = {**kwargs, **(kwargs.get("text_kwargs") or {})}
+        text_kwargs.pop("text_kwargs", None)
+        unknown = sorted(text_kwargs.keys() - _TOKENIZER_ARGUMENTS)
         if unknown:
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}, nor has its tokenizer.")
+        if images is not None:
+            raise ValueError(
+                "images holds photos, which the processor does not read: find their regions with `unicoder-vl extract`,"
+                " or unicoder_vl_hf.regions.extract, and give these as regions."
+            )
         if text is None and regions is None:
             raise ValueError("Give text, regions, or both.")
         data = {}
         if text is not None:
             text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
             _check_texts(text)
-            lengths = {"padding": padding, "truncation": truncation, "max_length": max_length}
-            data.update(self.tokenizer(text, **{"return_tensors": return_tensors, **lengths, **kwargs}))
+            options = self._merge_kwargs(text_kwargs=text_kwargs)
+            data.update(self.tokenizer(text, **options["text_kwargs"]))
         if regions is not None:
             records = self.load_records(regions, store)
             num_texts = 1 if isinstance(text, str) else len(records) if text is None else len(text)
+            if len(records) == 1:
+                records *= num_texts
             if num_texts != len(records):
-                raise ValueError(f"{num_texts} texts but {len(records)} images: give one image for each text.")
+                raise ValueError(
+                    f"{num_texts} texts but {len(records)} images: give one image for each text, or one for all."
+                )
             data.update(self.feature_extractor(records, return_tensors=return_tensors))
         return BatchFeature(data)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As [`~ProcessorMixin.save_pretrained`], without the padding and truncation of the tokenizer's last call."""
+        """Saves like any processor, without the padding and truncation of the tokenizer's last call."""
         if self.tokenizer.is_fast:
             self.tokenizer.backend_tokenizer.no_padding()
             self.tokenizer.backend_tokenizer.no_truncation()
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def load_records(self, regions, store: Mapping[str, RegionRecord] | None = None) -> list[RegionRecord]:
-        """The records behind `regions`, which is anything that a call takes."""
+    def load_records(
+        self, regions: RegionInput | Iterable[RegionInput], store: Mapping[str, RegionRecord] | None = None
+    ) -> list[RegionRecord]:
+        """Loads the records behind `regions`, which is anything that a call takes."""
         if store is None:
-            store = self.store
+            store = self.default_store
         else:
             self._check_provenance(store)
         if isinstance(regions, (str, os.PathLike, Mapping)) or not isinstance(regions, Iterable):
@@ -149,7 +175,7 @@ class UnicoderVLProcessor(ProcessorMixin):
         return [self._load_record(region, store) for region in regions]
 
     def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
-        """How many of `texts` have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
+        """Counts the texts that have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
         count = 0
         for start in range(0, len(texts), 10_000):
             batch = list(texts[start : start + 10_000])
@@ -157,7 +183,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             count += sum(len(ids) > max_length for ids in tokens["input_ids"])
         return count
 
-    def check_model(self, model):
+    def check_model(self, model) -> None:
         """
         Checks that a model has an embedding for every token of the tokenizer: where it lacks one, some caption ends in
         an `IndexError`, perhaps days later.
@@ -177,7 +203,7 @@ class UnicoderVLProcessor(ProcessorMixin):
                 f"for the new tokens, model.resize_token_embeddings({tokens}), and save it."
             )
 
-    def _load_record(self, region, store: Mapping[str, RegionRecord] | None) -> RegionRecord:
+    def _load_record(self, region: RegionInput, store: Mapping[str, RegionRecord] | None) -> RegionRecord:
         if is_region_record(region):
             return region
         if isinstance(region, str):
@@ -193,7 +219,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             " or the path of a saved record (os.PathLike)."
         )
 
-    def _check_provenance(self, store: Mapping[str, RegionRecord] | None):
+    def _check_provenance(self, store: Mapping[str, RegionRecord] | None) -> None:
         if any(store is checked for checked in self._checked_stores.target):
             return
         # Any mapping of records may serve; only a RegionStore knows where its regions come from.
@@ -203,7 +229,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             self.feature_extractor.check_provenance(provenance)
 
 
-def _check_texts(text: str | Sequence[str]):
+def _check_texts(text: str | Sequence[str]) -> None:
     if len(text) == 0:
         raise ValueError(f"text is {text!r}: give at least one caption.")
     for position, caption in enumerate([text] if isinstance(text, str) else text):
@@ -211,4 +237,4 @@ def _check_texts(text: str | Sequence[str]):
             raise ValueError(f"text[{position}] is {caption!r}: a caption needs at least one word.")
 
 
-__all__ = ["UnicoderVLProcessor"]
+__all__ = ["UnicoderVLProcessor", "UnicoderVLProcessorKwargs"]

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -271,7 +271,7 @@ class RegionRecord:
         return array.astype(np.int64, copy=False)
 
 
-def is_region_record(value: Any) -> bool:
+def is_region_record(value: Any) -> TypeGuard[RegionRecord]:
     """
     Tells whether `value` is a `RegionRecord`, by the name of its class: a checkpoint loaded with `trust_remote_code`
     brings a class of its own, and must still take the records that an installed package reads from a store.

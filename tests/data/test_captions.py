@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from places import SHARED
 
-from unicoder_vl_hf.data.caption_files import FORMATS, detect_format, encode_column
+from unicoder_vl_hf.data.caption_files import FORMATS, caption_format, encode_column
 from unicoder_vl_hf.data.captions import JoinReport, check_tokens, join, read_captions
 from unicoder_vl_hf.name_lists import read_names
 
@@ -200,7 +200,7 @@ def test_extra_columns_after_the_first_row(tmp_path):
 )
 def test_format_is_found_from_content(tmp_path, name, content, format):
     path = write(tmp_path / name, content)
-    assert detect_format(path) == format
+    assert caption_format(path) == format
     assert len(read_captions(path)) >= 1
 
 

@@ -32,6 +32,7 @@ from unicoder_vl_hf import (
     UnicoderVLProcessor,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import PackedSequences
+from unicoder_vl_hf.processes import start_processes
 from unicoder_vl_hf.regions.shards import Shard
 from unicoder_vl_hf.regions.store import manifest_checksum
 from unicoder_vl_hf.scoring import packed
@@ -629,6 +630,40 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("checkpoint", [UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining])
+def test_a_scorer_from_a_checkpoint(checkpoint, tmp_path, caplog):
+    """A store, its folder and any mapping give the same; the model's regions are compared with theirs."""
+    saved = tiny.model(checkpoint)
+    saved.save_pretrained(tmp_path / "model")
+    tiny.processor(region_provenance={"detector": "pythia"}).save_pretrained(tmp_path / "model")
+    with RegionStoreWriter(tmp_path / "store", dtype="float32", detector="vinvl") as writer:
+        for record in STORE.values():
+            writer.write(record)
+    expected = ImageTextScorer(saved, tiny.processor(), STORE, verbose=False).score(CAPTIONS, IMAGES)
+    folder, options = tmp_path / "store", {"device": "cpu", "verbose": False}
+    for store in (folder, str(folder), RegionStore(folder), STORE):
+        caplog.clear()
+        scorer = ImageTextScorer.from_pretrained(tmp_path / "model", store, **options, block_pairs=7, max_tokens=300)
+        assert (scorer.block_pairs, scorer.max_tokens, scorer.verbose) == (7, 300, False)
+        assert scorer.model.device.type == "cpu" and not scorer.model.training
+        assert ("'pythia' in training, 'vinvl' here" in caplog.text) == (store is not STORE)
+        assert_close(scorer.score(CAPTIONS, IMAGES), expected)
+    bare = ImageTextScorer.from_pretrained(str(tmp_path / "model"), verbose=False)
+    assert_close(bare.score(CAPTIONS, [STORE[image] for image in IMAGES]), expected)
+    assert next(bare.model.parameters()).device == start_processes().device
+
+
+def test_a_scorer_from_what_is_none(tmp_path):
+    tiny.model(UnicoderVLModel).save_pretrained(tmp_path / "headless")
+    tiny.processor().save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless .* its scores would be random"):
+        ImageTextScorer.from_pretrained(tmp_path / "headless", STORE)
+    with pytest.raises(TypeError, match=r"not '?list"):
+        ImageTextScorer.from_pretrained(tmp_path / "headless", [*STORE.values()])
+    with pytest.raises(FileNotFoundError, match="none is no region store"):
+        ImageTextScorer.from_pretrained(tmp_path / "headless", tmp_path / "none")
 
 
 def test_scorer_takes_three_lines(model):

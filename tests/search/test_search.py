@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import inspect
 import json
 import re
 import shutil
@@ -44,7 +43,6 @@ from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest
 from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search
 from unicoder_vl_hf.tasks.retrieval import metrics as metrics_module
 from unicoder_vl_hf.tasks.retrieval import two_stage_report as report_module
-from unicoder_vl_hf.tasks.retrieval.first_stage import train_first_stage
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.tasks.retrieval.protocols import RetrievalFold
 from unicoder_vl_hf.tasks.retrieval.two_stage_report import (
@@ -1031,14 +1029,6 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
 def test_arguments_that_do_not_go_together(arguments, message):
     with pytest.raises(ValueError, match=message):
         run_search(**arguments)
-
-
-def test_the_command_of_the_first_stage_has_the_defaults_of_its_function():
-    args = cli._parser().parse_args(["train-first-stage", "model", "captions", "regions", "output"])
-    passed = inspect.signature(train_first_stage).bind(**cli._arguments(args)).arguments
-    parameters = inspect.signature(train_first_stage).parameters
-    assert list(passed) == list(parameters)
-    assert [passed[name] for name in list(passed)[4:]] == [parameters[name].default for name in list(passed)[4:]]
 
 
 def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):

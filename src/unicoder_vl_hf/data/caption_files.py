@@ -60,7 +60,7 @@ def read_caption_file(
     if format != "datasets" and not Path(path).exists():
         raise FileNotFoundError(f"No caption file at {path}. For a repository of the Hub pass format='datasets'.")
     try:
-        format = format or detect_format(path)
+        format = format or caption_format(path)
         logger.info(f"Reading captions from {path} as {format}.")
         if format == "datasets":
             rows = _check_table(_load_datasets(path, split), path, skip_empty)
@@ -78,7 +78,7 @@ def read_caption_file(
     return rows
 
 
-def detect_format(path: str | PathLike[str]) -> str:
+def caption_format(path: str | PathLike[str]) -> str:
     """
     Names the format of a caption file, one of `FORMATS`. Its content decides; where that leaves two possibilities, the
     name of the file does.

@@ -26,7 +26,7 @@ from .caption_files import (
     EXAMPLES,
     _add_column,
     _entries,
-    detect_format,
+    caption_format,
     encode_column,
     read_caption_file,
 )
@@ -238,7 +238,7 @@ def check_tokens(
 
 def _places(path: str | PathLike[str], captions: set[str]) -> dict[str, str]:
     """Finds the places in a file where captions first stand; none where the file has no lines."""
-    if not Path(path).is_file() or (format := detect_format(path)) not in _READERS:
+    if not Path(path).is_file() or (format := caption_format(path)) not in _READERS:
         return {}
     places: dict[str, str] = {}
     for where, row in _entries(Path(path), format):

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from .. import logging
+from ..data.preparation import SPLITS
 from .world import (
     COLOURS,
     GROUNDS,
     HEIGHT,
     SHAPE_WORDS,
-    SPLITS,
     WIDTH,
     Scene,
     SceneObject,

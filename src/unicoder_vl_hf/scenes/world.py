@@ -29,6 +29,7 @@ import numpy as np
 from transformers import BertTokenizer
 
 from .. import logging
+from ..data.preparation import SPLITS
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStoreWriter
 
@@ -40,7 +41,6 @@ except ImportError as error:
 logger = logging.get_logger(__name__)
 
 WIDTH, HEIGHT = 192, 144
-SPLITS = ("train", "val", "test")
 
 # The first name of each thing is its id, the others are the synonyms that captions may use.
 COLOURS = {

@@ -13,7 +13,7 @@ from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
-from ..regions.store import RegionStore
+from ..records_unicoder_vl import RegionRecord
 
 
 def load_for_scoring(
@@ -50,14 +50,24 @@ def load_for_scoring(
 
 
 def load_for_store(
-    name: str | PathLike[str], store: RegionStore
+    name: str | PathLike[str],
+    store: Mapping[str, RegionRecord] | None,
+    device: torch.device | str | None = None,
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
-    [`load_for_scoring`] in float32, on the device of this process, with a store as the processor's default; warns where
-    the model was trained on regions of another kind.
+    Loads as [`load_for_scoring`] in float32, with a store as the processor's default; warns where the model was trained
+    on regions of another kind.
+
+    Args:
+        name (`str` or `os.PathLike`): A folder or a repository of the Hub.
+        store (`Mapping[str, RegionRecord]`, *optional*): The store.
+        device (`torch.device` or `str`, *optional*): Where the model goes; None takes the device of this process.
+
+    Raises:
+        `ValueError`: as [`load_for_scoring`].
     """
     model, processor = load_for_scoring(name)
-    nn.Module.to(model, start_processes().device)
+    nn.Module.to(model, start_processes().device if device is None else device)
     processor.set_store(store)
     return model, processor
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore, manifest_checksum
 from .blocks import BlockFolder, job_of
-from .checkpoints import former_scoring_digest, scoring_digest, scoring_settings
+from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
 from .packed import PairEncoder, Rows, pair_flops
 
 # Measured on a CPU: 8 % slower at 1024, 3 % at 1536, no faster at 3072. On a GPU it is a guess.
@@ -112,7 +112,7 @@ class ImageTextScorer:
     Example:
 
     ```python
-    >>> scorer = ImageTextScorer(model, processor, RegionStore("flickr30k-regions"))
+    >>> scorer = ImageTextScorer.from_pretrained("checkpoint", "flickr30k-regions")
     >>> scores = scorer.score(["Two dogs in the snow.", "A child climbs."], ["1000268201", "1001773457"])
     >>> scorer.rank("Two dogs in the snow.", ["1000268201", "1001773457"], top_k=1)
     [('1001773457', 3.1415)]
@@ -140,6 +140,40 @@ class ImageTextScorer:
         self.max_tokens = max_tokens or MAX_TOKENS.get(model.device.type, MAX_TOKENS_ELSEWHERE)
         self.block_pairs = block_pairs
         self.verbose = verbose
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        store: Mapping[str, RegionRecord] | str | os.PathLike[str] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_tokens: int | None = None,
+        block_pairs: int = 1024,
+        verbose: bool = True,
+    ) -> Self:
+        """
+        Loads a checkpoint with its processor, to score with; warns where it was trained on regions of another kind.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): A folder or a repository of the Hub, of
+                [`UnicoderVLForImageTextRetrieval`] or [`UnicoderVLForPreTraining`].
+            store (`Mapping[str, RegionRecord]`, `str` or `os.PathLike`, *optional*): Where image ids are looked up: a
+                [`RegionStore`], its folder, or any mapping of records.
+            device (`torch.device` or `str`, *optional*): Where the model computes; None takes a GPU if there is one.
+            dtype, max_tokens, block_pairs, verbose: See the class.
+
+        Raises:
+            `ValueError`: another model, one without a trained matching head or with fewer rows than its tokenizer has
+            tokens. `OSError`: there is no such checkpoint, or no such store.
+        """
+        if store is not None and not isinstance(store, Mapping):
+            store = RegionStore(store)
+        model, processor = load_for_store(name_or_path, store, device)
+        return cls(
+            model, processor, store, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose
+        )
 
     def score(
         self,
@@ -298,7 +332,7 @@ class _Items:
         if len(images) == 0:
             raise ValueError("images is empty: give at least one image.")
         self.processor = processor
-        self.store = processor.store if store is None else store
+        self.store = processor.default_store if store is None else store
         self.images = images
         tokenized = processor(text=list(captions), padding=False, max_length=max_length)
         self.token_ids: list[list[int]] = tokenized["input_ids"]

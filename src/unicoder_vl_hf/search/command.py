@@ -1,4 +1,4 @@
-"""`unicoder-vl index` and `unicoder-vl search`: from names of files to an index, and to what was found in it."""
+"""Runs `unicoder-vl index` and `unicoder-vl search`: from names of files to an index, and to hits in it."""
 
 import os
 from collections.abc import Sequence
@@ -140,7 +140,7 @@ def run_search(
     gallery: str | None = None,
 ) -> SearchResult:
     """
-    Images for a text, or captions for an image, from an index or among all there are. Arguments are those of
+    Finds images for a text, or captions for an image, in an index or among all there are. Arguments are those of
     `unicoder-vl search`.
 
     Raises:
@@ -176,11 +176,11 @@ def run_search(
             raise ValueError("--exhaustive needs --model and --regions, and to search captions --captions.")
         store = RegionStore(regions)
         query, shown = _query(text, image, image_id, store, opened_photos)
-        loaded, processor = load_for_store(model, store)
+        scorer = ImageTextScorer.from_pretrained(model, store)
         names = list(store)
         if not by_text:
-            names = _captions(str(captions), caption_ids, split, store, processor.tokenizer)
-        hits = _score_all(query, not by_text, ImageTextScorer(loaded, processor, store), names)
+            names = _captions(str(captions), caption_ids, split, store, scorer.processor.tokenizer)
+        hits = _score_all(query, not by_text, scorer, names)
         searched = len(names)
     else:
         opened = SearchIndex(index)
@@ -213,7 +213,7 @@ def _two_stages(
     photos: str | None,
     photo_ids: str,
 ) -> tuple[DualEncoder, ImageTextScorer]:
-    """The encoder that made the index, unless another is named, which `search` checks; and the scorer."""
+    """Opens the encoder that made the index, unless another is named, which `search` checks; and the scorer."""
     made_by = index.facts["encoder"]
     ours = made_by["family"] == "unicoder-vl" and dual_encoder is None
     name = _place(index, "encoder", "--model") if ours and model is None else model
@@ -229,7 +229,7 @@ def _two_stages(
 
 
 def _place(index: SearchIndex, made: str, option: str) -> str:
-    """Where the encoder or the store of an index was when it was made. Raises ValueError where it is not any more."""
+    """Tells where the encoder or the store was when the index was made. Raises ValueError where it is not any more."""
     name = index.facts[made]["name"]
     if os.path.isabs(name) and not os.path.exists(name):
         raise ValueError(f"{index.path} was made with {name}, which is not there any more: say where it is, {option}.")
@@ -237,14 +237,14 @@ def _place(index: SearchIndex, made: str, option: str) -> str:
 
 
 def _captions(path: str, ids: str | None, split: str | None, store: RegionStore, tokenizer: Any) -> list[str]:
-    """The captions of a file whose images are in the store, each text once."""
+    """Reads the captions of a file whose images are in the store, each text once."""
     rows, _ = join(read_captions(path, split=split, ids=ids), store, skip_missing=True)
     check_tokens(rows, tokenizer, path)
     return list(dict.fromkeys(rows["caption"][:]))
 
 
 def _images_of(source: str, ids: str | None, store: RegionStore) -> list[str]:
-    """The images of the store that a caption file names, of all its splits (`FILE`) or of one (`FILE:SPLIT`)."""
+    """Reads which images of the store a caption file names, in all its splits (`FILE`) or in one (`FILE:SPLIT`)."""
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
@@ -258,7 +258,7 @@ def _query(
     store: RegionStore,
     photos: Photos | None,
 ) -> tuple[str | RegionRecord, str]:
-    """The sentence, the id of a stored image, or a saved record; and the query in words."""
+    """Makes of the arguments a sentence, the id of a stored image, or a saved record; and the query in words."""
     if image is None and image_id is None:
         return str(text), str(text)
     if image is None:
@@ -286,8 +286,8 @@ def _query(
 
 def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
     """
-    The id of the stored image whose photo a file is. Its name only tells which that could be: the photo must have the
-    size that the store knows, and the bytes of the photo of that id.
+    Finds the id of the stored image whose photo a file is. Its name only tells which that could be: the photo must have
+    the size that the store knows, and the bytes of the photo of that id.
 
     Raises:
         `ValueError`: the file is no photo, or not shown to be that of a stored image.
@@ -335,7 +335,7 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
 
 
 def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]) -> list[Hit]:
-    """Every name with the query, the best first; the scorer says before how long it takes."""
+    """Scores every name with the query, the best first; the scorer says before how long it takes."""
     scores = scorer.score(names, [query])[:, 0] if by_image else scorer.score([str(query)], names)[0]
     return [Hit(names[at], float(scores[at]), None, float(scores[at])) for at in np.argsort(-scores, kind="stable")]
 
@@ -348,7 +348,7 @@ def _write_gallery(
     photos: Photos | None,
     searched: str,
 ) -> Path:
-    """Each found image as its whole photo, then with its surest regions; on a blank page where there is no photo."""
+    """Shows each found image as its whole photo, then with its surest regions; on a blank page where there is none."""
     from PIL import Image
 
     from ..pictures import GalleryItem, draw_regions, write_gallery
@@ -385,7 +385,7 @@ def _write_gallery(
     intro = f"The best {len(hits)} of {searched}. Each is {shown}."
     written = write_gallery(path, [item], pictures, title="Image search", intro=intro, picture_width=640)
     if problems:
-        some = "\n".join(problems[:3]) + "\n…" * (len(problems) > 3)
+        some = "\n".join([*problems[:3], "…"] if len(problems) > 3 else problems)
         logger.warning(f"{len(problems)} of {len(hits)} found images get a blank page:\n{some}")
     return written
 

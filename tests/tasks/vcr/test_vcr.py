@@ -17,9 +17,9 @@ from unicoder_vl_hf.tasks.vcr.data import (
     Token,
     VCRExamples,
     boxes_of_images,
+    closest_regions,
     ground_truth_boxes,
     ground_truth_record,
-    match_boxes,
     read_vcr,
     referenced_objects,
     truncate,
@@ -349,9 +349,9 @@ def test_boxes_to_extract_features_in(rows):
 def test_ious_and_their_ties():
     boxes = np.array([[0, 0, 10, 10], [0, 0, 20, 10]])
     record = detections("x", [[0, 0, 10, 10], [0, 0, 20, 10], [0, 0, 20, 10], [0, 0, 10, 10]], [0.1, 0.2, 0.4, 0.1])
-    rows, ious = match_boxes(boxes, record)
+    rows, ious = closest_regions(boxes, record)
     assert (rows.tolist(), ious.tolist()) == ([0, 2], [1, 1])  # score, then the earlier row
-    rows, ious = match_boxes(boxes[:1], detections("x", [[0, 0, 20, 20], [5, 0, 15, 10]], [0.9, 0.1]))
+    rows, ious = closest_regions(boxes[:1], detections("x", [[0, 0, 20, 20], [5, 0, 15, 10]], [0.9, 0.1]))
     assert (rows.tolist(), ious.tolist()) == ([1], [50 / 150])
 
 

@@ -16,9 +16,9 @@ from .data import (
     LOW_IOU,
     Token,
     Word,
+    closest_regions,
     ground_truth_boxes,
     ground_truth_record,
-    match_boxes,
     referenced_objects,
     take_regions,
     truncate,
@@ -108,7 +108,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
         low = total = 0
         for row in images.values():
             detections = self._detections(self.store[row["image_id"]])
-            _, ious = match_boxes(ground_truth_boxes(row, detections), detections)
+            _, ious = closest_regions(ground_truth_boxes(row, detections), detections)
             low, total = low + int((ious < LOW_IOU).sum()), total + len(ious)
         return low, total
 

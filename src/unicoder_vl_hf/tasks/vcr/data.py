@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
+from ...data.masking import IGNORED
 from ...data.rows import Row, Rows
 from ...records_unicoder_vl import RegionRecord
 from ...regions.comparison import box_iou
@@ -26,7 +27,6 @@ PERSON_NAMES = (
     "Pat", "Quinn",
 )  # fmt: skip
 NUM_CHOICES = 4
-NO_LABEL = -100
 LOW_IOU = 0.1
 FEATURES = datasets.Features(
     {
@@ -187,7 +187,7 @@ class _Line:
     def label(self, field: str) -> int:
         value = self.item.get(field)
         if value is None:
-            return NO_LABEL
+            return IGNORED
         if type(value) is not int or not 0 <= value < NUM_CHOICES:
             raise self.error(field, value, f"0..{NUM_CHOICES - 1}, or none as in the test split")
         return value
@@ -239,7 +239,7 @@ def _read_metadata(path: Path, annot_id: str) -> dict[str, Any]:
 
 def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
     """Raises ValueError, which names the first question without this label and ends in `otherwise`."""
-    unknown = np.flatnonzero(np.asarray(rows[field]) == NO_LABEL)
+    unknown = np.flatnonzero(np.asarray(rows[field]) == IGNORED)
     if len(unknown):
         raise ValueError(f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {field}, {otherwise}")
 
@@ -288,7 +288,7 @@ class VCRExamples(Rows):
             if self.per_row == 1:
                 answer = row["answer_label"]
             choices = [[question, answers[answer], rationale] for rationale in row["rationale_choices"]]
-            label = row["rationale_label"] if answer == row["answer_label"] else NO_LABEL
+            label = row["rationale_label"] if answer == row["answer_label"] else IGNORED
         beside = ("annot_id", "image_id", "objects", "boxes", "image_width", "image_height")
         return Row({name: row[name] for name in beside}, choices=choices, label=label)
 
@@ -403,10 +403,10 @@ def _rescaled(boxes: Any, size: tuple[int, int], record: RegionRecord) -> np.nda
     return (fractions.clip(0, 1) * ((_size(vars(record)) or (1, 1)) * 2)).astype(np.float32)
 
 
-def match_boxes(boxes: np.ndarray, record: RegionRecord) -> tuple[np.ndarray, np.ndarray]:
+def closest_regions(boxes: np.ndarray, record: RegionRecord) -> tuple[np.ndarray, np.ndarray]:
     """
-    For each of `boxes (n, 4)` the region of `record` of highest IoU and that IoU, `(n,)` each. Ties: the higher score,
-    then the earlier row.
+    Finds for each of `boxes (n, 4)` the region of `record` of highest IoU, which may serve several, and that IoU:
+    `(n,)` each. Ties: the higher score, then the earlier row.
     """
     if record.boxes is None:
         raise ValueError(f"Image {record.image_id!r}: boxes is None, expected boxes, which ground truth is matched by.")
@@ -448,7 +448,7 @@ def ground_truth_record(
     detections = np.arange(len(record))
     if given is None:
         boxes = ground_truth_boxes(row, record)
-        source, (serving, _) = record, match_boxes(boxes, record)
+        source, (serving, _) = record, closest_regions(boxes, record)
         free = np.setdiff1d(detections, serving)
     else:
         boxes = _given_boxes(row, record, given)

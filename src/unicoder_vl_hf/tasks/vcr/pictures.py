@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...data.masking import IGNORED
 from ...pictures import PALETTE, draw_regions
 from ...records_unicoder_vl import RegionRecord
-from .data import NO_LABEL, Segment, referenced_objects
+from .data import Segment, referenced_objects
 
 RIGHT, WRONG = PALETTE[2], "#9aa3b2"
 _WRAP = 58
@@ -98,7 +99,7 @@ def _draw_choices(axes: Any, name: str, texts: Sequence[str], probabilities: np.
             probability + (0.01 if beside else -0.01), index, f"{100 * probability:.1f} %", va="center", fontsize=9,
             fontweight=weight, ha="left" if beside else "right", color="black" if beside else "white",
         )  # fmt: skip
-    verdict = "" if label == NO_LABEL else ": right" if label == chosen else ": wrong"
+    verdict = "" if label == IGNORED else ": right" if label == chosen else ": wrong"
     axes.set_title(f"{name}{verdict}", loc="left", fontsize=10)
     axes.set(xlim=(0, 1), ylim=(len(texts) - 0.6, -0.9))
     axes.set_axis_off()

@@ -13,7 +13,7 @@ from places import SHARED
 from unicoder_vl_hf import RegionRecord
 from unicoder_vl_hf.cli import main
 from unicoder_vl_hf.data.captions import read_captions
-from unicoder_vl_hf.data.prepare import prepare
+from unicoder_vl_hf.data.preparation import prepare
 from unicoder_vl_hf.regions.conversion import write_store
 
 COCO_FREE = SHARED / "data/coco_free"

@@ -1,0 +1,111 @@
+"""How a command is registered, and the options that several commands share."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# How a command goes on that takes `--restart`.
+GO_ON = "Run again, it goes on; --restart begins anew."
+
+AddArguments = Callable[[ArgumentParser], None]
+Run = Callable[[Namespace], int | None]
+
+
+@dataclass(frozen=True)
+class Command:
+    """
+    A command of `unicoder-vl`.
+
+    Args:
+        name (`str`): What the user types.
+        help (`str`): A line about it.
+        add_arguments (`callable`): Adds its arguments to a parser.
+        run (`callable`): Runs it on what was parsed; returns its exit code, None for 0. What it needs, it imports then:
+            the others need not wait for it.
+        go_on (`str`): What it says after Ctrl-C: how it goes on.
+    """
+
+    name: str
+    help: str
+    add_arguments: AddArguments
+    run: Run
+    go_on: str = ""
+
+
+class Commands(list[Command]):
+    """A family of commands, in the order of `--help`."""
+
+    def register(self, name: str, help: str, add_arguments: AddArguments, go_on: str = "") -> Callable[[Run], Run]:
+        """Decorates the function that runs a command. Arguments are those of [`Command`]."""
+
+        def registered(run: Run) -> Run:
+            self.append(Command(name, help, add_arguments, run, go_on))
+            return run
+
+        return registered
+
+
+def add_restart(parser: ArgumentParser) -> None:
+    """Adds `--restart`."""
+    parser.add_argument("--restart", action="store_true", help="begin anew; what was complete stays until this is")
+
+
+def add_caption_ids(parser: ArgumentParser) -> None:
+    """Adds `--caption-ids`."""
+    parser.add_argument(
+        "--caption-ids",
+        help="other names for the images of the captions: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN",
+    )
+
+
+def add_detector_option(parser: ArgumentParser, example: str) -> None:
+    """Adds `--option`, see [`detector_options`]."""
+    parser.add_argument(
+        "-o",
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"option of the detector, such as {example}",
+    )
+
+
+def detector_options(args: Namespace, *taken: str) -> dict[str, Any]:
+    """
+    Reads the detector's options; a value as JSON where it is some, else as text.
+
+    Args:
+        args (`argparse.Namespace`): `option` holds texts NAME=VALUE.
+        taken (`str`): Further arguments of the functions that they pass through, which are none of the detector.
+
+    Raises:
+        `ValueError`: a text of another form, a name that is taken, or one that is given twice.
+    """
+    options: dict[str, Any] = {}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--option is {text!r}, expected NAME=VALUE.")
+        if name in args:
+            raise ValueError(f"--option {text}: {name} is an option of its own, and none of the detector.")
+        if name in taken:
+            raise ValueError(f"--option {text}: no detector has an option {name}.")
+        if name in options:
+            raise ValueError(f"--option {text}: {name} is given twice.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def print_problems(problems: Iterable[object]) -> int:
+    """Prints each problem and their number. Returns 1 where there are any."""
+    count = 0
+    for problem in problems:
+        count += 1
+        print(problem)
+    print(f"{count} problem{'s' if count > 1 else ''}." if count else "No problem found.")
+    return int(count > 0)

@@ -1,0 +1,110 @@
+"""Commands that find: an index of a store, and search in it or among all there are."""
+
+from argparse import ArgumentParser, Namespace
+
+from .commands import GO_ON, Commands, add_caption_ids
+
+commands = Commands()
+
+
+def _index_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("store", help="folder of the store")
+    parser.add_argument("--output", required=True, help="folder of the index; run again, it goes on")
+    _add_encoder(parser)
+    parser.add_argument("--captions", help="index the captions of this file, whose images are in the store, instead")
+    parser.add_argument("--split", help="split of --captions (default: all)")
+    parser.add_argument(
+        "--images-of", metavar="CAPTIONS[:SPLIT]", help="index the images of a caption file alone, or those of a split"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew; an index that is there stays until the new one is complete"
+    )
+    parser.add_argument("--faiss", help="an approximate structure in FAISS's words, such as HNSW32 (default: exact)")
+
+
+@commands.register("index", "A store, or captions, embedded for search", _index_arguments, GO_ON)
+def _index(args: Namespace) -> None:
+    from ..search.command import make_index
+
+    done = make_index(
+        args.store,
+        args.output,
+        model=args.model,
+        dual_encoder=args.dual_encoder,
+        photos=args.photos,
+        photo_ids=args.photo_ids,
+        captions=args.captions,
+        caption_ids=args.caption_ids,
+        split=args.split,
+        images_of=args.images_of,
+        faiss=args.faiss,
+        restart=args.restart,
+    )
+    print(done)
+
+
+def _search_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", help="the sentence")
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="search captions instead, by a photo of the store (see --photos), or a saved record",
+    )
+    parser.add_argument("--image-id", metavar="ID", help="search captions instead, by an image of the store")
+    parser.add_argument("--index", help="index of images, or of captions for --image and --image-id")
+    parser.add_argument("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
+    parser.add_argument("--regions", help="folder of the store (default: that of the index)")
+    _add_encoder(parser)
+    parser.add_argument("--captions", help="caption file, for --exhaustive with --image or --image-id")
+    parser.add_argument("--split", help="split of the captions (default: all)")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=100,
+        help="images, or captions, of the first stage that are scored (default: 100)",
+    )
+    parser.add_argument(
+        "--similarity-weight",
+        type=float,
+        help="weight in the order, score + weight x similarity (default: as measured in training, else 0)",
+    )
+    parser.add_argument("--top-k", type=int, default=10, help="hits that are shown (default: 10)")
+    parser.add_argument(
+        "--gallery", help="HTML file of what was found: each of --photos whole, then its surest regions"
+    )
+
+
+@commands.register(
+    "search", "The images that match a sentence best, or the sentences that match an image", _search_arguments
+)
+def _search(args: Namespace) -> None:
+    from ..search.command import run_search
+
+    found = run_search(
+        args.text,
+        image=args.image,
+        image_id=args.image_id,
+        index=args.index,
+        exhaustive=args.exhaustive,
+        regions=args.regions,
+        model=args.model,
+        dual_encoder=args.dual_encoder,
+        photos=args.photos,
+        photo_ids=args.photo_ids,
+        captions=args.captions,
+        caption_ids=args.caption_ids,
+        split=args.split,
+        candidates=args.candidates,
+        similarity_weight=args.similarity_weight,
+        top_k=args.top_k,
+        gallery=args.gallery,
+    )
+    print(found)
+
+
+def _add_encoder(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", help="checkpoint of ours; to search, the one that scores (default: as in the index)")
+    parser.add_argument("--dual-encoder", help="CLIP, SigLIP or alike as first stage, on --photos")
+    parser.add_argument("--photos", help="photos of the store: folder, .tar, or folder of a dataset")
+    parser.add_argument("--photo-ids", default="stem", help="how photos get their ids, as --ids of `extract` (stem)")
+    add_caption_ids(parser)

@@ -1,0 +1,241 @@
+"""Commands of stores: from files of other tools and to them, looked at, checked, compared, labelled and merged."""
+
+import argparse
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .commands import GO_ON, Commands, add_detector_option, add_restart, detector_options, print_problems
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+commands = Commands()
+
+
+def _convert_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", help="file or folder")
+    parser.add_argument("store", help="folder of the new store")
+    _add_format(parser)
+    parser.add_argument(
+        "--ids", help="other names for the images: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN"
+    )
+    parser.add_argument("--skip-unmapped", action="store_true", help="leave out images that --ids does not cover")
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out images that are damaged, and list them in skipped.jsonl"
+    )
+    parser.add_argument(
+        "--dtype", default="float16", help="type of the features: float16 (default), bfloat16 or float32"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--resume", action="store_true", help="add what a finished store lacks of the source")
+    add_restart(parser)
+    parser.add_argument(
+        "--source-detector", metavar="NAME@REVISION", help="detector that found the regions, as you declare it"
+    )
+    parser.add_argument("--num-classes", type=int, help="object classes of the detector, without background")
+
+
+@commands.register("convert", "Feature files of another tool → a store", _convert_arguments, GO_ON)
+def _convert(args: Namespace) -> None:
+    from ..data.image_ids import id_mapping
+    from ..regions.conversion import convert
+
+    options: dict[str, Any] = {"dtype": args.dtype, "num_classes": args.num_classes}
+    if args.source_detector is not None:
+        name, at, revision = args.source_detector.rpartition("@")
+        if not (name and at and revision):
+            raise ValueError(f"--source-detector is {args.source_detector!r}, expected NAME@REVISION.")
+        options |= {"detector": name, "detector_revision": revision, "detector_declared": True}
+    store = convert(
+        args.source,
+        args.store,
+        format=args.format,
+        rename=None if args.ids is None else id_mapping(args.ids),
+        skip_unmapped=args.skip_unmapped,
+        skip_broken=args.skip_broken,
+        workers=args.workers,
+        resume=args.resume or None,
+        restart=args.restart,
+        format_options=_format_options(args),
+        **options,
+    )
+    print(store)
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    from ..regions.conversion import EXPORTS
+
+    parser.add_argument("store", help="folder of the store")
+    parser.add_argument(
+        "path", help="new folder; for lxmert-tsv a .tsv, for uniter-lmdb named such as feat_th0.2_max100_min10"
+    )
+    parser.add_argument("--format", required=True, help=f"format of the files, one of {', '.join(EXPORTS)}")
+
+
+@commands.register("export", "A store → files that other tools read", _export_arguments)
+def _export(args: Namespace) -> None:
+    from ..regions.conversion import export
+    from ..regions.store import RegionStore
+
+    export(RegionStore(args.store), args.path, args.format)
+    print(f"{args.path} written.")
+
+
+def _inspect_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", help="store, file or folder")
+    _add_format(parser)
+    parser.add_argument("--max-images", type=int, help="images looked at (default: all of a store, 1,000 of a file)")
+    parser.add_argument("--image-id", help="image whose regions are shown")
+    parser.add_argument("--photo", help="photo of --image-id, on which its boxes are drawn")
+    parser.add_argument("--output", default="regions.png", help="file of the drawing (default: regions.png)")
+
+
+@commands.register("inspect", "The contents of a store or a feature file", _inspect_arguments)
+def _inspect(args: Namespace) -> None:
+    from ..regions.formats import detect_format, read_records
+    from ..regions.inspection import check_photo_size, describe, inspect_records
+    from ..regions.shards import MANIFEST, UNFINISHED
+    from ..regions.store import RegionStore
+
+    image_id = args.image_id
+    if args.photo is not None and image_id is None:
+        raise ValueError(f"Say with --image-id which image {args.photo} is a photo of: its name does not show it.")
+    opened = None if args.photo is None else _open_photo(args.photo)
+    store, format, options = None, args.format, _format_options(args)
+    if any((Path(args.source) / name).exists() for name in (MANIFEST, UNFINISHED)):
+        store = RegionStore(args.source)
+        record = store.get(image_id)
+    else:
+        format = format or detect_format(args.source)
+        every = read_records(args.source, format, **options) if image_id is not None else ()
+        record = next((each for each in every if each.image_id == image_id), None)
+    if image_id is not None and record is None:
+        first = next(iter(read_records(args.source, format, **options) if store is None else store.values()), None)
+        like = "" if first is None else f"; its first is {first.image_id!r}"
+        raise ValueError(f"{args.source} has no image {image_id!r}{like}.")
+    if record is not None and opened is not None:
+        check_photo_size(record, args.photo, opened[1])
+    if store is None:
+        found = inspect_records(read_records(args.source, format, **options), args.max_images or 1000)
+        print(f"format    {format}\n{found}")
+    else:
+        found = inspect_records(store.values(), args.max_images, total=args.max_images or len(store))
+        known = {name: value for name, value in store.provenance.items() if value not in (None, [], {})}
+        print(
+            f"{store}\n{found}\n\nprovenance\n"
+            + "\n".join(f"  {name:20} {value}"[:160] for name, value in known.items())
+        )
+    if record is None:
+        return
+    print(f"\n{describe(record)}")
+    if opened is not None:
+        from ..pictures import draw_regions
+
+        draw_regions(opened[0], record).save(args.output)
+        checked = "" if record.image_width else " (whose size the record does not know, so it may be another photo)"
+        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo}{checked}: {args.output}")
+
+
+def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":
+    """A photo and its size. Raises ValueError or OSError, both of which name the file."""
+    from ..regions.extraction import decode_photo
+
+    try:
+        return decode_photo(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--photo {path}: {error}") from error
+
+
+def _validate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("store", help="folder of the store")
+
+
+@commands.register("validate", "Look for damage in a store, and name the images", _validate_arguments)
+def _validate(args: Namespace) -> int:
+    from ..regions.validation import validate
+
+    return print_problems(validate(args.store))
+
+
+def _compare_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("a", help="folder of a store")
+    parser.add_argument("b", help="folder of another store of the same images")
+    parser.add_argument("--min-iou", type=float, default=0.5, help="least overlap of boxes that match (default: 0.5)")
+    parser.add_argument("--max-images", type=int, help="images compared, the first ones (default: all)")
+
+
+@commands.register("compare", "Do the features of two stores agree?", _compare_arguments)
+def _compare(args: Namespace) -> None:
+    from ..regions.comparison import compare_stores
+    from ..regions.store import RegionStore
+
+    print(compare_stores(RegionStore(args.a), RegionStore(args.b), min_iou=args.min_iou, max_images=args.max_images))
+
+
+def _label_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("store", help="folder of the store")
+    parser.add_argument("output", help="folder of the labelled store")
+    parser.add_argument("--detector", required=True, help="visual-genome:NAME, the same that found the regions")
+    add_detector_option(parser, "revision=main")
+    add_restart(parser)
+    # It once had to be asked for to go on.
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+
+
+@commands.register(
+    "label",
+    "Object classes for a store that has none, by the classifier of the detector that its features are of",
+    _label_arguments,
+    GO_ON,
+)
+def _label(args: Namespace) -> None:
+    from ..regions.labelling import label, load_classifier
+    from ..regions.store import RegionStore
+
+    store = RegionStore(args.store)
+    classifier = load_classifier(store, args.detector, **detector_options(args, "name"))
+    print(label(store, args.output, classifier, restart=args.restart))
+
+
+def _merge_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("stores", nargs="+", help="folders of stores of different images and one provenance")
+    parser.add_argument("--output", required=True, help="folder of the new store")
+    parser.add_argument("--num-classes", type=int, help="object classes of the detector, for stores that do not tell")
+    add_restart(parser)
+
+
+@commands.register("merge", "Several stores → one, or one that is told its number of classes", _merge_arguments, GO_ON)
+def _merge(args: Namespace) -> None:
+    from ..regions.editing import merge_stores
+
+    print(merge_stores(args.stores, args.output, num_classes=args.num_classes, restart=args.restart))
+
+
+def _add_format(parser: ArgumentParser) -> None:
+    from ..regions.formats import FEATURE_DTYPES, FORMATS
+
+    parser.add_argument("--format", help=f"format, found from the content by default; one of {', '.join(FORMATS)}")
+    parser.add_argument("--class-names", help="file with the name of an object id a line, without background")
+    parser.add_argument(
+        "--feature-dtype",
+        metavar="DTYPE",
+        help=f"type of features that are only bytes: {', '.join(FEATURE_DTYPES)}",
+    )
+    parser.add_argument("--background", action="store_true", help="object ids count a background class as 0")
+    parser.add_argument("--index", help="file that names the images, for formats that number them")
+
+
+def _format_options(args: Namespace) -> dict[str, Any]:
+    from ..name_lists import read_names
+
+    options: dict[str, Any] = {}
+    if args.class_names is not None:
+        options["class_names"] = read_names(args.class_names)
+    if args.feature_dtype is not None:
+        options["feature_dtype"] = args.feature_dtype
+    if args.background:
+        options["background"] = True
+    if args.index is not None:
+        options["index"] = args.index
+    return options

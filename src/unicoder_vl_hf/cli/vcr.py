@@ -1,0 +1,19 @@
+"""The command of visual commonsense reasoning: a look at a submission before it is sent."""
+
+from argparse import ArgumentParser, Namespace
+
+from .commands import Commands, print_problems
+
+commands = Commands()
+
+
+def _check_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("submission", help="CSV of the submission")
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="VCR's test.jsonl")
+
+
+@commands.register("vcr-check", "Would VCR's leaderboard take this submission?", _check_arguments)
+def _check(args: Namespace) -> int:
+    from ..tasks.vcr.metrics import check_submission
+
+    return print_problems(check_submission(args.submission, args.annotations))
