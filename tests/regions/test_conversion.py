@@ -124,7 +124,7 @@ def test_resuming_after_an_error_reads_no_image_twice(workers, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError)):
         RegionStore(tmp_path / "store")
     write_lines(source, range(1, 30))
-    with pytest.raises(ValueError, match="resume is False"):
+    with pytest.raises(ValueError, match="and resume=False refuses both"):
         convert(source, tmp_path / "store", workers=workers, shard_size=100, resume=False)
     assert_holds(convert(source, tmp_path / "store", workers=workers, shard_size=100), range(1, 30))
 
@@ -179,7 +179,7 @@ def test_resuming_with_other_settings_is_refused_by_name(finished, tmp_path):
     if not finished:
         with pytest.raises(ValueError, match=r"store was begun with workers=1, not 2"):
             convert(source, tmp_path / "store", **options, resume=True, workers=2)
-    with pytest.raises(ValueError, match="or the beginning of one: resume is False"):
+    with pytest.raises(ValueError, match="or the beginning of one, and resume=False refuses both"):
         convert(source, tmp_path / "store", **options, resume=False)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
     assert_holds(convert(source, tmp_path / "store", **options, resume=True), range(1, 7))

@@ -371,7 +371,7 @@ def _read_parquet(path: Path, split: str | None) -> datasets.Dataset:
     try:
         table = pyarrow.parquet.read_table(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: malformed parquet ({error}).") from error
+        raise ValueError(f"{path}: malformed parquet ({error}): copy or write it again.") from error
     for i, field in enumerate(table.schema):  # pandas' categories, which `datasets` does not take
         if pa.types.is_dictionary(field.type):
             table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))

@@ -97,7 +97,9 @@ def _look_up(pairs: Iterable[tuple[str, str]], rule: str) -> Rename:
     names: dict[str, str] = {}
     for source_id, image_id in pairs:
         if names.setdefault(source_id, image_id) != image_id:
-            raise ValueError(f"{rule}: {source_id!r} stands for both {names[source_id]!r} and {image_id!r}.")
+            raise ValueError(
+                f"{rule}: {source_id!r} stands for both {names[source_id]!r} and {image_id!r}, expected one image_id."
+            )
     return Rename(rule, _Names(rule, names))
 
 

@@ -299,7 +299,9 @@ class PairsWithMismatches(_PairsOfEpoch):
             other = self.index.draw(rng, row, replace_image)
             if other is not None:
                 return other, replace_image
-        raise ValueError(f"No mismatch exists for row {row}.")
+        raise ValueError(
+            f"No mismatch exists for row {row}, expected pairs of at least two images with different captions."
+        )
 
 
 class PairsWithNegatives(_PairsOfEpoch):

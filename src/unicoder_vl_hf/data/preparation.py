@@ -121,7 +121,7 @@ def prepare(
     """
     path = Path(output)
     if path.suffix not in (".jsonl", ".ndjson"):
-        raise ValueError(f"{path} is to be a .jsonl, which every script takes: name it so.")
+        raise ValueError(f"The output {path} must be a .jsonl, which every script takes: name it so.")
     known, source, skipped = _list_ids(Path(photos), ids)
     rows = read_captions(captions, ids=caption_ids)
     images = rows.unique("image_id")

@@ -235,7 +235,9 @@ def _read_plan(folder: Path) -> dict[str, Any]:
 def _check_plan(place: Path, before: dict[str, Any], plan: dict[str, Any], resume: bool | None, finished: bool) -> None:
     """Raises ValueError where a conversion at `place` must not be gone on with, or was begun with other settings."""
     if resume is False:
-        raise ValueError(f"{place} holds a store, or the beginning of one: resume is False, which refuses both.")
+        raise ValueError(
+            f"{place} holds a store, or the beginning of one, and resume=False refuses both: take another folder."
+        )
     ignored = {"version"} | ({"workers"} if finished else set())
     if resume or "source" not in before:  # a source may have moved, or a second one may be added
         ignored.add("source")

@@ -197,7 +197,7 @@ def _provenance(store: RegionStore, num_classes: int | None) -> dict[str, Any]:
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}; expected at least 1.")
     if provenance["num_classes"] is not None:
-        raise ValueError(f"{store.path} has num_classes={provenance['num_classes']}, not {num_classes}.")
+        raise ValueError(f"{store.path} has num_classes={provenance['num_classes']}, not {num_classes}: leave it out.")
     highest = store.highest_object_ids(store)
     if highest.max() >= num_classes:
         image_id = store.record_at(int(highest.argmax())).image_id

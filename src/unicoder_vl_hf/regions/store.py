@@ -470,7 +470,8 @@ class RegionStoreWriter:
             raise ValueError(f"{self.path} is being merged from {before[MERGE]}: merge them again.")
         if before.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{self.path} has format version {before.get('format_version')}, expected {FORMAT_VERSION}."
+                f"{self.path} has format version {before.get('format_version')}, expected {FORMAT_VERSION}: "
+                "update unicoder-vl-hf, or take another folder."
             )
         now = json.loads(json.dumps(self._provenance))  # tuples become lists, as they did before
         for name, value in now.items():
