@@ -1,6 +1,6 @@
 """Evaluates a pre-trained checkpoint: the three tasks, and zero-shot image-text retrieval, each beside chance.
 
-    python examples/evaluate_pretraining.py --model runs/flickr8k \
+    python -m unicoder_vl_hf.scripts.evaluate_pretraining --model runs/flickr8k \
         --captions dataset_flickr8k.json --regions runs/flickr8k/_data/regions --num_retrieval_images 200
 
 `--shuffle_regions` gives every image the regions of another. A model that reads the regions falls to chance in
@@ -15,20 +15,21 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForPreTraining, AutoProcessor
 
-from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
-from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
-from unicoder_vl_hf.data.negatives import PairsWithMismatches
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.processes import Computing, new_accelerator, start_processes
-from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.runs.setup import in_words, is_unicoder_vl
-from unicoder_vl_hf.tasks.pretraining.evaluation import (
+from ..data.captions import check_tokens, join, read_captions
+from ..data.negatives import PairsWithMismatches
+from ..errors import run_script
+from ..processes import Computing, new_accelerator, start_processes
+from ..regions.store import RegionStore
+from ..runs.arguments import make_parser
+from ..runs.setup import in_words, is_unicoder_vl
+from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
+from ..tasks.pretraining.evaluation import (
     ShuffledStore,
     evaluate_pretraining,
     metrics_table,
     pretraining_chance,
 )
-from unicoder_vl_hf.tasks.retrieval.zero_shot import zero_shot_retrieval
+from ..tasks.retrieval.zero_shot import zero_shot_retrieval
 
 
 @dataclass

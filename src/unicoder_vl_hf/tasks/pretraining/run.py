@@ -1,7 +1,7 @@
 """Pre-trains Unicoder-VL with Accelerate: one process or many, any mixed precision, exact resume at any step.
 
-    accelerate launch examples/run_pretraining.py --output_dir runs/scenes
-    accelerate launch examples/run_pretraining.py --output_dir runs/flickr8k \
+    accelerate launch -m unicoder_vl_hf.tasks.pretraining.run --output_dir runs/scenes
+    accelerate launch -m unicoder_vl_hf.tasks.pretraining.run --output_dir runs/flickr8k \
         --captions dataset_flickr8k.json --regions regions/ --model_name_or_path google-bert/bert-base-uncased
 
 Without --captions it trains a small model on the rendered scenes; with it, the defaults are the paper's (section
@@ -18,18 +18,18 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
-from unicoder_vl_hf import logging
-from unicoder_vl_hf.data.negatives import pairs_digest
-from unicoder_vl_hf.data.samplers import StepBatchSampler
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.processes import Computing, StopSignal, new_accelerator, start_processes
-from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
-from unicoder_vl_hf.runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
-from unicoder_vl_hf.runs.model_card import TrainingRun, create_hub_repository, finish_run
-from unicoder_vl_hf.tasks.pretraining.evaluation import evaluate_pretraining
-from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments, run_identity
-from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
+from ... import logging
+from ...data.negatives import pairs_digest
+from ...data.samplers import StepBatchSampler
+from ...errors import run_script
+from ...processes import Computing, StopSignal, new_accelerator, start_processes
+from ...runs.arguments import parse_arguments
+from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
+from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
+from ...runs.model_card import TrainingRun, create_hub_repository, finish_run
+from .evaluation import evaluate_pretraining
+from .loop import PAPER, SCENES, LoopArguments, run_identity
+from .setup import PretrainingArguments, prepare_pretraining
 
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
 

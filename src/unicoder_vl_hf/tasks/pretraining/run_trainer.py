@@ -1,7 +1,7 @@
 """Pre-trains Unicoder-VL with transformers' Trainer and every option of TrainingArguments.
 
-    accelerate launch examples/run_pretraining_trainer.py --output_dir runs/scenes
-    accelerate launch examples/run_pretraining_trainer.py --output_dir runs/flickr8k \
+    accelerate launch -m unicoder_vl_hf.tasks.pretraining.run_trainer --output_dir runs/scenes
+    accelerate launch -m unicoder_vl_hf.tasks.pretraining.run_trainer --output_dir runs/flickr8k \
         --captions dataset_flickr8k.json --regions regions/ --model_name_or_path google-bert/bert-base-uncased
 
 `--per_device_train_batch_size` counts pairs (each is a match and a mismatch), and every micro-batch holds so many. The
@@ -10,12 +10,12 @@ defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processe
 
 from transformers import TrainingArguments, set_seed
 
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.tasks.pretraining.evaluation import evaluate_pretraining
-from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES
-from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
+from ...errors import run_script
+from ...runs.arguments import parse_arguments
+from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from .evaluation import evaluate_pretraining
+from .loop import PAPER, SCENES
+from .setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
 
 
 class PretrainingTrainer(TaskTrainer):

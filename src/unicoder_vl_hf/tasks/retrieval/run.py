@@ -1,7 +1,7 @@
 """Fine-tunes Unicoder-VL for image-text retrieval with transformers' Trainer and every option of TrainingArguments.
 
-    accelerate launch examples/run_retrieval.py --output_dir runs/retrieval
-    accelerate launch examples/run_retrieval.py --output_dir runs/flickr8k-retrieval \
+    accelerate launch -m unicoder_vl_hf.tasks.retrieval.run --output_dir runs/retrieval
+    accelerate launch -m unicoder_vl_hf.tasks.retrieval.run --output_dir runs/flickr8k-retrieval \
         --captions dataset_flickr8k.json --regions regions/ --model_name_or_path runs/flickr8k
 
 Without --captions it trains a small model on the rendered scenes; with it, the defaults are the paper's (section
@@ -14,10 +14,10 @@ counts by P. The model that scores the highest sum of recalls on a part of the v
 
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.tasks.retrieval.training import (
+from ...errors import run_script
+from ...runs.arguments import parse_arguments
+from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from .training import (
     PAPER,
     SCENES,
     RetrievalArguments,

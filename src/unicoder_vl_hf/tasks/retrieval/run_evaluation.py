@@ -1,8 +1,8 @@
 """Evaluates the retrieval of any checkpoint, zero-shot where it is a pre-trained one, beside the paper's figures.
 
-    python examples/evaluate_retrieval.py --model runs/flickr30k --captions dataset_flickr30k.json \
+    python -m unicoder_vl_hf.tasks.retrieval.run_evaluation --model runs/flickr30k --captions dataset_flickr30k.json \
         --regions flickr30k-regions --protocol flickr30k --bf16 --output flickr30k_test.json
-    accelerate launch examples/evaluate_retrieval.py --model runs/coco --captions dataset_coco.json \
+    accelerate launch -m unicoder_vl_hf.tasks.retrieval.run_evaluation --model runs/coco --captions dataset_coco.json \
         --regions coco-regions --protocol coco-1k --scores_dir runs/coco/scores
 
 Every caption is scored with every image of its fold: 5M pairs for Flickr30k, 25M for COCO 1K, 125M for COCO 5K; the
@@ -20,14 +20,15 @@ import numpy as np
 import torch
 import transformers
 
-import unicoder_vl_hf
-from unicoder_vl_hf import ImageTextScorer, RegionStore
-from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.processes import start_processes
-from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.scoring.checkpoints import checkpoint_provenance, load_for_store
-from unicoder_vl_hf.tasks.retrieval.protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
+from ..._version import package_version
+from ...data.captions import check_tokens, join, read_captions
+from ...errors import run_script
+from ...processes import start_processes
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser
+from ...scoring.checkpoints import checkpoint_provenance, load_for_store
+from ...scoring.scorer import ImageTextScorer
+from .protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
 
 
 @dataclass
@@ -88,7 +89,10 @@ def main(argv: list[str] | None = None):
             "checkpoint": checkpoint,
             "regions": {"path": args.regions, "provenance": store.provenance},
             "captions": {"scored": sum(len(fold.captions) for fold in test.folds), "folds": len(test.folds)},
-            "versions": {module.__name__: module.__version__ for module in (unicoder_vl_hf, torch, transformers)},
+            "versions": {
+                "unicoder_vl_hf": package_version(),
+                **{module.__name__: module.__version__ for module in (torch, transformers)},
+            },
             "results": {name: dataclasses.asdict(result) for name, result in results.items()},
             "chance": chance(test),
             "paper": dict(test.paper),

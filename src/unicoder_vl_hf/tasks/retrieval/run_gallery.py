@@ -1,7 +1,7 @@
-"""A gallery of a search in two stages on your photos: captions with the best five images, as one HTML file.
+"""Draws a gallery of a search in two stages on your photos: captions with the best five images, as one HTML file.
 
-    python examples/retrieval_gallery.py --model runs/search --captions dataset_flickr8k.json --regions regions \
-        --photos photos --output gallery.html
+    python -m unicoder_vl_hf.tasks.retrieval.run_gallery --model runs/search --captions dataset_flickr8k.json \
+        --regions regions --photos photos --output gallery.html
 
 So many captions of the split, drawn evenly, are asked among all of its images: of these half of the gallery is drawn at
 random by `--seed`, a quarter is what went best and a quarter what went worst. Without `--photos` the surest regions are
@@ -17,16 +17,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unicoder_vl_hf import ImageTextScorer, RegionRecord, RegionStore
-from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.pictures import GalleryItem, draw_regions, write_gallery
-from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.scoring.checkpoints import load_for_store
-from unicoder_vl_hf.search.encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_dual_encoder
-from unicoder_vl_hf.search.index import build_index
-from unicoder_vl_hf.search.two_stage import SimilarityWeight, search
-from unicoder_vl_hf.tasks.retrieval.protocols import retrieval_test
+from ...data.captions import check_tokens, join, read_captions
+from ...errors import run_script
+from ...pictures import GalleryItem, draw_regions, write_gallery
+from ...records_unicoder_vl import RegionRecord
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser
+from ...scoring.checkpoints import load_for_store
+from ...scoring.scorer import ImageTextScorer
+from ...search.encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_dual_encoder
+from ...search.index import build_index
+from ...search.two_stage import SimilarityWeight, search
+from .protocols import retrieval_test
 
 WIDTH = 240  # of a page of regions, in pixels
 

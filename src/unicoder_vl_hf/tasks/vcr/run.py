@@ -1,7 +1,7 @@
 """Trains Unicoder-VL for visual commonsense reasoning with transformers' Trainer and every option of TrainingArguments.
 
-    accelerate launch examples/run_vcr.py --output_dir runs/vcr-scenes
-    accelerate launch examples/run_vcr.py --output_dir runs/vcr \
+    accelerate launch -m unicoder_vl_hf.tasks.vcr.run --output_dir runs/vcr-scenes
+    accelerate launch -m unicoder_vl_hf.tasks.vcr.run --output_dir runs/vcr \
         --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/pretrained
 
 Without --annotations it trains a small model on questions about rendered scenes; with it, the defaults are the paper's
@@ -13,10 +13,10 @@ process: on P, divide one of the two counts by P. The model of the highest valid
 
 from transformers import TrainingArguments, set_seed
 
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.tasks.vcr.training import (
+from ...errors import run_script
+from ...runs.arguments import parse_arguments
+from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from .training import (
     PAPER,
     SCENES,
     SCENES_FIELDS,

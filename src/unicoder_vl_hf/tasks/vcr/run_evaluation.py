@@ -1,8 +1,8 @@
 """Evaluates visual commonsense reasoning on questions with labels, and writes the leaderboard's file for those without.
 
-    python examples/evaluate_vcr.py --model runs/vcr --annotations vcr1annots/val.jsonl --metadata vcr1images \
-        --regions vcr-regions --output val.json --pictures pictures --photos vcr1images
-    accelerate launch examples/evaluate_vcr.py --model runs/vcr --annotations vcr1annots/test.jsonl \
+    python -m unicoder_vl_hf.tasks.vcr.run_evaluation --model runs/vcr --annotations vcr1annots/val.jsonl \
+        --metadata vcr1images --regions vcr-regions --output val.json --pictures pictures --photos vcr1images
+    accelerate launch -m unicoder_vl_hf.tasks.vcr.run_evaluation --model runs/vcr --annotations vcr1annots/test.jsonl \
         --metadata vcr1images --regions vcr-regions --submission submission.csv
 
 With labels: Q->A, QA->R after the right answer, and Q->AR. A submission takes 4 + 16 scores a question: the rationales
@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.processes import start_processes
-from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.tasks.vcr.data import NO_LABEL, VCRExamples, read_vcr
-from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics, write_submission
-from unicoder_vl_hf.tasks.vcr.pictures import draw_question
-from unicoder_vl_hf.tasks.vcr.training import choice_probabilities, load_for_vcr
+from ...errors import run_script
+from ...processes import start_processes
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser
+from .collator import DataCollatorForUnicoderVLMultipleChoice
+from .data import NO_LABEL, VCRExamples, read_vcr
+from .metrics import vcr_metrics, write_submission
+from .pictures import draw_question
+from .training import choice_probabilities, load_for_vcr
 
 
 @dataclass

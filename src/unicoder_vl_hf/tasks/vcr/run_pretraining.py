@@ -1,8 +1,8 @@
 """Pre-trains a Unicoder-VL further on the text of VCR, before run_vcr.py fine-tunes it: not in the paper, but UNITER's.
 
-    accelerate launch examples/run_vcr_pretraining.py --output_dir runs/vcr-second-stage \
+    accelerate launch -m unicoder_vl_hf.tasks.vcr.run_pretraining --output_dir runs/vcr-second-stage \
         --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/pretrained
-    accelerate launch examples/run_vcr.py --output_dir runs/vcr \
+    accelerate launch -m unicoder_vl_hf.tasks.vcr.run --output_dir runs/vcr \
         --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/vcr-second-stage
 
 Masked tokens and masked object classes of each question with its right answer and rationale; references point at their
@@ -11,16 +11,16 @@ regions. The defaults are those of the fine-tuning.
 
 from transformers import TrainingArguments, set_seed
 
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.tasks.vcr.pretraining import (
+from ...errors import run_script
+from ...runs.arguments import parse_arguments
+from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from .pretraining import (
     VCRPretrainingArguments,
     VCRPretrainingSetup,
     evaluate_vcr_pretraining,
     prepare_vcr_pretraining,
 )
-from unicoder_vl_hf.tasks.vcr.training import PAPER, SCENES, SCENES_FIELDS
+from .training import PAPER, SCENES, SCENES_FIELDS
 
 
 class VCRPretrainingTrainer(TaskTrainer):

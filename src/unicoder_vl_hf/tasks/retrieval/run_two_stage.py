@@ -1,17 +1,16 @@
-"""What a search in two stages loses and saves: recall of the first stage, its ceiling, and recall after re-ranking.
+"""Measures what a search in two stages loses and saves: first stage, its ceiling, and recall after re-ranking.
 
-    python examples/evaluate_two_stage.py --model runs/flickr30k-search --captions dataset_flickr30k.json \
+    python -m unicoder_vl_hf.tasks.retrieval.run_two_stage --model runs/search --captions dataset_flickr30k.json \
         --regions flickr30k-regions --protocol flickr30k --output flickr30k_two_stage.json
-    python examples/evaluate_two_stage.py --model runs/flickr30k --captions dataset_flickr30k.json \
+    python -m unicoder_vl_hf.tasks.retrieval.run_two_stage --model runs/flickr30k --captions dataset_flickr30k.json \
         --regions flickr30k-regions --dual_encoder openai/clip-vit-base-patch32 --photos flickr30k-images
 
 The first stage proposes K candidates a query, in both directions, and the cross-encoder scores these pairs alone, each
 once: the table has a row for each of `--candidates` and of `--similarity_weight`, which by default are 0 and the weight
-that was measured when the checkpoint was trained. The first stage is the model's own,
-which must have been trained (`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of
-another Unicoder-VL, or a dual encoder of transformers.
-`--num_queries 1000` asks with that many captions and images only, among all there are, where 200 pairs for each caption
-take too long. `--scores_dir` keeps what is done: the same command goes on after a kill.
+that was measured when the checkpoint was trained. The first stage is the model's own, which must have been trained
+(`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of another Unicoder-VL, or a dual
+encoder of transformers. `--num_queries 1000` asks with that many captions and images only, among all there are, where
+200 pairs for each caption take too long. `--scores_dir` keeps what is done: the same command goes on after a kill.
 """
 
 import dataclasses
@@ -21,16 +20,17 @@ from pathlib import Path
 
 import torch
 
-from unicoder_vl_hf import ImageTextScorer, RegionStore
-from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
-from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.processes import start_processes
-from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.scoring.checkpoints import checkpoint_provenance, load_for_store
-from unicoder_vl_hf.search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
-from unicoder_vl_hf.search.two_stage import SimilarityWeight
-from unicoder_vl_hf.tasks.retrieval.protocols import PROTOCOLS, retrieval_test
-from unicoder_vl_hf.tasks.retrieval.two_stage_report import two_stage_report
+from ...data.captions import check_tokens, join, read_captions
+from ...errors import run_script
+from ...processes import start_processes
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser
+from ...scoring.checkpoints import checkpoint_provenance, load_for_store
+from ...scoring.scorer import ImageTextScorer
+from ...search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
+from ...search.two_stage import SimilarityWeight
+from .protocols import PROTOCOLS, retrieval_test
+from .two_stage_report import two_stage_report
 
 
 @dataclass

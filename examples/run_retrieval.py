@@ -1,0 +1,18 @@
+"""Fine-tunes Unicoder-VL for image-text retrieval.
+
+`accelerate launch examples/run_retrieval.py --output_dir runs/retrieval`;
+without a checkout `accelerate launch -m unicoder_vl_hf.tasks.retrieval.run`, whose file says more.
+"""
+
+from unicoder_vl_hf.errors import run_script
+
+
+def main(argv: list[str] | None = None) -> bool:
+    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
+    from unicoder_vl_hf.tasks.retrieval.run import main
+
+    return main(argv)
+
+
+if __name__ == "__main__":
+    run_script(main)
