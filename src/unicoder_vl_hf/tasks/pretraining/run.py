@@ -23,12 +23,12 @@ from ...data.negatives import pairs_digest
 from ...data.samplers import StepBatchSampler
 from ...errors import run_script
 from ...processes import Computing, StopSignal, new_accelerator, start_processes
-from ...runs.arguments import parse_arguments
+from ...runs.arguments import parse_arguments, run_identity
 from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
 from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
 from ...runs.model_card import TrainingRun, create_hub_repository, finish_run
 from .evaluation import evaluate_pretraining
-from .loop import PAPER, SCENES, LoopArguments, run_identity
+from .loop import PAPER, SCENES, LoopArguments
 from .setup import PretrainingArguments, prepare_pretraining
 
 logger = logging.get_logger("unicoder_vl_hf.run_pretraining")
