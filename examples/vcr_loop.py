@@ -28,7 +28,7 @@ from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     """The share of examples whose right choice has the highest score."""
-    return {"accuracy": float(np.mean(predicted.predictions.argmax(axis=1) == predicted.label_ids))}
+    return {"accuracy": float(np.mean(np.argmax(predicted.predictions, axis=1) == predicted.label_ids))}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     train_rows, rows = (
         read_vcr(folder / f"{split}.jsonl", metadata_dir=args.images, store=store) for split in ("train", "val")
     )
-    train = ConcatDataset([VCRExamples(train_rows, "qa"), VCRExamples(train_rows, "qar")])
+    train: ConcatDataset = ConcatDataset([VCRExamples(train_rows, "qa"), VCRExamples(train_rows, "qar")])
     validation = {"qa": VCRExamples(rows, "qa"), "qar": VCRExamples(rows, "qar")}
 
     # 2. Model and processor of the pre-trained checkpoint; what scores a choice is new. The processor warns where

@@ -1,7 +1,7 @@
 """Visual commonsense reasoning, from scores to accuracies and to the file that VCR's leaderboard takes.
 
 Q->A, QA->R and Q->AR are the paper's. The leaderboard knows the labels of the test split: it asks for the probabilities
-of the four answers, and of the four rationales after each of them. Left out: the scores (`examples/run_vcr.py`).
+of the four answers, and of the four rationales after each of them. Left out: the scores (`training.py`).
 """
 
 import csv

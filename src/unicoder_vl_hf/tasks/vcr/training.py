@@ -1,4 +1,4 @@
-"""Visual commonsense reasoning: the arguments of `examples/run_vcr.py`, what they become, and the scores of a model.
+"""Visual commonsense reasoning: the arguments of `run.py`, what they become, and the scores of a model.
 
 Follows the paper's section of that name: Q->A and QA->R are choices among four, trained by cross-entropy. The paper is
 silent on whether one model learns both; here one does, unless a run names a single task.
