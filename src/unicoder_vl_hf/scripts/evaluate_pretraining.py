@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForPreTraining, AutoProcessor
 
-from ..data.captions import check_tokens, join, read_captions
+from ..data.captions import check_tokens
 from ..data.negatives import PairsWithMismatches
 from ..errors import run_script
 from ..processes import Computing, new_accelerator, start_processes
-from ..regions.store import RegionStore
 from ..runs.arguments import make_parser
+from ..runs.evaluation import EvaluationArguments
 from ..runs.setup import in_words, is_unicoder_vl
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
 from ..tasks.pretraining.evaluation import (
@@ -32,15 +32,10 @@ from ..tasks.pretraining.evaluation import (
 from ..tasks.retrieval.zero_shot import zero_shot_retrieval
 
 
-@dataclass
-class EvaluationArguments:
-    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
-    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
-    regions: str = field(metadata={"help": "RegionStore."})
-    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
-    caption_ids: str | None = field(
-        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
-    )
+@dataclass(kw_only=True)
+class PretrainingEvaluationArguments(EvaluationArguments):
+    """Names a pre-trained checkpoint, and what is measured of it on what."""
+
     num_images: int | None = field(
         default=None, metadata={"help": "The first images of the split, with all their captions. Default: all."}
     )
@@ -55,9 +50,8 @@ class EvaluationArguments:
 
 
 def main(argv: list[str] | None = None):
-    (args,) = make_parser(EvaluationArguments).parse_args_into_dataclasses(argv)
-    store = RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
+    (args,) = make_parser(PretrainingEvaluationArguments).parse_args_into_dataclasses(argv)
+    store, captions = args.open_data()
     kept = set(captions.unique("image_id")[: args.num_images])
     captions = captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
     if not is_unicoder_vl(args.model):

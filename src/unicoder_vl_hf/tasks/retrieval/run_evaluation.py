@@ -21,27 +21,21 @@ import torch
 import transformers
 
 from ..._version import package_version
-from ...data.captions import check_tokens, join, read_captions
 from ...errors import run_script
 from ...processes import start_processes
-from ...regions.store import RegionStore
 from ...runs.arguments import make_parser
-from ...scoring.checkpoints import checkpoint_provenance, load_for_store
+from ...runs.evaluation import EvaluationArguments
+from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
-from .protocols import PROTOCOLS, chance, evaluate_folds, results_table, retrieval_test
+from .protocols import PROTOCOLS, RetrievalTest, chance, evaluate_folds, results_table, retrieval_test
 
 
-@dataclass
-class RetrievalArguments:
-    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
-    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
-    regions: str = field(metadata={"help": "RegionStore."})
+@dataclass(kw_only=True)
+class RetrievalEvaluationArguments(EvaluationArguments):
+    """Names a checkpoint and what it is evaluated on: a protocol, or images that are the first of a split."""
+
     protocol: str | None = field(
         default=None, metadata={"help": f"{', '.join(PROTOCOLS)}. Default: all images of the split together."}
-    )
-    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
-    caption_ids: str | None = field(
-        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
     )
     num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
     captions_per_image: str | None = field(
@@ -52,12 +46,11 @@ class RetrievalArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file for metrics, intervals and provenance."})
 
 
-def main(argv: list[str] | None = None):
-    (args,) = make_parser(RetrievalArguments).parse_args_into_dataclasses(argv)
+def main(argv: list[str] | None = None) -> None:
+    (args,) = make_parser(RetrievalEvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
-    store = RegionStore(args.regions)
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.
-    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
+    store, captions = args.open_data()
     count = args.captions_per_image
     test = retrieval_test(
         captions,
@@ -65,20 +58,15 @@ def main(argv: list[str] | None = None):
         captions_per_image=int(count) if count not in (None, "all") else count,
         num_images=args.num_images,
     )
-    model, processor = load_for_store(args.model, store)
-    check_tokens(captions, processor.tokenizer, args.captions)
+    model, processor = args.load_scoring(store, captions)
     checkpoint = checkpoint_provenance(args.model, model)
-
-    def scores(dtype: torch.dtype, name: str) -> Iterator[np.ndarray]:
-        scorer = ImageTextScorer(model, processor, store, dtype=dtype)
-        for index, fold in enumerate(test.folds):
-            folder = None if args.scores_dir is None else Path(args.scores_dir) / f"{name}-{index}"
-            yield scorer.score(fold.captions, fold.image_ids, output_dir=folder)
-
     # One of retrieval may be fine-tuned, or a pre-trained one that was given a first stage of search.
     use = "zero-shot" if checkpoint["saved_by"] == "UnicoderVLForPreTraining" else "retrieval checkpoint"
-    dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if args.bf16 else {})
-    results = {f"{use}, {name}": evaluate_folds(test, scores(dtype, name)) for name, dtype in dtypes.items()}
+    results = {}
+    for dtype in [torch.float32, torch.bfloat16] if args.bf16 else [torch.float32]:
+        name = str(dtype).removeprefix("torch.")
+        scorer = ImageTextScorer(model, processor, store, dtype=dtype)
+        results[f"{use}, {name}"] = evaluate_folds(test, fold_scores(scorer, test, args.scores_dir, name))
     if not state.is_main_process:
         return
     print(results_table(test, results))
@@ -91,13 +79,23 @@ def main(argv: list[str] | None = None):
             "captions": {"scored": sum(len(fold.captions) for fold in test.folds), "folds": len(test.folds)},
             "versions": {
                 "unicoder_vl_hf": package_version(),
-                **{module.__name__: module.__version__ for module in (torch, transformers)},
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
             },
             "results": {name: dataclasses.asdict(result) for name, result in results.items()},
             "chance": chance(test),
             "paper": dict(test.paper),
         }
         Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def fold_scores(
+    scorer: ImageTextScorer, test: RetrievalTest, scores_dir: str | None, name: str
+) -> Iterator[np.ndarray]:
+    """Scores the folds of a test one after another, and keeps the scores in `{scores_dir}/{name}-{fold}` if asked."""
+    for index, fold in enumerate(test.folds):
+        folder = None if scores_dir is None else Path(scores_dir) / f"{name}-{index}"
+        yield scorer.score(fold.captions, fold.image_ids, output_dir=folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ drawn on a blank page, which may be published where the photos may not. What the
 weight of its similarity that was measured when the checkpoint was trained, unless `--similarity_weight` gives another.
 """
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,38 +18,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...data.captions import check_tokens, join, read_captions
 from ...errors import run_script
 from ...pictures import GalleryItem, draw_regions, write_gallery
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser
-from ...scoring.checkpoints import load_for_store
 from ...scoring.scorer import ImageTextScorer
-from ...search.encoders import DualEncoder, Photos, UnicoderVLDualEncoder, open_dual_encoder
+from ...search.encoders import DualEncoder, Photos
 from ...search.index import build_index
 from ...search.two_stage import SimilarityWeight, search
-from .protocols import retrieval_test
+from .protocols import RetrievalFold, retrieval_test
+from .search_arguments import SearchArguments
 
 WIDTH = 240  # of a page of regions, in pixels
 
 
-@dataclass
-class GalleryArguments:
-    model: str = field(metadata={"help": "Checkpoint with its processor, which scores pairs."})
-    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
-    regions: str = field(metadata={"help": "RegionStore."})
+@dataclass(kw_only=True)
+class GalleryArguments(SearchArguments):
+    """Names a search in two stages, and what of it is shown."""
+
     output: str = field(metadata={"help": "HTML file."})
-    dual_encoder: str | None = field(
-        default=None,
-        metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
-    )
-    photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
-    photo_ids: str = field(default="stem", metadata={"help": "How photos get their ids, as --ids of `extract`."})
-    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
-    caption_ids: str | None = field(
-        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
-    )
     asked: int = field(default=200, metadata={"help": "Captions that are asked."})
     shown: int = field(default=20, metadata={"help": "Of these in the gallery."})
     candidates: int = field(default=50, metadata={"help": "Of the first stage, to be scored."})
@@ -65,56 +54,66 @@ class GalleryArguments:
     )
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> None:
     (args,) = make_parser(GalleryArguments).parse_args_into_dataclasses(argv)
-    store = RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
+    store, captions = args.open_data()
     (fold,) = retrieval_test(captions).folds
-    model, processor = load_for_store(args.model, store)
-    check_tokens(captions, processor.tokenizer, args.captions)
-    encoder: DualEncoder
-    if args.dual_encoder is None:
-        encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
-    else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.photo_ids)
-
-    count = min(args.asked, len(fold.captions))
-    rows = np.arange(count) * len(fold.captions) // count
-    texts = [fold.captions[row] for row in rows]
-    with tempfile.TemporaryDirectory() as folder:
-        index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
-        scorer = ImageTextScorer(model, processor, store)
-        weight = SimilarityWeight.of(args.similarity_weight, encoder, scorer)
-        found = search(
-            texts, index, encoder, scorer,
-            top_k=args.candidates, candidates=args.candidates, similarity_weight=weight.value,
-        )  # fmt: skip
-    right = [fold.image_ids[image] for image in fold.image_of_caption[rows]]
-    items = [
-        GalleryItem.from_hits(
-            text, image_id, [(hit.name, hit.score) for hit in hits], notes={hit.name: hit.summands for hit in hits}
-        )
-        for text, image_id, hits in zip(texts, right, found, strict=True)
-    ]
+    model, processor = args.load_scoring(store, captions)
+    scorer = ImageTextScorer(model, processor, store)
+    encoder = args.open_first_stage(model, processor, store)
+    weight = SimilarityWeight.of(args.similarity_weight, encoder, scorer)
+    items = ask(fold, store, encoder, scorer, args.asked, args.candidates, weight.value)
     photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
-    class_names = store.provenance.get("class_names") or None
-
-    def picture(image_id: str) -> Image.Image:
-        record = store[image_id]
-        return photos.of(record) if photos else diagram(record, class_names, args.max_regions)
-
     random, best, worst = choose(items, args.shown, args.seed)
+    shown = "whole" if photos else f"as the boxes of their {args.max_regions} surest regions, if these have scores"
     write_gallery(
         args.output,
         [*random, *best, *worst],
-        picture,
+        functools.partial(picture, store, photos, args.max_regions),
         title="Search in two stages",
         intro=f"{len(random)} of {len(items):,} captions, drawn at random, then the {len(best)} that went best and the "
         f"{len(worst)} that went worst. The first stage proposes {args.candidates} of {len(fold.image_ids):,} images, "
-        f"and they are ordered by {weight}. The best five are shown, "
-        + ("whole." if photos else f"as the boxes of their {args.max_regions} surest regions, if these have scores."),
+        f"and they are ordered by {weight}. The best five are shown, {shown}.",
     )
     print(f"{args.output}: {len(random) + len(best) + len(worst)} captions.")
+
+
+def ask(
+    fold: RetrievalFold,
+    store: RegionStore,
+    encoder: DualEncoder,
+    scorer: ImageTextScorer,
+    count: int,
+    candidates: int,
+    similarity_weight: float,
+) -> list[GalleryItem]:
+    """Searches all images of the fold by `count` of its captions, drawn evenly."""
+    count = min(count, len(fold.captions))
+    rows = np.arange(count) * len(fold.captions) // count
+    captions = [fold.captions[row] for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
+        found = search(
+            captions, index, encoder, scorer,
+            top_k=candidates, candidates=candidates, similarity_weight=similarity_weight,
+        )  # fmt: skip
+    return [
+        GalleryItem.from_hits(
+            caption,
+            fold.image_ids[image],
+            [(hit.name, hit.score) for hit in hits],
+            notes={hit.name: hit.summands for hit in hits},
+        )
+        for caption, image, hits in zip(captions, fold.image_of_caption[rows], found, strict=True)
+    ]
+
+
+def picture(store: RegionStore, photos: Photos | None, max_regions: int, image_id: str) -> Image.Image:
+    """The photo of an image, or where there are no photos its regions on a blank page."""
+    record = store[image_id]
+    if photos is not None:
+        return photos.of(record)
+    return diagram(record, store.provenance.get("class_names") or None, max_regions)
 
 
 def choose(

@@ -20,36 +20,23 @@ from pathlib import Path
 
 import torch
 
-from ...data.captions import check_tokens, join, read_captions
 from ...errors import run_script
 from ...processes import start_processes
-from ...regions.store import RegionStore
 from ...runs.arguments import make_parser
-from ...scoring.checkpoints import checkpoint_provenance, load_for_store
+from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
-from ...search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
 from ...search.two_stage import SimilarityWeight
 from .protocols import PROTOCOLS, retrieval_test
+from .search_arguments import SearchArguments
 from .two_stage_report import two_stage_report
 
 
-@dataclass
-class TwoStageArguments:
-    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
-    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
-    regions: str = field(metadata={"help": "RegionStore."})
-    dual_encoder: str | None = field(
-        default=None,
-        metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
-    )
-    photos: str | None = field(default=None, metadata={"help": "Folder, .tar, or folder of a dataset."})
-    photo_ids: str = field(default="stem", metadata={"help": "How photos get their ids, as --ids of `extract`."})
+@dataclass(kw_only=True)
+class TwoStageArguments(SearchArguments):
+    """Names a search in two stages, and how much of it is measured."""
+
     protocol: str | None = field(
         default=None, metadata={"help": f"{', '.join(PROTOCOLS)}, of one fold. Default: all images of the split."}
-    )
-    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
-    caption_ids: str | None = field(
-        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
     )
     num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
     num_queries: int | None = field(
@@ -72,19 +59,14 @@ class TwoStageArguments:
 
 def main(argv: list[str] | None = None):
     (args,) = make_parser(TwoStageArguments).parse_args_into_dataclasses(argv)
-    state, store = start_processes(), RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
+    state = start_processes()
+    store, captions = args.open_data()
     test = retrieval_test(captions, args.protocol, num_images=args.num_images)
     if len(test.folds) > 1:
         raise ValueError(f"{test.title}: the report is of one fold; give another protocol, or none.")
-    model, processor = load_for_store(args.model, store)
-    check_tokens(captions, processor.tokenizer, args.captions)
-    encoder: DualEncoder
-    if args.dual_encoder is None:
-        encoder = UnicoderVLDualEncoder(model, processor, store, args.model)
-    else:
-        encoder = open_dual_encoder(args.dual_encoder, store, args.photos, args.photo_ids)
+    model, processor = args.load_scoring(store, captions)
     scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
+    encoder = args.open_first_stage(model, processor, store)
     weight = SimilarityWeight.of(None, encoder, scorer)
     weights = args.similarity_weight or sorted({0.0, weight.value})
     report = two_stage_report(

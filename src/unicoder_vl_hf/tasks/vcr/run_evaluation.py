@@ -10,15 +10,17 @@ after each of the answers; `unicoder-vl vcr-check` looks it through. `--rational
 each task has a model of its own.
 """
 
-import functools
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from PIL import Image
 
 from ...errors import run_script
+from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser
@@ -31,6 +33,8 @@ from .training import choice_probabilities, load_for_vcr
 
 @dataclass
 class VCREvaluationArguments:
+    """Names a checkpoint, the questions that it is asked, and what is written of its choices."""
+
     model: str = field(metadata={"help": "Checkpoint of run_vcr.py: a folder or a repository of the Hub."})
     annotations: str = field(metadata={"help": "VCR's val.jsonl or test.jsonl."})
     regions: str = field(metadata={"help": "RegionStore."})
@@ -53,51 +57,60 @@ class VCREvaluationArguments:
             raise ValueError("Give both --pictures and --photos, or neither.")
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> None:
     (args,) = make_parser(VCREvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store = RegionStore(args.regions)
     rows = read_vcr(args.annotations, metadata_dir=args.metadata, store=store, ids=args.ids)
-    labelled = NO_LABEL not in rows["answer_label"]
-    if not labelled and args.submission is None:
+    labelled, every_answer = NO_LABEL not in rows["answer_label"], args.submission is not None
+    if not labelled and not every_answer:
         raise ValueError(f"{args.annotations} has no labels: give --submission for the leaderboard's file.")
 
-    load = functools.cache(lambda name: load_for_vcr(name, store))
-
-    def probabilities(name: str, examples: VCRExamples) -> np.ndarray:
-        model, processor = load(name)
-        collator = DataCollatorForUnicoderVLMultipleChoice(
-            processor,
-            store,
-            max_length=min(args.max_length, model.config.max_position_embeddings),
-            max_regions=processor.feature_extractor.max_regions,
-            gt_features=None if args.gt_features is None else RegionStore(args.gt_features),
-        )
-        return choice_probabilities(model, collator, examples, batch_size=args.batch_size)
-
-    every_answer = args.submission is not None
-    answers = probabilities(args.model, VCRExamples(rows, "qa"))
-    rationales = probabilities(args.rationale_model or args.model, VCRExamples(rows, "qar", every_answer=every_answer))
+    answering = load_with_collator(args.model, store, args)
+    reasoning = answering if args.rationale_model is None else load_with_collator(args.rationale_model, store, args)
+    answers = choice_probabilities(*answering, VCRExamples(rows, "qa"), batch_size=args.batch_size)
+    premises = VCRExamples(rows, "qar", every_answer=every_answer)
+    rationales = choice_probabilities(*reasoning, premises, batch_size=args.batch_size)
     if not state.is_main_process:
         return
-    if args.submission is not None:
+    if every_answer:
         write_submission(args.submission, rows["annot_id"][:], answers, rationales)
         print(f"{args.submission}: {len(rows):,} questions")
-    if not labelled:
-        return
-    if every_answer:
-        rationales = rationales[np.arange(len(rows)), rows["answer_label"]]
+    if labelled:
+        after_right_answer = rationales[np.arange(len(rows)), rows["answer_label"]] if every_answer else rationales
+        report(args, rows, answers, after_right_answer)
+
+
+def load_with_collator(
+    name: str, store: RegionStore, args: VCREvaluationArguments
+) -> tuple[UnicoderVLForMultipleChoice, DataCollatorForUnicoderVLMultipleChoice]:
+    """Loads a checkpoint, and makes the collator of its processor."""
+    model, processor = load_for_vcr(name, store)
+    collator = DataCollatorForUnicoderVLMultipleChoice(
+        processor,
+        store,
+        max_length=min(args.max_length, model.config.max_position_embeddings),
+        max_regions=processor.feature_extractor.max_regions,
+        gt_features=None if args.gt_features is None else RegionStore(args.gt_features),
+    )
+    return model, collator
+
+
+def report(args: VCREvaluationArguments, rows: Dataset, answers: np.ndarray, rationales: np.ndarray) -> None:
+    """Prints the metrics of questions with labels, and writes them and the pictures where they are asked for."""
     metrics = vcr_metrics(answers, rationales, rows["answer_label"], rows["rationale_label"])
     for name, value in metrics.items():
         print(f"{name:20}{100 * value:6.1f} %" if name.endswith("_accuracy") else f"{name:20}{value:6,}")
     if args.output is not None:
-        Path(args.output).write_text(json.dumps(metrics | {"questions": len(rows), **vars(args)}, indent=2) + "\n")
-    if args.pictures is not None:
-        folder = Path(args.pictures)
-        folder.mkdir(parents=True, exist_ok=True)
-        for index in range(0, len(rows), max(1, len(rows) // args.num_pictures))[: args.num_pictures]:
-            row, photo = rows[index], Image.open(Path(args.photos, rows[index]["img_fn"]))
-            draw_question(folder / f"{row['annot_id']}.png", photo, row, answers[index], rationales[index])
+        values = metrics | {"questions": len(rows), **dataclasses.asdict(args)}
+        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+    if args.pictures is None or args.photos is None:
+        return
+    folder = Path(args.pictures)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(0, len(rows), max(1, len(rows) // args.num_pictures))[: args.num_pictures]:
+        row, photo = rows[index], Image.open(Path(args.photos, rows[index]["img_fn"]))
+        draw_question(folder / f"{row['annot_id']}.png", photo, row, answers[index], rationales[index])
 
 
 if __name__ == "__main__":
