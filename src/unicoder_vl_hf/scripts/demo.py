@@ -61,7 +61,7 @@ class DemoArguments:
 
 @dataclass
 class DemoFolders:
-    """Where the demo writes what, in its output folder, which is that of pre-training."""
+    """The folders that the demo writes: its output folder is that of pre-training."""
 
     output: Path
 
@@ -164,7 +164,7 @@ def train(run: Callable[[list[str]], object], checkpoints: CheckpointFolder, **o
 
 def measure(scenes: SceneSearch, folders: DemoFolders) -> tuple[dict[str, dict[str, float]], float]:
     """
-    The metrics of each row of the table on the test scenes; and how often any order of the first stage's candidates has
+    Measures each row of the table on the test scenes; and how often any order of the first stage's candidates has
     the right scene first, which is more often than chance.
     """
     (fold,) = scenes.test.folds
@@ -238,7 +238,7 @@ def check_learned(results: Mapping[str, Mapping[str, float]], guessed: float) ->
 
 
 def recall_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A table of the recalls in percent: text retrieval, then image retrieval, a row for each of the results."""
+    """Writes a table of the recalls in percent: text retrieval, then image retrieval, a row for each of the results."""
     names = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
     lines = [f"{'':24}" + "".join(f"{letter + 'R@' + str(k):>8}" for letter in "TI" for k in KS)]
     lines += [f"{row:24}" + "".join(f"{100 * of[name]:8.1f}" for name in names) for row, of in results.items()]

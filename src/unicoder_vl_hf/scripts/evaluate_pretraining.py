@@ -37,15 +37,19 @@ class PretrainingEvaluationArguments(EvaluationArguments):
     """Names a pre-trained checkpoint, and what is measured of it on what."""
 
     num_images: int | None = field(
-        default=None, metadata={"help": "The first images of the split, with all their captions. Default: all."}
+        default=None,
+        metadata={"help": "Images to take, the first of the split, with all their captions. Default: all."},
     )
     num_retrieval_images: int | None = field(
-        default=None, metadata={"help": "Retrieval over the first of these: its cost grows with their square."}
+        default=None,
+        metadata={
+            "help": "Images of these for retrieval, the first ones: its cost grows with their square. Default: all."
+        },
     )
     shuffle_regions: bool = field(default=False, metadata={"help": "Give every image the regions of another."})
     moc: bool = field(default=True, metadata={"help": "Masked object classification; --no_moc without classes."})
-    mixed_precision: str = field(default="no", metadata={"help": "auto, no, bf16 or fp16."})
-    seed: int = field(default=0, metadata={"help": "Of the masks, the mismatches and the shuffling."})
+    mixed_precision: str = field(default="no", metadata={"help": "Precision: auto, no, bf16 or fp16."})
+    seed: int = field(default=0, metadata={"help": "Seed of the masks, the mismatches and the shuffling."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
 
 

@@ -1,8 +1,7 @@
 """
 What the two pre-training scripts share: their data and model arguments, and what these become.
 
-Follows the paper's pre-training tasks; the loops are in `examples/run_pretraining.py` (Accelerate) and
-`examples/run_pretraining_trainer.py` (Trainer).
+Follows the paper's pre-training tasks; the scripts are `run.py` (our loop, by Accelerate) and `run_trainer.py`.
 """
 
 import math

@@ -35,11 +35,16 @@ class RetrievalEvaluationArguments(EvaluationArguments):
     """Names a checkpoint and what it is evaluated on: a protocol, or images that are the first of a split."""
 
     protocol: str | None = field(
-        default=None, metadata={"help": f"{', '.join(PROTOCOLS)}. Default: all images of the split together."}
+        default=None, metadata={"help": f"Protocol: {', '.join(PROTOCOLS)}. Default: all images of the split together."}
     )
-    num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
+    num_images: int | None = field(
+        default=None, metadata={"help": "Images to take, the first of the split. Default: all."}
+    )
     captions_per_image: str | None = field(
-        default=None, metadata={"help": "The first so many of each image, or all. Default: 5 under a protocol, or all."}
+        default=None,
+        metadata={
+            "help": "Captions of each image to take, from the first on, or all. Default: 5 under a protocol, else all."
+        },
     )
     bf16: bool = field(default=False, metadata={"help": "Score in bfloat16 as well, to be compared with float32."})
     scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})

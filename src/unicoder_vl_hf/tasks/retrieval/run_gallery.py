@@ -38,9 +38,9 @@ class GalleryArguments(SearchArguments):
     """Names a search in two stages, and what of it is shown."""
 
     output: str = field(metadata={"help": "HTML file."})
-    asked: int = field(default=200, metadata={"help": "Captions that are asked."})
-    shown: int = field(default=20, metadata={"help": "Of these in the gallery."})
-    candidates: int = field(default=50, metadata={"help": "Of the first stage, to be scored."})
+    asked: int = field(default=200, metadata={"help": "Captions that are asked, drawn evenly."})
+    shown: int = field(default=20, metadata={"help": "Captions of these that the gallery shows."})
+    candidates: int = field(default=50, metadata={"help": "Candidates of the first stage, to be scored."})
     similarity_weight: float | None = field(
         default=None,
         metadata={
@@ -48,7 +48,7 @@ class GalleryArguments(SearchArguments):
             "one that was measured when the checkpoint was trained, else 0."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Of the half that is drawn at random."})
+    seed: int = field(default=0, metadata={"help": "Seed of the half that is drawn at random."})
     max_regions: int = field(
         default=8, metadata={"help": "Regions on a blank page, the best by score; without scores none are drawn."}
     )
@@ -109,7 +109,7 @@ def ask(
 
 
 def picture(store: RegionStore, photos: Photos | None, max_regions: int, image_id: str) -> Image.Image:
-    """The photo of an image, or where there are no photos its regions on a blank page."""
+    """Opens the photo of an image, or where there are no photos draws its regions on a blank page."""
     record = store[image_id]
     if photos is not None:
         return photos.of(record)
@@ -120,7 +120,7 @@ def choose(
     items: Sequence[GalleryItem], count: int, seed: int
 ) -> tuple[list[GalleryItem], list[GalleryItem], list[GalleryItem]]:
     """
-    Half of `count` drawn at random, and of the rest a quarter that went best (first, by the widest margin over the
+    Chooses half of `count` at random, and of the rest a quarter that went best (first, by the widest margin over the
     second) and a quarter that went worst (the last rank; those that were no candidate rank after all).
     """
     drawn = np.random.default_rng(seed).permutation(len(items))
@@ -136,7 +136,7 @@ def choose(
 
 
 def diagram(record: RegionRecord, class_names: Sequence[str] | None, max_regions: int) -> Image.Image:
-    """The surest regions, if any are, on a blank page of the image's shape, in few colours: some 2 kB."""
+    """Draws the surest regions, if any are, on a blank page of the image's shape, in few colours: some 2 kB."""
     width, height = record.image_width or 1, record.image_height or 1
     page = Image.new("RGB", (WIDTH, max(1, round(WIDTH * height / width))), "white")
     if record.object_scores is None:  # such as the cells of a grid, none of which stands out

@@ -36,11 +36,15 @@ class TwoStageArguments(SearchArguments):
     """Names a search in two stages, and how much of it is measured."""
 
     protocol: str | None = field(
-        default=None, metadata={"help": f"{', '.join(PROTOCOLS)}, of one fold. Default: all images of the split."}
+        default=None,
+        metadata={"help": f"Protocol of one fold: {', '.join(PROTOCOLS)}. Default: all images of the split."},
     )
-    num_images: int | None = field(default=None, metadata={"help": "The first so many images only."})
+    num_images: int | None = field(
+        default=None, metadata={"help": "Images to take, the first of the split. Default: all."}
+    )
     num_queries: int | None = field(
-        default=None, metadata={"help": "Ask with so many captions and images only, drawn evenly, among all there are."}
+        default=None,
+        metadata={"help": "Captions and images to ask with, drawn evenly, among all there are. Default: all."},
     )
     candidates: list[int] = field(
         default_factory=lambda: [10, 50, 100, 200], metadata={"help": "K: how many the first stage proposes a query."}

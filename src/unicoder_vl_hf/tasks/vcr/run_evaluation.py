@@ -42,8 +42,10 @@ class VCREvaluationArguments:
     gt_features: str | None = field(
         default=None, metadata={"help": "RegionStore of features pooled in the ground-truth boxes."}
     )
-    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
-    rationale_model: str | None = field(default=None, metadata={"help": "Scores the rationales. Default: the model."})
+    ids: str = field(default="stem", metadata={"help": "Image ids: the stem of a photo's name, or its path."})
+    rationale_model: str | None = field(
+        default=None, metadata={"help": "Checkpoint that scores the rationales. Default: --model."}
+    )
     max_length: int = field(default=156, metadata={"help": "Tokens of a choice; longer ones are cut."})
     batch_size: int = field(default=32, metadata={"help": "Questions at a time, in each process."})
     submission: str | None = field(default=None, metadata={"help": "CSV for the leaderboard."})
