@@ -141,8 +141,8 @@ MISSING_SHOWN = 5  # of a file that was cut off, thousands are
 def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]) -> Iterator[str]:
     """
     Finds what the leaderboard would not take of the submission at `path`, one problem at a time, with its line; nothing
-    where all is well. A problem is another header, an annot_id of `annotations` (`test.jsonl`) that is missing, one that
-    is not there or stands twice, a cell that is no probability, or four that do not sum to 1 within 0.001.
+    where all is well. A problem is another header, an annot_id of `annotations` (`test.jsonl`) that is missing, one
+    that is not there or stands twice, a cell that is no probability, or four that do not sum to 1 within 0.001.
 
     Raises:
         ValueError: `path` is no CSV, or `annotations` no file of VCR.
