@@ -6,6 +6,7 @@ import runpy
 
 import places
 import pytest
+import torch
 from transformers import AutoConfig
 
 from unicoder_vl_hf.runs.checkpoints import CheckpointFolder
@@ -52,8 +53,10 @@ def test_ctrl_c_ends_in_a_line(script, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "run_demo.py: stopped. Run again, it goes on.\n"
 
 
-def test_the_whole_way(script, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": True}], ids=["float32", "bfloat16"])
+def test_the_whole_way(script, monkeypatch, tmp_path, capsys, capabilities):
     """With a few steps on a few scenes: it learned nothing, and says so; and again, without training."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)  # of whatever machine this is
     sizes = {"num_train": 40, "num_val": 6, "num_test": 8, "captions_per_image": 2}
     build = scenes.build_scenes
     monkeypatch.setattr(scenes, "build_scenes", lambda folder: build(folder, **sizes))
