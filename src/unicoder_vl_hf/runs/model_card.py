@@ -122,29 +122,9 @@ def write_model_card(
         search (`str`, *optional*): The order of a search in two stages by the model's own first stage, in words.
     """
     name = repo_id or folder.resolve().name
-    tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
-    results = [
-        huggingface_hub.EvalResult(
-            task_type=_USES[task]["task_type"],
-            task_name=tag.capitalize(),
-            dataset_type="image-text",
-            dataset_name=data_name,
-            dataset_split="validation",
-            metric_type=metric,
-            metric_value=round(value, 4),
-        )
-        for metric, value in metrics.items()
-    ]
     on_hub = base_model is not None and _is_repository(base_model)
-    metadata = huggingface_hub.ModelCardData(
-        language="en",
-        license="apache-2.0",
-        library_name="transformers",
-        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", task, tag],
-        base_model=base_model if on_hub else None,
-        model_name=name,
-        eval_results=results or None,
-    )
+    tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
+    metadata = _metadata(name, data_name, task, tag, base_model if on_hub else None, metrics)
     if base_model is not None and not on_hub:
         base_model = PureWindowsPath(os.path.abspath(base_model)).name  # of either kind of path
     known = {
@@ -168,6 +148,33 @@ def write_model_card(
     path = folder / CARD_FILE
     huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(path)
     return path
+
+
+def _metadata(
+    name: str, data_name: str, task: str, tag: str, base_model: str | None, metrics: dict[str, float]
+) -> huggingface_hub.ModelCardData:
+    """Makes what the Hub reads of the card: tags, the base model, and the metrics as results."""
+    results = [
+        huggingface_hub.EvalResult(
+            task_type=_USES[task]["task_type"],
+            task_name=tag.capitalize(),
+            dataset_type="image-text",
+            dataset_name=data_name,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    return huggingface_hub.ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", task, tag],
+        base_model=base_model,
+        model_name=name,
+        eval_results=results or None,
+    )
 
 
 # With trust_remote_code the snippet needs no package of ours: it gives the regions as a dict.
