@@ -43,9 +43,10 @@ def main():
         attention_probs_dropout_prob=0.0,
         region_feature_dim=FEATURE_DIM,
         num_region_classes=NUM_CLASSES,
+        padding_free=True,
+        sparse_prediction=True,
     )
     model = UnicoderVLForPreTraining(config).train()
-    model.bert.padding_free = model.sparse_prediction = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = random_pairs(config, 2 * args.pairs)
 

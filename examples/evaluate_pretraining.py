@@ -1,94 +1,17 @@
-"""Evaluates a pre-trained checkpoint: the three tasks, and zero-shot image-text retrieval, each beside chance.
+"""Evaluates a pre-trained checkpoint.
 
-    python examples/evaluate_pretraining.py --model runs/flickr8k \
-        --captions dataset_flickr8k.json --regions runs/flickr8k/_data/regions --num_retrieval_images 200
-
-`--shuffle_regions` gives every image the regions of another. A model that reads the regions falls to chance in
-matching and retrieval; one that does not was never looking.
+`python examples/evaluate_pretraining.py --model runs/scenes --captions CAPTIONS --regions REGIONS`;
+without a checkout `python -m unicoder_vl_hf.scripts.evaluate_pretraining`, whose file says more.
 """
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForPreTraining, AutoProcessor
-
-from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, RegionStore
-from unicoder_vl_hf.data.captions import check_tokens, join, read_captions
-from unicoder_vl_hf.data.negatives import PairsWithMismatches
 from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.processes import Computing, new_accelerator, start_processes
-from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.runs.setup import in_words, is_unicoder_vl
-from unicoder_vl_hf.tasks.pretraining.evaluation import (
-    ShuffledStore,
-    evaluate_pretraining,
-    metrics_table,
-    pretraining_chance,
-)
-from unicoder_vl_hf.tasks.retrieval.zero_shot import zero_shot_retrieval
 
 
-@dataclass
-class EvaluationArguments:
-    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
-    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
-    regions: str = field(metadata={"help": "RegionStore."})
-    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
-    caption_ids: str | None = field(
-        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
-    )
-    num_images: int | None = field(
-        default=None, metadata={"help": "The first images of the split, with all their captions. Default: all."}
-    )
-    num_retrieval_images: int | None = field(
-        default=None, metadata={"help": "Retrieval over the first of these: its cost grows with their square."}
-    )
-    shuffle_regions: bool = field(default=False, metadata={"help": "Give every image the regions of another."})
-    moc: bool = field(default=True, metadata={"help": "Masked object classification; --no_moc without classes."})
-    mixed_precision: str = field(default="no", metadata={"help": "auto, no, bf16 or fp16."})
-    seed: int = field(default=0, metadata={"help": "Of the masks, the mismatches and the shuffling."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
+def main(argv: list[str] | None = None) -> None:
+    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
+    from unicoder_vl_hf.scripts.evaluate_pretraining import main
 
-
-def main(argv: list[str] | None = None):
-    (args,) = make_parser(EvaluationArguments).parse_args_into_dataclasses(argv)
-    store = RegionStore(args.regions)
-    captions, _ = join(read_captions(args.captions, split=args.split, ids=args.caption_ids), store, skip_option=None)
-    kept = set(captions.unique("image_id")[: args.num_images])
-    captions = captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
-    if not is_unicoder_vl(args.model):
-        raise ValueError(f"--model {args.model} is no Unicoder-VL: expected a checkpoint of run_pretraining.py.")
-    model = AutoModelForPreTraining.from_pretrained(args.model)
-    processor = AutoProcessor.from_pretrained(args.model)
-    processor.check_model(model)
-    check_tokens(captions, processor.tokenizer, args.captions)
-    processor.set_store(store)
-    model.config.padding_free = True
-    computing = Computing.choose(args.mixed_precision, start_processes().device.type, model.config.hidden_size)
-    accelerator = new_accelerator(computing)
-    model = accelerator.prepare(model)
-    regions = ShuffledStore(store, captions["image_id"], args.seed) if args.shuffle_regions else store
-
-    collator = DataCollatorForUnicoderVLPreTraining(
-        processor, regions, seed=args.seed, moc_probability=0.15 if args.moc else 0.0
-    )
-    pairs = PairsWithMismatches(captions, seed=args.seed, fixed_epoch=0)
-    metrics = evaluate_pretraining(model, pairs, collator, accelerator)
-    print(f"The tasks of pre-training, {in_words(captions)}")
-    print(metrics_table(metrics, pretraining_chance(metrics)))
-
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
-    retrieval = zero_shot_retrieval(
-        accelerator.unwrap_model(model), processor, regions, captions, args.num_retrieval_images, dtype
-    )
-    print(f"\nZero-shot retrieval, {len(retrieval.captions):,} captions of {len(retrieval.image_ids):,} images")
-    print(metrics_table(retrieval.metrics, retrieval.chance))
-    if args.output is not None:
-        values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+    main(argv)
 
 
 if __name__ == "__main__":

@@ -1,103 +1,17 @@
-"""Evaluates visual commonsense reasoning on questions with labels, and writes the leaderboard's file for those without.
+"""Evaluates visual commonsense reasoning.
 
-    python examples/evaluate_vcr.py --model runs/vcr --annotations vcr1annots/val.jsonl --metadata vcr1images \
-        --regions vcr-regions --output val.json --pictures pictures --photos vcr1images
-    accelerate launch examples/evaluate_vcr.py --model runs/vcr --annotations vcr1annots/test.jsonl \
-        --metadata vcr1images --regions vcr-regions --submission submission.csv
-
-With labels: Q->A, QA->R after the right answer, and Q->AR. A submission takes 4 + 16 scores a question: the rationales
-after each of the answers; `unicoder-vl vcr-check` looks it through. `--rationale_model` scores the rationales where
-each task has a model of its own.
+`python examples/evaluate_vcr.py --model runs/vcr --annotations vcr1annots/val.jsonl --regions REGIONS`;
+without a checkout `python -m unicoder_vl_hf.tasks.vcr.run_evaluation`, whose file says more.
 """
 
-import functools
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import numpy as np
-from PIL import Image
-
-from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore
-from unicoder_vl_hf.data import IGNORED
 from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.processes import start_processes
-from unicoder_vl_hf.runs.arguments import make_parser
-from unicoder_vl_hf.tasks.vcr.data import VCRExamples, read_vcr
-from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics, write_submission
-from unicoder_vl_hf.tasks.vcr.pictures import draw_question
-from unicoder_vl_hf.tasks.vcr.training import choice_probabilities, load_for_vcr
 
 
-@dataclass
-class VCREvaluationArguments:
-    model: str = field(metadata={"help": "Checkpoint of run_vcr.py: a folder or a repository of the Hub."})
-    annotations: str = field(metadata={"help": "VCR's val.jsonl or test.jsonl."})
-    regions: str = field(metadata={"help": "RegionStore."})
-    metadata: str | None = field(default=None, metadata={"help": "Folder that metadata_fn starts from."})
-    gt_features: str | None = field(
-        default=None, metadata={"help": "RegionStore of features pooled in the ground-truth boxes."}
-    )
-    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
-    rationale_model: str | None = field(default=None, metadata={"help": "Scores the rationales. Default: the model."})
-    max_length: int = field(default=156, metadata={"help": "Tokens of a choice; longer ones are cut."})
-    batch_size: int = field(default=32, metadata={"help": "Questions at a time, in each process."})
-    submission: str | None = field(default=None, metadata={"help": "CSV for the leaderboard."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
-    pictures: str | None = field(default=None, metadata={"help": "Folder for pictures of questions, with --photos."})
-    photos: str | None = field(default=None, metadata={"help": "Folder that img_fn starts from."})
-    num_pictures: int = field(default=8, metadata={"help": "Questions that are drawn, evenly over the file."})
+def main(argv: list[str] | None = None) -> None:
+    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
+    from unicoder_vl_hf.tasks.vcr.run_evaluation import main
 
-    def __post_init__(self):
-        if (self.pictures is None) != (self.photos is None):
-            raise ValueError("Give both --pictures and --photos, or neither.")
-
-
-def main(argv: list[str] | None = None):
-    (args,) = make_parser(VCREvaluationArguments).parse_args_into_dataclasses(argv)
-    state = start_processes()
-    store = RegionStore(args.regions)
-    rows = read_vcr(args.annotations, metadata_dir=args.metadata, store=store, ids=args.ids)
-    labelled = IGNORED not in rows["answer_label"]
-    if not labelled and args.submission is None:
-        raise ValueError(f"{args.annotations} has no labels: give --submission for the leaderboard's file.")
-
-    load = functools.cache(lambda name: load_for_vcr(name, store))
-
-    def probabilities(name: str, examples: VCRExamples) -> np.ndarray:
-        model, processor = load(name)
-        collator = DataCollatorForUnicoderVLMultipleChoice(
-            processor,
-            store,
-            max_length=min(args.max_length, model.config.max_position_embeddings),
-            max_regions=processor.feature_extractor.max_regions,
-            gt_features=None if args.gt_features is None else RegionStore(args.gt_features),
-        )
-        return choice_probabilities(model, collator, examples, batch_size=args.batch_size)
-
-    every_answer = args.submission is not None
-    answers = probabilities(args.model, VCRExamples(rows, "qa"))
-    rationales = probabilities(args.rationale_model or args.model, VCRExamples(rows, "qar", every_answer=every_answer))
-    if not state.is_main_process:
-        return
-    if args.submission is not None:
-        write_submission(args.submission, rows["annot_id"][:], answers, rationales)
-        print(f"{args.submission}: {len(rows):,} questions")
-    if not labelled:
-        return
-    if every_answer:
-        rationales = rationales[np.arange(len(rows)), rows["answer_label"]]
-    metrics = vcr_metrics(answers, rationales, rows["answer_label"], rows["rationale_label"])
-    for name, value in metrics.items():
-        print(f"{name:20}{100 * value:6.1f} %" if name.endswith("_accuracy") else f"{name:20}{value:6,}")
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(metrics | {"questions": len(rows), **vars(args)}, indent=2) + "\n")
-    if args.pictures is not None:
-        folder = Path(args.pictures)
-        folder.mkdir(parents=True, exist_ok=True)
-        for index in range(0, len(rows), max(1, len(rows) // args.num_pictures))[: args.num_pictures]:
-            row, photo = rows[index], Image.open(Path(args.photos, rows[index]["img_fn"]))
-            draw_question(folder / f"{row['annot_id']}.png", photo, row, answers[index], rationales[index])
+    main(argv)
 
 
 if __name__ == "__main__":

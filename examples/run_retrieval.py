@@ -1,77 +1,17 @@
-"""Fine-tunes Unicoder-VL for image-text retrieval with transformers' Trainer and every option of TrainingArguments.
+"""Fine-tunes Unicoder-VL for image-text retrieval.
 
-    accelerate launch examples/run_retrieval.py --output_dir runs/retrieval
-    accelerate launch examples/run_retrieval.py --output_dir runs/flickr8k-retrieval \
-        --captions dataset_flickr8k.json --regions regions/ --model_name_or_path runs/flickr8k
-
-Without --captions it trains a small model on the rendered scenes; with it, the defaults are the paper's (section
-Image-Text Retrieval): for each positive pair 3 captions and 3 images that do not match, the hardest-negative triplet
-loss of both directions on sigmoid(score), margin 0.2, learning rate 5e-5, 192 positive pairs a step in 4 micro-steps.
-`--per_device_train_batch_size` counts positive pairs; the defaults are for one process: on P, divide one of the two
-counts by P. The model that scores the highest sum of recalls on a part of the validation split is kept. With
-`--contrastive_weight` a first stage of search is trained along, and the weight of its similarity measured at the end.
+`accelerate launch examples/run_retrieval.py --output_dir runs/retrieval`;
+without a checkout `accelerate launch -m unicoder_vl_hf.tasks.retrieval.run`, whose file says more.
 """
 
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-
 from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.tasks.retrieval.training import (
-    PAPER,
-    SCENES,
-    RetrievalArguments,
-    RetrievalSetup,
-    evaluate_retrieval,
-    prepare_retrieval,
-)
-
-
-class RetrievalTrainer(TaskTrainer):
-    setup: RetrievalSetup
-
-    def conclude(self):
-        self.setup.measure_similarity_weight()
-        if self.setup.search is not None:
-            self.accelerator.print(self.setup.search)
-
-    def evaluate_task(self, rows):
-        setup, collator = self.setup, self.setup.collator
-        return evaluate_retrieval(
-            setup.model, setup.processor, collator.store, rows, collator.max_length, setup.first_stage_alone
-        )
 
 
 def main(argv: list[str] | None = None) -> bool:
-    shared = {
-        "save_strategy": "epoch",
-        "save_total_limit": 2,  # the best and the last
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "recall_sum",
-        "greater_is_better": True,
-        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
-    }
-    data_args, training_args = parse_arguments(
-        (RetrievalArguments, TrainingArguments),
-        argv,
-        paper=training_defaults(PAPER) | shared,
-        scenes=training_defaults(SCENES) | shared,
-    )
-    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
-    set_seed(training_args.seed)  # Trainer does so too late for the new weights
-    with training_args.main_process_first():
-        setup = prepare_retrieval(data_args, training_args.output_dir, seed=training_args.seed)
-    if setup.validation is None:
-        training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
-    patience = data_args.early_stopping_patience
-    trainer = RetrievalTrainer(
-        setup,
-        training_args,
-        base_model=data_args.base_model,
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
-        resume_from=resume_from,
-    )
-    return trainer.run()
+    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
+    from unicoder_vl_hf.tasks.retrieval.run import main
+
+    return main(argv)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,17 @@
-"""Pre-trains a Unicoder-VL further on the text of VCR, before run_vcr.py fine-tunes it: not in the paper, but UNITER's.
+"""Pre-trains a Unicoder-VL further on the text of VCR.
 
-    accelerate launch examples/run_vcr_pretraining.py --output_dir runs/vcr-second-stage \
-        --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/pretrained
-    accelerate launch examples/run_vcr.py --output_dir runs/vcr \
-        --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/vcr-second-stage
-
-Masked tokens and masked object classes of each question with its right answer and rationale; references point at their
-regions. The defaults are those of the fine-tuning.
+`accelerate launch examples/run_vcr_pretraining.py --output_dir runs/vcr-second-stage`;
+without a checkout `accelerate launch -m unicoder_vl_hf.tasks.vcr.run_pretraining`, whose file says more.
 """
 
-from transformers import TrainingArguments, set_seed
-
 from unicoder_vl_hf.errors import run_script
-from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
-from unicoder_vl_hf.tasks.vcr.pretraining import (
-    VCRPretrainingArguments,
-    VCRPretrainingSetup,
-    evaluate_vcr_pretraining,
-    prepare_vcr_pretraining,
-)
-from unicoder_vl_hf.tasks.vcr.training import PAPER, SCENES, SCENES_FIELDS
-
-
-class VCRPretrainingTrainer(TaskTrainer):
-    setup: VCRPretrainingSetup
-
-    def evaluate_task(self, rows):
-        return evaluate_vcr_pretraining(
-            self.setup.model,
-            rows,
-            self.setup.collator,
-            self.accelerator,
-            batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-        )
 
 
 def main(argv: list[str] | None = None) -> bool:
-    data_args, training_args = parse_arguments(
-        (VCRPretrainingArguments, TrainingArguments),
-        argv,
-        paper=training_defaults(PAPER),
-        scenes=training_defaults(SCENES) | SCENES_FIELDS,
-        data="--annotations",
-    )
+    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
+    from unicoder_vl_hf.tasks.vcr.run_pretraining import main
 
-    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
-    set_seed(training_args.seed)  # Trainer does so too late for the new weights
-    with training_args.main_process_first():
-        setup = prepare_vcr_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
-    trainer = VCRPretrainingTrainer(setup, training_args, base_model=data_args.base_model, resume_from=resume_from)
-    return trainer.run()
+    return main(argv)
 
 
 if __name__ == "__main__":

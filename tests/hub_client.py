@@ -34,11 +34,11 @@ KEPT_AT_HOME = (
 def push(folder: Path) -> dict:
     """To three repositories: by transformers' own methods, by Trainer, and by our loop's functions."""
     import tiny
-    from run_pretraining_trainer import PretrainingTrainer
     from transformers import TrainingArguments
 
     from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, UnicoderVLForPreTraining
     from unicoder_vl_hf.runs.model_card import create_hub_repository, push_folder, write_model_card
+    from unicoder_vl_hf.tasks.pretraining.run_trainer import PretrainingTrainer
     from unicoder_vl_hf.tasks.pretraining.setup import PretrainingSetup
 
     model = tiny.model(UnicoderVLForPreTraining)

@@ -1,7 +1,9 @@
 """Where things are, for tests in any room."""
 
-import sys
+import importlib
+import re
 from pathlib import Path
+from types import ModuleType
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -9,7 +11,9 @@ SHARED = ROOT.parent / "shared"  # data for development, which the tests skip wi
 EXAMPLES = ROOT / "examples"
 
 
-def examples_on_path() -> None:
-    """Makes the scripts importable."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
+def script(name: str) -> ModuleType:
+    """The module of the package that `examples/<name>.py` calls, or one of the tests by its own name."""
+    caller = EXAMPLES / f"{name}.py"
+    if caller.exists():
+        (name,) = re.findall(r"^    from (unicoder_vl_hf\.\S+) import main$", caller.read_text(), re.MULTILINE)
+    return importlib.import_module(name)

@@ -1,8 +1,8 @@
 """How a run computes: precision and threads by a rule of sizes and hardware, recorded; attention in bfloat16."""
 
-import importlib
 import json
 
+import places
 import pytest
 import small_world
 import tiny
@@ -10,13 +10,12 @@ import torch
 from test_padding_free import loss_and_gradients, loss_of, multiple_choice_batch, pretraining_batch, retrieval_batch
 from test_padding_free import retrieval_model as new_retrieval_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import plain_descent  # noqa: F401  (the examples are on its path)
 
 from unicoder_vl_hf import UnicoderVLForImageTextRetrieval, UnicoderVLForMultipleChoice, UnicoderVLForPreTraining
 from unicoder_vl_hf import processes as training_module
 from unicoder_vl_hf.processes import Computing, fast_precision, resolve_precision
 
-run_pretraining = importlib.import_module("run_pretraining")
+run_pretraining = places.script("run_pretraining")
 
 AMX = {"amx_bf16": True, "avx512_bf16": True}
 
@@ -167,7 +166,7 @@ def test_a_checkpoint_records_it_and_a_resume_uses_it(world, bert, cpu, monkeypa
 
 def test_trainer_chooses_by_the_model_records_it_and_a_resume_uses_it(world, bert, cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(training_module, "BF16_FROM_HIDDEN_SIZE", {"avx512_bf16": 32})
-    main = importlib.import_module("run_retrieval").main
+    main = places.script("run_retrieval").main
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_validation_images": 0}
     options |= {"num_negative_captions": 1, "save_strategy": "steps", "save_steps": 1}
     options |= {"eval_strategy": "no", "load_best_model_at_end": False}
@@ -209,7 +208,7 @@ def test_runs_of_any_precision_in_one_process(world, bert, cpu, monkeypatch, tmp
     ]
     for number, (script, options) in enumerate(runs):
         output = tmp_path / str(number)
-        assert importlib.import_module(script).main(small_world.arguments(world, bert, output, **options)) is True
+        assert places.script(script).main(small_world.arguments(world, bert, output, **options)) is True
         expected = "bfloat16" if options.get("mixed_precision") == "bf16" or options.get("bf16") else "float32"
         assert f"Precision: {expected}" in (output / "README.md").read_text()
 

@@ -5,11 +5,10 @@ import dataclasses
 import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import EXAMPLES, ROOT, script
 
 from unicoder_vl_hf.cli import build_parser
 from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
@@ -71,22 +70,27 @@ def test_commands_of_the_package_parse(page):
                 build_parser().parse_args(shlex.split(arguments, comments=True))  # exits on what it does not know
 
 
-def test_commands_name_scripts_and_options_that_exist(page, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+def test_commands_name_scripts_and_options_that_exist(page):
     for block in blocks(page, "bash"):
         for command in block.replace("\\\n", " ").splitlines():
-            script = re.search(r"examples/(\w+)\.py(.*)", command)
-            if script is None:
+            named = re.search(r"(?:examples/|-m unicoder_vl_hf\.(?=tasks|scripts))([\w.]+)(.*)", command)
+            if named is None:
                 continue
-            module = importlib.import_module(script[1])
-            known = {
-                field.name
-                for value in vars(module).values()
-                if isinstance(value, type) and dataclasses.is_dataclass(value)
-                for field in dataclasses.fields(value)
-            }
-            for option in re.findall(r"--(\w+)", script[2]):
-                assert option in known or option.removeprefix("no_") in known, f"{script[1]}.py --{option}"
+            known = options_of(named[1].removesuffix(".py"))
+            for option in re.findall(r"--(\w+)", named[2]):
+                assert option in known or option.removeprefix("no_") in known, f"{named[1]} --{option}"
+
+
+def options_of(name: str) -> set[str]:
+    """The options of a script: of a loop that parses its own, or of the dataclasses of the others."""
+    if name.endswith("_loop"):
+        return set(re.findall(r'add_argument\("--(\w+)"', (EXAMPLES / f"{name}.py").read_text()))
+    return {
+        field.name
+        for value in vars(importlib.import_module(f"unicoder_vl_hf.{name}") if "." in name else script(name)).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+        for field in dataclasses.fields(value)
+    }
 
 
 def test_what_is_sought_in_the_demo_is_there():

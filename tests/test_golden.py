@@ -20,8 +20,11 @@ from two_processes import run
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.regions.conversion import convert
 from unicoder_vl_hf.regions.validation import validate
+from unicoder_vl_hf.runs.arguments import run_identity
 from unicoder_vl_hf.scoring.checkpoints import load_for_store
 from unicoder_vl_hf.search.command import make_index, run_search
+from unicoder_vl_hf.tasks.pretraining.loop import LoopArguments
+from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments
 from unicoder_vl_hf.tasks.retrieval.mining import mine
 
 GOLDEN = Path(__file__).parent / "golden" / "9bccc44"
@@ -100,6 +103,14 @@ def test_an_unfinished_run(script, kind, options, disk):
     assert_same_weights(output, finished)
     name = "bert.encoder.layer.0.output.dense.weight"
     assert (load_file(output / "model.safetensors")[name] - before[name]).abs().max() > 1e-3
+
+
+def test_what_makes_a_run_is_what_it_was():
+    """No option more, which a resume could then not change, but for those that there were not."""
+    state = json.loads((GOLDEN / "unfinished_pretraining" / "checkpoint-3" / "training_state.json").read_text())
+    today = run_identity(PretrainingArguments(), LoopArguments(output_dir="x"))
+    assert today.keys() - state["identity"].keys() == {"caption_ids"}
+    assert state["identity"].keys() - today.keys() == {"train_pairs", "total_steps"}  # facts of the data
 
 
 def test_unfinished_scores(store, expected, monkeypatch):

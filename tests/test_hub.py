@@ -46,7 +46,7 @@ def hub():
 def run(action: str, hub: HubStub, folder: Path) -> dict:
     """What hub_client.py says of `action`."""
     source = Path(unicoder_vl_hf.__file__).parents[1]
-    paths = [TESTS, TESTS.parent / "examples", source]
+    paths = [TESTS, source]
     home = folder / f"home_{action}"  # fresh: nothing is cached
     environment = hub.environment(home) | {"PYTHONPATH": ":".join(map(str, paths))}
     done = subprocess.run(

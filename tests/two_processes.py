@@ -6,7 +6,6 @@ each process writes to `<examples>-<rank>` the epoch and the row of each example
 """
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import signal
@@ -15,14 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+import places
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from places import EXAMPLES
 
 from unicoder_vl_hf import DataCollatorForUnicoderVLPreTraining, DataCollatorForUnicoderVLRetrieval
-
-sys.path.insert(0, str(EXAMPLES))
 
 
 @contextlib.contextmanager
@@ -61,7 +58,7 @@ def run(script: str, arguments):
     """The `main` of a script, as if in a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    importlib.import_module(script).main(arguments)
+    places.script(script).main(arguments)
 
 
 class Processes:

@@ -1,7 +1,6 @@
 """Indices and the search in two stages: against brute force, in both directions, and what is refused."""
 
 import dataclasses
-import importlib
 import json
 import re
 import shutil
@@ -12,11 +11,11 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import places
 import pytest
 import tiny
 import torch
 from PIL import Image
-from places import EXAMPLES
 from scoring_process import CAPTIONS, IMAGES, STORE
 from test_pictures import Page
 from transformers import (
@@ -1031,9 +1030,8 @@ def test_arguments_that_do_not_go_together(arguments, message):
         run_search(**arguments)
 
 
-def test_the_script_of_the_report(folder, clip, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    script = importlib.import_module("evaluate_two_stage")
+def test_the_script_of_the_report(folder, clip, tmp_path, capsys):
+    script = places.script("evaluate_two_stage")
     rows = [json.loads(line) | {"split": "test"} for line in (folder / "captions.jsonl").read_text().splitlines()]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shared = {"captions": tmp_path / "captions.jsonl", "regions": folder / "store", "output": tmp_path / "report.json"}

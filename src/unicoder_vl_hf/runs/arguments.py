@@ -1,6 +1,7 @@
 """Command lines of training scripts as dataclasses: the options that all tasks share, and how they are spelt."""
 
 import argparse
+import dataclasses
 import difflib
 import os
 import sys
@@ -22,6 +23,10 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message.removesuffix('.')}. --help lists the options.\n")
 
+    def add_argument(self, *names: str, may_change: bool = False, **options: Any) -> argparse.Action:
+        """Takes the metadata of a field, of which `may_change` is for [`run_identity`] alone, not for argparse."""
+        return super().add_argument(*names, **options)
+
     def parse_args_into_dataclasses(self, args: Any = None, *_: Any, **options: Any) -> tuple[Any, ...]:
         try:
             *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **options)
@@ -34,7 +39,7 @@ class _Parser(HfArgumentParser):
 
 
 def make_parser(*classes: type, **options: Any) -> HfArgumentParser:
-    """A parser of dataclasses, whose options are spelt out, and whose help says of `--no_x` that it turns x off."""
+    """Makes a parser of dataclasses: its options are spelt out, and its help says of `--no_x` that it turns x off."""
     parser = _Parser(classes, allow_abbrev=False, **options)  # type: ignore[arg-type]
     for action in parser._actions:
         if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
@@ -51,8 +56,8 @@ def parse_arguments(
     data: str = "--captions",
 ) -> tuple[Any, ...]:
     """
-    A command line as dataclasses. The defaults are `paper` where it names `data`, and so in the help, and `scenes`
-    where it does not.
+    Reads a command line as dataclasses. The defaults are `paper` where it names `data`, and so in the help, and
+    `scenes` where it does not.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     on_scenes = {name: value for name, value in scenes.items() if paper.get(name) != value}
@@ -79,7 +84,7 @@ def parse_arguments(
 
 def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """
-    A command line of a training script, in the options that the script has. Our loop and Trainer differ in a few:
+    Spells a command line of a training script in the options that the script has. Our loop and Trainer differ in a few:
     either kind of script takes those of the other. `--eval_steps` and `--save_steps` count for Trainer whatever its
     default strategy is.
 
@@ -156,21 +161,42 @@ _SPELLINGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 }
 
 
+def run_identity(*arguments: Any, **facts: Any) -> dict[str, Any]:
+    """
+    Tells what makes a run the run it is: the values of the dataclasses of its command line, and `facts` of its data. A
+    field whose metadata hold `"may_change": True` is left out: a run may be resumed with another value of it.
+    """
+    values = {
+        field.name: getattr(of_class, field.name)
+        for of_class in arguments
+        for field in dataclasses.fields(of_class)
+        if not field.metadata.get("may_change", False)
+    }
+    return values | facts
+
+
 @dataclass
 class ModelArguments:
-    """Where a model starts, and how it reads text and regions: of a run of any task."""
+    """Says where a model starts, and how it reads text and regions, in a run of any task."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none."},
+        metadata={
+            "help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none.",
+            "may_change": True,
+        },
     )
     num_region_classes: int | None = field(
         default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
     )
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "First layers of the BERT to keep."})
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Layers of the BERT to keep, from the first on."}
+    )
     dropout: float | None = field(
         default=None,
-        metadata={"help": "Of hidden states and attention. Default: as what the model starts from has it, BERT 0.1."},
+        metadata={
+            "help": "Dropout of hidden states and attention. Default: that of what the model starts from; BERT has 0.1."
+        },
     )
     image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
     max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
@@ -190,7 +216,7 @@ class ModelArguments:
 
     @property
     def base_model(self) -> str | None:
-        """What the model starts from; None for new weights."""
+        """The folder or repository that the model starts from; None for new weights."""
         if self.model_name_or_path is None and not self.on_scenes:
             return "google-bert/bert-base-uncased"
         return self.model_name_or_path
@@ -198,21 +224,32 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(ModelArguments):
-    """Data and model of a run. Without `captions` it runs on the rendered scenes with a small model."""
+    """Names the data and the model of a run. Without `captions` it runs on the rendered scenes with a small model."""
 
     captions: str | None = field(
         default=None,
-        metadata={"help": "Caption file in any layout that read_captions reads. Default: rendered scenes."},
+        metadata={
+            "help": "Caption file in any layout that read_captions reads. Default: rendered scenes.",
+            "may_change": True,
+        },
     )
     caption_ids: str | None = field(
         default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
     )
     regions: str | None = field(
-        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
+        default=None,
+        metadata={
+            "help": "RegionStore, or feature files that are converted to one in the output folder.",
+            "may_change": True,
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split of the captions to train on."})
-    validation_split: str = field(default="val", metadata={"help": "Split of the captions to evaluate on."})
-    skip_missing: bool = field(default=False, metadata={"help": "Leave out captions whose image has no regions."})
+    validation_split: str = field(
+        default="val", metadata={"help": "Split of the captions to evaluate on.", "may_change": True}
+    )
+    skip_missing: bool = field(
+        default=False, metadata={"help": "Leave out captions whose image has no regions.", "may_change": True}
+    )
 
     def __post_init__(self):
         if (self.captions is None) != (self.regions is None):

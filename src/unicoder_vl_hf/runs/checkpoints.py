@@ -28,7 +28,7 @@ class CheckpointFolder:
     Args:
         output_dir (`Path`): The run's folder.
         keep (`int`, *optional*, defaults to 1): How many checkpoints stay.
-        state_file (`str`, *optional*): What is written last into a checkpoint, so that one without it is not whole.
+        state_file (`str`, *optional*): The file that is written last into a checkpoint: one without it is not whole.
     """
 
     def __init__(self, output_dir: Path, keep: int = 1, state_file: str = "training_state.json"):
@@ -39,7 +39,7 @@ class CheckpointFolder:
         self.state_file = state_file
 
     def list(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Lists the complete checkpoints, oldest first."""
         found = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
         return sorted(filter(self._is_complete, found), key=lambda path: int(path.name[11:]))
 
@@ -49,8 +49,8 @@ class CheckpointFolder:
 
     def resolve(self, requested: str | None) -> Path | None:
         """
-        The checkpoint to resume from: a folder, the newest for `"latest"`, None for None. Whether a finished run has
-        steps left is for [`~CheckpointFolder.check_steps`] to say, once their number is known.
+        Finds the checkpoint to resume from: a folder, the newest for `"latest"`, None for None. Whether a finished run
+        has steps left is for [`~CheckpointFolder.check_steps`] to say, once their number is known.
 
         Raises:
             `FinishedRun`: the run is finished, and has no checkpoint to go on from. `ValueError`: there is none, or one
@@ -82,10 +82,11 @@ class CheckpointFolder:
 
     def check_steps(self, requested: str | None, checkpoint: Path, planned: int, before: int) -> bool:
         """
-        Whether a resumed run is to take more steps than it was to take before: its schedule then changes.
+        Tells whether a resumed run is to take more steps than it was to take before: its schedule then changes.
 
         Args:
-            requested (`str`, *optional*), checkpoint (`Path`): As [`~CheckpointFolder.resolve`] takes and gives it.
+            requested (`str`, *optional*), checkpoint (`Path`): The checkpoint as it was asked for, and as
+                [`~CheckpointFolder.resolve`] found it.
             planned, before (`int`): Steps of the whole run, as it is asked for now and as the checkpoint knows it.
 
         Raises:
@@ -122,7 +123,7 @@ class CheckpointFolder:
 
     def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """
-        What was saved as `state`, with the `total_steps` that the run was to take.
+        Reads what was saved as `state`, with the `total_steps` that the run was to take.
 
         Raises:
             `ValueError`: `identity` differs from that of the run, which then could not go on exactly; but for its
@@ -155,8 +156,8 @@ class CheckpointFolder:
         it.
 
         Args:
-            state (`dict`): What else the loop needs to go on, as JSON; `step` names the checkpoint.
-            identity (`dict`): What must be the same for a resumed run to be the same run, as JSON.
+            state (`dict`): The rest that the loop needs to go on, as JSON; `step` names the checkpoint.
+            identity (`dict`): The values by which a resumed run is the same run, as JSON.
         """
         final = self.output_dir / f"checkpoint-{state['step']}"
         partial = self.output_dir / f"partial-{state['step']}"
@@ -182,7 +183,7 @@ class CheckpointFolder:
         return (checkpoint / self.state_file).is_file()
 
     def _remove(self, checkpoint: Path):
-        """Under another name first: what has lost some of its files must not pass for a checkpoint."""
+        """Removes a checkpoint, renamed first: what has lost some of its files must not pass for one."""
         doomed = self.output_dir / f"partial-old-{checkpoint.name}"
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
@@ -191,7 +192,7 @@ class CheckpointFolder:
 def follow_schedule(scheduler: LRScheduler):
     """
     Sets the learning rates to what the schedule has at its step, in place of those of a checkpoint of another schedule,
-    whose next step would still be taken with them. Of schedules that are no function of the step, none.
+    whose next step would still be taken with them. A schedule that is no function of the step stays as it is.
     """
     if isinstance(scheduler, LambdaLR):
         step = scheduler.last_epoch

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 class JsonLog:
     """
-    One JSON object a line: `step` and the values of that step. The trackers of accelerate get them, too.
+    A file with a JSON object a line: `step` and the values of that step. The trackers of accelerate get them, too.
 
     Args:
         path (`Path`): The file, made if need be, and written by the main process.
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        accelerator ([`~accelerate.Accelerator`]): The run's.
         resume_step (`int`): Lines after this step are dropped: a resumed run writes them again.
     """
 
@@ -38,15 +38,16 @@ class JsonLog:
                 )
 
 
-MASKED_LOSSES = ("mlm_loss", "moc_loss")  # of which the matches alone have one
+MASKED_LOSSES = ("mlm_loss", "moc_loss")  # which the matches alone have
 
 
 class LossMeter:
     """
-    The loss and its parts since the last line of the log, over all processes. A checkpoint keeps its `state`.
+    A meter of the loss and its parts since the last line of the log, over all processes. A checkpoint keeps its
+    `state`.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the run.
+        accelerator ([`~accelerate.Accelerator`]): The run's.
         parts (sequence of `str`): Parts of the loss that are trained, as the model's output names them.
     """
 
@@ -59,7 +60,7 @@ class LossMeter:
         self.start_clock()
 
     def start_clock(self):
-        """Anew, so that an evaluation does not count as training."""
+        """Starts the clock anew, so that an evaluation does not count as training."""
         self._since, self._rows = time.perf_counter(), 0
 
     def add(self, outputs: Mapping[str, torch.Tensor], matching_labels: torch.Tensor, weight: float):
@@ -74,7 +75,7 @@ class LossMeter:
         self._of_process.zero_()
 
     def mean(self, steps: float) -> dict[str, float]:
-        """Over the last steps, of masked tokens and regions over their matches, as in evaluation; begins anew."""
+        """Takes the means over the last steps, of masked losses over the matches, as in evaluation; begins anew."""
         *sums, counted = self._sums.tolist()
         rows = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
         self._sums.zero_()
@@ -95,11 +96,11 @@ class LossMeter:
 
 
 def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
-    """The losses and the learning rate of a line of the log, short enough to stand beside a progress bar."""
+    """Shortens the losses and the learning rate of a line of the log, to stand beside a progress bar."""
     losses = {name.removesuffix("_loss"): f"{value:.3f}" for name, value in values.items() if name.endswith("loss")}
     return losses | {"lr": f"{values['learning_rate']:.1e}"}
 
 
 def in_a_line(step: int, metrics: Mapping[str, float]) -> str:
-    """The metrics of an evaluation for the terminal."""
+    """Writes the metrics of an evaluation in a line for the terminal."""
     return f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -37,7 +37,7 @@ _IN_WORDS = {
 
 
 def pretrained_by(losses: Sequence[str], by: str = "pre-trained by") -> str:
-    """The tasks of these parts of the loss, in the words of the card."""
+    """Names the tasks of these parts of the loss, in the words of the card."""
     *others, last = (_IN_WORDS[name] for name in losses)
     return f"{by} {', '.join(others)} and {last}" if others else f"{by} {last}"
 
@@ -47,7 +47,7 @@ FIRST_STAGE = "given a first stage of search, trained by a contrastive loss with
 
 
 def finish_run(output_dir: Path, metrics: dict[str, float], *, repo_id: str | None = None, **card: Any):
-    """What follows the last evaluation: `metrics.json`, the model card, which `card` is for, and the push."""
+    """Ends a run that was evaluated: writes `metrics.json` and the model card, which `card` is for, and pushes."""
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
     write_model_card(output_dir, metrics=metrics, repo_id=repo_id, **card)
     if repo_id is not None:
@@ -60,13 +60,13 @@ class TrainingRun:
     A training as it really ran, for the card.
 
     Args:
-        steps (`int`): Of the optimiser.
+        steps (`int`): Steps of the optimiser.
         epochs (`float`): Passes over the training data.
-        batch_size (`int`): `rows` of a step over all processes and micro-steps.
-        learning_rate (`float`): Its peak.
-        seed (`int`): Of the run.
+        batch_size (`int`): Rows of a step over all processes and micro-steps.
+        learning_rate (`float`): Peak of the learning rate.
+        seed (`int`): Seed of the run.
         mixed_precision (`str`): As accelerate has it.
-        rows (`str`, *optional*): What a batch counts.
+        rows (`str`, *optional*): The word for what a batch counts.
         kept_step (`int`, *optional*): The step whose model was kept, where it is not the last.
     """
 
@@ -108,43 +108,23 @@ def write_model_card(
     Writes `README.md`, the model card: tags, base model, data, training, where the regions come from, metrics and use.
 
     Args:
-        folder (`Path`): The saved model's.
-        data_name (`str`): What it was trained on, in words.
-        metrics (`dict[str, float]`): On the validation split; may be empty.
+        folder (`Path`): Folder of the saved model.
+        data_name (`str`): The training data, in words.
+        metrics (`dict[str, float]`): Metrics on the validation split; may be empty.
         provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
-        measured_on (`str`, *optional*): How many captions and images of it, without which recall at K says little.
-        trained_by (`str`, *optional*): How, in words that follow "Unicoder-VL, ".
-        task (`str`, *optional*): What the model is used for.
-        base_model (`str`, *optional*): What the training began with; the metadata name it where it is a repository,
-            and the text a folder by its name alone, which may be published where its path may not.
+        measured_on (`str`, *optional*): The number of its captions and images, without which recall at K says little.
+        trained_by (`str`, *optional*): The way of training, in words that follow "Unicoder-VL, ".
+        task (`str`, *optional*): The use of the model.
+        base_model (`str`, *optional*): The model that the training began with; the metadata name it where it is a
+            repository, and the text a folder by its name alone, which may be published where its path may not.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
-        training ([`TrainingRun`], *optional*): As it really ran.
-        search (`str`, *optional*): How a search in two stages orders what the model's first stage proposes, in words.
+        training ([`TrainingRun`], *optional*): The training as it really ran.
+        search (`str`, *optional*): The order of a search in two stages by the model's own first stage, in words.
     """
     name = repo_id or folder.resolve().name
-    tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
-    results = [
-        huggingface_hub.EvalResult(
-            task_type=_USES[task]["task_type"],
-            task_name=tag.capitalize(),
-            dataset_type="image-text",
-            dataset_name=data_name,
-            dataset_split="validation",
-            metric_type=metric,
-            metric_value=round(value, 4),
-        )
-        for metric, value in metrics.items()
-    ]
     on_hub = base_model is not None and _is_repository(base_model)
-    metadata = huggingface_hub.ModelCardData(
-        language="en",
-        license="apache-2.0",
-        library_name="transformers",
-        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", task, tag],
-        base_model=base_model if on_hub else None,
-        model_name=name,
-        eval_results=results or None,
-    )
+    tag = "pre-training" if trained_by.startswith("pre-trained") else "fine-tuning"
+    metadata = _metadata(name, data_name, task, tag, base_model if on_hub else None, metrics)
     if base_model is not None and not on_hub:
         base_model = PureWindowsPath(os.path.abspath(base_model)).name  # of either kind of path
     known = {
@@ -168,6 +148,33 @@ def write_model_card(
     path = folder / CARD_FILE
     huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(path)
     return path
+
+
+def _metadata(
+    name: str, data_name: str, task: str, tag: str, base_model: str | None, metrics: dict[str, float]
+) -> huggingface_hub.ModelCardData:
+    """Makes what the Hub reads of the card: tags, the base model, and the metrics as results."""
+    results = [
+        huggingface_hub.EvalResult(
+            task_type=_USES[task]["task_type"],
+            task_name=tag.capitalize(),
+            dataset_type="image-text",
+            dataset_name=data_name,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    return huggingface_hub.ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        tags=["unicoder-vl", "unicoder-vl-hf", "vision-language", task, tag],
+        base_model=base_model,
+        model_name=name,
+        eval_results=results or None,
+    )
 
 
 # With trust_remote_code the snippet needs no package of ours: it gives the regions as a dict.
@@ -244,13 +251,13 @@ def _is_repository(name: str) -> bool:
 
 
 def _metric_row(name: str, value: float) -> str:
-    """Of the table: fractions and losses to four decimals; ranks count images or captions."""
+    """Writes a row of the table: fractions and losses to four decimals; ranks count images or captions."""
     decimals = 0 if name.endswith(("_tied_ranks", "_ties")) else 1 if name.endswith("_rank") else 4
     return f"| {name} | {value:,.{decimals}f} |"
 
 
 def _shorten(value: Any) -> str:
-    """`value` as JSON; of a long list, such as 1600 class names, the beginning and the length."""
+    """Writes `value` as JSON; of a long list, such as 1600 class names, the beginning and the length."""
     if isinstance(value, list) and len(value) > 10:
         return f"{json.dumps(value[:5], ensure_ascii=False)[:-1]}, …] ({len(value)} in all)"
     return json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,6 @@
 """What the pre-training scripts share, and what they need around their loop."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -12,12 +11,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import places
 import pytest
 import small_world
 import tiny
 import torch
 from accelerate import Accelerator
-from places import EXAMPLES
 
 from unicoder_vl_hf import (
     ImageTextScorer,
@@ -349,10 +348,9 @@ def test_help_shows_the_defaults_of_the_paper_and_names_those_of_the_scenes(caps
     assert "--no_image_token, --no-image-token Turn --image_token off. --max_length" in shown
 
 
-def test_help_of_an_evaluation(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_help_of_an_evaluation(capsys):
     with pytest.raises(SystemExit):
-        importlib.import_module("evaluate_pretraining").main(["--help"])
+        places.script("evaluate_pretraining").main(["--help"])
     assert "--no_moc, --no-moc Turn --moc off. --mixed_precision" in " ".join(capsys.readouterr().out.split())
 
 

@@ -1,6 +1,5 @@
 """The two pre-training scripts: however a run is cut (steps, processes, workers, Ctrl-C), it is the same run."""
 
-import importlib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import places
 import pytest
 import small_world
 import torch
@@ -19,6 +19,7 @@ from two_processes import Processes, examples_recorded, plain_descent, run
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.errors import FinishedRun
 from unicoder_vl_hf.processes import fast_precision
+from unicoder_vl_hf.tasks.pretraining import loop
 
 STEPS_PER_EPOCH = 20
 
@@ -277,7 +278,7 @@ def test_ctrl_c_in_one_process_stops_all_at_the_same_step(script, command, tmp_p
 
 def test_a_last_evaluation_that_fails_loses_nothing(script, command, straight, tmp_path, monkeypatch):
     """Not the run whose model it is either: the next one goes on from there, and ends."""
-    module = importlib.import_module(script)
+    module = loop if script == "run_pretraining" else places.script(script)
     evaluate, calls = module.evaluate_pretraining, []
 
     def fails_at_the_end(*args, **kwargs):
@@ -328,7 +329,7 @@ def ends_at_rest(monkeypatch):
         self.lr_scheduler = schedule(optimizer or self.optimizer, 0, num_training_steps)
         return self.lr_scheduler
 
-    monkeypatch.setattr(importlib.import_module("run_pretraining"), "get_linear_schedule_with_warmup", schedule)
+    monkeypatch.setattr(loop, "get_linear_schedule_with_warmup", schedule)
     monkeypatch.setattr(Trainer, "create_scheduler", create_scheduler)
 
 
@@ -504,7 +505,7 @@ def test_evaluation_keeps_no_logits(command, world, tmp_path, monkeypatch):
     if not (status.exists() and os.access("/proc/self/clear_refs", os.W_OK)):
         pytest.skip("the peak of memory is read from /proc")
     bert = small_world.save_bert(tmp_path / "bert", dropout=0.0, vocab_size=30522)
-    trainers = importlib.import_module("run_pretraining_trainer")
+    trainers = places.script("run_pretraining_trainer")
     growth = []
     evaluate = trainers.PretrainingTrainer.evaluate
 

@@ -1,14 +1,12 @@
 """examples/evaluate_retrieval.py on a tiny checkpoint, against pair-by-pair forward passes."""
 
-import importlib
 import json
-import sys
 
 import numpy as np
+import places
 import pytest
 import tiny
 import torch
-from places import EXAMPLES
 from transformers import BertConfig
 
 from unicoder_vl_hf import (
@@ -45,12 +43,10 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-
+def run(world, tmp_path, capsys):
     def run(model, *options):
         output = tmp_path / "output.json"
-        script = importlib.import_module("evaluate_retrieval")
+        script = places.script("evaluate_retrieval")
         paths = {"model": model, "captions": "captions.jsonl", "regions": "regions"}
         arguments = [word for name, path in paths.items() for word in (f"--{name}", str(world / path))]
         script.main([*arguments, "--output", str(output), *options])

@@ -1,14 +1,13 @@
 """The gallery of a search on photos: what it shows, and that it may do without the photos."""
 
 import dataclasses
-import importlib
 import io
 
 import numpy as np
+import places
 import pytest
 import small_world
 import tiny
-from places import EXAMPLES
 from test_pictures import Page
 
 from unicoder_vl_hf.data.captions import read_captions
@@ -16,9 +15,8 @@ from unicoder_vl_hf.pictures import GalleryItem
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("retrieval_gallery")
+def script():
+    return places.script("retrieval_gallery")
 
 
 def item(name, rank, score=float("nan"), others=()):

@@ -1,11 +1,11 @@
 """The fine-tuning script: however a run is cut (steps, processes, Ctrl-C), it is the same run; and what it leaves."""
 
 import functools
-import importlib
 import json
 import shutil
 from types import SimpleNamespace
 
+import places
 import pytest
 import small_world
 import torch
@@ -179,7 +179,7 @@ def test_a_finished_run_goes_on_and_keeps_the_best_of_all_its_steps(command, str
 
 def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path, monkeypatch, capsys):
     sums = iter([1.0, 3.0, 2.0, 2.5, 4.0])
-    trainer = importlib.import_module(SCRIPT).RetrievalTrainer
+    trainer = places.script(SCRIPT).RetrievalTrainer
     monkeypatch.setattr(trainer, "evaluate_task", lambda self, rows: {"recall_sum": next(sums)})
     run(SCRIPT, [*command(tmp_path), "--early_stopping_patience", "2"])
     state = json.loads((tmp_path / "trainer_state.json").read_text())
@@ -198,7 +198,7 @@ def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path,
 
 def test_the_weight_of_the_similarity_is_that_of_the_model_that_was_kept(command, world, tmp_path, monkeypatch, capsys):
     """Measured when fine-tuning with a first stage ends, saved along, and named in the card."""
-    module = importlib.import_module(SCRIPT)
+    module = places.script(SCRIPT)
     sums, measured = iter([1.0, 3.0, 2.0, 2.5, 2.0]), []
     monkeypatch.setattr(module.RetrievalTrainer, "evaluate_task", lambda self, rows: {"recall_sum": next(sums)})
     measure = RetrievalSetup.measure_similarity_weight

@@ -1,12 +1,12 @@
 """Training and evaluation on VCR: scores in order, tasks, what a batch is left without, and what the scripts write."""
 
 import functools
-import importlib
 import json
 import re
 import shutil
 
 import numpy as np
+import places
 import pytest
 import torch
 from transformers import AutoModelForMultipleChoice, AutoProcessor
@@ -232,7 +232,7 @@ def test_the_snippet_of_the_card_runs_as_written(trained):
 def evaluate(trained, world, split, **options):
     inputs = {"model": trained, "annotations": world / f"{split}.jsonl", "regions": world / "regions"}
     inputs |= {"metadata": world / "images"} | options
-    importlib.import_module("evaluate_vcr").main([word for name in inputs for word in (f"--{name}", str(inputs[name]))])
+    places.script("evaluate_vcr").main([word for name in inputs for word in (f"--{name}", str(inputs[name]))])
 
 
 def test_the_evaluation_of_a_run_is_what_the_run_says(trained, world, tmp_path, capsys):

@@ -1,41 +1,101 @@
-"""The arguments of `examples/run_pretraining.py`, its recipes, and what makes a resumed run the same run."""
+"""
+Our own loop of pre-training (paper, section Pre-training) and its arguments: micro-batches are weighed by their rows,
+and however a run is cut, it is the same run. `run.py` is its script.
+"""
 
-import dataclasses
-from dataclasses import dataclass, field
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import get_linear_schedule_with_warmup
+
+from ... import logging
+from ...data.negatives import pairs_digest
+from ...data.samplers import StepBatchSampler
+from ...processes import Computing, StopSignal
+from ...runs.arguments import run_identity
+from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
+from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
+from ...runs.model_card import TrainingRun, finish_run
+from .evaluation import evaluate_pretraining
+from .setup import PretrainingArguments, PretrainingSetup
+
+logger = logging.get_logger(__name__)
+
+# The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
+PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
+SCENES = {"num_train_epochs": 3, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
 
 
 @dataclass
 class LoopArguments:
-    """The loop of `examples/run_pretraining.py`; the defaults are the paper's."""
+    """Says how our own loop of pre-training runs; the defaults are the paper's."""
 
-    output_dir: str = field(metadata={"help": "Checkpoints, the log, and in the end the model."})
-    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training pairs."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Its peak, after the warm-up."})
-    train_batch_size: int = field(default=192, metadata={"help": "Pairs of an optimiser step over ALL processes."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-steps of an optimiser step."})
-    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW with 0 is the paper's Adam."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
-    max_steps: int = field(default=-1, metadata={"help": "End after so many steps, whatever the epochs."})
-    mixed_precision: str = field(
-        default="auto", metadata={"help": "auto (what the hardware is fast in), no, bf16, fp16."}
+    output_dir: str = field(
+        metadata={"help": "Folder for checkpoints, the log, and in the end the model.", "may_change": True}
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a third more time."})
-    seed: int = field(default=0, metadata={"help": "Masks, mismatches, order, dropout and new weights follow from it."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and mask."})
-    logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log."})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
-    eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations. Default: every epoch."})
-    eval_on_start: bool = field(default=False, metadata={"help": "Evaluate before the first step too."})
+    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training pairs.", "may_change": True})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate, after the warm-up."})
+    train_batch_size: int = field(default=192, metadata={"help": "Pairs of an optimiser step over ALL processes."})
+    gradient_accumulation_steps: int = field(
+        default=4, metadata={"help": "Micro-steps of an optimiser step.", "may_change": True}
+    )
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of AdamW, which with 0 is the paper's Adam."}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
+    max_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "Steps after which the run ends, whatever the epochs; -1 takes all epochs.",
+            "may_change": True,
+        },
+    )
+    mixed_precision: str = field(
+        default="auto",
+        metadata={"help": "Precision: auto (what the hardware is fast in), no, bf16, fp16.", "may_change": True},
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Compute activations twice: less memory, a third more time.", "may_change": True},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of masks, mismatches, order, dropout and new weights."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that read and mask.", "may_change": True}
+    )
+    logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log.", "may_change": True})
+    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints.", "may_change": True})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep.", "may_change": True})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between evaluations. Default: every epoch.", "may_change": True}
+    )
+    eval_on_start: bool = field(
+        default=False, metadata={"help": "Evaluate before the first step too.", "may_change": True}
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "A checkpoint's folder, or 'latest'. With more steps than before the run becomes longer."},
+        metadata={
+            "help": "A checkpoint's folder, or 'latest'. With more steps than before the run becomes longer.",
+            "may_change": True,
+        },
     )
-    report_to: str = field(default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the model, processor and card in the end."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository. Default: the output folder's name."})
+    report_to: str = field(
+        default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none.", "may_change": True}
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the model, processor and card in the end.", "may_change": True}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository of the Hub. Default: the output folder's name.", "may_change": True}
+    )
 
     def __post_init__(self):
         for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
@@ -47,22 +107,203 @@ class LoopArguments:
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio={self.warmup_ratio}, expected a share of the steps in 0..1, below 1.")
 
-
-# A run may be resumed with others of these; all other arguments decide what it computes.
-MAY_CHANGE = set(
-    "output_dir captions regions model_name_or_path skip_missing validation_split max_validation_pairs "
-    "num_train_epochs max_steps gradient_accumulation_steps mixed_precision gradient_checkpointing "
-    "dataloader_num_workers logging_steps save_steps save_total_limit eval_steps eval_on_start "
-    "resume_from_checkpoint report_to push_to_hub hub_model_id".split()
-)
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """The checkpoints of the run, in its output folder."""
+        return CheckpointFolder(Path(self.output_dir), keep=self.save_total_limit)
 
 
-def run_identity(*arguments: Any, **facts: Any) -> dict[str, Any]:
-    """What makes a run the run it is, of the dataclasses of its command line, and `facts` of its data."""
-    given = {name: value for of_class in arguments for name, value in dataclasses.asdict(of_class).items()}
-    return {name: value for name, value in given.items() if name not in MAY_CHANGE} | facts
+class PretrainingLoop:
+    """
+    A run of pre-training by Accelerate: one process or many, resumed exactly at any step.
 
+    Args:
+        data_args ([`PretrainingArguments`]), args ([`LoopArguments`]): The command line of the run.
+        setup ([`PretrainingSetup`]): What is trained, as [`prepare_pretraining`] builds it.
+        accelerator ([`~accelerate.Accelerator`]), computing ([`Computing`]): How it computes.
+    """
 
-# The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
-PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
-SCENES = {"num_train_epochs": 3, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+    def __init__(
+        self,
+        data_args: PretrainingArguments,
+        args: LoopArguments,
+        setup: PretrainingSetup,
+        accelerator: Accelerator,
+        computing: Computing,
+    ):
+        self.data_args, self.args, self.setup = data_args, args, setup
+        self.accelerator, self.computing = accelerator, computing
+        self.output_dir = Path(args.output_dir)
+        self.checkpoints = args.checkpoints
+        self.sampler = StepBatchSampler(
+            len(setup.train),
+            rows_per_step=args.train_batch_size,
+            micro_batches=args.gradient_accumulation_steps,
+            seed=args.seed,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.steps_per_epoch
+        self.step = 0
+        self.meter = LossMeter(accelerator, setup.loss_parts)
+
+        if args.gradient_checkpointing:
+            setup.model.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(
+            setup.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+        )
+        self.scheduler = get_linear_schedule_with_warmup(
+            optimizer, round(args.warmup_ratio * self.total_steps), self.total_steps
+        )
+        self.model, self.optimizer = accelerator.prepare(setup.model, optimizer)
+        accelerator.register_for_checkpointing(self.scheduler)
+        save_weights_as_pretrained(accelerator)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be this run."""
+        pairs = {"train_pairs": len(self.setup.train), "train_pairs_sha256": pairs_digest(self.setup.train.pairs)}
+        return run_identity(self.data_args, self.args, **pairs, total_steps=self.total_steps)
+
+    def run(self, resume_from: Path | None) -> bool:
+        """Begins, or goes on from a checkpoint, and trains; False where Ctrl-C stopped it, with a checkpoint."""
+        args, accelerator = self.args, self.accelerator
+        if resume_from is None:
+            set_seed(args.seed, device_specific=True)  # another dropout in every process
+        else:
+            self._resume(resume_from)
+        self.log = JsonLog(self.output_dir / "log.jsonl", accelerator, resume_step=self.step)
+        if args.report_to != "none":
+            accelerator.init_trackers("pretraining", {**asdict(self.data_args), **asdict(args)})
+        accelerator.print(
+            f"{self.total_steps:,} steps of {args.train_batch_size} of {len(self.setup.train):,} pairs; processes: "
+            f"{accelerator.num_processes}, {self.computing}"
+        )
+        if args.eval_on_start and self.step == 0:
+            self.evaluate()
+        self._train()
+        finished = self.step == self.total_steps
+        if finished:
+            self._finish()
+        else:
+            accelerator.print(f"Stopped after {self.step} of {self.total_steps} steps.")
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return finished
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the three tasks on the validation pairs, if there are any, for the log and the terminal."""
+        if self.setup.validation is None:
+            return {}
+        with self.computing.threads():
+            metrics = evaluate_pretraining(
+                self.model,
+                self.setup.validation,
+                self.setup.collator,
+                self.accelerator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+        self.log.write(self.step, {f"eval_{name}": value for name, value in metrics.items()})
+        if self.accelerator.is_main_process:
+            tqdm.write(in_a_line(self.step, metrics))
+        return metrics
+
+    def _resume(self, checkpoint: Path) -> None:
+        saved = self.checkpoints.read(checkpoint, self.identity)
+        goes_further = self.checkpoints.check_steps(
+            self.args.resume_from_checkpoint, checkpoint, self.total_steps, saved["total_steps"]
+        )
+        self.step = saved["step"]
+        self.meter.load(saved["losses"])
+        self.accelerator.load_state(str(checkpoint))
+        if goes_further:
+            follow_schedule(self.scheduler)
+            self.checkpoints.reopen()
+        logger.warning(f"Resumed from {checkpoint} after {self.step:,} of {self.total_steps:,} steps.")
+
+    def _train(self) -> None:
+        """Takes the steps that are left, or as many as Ctrl-C lets it; a checkpoint follows the last."""
+        args, is_shown = self.args, self.accelerator.is_local_main_process
+        self.model.train()
+        self.meter.start_clock()
+        progress = logging.tqdm(
+            total=self.total_steps, initial=self.step, unit="step", desc="Pre-training", disable=not is_shown
+        )
+        with StopSignal() as stop, progress, self.computing.threads():
+            while self.step < self.total_steps and not stop.is_set():
+                for _ in self._steps_of_epoch():
+                    progress.update()
+                    if self.step % args.logging_steps == 0:
+                        progress.set_postfix(beside_the_bar(self._log_losses()))
+                    if self.step % (args.eval_steps or self.steps_per_epoch) == 0 and self.step < self.total_steps:
+                        self.evaluate()
+                        self.meter.start_clock()
+                    ends = stop.agreed(self.accelerator) or self.step == self.total_steps
+                    if self.step % args.save_steps == 0 or ends:
+                        self._save_checkpoint()
+                    if ends:
+                        break
+
+    def _steps_of_epoch(self) -> Iterator[None]:
+        """Trains from where the run stands to the end of its epoch, and pauses after each step."""
+        accelerator, accumulation = self.accelerator, self.args.gradient_accumulation_steps
+        epoch, start_step = divmod(self.step, self.steps_per_epoch)
+        self.sampler.set_epoch(epoch, start_step=start_step)
+        batches = self.setup.train_batches(
+            self.sampler, accelerator.device, num_workers=self.args.dataloader_num_workers
+        )
+        for index, (batch, weight) in enumerate(batches, start=1):
+            is_last = index % accumulation == 0
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+                outputs = self.model(**batch)
+                # Rows of this micro-batch over the rows of the step; DDP divides by the processes.
+                accelerator.backward(outputs.loss * (weight * accelerator.num_processes))
+            self.meter.add(outputs, batch["matching_labels"], weight)
+            if is_last:
+                self._change_weights()
+                yield
+
+    def _change_weights(self) -> None:
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.meter.gather()
+        self.step += 1
+
+    def _log_losses(self) -> dict[str, float]:
+        position = {"learning_rate": self.scheduler.get_last_lr()[0], "epoch": self.step / self.steps_per_epoch}
+        values = self.meter.mean(self.args.logging_steps) | position
+        self.log.write(self.step, values)
+        return values
+
+    def _save_checkpoint(self) -> None:
+        state = {"step": self.step, "losses": self.meter.state()}
+        self.checkpoints.save(state, self.identity, self.accelerator, self.setup.processor, self.computing)
+
+    def _finish(self) -> None:
+        """Saves the model, evaluates it, and writes what is said of it."""
+        if self.accelerator.is_main_process:  # before the last evaluation: whatever happens there, the model is saved
+            self.accelerator.unwrap_model(self.model).save_pretrained(self.output_dir)
+            self.setup.processor.save_pretrained(self.output_dir)
+        metrics = self.evaluate()
+        if self.accelerator.is_main_process:
+            training = TrainingRun(
+                steps=self.step,
+                epochs=self.step / self.steps_per_epoch,
+                batch_size=self.args.train_batch_size,
+                learning_rate=self.args.learning_rate,
+                seed=self.args.seed,
+                mixed_precision=self.accelerator.mixed_precision,
+            )
+            finish_run(
+                self.output_dir,
+                metrics,
+                repo_id=self.args.hub_model_id if self.args.push_to_hub else None,
+                base_model=self.data_args.base_model,
+                training=training,
+                **self.setup.card,
+            )

@@ -1,8 +1,7 @@
 """
 The data and model arguments of the two pre-training scripts, and what these become.
 
-Follows the paper's pre-training tasks; the loops are in `examples/run_pretraining.py` (Accelerate) and
-`examples/run_pretraining_trainer.py` (Trainer).
+Follows the paper's pre-training tasks; the scripts are `run.py` (our loop, by Accelerate) and `run_trainer.py`.
 """
 
 import math
@@ -31,7 +30,9 @@ logger = logging.get_logger(__name__)
 class PretrainingArguments(DataArguments):
     """Data and model of a pre-training run. Without `captions` it runs on the rendered scenes with a small model."""
 
-    max_validation_pairs: int = field(default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none."})
+    max_validation_pairs: int = field(
+        default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none.", "may_change": True}
+    )
     max_regions: int | None = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
     mask_replace_prob: float = field(

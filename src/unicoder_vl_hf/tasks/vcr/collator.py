@@ -99,11 +99,11 @@ class DataCollatorForUnicoderVLMultipleChoice:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def count_truncated(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """How many choices of `rows` have more than `max_length` tokens, and are cut."""
+        """Counts the choices of `rows` that have more than `max_length` tokens, and are cut."""
         return sum(is_cut for row in rows for texts in self._texts([row]) for _, is_cut in texts)
 
     def count_low_ious(self, rows: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
-        """How many ground-truth boxes meet no detection with an IoU of 0.1, and how many there are, of all images."""
+        """Counts the ground-truth boxes that meet no detection with an IoU of 0.1, and all there are, of all images."""
         images = {row["image_id"]: row for row in rows}
         low = total = 0
         for row in images.values():
@@ -113,7 +113,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
         return low, total
 
     def _texts(self, rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[list[Token], bool]]]:
-        """For each choice of each row its tokens, and whether they were cut."""
+        """Makes the tokens of each choice of each row, and says whether they were cut."""
         spelled = [[[words_of(part, row["objects"]) for part in choice] for choice in row["choices"]] for row in rows]
         words = {word.text for choices in spelled for parts in choices for part in parts for word in part}
         encoded = self.processor.tokenizer([*words, ";"], add_special_tokens=False)["input_ids"]
@@ -141,7 +141,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
         return [start, *text, end], is_cut
 
     def _records(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[RegionRecord], list[np.ndarray]]:
-        """For each row the regions that it is shown, and the one of each of its objects."""
+        """Fetches for each row the regions that it is shown, and finds the one of each of its objects."""
         image_ids = [row["image_id"] for row in rows]
         found = fetch(self.store, image_ids)
         given = [None] * len(rows) if self.gt_features is None else fetch(self.gt_features, image_ids)

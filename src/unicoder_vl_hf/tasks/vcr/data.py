@@ -52,7 +52,7 @@ def read_vcr(
     ids: str = "stem",
 ) -> datasets.Dataset:
     """
-    Read `train.jsonl`, `val.jsonl` or `test.jsonl` into one row a question, in the order of the file.
+    Reads `train.jsonl`, `val.jsonl` or `test.jsonl` into one row a question, in the order of the file.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -194,7 +194,7 @@ class _Line:
 
 
 class _Metadata:
-    """Boxes and sizes by image; a file is read once, however many questions share it."""
+    """Reads boxes and sizes by image; a file is read once, however many questions share it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -246,7 +246,7 @@ def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
 
 class VCRExamples(Rows):
     """
-    What is scored: one example a question for Q->A, and for QA->R with the right answer as its premise; or, with
+    Examples to be scored: one a question for Q->A, and for QA->R with the right answer as its premise; or, with
     `every_answer`, four a question, one for each answer as the premise, which the test split needs.
 
     Args:
@@ -303,7 +303,7 @@ class Word(NamedTuple):
 
 def words_of(segment: Segment, objects: Sequence[str]) -> list[Word]:
     """
-    A segment with its references spelled out: a name for a person, chosen by the object's index, so that it is the same
+    Spells the references of a segment out: a name for a person, chosen by the object's index, so that it is the same
     in every text and whatever regions are kept; the category for anything else; "and" between several.
     """
     words = []
@@ -346,7 +346,7 @@ def truncate(parts: Sequence[list[Token]], max_tokens: int) -> bool:
 
 
 def referenced_objects(choices: Iterable[Iterable[Segment]]) -> set[int]:
-    """The objects that any segment of an example refers to."""
+    """Gathers the objects that any segment of an example refers to."""
     return {
         index
         for segments in choices
@@ -359,8 +359,8 @@ def referenced_objects(choices: Iterable[Iterable[Segment]]) -> set[int]:
 
 def ground_truth_boxes(row: Mapping[str, Any], record: RegionRecord) -> np.ndarray:
     """
-    The boxes of a row in the coordinates of `record` (pixels of its size, or fractions), `(n, 4)` float32, cut at the
-    border of the image: those of VCR reach beyond it.
+    Scales the boxes of a row to the coordinates of `record` (pixels of its size, or fractions), `(n, 4)` float32, and
+    cuts them at the border of the image: those of VCR reach beyond it.
 
     Raises:
         ValueError: The row has no boxes, or no size where the record has none either.
@@ -382,8 +382,8 @@ def ground_truth_boxes(row: Mapping[str, Any], record: RegionRecord) -> np.ndarr
 
 def boxes_of_images(rows: datasets.Dataset) -> dict[str, np.ndarray]:
     """
-    The boxes of each image, `(n, 4)` float32 in pixels, cut at its border where the metadata has its size: what
-    `extract(..., boxes=…)` takes, to pool features in the ground-truth boxes.
+    Gathers the boxes of each image, `(n, 4)` float32 in pixels, cut at its border where the metadata has its size.
+    `extract(..., boxes=…)` takes them, to pool features in the ground-truth boxes.
     """
     found = {}
     for row in rows.select_columns(["annot_id", "image_id", "boxes", "image_width", "image_height"]):
@@ -398,15 +398,15 @@ def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _rescaled(boxes: Any, size: tuple[int, int], record: RegionRecord) -> np.ndarray:
-    """Boxes in an image of `size`, cut at its border, in the coordinates of `record`; float32."""
+    """Scales boxes in an image of `size` to the coordinates of `record`, and cuts them at its border; float32."""
     fractions = np.array(boxes, dtype=np.float64).reshape(-1, 4) / (size * 2)
     return (fractions.clip(0, 1) * ((_size(vars(record)) or (1, 1)) * 2)).astype(np.float32)
 
 
 def closest_regions(boxes: np.ndarray, record: RegionRecord) -> tuple[np.ndarray, np.ndarray]:
     """
-    Finds for each of `boxes (n, 4)` the region of `record` of highest IoU, which may serve several, and that IoU:
-    `(n,)` each. Ties: the higher score, then the earlier row.
+    Finds for each of `boxes (n, 4)` the region of `record` of highest IoU, and that IoU, `(n,)` each. Of equal ones the
+    higher score counts, then the earlier row.
     """
     if record.boxes is None:
         raise ValueError(f"Image {record.image_id!r}: boxes is None, expected boxes, which ground truth is matched by.")
@@ -426,8 +426,8 @@ def ground_truth_record(
     given: RegionRecord | None = None,
 ) -> tuple[RegionRecord, np.ndarray]:
     """
-    The regions that a model is shown of a row: the ground-truth boxes in the order of the objects, then the detections
-    that serve none of them, the best by score, in record order, until there are `max_regions`.
+    Makes the record that a model is shown of a row: the ground-truth boxes in the order of the objects, then the
+    detections that serve none of them, the best by score, in record order, until there are `max_regions`.
 
     Args:
         row (`Mapping`): As [`read_vcr`] or [`VCRExamples`] gives it.
@@ -464,20 +464,23 @@ def ground_truth_record(
 
 
 def _given_boxes(row: Mapping[str, Any], record: RegionRecord, given: RegionRecord) -> np.ndarray:
-    """The boxes of `given` in the coordinates of `record`."""
+    """Scales the boxes of `given` to the coordinates of `record`."""
     where = f"annot_id {row['annot_id']!r}, image {row['image_id']!r}"
     if given.boxes is None or len(given) != len(row["objects"]):
         raise ValueError(
-            f"{where}: the features of its ground truth have {len(given)} rows, {'no ' * (given.boxes is None)}boxes, "
-            f"expected a row and a box for each of {len(row['objects'])} objects: extract with --boxes."
+            f"{where}: the features of its ground truth have {len(given)} rows, {_has_boxes(given)}, expected a row "
+            f"and a box for each of {len(row['objects'])} objects: extract with --boxes."
         )
     if record.boxes is None or record.features.shape[1] != given.features.shape[1]:
         raise ValueError(
-            f"{where}: the detections have features of width {record.features.shape[1]} and "
-            f"{'no ' * (record.boxes is None)}boxes, the ground truth features of width {given.features.shape[1]}; "
-            "expected boxes, and features of one detector."
+            f"{where}: the detections have features of width {record.features.shape[1]} and {_has_boxes(record)}, the "
+            f"ground truth features of width {given.features.shape[1]}; expected boxes, and features of one detector."
         )
     return _rescaled(given.boxes, _size(vars(given)) or (1, 1), record)
+
+
+def _has_boxes(record: RegionRecord) -> str:
+    return "no boxes" if record.boxes is None else "boxes"
 
 
 def _kept_objects(count: int, referenced: set[int], max_regions: int) -> np.ndarray:
@@ -488,7 +491,7 @@ def _kept_objects(count: int, referenced: set[int], max_regions: int) -> np.ndar
 
 
 def _best(record: RegionRecord, rows: np.ndarray, count: int) -> np.ndarray:
-    """Of `rows` the `count` of best score, the first without scores, in record order."""
+    """Chooses of `rows` the `count` of best score, or without scores the first ones, in record order."""
     if record.object_scores is not None:
         rows = rows[np.argsort(-record.object_scores[rows], kind="stable")]
     return np.sort(rows[:count])
@@ -500,12 +503,12 @@ def _columns(record: RegionRecord, rows: np.ndarray) -> dict[str, Any]:
 
 
 def _record(whole: RegionRecord, columns: dict[str, Any]) -> RegionRecord:
-    """A record of the image of `whole` with these columns alone, whose values were checked before."""
+    """Makes a record of the image of `whole` with these columns alone, whose values were checked before."""
     kept = ("image_id", "image_width", "image_height")
     fields = {name: value if name in kept else None for name, value in vars(whole).items()}
     return RegionRecord.unchecked(fields | columns)
 
 
 def take_regions(record: RegionRecord, rows: np.ndarray) -> RegionRecord:
-    """A record of these rows, with what multiple choice and masked object classification need of them."""
+    """Makes a record of these rows, with what multiple choice and masked object classification need of them."""
     return _record(record, _columns(record, rows))

@@ -1,7 +1,7 @@
 """Visual commonsense reasoning, from scores to accuracies and to the file that VCR's leaderboard takes.
 
 Q->A, QA->R and Q->AR are the paper's. The leaderboard knows the labels of the test split: it asks for the probabilities
-of the four answers, and of the four rationales after each of them. Left out: the scores (`examples/run_vcr.py`).
+of the four answers, and of the four rationales after each of them. Left out: the scores (`training.py`).
 """
 
 import csv
@@ -24,7 +24,7 @@ def vcr_metrics(
     answer_scores: ArrayLike, rationale_scores: ArrayLike, answer_labels: ArrayLike, rationale_labels: ArrayLike
 ) -> dict[str, float]:
     """
-    Accuracies of Q->A, QA->R, and Q->AR, which counts a question when both of its choices are right.
+    Measures the accuracies of Q->A, QA->R, and Q->AR, which counts a question when both of its choices are right.
 
     Args:
         answer_scores, rationale_scores (arrays of shape `(num_questions, num_choices)`):
@@ -54,7 +54,7 @@ def vcr_metrics(
 
 def choice_metrics(name: str, scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """
-    The accuracy and the ties of one task alone, by the names and under the conditions of [`vcr_metrics`].
+    Measures the accuracy and the ties of one task alone, by the names and under the conditions of [`vcr_metrics`].
 
     Args:
         name (`str`):
@@ -66,8 +66,8 @@ def choice_metrics(name: str, scores: ArrayLike, labels: ArrayLike) -> dict[str,
 
 def judge_choices(name: str, scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, int]:
     """
-    Whether the right choice of each question scores above all others, and how many questions it does not because of a
-    tie at the top.
+    Judges whether the right choice of each question scores above all others, and how many questions it does not because
+    of a tie at the top.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or 0 in scores.shape or labels.shape != scores.shape[:1]:
@@ -96,7 +96,7 @@ def write_submission(
     rationale_probabilities: ArrayLike,
 ) -> None:
     """
-    Write the leaderboard's CSV, whole or not at all.
+    Writes the leaderboard's CSV, whole or not at all.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -104,9 +104,9 @@ def write_submission(
         annot_ids (sequence of `str`):
             All questions of the test split.
         answer_probabilities (array of shape `(num_questions, 4)`):
-            Of each question's answers.
+            Probabilities of each question's answers.
         rationale_probabilities (array of shape `(num_questions, 4, 4)`):
-            `[i, a, r]`: of rationale `r` of question `i` when answer `a` is its premise.
+            Probabilities: `[i, a, r]` is that of rationale `r` of question `i` when answer `a` is its premise.
 
     Raises:
         ValueError: Shapes do not fit, an annot_id stands twice, or four values are no probabilities.
@@ -140,9 +140,9 @@ MISSING_SHOWN = 5  # of a file that was cut off, thousands are
 
 def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]) -> Iterator[str]:
     """
-    What the leaderboard would not take of the submission at `path`, one problem at a time, with its line; nothing where
-    all is well. Problems are another header, an annot_id of `annotations` (`test.jsonl`) that is missing, one that is
-    not there or stands twice, a cell that is no probability, and four that do not sum to 1 within 0.001.
+    Finds what the leaderboard would not take of the submission at `path`, one problem at a time, with its line; nothing
+    where all is well. A problem is another header, an annot_id of `annotations` (`test.jsonl`) that is missing, one
+    that is not there or stands twice, a cell that is no probability, or four that do not sum to 1 within 0.001.
 
     Raises:
         ValueError: `path` is no CSV, or `annotations` no file of VCR.
@@ -203,7 +203,7 @@ def _problems_of_cells(cells: Sequence[str]) -> Iterator[str]:
 
 
 def _problems_of_values(groups: np.ndarray) -> Iterator[str]:
-    """What is wrong with the `(5, 4)` values of a question."""
+    """Finds what is wrong with the `(5, 4)` values of a question."""
     for name, values in zip(GROUPS, groups.tolist(), strict=True):
         outside = [value for value in values if not -SUM_TOLERANCE <= value <= 1 + SUM_TOLERANCE]  # NaN is outside too
         if outside:

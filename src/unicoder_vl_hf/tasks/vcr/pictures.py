@@ -1,5 +1,6 @@
-"""What a model made of a question of VCR: the photo with the objects that are spoken of, and the choices with their
-probabilities, as a PNG. Plain functions over plain data, as in `pictures.py`.
+"""
+Pictures of what a model made of a question of VCR: the photo with the objects that are spoken of, and the choices with
+their probabilities, as a PNG. Plain functions over plain data, as in `pictures.py`.
 """
 
 import os
@@ -31,14 +32,14 @@ def draw_question(
     Draws a question as VCR shows it: objects are numbered from 1, and only those that a text refers to have a box.
 
     Args:
-        path (`str` or `os.PathLike`): Where the PNG goes.
-        photo (`PIL.Image.Image`): Of any size: boxes are scaled to it.
-        row (`Mapping`): As [`read_vcr`] gives it, with boxes.
-        answer_probabilities (sequence of 4 `float`): Of the answers.
-        rationale_probabilities (sequence of 4 `float`, *optional*): Of the rationales, after the right answer.
+        path (`str` or `os.PathLike`): File of the PNG.
+        photo (`PIL.Image.Image`): The photo in any size: boxes are scaled to it.
+        row (`Mapping`): The question as [`read_vcr`] gives it, with boxes.
+        answer_probabilities (sequence of 4 `float`): Probabilities of the answers.
+        rationale_probabilities (sequence of 4 `float`, *optional*): Those of the rationales, after the right answer.
 
     Returns:
-        `Path`: `path`.
+        `Path`: The file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,7 +63,7 @@ def draw_question(
 
 
 def spell(segment: Segment, objects: Sequence[str]) -> str:
-    """A segment as VCR prints it: `[person1] and [dog3]`."""
+    """Spells a segment as VCR prints it: `[person1] and [dog3]`."""
     words = [
         token if isinstance(token, str) else " and ".join(f"[{objects[index]}{index + 1}]" for index in token)
         for token in segment
@@ -88,7 +89,7 @@ def _draw_objects(photo: Image.Image, row: Mapping[str, Any], groups: Mapping[st
 
 
 def _draw_choices(axes: Any, name: str, texts: Sequence[str], probabilities: np.ndarray, label: int) -> None:
-    """A bar a choice beneath its text; the right one is green, the chosen one bold."""
+    """Draws a bar a choice beneath its text; the right one is green, the chosen one bold."""
     at, chosen = np.arange(len(texts)), int(probabilities.argmax())
     axes.barh(at, probabilities, height=0.3, color=[RIGHT if index == label else WRONG for index in at])
     for index, (text, probability) in enumerate(zip(texts, probabilities, strict=True)):
@@ -99,7 +100,7 @@ def _draw_choices(axes: Any, name: str, texts: Sequence[str], probabilities: np.
             probability + (0.01 if beside else -0.01), index, f"{100 * probability:.1f} %", va="center", fontsize=9,
             fontweight=weight, ha="left" if beside else "right", color="black" if beside else "white",
         )  # fmt: skip
-    verdict = "" if label == IGNORED else ": right" if label == chosen else ": wrong"
-    axes.set_title(f"{name}{verdict}", loc="left", fontsize=10)
+    verdicts = {IGNORED: name, chosen: f"{name}: right"}
+    axes.set_title(verdicts.get(label, f"{name}: wrong"), loc="left", fontsize=10)
     axes.set(xlim=(0, 1), ylim=(len(texts) - 0.6, -0.9))
     axes.set_axis_off()

@@ -29,7 +29,7 @@ from .training import VCRDataArguments, open_and_load
 
 @dataclass
 class VCRPretrainingArguments(VCRDataArguments):
-    """Data, model and tasks of a second stage of pre-training on VCR. Without `annotations` it reads of scenes."""
+    """Names data and model of a second stage of pre-training on VCR. Without `annotations` it reads of scenes."""
 
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
     moc_probability: float = field(
@@ -39,7 +39,7 @@ class VCRPretrainingArguments(VCRDataArguments):
 
 class RightTexts(RowsOfEpoch):
     """
-    A question with its right answer and rationale, one a row, as an example of a single choice; with the row's number
+    Questions with their right answers and rationales, one a row, as examples of a single choice; with the row's number
     and the epoch, or a fixed one, which decide what is masked.
 
     Raises:
@@ -70,7 +70,7 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
     Batches N rows of [`RightTexts`], and hides what is to be predicted.
 
     Args:
-        masking ([`Masking`]): By which rules.
+        masking ([`Masking`]): The rules of hiding.
 
     Returns:
         `dict` as of [`DataCollatorForUnicoderVLPreTraining`], and `token_region_ids`; `matching_labels` are -100.
@@ -105,7 +105,7 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
 
 @dataclass
 class VCRPretrainingSetup(TrainingSetup):
-    """What [`prepare_vcr_pretraining`] builds."""
+    """The beginning of a second stage of pre-training, as [`prepare_vcr_pretraining`] builds it."""
 
     model: UnicoderVLForPreTraining
     collator: DataCollatorForVCRPreTraining
@@ -166,7 +166,7 @@ def evaluate_vcr_pretraining(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """`mlm_accuracy` and `moc_accuracy`: the share of the masked tokens and classes that are told. In all processes."""
+    """Measures `mlm_accuracy` and `moc_accuracy`: the shares of masked tokens and classes told, in all processes."""
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all

@@ -1,4 +1,4 @@
-"""Visual commonsense reasoning: the arguments of `examples/run_vcr.py`, what they become, and the scores of a model.
+"""Visual commonsense reasoning: the arguments of `run.py`, what they become, and the scores of a model.
 
 Follows the paper's section of that name: Q->A and QA->R are choices among four, trained by cross-entropy. The paper is
 silent on whether one model learns both; here one does, unless a run names a single task.
@@ -50,7 +50,7 @@ Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 
 @dataclass
 class VCRDataArguments(ModelArguments):
-    """Data and model of a run on VCR. Without `annotations` it asks about rendered scenes."""
+    """Names the data and the model of a run on VCR. Without `annotations` it asks about rendered scenes."""
 
     annotations: str | None = field(
         default=None, metadata={"help": "Folder with VCR's train.jsonl and val.jsonl. Default: rendered scenes."}
@@ -65,7 +65,7 @@ class VCRDataArguments(ModelArguments):
         default=None,
         metadata={"help": "RegionStore of features pooled in the ground-truth boxes, instead of those of detections."},
     )
-    ids: str = field(default="stem", metadata={"help": "Image ids are the stem of a photo's name, or its path."})
+    ids: str = field(default="stem", metadata={"help": "Image ids: the stem of a photo's name, or its path."})
     max_length: int = field(default=156, metadata={"help": "Tokens of a choice; longer ones are cut."})
 
     def __post_init__(self):
@@ -79,13 +79,15 @@ class VCRDataArguments(ModelArguments):
 
 @dataclass
 class VCRArguments(VCRDataArguments):
-    """Data, model and tasks of a run on VCR. Without `annotations` it asks about rendered scenes."""
+    """Names the data, the model and the tasks of a run on VCR. Without `annotations` it asks about rendered scenes."""
 
     tasks: list[str] = field(
-        default_factory=lambda: [*TASKS], metadata={"help": "qa (Q->A), qar (QA->R), or both in one model."}
+        default_factory=lambda: [*TASKS],
+        metadata={"help": "Tasks to learn: qa (Q->A), qar (QA->R), or both in one model."},
     )
     without: Literal["nothing", "references", "regions"] = field(
-        default="nothing", metadata={"help": "Leave them out of every batch, to see what the answers owe to them."}
+        default="nothing",
+        metadata={"help": "Inputs that every batch is left without, to see what the answers owe to them."},
     )
 
     def __post_init__(self):
@@ -117,6 +119,8 @@ SCENES_MODEL: dict[str, Any] = {
 @dataclass
 class VCRData:
     """
+    Questions and the regions of their images.
+
     Args:
         store (`RegionStore`): The detections.
         gt_features (`RegionStore`, *optional*): Features pooled in the ground-truth boxes.
@@ -180,7 +184,7 @@ def _labelled(path: Path, **options: Any) -> datasets.Dataset:
 def open_and_load(
     arguments: VCRDataArguments, output_dir: str | Path, model_class: type[Model]
 ) -> tuple[VCRData, Model, UnicoderVLProcessor]:
-    """[`open_vcr`], and the model and the processor that the arguments ask for."""
+    """Opens the data as [`open_vcr`] does, and loads the model and the processor that the arguments ask for."""
     data = open_vcr(arguments, output_dir)
     fields = SCENES_MODEL if arguments.base_model is None else {}
     model = load_model(arguments, data.store, model_class, **fields)
@@ -214,7 +218,7 @@ class WithoutInputs:
 
 @dataclass
 class VCRSetup(TrainingSetup):
-    """What [`prepare_vcr`] builds."""
+    """The beginning of a run on VCR, as [`prepare_vcr`] builds it."""
 
     model: UnicoderVLForMultipleChoice
     train: EpochOfExamples
@@ -250,7 +254,7 @@ def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
 
 
 def _report(collator: DataCollatorForUnicoderVLMultipleChoice, rows: datasets.Dataset, tasks: Sequence[str]):
-    """How many texts are cut, and how many ground-truth boxes take the feature of a region that hardly meets them."""
+    """Says how many texts are cut, and how many ground-truth boxes take the feature of a region hardly met."""
     rows = rows.select(range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT)))
     for task in tasks:
         examples = VCRExamples(rows, task)
@@ -271,7 +275,7 @@ def score_choices(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """The score of each choice of each example, `(num_examples, num_choices)`; every process gets the whole."""
+    """Scores each choice of each example, `(num_examples, num_choices)` float32; every process gets the whole."""
     was_training = model.training
     model.eval()
     scores: list[list[float]] = []
@@ -293,7 +297,8 @@ def evaluate_vcr(
     **options: int,
 ) -> dict[str, float]:
     """
-    Accuracies and ties on questions with labels: as [`vcr_metrics`], or those of the one task. Every process calls it.
+    Measures accuracies and ties on questions with labels: as [`vcr_metrics`], or those of the one task. Every process
+    calls it.
 
     Args:
         options: `batch_size` and `num_workers` of [`score_choices`].
@@ -309,7 +314,7 @@ def evaluate_vcr(
 def choice_probabilities(
     model: UnicoderVLForMultipleChoice, collator: Collator, examples: VCRExamples, **options: int
 ) -> np.ndarray:
-    """Softmax over the scores, `(num_questions, 4)`; with `every_answer` `(num_questions, 4 premises, 4)`."""
+    """Scores choices as probabilities, `(num_questions, 4)`; with `every_answer` `(num_questions, 4 premises, 4)`."""
     scores = torch.from_numpy(score_choices(model, collator, examples, **options))
     shape = (-1, NUM_CHOICES, NUM_CHOICES) if examples.per_row > 1 else (-1, NUM_CHOICES)
     return scores.double().softmax(dim=-1).view(shape).numpy()
@@ -319,8 +324,8 @@ def load_for_vcr(
     name: str | PathLike[str], store: Mapping[str, RegionRecord]
 ) -> tuple[UnicoderVLForMultipleChoice, UnicoderVLProcessor]:
     """
-    A multiple-choice checkpoint on the device of this process, with its processor; warns where it was trained on
-    regions of another kind.
+    Loads a multiple-choice checkpoint onto the device of this process, with its processor; warns where it was trained
+    on regions of another kind.
 
     Raises:
         `ValueError`: the checkpoint has no head for choices, which would be new, or fewer rows than its tokenizer has
@@ -331,7 +336,7 @@ def load_for_vcr(
     if report["missing_keys"]:
         raise ValueError(
             f"{name} ({model.config.architectures}) has no {sorted(report['missing_keys'])[:3]}: its scores would be "
-            "random. Expected a checkpoint of UnicoderVLForMultipleChoice, as examples/run_vcr.py trains one."
+            "random. Expected a checkpoint of UnicoderVLForMultipleChoice, as run_vcr.py trains one."
         )
     torch.nn.Module.to(model, PartialState().device)
     processor = UnicoderVLProcessor.from_pretrained(name)

@@ -1,0 +1,50 @@
+"""The beginning of every evaluation on captions: a checkpoint, and captions joined with their regions."""
+
+from dataclasses import dataclass, field
+
+import datasets
+
+from ..data.captions import check_tokens, join, read_captions
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..regions.store import RegionStore
+from ..scoring.checkpoints import load_for_store
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments:
+    """Names a checkpoint, and the captions and regions that it is evaluated on."""
+
+    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
+    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
+    regions: str = field(metadata={"help": "RegionStore."})
+    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    caption_ids: str | None = field(
+        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    )
+
+    def open_data(self) -> tuple[RegionStore, datasets.Dataset]:
+        """
+        Opens the regions, and reads the captions of the split.
+
+        Raises:
+            `ValueError`: captions without regions, or a fault in a file.
+        """
+        store = RegionStore(self.regions)
+        captions, _ = join(
+            read_captions(self.captions, split=self.split, ids=self.caption_ids), store, skip_option=None
+        )
+        return store, captions
+
+    def load_scoring(
+        self, store: RegionStore, captions: datasets.Dataset
+    ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
+        """
+        Loads a model that scores pairs of these captions and regions, with its processor.
+
+        Raises:
+            `ValueError`: the checkpoint scores no pairs or does not fit the regions, or a caption has no token.
+        """
+        model, processor = load_for_store(self.model, store)
+        check_tokens(captions, processor.tokenizer, self.captions)
+        return model, processor

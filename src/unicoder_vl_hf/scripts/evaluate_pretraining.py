@@ -1,0 +1,94 @@
+"""Evaluates a pre-trained checkpoint: the three tasks, and zero-shot image-text retrieval, each beside chance.
+
+    python -m unicoder_vl_hf.scripts.evaluate_pretraining --model runs/flickr8k \
+        --captions dataset_flickr8k.json --regions runs/flickr8k/_data/regions --num_retrieval_images 200
+
+`--shuffle_regions` gives every image the regions of another. A model that reads the regions falls to chance in
+matching and retrieval; one that does not was never looking.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForPreTraining, AutoProcessor
+
+from ..data.captions import check_tokens
+from ..data.negatives import PairsWithMismatches
+from ..errors import run_script
+from ..processes import Computing, new_accelerator, start_processes
+from ..runs.arguments import make_parser
+from ..runs.evaluation import EvaluationArguments
+from ..runs.setup import in_words, is_unicoder_vl
+from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
+from ..tasks.pretraining.evaluation import (
+    ShuffledStore,
+    evaluate_pretraining,
+    metrics_table,
+    pretraining_chance,
+)
+from ..tasks.retrieval.zero_shot import zero_shot_retrieval
+
+
+@dataclass(kw_only=True)
+class PretrainingEvaluationArguments(EvaluationArguments):
+    """Names a pre-trained checkpoint, and what is measured of it on what."""
+
+    num_images: int | None = field(
+        default=None,
+        metadata={"help": "Images to take, the first of the split, with all their captions. Default: all."},
+    )
+    num_retrieval_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images of these for retrieval, the first ones: its cost grows with their square. Default: all."
+        },
+    )
+    shuffle_regions: bool = field(default=False, metadata={"help": "Give every image the regions of another."})
+    moc: bool = field(default=True, metadata={"help": "Masked object classification; --no_moc without classes."})
+    mixed_precision: str = field(default="no", metadata={"help": "Precision: auto, no, bf16 or fp16."})
+    seed: int = field(default=0, metadata={"help": "Seed of the masks, the mismatches and the shuffling."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
+
+
+def main(argv: list[str] | None = None):
+    (args,) = make_parser(PretrainingEvaluationArguments).parse_args_into_dataclasses(argv)
+    store, captions = args.open_data()
+    kept = set(captions.unique("image_id")[: args.num_images])
+    captions = captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
+    if not is_unicoder_vl(args.model):
+        raise ValueError(f"--model {args.model} is no Unicoder-VL: expected a checkpoint of run_pretraining.py.")
+    model = AutoModelForPreTraining.from_pretrained(args.model)
+    processor = AutoProcessor.from_pretrained(args.model)
+    processor.check_model(model)
+    check_tokens(captions, processor.tokenizer, args.captions)
+    processor.set_store(store)
+    model.config.padding_free = True
+    computing = Computing.choose(args.mixed_precision, start_processes().device.type, model.config.hidden_size)
+    accelerator = new_accelerator(computing)
+    model = accelerator.prepare(model)
+    regions = ShuffledStore(store, captions["image_id"], args.seed) if args.shuffle_regions else store
+
+    collator = DataCollatorForUnicoderVLPreTraining(
+        processor, regions, seed=args.seed, moc_probability=0.15 if args.moc else 0.0
+    )
+    pairs = PairsWithMismatches(captions, seed=args.seed, fixed_epoch=0)
+    metrics = evaluate_pretraining(model, pairs, collator, accelerator)
+    print(f"The tasks of pre-training, {in_words(captions)}")
+    print(metrics_table(metrics, pretraining_chance(metrics)))
+
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    retrieval = zero_shot_retrieval(
+        accelerator.unwrap_model(model), processor, regions, captions, args.num_retrieval_images, dtype
+    )
+    print(f"\nZero-shot retrieval, {len(retrieval.captions):,} captions of {len(retrieval.image_ids):,} images")
+    print(metrics_table(retrieval.metrics, retrieval.chance))
+    if args.output is not None:
+        values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}
+        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,107 @@
+"""Evaluates the retrieval of any checkpoint, zero-shot where it is a pre-trained one, beside the paper's figures.
+
+    python -m unicoder_vl_hf.tasks.retrieval.run_evaluation --model runs/flickr30k --captions dataset_flickr30k.json \
+        --regions flickr30k-regions --protocol flickr30k --bf16 --output flickr30k_test.json
+    accelerate launch -m unicoder_vl_hf.tasks.retrieval.run_evaluation --model runs/coco --captions dataset_coco.json \
+        --regions coco-regions --protocol coco-1k --scores_dir runs/coco/scores
+
+Every caption is scored with every image of its fold: 5M pairs for Flickr30k, 25M for COCO 1K, 125M for COCO 5K; the
+scorer says first how long it will take. `--scores_dir` keeps what is done: the same command goes on after a kill.
+`--num_images 200` is a quick look, and named so.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from ..._version import package_version
+from ...errors import run_script
+from ...processes import start_processes
+from ...runs.arguments import make_parser
+from ...runs.evaluation import EvaluationArguments
+from ...scoring.checkpoints import checkpoint_provenance
+from ...scoring.scorer import ImageTextScorer
+from .protocols import PROTOCOLS, RetrievalTest, chance, evaluate_folds, results_table, retrieval_test
+
+
+@dataclass(kw_only=True)
+class RetrievalEvaluationArguments(EvaluationArguments):
+    """Names a checkpoint and what it is evaluated on: a protocol, or images that are the first of a split."""
+
+    protocol: str | None = field(
+        default=None, metadata={"help": f"Protocol: {', '.join(PROTOCOLS)}. Default: all images of the split together."}
+    )
+    num_images: int | None = field(
+        default=None, metadata={"help": "Images to take, the first of the split. Default: all."}
+    )
+    captions_per_image: str | None = field(
+        default=None,
+        metadata={
+            "help": "Captions of each image to take, from the first on, or all. Default: 5 under a protocol, else all."
+        },
+    )
+    bf16: bool = field(default=False, metadata={"help": "Score in bfloat16 as well, to be compared with float32."})
+    scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for metrics, intervals and provenance."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = make_parser(RetrievalEvaluationArguments).parse_args_into_dataclasses(argv)
+    state = start_processes()
+    # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.
+    store, captions = args.open_data()
+    count = args.captions_per_image
+    test = retrieval_test(
+        captions,
+        args.protocol,
+        captions_per_image=int(count) if count not in (None, "all") else count,
+        num_images=args.num_images,
+    )
+    model, processor = args.load_scoring(store, captions)
+    checkpoint = checkpoint_provenance(args.model, model)
+    # One of retrieval may be fine-tuned, or a pre-trained one that was given a first stage of search.
+    use = "zero-shot" if checkpoint["saved_by"] == "UnicoderVLForPreTraining" else "retrieval checkpoint"
+    results = {}
+    for dtype in [torch.float32, torch.bfloat16] if args.bf16 else [torch.float32]:
+        name = str(dtype).removeprefix("torch.")
+        scorer = ImageTextScorer(model, processor, store, dtype=dtype)
+        results[f"{use}, {name}"] = evaluate_folds(test, fold_scores(scorer, test, args.scores_dir, name))
+    if not state.is_main_process:
+        return
+    print(results_table(test, results))
+    if args.output is not None:
+        values = {
+            "test": test.title,
+            "arguments": dataclasses.asdict(args),
+            "checkpoint": checkpoint,
+            "regions": {"path": args.regions, "provenance": store.provenance},
+            "captions": {"scored": sum(len(fold.captions) for fold in test.folds), "folds": len(test.folds)},
+            "versions": {
+                "unicoder_vl_hf": package_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "results": {name: dataclasses.asdict(result) for name, result in results.items()},
+            "chance": chance(test),
+            "paper": dict(test.paper),
+        }
+        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def fold_scores(
+    scorer: ImageTextScorer, test: RetrievalTest, scores_dir: str | None, name: str
+) -> Iterator[np.ndarray]:
+    """Scores the folds of a test one after another, and keeps the scores in `{scores_dir}/{name}-{fold}` if asked."""
+    for index, fold in enumerate(test.folds):
+        folder = None if scores_dir is None else Path(scores_dir) / f"{name}-{index}"
+        yield scorer.score(fold.captions, fold.image_ids, output_dir=folder)
+
+
+if __name__ == "__main__":
+    run_script(main, go_on="With --scores_dir the same command goes on.")

@@ -1,0 +1,149 @@
+"""Draws a gallery of a search in two stages on your photos: captions with the best five images, as one HTML file.
+
+    python -m unicoder_vl_hf.tasks.retrieval.run_gallery --model runs/search --captions dataset_flickr8k.json \
+        --regions regions --photos photos --output gallery.html
+
+So many captions of the split, drawn evenly, are asked among all of its images: of these half of the gallery is drawn at
+random by `--seed`, a quarter is what went best and a quarter what went worst. Without `--photos` the surest regions are
+drawn on a blank page, which may be published where the photos may not. What the first stage proposes is ordered by the
+weight of its similarity that was measured when the checkpoint was trained, unless `--similarity_weight` gives another.
+"""
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ...errors import run_script
+from ...pictures import GalleryItem, draw_regions, write_gallery
+from ...records_unicoder_vl import RegionRecord
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser
+from ...scoring.scorer import ImageTextScorer
+from ...search.encoders import DualEncoder, Photos
+from ...search.index import build_index
+from ...search.two_stage import SimilarityWeight, search
+from .protocols import RetrievalFold, retrieval_test
+from .search_arguments import SearchArguments
+
+WIDTH = 240  # of a page of regions, in pixels
+
+
+@dataclass(kw_only=True)
+class GalleryArguments(SearchArguments):
+    """Names a search in two stages, and what of it is shown."""
+
+    output: str = field(metadata={"help": "HTML file."})
+    asked: int = field(default=200, metadata={"help": "Captions that are asked, drawn evenly."})
+    shown: int = field(default=20, metadata={"help": "Captions of these that the gallery shows."})
+    candidates: int = field(default=50, metadata={"help": "Candidates of the first stage, to be scored."})
+    similarity_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
+            "one that was measured when the checkpoint was trained, else 0."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the half that is drawn at random."})
+    max_regions: int = field(
+        default=8, metadata={"help": "Regions on a blank page, the best by score; without scores none are drawn."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = make_parser(GalleryArguments).parse_args_into_dataclasses(argv)
+    store, captions = args.open_data()
+    (fold,) = retrieval_test(captions).folds
+    model, processor = args.load_scoring(store, captions)
+    scorer = ImageTextScorer(model, processor, store)
+    encoder = args.open_first_stage(model, processor, store)
+    weight = SimilarityWeight.of(args.similarity_weight, encoder, scorer)
+    items = ask(fold, store, encoder, scorer, args.asked, args.candidates, weight.value)
+    photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
+    random, best, worst = choose(items, args.shown, args.seed)
+    shown = "whole" if photos else f"as the boxes of their {args.max_regions} surest regions, if these have scores"
+    write_gallery(
+        args.output,
+        [*random, *best, *worst],
+        functools.partial(picture, store, photos, args.max_regions),
+        title="Search in two stages",
+        intro=f"{len(random)} of {len(items):,} captions, drawn at random, then the {len(best)} that went best and the "
+        f"{len(worst)} that went worst. The first stage proposes {args.candidates} of {len(fold.image_ids):,} images, "
+        f"and they are ordered by {weight}. The best five are shown, {shown}.",
+    )
+    print(f"{args.output}: {len(random) + len(best) + len(worst)} captions.")
+
+
+def ask(
+    fold: RetrievalFold,
+    store: RegionStore,
+    encoder: DualEncoder,
+    scorer: ImageTextScorer,
+    count: int,
+    candidates: int,
+    similarity_weight: float,
+) -> list[GalleryItem]:
+    """Searches all images of the fold by `count` of its captions, drawn evenly."""
+    count = min(count, len(fold.captions))
+    rows = np.arange(count) * len(fold.captions) // count
+    captions = [fold.captions[row] for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
+        found = search(
+            captions, index, encoder, scorer,
+            top_k=candidates, candidates=candidates, similarity_weight=similarity_weight,
+        )  # fmt: skip
+    return [
+        GalleryItem.from_hits(
+            caption,
+            fold.image_ids[image],
+            [(hit.name, hit.score) for hit in hits],
+            notes={hit.name: hit.summands for hit in hits},
+        )
+        for caption, image, hits in zip(captions, fold.image_of_caption[rows], found, strict=True)
+    ]
+
+
+def picture(store: RegionStore, photos: Photos | None, max_regions: int, image_id: str) -> Image.Image:
+    """Opens the photo of an image, or where there are no photos draws its regions on a blank page."""
+    record = store[image_id]
+    if photos is not None:
+        return photos.of(record)
+    return diagram(record, store.provenance.get("class_names") or None, max_regions)
+
+
+def choose(
+    items: Sequence[GalleryItem], count: int, seed: int
+) -> tuple[list[GalleryItem], list[GalleryItem], list[GalleryItem]]:
+    """
+    Chooses half of `count` at random, and of the rest a quarter that went best (first, by the widest margin over the
+    second) and a quarter that went worst (the last rank; those that were no candidate rank after all).
+    """
+    drawn = np.random.default_rng(seed).permutation(len(items))
+    half, quarter = count - count // 4 * 2, count // 4
+    random = [items[row] for row in sorted(drawn[:half])]
+
+    def quality(item: GalleryItem) -> tuple[float, float]:
+        others = [score for image_id, score in item.best if image_id != item.image_id]
+        return -(item.rank or np.inf), item.score - max(others, default=item.score)
+
+    rest = sorted((items[row] for row in sorted(drawn[half:])), key=quality, reverse=True)
+    return random, rest[:quarter], rest[quarter:][::-1][:quarter]
+
+
+def diagram(record: RegionRecord, class_names: Sequence[str] | None, max_regions: int) -> Image.Image:
+    """Draws the surest regions, if any are, on a blank page of the image's shape, in few colours: some 2 kB."""
+    width, height = record.image_width or 1, record.image_height or 1
+    page = Image.new("RGB", (WIDTH, max(1, round(WIDTH * height / width))), "white")
+    if record.object_scores is None:  # such as the cells of a grid, none of which stands out
+        return page
+    drawn = draw_regions(page, record, class_names=class_names, max_regions=max_regions, min_width=WIDTH)
+    return drawn.quantize(16)
+
+
+if __name__ == "__main__":
+    run_script(main)

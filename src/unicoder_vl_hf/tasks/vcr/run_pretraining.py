@@ -1,0 +1,58 @@
+"""Pre-trains a Unicoder-VL further on the text of VCR, before run_vcr.py fine-tunes it: not in the paper, but UNITER's.
+
+    accelerate launch -m unicoder_vl_hf.tasks.vcr.run_pretraining --output_dir runs/vcr-second-stage \
+        --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/pretrained
+    accelerate launch -m unicoder_vl_hf.tasks.vcr.run --output_dir runs/vcr \
+        --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/vcr-second-stage
+
+Masked tokens and masked object classes of each question with its right answer and rationale; references point at their
+regions. The defaults are those of the fine-tuning.
+"""
+
+from transformers import TrainingArguments, set_seed
+
+from ...errors import run_script
+from ...runs.arguments import parse_arguments
+from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from .pretraining import (
+    VCRPretrainingArguments,
+    VCRPretrainingSetup,
+    evaluate_vcr_pretraining,
+    prepare_vcr_pretraining,
+)
+from .training import PAPER, SCENES, SCENES_FIELDS
+
+
+class VCRPretrainingTrainer(TaskTrainer):
+    setup: VCRPretrainingSetup
+
+    def evaluate_task(self, rows):
+        return evaluate_vcr_pretraining(
+            self.setup.model,
+            rows,
+            self.setup.collator,
+            self.accelerator,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+
+def main(argv: list[str] | None = None) -> bool:
+    data_args, training_args = parse_arguments(
+        (VCRPretrainingArguments, TrainingArguments),
+        argv,
+        paper=training_defaults(PAPER),
+        scenes=training_defaults(SCENES) | SCENES_FIELDS,
+        data="--annotations",
+    )
+
+    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
+    set_seed(training_args.seed)  # Trainer does so too late for the new weights
+    with training_args.main_process_first():
+        setup = prepare_vcr_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
+    trainer = VCRPretrainingTrainer(setup, training_args, base_model=data_args.base_model, resume_from=resume_from)
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    run_script(main)
