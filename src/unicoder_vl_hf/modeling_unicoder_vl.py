@@ -1442,7 +1442,7 @@ def hardest_negative_triplet_loss(
     caption_index: torch.LongTensor,
     image_index: torch.LongTensor,
     *,
-    margin: float = 0.2,
+    margin: float = UnicoderVLConfig.triplet_margin,
     caption_weight: float = 1.0,
     image_weight: float = 1.0,
 ) -> torch.Tensor:

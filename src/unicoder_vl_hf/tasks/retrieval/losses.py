@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ...configuration_unicoder_vl import UnicoderVLConfig
 from ...modeling_unicoder_vl import hardest_negative_triplet_loss, negatives_of_matches, triplet_hinges
 
 # What a batch says about its pairs, which the losses take and scoring does without.
@@ -89,7 +90,7 @@ class HardestNegativeLoss(GroupLoss):
         caption_weight, image_weight (`float`, *optional*, default to 1.0): Weights of the two terms.
     """
 
-    margin: float = 0.2
+    margin: float = UnicoderVLConfig.triplet_margin
     caption_weight: float = 1.0
     image_weight: float = 1.0
 
@@ -117,7 +118,7 @@ class SumOfNegativesLoss(GroupLoss):
         margin, caption_weight, image_weight (`float`, *optional*): As in [`HardestNegativeLoss`].
     """
 
-    margin: float = 0.2
+    margin: float = UnicoderVLConfig.triplet_margin
     caption_weight: float = 1.0
     image_weight: float = 1.0
 

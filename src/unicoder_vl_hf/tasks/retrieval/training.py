@@ -14,6 +14,7 @@ import datasets
 from transformers import AutoConfig
 
 from ... import logging
+from ...configuration_unicoder_vl import UnicoderVLConfig
 from ...data.negatives import PairsWithNegatives, read_duplicate_groups
 from ...modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ...processing_unicoder_vl import UnicoderVLProcessor
@@ -74,7 +75,9 @@ class RetrievalArguments(DataArguments):
             "search alone, with its encoder. Default: hardest; for new weights sum."
         },
     )
-    margin: float = field(default=0.2, metadata={"help": "Margin of the triplet losses, on sigmoid(score)."})
+    margin: float = field(
+        default=UnicoderVLConfig.triplet_margin, metadata={"help": "Margin of the triplet losses, on sigmoid(score)."}
+    )
     caption_weight: float = field(default=1.0, metadata={"help": "Weight of caption negatives in the triplet losses."})
     image_weight: float = field(default=1.0, metadata={"help": "Weight of image negatives in the triplet losses."})
     contrastive_weight: float = field(
