@@ -24,9 +24,8 @@ from unicoder_vl_hf import (
     UnicoderVLForPreTraining,
     UnicoderVLProcessor,
 )
-from unicoder_vl_hf.data.captions import join, read_captions
-from unicoder_vl_hf.data.negatives import PairsWithMismatches
-from unicoder_vl_hf.tasks.pretraining.evaluation import evaluate_pretraining
+from unicoder_vl_hf.data import PairsWithMismatches, join, read_captions
+from unicoder_vl_hf.tasks.pretraining import evaluate_pretraining
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,9 +22,8 @@ from unicoder_vl_hf import (
     UnicoderVLProcessor,
     retrieval_metrics,
 )
-from unicoder_vl_hf.data.captions import join, read_captions
-from unicoder_vl_hf.data.negatives import PairsWithNegatives
-from unicoder_vl_hf.runs.trainer import EpochOfData
+from unicoder_vl_hf.data import PairsWithNegatives, join, read_captions
+from unicoder_vl_hf.runs import EpochOfData
 
 
 def main(argv: list[str] | None = None) -> None:

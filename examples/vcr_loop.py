@@ -22,8 +22,7 @@ from unicoder_vl_hf import (
     UnicoderVLForMultipleChoice,
     UnicoderVLProcessor,
 )
-from unicoder_vl_hf.tasks.vcr.data import VCRExamples, read_vcr
-from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics
+from unicoder_vl_hf.tasks.vcr import VCRExamples, read_vcr, vcr_metrics
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
