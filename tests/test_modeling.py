@@ -4,6 +4,7 @@ Models are tiny and built from a config; every parameter is drawn at random, bia
 can hide behind a zero or a one.
 """
 
+import copy
 import importlib.util
 import math
 import re
@@ -940,8 +941,7 @@ def test_from_bert_dtype_and_attention(bert_folders, tmp_path):
     assert model.config._attn_implementation == "eager"
     word_embeddings = bert.bert.embeddings.word_embeddings.weight
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, word_embeddings.bfloat16())
-    bert.to(torch.float16).save_pretrained(tmp_path)
-    bert.to(torch.float32)
+    copy.deepcopy(bert).to(torch.float16).save_pretrained(tmp_path)
     assert UnicoderVLModel.from_bert(tmp_path).dtype == torch.float32
     assert UnicoderVLModel.from_bert(tmp_path, dtype="float16").dtype == torch.float16
     assert UnicoderVLModel.from_bert(tmp_path, dtype="auto").dtype == torch.float16

@@ -94,6 +94,7 @@ def test_the_images_of_a_micro_batch_are_asked_for_while_the_one_before_is_here(
     asked = []
     monkeypatch.setattr(RegionStore, "will_need", lambda _, image_ids: asked.append(set(image_ids)))
     sampler = StepBatchSampler(len(setup.train), rows_per_step=4, micro_batches=2, seed=0)
+    setup.train.set_epoch(0)  # whatever other tests left
     batches = setup.train_batches(sampler, torch.device("cpu"))
     expected = []
     for rows in list(sampler)[1:]:
