@@ -24,7 +24,6 @@ NOT_YET_READ = [
     "cli",
     "tasks",
     "search",
-    "runs",
     "scoring",
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
