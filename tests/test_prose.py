@@ -5,7 +5,6 @@ never with a fragment that has no noun of its own ("What …", "Of …", "Where 
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -19,21 +18,7 @@ DOCUMENTED_ELSEWHERE = ["forward"]  # by PyTorch; where a model is a user's, `au
 AUTO_DOCSTRING = "auto_docstring"  # the decorator, which replaces the docstring of a class of models
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DOCUMENTED = (ast.Module, ast.ClassDef, *FUNCTIONS)
-# Rooms whose prose nobody has read yet: take out the line of a room that has been read.
-NOT_YET_READ = [
-    "cli",
-    "search",
-]
-MODULES = sorted(PACKAGE.rglob("*.py"))
-
-
-def room(path: Path) -> str:
-    """The path of a module below the package, without its suffix, such as `data/samplers`."""
-    return path.relative_to(PACKAGE).with_suffix("").as_posix()
-
-
-def is_read(path: Path) -> bool:
-    return not any(f"{room(path)}/".startswith(f"{name}/") for name in NOT_YET_READ)
+MODULES = [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
 
 
 def documented(node: ast.AST, name: str = "", public: bool = True) -> Iterator[tuple[str, ast.AST, bool]]:
@@ -89,7 +74,10 @@ def riddles(source: str) -> list[str]:
     return found
 
 
-SOURCES = [pytest.param(path.read_text(encoding="utf-8"), id=room(path)) for path in MODULES if is_read(path)]
+SOURCES = [
+    pytest.param(path.read_text(encoding="utf-8"), id=path.relative_to(ROOT).with_suffix("").as_posix())
+    for path in MODULES
+]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -100,11 +88,6 @@ def test_docstrings_read_once(source):
 @pytest.mark.parametrize("source", SOURCES)
 def test_code_has_no_riddles(source):
     assert not riddles(source)
-
-
-def test_rooms_not_yet_read_exist():
-    rooms = [f"{room(path)}/" for path in MODULES]
-    assert not [name for name in NOT_YET_READ if not any(known.startswith(f"{name}/") for known in rooms)]
 
 
 def test_faults_are_found():
