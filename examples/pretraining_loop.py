@@ -29,6 +29,7 @@ from unicoder_vl_hf.tasks.pretraining import evaluate_pretraining
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Pre-trains with the options of `argv`, by default those of the command line."""
     parser = argparse.ArgumentParser(description="Pre-trains Unicoder-VL; the defaults are the paper's.")
     parser.add_argument("--captions", required=True, help="caption file with the splits train and val")
     parser.add_argument("--regions", required=True, help="folder of a region store")

@@ -8,6 +8,7 @@ from unicoder_vl_hf.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Calls `unicoder_vl_hf.tasks.retrieval.run_gallery.main`, see there."""
     # Imported here, so that Ctrl-C meanwhile ends in one line, too.
     from unicoder_vl_hf.tasks.retrieval.run_gallery import main
 

@@ -27,6 +27,7 @@ from unicoder_vl_hf.runs import EpochOfData
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Fine-tunes and evaluates with the options of `argv`, by default those of the command line."""
     parser = argparse.ArgumentParser(description="Fine-tunes Unicoder-VL for retrieval; the defaults are the paper's.")
     parser.add_argument("--model", required=True, help="pre-trained Unicoder-VL to start from")
     parser.add_argument("--captions", required=True, help="caption file with the splits train and val")
@@ -46,12 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     train = PairsWithNegatives(captions, seed=0, num_captions=3, num_images=3)
 
     # 2. Model and processor, both of the pre-trained checkpoint. Its matching head scores pairs already: score =
-    # logit of a match - logit of a mismatch. The processor warns where these regions are of another kind than its own.
+    # logit of a match - logit of a mismatch. The processor warns if these regions are of another kind than its own.
     model = UnicoderVLForImageTextRetrieval.from_pretrained(args.model, triplet_margin=0.2)
     processor = UnicoderVLProcessor.from_pretrained(args.model)
     processor.feature_extractor.check_provenance(store.provenance)
 
-    # 3. Collator. Of each group it makes the pairs: `labels` (1 is the match) and `group_ids` say what is what, and
+    # 3. Collator. It makes the pairs of each group: `labels` (1 is the match) and `group_ids` tell them apart, and
     # `caption_index` and `image_index` let pairs share captions and images, which are embedded once.
     collator = DataCollatorForUnicoderVLRetrieval(processor, store)
 

@@ -8,6 +8,7 @@ from unicoder_vl_hf.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> bool:
+    """Calls `unicoder_vl_hf.tasks.pretraining.run_trainer.main`, see there."""
     # Imported here, so that Ctrl-C meanwhile ends in one line, too.
     from unicoder_vl_hf.tasks.pretraining.run_trainer import main
 

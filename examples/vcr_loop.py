@@ -26,11 +26,12 @@ from unicoder_vl_hf.tasks.vcr import VCRExamples, read_vcr, vcr_metrics
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
-    """The share of examples whose right choice has the highest score."""
+    """Measures the share of examples whose right choice has the highest score, in `[0, 1]`."""
     return {"accuracy": float(np.mean(np.argmax(predicted.predictions, axis=1) == predicted.label_ids))}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Fine-tunes and evaluates with the options of `argv`, by default those of the command line."""
     parser = argparse.ArgumentParser(description="Fine-tunes Unicoder-VL for VCR; the defaults are the paper's.")
     parser.add_argument("--model", required=True, help="pre-trained Unicoder-VL to start from")
     parser.add_argument("--annotations", required=True, help="folder of train.jsonl and val.jsonl")
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", required=True, help="folder for the model and its processor")
     parser.add_argument("--num_epochs", type=int, default=20, help="passes over the training examples")
     parser.add_argument("--batch_size", type=int, default=12, help="examples of a micro-batch in each process")
-    parser.add_argument("--max_length", type=int, default=156, help="tokens of a choice; longer ones are cut")
+    parser.add_argument("--max_length", type=int, default=156, help="most tokens of a choice; longer ones are cut")
     parser.add_argument("--learning_rate", type=float, default=3e-5, help="peak of the learning rate")
     args = parser.parse_args(argv)
     set_seed(0)
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     train: ConcatDataset = ConcatDataset([VCRExamples(train_rows, "qa"), VCRExamples(train_rows, "qar")])
     validation = {"qa": VCRExamples(rows, "qa"), "qar": VCRExamples(rows, "qar")}
 
-    # 2. Model and processor of the pre-trained checkpoint; what scores a choice is new. The processor warns where
+    # 2. Model and processor of the pre-trained checkpoint; the head that scores a choice is new. The processor warns if
     # these regions are of another kind than its own.
     model = UnicoderVLForMultipleChoice.from_pretrained(args.model)
     processor = UnicoderVLProcessor.from_pretrained(args.model)

@@ -1,5 +1,5 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
-"""Unicoder-VL model configuration: BERT's fields, and what regions and the three heads need beside them."""
+"""The configuration of Unicoder-VL models: BERT's fields, and further ones for regions, heads and search."""
 
 from typing import ClassVar
 
@@ -27,9 +27,9 @@ class UnicoderVLConfig(PreTrainedConfig):
         Margin of the hardest-negative triplet loss, on `sigmoid(score)` in `(0, 1)` (paper, Image-Text Retrieval).
     padding_free (`bool`, *optional*):
         Whether the layers leave padding out, on CPUs and with FlashAttention, the only places where that pays. By
-        default (`None`) in training mode, where nobody reads what is computed of padding; with `True` in evaluation
-        mode, too; with `False` never. A compiled, traced or exported graph has its padding always, and so have hidden
-        states and attentions.
+        default (`None`) they do so in training mode, where nobody reads what is computed of padding; with `True` in
+        evaluation mode, too; with `False` never. Padding is always computed in a compiled, traced or exported graph,
+        and where hidden states or attentions are asked for.
     sparse_prediction (`bool`, *optional*, defaults to `False`):
         Whether pre-training computes `prediction_logits` for the counted tokens alone, in training mode and where there
         are labels: the same loss and gradients in less time, but another shape. In evaluation mode, and by default,
@@ -38,10 +38,10 @@ class UnicoderVLConfig(PreTrainedConfig):
         Width of the embeddings of `encode_text` and `encode_image`, the first stage of a search. By default the model
         has none, as the paper's.
     first_stage_trained (`bool`, *optional*, defaults to `False`):
-        Whether the weights of the first stage were trained: without that its embeddings mean nothing.
+        Whether the weights of the first stage were trained; if not, its embeddings mean nothing.
     similarity_weight (`float`, *optional*):
         Weight, at least 0, of the first stage's similarity in the sum by which a search orders its candidates, score +
-        weight x similarity, as it was measured on validation captions. `None` where it never was.
+        weight x similarity, as it was measured on validation captions. `None` if it never was.
 
     Example:
 
@@ -97,7 +97,12 @@ class UnicoderVLConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Checks across fields, called by `@strict` on construction and on save."""
+        """
+        Checks fields by their values and against each other; `@strict` calls it on construction and on save.
+
+        Raises:
+            `ValueError`: a field is out of its range, or `hidden_size` is no multiple of `num_attention_heads`.
+        """
         for name in (
             "num_hidden_layers",
             "num_attention_heads",

@@ -1,6 +1,6 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """
-Makes padded tensors of records of regions (`RegionRecord`): `UnicoderVLFeatureExtractor`.
+Makes padded tensors of the regions of images: `UnicoderVLFeatureExtractor`, which reads each `RegionRecord`.
 
 Follows the input section of the paper (arXiv 1908.06066): at most 100 regions an image, the best by score, each
 with the 5-d location `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`. Left out: finding regions in photos and storing them
@@ -27,18 +27,23 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
     Turns records into the three `region_*` inputs of the model, padded with zeros to the largest image of the batch.
 
     Args:
-        max_regions (`int`, defaults to 100): At most so many regions an image, as in the paper. The best by
+        max_regions (`int`, defaults to 100): The most regions that an image keeps, 100 as in the paper. The best by
             `object_scores` stay, in record order (ties: the earlier row); without scores the first, with a warning.
-        score_threshold (`float`, *optional*): Keeps only regions that score above it, but the best `min_regions` in any
-            case. The paper's 0.2 changes nothing, since it fills up to 100 whatever the score: hence None.
-        min_regions (`int`, defaults to 10): See `score_threshold`. 10 is the floor of the usual adaptive features.
+        score_threshold (`float`, *optional*): Score in `[0, 1]` above which regions are kept; the best `min_regions`
+            stay in any case. The paper's 0.2 changes nothing, since it fills up to 100 whatever the score: hence None.
+        min_regions (`int`, defaults to 10): The regions that `score_threshold` leaves at least. 10 is the floor of the
+            usual adaptive features.
         feature_dim (`int`, *optional*): The feature width to insist on. None takes any width that a batch agrees on.
-        feature_mean (sequence of `float` of length D, *optional*): Subtracted from every feature; the training set's.
-            A masked region, whose feature is zeroed, then looks like an average one.
-        feature_std (`float`, *optional*): Divides every feature after that; above 0. Without either, as in the paper,
-            features pass as they are.
-        region_provenance (`dict`, *optional*): `RegionStore.provenance` of the store that the model was trained on;
+        feature_mean (sequence of `float` of length D, *optional*): Mean of the training set, subtracted from every
+            feature. A masked region, whose feature is zeroed, then looks like an average one.
+        feature_std (`float`, *optional*): Standard deviation, above 0, that divides every feature after that. Without
+            either, as in the paper, features pass as they are.
+        region_provenance (`dict`, *optional*): `RegionStore.provenance` of the store that the model was trained on,
             saved with the rest. See `check_provenance`.
+
+    Raises:
+        `ValueError`: a count is below 1, the threshold not in `[0, 1]`, or the mean or the standard deviation not
+            usable.
     """
 
     _auto_class = "AutoFeatureExtractor"
@@ -74,7 +79,9 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         super().__init__(**kwargs)
 
     def select(self, record: RegionRecord) -> np.ndarray:
-        """Chooses the rows that the model will see, int64 and increasing; whoever points at a region remaps by them."""
+        """
+        Chooses the rows of the record that the model sees, int64, increasing: an index of a region must follow them.
+        """
         count = min(record.num_regions, self.max_regions)
         scores = record.object_scores
         if scores is None:
@@ -97,12 +104,12 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         return_kept_indices: bool = False,
     ) -> BatchFeature:
         """
-        Batches B records; R is the largest number of regions kept in one of them.
+        Makes a batch of B records, padded to R, the largest number of regions kept in one of them.
 
         Args:
             records (`RegionRecord` or sequence of them): A single record is a batch of one.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` gives torch tensors; `"np"` and None, arrays.
-            return_kept_indices (`bool`, defaults to `False`): Adds `kept_indices`.
+            return_kept_indices (`bool`, defaults to `False`): Whether `kept_indices` are returned, too.
 
         Returns:
             `BatchFeature` of
@@ -113,7 +120,8 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
             - **kept_indices** `(B, R)`, int64: the row of the record that a region comes from, -1 = padding.
 
         Raises:
-            ValueError: There is no record, something is no record, or feature widths differ.
+            `ValueError`: there is no record, something is no record, or feature widths differ from each other or from
+                `feature_dim` or `feature_mean`.
         """
         batch: list[RegionRecord] = [records] if is_region_record(records) else list(records)  # type: ignore[arg-type]
         width = self._check_widths(batch)
@@ -158,8 +166,8 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
     def check_provenance(self, provenance: Mapping[str, Any]) -> bool:
         """
         Whether a store's `provenance` is of the kind that the model was trained on; warns, naming both, if it is not.
-        What one of them does not know is no difference, and what leaves the features alone (`PROVENANCE_DETAILS`) is
-        not compared.
+        A field that either does not know makes no difference, and fields without influence on the features
+        (`PROVENANCE_DETAILS`) are not compared.
         """
         trained = self.region_provenance or {}
         differences = [

@@ -67,22 +67,22 @@ class UnicoderVLForPreTrainingOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*, returned with any label):
-            Sum of the three parts below that were asked for.
+            Sum of those of the three parts below that labels were given for.
         prediction_logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Masked language modelling; `(num_counted_tokens, vocab_size)` where it is sparse, see
+            Logits of masked language modelling; `(num_counted_tokens, vocab_size)` where they are sparse, see
             `config.sparse_prediction`.
         region_logits (`torch.Tensor` of shape `(batch_size, num_regions, num_region_classes)`, *optional*):
-            Masked object classification; `None` without regions.
+            Logits of masked object classification; `None` without regions.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
-            Visual-linguistic matching, index 1 = match.
+            Logits of visual-linguistic matching, index 1 = match.
         scores (`torch.Tensor` of shape `(batch_size,)`):
             `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
         mlm_loss, moc_loss, matching_loss (`torch.Tensor` of shape `()`, *optional*):
-            The parts of the loss, each already divided by all rows of the batch.
+            The parts of the loss, each a mean over all rows of the batch.
         hidden_states (`tuple(torch.Tensor)`, *optional*):
-            One of shape `(batch_size, sequence_length + num_regions, hidden_size)` for the embeddings and each layer.
+            States `(batch_size, sequence_length + num_regions, hidden_size)` of the embeddings and of each layer.
         attentions (`tuple(torch.Tensor)`, *optional*):
-            One of shape `(batch_size, num_heads, sequence_length + num_regions, sequence_length + num_regions)` a
+            Weights `(batch_size, num_heads, sequence_length + num_regions, sequence_length + num_regions)` of each
             layer.
     """
 
@@ -107,14 +107,14 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             The hardest-negative triplet loss with `group_ids`, cross-entropy without.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
-            Index 1 = match.
+            Logits of matching, index 1 = match.
         scores (`torch.Tensor` of shape `(batch_size,)`):
             `matching_logits[:, 1] - matching_logits[:, 0]`, float32; higher = better match.
         first_stage_logits (`torch.Tensor` of shape `(len(first_stage_captions), len(first_stage_images))`, *optional*):
             Similarity of each of these captions with each of these images by the first stage of a search, over its
             learned temperature, float32.
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
-            As in [`UnicoderVLForPreTrainingOutput`].
+            The states and weights of the layers, as in [`UnicoderVLForPreTrainingOutput`].
     """
 
     loss: torch.Tensor | None = None
@@ -126,7 +126,7 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
 
 
 class UnicoderVLRegionEmbeddings(nn.Module):
-    """LayerNorm(FC(feature) + FC(location)): the two are summed first, then one LayerNorm (paper, Image Embeddings)."""
+    """Embeds regions as LayerNorm(FC(feature) + FC(location)): one LayerNorm of the sum (paper, Image Embeddings)."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
@@ -167,6 +167,7 @@ class UnicoderVLEmbeddings(nn.Module):
         position_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Embeds tokens as BERT does, `(num_captions, sequence_length, hidden_size)`; takes arguments of `forward`."""
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if position_ids is None:
@@ -207,6 +208,7 @@ class UnicoderVLEmbeddings(nn.Module):
         return self.dropout(torch.cat((text, self.add_image_token(regions)), dim=1))
 
     def add_image_token(self, regions: torch.Tensor) -> torch.Tensor:
+        """Adds the vector of the paper's `[IMG]` token, if the model has it, to `(…, num_regions, hidden_size)`."""
         return regions if self.image_token_embedding is None else regions + self.image_token_embedding
 
 
@@ -220,6 +222,21 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Computes attention in plain PyTorch, the implementation `"eager"`.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, length, head_dim)`):
+            The states; a query may be shorter than the keys.
+        attention_mask (`torch.Tensor`, *optional*):
+            Added to the logits, which it must broadcast to: 0 where a query reads a key, else the lowest value.
+        scaling (`float`):
+            Multiplies the logits, `1 / sqrt(head_dim)`.
+
+    Returns:
+        The output `(batch_size, length, num_heads, head_dim)` and the weights `(batch_size, num_heads, query length,
+        key length)`.
+    """
     attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
@@ -232,14 +249,14 @@ def eager_attention_forward(
 @dataclass
 class PackedSequences:
     """
-    Sequences without padding, one behind the other in `(1, num_tokens, hidden_size)`, and how attention keeps them
-    apart: SDPA and eager attention take one call a group of equal length, FlashAttention the borders, flex attention a
-    block mask.
+    Describes sequences without padding, one behind the other in `(1, num_tokens, hidden_size)`, so that attention keeps
+    them apart: SDPA and eager attention are called once for each group of equal length, FlashAttention takes the
+    borders, and flex attention a block mask.
 
     Args:
-        groups (`list[tuple[int, int]]`): Number and length of the sequences of each group, in the order they lie.
-        device (`torch.device`): Of the tokens.
-        implementation (`str`): The model's attention.
+        groups (`list[tuple[int, int]]`): Number and length of the sequences of each group, in their order.
+        device (`torch.device`): The device of the tokens.
+        implementation (`str`): The attention of the model, its `config._attn_implementation`.
     """
 
     groups: list[tuple[int, int]]
@@ -253,7 +270,7 @@ class PackedSequences:
         self.starts = self.ends[:-1]
 
     def attention_kwargs(self, first_only: bool = False) -> dict[str, Any]:
-        """Arguments of a layer. `first_only`: the queries are the first token of each sequence."""
+        """Makes the arguments of a layer; with `first_only` its queries are the first token of each sequence."""
         if is_flash_attention_requested(requested_attention_implementation=self.implementation):
             ends = self.ends.int()
             queries = torch.arange(len(ends), device=self.device, dtype=torch.int32) if first_only else ends
@@ -290,7 +307,7 @@ def attend_in_groups(
     attention_mask: None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """`attention_interface` of each group of [`PackedSequences`], with all of its queries or one a sequence."""
+    """Calls `attention_interface` for each group of [`PackedSequences`], with all of its queries or one a sequence."""
     sizes = [count * length for count, length in groups]
     query_sizes = sizes if query.shape[2] == key.shape[2] else [count for count, _ in groups]
     # (1, heads, tokens, head_dim) and back to how it lies in memory; split, for a backward that stays linear.
@@ -319,8 +336,9 @@ def attend_in_float32(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    `attention_interface` on float32 copies of bfloat16 states, its output in bfloat16 again. PyTorch's backward of SDPA
-    in bfloat16 takes 3 to 12 times that of float32 on CPUs: half of a small model's step, a quarter of MiniLM's.
+    Calls `attention_interface` on float32 copies of bfloat16 states, and returns its output in bfloat16 again. On CPUs
+    PyTorch's backward of SDPA takes 3 to 12 times as long in bfloat16: half of a small model's step, a quarter of
+    MiniLM's.
     """
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
@@ -332,6 +350,8 @@ def attend_in_float32(
 
 
 class UnicoderVLSelfAttention(nn.Module):
+    """BERT's self-attention, by the implementation that the model was loaded with."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.config = config
@@ -352,7 +372,7 @@ class UnicoderVLSelfAttention(nn.Module):
         groups: list[tuple[int, int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All arguments but the first two are of the packed path, see [`UnicoderVLModel.encode_packed`]."""
+        """The arguments after the second are for packed sequences, see [`UnicoderVLModel.encode_packed`]."""
         query_states = hidden_states if query_states is None else query_states
         input_shape = query_states.shape[:-1]
         hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -395,6 +415,8 @@ class UnicoderVLResidualOutput(nn.Module):
 
 
 class UnicoderVLAttention(nn.Module):
+    """The first half of a layer: self-attention, the residual and its LayerNorm."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.self = UnicoderVLSelfAttention(config)
@@ -412,6 +434,8 @@ class UnicoderVLAttention(nn.Module):
 
 
 class UnicoderVLIntermediate(nn.Module):
+    """The widening part of a layer's feed-forward network: a linear layer and the activation."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -422,6 +446,8 @@ class UnicoderVLIntermediate(nn.Module):
 
 
 class UnicoderVLLayer(GradientCheckpointingLayer):
+    """A layer of BERT's encoder: attention, then the feed-forward network."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.attention = UnicoderVLAttention(config)
@@ -440,6 +466,8 @@ class UnicoderVLLayer(GradientCheckpointingLayer):
 
 
 class UnicoderVLEncoder(nn.Module):
+    """The stack of layers."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.layer = nn.ModuleList([UnicoderVLLayer(config) for _ in range(config.num_hidden_layers)])
@@ -456,7 +484,7 @@ class UnicoderVLEncoder(nn.Module):
 
 
 class UnicoderVLPooler(nn.Module):
-    """BERT's pooler, on the first attended token: `[CLS]`, on whichever side the padding is."""
+    """BERT's pooler. It reads the first attended token, which is `[CLS]` on whichever side the padding is."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
@@ -473,6 +501,8 @@ class UnicoderVLPooler(nn.Module):
 
 
 class UnicoderVLPredictionHeadTransform(nn.Module):
+    """The transform before BERT's decoder of tokens: a linear layer, the activation and LayerNorm."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -484,6 +514,8 @@ class UnicoderVLPredictionHeadTransform(nn.Module):
 
 
 class UnicoderVLLMPredictionHead(nn.Module):
+    """Gives the logits of all tokens, `(…, vocab_size)`; its decoder is tied to the word embeddings by default."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.transform = UnicoderVLPredictionHeadTransform(config)
@@ -495,6 +527,8 @@ class UnicoderVLLMPredictionHead(nn.Module):
 
 
 class UnicoderVLOnlyMLMHead(nn.Module):
+    """Holds the head of masked language modelling under the name that BERT's checkpoints give it."""
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.predictions = UnicoderVLLMPredictionHead(config)
@@ -512,7 +546,7 @@ class UnicoderVLFloat32Linear(nn.Linear):
 
 
 class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
-    """Gives two logits of BERT's pooler output, 0 = mismatch, 1 = match."""
+    """Gives two logits from the output of BERT's pooler, 0 = mismatch, 1 = match."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config.hidden_size, 2)
@@ -520,8 +554,8 @@ class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
 
 class UnicoderVLFirstStage(nn.Module):
     """
-    Projects the mean states of a caption and of an image into one space, where a temperature makes logits of
-    similarities, learned by a contrastive loss as in CLIP. In float32, where bfloat16 would tie many similarities.
+    Projects the mean states of captions and of images into one space, in which a learned temperature makes logits of
+    similarities, as in CLIP. It computes in float32, since in bfloat16 many similarities would be equal.
     """
 
     def __init__(self, config: UnicoderVLConfig, projection_dim: int):
@@ -531,9 +565,15 @@ class UnicoderVLFirstStage(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_text(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        Projects mean states of captions, `(num_texts, hidden_size)`, to `(num_texts, projection_dim)`, unit length.
+        """
         return self._embed(self.text_projection, states)
 
     def embed_image(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        Projects mean states of images, `(num_images, hidden_size)`, to `(num_images, projection_dim)`, unit length.
+        """
         return self._embed(self.image_projection, states)
 
     def _embed(self, projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
@@ -542,14 +582,14 @@ class UnicoderVLFirstStage(nn.Module):
         return nn.functional.normalize(projected, dim=-1)
 
     def logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
-        """Similarities over the learned temperature, of at least 1/100 as in CLIP: `(num_texts, num_images)`."""
+        """Divides similarities, `(num_texts, num_images)`, by the learned temperature, at least 1/100 as in CLIP."""
         with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
             return self.logit_scale.float().clamp(max=math.log(100)).exp() * text_embeddings @ image_embeddings.T
 
 
 @dataclass
 class BertLoadingReport:
-    """What [`~UnicoderVLPreTrainedModel.from_bert`] could not take from BERT, and what it left there.
+    """A report of [`~UnicoderVLPreTrainedModel.from_bert`]: parameters that BERT lacks, and parameters left unused.
 
     Args:
         new (`list[str]`): Parameters of the model that the checkpoint lacks, freshly initialised.
@@ -616,10 +656,10 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path (`str`):
                 A folder, or a repository of the Hub, with a BERT of any kind (`BertModel`, with or without heads).
             output_loading_info (`bool`, *optional*, defaults to `False`):
-                Return `(model, BertLoadingReport)`: the parameters that are new, and those of the checkpoint left
-                unused.
+                Returns `(model, BertLoadingReport)`: the parameters that are new, and those of the checkpoint that
+                are left unused.
             dtype, attn_implementation, revision, token, cache_dir, local_files_only:
-                As in [`~PreTrainedModel.from_pretrained`], but for `dtype`, which defaults to float32.
+                The options of [`~PreTrainedModel.from_pretrained`]; `dtype` defaults to float32.
             config_overrides:
                 Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be lower than BERT's: the first layers are
                 taken.
@@ -723,9 +763,11 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
+        """The embeddings of the tokens, `nn.Embedding`."""
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value):
+        """Replaces the embeddings of the tokens by another `nn.Embedding`."""
         self.embeddings.word_embeddings = value
 
     @capture_outputs
@@ -770,7 +812,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         )
 
     def packs(self, **kwargs) -> bool:
-        """Whether padding is left out: it was asked for, it pays, and neither a layer's output nor a graph is."""
+        """Whether padding is left out: the config asks for it, it pays, and neither layers nor a graph are recorded."""
         asked = self.training if self.config.padding_free is None else self.config.padding_free
         recorded = any(
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
@@ -795,9 +837,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
-        Encodes as `forward` does, with its arguments, for a head that reads `pooler_output` alone: where padding is
-        left out, the last layer computes `[CLS]` alone, and where both indices name no row, nothing is computed. There
-        is no `last_hidden_state` then.
+        Encodes as `forward` does, with its arguments, for a head that reads `pooler_output` alone, of shape
+        `(batch_size, hidden_size)`. Where padding is left out, the last layer computes `[CLS]` alone, and where both
+        indices are empty, nothing is computed; in either case `last_hidden_state` is None.
         """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -836,8 +878,11 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         region_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Means over attended positions, embeddings and all layers, `(batch_size, hidden_size)`, float32; the arguments
+        Averages the hidden states over the attended positions, and over the embeddings and all layers. The arguments
         are those of `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, hidden_size)`, float32; zeros for a row without an attended position.
         """
         # The last layer of a pre-trained encoder tells less of one modality alone: with it frozen, recall on Flickr8k
         # is a fifth lower than that of the mean over all.
@@ -876,7 +921,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         region_features=None, region_locations=None, region_attention_mask=None, token_region_ids=None,
         caption_index=None, image_index=None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-        """The embeddings of text and regions, their mask, and that of the text; no mask where there is no padding."""
+        """Embeds text and regions, and returns the states, their mask and the text's; None where no mask was given."""
         self._check_shapes(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
             region_attention_mask, token_region_ids, caption_index, image_index,
@@ -910,14 +955,14 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
 
     def encode_packed(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
         r"""
-        What the encoder makes of `[CLS]`, for sequences without padding: no attention mask, and a last layer that
-        computes this row alone. The same values as `forward` gives, but for rounding.
+        Encodes sequences without padding for a head that reads `[CLS]` alone: there is no attention mask, and the last
+        layer computes the first token of each sequence alone. The values are those of `forward`, but for rounding.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
                 The embeddings of all sequences, one behind the other, those of equal length side by side.
             groups (`list[tuple[int, int]]`):
-                Number and length of the sequences of each length, in this order.
+                Number and length of the sequences of each length, in the order in which they lie.
 
         Returns:
             `torch.Tensor` of shape `(num_sequences, hidden_size)`: the first row of each sequence's last hidden state.
@@ -937,7 +982,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
         region_attention_mask, token_region_ids, caption_index, image_index,
     ):  # fmt: skip
-        """Shapes only: a look at a value would wait for the GPU and break a compiled graph."""
+        """Checks shapes only: a look at a value would wait for the GPU and break a compiled graph."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if input_ids is not None and input_ids.ndim != 2:
@@ -1041,9 +1086,11 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self):
+        """The decoder of masked language modelling, `nn.Linear`."""
         return self.cls.predictions.decoder
 
     def set_output_embeddings(self, new_embeddings):
+        """Replaces the decoder of masked language modelling by another `nn.Linear`, whose bias becomes the head's."""
         self.cls.predictions.decoder = new_embeddings
         # One parameter under two names while tied; otherwise two, or a saved checkpoint would lack one of them.
         tied = self.config.tie_word_embeddings
@@ -1128,9 +1175,10 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
 
 RETRIEVAL_LABELS_DOCSTRING = r"""
     group_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-        The group of each row: one or more matches and their mismatches. The loss is then the hardest-negative triplet
-        loss with `config.triplet_margin`, else cross-entropy; needs `caption_index` and `image_index`, which tell a
-        caption negative (the match's image) from an image negative (its caption).
+        The group of each row, any number: one or more matches and their mismatches. The loss is then the
+        hardest-negative triplet loss with `config.triplet_margin`, else cross-entropy. Needs `caption_index` and
+        `image_index`, which tell a caption negative (it shares the match's image) from an image negative (it shares the
+        match's caption).
     labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         1 = match, 0 = mismatch, -100 = ignored.
     first_stage_captions (`torch.LongTensor` of shape `(num_first_stage_captions,)`, *optional*):
@@ -1175,7 +1223,10 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As [`~PreTrainedModel.from_pretrained`]; where the first stage was not loaded whole, it is not trained."""
+        """
+        Loads a model as [`~PreTrainedModel.from_pretrained`] does. Where the first stage is not loaded whole,
+        `config.first_stage_trained` becomes `False` and `config.similarity_weight` None.
+        """
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if model.first_stage is None or any(key.startswith("first_stage.") for key in report["missing_keys"]):
             model.config.first_stage_trained = False
@@ -1194,7 +1245,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         Embeds captions alone, for a first stage of search.
 
         Args:
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: As in `forward`.
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds:
+                The arguments of `forward`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, projection_dim)`, float32, of unit length: its product with what
@@ -1215,10 +1267,18 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         region_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
-        Embeds images alone; see [`~UnicoderVLForImageTextRetrieval.encode_text`].
+        Embeds images alone, for a first stage of search.
 
         Args:
-            region_features, region_locations, region_attention_mask: As in `forward`.
+            region_features, region_locations, region_attention_mask:
+                The arguments of `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, projection_dim)`, float32, of unit length, see
+            [`~UnicoderVLForImageTextRetrieval.encode_text`].
+
+        Raises:
+            `ValueError`: the model has no first stage.
         """
         first_stage = self._first_stage()
         return first_stage.embed_image(self.image_states(region_features, region_locations, region_attention_mask))
@@ -1231,7 +1291,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Means over tokens, embeddings and layers, `(batch_size, hidden_size)`, which `encode_text` projects."""
+        """Averages over tokens, embeddings and layers, `(batch_size, hidden_size)`; `encode_text` projects it."""
         return self.bert.mean_states(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1246,7 +1306,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         region_locations: torch.Tensor | None,
         region_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Means over regions, embeddings and layers, `(batch_size, hidden_size)`, which `encode_image` projects."""
+        """Averages over regions, embeddings and layers, `(batch_size, hidden_size)`; `encode_image` projects it."""
         # An image alone is a sequence with a text of no token.
         no_text = region_features.new_empty((len(region_features), 0, self.config.hidden_size), dtype=self.dtype)
         return self.bert.mean_states(
@@ -1289,7 +1349,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             raise ValueError("Image-text retrieval needs region_features: a caption is scored with an image.")
         if group_ids is not None and (caption_index is None or image_index is None):
             raise ValueError(
-                "group_ids needs caption_index and image_index: which negatives share the image, which the caption?"
+                "group_ids needs caption_index and image_index: give both, they tell the negatives that share a "
+                "match's image from those that share its caption."
             )
         if "mismatches" in kwargs:
             raise ValueError(
@@ -1447,18 +1508,21 @@ def hardest_negative_triplet_loss(
     image_weight: float = 1.0,
 ) -> torch.Tensor:
     r"""
-    Mean over the matches of `max(0, margin - s + s_caption) + max(0, margin - s + s_image)`, where `s_caption` is the
-    highest of the group's caption negatives (mismatches with the match's image) and `s_image` of its image negatives
-    (mismatches with its caption), all on `s = sigmoid(score)` (paper, Image-Text Retrieval, after VSE++). A direction
-    without a negative adds 0.
+    Computes the paper's triplet loss (Image-Text Retrieval, after VSE++): the mean over the matches of `max(0, margin -
+    s + s_caption) + max(0, margin - s + s_image)`, all on `s = sigmoid(score)`. `s_caption` is the highest among the
+    group's caption negatives (mismatches with the match's image), `s_image` the highest among its image negatives
+    (mismatches with its caption). A direction without a negative adds 0.
 
     Args:
         scores, labels, group_ids, caption_index, image_index (`torch.Tensor` of shape `(batch_size,)`):
-            As in [`UnicoderVLForImageTextRetrieval`].
+            The scores of the rows, and what the batch says of them, see [`UnicoderVLForImageTextRetrieval`].
         margin (`float`, *optional*, defaults to 0.2):
-            On the difference of two values in `(0, 1)`.
+            Wanted difference of two values in `(0, 1)`.
         caption_weight, image_weight (`float`, *optional*, default to 1.0):
             Weights of the two terms.
+
+    Returns:
+        `torch.Tensor` of shape `()`; 0, with its graph, where there is no match.
     """
     captions, images = triplet_hinges(scores, labels, group_ids, caption_index, image_index, margin)
     loss = caption_weight * captions.amax(dim=1).sum() + image_weight * images.amax(dim=1).sum()
@@ -1471,7 +1535,11 @@ def negatives_of_matches(
     caption_index: torch.LongTensor,
     image_index: torch.LongTensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Caption negatives and image negatives of the rows that are matches, each `(batch_size, batch_size)`, bool."""
+    """
+    Finds the caption negatives and the image negatives of each match, each as a bool mask `(batch_size, batch_size)`:
+    a row for a match (all `False` for a mismatch), a column for a mismatch. The arguments are those of
+    [`hardest_negative_triplet_loss`].
+    """
     candidate = (group_ids[:, None] == group_ids) & (labels == 1)[:, None] & (labels == 0)  # (match, mismatch)
     return candidate & (image_index[:, None] == image_index), candidate & (caption_index[:, None] == caption_index)
 
@@ -1485,8 +1553,8 @@ def triplet_hinges(
     margin: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Hinges `max(0, margin - s + s_negative)` of each match with each of its caption negatives, and with each of its
-    image negatives, on `s = sigmoid(score)`: each `(batch_size, batch_size)`, 0 elsewhere.
+    Computes the hinges `max(0, margin - s + s_negative)` of each match with each of its caption negatives, and with
+    each of its image negatives, on `s = sigmoid(score)`: each of shape `(batch_size, batch_size)`, 0 elsewhere.
     """
     captions, images = negatives_of_matches(labels, group_ids, caption_index, image_index)
     probabilities = scores.sigmoid()
@@ -1495,7 +1563,7 @@ def triplet_hinges(
 
 
 def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Weight of each target, `(batch_size, length)`: 1 / (its row's targets * rows of the batch), or 0."""
+    """Weighs each target, `(batch_size, length)`: 1 / (targets of its row * rows of the batch), 0 for what is none."""
     is_target = labels != -100
     if counted is not None:
         is_target = is_target & counted[:, None]
@@ -1506,7 +1574,7 @@ def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> t
 def _masked_prediction_loss(
     logits: torch.Tensor, labels: torch.LongTensor, counted: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean over the targets of each row, then over ALL rows of the batch; rows without targets add 0."""
+    """Averages over the targets of each row, then over ALL rows of the batch; rows without targets add 0."""
     losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return (losses.view_as(labels) * _target_weights(labels, counted)).sum()
 
@@ -1515,7 +1583,7 @@ def _pack(
     hidden_states: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor, torch.Tensor]:
     """
-    The attended positions of a batch (all without a mask), one behind the other, rows of equal length side by side.
+    Packs the attended positions of a batch (all without a mask) one behind the other, rows of equal length together.
 
     Returns:
         The states `(num_tokens, hidden_size)`, the groups of [`PackedSequences`], where in the flattened batch each
@@ -1535,7 +1603,7 @@ def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTens
 
 
 def _flatten_choices(name: str, tensor: MaybeTensor, choices: tuple[int, ...]) -> MaybeTensor:
-    """`(batch_size, num_choices, ...)` to `(batch_size * num_choices, ...)`."""
+    """Reshapes `(batch_size, num_choices, ...)` to `(batch_size * num_choices, ...)`."""
     if tensor is None:
         return tensor
     if tuple(tensor.shape[:2]) != choices:

@@ -1,5 +1,5 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
-"""Pairs captions, by the tokenizer, with regions, by the feature extractor and looked up in a store.
+"""Makes model inputs of captions and regions: tokens of the captions, tensors of the regions of their images.
 
 Follows the paper's input section: WordPiece `[CLS] w_1 … w_T [SEP]`, at most 44 tokens beside 100 regions. Left out:
 masking and mismatches, which are the collators' work.
@@ -25,7 +25,7 @@ RegionInput = RegionRecord | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class UnicoderVLProcessorKwargs(ProcessingKwargs, TextKwargs, total=False):  # type: ignore[misc]
-    """Options of a call: those of the tokenizer, by name or together as `text_kwargs`, which win."""
+    """Options of a call. They are the tokenizer's, given by name or together as `text_kwargs`, which win."""
 
     split_special_tokens: bool
     _defaults = {"text_kwargs": {"padding": True, "truncation": True, "max_length": 44}}  # type: ignore[misc]
@@ -43,7 +43,7 @@ class _Reference:
 
 class UnicoderVLProcessor(ProcessorMixin):
     r"""
-    Pairs a BERT tokenizer with a region-feature loader.
+    Makes model inputs of captions and of the regions of images, by a BERT tokenizer and a feature extractor.
 
     Args:
         feature_extractor ([`UnicoderVLFeatureExtractor`]):
@@ -91,9 +91,11 @@ class UnicoderVLProcessor(ProcessorMixin):
         **kwargs: Unpack[UnicoderVLProcessorKwargs],
     ) -> BatchFeature:
         r"""
+        Makes the inputs of a batch: tokens of the captions, tensors of the regions of the images.
+
         Args:
             text (`str` or sequence of `str`, *optional*):
-                Captions.
+                The captions.
             regions (`RegionRecord`, `dict`, `str`, `os.PathLike`, or a sequence of these, *optional*):
                 The regions of each image: a record; its fields as a dict of arrays; an image id, looked up in `store`;
                 or the path of a record written by [`RegionRecord.save`]. A `str` is always an image id, never a path.
@@ -101,16 +103,16 @@ class UnicoderVLProcessor(ProcessorMixin):
             images (*optional*):
                 Photos, which are refused for now: their regions must be found first.
             store (`Mapping[str, RegionRecord]`, *optional*):
-                Where image ids are looked up, such as a [`RegionStore`]. Defaults to that of
+                The store in which image ids are looked up, such as a [`RegionStore`]. Defaults to that of
                 [`~UnicoderVLProcessor.set_store`].
             return_tensors (`str`, *optional*):
                 `"pt"` or `"np"`; lists of tokens and arrays of regions by default.
             padding (`bool` or `str`, *optional*, defaults to `True`), truncation (`bool` or `str`, *optional*, defaults
                 to `True`), max_length (`int`, *optional*, defaults to 44):
-                As in the tokenizer; 44 tokens are the paper's.
+                Options of the tokenizer; 44 tokens are the paper's.
             text_kwargs (`dict`, *optional*):
-                Options of the tokenizer, which win over those given by name: transformers' way of naming whom they are
-                for.
+                Options of the tokenizer, which win over those given by name. This is how transformers tells options of
+                the tokenizer from others.
             kwargs:
                 Further options of the tokenizer.
 
@@ -121,7 +123,8 @@ class UnicoderVLProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: neither text nor regions, an empty text, texts and images of different number, an image id
-            without a store, a record with a fault, or photos. `KeyError`: an image id that the store lacks.
+            without a store, a record with a fault, or photos.
+            `KeyError`: an image id that the store lacks.
             `TypeError`: an option that neither this method nor the tokenizer has.
         """
         return_tensors = kwargs.get("return_tensors")
@@ -136,7 +139,7 @@ class UnicoderVLProcessor(ProcessorMixin):
                 " or unicoder_vl_hf.regions.extract, and give these as regions."
             )
         if text is None and regions is None:
-            raise ValueError("Give text, regions, or both.")
+            raise ValueError("The processor was given neither text nor regions: give text, regions, or both.")
         data = {}
         if text is not None:
             text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
@@ -165,7 +168,14 @@ class UnicoderVLProcessor(ProcessorMixin):
     def load_records(
         self, regions: RegionInput | Iterable[RegionInput], store: Mapping[str, RegionRecord] | None = None
     ) -> list[RegionRecord]:
-        """Loads the records behind `regions`, which is anything that a call takes."""
+        """
+        Loads the records behind `regions`, in any form that a call of the processor takes, from `store` or the default
+        store.
+
+        Raises:
+            `ValueError`: an image id without a store, or a record with a fault.
+            `KeyError`: an image id that the store lacks.
+        """
         if store is None:
             store = self.default_store
         else:
@@ -185,15 +195,15 @@ class UnicoderVLProcessor(ProcessorMixin):
 
     def check_model(self, model) -> None:
         """
-        Checks that a model has an embedding for every token of the tokenizer: where it lacks one, some caption ends in
-        an `IndexError`, perhaps days later.
+        Checks that a model has an embedding for every token of the tokenizer. If it lacked one, some caption would end
+        in an `IndexError`, perhaps days later.
 
         Args:
             model ([`PreTrainedModel`]):
                 The model that is to read what this processor makes.
 
         Raises:
-            `ValueError`: it has fewer rows of word embeddings than the tokenizer has tokens.
+            `ValueError`: the model has fewer rows of word embeddings than the tokenizer has tokens.
         """
         tokens, rows = max(self.tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().num_embeddings
         if tokens > rows:

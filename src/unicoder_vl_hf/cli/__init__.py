@@ -1,4 +1,4 @@
-"""`unicoder-vl`, the shell's way in: the parser, and a module for each family of commands."""
+"""The command `unicoder-vl`: its parser, and a module for each family of its subcommands."""
 
 from .parser import build_parser, main
 

@@ -1,4 +1,4 @@
-"""`python -m unicoder_vl_hf.cli`, as `accelerate launch -m` wants it."""
+"""Runs `unicoder-vl` as `python -m unicoder_vl_hf.cli`, which `accelerate launch -m` needs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""How a command is registered, and the options that several commands share."""
+"""The registration of commands, and the options that several commands share."""
 
 import json
 from argparse import ArgumentParser, Namespace
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# How a command goes on that takes `--restart`.
+# Words after Ctrl-C of a command that takes `--restart`.
 GO_ON = "Run again, it goes on; --restart begins anew."
 
 AddArguments = Callable[[ArgumentParser], None]
@@ -19,12 +19,12 @@ class Command:
     A command of `unicoder-vl`.
 
     Args:
-        name (`str`): What the user types.
-        help (`str`): A line about it.
+        name (`str`): The word that the user types.
+        help (`str`): A line about the command.
         add_arguments (`callable`): Adds its arguments to a parser.
-        run (`callable`): Runs it on what was parsed; returns its exit code, None for 0. What it needs, it imports then:
-            the others need not wait for it.
-        go_on (`str`): What it says after Ctrl-C: how it goes on.
+        run (`callable`): Runs it on the parsed arguments, and returns its exit code, None for 0. It imports the modules
+            that it needs itself, so that other commands need not wait for them.
+        go_on (`str`, *optional*): Words after Ctrl-C, which say how the command goes on.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Commands(list[Command]):
 
 
 def add_restart(parser: ArgumentParser) -> None:
-    """Adds `--restart`."""
+    """Adds the option `--restart` to a parser."""
     parser.add_argument("--restart", action="store_true", help="begin anew; what was complete stays until this is")
 
 
 def add_caption_ids(parser: ArgumentParser) -> None:
-    """Adds `--caption-ids`."""
+    """Adds the option `--caption-ids` to a parser."""
     parser.add_argument(
         "--caption-ids",
         help="other names for the images of the captions: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN",
@@ -61,7 +61,7 @@ def add_caption_ids(parser: ArgumentParser) -> None:
 
 
 def add_detector_option(parser: ArgumentParser, example: str) -> None:
-    """Adds `--option`, see [`detector_options`]."""
+    """Adds the option `--option` to a parser, see [`detector_options`]."""
     parser.add_argument(
         "-o",
         "--option",
@@ -74,14 +74,14 @@ def add_detector_option(parser: ArgumentParser, example: str) -> None:
 
 def detector_options(args: Namespace, *taken: str) -> dict[str, Any]:
     """
-    Reads the detector's options; a value as JSON where it is some, else as text.
+    Reads the options of a detector, each value as JSON if it is some, else as text.
 
     Args:
         args (`argparse.Namespace`): `option` holds texts NAME=VALUE.
-        taken (`str`): Further arguments of the functions that they pass through, which are none of the detector.
+        taken (`str`): Names that no option may have, since they are arguments of other functions on the way.
 
     Raises:
-        `ValueError`: a text of another form, a name that is taken, or one that is given twice.
+        `ValueError`: a text has another form, or a name is taken or given twice.
     """
     options: dict[str, Any] = {}
     for text in args.option:
@@ -102,7 +102,7 @@ def detector_options(args: Namespace, *taken: str) -> dict[str, Any]:
 
 
 def print_problems(problems: Iterable[object]) -> int:
-    """Prints each problem and their number. Returns 1 where there are any."""
+    """Prints each problem and their number, and returns the exit code: 1 if there are any, else 0."""
     count = 0
     for problem in problems:
         count += 1

@@ -12,9 +12,10 @@ FAMILIES = (photos, stores, retrieval, search, vcr)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Runs a command. Returns 0, 1 after an error that the user can mend, which is said in one line, or 130 after Ctrl-C.
+    Runs a command. Returns its exit code: 0 or that of the command, 1 after an error that the user can mend, which is
+    said in one line, or 130 after Ctrl-C.
 
-    What a command needs is imported when it runs: Ctrl-C is caught meanwhile, and the others need not wait for it.
+    Modules that a command needs are imported when it runs: Ctrl-C is caught meanwhile, and others need not wait for it.
     """
     program, go_on = "unicoder-vl", ""
     try:
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> ArgumentParser:
-    """Builds the parser of all commands; what it parses holds the [`Command`] as `command`, its parser as `parser`."""
+    """
+    Builds the parser of all commands. Its namespace holds the [`Command`] as `command` and its parser as `parser`.
+    """
     parser = ArgumentParser(prog="unicoder-vl", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"unicoder-vl-hf {package_version()}")
     parsers = parser.add_subparsers(required=True, metavar="command")

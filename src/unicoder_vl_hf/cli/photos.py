@@ -1,4 +1,4 @@
-"""Commands that begin with photos: their regions, and their captions."""
+"""The commands that begin with photos: they extract regions, and prepare captions."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -8,24 +8,27 @@ commands = Commands()
 
 
 def _extract_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("photos", help="folder, .tar, .txt of file names, .parquet, or folder of a dataset")
+    parser.add_argument("photos", help="photos: a folder, .tar, .txt of file names, .parquet, or folder of a dataset")
     parser.add_argument("store", help="folder of the store")
     parser.add_argument(
-        "--detector", required=True, metavar="FAMILY:NAME", help="visual-genome:, torchvision:, transformers: or grid:"
+        "--detector",
+        required=True,
+        metavar="FAMILY:NAME",
+        help="detector of the family visual-genome, torchvision, transformers or grid",
     )
     add_detector_option(parser, "max_regions=36")
     parser.add_argument(
         "--ids",
         default="stem",
-        help="how photos get their ids: stem (default: file names without suffix), path, key (webdataset's), coco, a "
+        help="source of the photos' ids: stem (default: file names without suffix), path, key (webdataset's), coco, a "
         ".csv (source_id, image_id), or CAPTIONS:COLUMN",
     )
     parser.add_argument("--skip-unmapped", action="store_true", help="leave out photos that --ids does not cover")
-    parser.add_argument("--image-column", default="image", help="photos' column of a dataset (default: image)")
-    parser.add_argument("--id-column", default="image_id", help="ids' column of a dataset (default: image_id)")
+    parser.add_argument("--image-column", default="image", help="column of a dataset's photos (default: image)")
+    parser.add_argument("--id-column", default="image_id", help="column of a dataset's ids (default: image_id)")
     parser.add_argument("--split", help="split of a dataset")
-    parser.add_argument("--boxes", help="pool features in these boxes: a .npz, or a .jsonl of image_id and boxes")
-    parser.add_argument("--batch-size", type=int, help="photos a call (default: 1 on a CPU, 8 on a GPU)")
+    parser.add_argument("--boxes", help="boxes to pool features in: a .npz, or a .jsonl of image_id and boxes")
+    parser.add_argument("--batch-size", type=int, help="photos at a time (default: 1 on a CPU, 8 on a GPU)")
     parser.add_argument("--num-workers", type=int, default=2, help="reading processes (default: 2)")
     parser.add_argument("--device", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument(
@@ -63,10 +66,12 @@ def _extract(args: Namespace) -> None:
 
 
 def _prepare_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("photos", help="what `extract` takes, or the store that it wrote")
+    parser.add_argument("photos", help="photos as `extract` takes them, or the store that it wrote")
     parser.add_argument("captions", help="caption file in any layout")
     parser.add_argument("output", help="new .jsonl of image_id, caption and split")
-    parser.add_argument("--ids", default="stem", help="how photos get their ids, as --ids of `extract` (stem)")
+    parser.add_argument(
+        "--ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)"
+    )
     add_caption_ids(parser)
     parser.add_argument(
         "--splits",
@@ -75,7 +80,7 @@ def _prepare_arguments(parser: ArgumentParser) -> None:
         help="draw splits anew: shares of train, val and test (default: those of the captions, else 0.8,0.1,0.1)",
     )
     parser.add_argument(
-        "--split-list", action="append", default=[], metavar="NAME=FILE", help="a split's images, one a line"
+        "--split-list", action="append", default=[], metavar="NAME=FILE", help="file of a split's images, one a line"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     parser.add_argument("--restart", action="store_true", help="write anew where other prepared captions are")
@@ -108,5 +113,5 @@ def _prepare(args: Namespace) -> None:
 
 
 def _shares(text: str) -> tuple[float, ...]:
-    """Reads numbers between commas; argparse says what is none."""
+    """Reads numbers between commas; argparse reports what is no number."""
     return tuple(map(float, text.split(",")))

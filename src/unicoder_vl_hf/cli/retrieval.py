@@ -1,4 +1,4 @@
-"""Commands between two trainings of image-text retrieval: hard negatives, and a first stage of search."""
+"""The commands of image-text retrieval: mining hard negatives, and training a first stage of search."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -12,24 +12,31 @@ def _mine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("output", help="new folder of captions with their negatives, for run_retrieval.py")
     parser.add_argument("--split", default="train", help="split of the captions (default: train)")
     add_caption_ids(parser)
-    parser.add_argument("--num-negatives", type=int, default=3, help="captions, and images, of each pair (default: 3)")
-    parser.add_argument("--images-per-set", type=int, default=100, help="images that meet one another (default: 100)")
+    parser.add_argument(
+        "--num-negatives", type=int, default=3, help="negative captions, and images, of each pair (default: 3)"
+    )
+    parser.add_argument(
+        "--images-per-set",
+        type=int,
+        default=100,
+        help="images that are scored with the captions of one another (default: 100)",
+    )
     parser.add_argument(
         "--candidates",
         type=int,
-        help="candidates, of the whole split by the checkpoint's first stage, instead of sets",
+        help="candidates that the checkpoint's first stage proposes from the whole split, instead of sets",
     )
-    parser.add_argument("--range-min", type=int, default=0, help="hardest ones that are passed over (default: 0)")
-    parser.add_argument("--range-max", type=int, help="hardest ones that are looked at (default: all)")
+    parser.add_argument("--range-min", type=int, default=0, help="hardest candidates that are passed over (default: 0)")
+    parser.add_argument("--range-max", type=int, help="hardest candidates that are looked at (default: all)")
     parser.add_argument("--min-score", type=float, help="lowest sigmoid(score) of a negative")
     parser.add_argument("--max-score", type=float, help="highest sigmoid(score) of a negative")
     parser.add_argument("--absolute-margin", type=float, help="distance below the lowest match of the query")
-    parser.add_argument("--relative-margin", type=float, help="distance below it, as a share of it")
+    parser.add_argument("--relative-margin", type=float, help="distance below the lowest match, as a share of it")
     parser.add_argument(
         "--sampling-strategy",
         choices=("top", "random"),
         default="top",
-        help="negatives taken: the hardest, or any left",
+        help="negatives that are taken: the hardest, or any that are left",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of sets and draws (default: 0)")
     _add_pairs(parser)
@@ -115,6 +122,6 @@ def _add_training_data(parser: ArgumentParser, captions: str) -> None:
 
 
 def _add_pairs(parser: ArgumentParser) -> None:
-    parser.add_argument("--duplicates", help="photos that show the same: .jsonl or .csv, a group a line")
-    parser.add_argument("--max-length", type=int, default=44, help="tokens of a caption (default: 44)")
+    parser.add_argument("--duplicates", help="file of photos that show the same, a group a line: .jsonl or .csv")
+    parser.add_argument("--max-length", type=int, default=44, help="most tokens of a caption (default: 44)")
     parser.add_argument("--skip-missing", action="store_true", help="leave out captions whose image has no regions")

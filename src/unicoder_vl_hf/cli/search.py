@@ -1,4 +1,4 @@
-"""Commands that find: an index of a store, and search in it or among all there are."""
+"""The commands of search: making an index of a store, and searching in it or among all images."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -19,10 +19,10 @@ def _index_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="begin anew; an index that is there stays until the new one is complete"
     )
-    parser.add_argument("--faiss", help="an approximate structure in FAISS's words, such as HNSW32 (default: exact)")
+    parser.add_argument("--faiss", help="approximate structure in FAISS's words, such as HNSW32 (default: none, exact)")
 
 
-@commands.register("index", "A store, or captions, embedded for search", _index_arguments, GO_ON)
+@commands.register("index", "Embeds the images of a store, or captions, for search", _index_arguments, GO_ON)
 def _index(args: Namespace) -> None:
     from ..search.command import make_index
 
@@ -44,7 +44,7 @@ def _index(args: Namespace) -> None:
 
 
 def _search_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("text", nargs="?", help="the sentence")
+    parser.add_argument("text", nargs="?", help="sentence to search images by")
     parser.add_argument(
         "--image",
         metavar="FILE",
@@ -75,7 +75,7 @@ def _search_arguments(parser: ArgumentParser) -> None:
 
 
 @commands.register(
-    "search", "The images that match a sentence best, or the sentences that match an image", _search_arguments
+    "search", "Finds the images that match a sentence best, or the captions that match an image", _search_arguments
 )
 def _search(args: Namespace) -> None:
     from ..search.command import run_search
@@ -104,7 +104,9 @@ def _search(args: Namespace) -> None:
 
 def _add_encoder(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint of ours; to search, the one that scores (default: as in the index)")
-    parser.add_argument("--dual-encoder", help="CLIP, SigLIP or alike as first stage, on --photos")
+    parser.add_argument("--dual-encoder", help="first stage instead: CLIP, SigLIP or alike, on --photos")
     parser.add_argument("--photos", help="photos of the store: folder, .tar, or folder of a dataset")
-    parser.add_argument("--photo-ids", default="stem", help="how photos get their ids, as --ids of `extract` (stem)")
+    parser.add_argument(
+        "--photo-ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)"
+    )
     add_caption_ids(parser)

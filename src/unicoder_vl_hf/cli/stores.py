@@ -1,4 +1,4 @@
-"""Commands of stores: from files of other tools and to them, looked at, checked, compared, labelled and merged."""
+"""The commands of stores: they convert, export, inspect, validate, compare, label and merge."""
 
 import argparse
 from argparse import ArgumentParser, Namespace
@@ -14,7 +14,7 @@ commands = Commands()
 
 
 def _convert_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", help="file or folder")
+    parser.add_argument("source", help="feature file or folder of these")
     parser.add_argument("store", help="folder of the new store")
     _add_format(parser)
     parser.add_argument(
@@ -27,8 +27,8 @@ def _convert_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float16", help="type of the features: float16 (default), bfloat16 or float32"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument("--resume", action="store_true", help="add what a finished store lacks of the source")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes (default: 1)")
+    parser.add_argument("--resume", action="store_true", help="add images of the source that a finished store lacks")
     add_restart(parser)
     parser.add_argument(
         "--source-detector", metavar="NAME@REVISION", help="detector that found the regions, as you declare it"
@@ -83,7 +83,7 @@ def _export(args: Namespace) -> None:
 
 
 def _inspect_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", help="store, file or folder")
+    parser.add_argument("source", help="store, or feature file or folder of these")
     _add_format(parser)
     parser.add_argument("--max-images", type=int, help="images looked at (default: all of a store, 1,000 of a file)")
     parser.add_argument("--image-id", help="image whose regions are shown")
@@ -138,7 +138,7 @@ def _inspect(args: Namespace) -> None:
 
 
 def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":
-    """A photo and its size. Raises ValueError or OSError, both of which name the file."""
+    """Opens a photo, and gives it with its size. Raises ValueError or OSError, both of which name the file."""
     from ..regions.extraction import decode_photo
 
     try:
@@ -176,7 +176,7 @@ def _compare(args: Namespace) -> None:
 def _label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("store", help="folder of the store")
     parser.add_argument("output", help="folder of the labelled store")
-    parser.add_argument("--detector", required=True, help="visual-genome:NAME, the same that found the regions")
+    parser.add_argument("--detector", required=True, help="detector that found the regions, visual-genome:NAME")
     add_detector_option(parser, "revision=main")
     add_restart(parser)
     # It once had to be asked for to go on.
@@ -216,14 +216,16 @@ def _add_format(parser: ArgumentParser) -> None:
     from ..regions.formats import FEATURE_DTYPES, FORMATS
 
     parser.add_argument("--format", help=f"format, found from the content by default; one of {', '.join(FORMATS)}")
-    parser.add_argument("--class-names", help="file with the name of an object id a line, without background")
+    parser.add_argument(
+        "--class-names", help="file with a class name a line, in the order of object ids, without background"
+    )
     parser.add_argument(
         "--feature-dtype",
         metavar="DTYPE",
         help=f"type of features that are only bytes: {', '.join(FEATURE_DTYPES)}",
     )
-    parser.add_argument("--background", action="store_true", help="object ids count a background class as 0")
-    parser.add_argument("--index", help="file that names the images, for formats that number them")
+    parser.add_argument("--background", action="store_true", help="say that object ids count a background class as 0")
+    parser.add_argument("--index", help="file of image names, for formats that number images")
 
 
 def _format_options(args: Namespace) -> dict[str, Any]:

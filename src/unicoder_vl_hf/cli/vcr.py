@@ -1,4 +1,4 @@
-"""The command of visual commonsense reasoning: a look at a submission before it is sent."""
+"""The command of visual commonsense reasoning, which checks a submission before it is sent."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -9,7 +9,9 @@ commands = Commands()
 
 def _check_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("submission", help="CSV of the submission")
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="VCR's test.jsonl")
+    parser.add_argument(
+        "--annotations", required=True, metavar="FILE", help="questions of the submission: VCR's test.jsonl"
+    )
 
 
 @commands.register("vcr-check", "Would VCR's leaderboard take this submission?", _check_arguments)

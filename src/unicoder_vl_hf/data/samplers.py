@@ -1,8 +1,8 @@
-"""The order of training: which rows an optimiser step takes, and how they fall to processes and micro-batches.
+"""The order of training: the rows that an optimiser step takes, shared among processes and micro-batches.
 
-A pure function of (seed, epoch, step): the rows of a step are the same for any number of processes and micro-batches,
-so that a resume on another machine trains on the same steps. Every row occurs exactly once an epoch, and the last
-step of an epoch is smaller.
+The order is a pure function of (seed, epoch, step): the rows of a step are the same for any number of processes and
+micro-batches, so that a resume on another machine trains on the same steps. Every row occurs exactly once an epoch, and
+the last step of an epoch is smaller.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +16,15 @@ SALT = 0x6F7264  # keeps these draws apart from masks and negatives that use the
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """The order in which an epoch visits its rows."""
+    """
+    Gives the order in which an epoch visits its rows, int64 of shape `(num_rows,)`; without `shuffle` as they lie.
+    """
     return np.random.default_rng([seed, epoch, SALT]).permutation(num_rows) if shuffle else np.arange(num_rows)
 
 
 def step_parts(rows: np.ndarray, num_parts: int) -> list[tuple[list[int], float]]:
     """
-    Split the rows of one step into parts of nearly equal size, each with its weight: rows of the part / of the step.
+    Splits the rows of one step into parts of nearly equal size, each with its weight: rows of the part / of the step.
 
     Where there are fewer rows than parts, an empty part holds the step's first row with weight 0: every process runs
     every micro-step (gradients are summed over all of them, and one that stays away is waited for), and the row
@@ -44,7 +46,7 @@ def step_parts(rows: np.ndarray, num_parts: int) -> list[tuple[list[int], float]
 
 class StepBatchSampler(Sampler[list[int]]):
     """
-    The micro-batches of one process, for `DataLoader(batch_sampler=…)`: `micro_batches` of them make a step.
+    Gives the micro-batches of one process, for `DataLoader(batch_sampler=…)`: `micro_batches` of them make a step.
 
     Micro-batches differ in size by a row where the rows do not divide, and at the end of an epoch. Mean losses add up
     to the mean over the step when each is multiplied by its weight, and by the number of processes where DDP averages
@@ -59,14 +61,18 @@ class StepBatchSampler(Sampler[list[int]]):
     The sampler splits over processes itself: keep `accelerate` from splitting again (do not `prepare` the loader).
 
     Args:
-        num_rows (`int`): rows of the epoch.
-        rows_per_step (`int`): rows of one optimiser step, over all processes and micro-batches.
-        micro_batches (`int`, *optional*, defaults to 1): forward passes of one process in a step (gradient
+        num_rows (`int`): Rows of an epoch.
+        rows_per_step (`int`): Rows of one optimiser step, over all processes and micro-batches.
+        micro_batches (`int`, *optional*, defaults to 1): Forward passes of one process in a step (gradient
             accumulation).
-        seed (`int`): at least 0.
-        process_index (`int`, *optional*, defaults to 0): this process.
-        num_processes (`int`, *optional*, defaults to 1): all processes.
-        shuffle (`bool`, *optional*, defaults to `True`): another order each epoch, or else the order of the rows.
+        seed (`int`): Seed of the order, at least 0.
+        process_index (`int`, *optional*, defaults to 0): Number of this process, in `[0, num_processes)`.
+        num_processes (`int`, *optional*, defaults to 1): Number of all processes.
+        shuffle (`bool`, *optional*, defaults to `True`): Whether each epoch has another order, or else that of the
+            rows.
+
+    Raises:
+        `ValueError`: an argument is out of its range.
     """
 
     def __init__(
@@ -111,7 +117,7 @@ class StepBatchSampler(Sampler[list[int]]):
         return -(-self.num_rows // self.rows_per_step)
 
     def set_epoch(self, epoch: int, start_step: int | None = None) -> None:
-        """Move to an epoch and a step in it: by default its first, or where it stands if it is there already."""
+        """Moves to an epoch and a step in it: by default to its first, or nowhere if it is in that epoch already."""
         if epoch < 0:
             raise ValueError(f"epoch={epoch}; expected at least 0.")
         if start_step is None:
@@ -120,17 +126,19 @@ class StepBatchSampler(Sampler[list[int]]):
         self.set_start_step(start_step)
 
     def set_start_step(self, step: int) -> None:
-        """Begin this epoch at a step (others at their first); what comes before is neither read nor collated."""
+        """Begins this epoch at a step (others at their first); rows before it are neither read nor collated."""
         if not 0 <= step <= self.steps_per_epoch:
             raise ValueError(f"step={step} is not in the epoch; expected 0 to {self.steps_per_epoch}.")
         self.start_step = step
 
     def parts(self) -> Iterator[tuple[list[int], float]]:
-        """The rows of each micro-batch of this process and its weight in its step (0: a filler), from `start_step`."""
+        """
+        Gives the rows of each micro-batch of this process, and its weight in its step (0: a filler), from `start_step`.
+        """
         return self._parts(epoch_order(self.num_rows, seed=self.seed, epoch=self.epoch, shuffle=self.shuffle))
 
     def weights(self) -> Iterator[float]:
-        """The weight of each micro-batch that iterating gives: it follows from their sizes, whatever the order."""
+        """Gives the weight of each micro-batch, in the order of iteration; weights follow from sizes, not from rows."""
         return (weight for _, weight in self._parts(np.arange(self.num_rows)))
 
     def _parts(self, order: np.ndarray) -> Iterator[tuple[list[int], float]]:
@@ -147,7 +155,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
 
 class GivenRows(Dataset[Any]):
-    """A dataset for a batch sampler that gives rows, not their numbers: what was made to announce it is at hand."""
+    """Gives on the rows of a batch sampler that gives rows, not their numbers, since it made them to announce them."""
 
     def __getitem__(self, row: Any) -> Any:
         return row
@@ -155,8 +163,8 @@ class GivenRows(Dataset[Any]):
 
 class ReadAhead(Sampler[list[Any]]):
     """
-    The batches of a sampler, each announced one batch before it is given, for `DataLoader(batch_sampler=…)`: so the
-    disk reads what the next batch needs while this one is made and computed on.
+    Gives the batches of a sampler, each announced one batch before it is given, for `DataLoader(batch_sampler=…)`: the
+    disk then reads what the next batch needs while this one is made and computed on.
 
     Args:
         batches (iterable, such as a `Sampler`): Gives lists of the numbers of rows, or of the rows themselves to be

@@ -1,4 +1,4 @@
-"""Command lines of training scripts as dataclasses: the options that all tasks share, and how they are spelt."""
+"""The command lines of training scripts as dataclasses: options that all tasks share, and their spellings."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 class _Parser(HfArgumentParser):
-    """Says in one line what is wrong, where the usage of TrainingArguments takes two hundred, and ends with 2."""
+    """A parser that says in one line what is wrong, where the usage of TrainingArguments takes two hundred."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message.removesuffix('.')}. --help lists the options.\n")
@@ -39,7 +39,9 @@ class _Parser(HfArgumentParser):
 
 
 def make_parser(*classes: type, **options: Any) -> HfArgumentParser:
-    """Makes a parser of dataclasses: its options are spelt out, and its help says of `--no_x` that it turns x off."""
+    """
+    Makes a parser of dataclasses. Options cannot be abbreviated, and the help of `--no_x` says that it turns x off.
+    """
     parser = _Parser(classes, allow_abbrev=False, **options)  # type: ignore[arg-type]
     for action in parser._actions:
         if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
@@ -56,8 +58,17 @@ def parse_arguments(
     data: str = "--captions",
 ) -> tuple[Any, ...]:
     """
-    Reads a command line as dataclasses. The defaults are `paper` where it names `data`, and so in the help, and
-    `scenes` where it does not.
+    Reads a command line as dataclasses. A fault in it, or `--help`, ends the program.
+
+    Args:
+        classes (`tuple[type, ...]`): The dataclasses that hold the options.
+        argv (sequence of `str`, *optional*): The words of the command line; by default those of this process.
+        paper (`dict`): Defaults of a command line that names `data`, and of the help.
+        scenes (`dict`): Defaults of a command line that does not.
+        data (`str`, *optional*, defaults to `"--captions"`): The option that names data of one's own.
+
+    Returns:
+        An object of each class.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     on_scenes = {name: value for name, value in scenes.items() if paper.get(name) != value}
@@ -77,14 +88,14 @@ def parse_arguments(
             "--mixed_precision",
             "--mixed-precision",
             default=argparse.SUPPRESS,
-            help="auto (what the hardware is fast in), no, bf16, fp16. (default: auto)",
+            help="Precision: auto (what the hardware is fast in), no, bf16 or fp16. (default: auto)",
         )
     return parser.parse_args_into_dataclasses(argv)
 
 
 def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """
-    Spells a command line of a training script in the options that the script has. Our loop and Trainer differ in a few:
+    Spells a command line in the options that a training script has. Our loop and Trainer differ in a few options, and
     either kind of script takes those of the other. `--eval_steps` and `--save_steps` count for Trainer whatever its
     default strategy is.
 
@@ -145,7 +156,7 @@ def _pairs_of_a_micro_batch(value: str, micro_batches: int) -> dict[str, Any]:
 
 def _share_of_the_steps(value: str, _) -> dict[str, Any]:
     if float(value) >= 1:
-        raise ValueError("expected a share of the steps, below 1, as in --warmup_ratio")
+        raise ValueError("expected a share of the steps, below 1, such as 0.1")
     return {"warmup_ratio": value}
 
 
@@ -163,8 +174,9 @@ _SPELLINGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 
 def run_identity(*arguments: Any, **facts: Any) -> dict[str, Any]:
     """
-    Tells what makes a run the run it is: the values of the dataclasses of its command line, and `facts` of its data. A
-    field whose metadata hold `"may_change": True` is left out: a run may be resumed with another value of it.
+    Collects the values by which a resumed run is the same run: the fields of its `arguments`, which are dataclasses,
+    and `facts` of its data. A field whose metadata hold `"may_change": True` is left out: a run may be resumed with
+    another value of it.
     """
     values = {
         field.name: getattr(of_class, field.name)
@@ -177,41 +189,44 @@ def run_identity(*arguments: Any, **facts: Any) -> dict[str, Any]:
 
 @dataclass
 class ModelArguments:
-    """Says where a model starts, and how it reads text and regions, in a run of any task."""
+    """Names the model that a run of any task starts from, and says how it reads text and regions."""
 
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "BERT to start from, or a Unicoder-VL to go on with. Default: BERT-base; scenes: none.",
+            "help": "BERT or Unicoder-VL to start from. Default: BERT-base; on the scenes, new weights.",
             "may_change": True,
         },
     )
     num_region_classes: int | None = field(
-        default=None, metadata={"help": "Object classes of the detector. Default: as the store tells, else 1600."}
+        default=None,
+        metadata={"help": "Object classes that the detector knows. Default: those of the store, else 1600."},
     )
     num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "Layers of the BERT to keep, from the first on."}
+        default=None, metadata={"help": "Number of the BERT's layers to keep, from the first on. Default: all."}
     )
     dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Dropout of hidden states and attention. Default: that of what the model starts from; BERT has 0.1."
+            "help": "Dropout of hidden states and attention. Default: that of the model to start from; BERT has 0.1."
         },
     )
-    image_token: bool = field(default=True, metadata={"help": "Add the [IMG] token's vector to every region."})
-    max_length: int = field(default=44, metadata={"help": "Tokens of a caption; longer ones are cut."})
+    image_token: bool = field(default=True, metadata={"help": "Adds the [IMG] token's vector to every region."})
+    max_length: int = field(default=44, metadata={"help": "Most tokens of a caption; longer captions are cut."})
     max_regions: int | None = field(
         default=None,
-        metadata={"help": "Regions of an image; the best by score stay. Default: as a Unicoder-VL does it, else 100."},
+        metadata={
+            "help": "Most regions of an image; the best by score stay. Default: those of a Unicoder-VL, else 100."
+        },
     )
     scale_features: bool = field(
         default=False,
-        metadata={"help": "Subtract the training regions' mean from features, divide by their standard deviation."},
+        metadata={"help": "Subtracts the training regions' mean from features, divides by their standard deviation."},
     )
 
     @property
     def on_scenes(self) -> bool:
-        """Whether the run has no data of its own, and so draws some."""
+        """Whether the run has no data of its own, and so takes rendered scenes; a subclass says it."""
         raise NotImplementedError
 
     @property
@@ -224,12 +239,12 @@ class ModelArguments:
 
 @dataclass
 class DataArguments(ModelArguments):
-    """Names the data and the model of a run. Without `captions` it runs on the rendered scenes with a small model."""
+    """Names the data and the model of a run. Without `captions` the run takes rendered scenes and a small model."""
 
     captions: str | None = field(
         default=None,
         metadata={
-            "help": "Caption file in any layout that read_captions reads. Default: rendered scenes.",
+            "help": "Caption file in any layout that read_captions reads. Default: the rendered scenes'.",
             "may_change": True,
         },
     )
@@ -239,7 +254,7 @@ class DataArguments(ModelArguments):
     regions: str | None = field(
         default=None,
         metadata={
-            "help": "RegionStore, or feature files that are converted to one in the output folder.",
+            "help": "RegionStore of the images, or feature files, which are converted to one in the output folder.",
             "may_change": True,
         },
     )
@@ -248,7 +263,7 @@ class DataArguments(ModelArguments):
         default="val", metadata={"help": "Split of the captions to evaluate on.", "may_change": True}
     )
     skip_missing: bool = field(
-        default=False, metadata={"help": "Leave out captions whose image has no regions.", "may_change": True}
+        default=False, metadata={"help": "Leaves out captions whose image has no regions.", "may_change": True}
     )
 
     def __post_init__(self):
@@ -257,4 +272,5 @@ class DataArguments(ModelArguments):
 
     @property
     def on_scenes(self) -> bool:
+        """Whether the run has no captions of its own, and so takes the rendered scenes."""
         return self.captions is None

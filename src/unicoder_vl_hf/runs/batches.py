@@ -1,4 +1,4 @@
-"""Evaluation of any task: the batches of validation rows, shared among processes."""
+"""The batches of validation rows, shared among processes, in the evaluation of any task."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +20,15 @@ def batches_to_evaluate(
     num_workers: int = 0,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
-    Gives the batches of this process, on a device and under a progress bar called `name`. Process p of n takes the rows
-    p, p + n, p + 2n and so on.
+    Gives the batches of this process, moved to a device and under a progress bar.
+
+    Args:
+        rows (`Dataset`): The rows of all processes; process p of n takes the rows p, p + n, p + 2n and so on.
+        collate_fn (callable): Makes the tensors of a batch of rows.
+        device (`torch.device`): The device that batches are moved to.
+        name (`str`): The title of the progress bar.
+        batch_size (`int`): Rows of a batch; the last batch may have fewer.
+        num_workers (`int`, *optional*, defaults to 0): Processes that make batches; 0 makes them in this one.
     """
     state = PartialState()
     loader = DataLoader(

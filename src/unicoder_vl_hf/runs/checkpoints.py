@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, limited in number, resumed exactly."""
+"""The checkpoints of a run: written whole or not at all, limited in number, resumed exactly."""
 
 import json
 import os
@@ -23,12 +23,16 @@ CARD_FILE = "README.md"  # written last
 
 class CheckpointFolder:
     """
-    The checkpoints `checkpoint-<step>` of a run: written whole or not at all, the oldest removed, resumed exactly.
+    Writes, finds and removes the checkpoints `checkpoint-<step>` of a run. They are written whole or not at all.
 
     Args:
-        output_dir (`Path`): The run's folder.
-        keep (`int`, *optional*, defaults to 1): How many checkpoints stay.
-        state_file (`str`, *optional*): The file that is written last into a checkpoint: one without it is not whole.
+        output_dir (`Path`): The output folder of the run.
+        keep (`int`, *optional*, defaults to 1): Number of checkpoints that stay, at least 1; the oldest are removed.
+        state_file (`str`, *optional*): The file that is written last into a checkpoint, which without it is not
+            whole.
+
+    Raises:
+        `ValueError`: `keep` is below 1.
     """
 
     def __init__(self, output_dir: Path, keep: int = 1, state_file: str = "training_state.json"):
@@ -44,17 +48,24 @@ class CheckpointFolder:
         return sorted(filter(self._is_complete, found), key=lambda path: int(path.name[11:]))
 
     def is_finished(self) -> bool:
-        """Whether the run came to its end: the model is here, and its card, which is written last."""
+        """Whether the run came to its end: its folder has the model and the card, which is written last."""
         return all((self.output_dir / name).exists() for name in ("model.safetensors", CARD_FILE))
 
     def resolve(self, requested: str | None) -> Path | None:
         """
-        Finds the checkpoint to resume from: a folder, the newest for `"latest"`, None for None. Whether a finished run
-        has steps left is for [`~CheckpointFolder.check_steps`] to say, once their number is known.
+        Finds the checkpoint to resume from. Whether a finished run has steps left is for
+        [`~CheckpointFolder.check_steps`] to say, once their number is known.
+
+        Args:
+            requested (`str`, *optional*): A checkpoint's folder, `"latest"` for the newest one, or None to begin a run.
+
+        Returns:
+            The folder of the checkpoint, or None to begin a run.
 
         Raises:
-            `FinishedRun`: the run is finished, and has no checkpoint to go on from. `ValueError`: there is none, or one
-                lies in the folder that is not to be resumed.
+            `FinishedRun`: the latest checkpoint is asked for, but the run is finished and has none.
+            `ValueError`: the checkpoint does not exist or is not whole; or a run is to begin in a folder that holds
+                one.
         """
         present = self.list()
         if requested is None:
@@ -66,7 +77,9 @@ class CheckpointFolder:
                     "latest, or take another --output_dir."
                 )
             if (self.output_dir / "model.safetensors").exists():
-                raise ValueError(f"{self.output_dir} holds a model: take another --output_dir.")
+                raise ValueError(
+                    f"{self.output_dir} holds a model, which the run would replace: take another --output_dir."
+                )
             return None
         if requested == "latest":
             if not present and self.is_finished():
@@ -90,8 +103,8 @@ class CheckpointFolder:
             planned, before (`int`): Steps of the whole run, as it is asked for now and as the checkpoint knows it.
 
         Raises:
-            `FinishedRun`: `"latest"` of a finished run, of which no more is asked. `ValueError`: fewer steps are asked
-                for.
+            `FinishedRun`: `"latest"` is the checkpoint of a finished run, and no more steps are asked for.
+            `ValueError`: fewer steps are asked for than before.
         """
         if requested == "latest" and planned <= before and self.is_finished():
             raise FinishedRun(self._finished(has_checkpoint=True))
@@ -108,7 +121,7 @@ class CheckpointFolder:
         return planned > before
 
     def reopen(self):
-        """Makes a finished run an unfinished one, until its card is written again."""
+        """Makes a finished run an unfinished one, by removing its card, until it is written again."""
         (self.output_dir / CARD_FILE).unlink(missing_ok=True)
 
     def _finished(self, has_checkpoint: bool) -> str:
@@ -123,11 +136,11 @@ class CheckpointFolder:
 
     def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """
-        Reads what was saved as `state`, with the `total_steps` that the run was to take.
+        Reads the `state` of a checkpoint, with the `total_steps` that the run was to take.
 
         Raises:
-            `ValueError`: `identity` differs from that of the run, which then could not go on exactly; but for its
-                `total_steps`, which [`~CheckpointFolder.check_steps`] looks at.
+            `ValueError`: `identity` differs from that of the run, which then could not go on exactly. Its `total_steps`
+                may differ: [`~CheckpointFolder.check_steps`] looks at them.
         """
         state = json.loads((checkpoint / self.state_file).read_text())
         saved = state.pop("identity")
@@ -152,12 +165,15 @@ class CheckpointFolder:
         computing: Computing,
     ):
         """
-        Saves accelerate's state, the processor, how the run computes, and `state` with the `step`. Every process calls
-        it.
+        Saves a checkpoint, and removes the oldest ones. Every process calls it.
 
         Args:
-            state (`dict`): The rest that the loop needs to go on, as JSON; `step` names the checkpoint.
-            identity (`dict`): The values by which a resumed run is the same run, as JSON.
+            state (`dict`): Values of JSON that the loop needs to go on, beside accelerate's; `step` names the
+                checkpoint.
+            identity (`dict`): Values of JSON by which a resumed run is the same run.
+            accelerator ([`~accelerate.Accelerator`]): Saves model, optimiser, schedule and generators.
+            processor ([`ProcessorMixin`]): The processor of the model.
+            computing ([`Computing`]): The record of how the run computes, written into the checkpoint.
         """
         final = self.output_dir / f"checkpoint-{state['step']}"
         partial = self.output_dir / f"partial-{state['step']}"
@@ -191,8 +207,8 @@ class CheckpointFolder:
 
 def follow_schedule(scheduler: LRScheduler):
     """
-    Sets the learning rates to what the schedule has at its step, in place of those of a checkpoint of another schedule,
-    whose next step would still be taken with them. A schedule that is no function of the step stays as it is.
+    Sets the learning rates to those of the schedule at its step. A checkpoint of another schedule would otherwise leave
+    its own for the next step. A schedule that is no function of the step stays as it is.
     """
     if isinstance(scheduler, LambdaLR):
         step = scheduler.last_epoch

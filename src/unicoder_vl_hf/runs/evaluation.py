@@ -1,4 +1,4 @@
-"""The beginning of every evaluation on captions: a checkpoint, and captions joined with their regions."""
+"""The beginning of every evaluation on captions: loading a checkpoint, and captions joined with their regions."""
 
 from dataclasses import dataclass, field
 
@@ -17,8 +17,8 @@ class EvaluationArguments:
 
     model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
     captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
-    regions: str = field(metadata={"help": "RegionStore."})
-    split: str | None = field(default="test", metadata={"help": "Split of the captions."})
+    regions: str = field(metadata={"help": "RegionStore of the images."})
+    split: str | None = field(default="test", metadata={"help": "Split of the captions to evaluate on."})
     caption_ids: str | None = field(
         default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
     )
@@ -28,7 +28,7 @@ class EvaluationArguments:
         Opens the regions, and reads the captions of the split.
 
         Raises:
-            `ValueError`: captions without regions, or a fault in a file.
+            `ValueError`: a caption has no regions, or a file has a fault.
         """
         store = RegionStore(self.regions)
         captions, _ = join(

@@ -1,4 +1,4 @@
-"""The log of a run: a line of JSON for each measurement, and the mean losses beside the bar."""
+"""The log of a run, with a line of JSON for each measurement, and the mean losses, shown beside a progress bar."""
 
 import json
 import time
@@ -11,12 +11,13 @@ from accelerate import Accelerator
 
 class JsonLog:
     """
-    A file with a JSON object a line: `step` and the values of that step. The trackers of accelerate get them, too.
+    A file with a JSON object a line: `step` and the values of that step. The trackers of accelerate get these, too.
 
     Args:
-        path (`Path`): The file, made if need be, and written by the main process.
-        accelerator ([`~accelerate.Accelerator`]): The run's.
-        resume_step (`int`): Lines after this step are dropped: a resumed run writes them again.
+        path (`Path`): The file, which the main process makes and writes.
+        accelerator ([`~accelerate.Accelerator`]): The accelerator of the run.
+        resume_step (`int`, *optional*, defaults to 0): The step that the run goes on from. Lines after it are dropped,
+            since a resumed run writes them again; by default all lines.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0):
@@ -30,6 +31,10 @@ class JsonLog:
             path.write_text("".join(kept))
 
     def write(self, step: int, values: dict[str, float]):
+        """
+        Adds a line for `step`, its values rounded to six decimals, to the file and to the trackers. Every process calls
+        it.
+        """
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
@@ -43,12 +48,12 @@ MASKED_LOSSES = ("mlm_loss", "moc_loss")  # which the matches alone have
 
 class LossMeter:
     """
-    A meter of the loss and its parts since the last line of the log, over all processes. A checkpoint keeps its
-    `state`.
+    Measures the mean of the loss and of its parts since the last line of the log, over all processes. A checkpoint
+    keeps its `state`.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): The run's.
-        parts (sequence of `str`): Parts of the loss that are trained, as the model's output names them.
+        accelerator ([`~accelerate.Accelerator`]): The accelerator of the run.
+        parts (sequence of `str`): Parts of the loss that are trained, by their names in the model's output.
     """
 
     def __init__(self, accelerator: Accelerator, parts: Sequence[str]):
@@ -64,18 +69,35 @@ class LossMeter:
         self._since, self._rows = time.perf_counter(), 0
 
     def add(self, outputs: Mapping[str, torch.Tensor], matching_labels: torch.Tensor, weight: float):
-        """Adds a micro-batch, of so much weight in its step; waits for no device."""
+        """
+        Adds the losses of a micro-batch, without waiting for the device.
+
+        Args:
+            outputs (`Mapping[str, torch.Tensor]`): The model's output, with the losses.
+            matching_labels (`torch.Tensor` of shape `(batch_size,)`): 0 = mismatch, whose tokens and regions do not
+                count.
+            weight (`float`): Share of the micro-batch in its step, in `[0, 1]`.
+        """
         losses = [outputs[name].detach().mean() for name in self.losses]  # one a GPU under DataParallel
         self._of_process += torch.stack([*losses, (matching_labels != 0).float().mean()]) * weight
         self._rows += len(matching_labels)
 
     def gather(self):
-        """Adds up what the processes have had since the last time. Every process calls it, after whole steps."""
+        """Adds up the losses of all processes since the last call. Every process calls it, after whole steps."""
         self._sums += self.accelerator.reduce(self._of_process, reduction="sum")  # the same in every process
         self._of_process.zero_()
 
     def mean(self, steps: float) -> dict[str, float]:
-        """Takes the means over the last steps, of masked losses over the matches, as in evaluation; begins anew."""
+        """
+        Takes the means since the last line, and begins anew.
+
+        Args:
+            steps (`float`): Steps since the last line.
+
+        Returns:
+            The mean of each loss over the steps, that of masked losses over the matches, as in evaluation; and
+            `rows_per_second`, over all processes.
+        """
         *sums, counted = self._sums.tolist()
         rows = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
         self._sums.zero_()
@@ -87,16 +109,18 @@ class LossMeter:
         return means | {"rows_per_second": rows}
 
     def state(self) -> dict[str, float]:
+        """The sums since the last line, by the names of the losses, for a checkpoint."""
         return dict(zip((*self.losses, "counted"), self._sums.tolist(), strict=True))
 
     def load(self, state: Mapping[str, float] | Sequence[float]):
+        """Takes up the sums that a checkpoint kept as `state`; a sequence is that of a checkpoint without names."""
         if not isinstance(state, Mapping):  # of a checkpoint without names
             state = dict(zip(("loss", *MASKED_LOSSES, "matching_loss", "counted"), state, strict=True))
         self._sums.copy_(torch.tensor([state[name] for name in (*self.losses, "counted")]))
 
 
 def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
-    """Shortens the losses and the learning rate of a line of the log, to stand beside a progress bar."""
+    """Shortens the losses and the learning rate of a line of the log, so that they fit beside a progress bar."""
     losses = {name.removesuffix("_loss"): f"{value:.3f}" for name, value in values.items() if name.endswith("loss")}
     return losses | {"lr": f"{values['learning_rate']:.1e}"}
 

@@ -1,4 +1,4 @@
-"""The end of a run: its metrics, its model card, and the push to the Hub."""
+"""The end of a run: it writes the metrics and the model card, and pushes the model to the Hub."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from .checkpoints import CARD_FILE
 
 
 def create_hub_repository(repo_id: str) -> str:
-    """Makes sure, before the training, that the repository can be written to; returns its full name."""
+    """Makes the repository if there is none, before a training that is to be pushed, and returns its full name."""
     return huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
 
 
 def push_folder(repo_id: str, folder: Path):
-    """Uploads a run's model, processor, card and log; not its checkpoints, regions or trackers."""
+    """Uploads the model, processor, card and log of a run, but not its checkpoints, regions and trackers' files."""
     huggingface_hub.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -28,7 +28,7 @@ def push_folder(repo_id: str, folder: Path):
     )
 
 
-# How a model was trained, for its card.
+# The tasks of pre-training, for the card.
 _IN_WORDS = {
     "mlm_loss": "masked language modelling",
     "moc_loss": "masked object classification",
@@ -37,7 +37,12 @@ _IN_WORDS = {
 
 
 def pretrained_by(losses: Sequence[str], by: str = "pre-trained by") -> str:
-    """Names the tasks of these parts of the loss, in the words of the card."""
+    """
+    Names the tasks of pre-training in the words of the card, behind `by`.
+
+    Args:
+        losses (sequence of `str`): `"mlm_loss"`, `"moc_loss"` or `"matching_loss"`, at least one.
+    """
     *others, last = (_IN_WORDS[name] for name in losses)
     return f"{by} {', '.join(others)} and {last}" if others else f"{by} {last}"
 
@@ -47,7 +52,12 @@ FIRST_STAGE = "given a first stage of search, trained by a contrastive loss with
 
 
 def finish_run(output_dir: Path, metrics: dict[str, float], *, repo_id: str | None = None, **card: Any):
-    """Ends a run that was evaluated: writes `metrics.json` and the model card, which `card` is for, and pushes."""
+    """
+    Writes `metrics.json` and the model card into the folder of a run, and pushes it to `repo_id`, if there is one.
+
+    Args:
+        card: Further arguments of [`write_model_card`].
+    """
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
     write_model_card(output_dir, metrics=metrics, repo_id=repo_id, **card)
     if repo_id is not None:
@@ -57,7 +67,7 @@ def finish_run(output_dir: Path, metrics: dict[str, float], *, repo_id: str | No
 @dataclass
 class TrainingRun:
     """
-    A training as it really ran, for the card.
+    Describes a training as it really ran, for the card.
 
     Args:
         steps (`int`): Steps of the optimiser.
@@ -65,9 +75,9 @@ class TrainingRun:
         batch_size (`int`): Rows of a step over all processes and micro-steps.
         learning_rate (`float`): Peak of the learning rate.
         seed (`int`): Seed of the run.
-        mixed_precision (`str`): As accelerate has it.
+        mixed_precision (`str`): The precision as accelerate names it, `"no"`, `"bf16"` or `"fp16"`.
         rows (`str`, *optional*): The word for what a batch counts.
-        kept_step (`int`, *optional*): The step whose model was kept, where it is not the last.
+        kept_step (`int`, *optional*): The step whose model was kept, if it is not the last.
     """
 
     steps: int
@@ -110,16 +120,19 @@ def write_model_card(
     Args:
         folder (`Path`): Folder of the saved model.
         data_name (`str`): The training data, in words.
-        metrics (`dict[str, float]`): Metrics on the validation split; may be empty.
+        metrics (`dict[str, float]`): Metrics on the validation split; empty for a model that was not evaluated.
         provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
-        measured_on (`str`, *optional*): The number of its captions and images, without which recall at K says little.
+        measured_on (`str`, *optional*): The size of that split in words, without which recall at K says little.
         trained_by (`str`, *optional*): The way of training, in words that follow "Unicoder-VL, ".
-        task (`str`, *optional*): The use of the model.
+        task (`str`, *optional*): The task that the model is for, which decides the example of its use.
         base_model (`str`, *optional*): The model that the training began with; the metadata name it where it is a
             repository, and the text a folder by its name alone, which may be published where its path may not.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.
         training ([`TrainingRun`], *optional*): The training as it really ran.
-        search (`str`, *optional*): The order of a search in two stages by the model's own first stage, in words.
+        search (`str`, *optional*): How a search in two stages orders its candidates, in words.
+
+    Returns:
+        `Path`: The file.
     """
     name = repo_id or folder.resolve().name
     on_hub = base_model is not None and _is_repository(base_model)
@@ -242,7 +255,7 @@ probabilities = model(**choices).logits.softmax(dim=-1)  # of the two answers to
 
 
 def _is_repository(name: str) -> bool:
-    """Whether `name` is of the Hub, as from_pretrained takes it: a folder of that name comes first."""
+    """Whether from_pretrained takes `name` for a repository of the Hub: a folder of that name comes first."""
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except huggingface_hub.errors.HFValidationError:
@@ -257,7 +270,7 @@ def _metric_row(name: str, value: float) -> str:
 
 
 def _shorten(value: Any) -> str:
-    """Writes `value` as JSON; of a long list, such as 1600 class names, the beginning and the length."""
+    """Writes `value` as JSON, but only the beginning and the length of a long list, such as 1600 class names."""
     if isinstance(value, list) and len(value) > 10:
         return f"{json.dumps(value[:5], ensure_ascii=False)[:-1]}, …] ({len(value)} in all)"
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What a run of any task begins with: captions joined with their regions, a model, its processor."""
+"""The setup of a run of any task: captions joined with their regions, a model and its processor."""
 
 import contextlib
 import math
@@ -28,11 +28,14 @@ from .arguments import DataArguments, ModelArguments
 
 def check_object_ids(store: RegionStore, image_ids: Sequence[str], num_classes: int) -> int:
     """
-    The highest object id of these images, all of which masked object classification is to predict.
+    Checks that masked object classification can predict the object ids of these images, before a training begins: the
+    collator would find a fault, too, but perhaps days later.
+
+    Returns:
+        The highest object id of these images.
 
     Raises:
-        `ValueError`: an image has no object ids, or one that is not below `num_classes`. The collator would say so,
-            too, but perhaps days later.
+        `ValueError`: an image has no object ids, or one that is not below `num_classes`.
     """
     highest = store.highest_object_ids(image_ids)
     lacking, wrong = np.flatnonzero(highest == NO_OBJECT_IDS), np.flatnonzero(highest >= num_classes)
@@ -59,10 +62,10 @@ logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=UnicoderVLPreTrainedModel)
 
-# In the output folder; Trainer and we leave what begins with "_" at home when we push.
+# Folder of rendered or converted data in the output folder. A push leaves names with "_" out, ours and Trainer's.
 DATA_FOLDER = "_data"
 
-# One that learns the scenes in minutes on two cores.
+# Fields of a model that learns the scenes in minutes on two cores.
 SCENES_MODEL: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 3,
@@ -77,11 +80,13 @@ SCENES_MODEL: dict[str, Any] = {
 @dataclass
 class CaptionedRegions:
     """
+    Captions joined with the regions of their images.
+
     Args:
         store ([`RegionStore`]): The regions.
-        captions (`datasets.Dataset`): Of all splits; every image has regions.
-        train (`datasets.Dataset`): Those of the training split.
-        path (`Path`): Where the captions come from.
+        captions (`datasets.Dataset`): The captions of all splits; every image has regions.
+        train (`datasets.Dataset`): The captions of the training split.
+        path (`Path`): The file that the captions come from.
         name (`str`): The data in words.
     """
 
@@ -92,7 +97,7 @@ class CaptionedRegions:
     name: str
 
     def validation(self, split: str) -> datasets.Dataset:
-        """The captions of a split to validate on; warns where it shows images that are trained on."""
+        """Gives the captions of a split to validate on, and warns if its images are trained on, too."""
         rows = select_split(self.captions, self.path, split)
         images = rows.unique("image_id")
         if trained := len(set(images).intersection(self.train.unique("image_id"))):
@@ -106,17 +111,19 @@ class CaptionedRegions:
 @dataclass
 class TrainingSetup:
     """
-    What a training run begins with, whatever its task. A subclass says what is trained, for the log and the card.
+    The model, the data and the loss of a training run of any task. A subclass describes the training for the log and
+    the card.
 
     Args:
-        model ([`UnicoderVLPreTrainedModel`]), processor ([`UnicoderVLProcessor`]): What is trained, and its inputs.
+        model ([`UnicoderVLPreTrainedModel`]): The model that is trained.
+        processor ([`UnicoderVLProcessor`]): The processor that makes its inputs.
         collator (callable): Makes the batches.
-        train, validation: The rows; no validation where None.
+        train, validation: The rows; None for no validation.
         data_name (`str`): The data in words.
-        loss (callable, *optional*): Computes the loss of `(model, batch)`, where it is not the model's own.
+        loss (callable, *optional*): Computes the loss of `(model, batch)`, if it is not the model's own.
 
     Raises:
-        `ValueError`: The tokenizer has more tokens than the model knows.
+        `ValueError`: the tokenizer has more tokens than the model knows.
     """
 
     model: UnicoderVLPreTrainedModel
@@ -127,30 +134,30 @@ class TrainingSetup:
     data_name: str
     loss: Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor] | None = None
 
-    task: ClassVar[str] = "image-text-retrieval"  # that the model is for, see [`write_model_card`]
-    rows: ClassVar[str] = "pairs"  # that a batch counts
+    task: ClassVar[str] = "image-text-retrieval"  # the use of the model, see [`write_model_card`]
+    rows: ClassVar[str] = "pairs"  # the word for the rows of a batch
 
     def __post_init__(self):
         self.processor.check_model(self.model)
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
-        """The parts of the loss that are trained, as the model's output names them; none where the loss is one."""
+        """The parts of the loss that are trained, as the model's output names them; none if the loss has no parts."""
         return ()
 
     @property
     def trained_by(self) -> str:
-        """How the model is trained, in words that follow "Unicoder-VL, "."""
+        """The way in which the model is trained, in words that follow "Unicoder-VL, "."""
         raise NotImplementedError
 
     @property
     def measured_on(self) -> str | None:
-        """How much of the validation split the metrics are of, in words."""
+        """The part of the validation split that is evaluated, in words; None without evaluation."""
         raise NotImplementedError
 
     @property
     def card(self) -> dict[str, Any]:
-        """What the model card says of data and training: arguments of [`write_model_card`]."""
+        """The arguments of [`write_model_card`] that describe data and training."""
         return {
             "data_name": self.data_name,
             "provenance": self.processor.feature_extractor.region_provenance,
@@ -161,16 +168,16 @@ class TrainingSetup:
 
 
 def in_words(captions: datasets.Dataset) -> str:
-    """How many captions and images these are, without which recall at K says little."""
+    """Writes the numbers of captions and images, without which recall at K says little."""
     return f"{len(captions):,} captions of {len(captions.unique('image_id')):,} images"
 
 
 def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegions:
     """
-    Reads captions and regions and joins them. What is rendered or converted goes into the output folder.
+    Reads captions and regions and joins them. Scenes are rendered, and feature files converted, into the output folder.
 
     Raises:
-        `ValueError`: captions without regions (unless `skip_missing`), or a fault in a file.
+        `ValueError`: a caption has no regions (unless `skip_missing`), or a file has a fault.
     """
     if arguments.on_scenes:
         from ..scenes.world import build_scenes
@@ -194,10 +201,16 @@ def open_data(arguments: DataArguments, output_dir: str | Path) -> CaptionedRegi
 
 
 def open_or_convert(path: Path, converted: Path, num_classes: int | None) -> RegionStore:
-    """A store as it is; feature files of another format as a store in the output folder, converted once."""
+    """
+    Opens the store at `path`, or, if feature files of another format are there, the store `converted`, which is made of
+    them once.
+
+    Raises:
+        `ValueError`: `converted` was made of other files, or a file has a fault.
+    """
     if (path / MANIFEST).exists():
         return RegionStore(path)
-    origin = converted.with_name(f"{converted.name}.source")  # what was converted
+    origin = converted.with_name(f"{converted.name}.source")  # names the files that were converted
     if origin.exists() and (source := origin.read_text(encoding="utf-8")) != str(path.absolute()):
         raise ValueError(f"{converted} was converted from {source}, not from {path}: take another --output_dir.")
     if not (converted / MANIFEST).exists():
@@ -218,10 +231,11 @@ def open_or_convert(path: Path, converted: Path, num_classes: int | None) -> Reg
 
 def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[Model], **fields: Any) -> Model:
     """
-    A Unicoder-VL checkpoint of any kind, a BERT, or new weights; `fields` are further ones of its configuration.
+    Loads a model from a Unicoder-VL checkpoint of any kind or from a BERT, or makes one with new weights. `fields` are
+    further fields of its configuration.
 
     Raises:
-        `ValueError`: a checkpoint of another kind, or one that the regions, `max_length` or an option do not fit.
+        `ValueError`: the checkpoint is of another kind, or does not fit the regions, `max_length` or an option.
     """
     known = store.provenance["num_classes"]
     regions: dict[str, Any] = {
@@ -262,8 +276,10 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
 
 def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel):
     """
+    Checks that no option asks for another architecture than a Unicoder-VL checkpoint has: it would be passed over.
+
     Raises:
-        `ValueError`: an option would change what a Unicoder-VL is made of, and would else be passed over.
+        `ValueError`: an option differs from the checkpoint.
     """
     config, options = model.config, {"--num_hidden_layers": arguments.num_hidden_layers}
     has = {"--num_hidden_layers": config.num_hidden_layers}
@@ -281,7 +297,12 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
 
 
 def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:
-    """As [`processor_for`]; says how many captions are cut, and raises ValueError of those that have no token."""
+    """
+    Loads the processor of a run, see [`processor_for`], and logs how many training captions are cut.
+
+    Raises:
+        `ValueError`: a caption has no token, or `--scale_features` does not fit the checkpoint.
+    """
     processor = processor_for(arguments, data.store, data.train.unique("image_id"))
     check_tokens(data.captions, processor.tokenizer, data.path)
     cut = processor.count_truncated(data.train["caption"], arguments.max_length)
@@ -293,8 +314,11 @@ def load_processor(arguments: DataArguments, data: CaptionedRegions) -> Unicoder
 
 def processor_for(arguments: ModelArguments, store: RegionStore, train_image_ids: Sequence[str]) -> UnicoderVLProcessor:
     """
-    That of a Unicoder-VL checkpoint, its feature scale included, or one for a BERT or new weights. It records the
-    provenance of the regions that are trained on; a checkpoint that was trained on others says so.
+    Loads the processor of a Unicoder-VL checkpoint, its feature scale included, or makes one for a BERT or new weights.
+    It records the provenance of the regions that are trained on, and warns if a checkpoint was trained on others.
+
+    Raises:
+        `ValueError`: `scale_features` is asked for, but the checkpoint was trained on unscaled features.
     """
     name, provenance = arguments.base_model, store.provenance
     if name is not None and is_unicoder_vl(name):
@@ -329,8 +353,11 @@ def feature_statistics(
     store: Mapping[str, RegionRecord], image_ids: Sequence[str], max_images: int = 10_000
 ) -> tuple[np.ndarray, float]:
     """
-    The mean feature `(D,)` over the regions of these images (at most `max_images`, drawn evenly), and one standard
-    deviation of all values around it: what `UnicoderVLFeatureExtractor` takes as `feature_mean` and `feature_std`.
+    Measures the mean feature over the regions of these images (at most `max_images`, drawn evenly), and the standard
+    deviation of all values around it: the `feature_mean` and `feature_std` of `UnicoderVLFeatureExtractor`.
+
+    Returns:
+        The mean, float64 of shape `(D,)`, and one number.
     """
     image_ids = image_ids[:: max(1, math.ceil(len(image_ids) / max_images))]
     count, total, squares = 0, np.float64(0), np.float64(0)
@@ -343,7 +370,7 @@ def feature_statistics(
 
 def is_unicoder_vl(name: str) -> bool:
     """
-    Whether a folder or repository holds a Unicoder-VL.
+    Whether a folder or a repository of the Hub holds a Unicoder-VL.
 
     Raises:
         `ValueError`: there is no model of that name.

@@ -1,5 +1,5 @@
-"""transformers' Trainer as all tasks use it: evaluation that keeps no logits, an end without loss, our model card, and
-the losses beside one quiet progress bar.
+"""The Trainer of transformers as all tasks use it: its evaluation keeps no logits, it can be stopped at any step
+without loss, it writes our model card, and it shows the losses beside one quiet progress bar.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,18 @@ _STATE_FILE = "trainer_state.json"
 
 
 def trainer_checkpoints(args: TrainingArguments) -> CheckpointFolder:
-    """The checkpoints of a run of Trainer."""
+    """Gives the checkpoints of a run of Trainer, to be found, resumed and limited in number."""
     return CheckpointFolder(Path(str(args.output_dir)), state_file=_STATE_FILE)
 
 
 def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Defaults of `TrainingArguments` for a recipe, whose batch counts pairs over all micro-steps of one process."""
+    """
+    Makes defaults of `TrainingArguments` from a recipe.
+
+    Args:
+        recipe (`dict`): `num_train_epochs`, `learning_rate`, `gradient_accumulation_steps`, and `train_batch_size`, the
+            rows of a step of one process over all of its micro-steps.
+    """
     on_gpu, micro_steps = torch.cuda.is_available(), recipe["gradient_accumulation_steps"]
     return {
         "num_train_epochs": recipe["num_train_epochs"],
@@ -47,13 +53,14 @@ def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
 
 class TaskTrainer(Trainer):
     """
-    A Trainer for one of our tasks: a subclass says how a model is evaluated.
+    Trains and evaluates one of our tasks; a subclass says how a model is evaluated.
 
     Args:
-        setup ([`TrainingSetup`]): What is trained, such as [`prepare_retrieval`] builds it.
-        args ([`TrainingArguments`]): Of the run. `bf16=None` trains in the precision that pays for the model.
-        base_model (`str`, *optional*): What the model started from, for the card.
-        callbacks (sequence of [`TrainerCallback`], *optional*): As in Trainer.
+        setup ([`TrainingSetup`]): The model, data and loss of the run, such as those of [`prepare_retrieval`].
+        args ([`TrainingArguments`]): The arguments of the run. `bf16=None` trains in the precision that pays for the
+            model.
+        base_model (`str`, *optional*): The model that the training started from, for the card.
+        callbacks (sequence of [`TrainerCallback`], *optional*): Further callbacks of Trainer.
         resume_from (`Path`, *optional*): The checkpoint to go on from, as [`trainer_checkpoints`] resolves it.
     """
 
@@ -90,10 +97,17 @@ class TaskTrainer(Trainer):
         self._goes_further = False
 
     def evaluate_task(self, rows: Any) -> dict[str, float]:
-        """The metrics of the model on the validation rows, the same in every process."""
+        """Measures the model on the validation rows, with the same result in every process; a subclass says how."""
         raise NotImplementedError
 
     def set_initial_training_values(self, args, dataloader):
+        """
+        Counts the steps of the run, and checks them against those of the checkpoint that is resumed.
+
+        Raises:
+            `ValueError`: the rows fill no micro-batch, or fewer steps are asked for than before.
+            `FinishedRun`: the latest checkpoint is that of a finished run, of which no more is asked.
+        """
         if len(dataloader) == 0:
             raise ValueError(
                 f"The {len(self.setup.train):,} {self.setup.rows} of training fill no micro-batch of "
@@ -116,6 +130,7 @@ class TaskTrainer(Trainer):
             follow_schedule(cast(LRScheduler, self.lr_scheduler))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Computes the loss of the setup, or else of the model, whose parts it adds to the meter."""
         if self.setup.loss is not None:
             loss = self.setup.loss(model, inputs)
             return (loss, {}) if return_outputs else loss  # Trainer's own evaluation, which asks for them, is replaced
@@ -125,6 +140,7 @@ class TaskTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
+        """Logs values as Trainer does, with the mean of each part of the loss."""
         if "loss" in logs and self.setup.loss_parts:
             self.meter.gather()
             parts = self.meter.mean(self.state.global_step - self._metered_step)
@@ -133,10 +149,10 @@ class TaskTrainer(Trainer):
         super().log(logs, start_time)
 
     def conclude(self) -> None:
-        """Measures, in every process, what is saved with the model that was kept; by default nothing."""
+        """Measures values that are saved with the kept model, in every process; by default there are none."""
 
     def training_run(self) -> TrainingRun:
-        """The training as it really ran, for the card."""
+        """Describes the training as it really ran, for the card."""
         args, state = self.args, self.state
         return TrainingRun(
             steps=state.global_step,
@@ -150,9 +166,18 @@ class TaskTrainer(Trainer):
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """
+        Evaluates by `evaluate_task`, on the validation rows of the setup by default, and logs the metrics. After the
+        last step of a training it saves the model first.
+
+        Raises:
+            `ValueError`: there are no validation rows.
+        """
         rows = self.setup.validation if eval_dataset is None else eval_dataset
         if rows is None:
-            raise ValueError("There is nothing to validate on: see --validation_split and --max_validation_….")
+            raise ValueError(
+                "There is nothing to validate on: give --validation_split, and --max_validation_… above 0."
+            )
         if self.is_in_train and self.state.global_step >= self.state.max_steps:
             self.save_model()  # before the last evaluation, in which it would otherwise be lost
         metrics = self.evaluate_task(rows)
@@ -162,6 +187,7 @@ class TaskTrainer(Trainer):
         return self.last_metrics
 
     def create_model_card(self, *args, **kwargs):
+        """Writes our model card into the output folder, by the main process."""
         if self.is_world_process_zero():
             write_model_card(
                 Path(str(self.args.output_dir)),
@@ -174,8 +200,10 @@ class TaskTrainer(Trainer):
 
     def run(self) -> bool:
         """
-        Trains, saves the model with its card, and pushes it if asked. False where Ctrl-C stopped it, which leaves a
-        checkpoint to resume from.
+        Trains, saves the model with its card, and pushes it if `push_to_hub` asks for it.
+
+        Returns:
+            Whether the training came to its end; if Ctrl-C or SIGTERM stopped it, a checkpoint to resume from is left.
         """
         self.accelerator.print(f"How it computes: {self.computing}")
         checkpoint = None if self._resumed_from is None else str(self._resumed_from)
@@ -208,11 +236,12 @@ class TaskTrainer(Trainer):
 
 class EpochOfData(TrainerCallback):
     """
-    Tells the epoch to the training data, whose masks and negatives follow from it: accelerate does so in a single
-    process only. For any Trainer: `Trainer(…, callbacks=[EpochOfData()])`.
+    Tells the epoch to the training data, whose masks and negatives follow from it, which accelerate does in a single
+    process only. Any Trainer takes it: `Trainer(…, callbacks=[EpochOfData()])`.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Sets the epoch of the data, as Trainer counts it, from 0."""
         train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
@@ -228,7 +257,7 @@ class _RecordOfComputing(TrainerCallback):
 
 
 class _LossesBesideTheBar(ProgressCallback):
-    """One bar, with the latest losses beside it, where transformers prints a dict for every line of the log."""
+    """Shows the latest losses beside one bar, where transformers prints a dict for every line of the log."""
 
     training_bar: tqdm | None
 
@@ -243,7 +272,7 @@ class _LossesBesideTheBar(ProgressCallback):
 
 
 class _StopWithCheckpoint(TrainerCallback):
-    """Ctrl-C or SIGTERM: a checkpoint after the step, the same one in every process, and the end."""
+    """Ends a training at Ctrl-C or SIGTERM, with a checkpoint after the same step in every process."""
 
     def __init__(self, stop: StopSignal, trainer: Trainer):
         self.stop = stop

@@ -1,7 +1,8 @@
 """A folder of blocks of numbers, written by many processes at once and read after any kill.
 
-    job.json                what is computed: a folder of another job is refused
-    <process>-<…>.blocks    what one process finished, record by record: number of the block, number of values, CRC-32,
+    job.json                the job that is computed: a folder of another job is refused
+    <process>-<…>.blocks    the blocks that one process finished, record by record: number of the block, number of
+    values, CRC-32,
                             values
     scores.npy              all of it, once every block is there; the .blocks are then removed
 
@@ -31,22 +32,22 @@ CHECKSUM = struct.Struct("<I")
 
 
 def job_of(path: str | os.PathLike) -> dict[str, Any]:
-    """The job that a folder holds, or is to hold; empty where none was begun."""
+    """Reads the job of a folder; empty if none was begun there."""
     known = Path(path) / JOB
     return json.loads(known.read_text()) if known.exists() else {}
 
 
 class BlockFolder:
     """
-    A folder of blocks that processes fill together, each what it computes.
+    A folder of blocks that processes fill together, each with the blocks that it computes.
 
     Args:
         path (`str` or `os.PathLike`): The folder, made if need be.
-        job (`dict`): All that the blocks follow from, as JSON: names and values.
+        job (`dict`): Names and values, as JSON, of all that the blocks follow from.
         process (`int`): Rank of this process; process 0 puts the blocks together.
 
     Raises:
-        ValueError: The folder holds another job; the message names what differs.
+        `ValueError`: the folder holds another job, and the message names what differs; or other files and no job.
     """
 
     def __init__(self, path: str | os.PathLike, job: dict[str, Any], process: int = 0):
@@ -67,17 +68,17 @@ class BlockFolder:
         if differing:
             details = "; ".join(f"{name} was {before.get(name)!r}, is {job.get(name)!r}" for name in differing)
             raise ValueError(
-                f"{self.path} holds scores of another job: {details}. Give what it was begun with, or another folder."
+                f"{self.path} holds scores of another job: {details}. Give those values, or another folder."
             )
         self.done = {block for block, _ in self._read_new()}
 
     @property
     def is_complete(self) -> bool:
-        """Tells whether all blocks are there and put together."""
+        """Whether all blocks are there and put together."""
         return (self.path / RESULT).exists()
 
     def write(self, block: int, values: np.ndarray) -> None:
-        """Writes the values of a finished block."""
+        """Writes the values of a finished block, as float32."""
         if self._file is None:
             self._file = (self.path / f"{self.process:05d}-{uuid.uuid4().hex}.blocks").open("xb")
         payload = values.astype("<f4", copy=False).tobytes()
@@ -87,7 +88,7 @@ class BlockFolder:
 
     def result(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> np.ndarray:
         """
-        Waits for all blocks, and opens the array that they make: block b goes to `positions(b)` of it, flattened.
+        Waits for all blocks, and opens the array that they make: block b fills `positions(b)` of the flattened array.
 
         Returns:
             `np.ndarray` of `shape`, float32, a read-only memory map.
@@ -121,7 +122,7 @@ class BlockFolder:
         os.replace(partial, self.path / RESULT)
 
     def _read_new(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The blocks that were written since the last call."""
+        """Reads the blocks that were written since the last call."""
         for path in sorted(self.path.glob("*.blocks")):
             for end, block, values in read_blocks(path, self._offsets.get(path, 0)):
                 self._offsets[path] = end
@@ -139,7 +140,7 @@ class BlockFolder:
 
 
 def read_blocks(path: Path, offset: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Reads the records of a file up to one that is not whole: the offset of its end, its block, and its values."""
+    """Reads the records of a file up to one that is not whole: offset of the end, number of the block, and values."""
     with path.open("rb") as file:
         file.seek(offset)
         while len(head := file.read(HEADER.size + CHECKSUM.size)) == HEADER.size + CHECKSUM.size:
@@ -156,7 +157,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all; of several processes that write the same, any may win."""
+    """Writes a file whole or not at all; of several processes that write the same, any may win."""
     partial = path.with_name(f"{uuid.uuid4().hex}.partial")
     partial.write_text(text)
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""A checkpoint to score with: pre-trained (zero-shot) or fine-tuned, but never one whose matching head would be new."""
+"""Loads checkpoints to score with, pre-trained (zero-shot) or fine-tuned, but none whose matching head would be new."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ def load_for_scoring(
     name: str | PathLike[str], dtype: torch.dtype = torch.float32
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
-    The model with the matching head of a pre-training or retrieval checkpoint, and its processor.
+    Loads the model with the matching head of a pre-training or retrieval checkpoint, and its processor.
 
     Args:
-        name (`str` or `os.PathLike`): a folder or a repository of the Hub.
+        name (`str` or `os.PathLike`): A folder or a repository of the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The dtype of the weights, whatever they were
             saved in.
 
     Raises:
-        `ValueError`: another model, one that was saved without what scoring needs, or one with fewer rows than its
-            tokenizer has tokens.
+        `ValueError`: the checkpoint is another model, lacks weights that scoring needs, or has fewer rows of word
+            embeddings than its tokenizer has tokens.
     """
     config = AutoConfig.from_pretrained(name)
     if not isinstance(config, UnicoderVLConfig):
@@ -55,16 +55,16 @@ def load_for_store(
     device: torch.device | str | None = None,
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
-    Loads as [`load_for_scoring`] in float32, with a store as the processor's default; warns where the model was trained
-    on regions of another kind.
+    Loads a checkpoint as [`load_for_scoring`] does, in float32, with a store as the processor's default, and warns if
+    the model was trained on regions of another kind.
 
     Args:
         name (`str` or `os.PathLike`): A folder or a repository of the Hub.
         store (`Mapping[str, RegionRecord]`, *optional*): The store.
-        device (`torch.device` or `str`, *optional*): Where the model goes; None takes the device of this process.
+        device (`torch.device` or `str`, *optional*): The device of the model; None takes that of this process.
 
     Raises:
-        `ValueError`: as [`load_for_scoring`].
+        `ValueError`: see [`load_for_scoring`].
     """
     model, processor = load_for_scoring(name)
     nn.Module.to(model, start_processes().device if device is None else device)
@@ -74,8 +74,8 @@ def load_for_store(
 
 def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTextRetrieval) -> dict[str, Any]:
     """
-    The facts that tell a checkpoint from others, as JSON: its name, the class that saved it (pre-training means
-    zero-shot), the revision where it is of the Hub, and a digest of the weights that scoring reads.
+    Collects the facts that tell a checkpoint from others, as JSON: its name, the class that saved it (pre-training
+    means zero-shot), the revision if it is of the Hub, and a digest of the weights that scoring reads.
     """
     return {
         "name": str(name),
@@ -86,12 +86,12 @@ def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTe
 
 
 def scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
-    """The digest of the weights that scoring reads."""
+    """Computes the digest of the weights that scoring reads."""
     return weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()})
 
 
 def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
-    """The fields of a configuration that change scores without changing a weight or its shape."""
+    """Picks the fields of a configuration that change scores without changing a weight or its shape."""
     return {
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.layer_norm_eps,
@@ -100,7 +100,7 @@ def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
 
 
 def former_scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
-    """The digest of weights and settings that scoring jobs named `model` at 9bccc44: those begun then go on by it."""
+    """Computes the digest that scoring jobs of 9bccc44 call `model`, by which jobs that were begun then go on."""
     digest = hashlib.sha256(repr(tuple(scoring_settings(model.config).values())).encode())
     weights = {**model.bert.state_dict(), **model.matching_head.state_dict(prefix="matching_head.")}
     for name, weight in sorted(weights.items()):
@@ -110,7 +110,7 @@ def former_scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLFor
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """The SHA-256 of the names of weights and of their values in float32."""
+    """Computes the SHA-256 of the names of weights and of their values in float32."""
     digest = hashlib.sha256()
     for key, weight in sorted(weights.items()):
         digest.update(key.encode())

@@ -1,4 +1,4 @@
-"""Scores of chosen pairs, without padding: what every block of a scoring job goes through.
+"""Scores chosen pairs without padding, as every block of a scoring job needs it.
 
 Each caption and each image is embedded once; the pairs of a forward pass lie one behind the other, those of equal
 length side by side; the last layer computes `[CLS]` alone; pooler and matching head run in float32. All of it is exact
@@ -39,22 +39,22 @@ class Rows:
 
     @classmethod
     def of(cls, states: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> "Rows":
-        """The rows of items of these lengths, which follow each other in `states`."""
+        """Makes the rows of items of these lengths, which follow each other in `states`."""
         lengths = np.asarray(lengths)
         return cls(states, np.cumsum(lengths) - lengths, lengths)
 
 
 class PairEncoder:
     """
-    The model of one job, with copies of the weights where the job needs them in another form.
+    Embeds captions and images and scores pairs for one job, with copies of the weights that it needs in another form.
 
     Args:
         model ([`UnicoderVLForImageTextRetrieval`] or [`UnicoderVLForPreTraining`]):
-            In evaluation mode.
+            The model, in evaluation mode.
         dtype (`torch.dtype`, *optional*):
-            Of embeddings and encoder. Defaults to the model's own.
+            Dtype of embeddings and encoder. Defaults to the model's own.
         max_tokens (`int`):
-            Text tokens and regions of one forward pass.
+            Most text tokens and regions of one forward pass.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class PairEncoder:
             self.bert = with_onednn(self.bert)
 
     def embed_captions(self, token_ids: Sequence[Sequence[int]]) -> Rows:
-        """Embeds captions, given as token ids, `[CLS]` and `[SEP]` included."""
+        """
+        Embeds captions, given as token ids with `[CLS]` and `[SEP]`. Raises ValueError for more than the positions.
+        """
         lengths = [len(ids) for ids in token_ids]
         if max(lengths) > self.config.max_position_embeddings:
             raise ValueError(
@@ -98,7 +100,7 @@ class PairEncoder:
         return Rows.of(states[0], lengths)
 
     def embed_images(self, records: Iterable[RegionRecord], extractor: UnicoderVLFeatureExtractor) -> Rows:
-        """Embeds images, given as records. Raises ValueError where features have another width than the model's."""
+        """Embeds images, given as records. Raises ValueError if features have another width than the model's."""
         states, lengths = [], []
         records = iter(records)
         while some := list(islice(records, RECORDS_AT_ONCE)):
@@ -118,7 +120,7 @@ class PairEncoder:
         return Rows.of(torch.cat(states), np.concatenate(lengths))
 
     def score(self, captions: Rows, images: Rows, caption_index: np.ndarray, image_index: np.ndarray) -> np.ndarray:
-        """The scores `(P,)`, float32, of caption `caption_index[p]` with image `image_index[p]`."""
+        """Scores caption `caption_index[p]` with image `image_index[p]`: `(P,)`, float32, higher = better match."""
         lengths = captions.lengths[caption_index] + images.lengths[image_index]
         order = np.argsort(lengths, kind="stable")
         table = torch.cat((captions.states, images.states))
@@ -150,14 +152,14 @@ def rows_of_pairs(captions: Rows, images: Rows, caption_index: np.ndarray, image
 
 
 def split_by_tokens(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    """Cuts `order` into parts of about `max_tokens`, given the length of each."""
+    """Cuts `order` into parts of about `max_tokens`, given the length of each item."""
     ends = np.cumsum(lengths)
     parts = (ends - lengths) // max_tokens  # where each begins
     yield from np.split(order, np.flatnonzero(np.diff(parts)) + 1)
 
 
 def pair_flops(config: UnicoderVLConfig, lengths: np.ndarray) -> np.ndarray:
-    """Floating point operations of pairs of so many tokens and regions, with a last layer that computes `[CLS]`."""
+    """Counts the operations of pairs of these lengths, tokens and regions, if the last layer computes `[CLS]` alone."""
     length = np.asarray(lengths, dtype=np.float64)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     feed_forward = 2 * hidden * config.intermediate_size
@@ -168,7 +170,7 @@ def pair_flops(config: UnicoderVLConfig, lengths: np.ndarray) -> np.ndarray:
 
 class OneDNNLinear(nn.Module):
     """
-    A linear layer, and the exact GELU behind it, by oneDNN with the weight in oneDNN's own layout. Inference only.
+    A linear layer, and the exact GELU behind it, by oneDNN with the weight in oneDNN's own layout, for inference only.
 
     PyTorch takes MKL for float32, which on AMD reaches half of oneDNN's rate (measured: 49 against 97 GFLOP/s on a core
     of an EPYC 9005 that others used as well).
@@ -186,7 +188,7 @@ class OneDNNLinear(nn.Module):
 
 
 def with_onednn(bert: UnicoderVLModel) -> UnicoderVLModel:
-    """A copy that computes the layers of the encoder by oneDNN; other weights are shared."""
+    """Copies a model so that the layers of its encoder compute by oneDNN; other weights are shared."""
     bert = copy.deepcopy(bert, memo={id(weight): weight for weight in bert.parameters()})
     for layer in cast(Iterable[UnicoderVLLayer], bert.encoder.layer):
         if bert.config.hidden_act == "gelu":

@@ -1,8 +1,8 @@
-"""Scores of captions with images by the matching head (paper, Image-Text Retrieval), exact, at any scale.
+"""Scores captions with images by the matching head (paper, Image-Text Retrieval), exactly, at any scale.
 
 Captions and images are sorted by length over the whole job and cut into blocks of pairs, which are independent of each
-other: any order, any number of processes and any interruption give the same scores. What happens to the pairs of a
-block is in `packed`, what lies on disk in `blocks`. Left out: choosing pairs, which `score_pairs` takes from outside.
+other: any order, any number of processes and any interruption give the same scores. `packed` scores the pairs of a
+block, `blocks` keeps them on disk. Left out: choosing pairs, which `score_pairs` takes from outside.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ class ScoringPlan:
 
 
 def duration(seconds: float) -> str:
-    """The duration in words, in seconds below two minutes."""
+    """Writes a duration in words, in seconds below two minutes."""
     hours, minutes = divmod(round(seconds / 60), 60)
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class ImageTextScorer:
@@ -94,20 +94,24 @@ class ImageTextScorer:
 
     Args:
         model ([`UnicoderVLForImageTextRetrieval`] or [`UnicoderVLForPreTraining`]):
-            Both hold the same matching head; it is left on its device and put into evaluation mode while scoring.
+            The model, either kind of which has the matching head. It stays on its device, and is in evaluation mode
+            while it scores.
         processor ([`UnicoderVLProcessor`]):
-            Its tokenizer and feature extractor.
+            The processor of the model.
         store (`Mapping[str, RegionRecord]`, *optional*):
-            Where image ids are looked up. Defaults to the processor's.
+            The store in which image ids are looked up. Defaults to the processor's.
         dtype (`torch.dtype`, *optional*):
-            Of the encoder, such as `torch.bfloat16`; pooler and matching head run in float32 always. Defaults to the
-            model's own.
+            Dtype of the encoder, such as `torch.bfloat16`; pooler and matching head always run in float32. Defaults to
+            the model's own.
         max_tokens (`int`, *optional*):
-            Text tokens and regions of one forward pass. Defaults to 2048 on a CPU and 16384 elsewhere.
+            Most text tokens and regions of one forward pass. Defaults to 2048 on a CPU and 16384 elsewhere.
         block_pairs (`int`, *optional*, defaults to 1024):
-            Pairs that are computed, and with `output_dir` written, at once: what a kill loses.
+            Pairs that are computed, and with `output_dir` written, at once: a kill loses as many.
         verbose (`bool`, *optional*, defaults to `True`):
-            Print the plan and a progress bar.
+            Whether the plan and a progress bar are shown.
+
+    Raises:
+        `ValueError`: `block_pairs` or `max_tokens` is below 1, or the tokenizer does not fit the model.
 
     Example:
 
@@ -154,19 +158,20 @@ class ImageTextScorer:
         verbose: bool = True,
     ) -> Self:
         """
-        Loads a checkpoint with its processor, to score with; warns where it was trained on regions of another kind.
+        Loads a checkpoint with its processor, to score with, and warns if it was trained on regions of another kind.
 
         Args:
             name_or_path (`str` or `os.PathLike`): A folder or a repository of the Hub, of
                 [`UnicoderVLForImageTextRetrieval`] or [`UnicoderVLForPreTraining`].
-            store (`Mapping[str, RegionRecord]`, `str` or `os.PathLike`, *optional*): Where image ids are looked up: a
-                [`RegionStore`], its folder, or any mapping of records.
-            device (`torch.device` or `str`, *optional*): Where the model computes; None takes a GPU if there is one.
+            store (`Mapping[str, RegionRecord]`, `str` or `os.PathLike`, *optional*): The regions of every
+                image: a [`RegionStore`], its folder, or any mapping of records.
+            device (`torch.device` or `str`, *optional*): The device that computes; None takes a GPU if there is one.
             dtype, max_tokens, block_pairs, verbose: See the class.
 
         Raises:
-            `ValueError`: another model, one without a trained matching head or with fewer rows than its tokenizer has
-            tokens. `OSError`: there is no such checkpoint, or no such store.
+            `ValueError`: the checkpoint is another model, or has no trained matching head or fewer rows of word
+                embeddings than its tokenizer has tokens.
+            `OSError`: there is no such checkpoint, or no such store.
         """
         if store is not None and not isinstance(store, Mapping):
             store = RegionStore(store)
@@ -183,13 +188,13 @@ class ImageTextScorer:
         output_dir: str | os.PathLike | None = None,
     ) -> np.ndarray:
         """
-        The matching score of every caption with every image.
+        Scores every caption with every image.
 
         Args:
             captions (sequence of `str`): C captions.
             images (sequence of image ids or `RegionRecord`): M images.
-            max_length (`int`, *optional*, defaults to 44): tokens of a caption; longer ones are cut.
-            output_dir (`str` or `os.PathLike`, *optional*): Where blocks are written as they finish, and
+            max_length (`int`, *optional*, defaults to 44): Most tokens of a caption; longer ones are cut.
+            output_dir (`str` or `os.PathLike`, *optional*): The folder that blocks are written to as they finish, and
                 `scores.npy` at the end. The same call goes on where a killed one stopped, with any number of
                 processes, all of which must see the folder.
 
@@ -198,7 +203,8 @@ class ImageTextScorer:
 
         Raises:
             `ValueError`: an empty caption or list, a caption longer than the model's positions, or an `output_dir` of
-            another job, naming what differs. `KeyError`: an image id that the store lacks.
+            another job, naming what differs.
+            `KeyError`: an image id that the store lacks.
         """
         items = _Items(self.processor, self.store, captions, images, max_length)
         return self._run(_Grid(items, self.block_pairs), output_dir)
@@ -213,7 +219,7 @@ class ImageTextScorer:
         output_dir: str | os.PathLike | None = None,
     ) -> np.ndarray:
         """
-        The matching scores of chosen pairs.
+        Scores chosen pairs.
 
         Args:
             caption_index, image_index (integers of shape `(P,)`): Pair p is `captions[caption_index[p]]` with
@@ -221,20 +227,24 @@ class ImageTextScorer:
             captions, images, max_length, output_dir: See `score`.
 
         Returns:
-            `np.ndarray` of shape `(P,)`, float32.
+            `np.ndarray` of shape `(P,)`, float32; higher = better match.
+
+        Raises:
+            `ValueError`: the indices are no integers of one shape or out of range, or as `score`.
+            `KeyError`: an image id that the store lacks.
         """
         items = _Items(self.processor, self.store, captions, images, max_length)
         return self._run(_Pairs(items, self.block_pairs, caption_index, image_index), output_dir)
 
     def rank(self, caption: str, images: Sequence[str | RegionRecord], top_k: int = 10) -> list[tuple[str, float]]:
-        """Ids and scores of the images that match a caption best, the best first (of equal ones the earlier)."""
+        """Finds the images that match a caption best: ids with scores, the best first (of equal ones the earlier)."""
         ids = [image if isinstance(image, str) else image.image_id for image in images]
         return _best(ids, self.score([caption], images)[0], top_k)
 
     def rank_captions(
         self, image: str | RegionRecord, captions: Sequence[str], top_k: int = 10
     ) -> list[tuple[str, float]]:
-        """Captions that match an image best, with their scores, the best first (of equal ones the earlier)."""
+        """Finds the captions that match an image best, with scores, the best first (of equal ones the earlier)."""
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
 
     def plan(self, captions: Sequence[str], images: Sequence[str | RegionRecord], max_length: int = 44) -> ScoringPlan:
@@ -299,8 +309,8 @@ class ImageTextScorer:
 
     def _job(self, blocks: "_Blocks", before: Mapping[str, Any]) -> dict[str, Any]:
         """
-        All that decides on the bits of the scores. A job that was begun `before` by 9bccc44 tells model and regions by
-        other digests, `model` and `regions`: where the folder has these, they are computed, and it goes on.
+        Collects all that decides on the bits of the scores. A job that was begun `before` by 9bccc44 tells model and
+        regions by other digests, `model` and `regions`: if the folder has these, they are computed, and it goes on.
         """
         model: dict[str, Any]
         if "model" in before:
@@ -355,7 +365,9 @@ class _Items:
         return map(self.record, range(len(self.images)))
 
     def digests(self, before: Mapping[str, Any]) -> dict[str, str]:
-        """The digests of captions, images and regions; a store's manifest stands for its regions, see `_job`."""
+        """
+        Computes the digests of captions, images and regions; a store's manifest stands for its regions, see `_job`.
+        """
         names: list[Any] = []
 
         def values() -> Iterator[bytes]:
@@ -377,7 +389,7 @@ class _Items:
 
 
 class _Blocks:
-    """Pairs in blocks. What block they fall into depends on the job alone, never on who computes it or when."""
+    """Pairs in blocks. The job alone decides on the block of a pair, never who computes it or when."""
 
     items: _Items
     shape: tuple[int, ...]  # of the scores
@@ -402,7 +414,7 @@ class _Blocks:
 
 
 class _Grid(_Blocks):
-    """Every caption with every image: about square blocks of captions of alike lengths and images of alike lengths."""
+    """The pairs of every caption with every image, in about square blocks of captions, and images, of alike lengths."""
 
     def __init__(self, items: _Items, block_pairs: int):
         self.items = items
@@ -424,7 +436,7 @@ class _Grid(_Blocks):
 
 
 class _Pairs(_Blocks):
-    """Chosen pairs, in the order of their images, and these in the order of their length."""
+    """The pairs that were chosen, in the order of their images, and these in the order of their length."""
 
     def __init__(self, items: _Items, block_pairs: int, caption_index, image_index):
         self.items = items
@@ -495,7 +507,7 @@ class _Memory:
 
 @contextmanager
 def evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> Iterator[None]:
-    """Runs a block without dropout and graph, and in the model's own dtype, whatever autocast is around it."""
+    """Runs a `with` block without dropout and graph, in the model's own dtype, whatever autocast is around it."""
     was_training = model.training
     model.eval()
     try:

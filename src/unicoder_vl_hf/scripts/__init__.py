@@ -1,1 +1,1 @@
-"""Scripts that use several tasks: those of one task are in its folder, as `run.py` and `run_….py`."""
+"""Scripts that use several tasks. The scripts of a single task are in its folder, as `run.py` and `run_….py`."""

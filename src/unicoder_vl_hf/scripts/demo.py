@@ -45,7 +45,9 @@ FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best,
 
 @dataclass
 class DemoArguments:
-    output_dir: str = field(default="demo", metadata={"help": "Folder that everything goes to."})
+    """Names the folder of the demo, and says how its search is done and shown."""
+
+    output_dir: str = field(default="demo", metadata={"help": "Folder that everything is written to."})
     candidates: int = field(
         default=20, metadata={"help": "Scenes that the first stage of a search proposes, to be scored."}
     )
@@ -53,7 +55,7 @@ class DemoArguments:
         default=None,
         metadata={
             "help": "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
-            "one that fine-tuning measured on the validation scenes."
+            "weight that fine-tuning measured on the validation scenes."
         },
     )
     num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
@@ -61,20 +63,23 @@ class DemoArguments:
 
 @dataclass
 class DemoFolders:
-    """The folders that the demo writes: its output folder is that of pre-training."""
+    """The folders that the demo writes, all below `output`, which is the output folder of pre-training, too."""
 
     output: Path
 
     @property
     def fine_tuned(self) -> Path:
+        """The folder of the fine-tuned model, which has a first stage of search."""
         return self.output / "retrieval"
 
     @property
     def scenes(self) -> Path:
+        """The folder of the rendered scenes: their captions, photos and regions."""
         return self.output / DATA_FOLDER / "scenes"
 
     @property
     def index(self) -> Path:
+        """The folder of the search index of the test scenes."""
         return self.output / "test-scenes.index"
 
 
@@ -91,6 +96,7 @@ class SceneSearch:
 
     @classmethod
     def open(cls, args: DemoArguments, folders: DemoFolders) -> "SceneSearch":
+        """Opens the scenes and loads the fine-tuned model; both must have been made by [`train_both`]."""
         store = RegionStore(folders.scenes / "regions")
         model, processor = load_for_store(folders.fine_tuned, store)
         encoder = UnicoderVLDualEncoder(model, processor, store, folders.fine_tuned)
@@ -106,6 +112,12 @@ class SceneSearch:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """
+    Runs the demo with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the model finds hardly more than chance does, see [`check_learned`].
+    """
     (args,) = make_parser(DemoArguments).parse_args_into_dataclasses(argv)
     started, folders = time.perf_counter(), DemoFolders(Path(args.output_dir))
     train_both(folders)
@@ -164,8 +176,11 @@ def train(run: Callable[[list[str]], object], checkpoints: CheckpointFolder, **o
 
 def measure(scenes: SceneSearch, folders: DemoFolders) -> tuple[dict[str, dict[str, float]], float]:
     """
-    Measures each row of the table on the test scenes; and how often any order of the first stage's candidates has
-    the right scene first, which is more often than chance.
+    Measures the rows of the table on the test scenes.
+
+    Returns:
+        The metrics of each row, in `[0, 1]`, chance among them; and how often a random order of the first stage's
+        candidates has the right scene first, in `[0, 1]`, which is more often than chance among all scenes.
     """
     (fold,) = scenes.test.folds
     zero_shot = ImageTextScorer(*load_for_store(folders.output, scenes.store), scenes.store)
@@ -183,7 +198,7 @@ def measure(scenes: SceneSearch, folders: DemoFolders) -> tuple[dict[str, dict[s
 def draw_gallery(
     scenes: SceneSearch, folders: DemoFolders, num_queries: int, results: dict[str, dict[str, float]]
 ) -> list[str]:
-    """Draws the gallery of `num_queries` captions, taken at random, and returns these."""
+    """Draws the gallery of `num_queries` captions, drawn at random, and returns these captions."""
     (fold,) = scenes.test.folds
     shutil.rmtree(folders.index, ignore_errors=True)  # of an earlier run, perhaps of other models
     index = build_index(scenes.encoder, scenes.store, folders.index, image_ids=fold.image_ids)
@@ -226,6 +241,12 @@ def draw_curves(folders: DemoFolders) -> dict[str, float]:
 
 def check_learned(results: Mapping[str, Mapping[str, float]], guessed: float) -> None:
     """
+    Checks that the models find images of captions: each of the three orders against what guessing would give.
+
+    Args:
+        results (`Mapping[str, Mapping[str, float]]`): Metrics of each row of the table, as [`measure`] gives them.
+        guessed (`float`): How often a random order of the candidates has the right scene first, in `[0, 1]`.
+
     Raises:
         `ValueError`: a model finds hardly more than chance does, or orders the candidates hardly better than at random.
     """
@@ -234,11 +255,13 @@ def check_learned(results: Mapping[str, Mapping[str, float]], guessed: float) ->
     bars = {"zero-shot": 5 * by_chance, SCORED: 2 * guessed, BOTH_STAGES: 5 * by_chance}
     below = [f"{row} is below {100 * bar:.1f} %" for row, bar in bars.items() if results[row][name] < bar]
     if below:
-        raise ValueError(f"The model did not learn: {name} of {', of '.join(below)}.")
+        raise ValueError(
+            f"The model did not learn: {name} of {', of '.join(below)}. Delete the output folder to train it anew."
+        )
 
 
 def recall_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Writes a table of the recalls in percent: text retrieval, then image retrieval, a row for each of the results."""
+    """Makes a table of recall in percent: text retrieval (T), then image retrieval (I), a line for each result."""
     names = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in KS]
     lines = [f"{'':24}" + "".join(f"{letter + 'R@' + str(k):>8}" for letter in "TI" for k in KS)]
     lines += [f"{row:24}" + "".join(f"{100 * of[name]:8.1f}" for name in names) for row, of in results.items()]

@@ -4,7 +4,7 @@
         --captions dataset_flickr8k.json --regions runs/flickr8k/_data/regions --num_retrieval_images 200
 
 `--shuffle_regions` gives every image the regions of another. A model that reads the regions falls to chance in
-matching and retrieval; one that does not was never looking.
+matching and retrieval; one that stays above chance took its answers from the captions alone.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from ..tasks.retrieval.zero_shot import zero_shot_retrieval
 
 @dataclass(kw_only=True)
 class PretrainingEvaluationArguments(EvaluationArguments):
-    """Names a pre-trained checkpoint, and what is measured of it on what."""
+    """Names a pre-trained checkpoint and the data it is measured on, and says which tasks are measured, and how."""
 
     num_images: int | None = field(
         default=None,
@@ -43,17 +43,30 @@ class PretrainingEvaluationArguments(EvaluationArguments):
     num_retrieval_images: int | None = field(
         default=None,
         metadata={
-            "help": "Images of these for retrieval, the first ones: its cost grows with their square. Default: all."
+            "help": "Images for retrieval, the first of the split: the cost grows with their square. Default: all."
         },
     )
-    shuffle_regions: bool = field(default=False, metadata={"help": "Give every image the regions of another."})
-    moc: bool = field(default=True, metadata={"help": "Masked object classification; --no_moc without classes."})
-    mixed_precision: str = field(default="no", metadata={"help": "Precision: auto, no, bf16 or fp16."})
+    shuffle_regions: bool = field(default=False, metadata={"help": "Gives every image the regions of another."})
+    moc: bool = field(
+        default=True,
+        metadata={"help": "Measures masked object classification, too; --no_moc for regions without classes."},
+    )
+    mixed_precision: str = field(
+        default="no", metadata={"help": "Precision of the computation: auto, no (float32), bf16 or fp16."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the masks, the mismatches and the shuffling."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
+    output: str | None = field(default=None, metadata={"help": "JSON file that the metrics are written to."})
 
 
 def main(argv: list[str] | None = None):
+    """
+    Evaluates a pre-trained checkpoint with the options of `argv`, by default those of the command line.
+
+    Prints the metrics beside chance, and writes them to `--output`.
+
+    Raises:
+        `ValueError`: `--model` is no Unicoder-VL, its tokenizer does not fit it, or a caption has no token.
+    """
     (args,) = make_parser(PretrainingEvaluationArguments).parse_args_into_dataclasses(argv)
     store, captions = args.open_data()
     kept = set(captions.unique("image_id")[: args.num_images])

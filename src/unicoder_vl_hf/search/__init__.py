@@ -1,4 +1,4 @@
-"""Search, once something is trained: encoders, indexes, and the two stages. The function is `search.search`."""
+"""Searches with trained models: encoders, indexes, and the two stages. The function is `search.search`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Runs `unicoder-vl index` and `unicoder-vl search`: from names of files to an index, and to hits in it."""
+"""Runs `unicoder-vl index` and `unicoder-vl search`: makes an index from named files, and finds hits in it."""
 
 import os
 from collections.abc import Sequence
@@ -22,20 +22,21 @@ from .two_stage import Hit, SimilarityWeight, search
 
 logger = logging.get_logger(__name__)
 
-# Drawn on a photo of the gallery: more would hide it.
+# Regions drawn on a photo of the gallery: more would hide it.
 REGIONS_DRAWN = 10
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """
-    The hits of one query; `str` of it is a table, by what its hits are ordered, and where the gallery is.
+    The hits of one query; `str` makes a table of them, with the sum that orders them and the place of the gallery.
 
     Attributes:
-        query (`str`): What was asked, in words.
-        hits (`list[Hit]`): The best first.
-        gallery (`Path`, *optional*): The HTML that shows them.
-        weight ([`SimilarityWeight`], *optional*): By which two stages ordered them; None where every pair was scored.
+        query (`str`): The query in words.
+        hits (`list[Hit]`): The hits, the best first.
+        gallery (`Path`, *optional*): The HTML file that shows them.
+        weight ([`SimilarityWeight`], *optional*): The weight by which two stages ordered them; None if every pair was
+            scored.
     """
 
     query: str
@@ -45,6 +46,7 @@ class SearchResult:
 
     @property
     def similarity_weight(self) -> float:
+        """The weight of the similarity in the order; 0 if every pair was scored."""
         return 0.0 if self.weight is None else self.weight.value
 
     def __str__(self) -> str:
@@ -86,11 +88,11 @@ def make_index(
 ) -> str:
     """
     Indexes the images of a store, or captions of these, by a checkpoint of ours or by a dual encoder of transformers.
-    Returns what there is now, in words. Arguments are those of `unicoder-vl index`.
+    Arguments are those of `unicoder-vl index`. Returns a line that describes the index.
 
     Raises:
-        `ValueError`: not exactly one of `model` and `dual_encoder`; images for a dual encoder without `photos`; a
-        `model` whose first stage was not trained; options that do not go together; or as [`build_index`].
+        `ValueError`: not exactly one of `model` and `dual_encoder` is given, a dual encoder lacks `photos` of images,
+        the first stage of `model` was not trained, options do not go together, or [`build_index`] raises it.
     """
     if (model is None) == (dual_encoder is None):
         raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
@@ -144,9 +146,9 @@ def run_search(
     `unicoder-vl search`.
 
     Raises:
-        `ValueError`: arguments that do not go together, an index of the other kind, one that was made by another
-        checkpoint or from another store, or an `image` that is not shown to be the stored one of its name.
-        `FileNotFoundError`: an `image` that is no file.
+        `ValueError`: arguments do not go together; the index is of the other kind, or was made by another checkpoint or
+            from another store; or nothing shows that `image` is the stored one of its name.
+        `FileNotFoundError`: `image` is no file.
     """
     by_text = text is not None
     if [text, image, image_id].count(None) != 2:
@@ -229,7 +231,7 @@ def _two_stages(
 
 
 def _place(index: SearchIndex, made: str, option: str) -> str:
-    """Tells where the encoder or the store was when the index was made. Raises ValueError where it is not any more."""
+    """Gives the place of the encoder or store at the index's making. Raises ValueError if it is not there any more."""
     name = index.facts[made]["name"]
     if os.path.isabs(name) and not os.path.exists(name):
         raise ValueError(f"{index.path} was made with {name}, which is not there any more: say where it is, {option}.")
@@ -244,7 +246,7 @@ def _captions(path: str, ids: str | None, split: str | None, store: RegionStore,
 
 
 def _images_of(source: str, ids: str | None, store: RegionStore) -> list[str]:
-    """Reads which images of the store a caption file names, in all its splits (`FILE`) or in one (`FILE:SPLIT`)."""
+    """Reads the images of the store that a caption file names, in all its splits (`FILE`) or in one (`FILE:SPLIT`)."""
     path, split = source, None
     if not Path(source).exists() and ":" in source:
         path, _, split = source.rpartition(":")
@@ -258,7 +260,7 @@ def _query(
     store: RegionStore,
     photos: Photos | None,
 ) -> tuple[str | RegionRecord, str]:
-    """Makes of the arguments a sentence, the id of a stored image, or a saved record; and the query in words."""
+    """Makes the query of the arguments, a sentence, the id of a stored image or a saved record; and its words."""
     if image is None and image_id is None:
         return str(text), str(text)
     if image is None:
@@ -286,11 +288,11 @@ def _query(
 
 def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
     """
-    Finds the id of the stored image whose photo a file is. Its name only tells which that could be: the photo must have
-    the size that the store knows, and the bytes of the photo of that id.
+    Finds the id of the stored image whose photo a file is. Its name alone does not show it: the photo must have the
+    size that the store knows, and the bytes of the photo of that id.
 
     Raises:
-        `ValueError`: the file is no photo, or not shown to be that of a stored image.
+        `ValueError`: the file is no photo, or nothing shows that it is that of a stored image.
     """
     from ..regions.photos import decode_photo
 
@@ -348,7 +350,7 @@ def _write_gallery(
     photos: Photos | None,
     searched: str,
 ) -> Path:
-    """Shows each found image as its whole photo, then with its surest regions; on a blank page where there is none."""
+    """Writes a gallery: each found image whole, then with its surest regions, on a blank page if there is no photo."""
     from PIL import Image
 
     from ..pictures import GalleryItem, draw_regions, write_gallery

@@ -1,7 +1,7 @@
-"""First stages of a search: what embeds captions and images alone, so that any number of images can be compared.
+"""First stages of a search: encoders of captions and images alone, so that any number of images can be compared.
 
 Ours is the same model with a projection (`encode_text`, `encode_image`); any dual encoder of transformers, such as
-CLIP or SigLIP 2, will do as well. Left out: what is done with the embeddings, see `index` and `two_stage`.
+CLIP or SigLIP 2, will do as well. Left out: searching among the embeddings, see `index` and `two_stage`.
 """
 
 import os
@@ -38,20 +38,22 @@ class DualEncoder(Protocol):
     dim: int
 
     def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeds captions, in their order."""
+        """Embeds captions, `(n, dim)`, in their order."""
         ...
 
     def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Embeds images by their ids, in their order."""
+        """Embeds images by their ids, `(n, dim)`, in their order."""
         ...
 
     def identity(self) -> dict[str, str]:
-        """The facts that tell it from others: its `name`, and all that comparable embeddings have in common."""
+        """
+        Collects the facts that tell the encoder from others: its `name`, and all that comparable embeddings share.
+        """
         ...
 
 
 class UntrainedFirstStage(ValueError):
-    """The checkpoint can score pairs, but not embed a caption or an image alone."""
+    """The error of a checkpoint that can score pairs, but not embed a caption or an image alone."""
 
 
 class UnicoderVLDualEncoder:
@@ -59,15 +61,15 @@ class UnicoderVLDualEncoder:
     The first stage of a Unicoder-VL, on the regions of a store.
 
     Args:
-        model ([`UnicoderVLForImageTextRetrieval`]): With a first stage that was trained.
-        processor ([`UnicoderVLProcessor`]): Its own.
+        model ([`UnicoderVLForImageTextRetrieval`]): A model with a first stage that was trained.
+        processor ([`UnicoderVLProcessor`]): The processor of the model.
         store (`Mapping[str, RegionRecord]`): The records in which image ids are looked up.
         name (`str`): The checkpoint's name.
-        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
+        max_length (`int`, *optional*, defaults to 44): Most tokens of a caption.
 
     Raises:
-        [`UntrainedFirstStage`] (a `ValueError`): It was not; the message says what to do, and how long exhaustive
-        scoring would take.
+        [`UntrainedFirstStage`] (a `ValueError`): the first stage was not trained; the message says what to do, and how
+        long exhaustive scoring would take.
     """
 
     def __init__(
@@ -112,11 +114,12 @@ class UnicoderVLDualEncoder:
 
 class TransformersDualEncoder:
     """
-    A model of transformers with `get_text_features` and `get_image_features`, on photos.
+    Embeds captions and photos by a model of transformers with `get_text_features` and `get_image_features`.
 
     Args:
         name (`str`): The checkpoint, with its processor.
-        photo (callable, *optional*): The photo of an image id, such as [`Photos`]; without, captions only.
+        photo (callable, *optional*): Opens the photo of an image id, such as [`Photos`]; without it captions alone can
+            be embedded.
         device (`torch.device`, *optional*, defaults to the CPU): The device on which it runs.
 
     Raises:
@@ -150,7 +153,7 @@ class TransformersDualEncoder:
         return self._embed(captions, lambda some: {"text": list(some), **lengths}, self.model.get_text_features)
 
     def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Embeds photos by their ids, see [`DualEncoder`]. Raises ValueError where no photos were given."""
+        """Embeds photos by their ids, see [`DualEncoder`]. Raises ValueError if no photos were given."""
         if self.photo is None:
             raise ValueError(f"{self.name} embeds photos, and none were given.")
         photo = self.photo
@@ -177,11 +180,12 @@ class Photos:
 
     Args:
         path (`str` or `os.PathLike`): The photos, as `unicoder-vl extract` takes them.
-        ids (`str`, *optional*, defaults to `"stem"`): How a photo gets its id, as the store was made with; see
+        ids (`str`, *optional*, defaults to `"stem"`): The source of photos' ids that the store was made with; see
             [`photo_ids`].
 
     Raises:
-        `FileNotFoundError`: there is nothing at `path`. `ValueError`: there is no photo, or two have one id.
+        `FileNotFoundError`: there is nothing at `path`.
+        `ValueError`: there is no photo, or two have one id.
     """
 
     def __init__(self, path: str | os.PathLike[str], ids: str = "stem"):
@@ -203,11 +207,12 @@ class Photos:
 
     def of(self, record: RegionRecord) -> "Image.Image":
         """
-        The photo of a record, at any scale.
+        Opens the photo of a record, at any scale.
 
         Raises:
-            `KeyError`: there is none of that id. `ValueError`: it cannot be read, or has other proportions than the
-            image that the regions were found in, and so is another photo of that name.
+            `KeyError`: there is no photo of that id.
+            `ValueError`: the photo cannot be read, or has other proportions than the image that the regions were found
+                in, and so is another photo of that name.
         """
         image, (width, height) = self._open(record.image_id)
         if record.image_width is None or record.image_height is None:
@@ -222,11 +227,11 @@ class Photos:
         return image
 
     def read(self, image_id: str) -> bytes:
-        """The bytes of its file. Raises KeyError where there is none of that id."""
+        """Reads the bytes of a photo's file. Raises KeyError if there is no photo of that id."""
         return self.source.read(self._place(image_id))
 
     def file(self, image_id: str) -> str:
-        """The file in words, by which a user finds it."""
+        """Names the file of a photo, so that a user finds it. Raises KeyError if there is no photo of that id."""
         return self.source.name(self._place(image_id))
 
     def _place(self, image_id: str) -> int:
@@ -238,7 +243,7 @@ class Photos:
         return self._number[image_id]
 
     def _open(self, image_id: str) -> "tuple[Image.Image, tuple[int, int]]":
-        """Decodes a photo, as [`decode_photo`]."""
+        """Decodes a photo, see [`decode_photo`]; errors name the file."""
         from ..regions.photos import decode_photo
 
         place = self._place(image_id)
@@ -257,10 +262,10 @@ def open_transformers_encoder(
     needs_photos: bool = True,
 ) -> TransformersDualEncoder:
     """
-    A dual encoder of transformers where this process computes, on photos of the images of a store.
+    Opens a dual encoder of transformers on the device of this process, for photos of the images of a store.
 
     Raises:
-        `ValueError`: there are no `photos` and it needs them; while it embeds, a photo that is not the stored image's.
+        `ValueError`: it needs `photos`, and there are none; while it embeds, a photo is not that of the stored image.
     """
     if photos is None:
         if needs_photos:
@@ -272,7 +277,8 @@ def open_transformers_encoder(
 
 def open_dual_encoder(name: str, store: RegionStore, photos: str | None = None, photo_ids: str = "stem") -> DualEncoder:
     """
-    A first stage that is not the scoring model's own: another Unicoder-VL, or a dual encoder of transformers on photos.
+    Opens a first stage that is not the scoring model's own: another Unicoder-VL, or a dual encoder of transformers for
+    photos.
 
     Raises:
         `ValueError`: there is no such model, its first stage was not trained, or it needs `photos`.
@@ -306,7 +312,7 @@ def image_states(
     images: Sequence[str | RegionRecord],
     store: Mapping[str, RegionRecord] | None = None,
 ) -> torch.Tensor:
-    """Encodes each image alone, as [`text_states`] does captions."""
+    """Encodes each image alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
     states = torch.empty(len(images), model.config.hidden_size)
     starts = range(0, len(images), READ_AT_ONCE)
     with evaluating(model):
@@ -322,7 +328,7 @@ def image_states(
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Batches of items of about the same length."""
+    """Sorts items into batches of about the same length."""
     order = np.argsort(lengths, kind="stable").tolist()
     return [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
 

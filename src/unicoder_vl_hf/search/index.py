@@ -1,13 +1,13 @@
 """An index of embedded images or captions: a folder, made once, searched by the nearest neighbours of a query.
 
-    index.json                  what is indexed, the checkpoint and the store that it was made from; written last
+    index.json                  the kind of items, the checkpoint and the store that it was made from; written last
     names.json                  the image ids, or the captions
     embeddings.safetensors      (N, dim) float32, of unit length
-    faiss.index                 where FAISS was asked for
+    faiss.index                 the structure of FAISS, if one was asked for
 
 The search is exact, by one matrix product, unless the index was made with a FAISS structure. A folder is made beside
-its place and renamed when it is whole; what was embedded before a kill is not embedded again. Left out: which encoder,
-see `encoders`, and what becomes of the candidates, see `two_stage`.
+its place and renamed when it is whole; items that were embedded before a kill are not embedded again. Left out:
+encoders, see `encoders`, and the order of the candidates, see `two_stage`.
 """
 
 import json
@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 1
 INDEX, NAMES, EMBEDDINGS, FAISS = "index.json", "names.json", "embeddings.safetensors", "faiss.index"
 
-# Items that are embedded at once: what a kill loses.
+# Items that are embedded at once; a kill loses as many.
 BLOCK_ITEMS = 1024
 # Similarities that are held at once.
 MAX_SIMILARITIES = 1 << 25
@@ -44,13 +44,14 @@ Items = Literal["images", "captions"]
 
 class SearchIndex:
     """
-    An index as [`build_index`] wrote it. `len(index)`, `index.names` and `index.embeddings` are what they say.
+    An index that [`build_index`] wrote: its `items` are `"images"` or `"captions"`, with their `names` and their
+    `embeddings`, `(N, dim)` float32 of unit length.
 
     Args:
-        path (`str` or `os.PathLike`): Its folder.
+        path (`str` or `os.PathLike`): The folder of the index.
 
     Raises:
-        `ValueError`: No index, or one of another version.
+        `ValueError`: the folder is no index, or one of another version, or its files do not fit.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -99,14 +100,14 @@ class SearchIndex:
 
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """
-        The items nearest to each query, the nearest first; of equally near ones the earlier.
+        Finds the items nearest to each query, the nearest first; of equally near ones the earlier.
 
         Args:
             queries (`np.ndarray` of shape `(Q, dim)`): Embeddings of unit length, by the encoder that made the index.
-            top_k (`int`): How many; all where there are fewer.
+            top_k (`int`): Number of items, at least 1; all if there are fewer.
 
         Returns:
-            positions `(Q, K)` (int64) in `names`, and similarities `(Q, K)` (float32) in `[-1, 1]`. An approximate
+            Positions `(Q, K)` (int64) in `names`, and similarities `(Q, K)` (float32) in `[-1, 1]`. An approximate
             FAISS structure may find fewer: position -1.
         """
         if top_k < 1:
@@ -120,8 +121,14 @@ class SearchIndex:
 
 def nearest(queries: np.ndarray, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Positions and similarities of the `top_k` largest inner products of each query, or of all where there are fewer; of
-    equal ones the earlier.
+    Finds the `top_k` largest inner products of each query, or all if there are fewer; of equal ones the earlier.
+
+    Args:
+        queries, embeddings (`np.ndarray` of shape `(Q, dim)` and `(N, dim)`): Vectors in float32.
+        top_k (`int`): Number of products, at least 1.
+
+    Returns:
+        Positions `(Q, K)` in `embeddings`, int64, and the products `(Q, K)`, float32, the largest first.
     """
     top_k = min(top_k, len(embeddings))
     positions = np.empty((len(queries), top_k), dtype=np.int64)
@@ -152,18 +159,18 @@ def build_index(
     work; the same call goes on where a killed one stopped, and opens an index that is complete.
 
     Args:
-        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): What embeds.
-        store ([`RegionStore`]): Its images are indexed, and re-ranking reads their regions.
-        image_ids (sequence of `str`, *optional*): These images only, such as those of one split.
+        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): Embeds the items.
+        store ([`RegionStore`]): The store whose images are indexed, and whose regions re-ranking reads.
+        image_ids (sequence of `str`, *optional*): Images to index, such as those of one split; by default all.
         output (`str` or `os.PathLike`): A new folder, or that of the same index.
-        captions (sequence of `str`, *optional*): Index these instead, each text once, to be searched by an image.
+        captions (sequence of `str`, *optional*): Captions to index instead, each text once, to be searched by an image.
         faiss (`str`, *optional*): A structure of FAISS in the words of its `index_factory`, such as `"HNSW32"`, for
             millions of images; the search is then approximate. Needs the extra `[faiss]`.
-        restart (`bool`, *optional*, defaults to `False`): Begin anew, whatever an earlier call left or completed. An
-            index that is there stays until the new one is complete, and is then replaced.
+        restart (`bool`, *optional*, defaults to `False`): Whether to begin anew, whatever an earlier call left or
+            completed. An index that is there stays until the new one is complete, and is then replaced.
 
     Raises:
-        `ValueError`: `output` holds something else, nothing to index, or what an earlier call left is of another job.
+        `ValueError`: `output` holds something else, there is nothing to index, or an earlier call began another job.
     """
     output = Path(output)
     items: Items = "images" if captions is None else "captions"
@@ -235,7 +242,7 @@ def build_index(
 def _open_complete(
     path: Path, encoder: DualEncoder, store: RegionStore, items: Items, names: list[str], faiss: str | None
 ) -> SearchIndex:
-    """The index that is there already, where it is the one that is asked for."""
+    """Opens the index that is there already, if it is the one that is asked for; else raises ValueError."""
     if (path / INDEX).exists():
         index = SearchIndex(path)
         index.check(encoder, store)
@@ -248,7 +255,7 @@ def _open_complete(
 
 
 def store_identity(store: RegionStore) -> dict[str, str]:
-    """The facts that tell a store from others: its place, and the checksum of its manifest, which lists all others."""
+    """Collects the facts that tell a store from others: its place, and the checksum of its manifest."""
     return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
 
 

@@ -1,4 +1,4 @@
-"""Search in two stages: the nearest of an index, put in order by the cross-encoder."""
+"""Searches in two stages: the cross-encoder orders the items of an index that are nearest to a query."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from .index import SearchIndex
 @dataclass(frozen=True)
 class SimilarityWeight:
     """
-    The weight in the sum by which the first stage's candidates are ordered: score + weight x similarity. `str` of it
-    says so in words.
+    The weight in the sum by which the first stage's candidates are ordered: score + weight x similarity. `str` writes
+    it in words.
 
     Attributes:
         value (`float`): The weight; 0 is the score alone.
         origin (`str`): `"given"` by who searches; `"measured"` when the checkpoint was trained; `"unknown"`, and 0,
-            where it was measured for no such pair of checkpoint and first stage.
+            if it was measured for no such pair of checkpoint and first stage.
     """
 
     value: float
@@ -32,10 +32,10 @@ class SimilarityWeight:
     @classmethod
     def of(cls, given: float | None, encoder: DualEncoder, scorer: ImageTextScorer) -> "SimilarityWeight":
         """
-        The weight that is given; else the one that was measured for the model that scores with its own first stage.
+        Takes the weight that is given, else the one that was measured for a model with its own first stage, else 0.
 
         Raises:
-            `ValueError`: a weight that is no number, infinite or below 0.
+            `ValueError`: the weight is NaN, infinite or below 0.
         """
         if given is not None:
             if not 0 <= given < math.inf:
@@ -62,8 +62,13 @@ class SimilarityWeight:
 @dataclass(frozen=True)
 class Hit:
     """
-    An image id, or a caption, that was found: the `score` by which hits are ordered, which is the `matching_score` plus
-    the weight times the `similarity` in `[-1, 1]` that the first stage saw, if there was one.
+    An image or a caption that was found.
+
+    Attributes:
+        name (`str`): The image id, or the caption.
+        score (`float`): The value that orders hits, `matching_score` + weight x `similarity`; higher is better.
+        similarity (`float`, *optional*): The similarity of the first stage, in `[-1, 1]`; None without one.
+        matching_score (`float`): The score of the cross-encoder.
     """
 
     name: str
@@ -89,25 +94,27 @@ def search(
     similarity_weight: float | None = None,
 ) -> list[list[Hit]]:
     """
-    The images of an index that match each caption best, or the captions of an index that match each image best.
+    Finds the images of an index that match each caption best, or the captions that match each image best.
 
     Args:
-        queries: Captions where the index holds images; image ids or records where it holds captions.
-        index ([`SearchIndex`]): Made by `encoder` from the store of `scorer`, which is checked.
+        queries (sequence of `str` or [`RegionRecord`]): Captions, to search an index of images; image ids or records,
+            to search an index of captions.
+        index ([`SearchIndex`]): An index that `encoder` made from the store of `scorer`, which is checked.
         encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): The first stage.
-        scorer ([`ImageTextScorer`]): The second.
+        scorer ([`ImageTextScorer`]): The second stage.
         top_k (`int`, *optional*, defaults to 10): The number of hits of a query.
-        candidates (`int`, *optional*, defaults to 100): How many items the first stage proposes and the second scores;
-            `top_k` at least.
-        similarity_weight (`float`, *optional*): So many times the first stage's similarity is added to the matching
-            score, as BLIP adds it. Defaults to the weight that was measured for the scorer's model with its own first
-            stage, else to 0; [`SimilarityWeight.of`] tells which.
+        candidates (`int`, *optional*, defaults to 100): The number of items that the first stage proposes and the
+            second scores, at least `top_k`.
+        similarity_weight (`float`, *optional*): Weight of the similarity that is added to the matching score, as BLIP
+            adds it. Defaults to the weight that was measured for the scorer's model with its own first
+            stage, else to 0; see [`SimilarityWeight.of`].
 
     Returns:
         `list[list[Hit]]`: the best hits of each query, the best first.
 
     Raises:
-        `ValueError`: `top_k` or `candidates` below 1, a weight below 0, or an index of another checkpoint or store.
+        `ValueError`: `top_k` or `candidates` is below 1, the weight is below 0, or the index is of another checkpoint
+        or store.
     """
     if min(top_k, candidates) < 1:
         raise ValueError(f"top_k={top_k}, candidates={candidates}; expected at least 1 of each.")
@@ -129,7 +136,7 @@ def search(
 def rerank(
     queries: Sequence[str | RegionRecord], index: SearchIndex, positions: np.ndarray, scorer: ImageTextScorer
 ) -> np.ndarray:
-    """The scores of each query with its candidates, `positions` `(Q, K)` in `index`; -inf where there is none (-1)."""
+    """Scores each query with its candidates, `positions` `(Q, K)` in `index`: `(Q, K)` float32, -inf for none (-1)."""
     scores = np.full(positions.shape, -np.inf, dtype=np.float32)
     of_query, place = np.nonzero(positions >= 0)
     distinct, candidate = np.unique(positions[of_query, place], return_inverse=True)

@@ -1,4 +1,4 @@
-"""Tasks, a folder each: data, collator, losses, metrics, training, evaluation, pictures. None imports another."""
+"""The tasks, a folder each: data, collator, losses, metrics, training, evaluation, pictures. None imports another."""
 
 from ..lazy import lazily
 

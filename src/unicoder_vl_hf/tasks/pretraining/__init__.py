@@ -1,4 +1,4 @@
-"""Pre-training (paper, section Pre-training)."""
+"""The task of pre-training (paper, section Pre-training)."""
 
 from typing import TYPE_CHECKING
 

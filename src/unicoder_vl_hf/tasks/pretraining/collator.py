@@ -1,5 +1,5 @@
 """
-From rows to the inputs of pre-training: fetch the regions, mask, and batch.
+Makes the inputs of pre-training of rows: it fetches their regions, masks both, and batches them.
 
 Follows the paper's pre-training tasks: masked language modelling (15 % of the WordPiece tokens), masked object
 classification (15 % of the regions, the feature zeroed in 90 % of them) and visual-linguistic matching (one mismatch
@@ -38,22 +38,23 @@ class DataCollatorForUnicoderVLPreTraining:
         store (`Mapping[str, RegionRecord]`):
             The regions of every image.
         seed (`int`, *optional*, defaults to 0):
-            At least 0.
+            Seed of the masks, at least 0.
         max_length (`int`, *optional*, defaults to 44):
-            Tokens of a caption with `[CLS]` and `[SEP]`; longer ones are cut (paper: 144 less 100 regions).
+            Most tokens of a caption with `[CLS]` and `[SEP]`; longer ones are cut (paper: 144 less 100 regions).
         mlm_probability (`float`, *optional*, defaults to 0.15):
             Share of the tokens that are predicted, in `[0, 1]`; 0 leaves the text as it is.
         mask_replace_prob, random_replace_prob (`float`, *optional*, default to 1.0 and 0.0):
-            Of these, the share replaced by `[MASK]` and by a random token; the rest stays. The paper replaces all;
-            BERT's values are 0.8 and 0.1.
+            Shares of the predicted tokens that are replaced by `[MASK]` and by a random token, each in `[0, 1]`; the
+            rest stays. The paper masks all; BERT's values are 0.8 and 0.1.
         whole_word_mask (`bool`, *optional*, defaults to `False`):
-            Choose whole words, with all of their WordPiece tokens.
+            Whether whole words are chosen, with all of their WordPiece tokens.
         moc_probability (`float`, *optional*, defaults to 0.15):
             Share of the regions of known class that are predicted, in `[0, 1]`; 0 leaves the regions as they are.
         region_zero_prob (`float`, *optional*, defaults to 0.9):
-            Of these, the share whose feature is set to zero; the rest stays.
+            Share of the predicted regions whose feature is set to zero, in `[0, 1]`; the rest stays.
         num_region_classes (`int`, *optional*):
-            Where given, a larger `object_ids` is an error here, which names the image, and not in the loss.
+            Number of classes that the model knows. With it a class out of range is an error here, which names the
+            image, and not in the loss.
 
     Rows hold `image_id`, `caption`, `row_index` and `epoch`, and optionally `mismatch_image_id` and `mismatch_caption`,
     as those of [`PairsWithMismatches`] do. Without mismatches matching is unknown, and a warning says so.
@@ -66,7 +67,7 @@ class DataCollatorForUnicoderVLPreTraining:
     Raises:
         `ValueError`: an option out of range, a row that lacks something, an empty caption, an object class out of
         range, or a store without object classes while `moc_probability` is above 0; the message names the image.
-        `KeyError`: an image the store lacks.
+        `KeyError`: an image that the store lacks.
 
     Example:
 
@@ -176,7 +177,7 @@ class DataCollatorForUnicoderVLPreTraining:
 
     @staticmethod
     def _whose(rows: Sequence[Mapping[str, Any]], index: int) -> str:
-        """Names the caption of a batch for a message: that of a mismatch may be the row's own, or another image's."""
+        """Names a caption of the batch for a message. A mismatch may have the caption of its row or another one."""
         row = rows[index % len(rows)]
         if index < len(rows) or row["mismatch_caption"] == row["caption"]:
             return f"Image {row['image_id']!r}: its caption {row['caption']!r}"

@@ -1,4 +1,4 @@
-"""The three tasks of pre-training on a validation split, beside what guessing reaches (paper, section Pre-training)."""
+"""Evaluates the three tasks of pre-training, beside the figures that guessing reaches (paper, section Pre-training)."""
 
 import dataclasses
 import math
@@ -34,17 +34,19 @@ def evaluate_pretraining(
     pairs, one match and one mismatch each.
 
     Args:
-        model: [`UnicoderVLForPreTraining`], prepared by accelerate or not.
-        pairs ([`PairsWithMismatches`]): with `fixed_epoch`, so that each evaluation sees the same masks and mismatches.
-        collator: that of training.
-        accelerator ([`~accelerate.Accelerator`]): of the run.
-        batch_size, num_workers (`int`): rows of a batch, and processes that read, in each process.
+        model ([`UnicoderVLForPreTraining`]): The model, prepared by accelerate or not.
+        pairs ([`PairsWithMismatches`]): The validation pairs, with `fixed_epoch`, so that each evaluation
+            sees the same masks and mismatches.
+        collator ([`DataCollatorForUnicoderVLPreTraining`]): The collator of the training.
+        accelerator ([`~accelerate.Accelerator`]): The accelerator of the run.
+        batch_size (`int`, *optional*, defaults to 64): Rows of a batch in each process.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read for each process.
 
     Returns:
         `dict[str, float]`: `mlm_loss` (mean negative log-likelihood of a masked token), `mlm_perplexity`,
-        `mlm_accuracy`, `moc_loss`, `moc_accuracy`, each with `…_majority_accuracy`, that of naming the commonest
-        target always (none of a task whose probability is 0); `matching_loss`, `matching_accuracy` and `matching_auc`
-        (chance 0.5).
+        `mlm_accuracy`, `moc_loss`, `moc_accuracy`, and for either accuracy `…_majority_accuracy`, that of always naming
+        the commonest target (a task whose probability is 0 has no entries); `matching_loss`, `matching_accuracy` and
+        `matching_auc` (chance 0.5).
     """
     was_training = model.training
     model.eval()
@@ -101,7 +103,14 @@ def evaluate_pretraining(
 
 
 class ShuffledStore(Mapping[str, RegionRecord]):
-    """A store that gives every image the regions of another: what a model tells from it, it tells from text."""
+    """
+    A store that gives every image the regions of another: with it a model can only tell from the text.
+
+    Args:
+        store (`Mapping[str, RegionRecord]`): The regions of the images.
+        image_ids (sequence of `str`): The images that are shuffled, at least two.
+        seed (`int`, *optional*, defaults to 0): Seed of the shuffling.
+    """
 
     def __init__(self, store: Mapping[str, RegionRecord], image_ids: Sequence[str], seed: int = 0):
         image_ids = sorted(set(image_ids))
@@ -123,14 +132,14 @@ class ShuffledStore(Mapping[str, RegionRecord]):
 
 
 def metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:
-    """A table of metrics, in percent, with what chance reaches beside each; names without chance are left out."""
+    """Makes a table of metrics in percent, with chance beside each; metrics without chance are left out."""
     lines = [f"{'':24}{'model':>8}{'chance':>8}  (percent)"]
     lines += [f"{name:24}{100 * metrics[name]:8.1f}{100 * value:8.1f}" for name, value in chance.items()]
     return "\n".join(lines)
 
 
 def pretraining_chance(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The figures that guessing reaches: the commonest target of each masked task, and a coin for matching."""
+    """Gives the figures that guessing reaches: the commonest target of each masked task, and a coin for matching."""
     chance = {
         name.replace("_majority", ""): value for name, value in metrics.items() if name.endswith("_majority_accuracy")
     }
@@ -139,11 +148,17 @@ def pretraining_chance(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def roc_auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """
-    Area under the ROC curve: how often a match scores above a mismatch, a tie counting half.
+    Computes the area under the ROC curve: how often a match scores above a mismatch, a tie counting half.
 
     Args:
-        scores (array of shape `(num_pairs,)`): higher = better match.
+        scores (array of shape `(num_pairs,)`): Higher = better match.
         labels (array of shape `(num_pairs,)`): 1 = match, 0 = mismatch; both must occur.
+
+    Returns:
+        `float` in `[0, 1]`; chance is 0.5.
+
+    Raises:
+        `ValueError`: shapes do not fit, a score is NaN, or labels are not 0 and 1, both.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:

@@ -1,6 +1,6 @@
 """
-Our own loop of pre-training (paper, section Pre-training) and its arguments: micro-batches are weighed by their rows,
-and however a run is cut, it is the same run. `run.py` is its script.
+Our own loop of pre-training (paper, section Pre-training) and its arguments. Micro-batches are weighed by their rows,
+and a run is the same run however it is split into processes and pieces. `run.py` is its script.
 """
 
 import contextlib
@@ -61,11 +61,11 @@ class LoopArguments:
     )
     mixed_precision: str = field(
         default="auto",
-        metadata={"help": "Precision: auto (what the hardware is fast in), no, bf16, fp16.", "may_change": True},
+        metadata={"help": "Precision: auto (what the hardware is fast in), no, bf16 or fp16.", "may_change": True},
     )
     gradient_checkpointing: bool = field(
         default=False,
-        metadata={"help": "Compute activations twice: less memory, a third more time.", "may_change": True},
+        metadata={"help": "Computes activations twice: less memory, a third more time.", "may_change": True},
     )
     seed: int = field(default=0, metadata={"help": "Seed of masks, mismatches, order, dropout and new weights."})
     dataloader_num_workers: int = field(
@@ -73,25 +73,25 @@ class LoopArguments:
     )
     logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log.", "may_change": True})
     save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints.", "may_change": True})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep.", "may_change": True})
+    save_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints to keep.", "may_change": True})
     eval_steps: int | None = field(
         default=None, metadata={"help": "Steps between evaluations. Default: every epoch.", "may_change": True}
     )
     eval_on_start: bool = field(
-        default=False, metadata={"help": "Evaluate before the first step too.", "may_change": True}
+        default=False, metadata={"help": "Evaluates before the first step, too.", "may_change": True}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "A checkpoint's folder, or 'latest'. With more steps than before the run becomes longer.",
+            "help": "Checkpoint to go on from: its folder, or latest. More steps than before make the run longer.",
             "may_change": True,
         },
     )
     report_to: str = field(
-        default="none", metadata={"help": "A tracker of accelerate, such as tensorboard, or none.", "may_change": True}
+        default="none", metadata={"help": "Tracker of accelerate, such as tensorboard, or none.", "may_change": True}
     )
     push_to_hub: bool = field(
-        default=False, metadata={"help": "Upload the model, processor and card in the end.", "may_change": True}
+        default=False, metadata={"help": "Uploads the model, processor and card in the end.", "may_change": True}
     )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository of the Hub. Default: the output folder's name.", "may_change": True}
@@ -115,12 +115,13 @@ class LoopArguments:
 
 class PretrainingLoop:
     """
-    A run of pre-training by Accelerate: one process or many, resumed exactly at any step.
+    Runs a pre-training by Accelerate in one process or many, and resumes it exactly at any step.
 
     Args:
         data_args ([`PretrainingArguments`]), args ([`LoopArguments`]): The command line of the run.
-        setup ([`PretrainingSetup`]): What is trained, as [`prepare_pretraining`] builds it.
-        accelerator ([`~accelerate.Accelerator`]), computing ([`Computing`]): How it computes.
+        setup ([`PretrainingSetup`]): The model and data of the run, as [`prepare_pretraining`] builds them.
+        accelerator ([`~accelerate.Accelerator`]), computing ([`Computing`]): The processes, devices and precision of
+            the run.
     """
 
     def __init__(
@@ -162,12 +163,17 @@ class PretrainingLoop:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be this run."""
+        """The values by which a resumed run is this run, see [`run_identity`]."""
         pairs = {"train_pairs": len(self.setup.train), "train_pairs_sha256": pairs_digest(self.setup.train.pairs)}
         return run_identity(self.data_args, self.args, **pairs, total_steps=self.total_steps)
 
     def run(self, resume_from: Path | None) -> bool:
-        """Begins, or goes on from a checkpoint, and trains; False where Ctrl-C stopped it, with a checkpoint."""
+        """
+        Trains from the beginning or from a checkpoint, and at the end evaluates and saves the model with its card.
+
+        Returns:
+            Whether the training came to its end; if Ctrl-C or SIGTERM stopped it, a checkpoint to resume from is left.
+        """
         args, accelerator = self.args, self.accelerator
         if resume_from is None:
             set_seed(args.seed, device_specific=True)  # another dropout in every process
@@ -285,7 +291,7 @@ class PretrainingLoop:
         self.checkpoints.save(state, self.identity, self.accelerator, self.setup.processor, self.computing)
 
     def _finish(self) -> None:
-        """Saves the model, evaluates it, and writes what is said of it."""
+        """Saves the model, evaluates it, and writes its metrics and card."""
         if self.accelerator.is_main_process:  # before the last evaluation: whatever happens there, the model is saved
             self.accelerator.unwrap_model(self.model).save_pretrained(self.output_dir)
             self.setup.processor.save_pretrained(self.output_dir)

@@ -22,6 +22,7 @@ from .setup import PretrainingArguments, prepare_pretraining
 
 
 def main(argv: list[str] | None = None) -> bool:
+    """Pre-trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
     data_args, args = parse_arguments((PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES)
     output_dir = Path(args.output_dir)
     resume_from = args.checkpoints.resolve(args.resume_from_checkpoint)

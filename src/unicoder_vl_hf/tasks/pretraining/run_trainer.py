@@ -4,7 +4,7 @@
     accelerate launch -m unicoder_vl_hf.tasks.pretraining.run_trainer --output_dir runs/flickr8k \
         --captions dataset_flickr8k.json --regions regions/ --model_name_or_path google-bert/bert-base-uncased
 
-`--per_device_train_batch_size` counts pairs (each is a match and a mismatch), and every micro-batch holds so many. The
+`--per_device_train_batch_size` counts pairs (each is a match and a mismatch), and every micro-batch holds as many. The
 defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processes divide one of the two by P.
 """
 
@@ -19,9 +19,12 @@ from .setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
 
 
 class PretrainingTrainer(TaskTrainer):
+    """Trains and evaluates the three tasks of pre-training."""
+
     setup: PretrainingSetup
 
     def evaluate_task(self, rows):
+        """Measures the three tasks on validation pairs, see [`evaluate_pretraining`]."""
         # Trainer's own loop keeps the logits of every token over the vocabulary: 30 GB for 5,000 pairs.
         return evaluate_pretraining(
             self.model_wrapped,
@@ -34,6 +37,7 @@ class PretrainingTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None) -> bool:
+    """Pre-trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
     data_args, training_args = parse_arguments(
         (PretrainingArguments, TrainingArguments),
         argv,

@@ -1,5 +1,5 @@
 """
-The data and model arguments of the two pre-training scripts, and what these become.
+The arguments of data and model of the two pre-training scripts, and the setup that is built of them.
 
 Follows the paper's pre-training tasks; the scripts are `run.py` (our loop, by Accelerate) and `run_trainer.py`.
 """
@@ -28,12 +28,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class PretrainingArguments(DataArguments):
-    """Data and model of a pre-training run. Without `captions` it runs on the rendered scenes with a small model."""
+    """
+    Names the data and the model of a pre-training run; without `captions` they are rendered scenes and a small one.
+    """
 
     max_validation_pairs: int = field(
-        default=5000, metadata={"help": "Pairs of it, drawn evenly; 0 evaluates none.", "may_change": True}
+        default=5000,
+        metadata={"help": "Pairs of the validation split, drawn evenly; 0 evaluates none.", "may_change": True},
     )
-    max_regions: int | None = field(default=100, metadata={"help": "Regions of an image; the best by score stay."})
+    max_regions: int | None = field(default=100, metadata={"help": "Most regions of an image; the best by score stay."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
     mask_replace_prob: float = field(
         default=1.0, metadata={"help": "Share of the predicted tokens that becomes [MASK] (BERT: 0.8)."}
@@ -41,16 +44,16 @@ class PretrainingArguments(DataArguments):
     random_replace_prob: float = field(
         default=0.0, metadata={"help": "Share of the predicted tokens that becomes random (BERT: 0.1)."}
     )
-    whole_word_mask: bool = field(default=False, metadata={"help": "Choose whole words."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Chooses whole words, with all of their tokens."})
     moc: bool = field(
-        default=True, metadata={"help": "Masked object classification; --no_moc for regions without classes."}
+        default=True, metadata={"help": "Trains masked object classification; --no_moc for regions without classes."}
     )
     moc_probability: float = field(default=0.15, metadata={"help": "Share of the regions that are predicted."})
 
 
 @dataclass
 class PretrainingSetup(TrainingSetup):
-    """A pre-training run as [`prepare_pretraining`] builds it."""
+    """The setup of a pre-training run, as [`prepare_pretraining`] builds it."""
 
     model: UnicoderVLForPreTraining
     collator: DataCollatorForUnicoderVLPreTraining
@@ -69,13 +72,13 @@ class PretrainingSetup(TrainingSetup):
 
     @property
     def measured_on(self) -> str | None:
-        """The validation pairs in words, None without any."""
+        """The numbers of validation captions and images, in words; None without any."""
         return None if self.validation is None else in_words(self.validation.pairs)
 
     def train_batches(
         self, sampler: StepBatchSampler, device: torch.device, num_workers: int = 0
     ) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
-        """The micro-batches of the sampler's epoch from the step where it stands, each with its weight in its step."""
+        """Gives the micro-batches of the sampler's epoch from its start step on, each with its weight in its step."""
         self.train.set_epoch(sampler.epoch)
         loader = DataLoader(
             GivenRows(),
@@ -97,8 +100,8 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
     Reads captions and regions, joins them, and builds the model, before any time is spent on training.
 
     Raises:
-        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, or a fault in a
-        file.
+        `ValueError`: a caption has no regions (unless `skip_missing`), the checkpoint is of another kind, or a file has
+        a fault.
     """
     data = open_data(arguments, output_dir)
     store, train = data.store, data.train

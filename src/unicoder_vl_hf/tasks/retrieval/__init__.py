@@ -1,4 +1,4 @@
-"""Image-text retrieval (paper, section Image-Text Retrieval)."""
+"""The task of image-text retrieval (paper, section Image-Text Retrieval)."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,9 @@
 """
-Makes the inputs of fine-tuning for retrieval of groups of a match and its negatives: each caption and image once.
+Makes the inputs of fine-tuning for retrieval: groups of a match and its negatives, each caption and image once.
 
-Words and regions may be hidden, of each caption and each image the same in all groups of an epoch (a function of seed,
-epoch and caption, or image id). Left out: drawing negatives, which the rows carry (`data/negatives.py`).
+Words and regions may be hidden. In all groups of an epoch they are the same ones of a caption, and of an image (a
+function of seed, epoch, and caption or image id). Left out: drawing negatives, which the rows carry
+(`data/negatives.py`).
 """
 
 import hashlib
@@ -31,20 +32,20 @@ class DataCollatorForUnicoderVLRetrieval:
         store (`Mapping[str, RegionRecord]`):
             The regions of every image.
         max_length (`int`, *optional*, defaults to 44):
-            Tokens of a caption with `[CLS]` and `[SEP]`; longer ones are cut (paper: 144 less 100 regions).
+            Most tokens of a caption with `[CLS]` and `[SEP]`; longer ones are cut (paper: 144 less 100 regions).
         in_batch_negatives (`bool`, *optional*, defaults to `False`):
-            Pair the captions and images of different rows too, where they do not match, and make the batch one group:
-            N * N pairs, beside the negatives that the rows carry. What a row meets then depends on its batch.
+            Whether captions and images of different rows that do not match are paired, too, and the batch becomes one
+            group of N * N pairs beside the negatives that the rows carry. A row's negatives then depend on its batch.
         contrastive (`bool`, *optional*, defaults to `False`):
-            Add `mismatches`, which tells a contrastive loss what captions and images of different rows mismatch. Such
-            a batch is for the losses of `losses.py`, which call the model themselves.
+            Whether `mismatches` is added, which tells a contrastive loss the captions and images of different rows
+            that mismatch. Such a batch is for the losses of `losses.py`, which call the model themselves.
         mask_probability (`float`, *optional*, defaults to 0.0):
-            Share of the tokens that become `[MASK]`, and of the regions whose feature is set to zero, as the model
-            knows them from pre-training, in `[0, 1)`: so that it does not learn few photos by heart. Drawn for each
-            caption, and for each image, of `seed`, the epoch, and the caption's text or the image id: pairs share what
-            they share hidden alike, whatever the micro-batch.
+            Share, in `[0, 1)`, of the tokens that become `[MASK]`, and of the regions whose feature is set to zero, as
+            the model knows them from pre-training, so that few photos are not learned by heart. The draw is a function
+            of `seed`, the epoch, and the caption's text or the image id: pairs that share a caption or an image share
+            what is hidden of it, whatever the micro-batch.
         seed (`int`, *optional*, defaults to 0):
-            At least 0.
+            Seed of the hiding, at least 0.
 
     Rows are those of [`PairsWithNegatives`].
 
@@ -55,8 +56,8 @@ class DataCollatorForUnicoderVLRetrieval:
         row follow one another, its match first.
 
     Raises:
-        `ValueError`: an empty caption, a row that lacks something, or an option out of range. `KeyError`: an image that
-        the store lacks.
+        `ValueError`: an empty caption, a row that lacks something, or an option out of range.
+        `KeyError`: an image that the store lacks.
 
     Example:
 
@@ -120,7 +121,7 @@ class DataCollatorForUnicoderVLRetrieval:
         return batch
 
     def _needed(self) -> tuple[str, ...]:
-        """Names that a row must hold."""
+        """The names of the fields that a row must hold."""
         epoch = ("epoch",) if self.mask_probability > 0 else ()
         codes = ("image_code", "codes_of_caption") if self.in_batch_negatives or self.contrastive else ()
         return ("image_id", "caption", "negative_captions", "negative_image_ids", *epoch, *codes)

@@ -1,7 +1,7 @@
-"""Training of the first stage alone, with the encoder frozen: a matter of minutes.
+"""Trains the first stage of a search alone, with the encoder frozen, in minutes.
 
 The encoder passes over each caption and each image once; only the two projections and the temperature are then
-trained, on what it gave, by the symmetric contrastive loss. Scores of pairs stay what they were. Training encoder and
+trained, on its states, by the symmetric contrastive loss. Scores of pairs stay what they were. Training encoder and
 first stage together is `run_retrieval.py --contrastive_weight`.
 """
 
@@ -39,13 +39,13 @@ SALT = 0x66737467  # keeps these shuffles apart from other draws of the same see
 
 class EncodedPairs:
     """
-    The pairs of a split as the frozen encoder sees them.
+    Encodes the pairs of a split by the frozen encoder, and gives batches of their states.
 
     Args:
-        model, processor, store: What encodes.
+        model, processor, store: The model, its processor, and the regions of every image.
         pairs (`datasets.Dataset`): Rows with `image_id` and `caption`.
-        duplicates (iterable of sequences of `str`, *optional*): As in [`PairsWithNegatives`].
-        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
+        duplicates (iterable of sequences of `str`, *optional*): Groups of images that show the same.
+        max_length (`int`, *optional*, defaults to 44): Most tokens of a caption.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class EncodedPairs:
         return len(self.image_of_row)
 
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States of the captions and of the images of rows, and which of them are mismatches."""
+        """Gives the states of B rows' captions and images, `(B, hidden_size)`, and their mismatches, `(B, B)`."""
         known = self.index.belongs(self.index.texts[rows][:, None], self.index.images[rows])
         return self.texts[self.caption_of_row[rows]], self.images[self.image_of_row[rows]], torch.from_numpy(~known)
 
     @torch.inference_mode()
     def recalls(self, first_stage: UnicoderVLFirstStage) -> dict[str, float]:
-        """The recalls of all captions among all images, as [`retrieval_metrics`], and their sum."""
+        """Measures the retrieval of all pairs, see [`retrieval_metrics`], and `recall_sum`."""
         texts = first_stage.embed_text(self.texts)[self.caption_of_row]
         scores = (texts @ first_stage.embed_image(self.images).T).numpy()
         return with_recall_sum(retrieval_metrics(scores, self.image_of_row))
@@ -92,16 +92,17 @@ def fit_first_stage(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    Trains in place, and keeps the weights of the epoch with the highest sum of recalls on the validation pairs.
+    Trains a first stage in place, and keeps the weights of the epoch with the highest sum of recalls on validation
+    pairs.
 
     Args:
-        first_stage ([`UnicoderVLFirstStage`]): On the CPU, in float32.
-        train, validation ([`EncodedPairs`]): Of two splits.
-        epochs (`int`, *optional*, defaults to 20): Over which the learning rate falls to 0.
+        first_stage ([`UnicoderVLFirstStage`]): The first stage, on the CPU, in float32.
+        train, validation ([`EncodedPairs`]): The pairs of two splits.
+        epochs (`int`, *optional*, defaults to 20): Passes over the pairs, in which the learning rate falls to 0.
         batch_size (`int`, *optional*, defaults to 512): Pairs that are negatives of one another.
-        learning_rate, weight_decay: Of AdamW.
-        dropout (`float`, *optional*, defaults to 0.3): Of what the encoder gave.
-        seed (`int`, *optional*, defaults to 0): Of shuffles and dropout.
+        learning_rate, weight_decay (`float`, *optional*): Values of AdamW.
+        dropout (`float`, *optional*, defaults to 0.3): Dropout of the encoder's states.
+        seed (`int`, *optional*, defaults to 0): Seed of shuffles and dropout.
 
     Returns:
         `dict[str, float]`: the metrics of that epoch.
@@ -157,9 +158,9 @@ def train_first_stage(
     skip_missing: bool = False,
 ) -> dict[str, float]:
     """
-    Trains a first stage for a checkpoint, and writes the whole as a new one, with its processor and card. The encoder
-    and the scores of pairs do not change. How much of its similarity a search adds to a score is measured on the
-    validation split, said, and saved along. On one process.
+    Trains a first stage for a checkpoint in one process, and writes a new checkpoint with it, its processor and its
+    card. The encoder and the scores of pairs do not change. The weight with which a search adds the similarity to a
+    score is measured on the validation split, logged and saved, too.
 
     Args:
         model (`str`): A checkpoint of pre-training or retrieval, with its processor. A first stage that it has is
@@ -170,16 +171,18 @@ def train_first_stage(
         split, validation_split (`str`, *optional*, default to `"train"` and `"val"`): The splits to train on, and to
             choose the best epoch and the weight of the similarity by.
         projection_dim (`int`, *optional*, defaults to 256): Width of the embeddings.
-        epochs, batch_size, learning_rate, seed: As in [`fit_first_stage`].
-        duplicates (`str`, *optional*): As in [`read_duplicate_groups`].
-        caption_ids (`str`, *optional*): Other names for the captions' images, as `ids` of [`read_captions`].
+        epochs, batch_size, learning_rate, seed: The arguments of [`fit_first_stage`].
+        duplicates (`str`, *optional*): A file of images that show the same, see [`read_duplicate_groups`].
+        caption_ids (`str`, *optional*): Other ids for the captions' images, see `ids` of [`read_captions`].
+        max_length (`int`, *optional*, defaults to 44): Most tokens of a caption.
+        skip_missing (`bool`, *optional*, defaults to `False`): Whether captions without regions are left out.
 
     Returns:
         `dict[str, float]`: the metrics of the first stage on the validation split.
 
     Raises:
-        `ValueError`: `output` exists, a checkpoint without a matching head, or captions without regions (unless
-        `skip_missing`).
+        `ValueError`: `output` exists, there are several processes, the checkpoint has no matching head, or a caption
+        has no regions (unless `skip_missing`).
     """
     target, path = Path(output), Path(captions)
     if target.exists():

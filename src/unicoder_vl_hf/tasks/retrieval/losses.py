@@ -1,5 +1,5 @@
 """
-The losses of fine-tuning for retrieval: of the scores of groups, of a first stage of search, and of both.
+The losses of fine-tuning for retrieval: losses of the scores of groups, of a first stage of search, and of both.
 
 Each is an object that a trainer or a plain loop calls on a batch of [`DataCollatorForUnicoderVLRetrieval`]:
 
@@ -29,7 +29,7 @@ _OF_MATCHES = ("labels", "caption_index", "image_index", "mismatches")
 
 
 class RetrievalLoss(Protocol):
-    """A loss of a model on a batch."""
+    """Computes a loss of a model on a batch."""
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -51,7 +51,7 @@ class RetrievalLoss(Protocol):
 
 
 class GroupLoss:
-    """A loss of the scores of groups, which are one or more matches and their mismatches. A subclass says which."""
+    """A loss of the scores of groups, each of one or more matches and their mismatches. A subclass computes it."""
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         targets = _columns(batch, _OF_GROUPS)
@@ -70,10 +70,10 @@ class GroupLoss:
 
         Args:
             scores, labels, group_ids, caption_index, image_index (`torch.Tensor` of shape `(batch_size,)`):
-                As in [`UnicoderVLForImageTextRetrieval`].
+                The scores of the pairs, and what the batch says of them, see [`UnicoderVLForImageTextRetrieval`].
 
         Returns:
-            `torch.Tensor` of shape `()`; 0 where there is no match.
+            `torch.Tensor` of shape `()`; 0 if there is no match.
         """
         raise NotImplementedError
 
@@ -95,6 +95,10 @@ class HardestNegativeLoss(GroupLoss):
     image_weight: float = 1.0
 
     def of_scores(self, scores, labels, group_ids, caption_index, image_index):
+        """
+        Computes the mean over the matches of the hinges of their hardest negatives; the arguments are those of
+        [`GroupLoss`].
+        """
         return hardest_negative_triplet_loss(
             scores,
             labels,
@@ -111,11 +115,11 @@ class HardestNegativeLoss(GroupLoss):
 class SumOfNegativesLoss(GroupLoss):
     """
     The triplet loss on ALL negatives: the mean over the matches of the sum of `max(0, margin - s + s_negative)` over
-    the caption negatives and over the image negatives of the group, where [`HardestNegativeLoss`] takes the highest of
-    each. What new weights can begin with.
+    the caption negatives and over the image negatives of the group; [`HardestNegativeLoss`] takes the highest of each
+    instead. New weights can begin with this loss.
 
     Args:
-        margin, caption_weight, image_weight (`float`, *optional*): As in [`HardestNegativeLoss`].
+        margin, caption_weight, image_weight (`float`, *optional*): The values of [`HardestNegativeLoss`].
     """
 
     margin: float = UnicoderVLConfig.triplet_margin
@@ -123,6 +127,7 @@ class SumOfNegativesLoss(GroupLoss):
     image_weight: float = 1.0
 
     def of_scores(self, scores, labels, group_ids, caption_index, image_index):
+        """Computes the mean over the matches of the sums of their hinges; the arguments are those of [`GroupLoss`]."""
         captions, images = triplet_hinges(scores, labels, group_ids, caption_index, image_index, self.margin)
         loss = self.caption_weight * captions.sum() + self.image_weight * images.sum()
         return loss / (labels == 1).sum().clamp(min=1)
@@ -131,12 +136,15 @@ class SumOfNegativesLoss(GroupLoss):
 @dataclass(frozen=True)
 class GroupSoftmaxLoss(GroupLoss):
     """
-    The choice of the match in its group (ViLBERT's four-way choice, for any number): the mean over the matches of
-    `-log softmax` over the scores of the match and of its negatives of both directions. Another match of the group is
-    no negative.
+    The loss of choosing the match in its group (ViLBERT's four-way choice, for any number): the mean over the matches
+    of `-log softmax` over the scores of the match and of its negatives of both directions. Another match of the group
+    is no negative.
     """
 
     def of_scores(self, scores, labels, group_ids, caption_index, image_index):
+        """
+        Computes the mean over the matches of `-log softmax` in their groups; the arguments are those of [`GroupLoss`].
+        """
         captions, images = negatives_of_matches(labels, group_ids, caption_index, image_index)
         match = labels == 1
         options = captions | images | torch.diag(match)
@@ -150,10 +158,11 @@ class GroupSoftmaxLoss(GroupLoss):
 class BinaryMatchingLoss(GroupLoss):
     """
     Binary cross-entropy of `sigmoid(score)` (Oscar): the mean over all matches and mismatches, whatever their groups.
-    Equal to the cross-entropy of the two logits.
+    It equals the cross-entropy of the two logits.
     """
 
     def of_scores(self, scores, labels, group_ids, caption_index, image_index):
+        """Computes the mean over all pairs of the binary cross-entropy; the arguments are those of [`GroupLoss`]."""
         known = labels != -100
         targets = (labels == 1).to(scores.dtype)
         losses = nn.functional.binary_cross_entropy_with_logits(scores, targets, reduction="none")
@@ -184,12 +193,12 @@ class ContrastiveLoss:
 @dataclass(frozen=True)
 class TwoStageLoss:
     """
-    The loss of both stages of a search at once: that of the groups' scores, and `contrastive_weight` times
+    The loss of both stages of a search at once: the loss of the groups' scores, plus `contrastive_weight` times
     [`contrastive_loss`] of the captions and images of the batch's matches.
 
     Args:
         groups ([`GroupLoss`]): Loss of the scores.
-        contrastive_weight (`float`, *optional*, defaults to 1.0): Weight of the other, above 0.
+        contrastive_weight (`float`, *optional*, defaults to 1.0): Weight of the contrastive loss, above 0.
     """
 
     groups: GroupLoss
@@ -209,12 +218,12 @@ class TwoStageLoss:
 @dataclass(frozen=True)
 class HardNegativeLoss(TwoStageLoss):
     """
-    The loss of both stages, where the second learns what the first gets wrong: as [`TwoStageLoss`], and into the group
-    of each match come [`hard_negatives`], those mismatches of the batch that the first stage likes best (ALBEF draws
-    them by its logits; these are the highest).
+    The loss of both stages in which the second learns from the mistakes of the first. It is [`TwoStageLoss`] with more
+    negatives in the group of each match: [`hard_negatives`], the mismatches of the batch that the first stage likes
+    best (ALBEF draws them by its logits; these are the highest).
 
     Args:
-        groups, contrastive_weight: As in [`TwoStageLoss`].
+        groups, contrastive_weight: The arguments of [`TwoStageLoss`].
         num_hard_negatives (`int`, *optional*, defaults to 1): Captions, and as many images, for each match, at least 1.
     """
 
@@ -254,7 +263,13 @@ def contrastive_loss(logits: torch.Tensor, mismatches: torch.Tensor) -> torch.Te
         logits (`torch.Tensor` of shape `(num_matches, num_matches)`):
             Logit of caption p with image q; p with p is a match.
         mismatches (`torch.BoolTensor` of shape `(num_matches, num_matches)`):
-            Whether caption p and image q are a mismatch. What is none, p with p apart, is left out.
+            Whether caption p and image q are a mismatch. Other pairs, but p with p, are left out.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+
+    Raises:
+        `ValueError`: the shapes differ.
     """
     if mismatches.shape != logits.shape:
         raise ValueError(f"mismatches has shape {tuple(mismatches.shape)}, expected {tuple(logits.shape)}.")
@@ -268,16 +283,16 @@ def hard_negatives(
     logits: torch.Tensor, mismatches: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
-    Finds the mismatches of a batch that a first stage takes for matches most: of each match the `count` images with the
-    highest logits that its caption does not match, and the `count` captions that its image does not.
+    Finds the mismatches of a batch that a first stage most takes for matches: for each match the `count` images with
+    the highest logits that its caption does not match, and the `count` captions that its image does not match.
 
     Args:
-        logits, mismatches: As in [`contrastive_loss`].
+        logits, mismatches: The arguments of [`contrastive_loss`].
         count (`int`): Number in each direction; at most `num_matches` are taken.
 
     Returns:
-        Four `torch.LongTensor` of shape `(2 * count * num_matches,)`: whose negative a pair is, whose caption and whose
-        image it has, all as numbers of matches, and its label: 0, or -100 where there are not so many mismatches.
+        Four `torch.LongTensor` of shape `(2 * count * num_matches,)`: the match whose negative a pair is, the
+        matches whose caption and whose image it has, and its label: 0, or -100 if there are fewer mismatches.
     """
     likely = logits.detach().masked_fill(~mismatches, float("-inf"))
     count = min(count, len(likely))
@@ -293,12 +308,12 @@ def hard_negatives(
 
 
 def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The arguments of a call that scores."""
+    """Picks the arguments of a call that scores."""
     return {name: tensor for name, tensor in batch.items() if name not in _TARGETS}
 
 
 def _matches(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of a batch that are matches, their captions and their images, each `(num_matches,)`."""
+    """Finds the rows of a batch that are matches, their captions and their images, each `(num_matches,)`."""
     labels, captions, images, mismatches = _columns(batch, _OF_MATCHES)
     # In their order, without a look at how many there are.
     matches = (labels == 1).long().argsort(descending=True, stable=True)[: len(mismatches)]
@@ -308,7 +323,7 @@ def _matches(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 def _first_stage_alone(
     model: nn.Module, batch: Mapping[str, torch.Tensor], captions: torch.Tensor, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of each of these captions with each of these images, and the scores of no pair, `(0,)`."""
+    """Computes the logits of these captions with each of these images, and the scores of no pair, `(0,)`."""
     none = captions.new_zeros(0)
     no_pair = {**_inputs(batch), "caption_index": none, "image_index": none}
     outputs = model(**no_pair, first_stage_captions=captions, first_stage_images=images)
@@ -316,7 +331,7 @@ def _first_stage_alone(
 
 
 def _columns(batch: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
-    """These parts of a batch, in this order; raises ValueError of those that it lacks."""
+    """Picks these parts of a batch, in this order; raises ValueError for those that it lacks."""
     if missing := [name for name in names if batch.get(name) is None]:
         options = "(processor, store, contrastive=True)" if "mismatches" in missing else ""
         raise ValueError(

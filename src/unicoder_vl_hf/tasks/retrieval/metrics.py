@@ -1,4 +1,4 @@
-"""Retrieval metrics from a matrix of scores: pure NumPy, no model and no files."""
+"""The metrics of retrieval, from a matrix of scores: pure NumPy, no model and no files."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ _BLOCK = 1 << 20  # numbers compared at a time: what is held beside the scores s
 
 
 def with_recall_sum(metrics: dict[str, float]) -> dict[str, float]:
-    """`recall_sum`, the sum of the six recalls, by which checkpoints are compared, before the rest."""
+    """Adds `recall_sum`, the sum of the six recalls, by which checkpoints are compared, before the metrics."""
     return {"recall_sum": sum(value for name, value in metrics.items() if "recall@" in name), **metrics}
 
 
@@ -19,7 +19,7 @@ def retrieval_metrics(
     scores: ArrayLike, image_of_caption: ArrayLike, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """
-    Recall@K, median and mean rank, mean average precision and the number of tied ranks in both directions.
+    Measures recall@K, median and mean rank, mean average precision and the number of tied ranks in both directions.
 
     Args:
         scores (array of shape `(num_captions, num_images)`): higher = better match, -inf = last; ranked in float32.
@@ -50,7 +50,7 @@ def retrieval_metrics(
 
 def chance_recalls(image_of_caption: ArrayLike, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """
-    The recalls of `retrieval_metrics` that random scores reach on average, by the same names.
+    Computes the recalls of `retrieval_metrics` that random scores reach on average, by the same names.
 
     An image query hits unless all of the top K fall on captions of others: a hypergeometric draw for each image.
     """
@@ -68,10 +68,13 @@ def chance_recalls(image_of_caption: ArrayLike, ks: Sequence[int] = (1, 5, 10)) 
 
 def retrieval_ranks(scores: ArrayLike, image_of_caption: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """
-    Rank (from 1) of each caption's image among the images, and of each image's best caption among the captions of
-    other images.
+    Ranks (from 1) each caption's image among the images, and each image's best caption among the captions of other
+    images.
 
     Arguments and errors are those of `retrieval_metrics`.
+
+    Returns:
+        Two int64 arrays, of shape `(num_captions,)` and `(num_images,)`.
     """
     ranked = rank_queries(scores, image_of_caption)
     return ranked["image_retrieval"].ranks, ranked["text_retrieval"].ranks
@@ -95,7 +98,7 @@ class QueryRanks:
     image_of_query: np.ndarray
 
     def select(self, queries: np.ndarray) -> "QueryRanks":
-        """The ranks of some of the queries, by their numbers."""
+        """Selects the ranks of some of the queries, by their numbers."""
         return QueryRanks(*(getattr(self, field.name)[queries] for field in fields(self)))
 
 
@@ -105,8 +108,8 @@ def rank_queries(
     directions: Sequence[str] = ("image_retrieval", "text_retrieval"),
 ) -> dict[str, QueryRanks]:
     """
-    The `QueryRanks` of `"image_retrieval"` (a query is a caption) and `"text_retrieval"` (a query is an image), or of
-    one of these `directions`.
+    Ranks the queries of `"image_retrieval"` (a query is a caption) and of `"text_retrieval"` (a query is an image), or
+    those of one of these `directions`.
 
     The other arguments and errors are those of `retrieval_metrics`. Nothing is sorted but what belongs to one image: a
     rank is a count. The scores are read in blocks of rows, so that a memory map will do.
@@ -151,8 +154,8 @@ def _rank_captions(scores: np.ndarray, image_of_caption: np.ndarray, right: np.n
 
 def summarize(folds: Sequence[Mapping[str, QueryRanks]], ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """
-    The metrics of `retrieval_metrics` over one or more folds, each ranked by itself with `rank_queries`: their mean
-    over the folds, but the sum of the tied ranks.
+    Computes the metrics of `retrieval_metrics` over one or more folds, each ranked by itself with `rank_queries`: their
+    mean over the folds, but the sum of the tied ranks.
     """
     _check_ks(ks)
     metrics: dict[str, float] = {}
@@ -177,18 +180,24 @@ def confidence_intervals(
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """
-    Percentile bootstrap intervals of the recalls, mean ranks and mAPs of `summarize`, by the same names.
+    Computes percentile bootstrap intervals of the recalls, mean ranks and mAPs of `summarize`, by the same names.
 
-    What is drawn with replacement is images, each with all of its captions, within its fold: the captions of an image
-    are not independent, and drawn one by one they would make the intervals too narrow. The candidates of a query stay
-    those of its fold. Of a recall of 0 or 1 the interval is that point: what never happened cannot be drawn.
+    Images are drawn with replacement, each with all of its captions, within its fold: the captions of an image are not
+    independent, and drawn one by one they would make the intervals too narrow. The candidates of a query stay those of
+    its fold. The interval of a recall of 0 or 1 is that point: what never happened cannot be drawn.
 
     Args:
-        folds (sequence of what `rank_queries` returns): one, for a test that is ranked as a whole.
+        folds (sequence of `dict[str, QueryRanks]`): the results of `rank_queries`, one for a test ranked as a whole.
         ks (sequence of `int`, *optional*, defaults to `(1, 5, 10)`): the places at which the ranking is cut.
-        level (`float`, *optional*, defaults to 0.95): in (0, 1).
-        num_resamples (`int`, *optional*, defaults to 1000): at least 1.
+        level (`float`, *optional*, defaults to 0.95): the share of resamples in the interval, in (0, 1).
+        num_resamples (`int`, *optional*, defaults to 1000): the number of resamples, at least 1.
         seed (`int`, *optional*, defaults to 0): the same seed gives the same intervals.
+
+    Returns:
+        `dict[str, tuple[float, float]]`: the lower and the upper bound of each metric.
+
+    Raises:
+        `ValueError`: a K, `level` or `num_resamples` is out of its range.
     """
     _check_ks(ks)
     if not 0 < level < 1 or num_resamples < 1:
@@ -215,7 +224,7 @@ def confidence_intervals(
 
 
 def _query_values(direction: str, queries: QueryRanks, ks: Sequence[int]) -> dict[str, np.ndarray]:
-    """The value of each query in each metric that is a mean over them."""
+    """Gives the value of each query in each metric that is a mean over queries."""
     return {f"{direction}_recall@{k}": queries.ranks <= k for k in ks} | {
         f"{direction}_mean_rank": queries.ranks,
         f"{direction}_map": queries.average_precisions,
@@ -223,7 +232,7 @@ def _query_values(direction: str, queries: QueryRanks, ks: Sequence[int]) -> dic
 
 
 def _row_blocks(scores: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks of rows in float32, small enough that `(rows, num_captions)` numbers may be made of each."""
+    """Gives blocks of rows in float32, small enough that `(rows, num_captions)` numbers may be made of each."""
     step = max(1, _BLOCK // max(scores.shape))
     for start in range(0, len(scores), step):
         rows = slice(start, start + step)

@@ -1,4 +1,4 @@
-"""Hard negatives: what the current model takes for a match, and is none.
+"""Mines hard negatives: captions and images that the current model wrongly takes for matches.
 
 Scoring N x M of a large split is out of reach for a cross-encoder. So each query (a caption among images, an image
 among captions) meets few: the images of a split are dealt at random into sets, within which every caption is scored
@@ -56,17 +56,21 @@ class MiningRule:
 
     Args:
         num_negatives (`int`, *optional*, defaults to 3):
-            The negatives of each query.
+            The number of negatives of each query, at least 1.
         range_max (`int`, *optional*):
-            Only the best so many candidates that do not match are looked at.
+            The number of candidates that are looked at, the best that do not match; by default all.
         max_score, min_score (`float`, *optional*):
-            Negatives are at most, and at least, so good.
+            The highest and the lowest `s` of a negative, in `[0, 1]`.
         absolute_margin, relative_margin (`float`, *optional*):
-            At most `s - absolute_margin` and `s * (1 - relative_margin)`, with the LOWEST `s` of the query's matches.
+            Bounds of a negative in `[0, 1]`: it is at most `s - absolute_margin` and `s * (1 - relative_margin)`, with
+            the LOWEST `s` of the query's matches.
         range_min (`int`, *optional*, defaults to 0):
-            Of what is left, the best so many are passed over.
+            The number of remaining candidates that are passed over, the best ones.
         sampling_strategy (`"top"` or `"random"`, *optional*, defaults to `"top"`):
-            The best of what is left, or any of it.
+            The negatives that are taken from the remaining candidates: the best, or any.
+
+    Raises:
+        `ValueError`: a value is out of its range.
     """
 
     num_negatives: int = 3
@@ -97,13 +101,17 @@ class MiningRule:
 
     def choose(self, scores: np.ndarray, match: np.ndarray, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """
-        The candidates that become negatives of one query, the best first; fewer than wanted where the guards say so.
+        Chooses the candidates that become negatives of one query, the best first; fewer than wanted if the guards leave
+        no more.
 
         Args:
             scores (array of shape `(n,)`): the scores of the candidates, as the model gives them.
-            match (boolean array of shape `(n,)`): which of them match; at least one.
+            match (boolean array of shape `(n,)`): whether a candidate matches; at least one does.
             codes (integer array of shape `(n,)`): equal for candidates that are the same; the best of them counts.
-            rng: for `"random"`.
+            rng (`np.random.Generator`): draws for `"random"`.
+
+        Returns:
+            Positions of candidates, int64, at most `num_negatives`.
         """
         s = sigmoid(scores)
         lowest = s[match].min()
@@ -150,21 +158,22 @@ def mine_hard_negatives(
 
     Args:
         pairs (`datasets.Dataset`): rows with `image_id` and `caption`: the whole split.
-        scorer ([`ImageTextScorer`]): of the current model.
-        rule ([`MiningRule`], *optional*): what is kept.
+        scorer ([`ImageTextScorer`]): the scorer of the current model.
+        rule ([`MiningRule`], *optional*): the rule by which candidates become negatives.
         images_per_set (`int`, *optional*, defaults to 100): images that are scored with the captions of one another;
             time grows with it, as do the chances of finding what is hard.
         encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`], *optional*): a first stage, which replaces
             the sets: each query is scored with what is nearest to it in the whole split.
-        candidates (`int`, *optional*, defaults to 50): how many of these, beside the query's own matches.
-        duplicates, seed, max_length: as in [`PairsWithNegatives`] and [`ImageTextScorer`].
-        scores_dir (`str` or `os.PathLike`, *optional*): where the scorer keeps what it finished, to go on from there.
+        candidates (`int`, *optional*, defaults to 50): the number of these, beside the query's own matches.
+        duplicates, seed, max_length: the arguments of [`PairsWithNegatives`] and [`ImageTextScorer`].
+        scores_dir (`str` or `os.PathLike`, *optional*): the folder in which the scorer keeps scores, to go on from
+            there.
 
     Returns:
         `datasets.Dataset`: `pairs` with the columns `negative_captions`, `negative_image_ids` (lists of
-        `num_negatives`), and `negative_caption_scores`, `negative_image_scores` (sigmoid of the score, or `None` where
-        too few were found and one was drawn at random, which is said). No false negative is among them, as in
-        [`PairsWithNegatives`].
+        `num_negatives`), and `negative_caption_scores`, `negative_image_scores` (sigmoid of the score, or `None` for
+        one that was drawn at random because too few were found, which is logged). No false negative is among them, as
+        in [`PairsWithNegatives`].
     """
     captions = pairs["caption"][:]
     codes, image_of_row = encode_column(pairs, "image_id")
@@ -228,7 +237,7 @@ def mine_hard_negatives(
 def _sets(
     rows_of_image: Sequence[np.ndarray], images_per_set: int, seed: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Images dealt at random into sets: the rows that each image meets, and the images that each row meets."""
+    """Deals images at random into sets, and gives the rows that each image meets and the images that each row meets."""
     if images_per_set < 2:
         raise ValueError(f"images_per_set={images_per_set}; expected at least 2.")
     order = np.random.default_rng([seed, SALT]).permutation(len(rows_of_image))
@@ -255,10 +264,10 @@ def _hard_negatives(
     replace_image: bool,
 ) -> _Found:
     """
-    The negatives of one query; those that the rule does not find are drawn at random, and have no value.
+    Finds the negatives of one query; those that the rule does not find are drawn at random, and have no value.
 
     Args:
-        row: the query is its caption, and what is sought are images (`replace_image`), or the other way round.
+        row: the query is its caption, for which images are sought (`replace_image`), or the other way round.
         candidates: rows whose images (or captions) were scored with it.
     """
     codes = index.images if replace_image else index.texts
@@ -297,17 +306,17 @@ def mine(
     """
     Mines one split of a caption file, and writes ALL its splits as a dataset folder that `read_captions` and
     `run_retrieval.py --captions` read; the other splits have no negatives. A call that was stopped goes on when it is
-    repeated; what is finished stays as it is. With `candidates` they are what the checkpoint's own first stage
-    proposes. The other arguments are those of [`MiningRule`] and [`mine_hard_negatives`].
+    repeated; what is finished stays as it is. With `candidates` the checkpoint's own first stage proposes
+    them. The other arguments are those of [`MiningRule`] and [`mine_hard_negatives`].
 
     Args:
         model (`str`): a Unicoder-VL checkpoint with its processor.
-        captions (`str`): a caption file in any layout, or a folder of `datasets`. Without a column `split` all of it,
-            which is said.
+        captions (`str`): a caption file in any layout, or a folder of `datasets`. Without a column `split` all
+            of it is mined, which is logged.
         regions (`str`): a [`RegionStore`].
         output (`str`): the folder, a new one or that of the same call.
-        caption_ids (`str`, *optional*): other names for the captions' images, as `ids` of [`read_captions`].
-        restart (`bool`, *optional*, defaults to `False`): begins anew where `output` holds, or begins, mined ones.
+        caption_ids (`str`, *optional*): other ids for the captions' images, see `ids` of [`read_captions`].
+        restart (`bool`, *optional*, defaults to `False`): whether an earlier call's output is replaced.
 
     Raises:
         `ValueError`: `output` holds something else, a value is out of range, or captions have no regions (unless
@@ -400,7 +409,7 @@ def _is_mined(folder: Path) -> bool:
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where captions were mined with other settings, or do not tell with which."""
+    """Checks that captions were mined with these settings, else raises ValueError."""
     remedy = "begin anew with restart=True (--restart), or name another folder."
     if not (folder / SETTINGS).exists():
         raise ValueError(f"{folder} does not tell how its captions were mined: {remedy}")
@@ -411,5 +420,5 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _without_name(value: Any) -> Any:
-    """A checkpoint or a store may have been moved: what is in it tells it from others."""
+    """Leaves out the name: a checkpoint or a store may have been moved, and its content tells it from others."""
     return {key: of for key, of in value.items() if key != "name"} if isinstance(value, dict) else value

@@ -3,7 +3,7 @@
 Karpathy's test splits of Flickr8k, Flickr30k and COCO. COCO 1K is the mean over five folds: images 0-999, 1000-1999, …
 of the 5,000 in the order of Karpathy's file, each ranked among its own fold's candidates only. The field takes the
 first 5 captions of each image, though COCO has images with 6 and 7: both counts are possible, and the title says which.
-A part of a split is never called by the whole's name. Left out: which pairs are scored, and how.
+A part of a split is never called by the whole's name. Left out: scoring.
 """
 
 import math
@@ -26,7 +26,7 @@ RECALLS = {f"{direction}_recall@{k}": f"{direction[0].upper()}R@{k}" for directi
 @dataclass(frozen=True)
 class Protocol:
     """
-    A published test.
+    A test that papers report.
 
     Attributes:
         title (`str`): the name that papers call it by.
@@ -73,7 +73,7 @@ PROTOCOLS = {
 
 
 def captions_of_images(captions: datasets.Dataset, max_images: int) -> datasets.Dataset:
-    """The captions of at most `max_images` images, drawn evenly."""
+    """Selects all captions of at most `max_images` images, drawn evenly."""
     image_ids = captions.unique("image_id")
     kept = set(image_ids[:: max(1, math.ceil(len(image_ids) / max_images))])
     return captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
@@ -105,7 +105,10 @@ class RetrievalTest:
 
     def blocks(self, scores: np.ndarray) -> Iterator[np.ndarray]:
         """
-        The scores of each fold, out of one matrix of all captions with all images, both in the order of the folds.
+        Cuts the scores of each fold out of one matrix of all captions with all images, both in the order of the folds.
+
+        Raises:
+            `ValueError`: the matrix has another shape.
         """
         captions = np.cumsum([0, *(len(fold.captions) for fold in self.folds)])
         images = np.cumsum([0, *(len(fold.image_ids) for fold in self.folds)])
@@ -118,7 +121,7 @@ class RetrievalTest:
 @dataclass(frozen=True)
 class RetrievalResult:
     """
-    The metrics of a test.
+    The metrics of a test and their intervals.
 
     Attributes:
         metrics (`dict[str, float]`): see [`summarize`].
@@ -137,7 +140,7 @@ def retrieval_test(
     num_images: int | None = None,
 ) -> RetrievalTest:
     """
-    The captions and images of a test, in the order of their rows.
+    Chooses the captions and images of a test, in the order of their rows.
 
     Args:
         captions (`datasets.Dataset`):
@@ -146,10 +149,11 @@ def retrieval_test(
         protocol (`str`, *optional*):
             One of `PROTOCOLS`; by default all images are ranked together, under no other name than their number.
         captions_per_image (`int` or `"all"`, *optional*):
-            The first so many of each image. Defaults to 5 under a protocol, as the field counts, else to `"all"`.
+            Number of captions of each image, the first ones. Defaults to 5 under a protocol, as the field counts, else
+            to `"all"`.
         num_images (`int`, *optional*):
-            The first so many images only, for a quick look. No figure of the paper compares to it: fewer candidates
-            are easier to rank.
+            Number of images, the first ones, for a quick look; by default all. No figure of the paper compares to it:
+            fewer candidates are easier to rank.
 
     Raises:
         `ValueError`: an unknown protocol, another number of images than it has, images out of the order of the file,
@@ -210,27 +214,29 @@ def retrieval_test(
 
 def evaluate_folds(test: RetrievalTest, scores: Iterable[ArrayLike]) -> RetrievalResult:
     """
-    Rank the captions and images of each fold among themselves.
+    Ranks the captions and images of each fold among themselves, and measures the result.
 
     Args:
+        test ([`RetrievalTest`]): the folds.
         scores (iterable of arrays of shape `(captions, images)`): one for each fold, taken one at a time, so that a
-            generator never holds two. Of one matrix over all folds: `test.blocks(scores)`.
+            generator never holds two; `test.blocks(scores)` cuts them out of one matrix.
     """
     ranked = [rank_queries(of_fold, fold.image_of_caption) for fold, of_fold in zip(test.folds, scores, strict=True)]
     return RetrievalResult(summarize(ranked, KS), confidence_intervals(ranked, KS))
 
 
 def chance(test: RetrievalTest) -> dict[str, float]:
-    """The recalls that random scores reach on average; see [`chance_recalls`]."""
+    """Computes the recalls that random scores reach on average, the mean over the folds; see [`chance_recalls`]."""
     of_folds = [chance_recalls(fold.image_of_caption, KS) for fold in test.folds]
     return {name: float(np.mean([recalls[name] for recalls in of_folds])) for name in of_folds[0]}
 
 
 def results_table(test: RetrievalTest, results: Mapping[str, RetrievalResult]) -> str:
     """
-    Recalls in percent, as a table in Markdown: the paper's rows, each result with its 95 % interval, and chance.
+    Makes a table of recalls in percent, in Markdown: the paper's rows, each result with its 95 % interval, and chance.
 
     Args:
+        test ([`RetrievalTest`]): the test.
         results (`Mapping[str, RetrievalResult]`): name of the row -> result.
     """
     lines = [
@@ -275,7 +281,7 @@ def _title(
 
 
 def _check_file_order(captions: datasets.Dataset, first_rows: Sequence[int], spec: Protocol):
-    """Karpathy's `imgid` counts the images of the file; rows of another layout are taken as they stand."""
+    """Checks that images are in the order of Karpathy's `imgid`, if there is one; other rows are taken as they are."""
     if "imgid" not in captions.column_names:
         return
     imgids = np.array(captions["imgid"][:])[first_rows]

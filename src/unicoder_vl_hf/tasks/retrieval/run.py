@@ -28,14 +28,18 @@ from .training import (
 
 
 class RetrievalTrainer(TaskTrainer):
+    """Trains and evaluates image-text retrieval."""
+
     setup: RetrievalSetup
 
     def conclude(self):
+        """Measures the weight of the similarity in a search, if a first stage was trained."""
         self.setup.measure_similarity_weight()
         if self.setup.search is not None:
             self.accelerator.print(self.setup.search)
 
     def evaluate_task(self, rows):
+        """Measures recall on validation captions, see [`evaluate_retrieval`]."""
         setup, collator = self.setup, self.setup.collator
         return evaluate_retrieval(
             setup.model, setup.processor, collator.store, rows, collator.max_length, setup.first_stage_alone
@@ -43,6 +47,7 @@ class RetrievalTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None) -> bool:
+    """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
     shared = {
         "save_strategy": "epoch",
         "save_total_limit": 2,  # the best and the last

@@ -1,4 +1,4 @@
-"""Evaluates the retrieval of any checkpoint, zero-shot where it is a pre-trained one, beside the paper's figures.
+"""Evaluates the retrieval of any checkpoint, zero-shot if it is a pre-trained one, beside the paper's figures.
 
     python -m unicoder_vl_hf.tasks.retrieval.run_evaluation --model runs/flickr30k --captions dataset_flickr30k.json \
         --regions flickr30k-regions --protocol flickr30k --bf16 --output flickr30k_test.json
@@ -32,7 +32,7 @@ from .protocols import PROTOCOLS, RetrievalTest, chance, evaluate_folds, results
 
 @dataclass(kw_only=True)
 class RetrievalEvaluationArguments(EvaluationArguments):
-    """Names a checkpoint and what it is evaluated on: a protocol, or images that are the first of a split."""
+    """Names a checkpoint and the test that it is evaluated on: a protocol, or the first images of a split."""
 
     protocol: str | None = field(
         default=None, metadata={"help": f"Protocol: {', '.join(PROTOCOLS)}. Default: all images of the split together."}
@@ -46,12 +46,22 @@ class RetrievalEvaluationArguments(EvaluationArguments):
             "help": "Captions of each image to take, from the first on, or all. Default: 5 under a protocol, else all."
         },
     )
-    bf16: bool = field(default=False, metadata={"help": "Score in bfloat16 as well, to be compared with float32."})
-    scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for metrics, intervals and provenance."})
+    bf16: bool = field(default=False, metadata={"help": "Scores in bfloat16 as well, to be compared with float32."})
+    scores_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the scores, to go on after a kill."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file to write, with metrics, intervals and provenance."}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
+    """
+    Evaluates with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the checkpoint or the regions do not fit, or the captions are not those of the protocol.
+    """
     (args,) = make_parser(RetrievalEvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.

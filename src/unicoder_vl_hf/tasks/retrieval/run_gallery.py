@@ -3,10 +3,10 @@
     python -m unicoder_vl_hf.tasks.retrieval.run_gallery --model runs/search --captions dataset_flickr8k.json \
         --regions regions --photos photos --output gallery.html
 
-So many captions of the split, drawn evenly, are asked among all of its images: of these half of the gallery is drawn at
-random by `--seed`, a quarter is what went best and a quarter what went worst. Without `--photos` the surest regions are
-drawn on a blank page, which may be published where the photos may not. What the first stage proposes is ordered by the
-weight of its similarity that was measured when the checkpoint was trained, unless `--similarity_weight` gives another.
+`--asked` captions of the split, drawn evenly, are asked among all of its images. Half of the gallery is drawn from them
+at random by `--seed`, a quarter are those that went best and a quarter those that went worst. Without `--photos` the
+surest regions are drawn on a blank page, which may be published where the photos may not. Candidates are ordered by the
+weight of the similarity that was measured when the checkpoint was trained, unless `--similarity_weight` gives another.
 """
 
 import functools
@@ -35,11 +35,11 @@ WIDTH = 240  # of a page of regions, in pixels
 
 @dataclass(kw_only=True)
 class GalleryArguments(SearchArguments):
-    """Names a search in two stages, and what of it is shown."""
+    """Names a search in two stages, and says how much of it the gallery shows."""
 
-    output: str = field(metadata={"help": "HTML file."})
+    output: str = field(metadata={"help": "HTML file to write."})
     asked: int = field(default=200, metadata={"help": "Captions that are asked, drawn evenly."})
-    shown: int = field(default=20, metadata={"help": "Captions of these that the gallery shows."})
+    shown: int = field(default=20, metadata={"help": "Captions that the gallery shows, of those that are asked."})
     candidates: int = field(default=50, metadata={"help": "Candidates of the first stage, to be scored."})
     similarity_weight: float | None = field(
         default=None,
@@ -55,6 +55,12 @@ class GalleryArguments(SearchArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """
+    Draws a gallery with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the checkpoint, the regions or the photos do not fit, or the first stage was not trained.
+    """
     (args,) = make_parser(GalleryArguments).parse_args_into_dataclasses(argv)
     store, captions = args.open_data()
     (fold,) = retrieval_test(captions).folds
@@ -109,7 +115,7 @@ def ask(
 
 
 def picture(store: RegionStore, photos: Photos | None, max_regions: int, image_id: str) -> Image.Image:
-    """Opens the photo of an image, or where there are no photos draws its regions on a blank page."""
+    """Opens the photo of an image, or, without photos, draws its regions on a blank page."""
     record = store[image_id]
     if photos is not None:
         return photos.of(record)
@@ -120,8 +126,8 @@ def choose(
     items: Sequence[GalleryItem], count: int, seed: int
 ) -> tuple[list[GalleryItem], list[GalleryItem], list[GalleryItem]]:
     """
-    Chooses half of `count` at random, and of the rest a quarter that went best (first, by the widest margin over the
-    second) and a quarter that went worst (the last rank; those that were no candidate rank after all).
+    Chooses half of `count` at random, and from the rest a quarter that went best (in first place, by the widest margin
+    over the second) and a quarter that went worst (in the last place; those that were no candidate come last of all).
     """
     drawn = np.random.default_rng(seed).permutation(len(items))
     half, quarter = count - count // 4 * 2, count // 4
@@ -136,7 +142,7 @@ def choose(
 
 
 def diagram(record: RegionRecord, class_names: Sequence[str] | None, max_regions: int) -> Image.Image:
-    """Draws the surest regions, if any are, on a blank page of the image's shape, in few colours: some 2 kB."""
+    """Draws the surest regions, if regions have scores, on a blank page of the image's shape, in few colours (2 kB)."""
     width, height = record.image_width or 1, record.image_height or 1
     page = Image.new("RGB", (WIDTH, max(1, round(WIDTH * height / width))), "white")
     if record.object_scores is None:  # such as the cells of a grid, none of which stands out

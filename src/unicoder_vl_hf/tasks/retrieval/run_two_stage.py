@@ -1,4 +1,4 @@
-"""Measures what a search in two stages loses and saves: first stage, its ceiling, and recall after re-ranking.
+"""Measures the losses and savings of a search in two stages: first stage, its ceiling, and recall after re-ranking.
 
     python -m unicoder_vl_hf.tasks.retrieval.run_two_stage --model runs/search --captions dataset_flickr30k.json \
         --regions flickr30k-regions --protocol flickr30k --output flickr30k_two_stage.json
@@ -9,7 +9,7 @@ The first stage proposes K candidates a query, in both directions, and the cross
 once: the table has a row for each of `--candidates` and of `--similarity_weight`, which by default are 0 and the weight
 that was measured when the checkpoint was trained. The first stage is the model's own, which must have been trained
 (`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of another Unicoder-VL, or a dual
-encoder of transformers. `--num_queries 1000` asks with that many captions and images only, among all there are, where
+encoder of transformers. `--num_queries 1000` asks with that many captions and images only, among all there are, if
 200 pairs for each caption take too long. `--scores_dir` keeps what is done: the same command goes on after a kill.
 """
 
@@ -33,7 +33,7 @@ from .two_stage_report import two_stage_report
 
 @dataclass(kw_only=True)
 class TwoStageArguments(SearchArguments):
-    """Names a search in two stages, and how much of it is measured."""
+    """Names a search in two stages, and says how much of it is measured."""
 
     protocol: str | None = field(
         default=None,
@@ -47,7 +47,8 @@ class TwoStageArguments(SearchArguments):
         metadata={"help": "Captions and images to ask with, drawn evenly, among all there are. Default: all."},
     )
     candidates: list[int] = field(
-        default_factory=lambda: [10, 50, 100, 200], metadata={"help": "K: how many the first stage proposes a query."}
+        default_factory=lambda: [10, 50, 100, 200],
+        metadata={"help": "Numbers K of candidates that the first stage proposes a query; a row for each."},
     )
     similarity_weight: list[float] = field(
         default_factory=list,
@@ -56,12 +57,23 @@ class TwoStageArguments(SearchArguments):
             "each. Default: 0, and the one that was measured when the checkpoint was trained."
         },
     )
-    bf16: bool = field(default=False, metadata={"help": "Score in bfloat16."})
-    scores_dir: str | None = field(default=None, metadata={"help": "Folder for the scores, to go on after a kill."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the table and its provenance."})
+    bf16: bool = field(default=False, metadata={"help": "Scores in bfloat16."})
+    scores_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the scores, to go on after a kill."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file to write, with the table and its provenance."}
+    )
 
 
 def main(argv: list[str] | None = None):
+    """
+    Measures with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the test has several folds, the checkpoint or the regions do not fit, or the first stage was not
+            trained.
+    """
     (args,) = make_parser(TwoStageArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store, captions = args.open_data()

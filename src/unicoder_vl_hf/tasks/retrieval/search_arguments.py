@@ -15,10 +15,10 @@ class SearchArguments(EvaluationArguments):
 
     dual_encoder: str | None = field(
         default=None,
-        metadata={"help": "First stage: another Unicoder-VL; or CLIP or alike, on --photos. Default: the model's own."},
+        metadata={"help": "First stage: another Unicoder-VL, or CLIP or alike on --photos. Default: the model's own."},
     )
     photos: str | None = field(default=None, metadata={"help": "Photos: a folder, a .tar, or the folder of a dataset."})
-    photo_ids: str = field(default="stem", metadata={"help": "How photos get their ids, as --ids of `extract`."})
+    photo_ids: str = field(default="stem", metadata={"help": "Source of the photos' ids, as --ids of `extract`."})
 
     def open_first_stage(
         self, model: UnicoderVLForImageTextRetrieval, processor: UnicoderVLProcessor, store: RegionStore

@@ -1,4 +1,4 @@
-"""Fine-tuning for image-text retrieval: the arguments of `examples/run_retrieval.py`, what they become, evaluation.
+"""Fine-tuning for image-text retrieval: the arguments of `run.py`, the setup built of them, and evaluation.
 
 Follows the paper's section Image-Text Retrieval: for each positive pair three captions and three images that do not
 match it, and a triplet loss on the hardest of each; options beside it are the losses of `losses.py` and in-batch
@@ -52,7 +52,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class RetrievalArguments(DataArguments):
-    """Data, model and groups of a fine-tuning run. Without `captions` it runs on the rendered scenes."""
+    """Names the data, model, groups and loss of a fine-tuning run; without `captions` it takes rendered scenes."""
 
     max_validation_images: int = field(
         default=100,
@@ -61,18 +61,19 @@ class RetrievalArguments(DataArguments):
     num_negative_captions: int = field(default=3, metadata={"help": "Mismatching captions drawn for each pair."})
     num_negative_images: int = field(default=3, metadata={"help": "Mismatching images drawn for each pair."})
     in_batch_negatives: bool = field(
-        default=False, metadata={"help": "Pair all captions and images of a micro-batch too; try with 0 of the others."}
+        default=False,
+        metadata={"help": "Pairs all captions and images of a micro-batch, too; try it with 0 of the others."},
     )
     duplicates: str | None = field(
         default=None,
-        metadata={"help": "Groups of images that show the same, a line each: .jsonl of lists of image ids, or .csv."},
+        metadata={"help": "File of images that show the same, a group a line: .jsonl of lists of image ids, or .csv."},
     )
     loss: Literal["hardest", "sum", "binary", "softmax", "none"] | None = field(
         default=None,
         metadata={
-            "help": "Triplet loss on the hardest negative (the paper's) or the sum of all, binary cross-entropy of "
-            "each pair (Oscar), or softmax over the group (ViLBERT); none scores no pairs and trains a first stage of "
-            "search alone, with its encoder. Default: hardest; for new weights sum."
+            "help": "Loss: hardest is the triplet loss on the hardest negative (the paper's), sum on all, binary the "
+            "cross-entropy of each pair (Oscar), softmax over the group (ViLBERT); none scores no pairs and trains a "
+            "first stage of search alone, with its encoder. Default: hardest; for new weights sum.",
         },
     )
     margin: float = field(
@@ -88,7 +89,7 @@ class RetrievalArguments(DataArguments):
     num_hard_negatives: int = field(
         default=0,
         metadata={
-            "help": "Captions, and as many images, of the micro-batch that the first stage likes best, for each pair."
+            "help": "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
         },
     )
     mask_probability: float = field(
@@ -99,7 +100,7 @@ class RetrievalArguments(DataArguments):
         },
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better sum of recalls."}
+        default=None, metadata={"help": "Evaluations without a better sum of recalls after which training stops."}
     )
 
     def __post_init__(self):
@@ -146,13 +147,13 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 @dataclass
 class RetrievalSetup(TrainingSetup):
     """
-    Everything that a fine-tuning run begins with, as [`prepare_retrieval`] builds it.
+    The setup of a fine-tuning run, as [`prepare_retrieval`] builds it.
 
     Args:
-        loss ([`RetrievalLoss`]): Loss that is trained with.
-        weighing (`datasets.Dataset`, *optional*): Captions of the validation split by which the weight of the
-            similarity is measured where a first stage is trained; None where none is, or there is no such split.
-        search (`str`, *optional*): By what sum a search orders its candidates, in words, once it is measured.
+        loss ([`RetrievalLoss`]): The loss of the training.
+        weighing (`datasets.Dataset`, *optional*): Captions of the validation split on which the weight of the
+            similarity is measured; None if no first stage is trained, or there is no such split.
+        search (`str`, *optional*): The sum by which a search orders its candidates, in words, once it is measured.
     """
 
     model: UnicoderVLForImageTextRetrieval
@@ -164,7 +165,7 @@ class RetrievalSetup(TrainingSetup):
     search: str | None = None
 
     def measure_similarity_weight(self) -> None:
-        """Measures the weight for the model as it is now, and notes it in its configuration and for its card."""
+        """Measures the weight of the similarity for the model as it is, and notes it in its configuration and card."""
         if self.weighing is None:
             return
         max_length, store = self.collator.max_length, self.collator.store
@@ -179,14 +180,17 @@ class RetrievalSetup(TrainingSetup):
 
     @property
     def card(self) -> dict[str, Any]:
+        """The arguments of [`write_model_card`] that describe data, training and search."""
         return {**super().card, "search": self.search}
 
     @property
     def measured_on(self) -> str | None:
+        """The numbers of validation captions and images, in words; None without any."""
         return None if self.validation is None else in_words(self.validation)
 
     @property
     def trained_by(self) -> str:
+        """The groups and losses of the training, in words."""
         loss, train = self.loss, self.train
         if self.first_stage_alone:
             return (
@@ -211,8 +215,8 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     Reads captions and regions, joins them, and builds the model, before any time is spent on training.
 
     Raises:
-        `ValueError`: captions without regions (unless `skip_missing`), a checkpoint of another kind, a pair without
-        negatives, or a fault in a file.
+        `ValueError`: a caption has no regions (unless `skip_missing`), the checkpoint is of another kind, a pair has no
+        negatives, options contradict each other, or a file has a fault.
     """
     data = open_data(arguments, output_dir)
     held_out, validation = _held_out(arguments, data), None
@@ -258,7 +262,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
 
 
 def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets.Dataset | None:
-    """The validation split. Where nothing is validated it may be missing, and then the weight alone goes unmeasured."""
+    """Gives the validation split. It may be missing if only the weight would be measured on it, which is then not."""
     if arguments.max_validation_images > 0:
         return data.validation(arguments.validation_split)
     if arguments.contrastive_weight == 0:
@@ -271,7 +275,7 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
-    """Fields of the configuration: a first stage that is trained, or none; an old one would not fit the new encoder."""
+    """Makes the fields of a first stage that is trained, or of none: an old one would not fit the new encoder."""
     for option in ("contrastive_weight", "num_hard_negatives"):
         if getattr(arguments, option) < 0:
             raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
@@ -307,15 +311,16 @@ def evaluate_retrieval(
     Scores all captions with all their images and ranks them. Every process calls it, and gets the whole.
 
     Args:
-        model, processor, store: What scores, and the regions.
+        model ([`UnicoderVLForImageTextRetrieval`]), processor ([`UnicoderVLProcessor`]): The model and its processor.
+        store (`Mapping[str, RegionRecord]`): The regions of every image.
         captions (`datasets.Dataset`): Rows with `image_id` and `caption`.
-        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
-        by_first_stage (`bool`, *optional*, defaults to `False`): Rank by the similarities of the first stage in place
-            of the scores, as where that alone is trained.
+        max_length (`int`, *optional*, defaults to 44): Most tokens of a caption.
+        by_first_stage (`bool`, *optional*, defaults to `False`): Whether similarities of the first stage rank, not
+            scores, as after a training of the first stage alone.
 
     Returns:
-        `dict[str, float]`: as [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Those of the first
-        stage, but for the sum, begin with `first_stage_`.
+        `dict[str, float]`: the metrics of [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Names of
+        the first stage's metrics begin with `first_stage_`, but for the sum.
     """
     image_ids = captions.unique("image_id")
     column = {image_id: index for index, image_id in enumerate(image_ids)}

@@ -1,4 +1,4 @@
-"""Measures what a search in two stages costs and loses, by number of candidates, and the weight of the similarity."""
+"""Measures the cost and the losses of a search in two stages, by number of candidates and weight of the similarity."""
 
 import os
 import time
@@ -26,7 +26,7 @@ WEIGHING_QUERIES, WEIGHING_IMAGES, WEIGHING_CANDIDATES = 250, 1000, 20
 @dataclass(frozen=True)
 class StageResult:
     """
-    One row of [`TwoStageReport`].
+    A row of [`TwoStageReport`].
 
     Attributes:
         candidates (`int`): The number K of candidates of each query; 0 for the first stage alone.
@@ -68,7 +68,7 @@ class TwoStageReport:
     rows: tuple[StageResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as JSON."""
+        """Gives the figures as values of JSON."""
         return asdict(self)
 
     @property
@@ -107,23 +107,23 @@ def two_stage_report(
     max_length: int = 44,
 ) -> TwoStageReport:
     """
-    Recall of the first stage alone, and of the second among the best K of the first, for each K and each weight of the
-    similarity, in both directions.
+    Measures recall of the first stage alone, and of the second among the best K of the first, for each K and each
+    weight of the similarity, in both directions.
 
     Args:
         encoder, scorer: The first stage and the second.
         fold ([`RetrievalFold`]): Captions and images, as [`retrieval_test`] gives them.
         candidates (sequence of `int`, *optional*, defaults to `(10, 50, 100, 200)`): The Ks. The pairs of the largest
             hold those of all others and are scored once; the time of the others is their share of it.
-        num_queries (`int`, *optional*): Ask with so many captions and so many images only, drawn evenly, among all
-            there are: the figures of fewer queries, of a task as hard.
-        scores_dir (`str` or `os.PathLike`, *optional*): Where the scorer keeps what it finished, to go on from there;
-            the time is then unknown where it went on.
-        similarity_weights (sequence of `float`, *optional*, defaults to `(0.0,)`): Each as in [`search`].
-        max_length (`int`, *optional*, defaults to 44): Tokens of a caption that is scored.
+        num_queries (`int`, *optional*): Number of captions, and of images, that ask, drawn evenly, among all there are:
+            fewer queries of a task as hard. By default all ask.
+        scores_dir (`str` or `os.PathLike`, *optional*): The folder in which the scorer keeps scores, to go on from
+            there; the time is unknown if it went on.
+        similarity_weights (sequence of `float`, *optional*, defaults to `(0.0,)`): Weights, see [`search`].
+        max_length (`int`, *optional*, defaults to 44): Most tokens of a caption that is scored.
 
     Raises:
-        `ValueError`: no K, or one below 1; no weight; or no query.
+        `ValueError`: there is no K, or one below 1, no weight, or no query.
     """
     if num_queries is not None and num_queries < 1:
         raise ValueError(f"num_queries={num_queries}; expected at least 1, or None for all.")
@@ -183,13 +183,13 @@ def measure_similarity_weight(
     encoder: UnicoderVLDualEncoder, scorer: ImageTextScorer, captions: datasets.Dataset, max_length: int = 44
 ) -> TwoStageReport:
     """
-    Measures by which of `SIMILARITY_WEIGHTS` a model orders what its own first stage proposes best, and notes that
+    Measures which of `SIMILARITY_WEIGHTS` orders the candidates of a model's own first stage best, and notes that
     weight in the model's configuration. Every process calls it.
 
     Args:
         encoder, scorer: The first stage and the second, of one model.
         captions (`datasets.Dataset`): Rows of the validation split, of which a bounded part is asked and scored.
-        max_length (`int`, *optional*, defaults to 44): Tokens of a caption.
+        max_length (`int`, *optional*, defaults to 44): Most tokens of a caption.
 
     Returns:
         [`TwoStageReport`]: the first stage alone, then each weight; its `best` has the weight that was chosen.
@@ -223,7 +223,7 @@ def describe_weight(report: TwoStageReport) -> str:
 
 
 def _evenly(total: int, count: int | None) -> np.ndarray:
-    """`count` of the numbers below `total`, at even steps; all of them where there are no more."""
+    """Gives `count` of the numbers below `total`, at even steps, or all if there are no more."""
     count = min(total, count or total)
     return np.arange(count) * total // count
 

@@ -18,7 +18,7 @@ from .protocols import RetrievalFold, retrieval_test
 @dataclass(frozen=True)
 class ZeroShotRetrieval(RetrievalFold):
     """
-    Retrieval by the matching head of a pre-trained model, without fine-tuning (paper, Image-Text Retrieval, zero-shot).
+    The result of retrieval by a pre-trained model without fine-tuning (paper, Image-Text Retrieval, zero-shot).
 
     Args:
         captions, image_ids, image_of_caption: The C captions and M images, see [`RetrievalFold`].
@@ -40,8 +40,14 @@ def zero_shot_retrieval(
     dtype: torch.dtype | None = None,
 ) -> ZeroShotRetrieval:
     """
-    Scores the first `num_images` images of `captions` (rows of `image_id` and `caption`) with all their captions, in
-    `dtype` if it is not to be the model's.
+    Scores images with all their captions by the matching head of a pre-trained model.
+
+    Args:
+        model ([`UnicoderVLForPreTraining`]), processor ([`UnicoderVLProcessor`]): The model and its processor.
+        store (`Mapping[str, RegionRecord]`): The regions of every image.
+        captions (`datasets.Dataset`): Rows with `image_id` and `caption`.
+        num_images (`int`, *optional*): Number of images, the first ones; by default all.
+        dtype (`torch.dtype`, *optional*): Dtype of the computation; by default the model's.
     """
     if num_images is not None:
         num_images = min(num_images, len(captions.unique("image_id")))

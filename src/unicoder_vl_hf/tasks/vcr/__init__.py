@@ -1,4 +1,4 @@
-"""Visual commonsense reasoning (paper, section Visual Commonsense Reasoning)."""
+"""The task of visual commonsense reasoning (paper, section Visual Commonsense Reasoning)."""
 
 from typing import TYPE_CHECKING
 

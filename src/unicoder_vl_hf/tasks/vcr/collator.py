@@ -1,5 +1,5 @@
-"""From questions to the inputs of multiple choice: choices whose words point at regions of one image (paper, Visual
-Commonsense Reasoning)."""
+"""Makes the inputs of multiple choice of questions: choices whose words point at the regions of one image (paper,
+Visual Commonsense Reasoning)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -29,33 +29,34 @@ from .data import (
 @dataclass
 class DataCollatorForUnicoderVLMultipleChoice:
     """
-    Batches N examples of visual commonsense reasoning, each of C choices that share the regions of one image, at whose
-    rows `token_region_ids` point.
+    Batches B examples of visual commonsense reasoning, each of C choices. The choices share the regions of one image,
+    to which `token_region_ids` refer.
 
     Args:
         processor ([`UnicoderVLProcessor`]):
-            Makes the tensors. Of a record, what its feature extractor would select are the detections.
+            Makes the tensors. Its feature extractor selects the detections of a record.
         store (`Mapping[str, RegionRecord]`):
             The detections of every image.
         max_length (`int`, *optional*, defaults to 156):
-            Tokens of a choice with `[CLS]` and `[SEP]`. Longer ones lose the last words of their longest segment, of
-            equally long ones the later, but never a word of a reference.
+            Most tokens of a choice with `[CLS]` and `[SEP]`. Longer ones lose the last words of their longest segment,
+            of equally long ones the later, but never a word of a reference.
         max_regions (`int`, *optional*, defaults to 100):
-            Ground-truth boxes and detections of an image; more only where a text refers to more.
+            Most ground-truth boxes and detections of an image; there are more only if a text refers to more.
         gt_features (`Mapping[str, RegionRecord]`, *optional*):
-            Features pooled in the ground-truth boxes (`unicoder-vl extract --boxes`), a row an object, to be taken
-            instead of those of the detections that overlap the boxes most.
+            Features pooled in the ground-truth boxes (`unicoder-vl extract --boxes`), a row an object. By default a box
+            takes those of the detection that overlaps it most.
 
     Rows are those of [`VCRExamples`].
 
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask` and `token_region_ids`, each `(B, C, T)`,
         `region_features`, `region_locations` and `region_attention_mask`, each `(B, R, ...)`, and `labels (B,)`, -100
-        where there is none: the arguments of [`UnicoderVLForMultipleChoice`], and nothing else.
+        for a question without one: the arguments of [`UnicoderVLForMultipleChoice`], and nothing else.
 
     Raises:
         `ValueError`: references that do not fit into `max_length`, or an image whose ground-truth boxes are unknown;
-        the message names the annot_id. `KeyError`: an image that a store lacks.
+        the message names the annot_id.
+        `KeyError`: an image that a store lacks.
 
     Example:
 
@@ -99,11 +100,11 @@ class DataCollatorForUnicoderVLMultipleChoice:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def count_truncated(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Counts the choices of `rows` that have more than `max_length` tokens, and are cut."""
+        """Counts the choices of `rows` that have more than `max_length` tokens and are cut."""
         return sum(is_cut for row in rows for texts in self._texts([row]) for _, is_cut in texts)
 
     def count_low_ious(self, rows: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
-        """Counts the ground-truth boxes that meet no detection with an IoU of 0.1, and all there are, of all images."""
+        """Counts the ground-truth boxes of all images that overlap no detection by an IoU of 0.1, and all boxes."""
         images = {row["image_id"]: row for row in rows}
         low = total = 0
         for row in images.values():
@@ -141,7 +142,7 @@ class DataCollatorForUnicoderVLMultipleChoice:
         return [start, *text, end], is_cut
 
     def _records(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[RegionRecord], list[np.ndarray]]:
-        """Fetches for each row the regions that it is shown, and finds the one of each of its objects."""
+        """Makes for each row the record that the model is shown, and finds the region of each of its objects."""
         image_ids = [row["image_id"] for row in rows]
         found = fetch(self.store, image_ids)
         given = [None] * len(rows) if self.gt_features is None else fetch(self.gt_features, image_ids)

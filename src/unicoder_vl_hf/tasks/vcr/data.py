@@ -1,4 +1,4 @@
-"""Visual commonsense reasoning: the files of VCR, read into rows of questions, and what a model is shown of each.
+"""The data of visual commonsense reasoning: VCR's files, read into rows of questions, and the inputs made of each.
 
 Follows the paper's section of that name: Q->A reads question `;` answer, QA->R question `;` right answer `;` rationale;
 the ground-truth boxes come first among the regions, each with the feature of the detection that overlaps it most.
@@ -58,23 +58,24 @@ def read_vcr(
         path (`str` or `os.PathLike`):
             The .jsonl file.
         metadata_dir (`str` or `os.PathLike`, *optional*):
-            The folder that `metadata_fn` starts from. Without it boxes and sizes are None, as much as is needed for
-            text, and for a store of features that were pooled in the ground-truth boxes.
+            The folder that `metadata_fn` starts from. Without it boxes and sizes are None, which is enough for text,
+            and for a store of features that were pooled in the ground-truth boxes.
         store (`Mapping[str, RegionRecord]`, *optional*):
-            Where given, an image that it lacks is an error here, and not in the middle of a run.
+            The regions of the images. With it an image that it lacks is an error here, and not in the middle of a run.
         ids (`str`, *optional*, defaults to `"stem"`):
-            What an image id is, as in `unicoder-vl extract`: `"stem"` of the photo's name, or its whole `"path"`.
+            The source of image ids, as in `unicoder-vl extract`: the `"stem"` of the photo's name, or its whole
+            `"path"`.
 
     Returns:
         `datasets.Dataset` with the columns `annot_id`, `image_id`, `img_fn`, `metadata_fn`, `objects` (the category of
         each object), `boxes` (x1 y1 x2 y2 of each object in pixels, as the file has them), `image_width`,
-        `image_height` (None where the metadata has none), `question`, `answer_choices`, `rationale_choices` (tokens: a
-        text, or a list of object indices), `answer_label` and `rationale_label` (-100 where there is none).
+        `image_height` (None if the metadata has none), `question`, `answer_choices`, `rationale_choices` (tokens: a
+        text, or a list of object indices), `answer_label` and `rationale_label` (in `[0, 4)`, or -100 for none).
 
     Raises:
-        `FileNotFoundError`: there is no file, or none of an image's metadata.
-        `ValueError`: something is malformed; the message names file, line, annot_id, field and value. Or two images
-            have one id, or the store lacks images.
+        `FileNotFoundError`: the file or an image's metadata does not exist.
+        `ValueError`: a line is malformed, which the message names with annot_id, field and value; two images have one
+            id; or the store lacks images.
     """
     if ids not in ("stem", "path"):
         raise ValueError(f"ids is {ids!r}, expected 'stem' or 'path'.")
@@ -127,7 +128,7 @@ def _rows(path: Path, metadata: "_Metadata | None", ids: str) -> Iterator[dict[s
 
 
 class _Line:
-    """A line of the file, whose errors say where it is."""
+    """Reads one line of the file; errors name the file and the line."""
 
     def __init__(self, where: str, item: Any):
         self.where, self.item = where, item
@@ -238,7 +239,17 @@ def _read_metadata(path: Path, annot_id: str) -> dict[str, Any]:
 
 
 def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
-    """Raises ValueError, which names the first question without this label and ends in `otherwise`."""
+    """
+    Checks that every question has a label.
+
+    Args:
+        rows (`datasets.Dataset`): Questions, as [`read_vcr`] gives them.
+        field (`str`): The label, `"answer_label"` or `"rationale_label"`.
+        otherwise (`str`): The end of the message: what the label is for, and what to do.
+
+    Raises:
+        `ValueError`: a question has no label; the message names the first.
+    """
     unknown = np.flatnonzero(np.asarray(rows[field]) == IGNORED)
     if len(unknown):
         raise ValueError(f"annot_id {rows[int(unknown[0])]['annot_id']!r} has no {field}, {otherwise}")
@@ -246,19 +257,24 @@ def require_labels(rows: datasets.Dataset, field: str, otherwise: str) -> None:
 
 class VCRExamples(Rows):
     """
-    Examples to be scored: one a question for Q->A, and for QA->R with the right answer as its premise; or, with
-    `every_answer`, four a question, one for each answer as the premise, which the test split needs.
+    Gives examples to be scored. There is one a question, which for QA->R has the right answer as its premise, or, with
+    `every_answer`, there are four a question, one for each answer as the premise, which the test split needs.
 
     Args:
         rows (`datasets.Dataset`):
-            As [`read_vcr`] gives them.
+            The questions, as [`read_vcr`] gives them.
         task (`str`):
-            `"qa"` or `"qar"`.
+            `"qa"` (Q->A) or `"qar"` (QA->R).
         every_answer (`bool`, *optional*, defaults to `False`):
-            For `"qar"`: example `4 * i + a` of question `i` takes answer `a`. A wrong answer has no label.
+            Whether QA->R takes every answer: example `4 * i + a` is question `i` with answer `a`. An example with a
+            wrong answer has no label.
 
     An example is a dict of the row's `annot_id`, `image_id`, `objects`, `boxes`, `image_width` and `image_height`,
-    beside `choices`, for each choice its segments (question, answer, and for QA->R rationale), and `label`.
+    beside `choices`, for each choice its segments (question, answer, and for QA->R rationale), and `label`, in `[0, 4)`
+    or -100 for none.
+
+    Raises:
+        `ValueError`: `task` is unknown, `every_answer` is for `"qa"`, or QA->R lacks a right answer.
     """
 
     def __init__(self, rows: datasets.Dataset, task: str, *, every_answer: bool = False):
@@ -294,7 +310,7 @@ class VCRExamples(Rows):
 
 
 class Word(NamedTuple):
-    """A word of a segment; `object_index` is what it names, -1 for nothing, as "and" between two names does."""
+    """A word of a segment. `object_index` is the object that it names, or -1, as for "and" between two names."""
 
     text: str
     object_index: int
@@ -303,8 +319,8 @@ class Word(NamedTuple):
 
 def words_of(segment: Segment, objects: Sequence[str]) -> list[Word]:
     """
-    Spells the references of a segment out: a name for a person, chosen by the object's index, so that it is the same
-    in every text and whatever regions are kept; the category for anything else; "and" between several.
+    Spells the references of a segment out. A person gets a name, chosen by the object's index, so that it is the same
+    in every text and whatever regions are kept; any other object its category; and several have "and" between them.
     """
     words = []
     for token in segment:
@@ -329,8 +345,14 @@ class Token(NamedTuple):
 
 def truncate(parts: Sequence[list[Token]], max_tokens: int) -> bool:
     """
-    Takes tokens from the end of the longest part, of equally long ones the later, until `max_tokens` are left in all;
-    those of references stay. Returns whether any had to go.
+    Takes tokens from the end of the longest part, of equally long ones the later, until `max_tokens` are left in all.
+    Tokens of references stay. The parts are changed in place.
+
+    Returns:
+        Whether any token was taken.
+
+    Raises:
+        `ValueError`: the references alone have more than `max_tokens`.
     """
     excess = sum(map(len, parts)) - max_tokens
     for _ in range(excess):
@@ -363,7 +385,7 @@ def ground_truth_boxes(row: Mapping[str, Any], record: RegionRecord) -> np.ndarr
     cuts them at the border of the image: those of VCR reach beyond it.
 
     Raises:
-        ValueError: The row has no boxes, or no size where the record has none either.
+        `ValueError`: the row has no boxes, or neither the row nor the record has a size.
     """
     where = f"annot_id {row['annot_id']!r}, image {row['image_id']!r}"
     if row["boxes"] is None:
@@ -382,8 +404,8 @@ def ground_truth_boxes(row: Mapping[str, Any], record: RegionRecord) -> np.ndarr
 
 def boxes_of_images(rows: datasets.Dataset) -> dict[str, np.ndarray]:
     """
-    Gathers the boxes of each image, `(n, 4)` float32 in pixels, cut at its border where the metadata has its size.
-    `extract(..., boxes=…)` takes them, to pool features in the ground-truth boxes.
+    Gathers the boxes of each image, `(n, 4)` float32 in pixels, cut at its border if the metadata has its size. Give
+    them to `extract(..., boxes=…)`, which pools features in them.
     """
     found = {}
     for row in rows.select_columns(["annot_id", "image_id", "boxes", "image_width", "image_height"]):
@@ -405,8 +427,11 @@ def _rescaled(boxes: Any, size: tuple[int, int], record: RegionRecord) -> np.nda
 
 def closest_regions(boxes: np.ndarray, record: RegionRecord) -> tuple[np.ndarray, np.ndarray]:
     """
-    Finds for each of `boxes (n, 4)` the region of `record` of highest IoU, and that IoU, `(n,)` each. Of equal ones the
-    higher score counts, then the earlier row.
+    Finds for each of `boxes (n, 4)` the region of `record` of highest IoU, and that IoU, each of shape `(n,)`. Among
+    equal ones the higher score counts, then the earlier row.
+
+    Raises:
+        `ValueError`: the record has no boxes.
     """
     if record.boxes is None:
         raise ValueError(f"Image {record.image_id!r}: boxes is None, expected boxes, which ground truth is matched by.")
@@ -426,24 +451,24 @@ def ground_truth_record(
     given: RegionRecord | None = None,
 ) -> tuple[RegionRecord, np.ndarray]:
     """
-    Makes the record that a model is shown of a row: the ground-truth boxes in the order of the objects, then the
-    detections that serve none of them, the best by score, in record order, until there are `max_regions`.
+    Makes the record that a model is shown for a row: the ground-truth boxes in the order of the objects, then the best
+    of the detections that serve no box, by score but in record order, until there are `max_regions`.
 
     Args:
-        row (`Mapping`): As [`read_vcr`] or [`VCRExamples`] gives it.
+        row (`Mapping`): The question, as [`read_vcr`] or [`VCRExamples`] gives it.
         record (`RegionRecord`): The detections. Each box takes feature, object class and object score of the one that
             overlaps it most, however little; one may serve several boxes.
-        max_regions (`int`, defaults to 100): Where there are more objects, those that are not referenced go, the last
-            first; those that are referenced stay, even if there are more of them.
+        max_regions (`int`, defaults to 100): The most regions. If there are more objects, those that are not referenced
+            go, the last first; those that are referenced stay, even if there are more of them.
         referenced (iterable of `int`): The objects that the text refers to, see [`referenced_objects`].
-        given (`RegionRecord`, *optional*): Features pooled in the ground-truth boxes themselves, a row an object, which
-            are taken instead of those of detections.
+        given (`RegionRecord`, *optional*): Features pooled in the ground-truth boxes themselves, a row an object. By
+            default they are those of detections.
 
     Returns:
         The record, and the row in it of each object, `(num_objects,)` int64, -1 for one that was cut.
 
     Raises:
-        ValueError: Boxes are missing, or `given` has not one row an object.
+        `ValueError`: boxes are missing, or `given` does not have one row an object.
     """
     detections = np.arange(len(record))
     if given is None:
@@ -491,7 +516,7 @@ def _kept_objects(count: int, referenced: set[int], max_regions: int) -> np.ndar
 
 
 def _best(record: RegionRecord, rows: np.ndarray, count: int) -> np.ndarray:
-    """Chooses of `rows` the `count` of best score, or without scores the first ones, in record order."""
+    """Chooses from `rows` the `count` of best score, or without scores the first ones, in record order."""
     if record.object_scores is not None:
         rows = rows[np.argsort(-record.object_scores[rows], kind="stable")]
     return np.sort(rows[:count])
@@ -510,5 +535,5 @@ def _record(whole: RegionRecord, columns: dict[str, Any]) -> RegionRecord:
 
 
 def take_regions(record: RegionRecord, rows: np.ndarray) -> RegionRecord:
-    """Makes a record of these rows, with what multiple choice and masked object classification need of them."""
+    """Makes a record of these rows, with the fields that multiple choice and masked object classification need."""
     return _record(record, _columns(record, rows))

@@ -1,7 +1,7 @@
-"""Visual commonsense reasoning, from scores to accuracies and to the file that VCR's leaderboard takes.
+"""The metrics of visual commonsense reasoning, and the file that VCR's leaderboard takes.
 
 Q->A, QA->R and Q->AR are the paper's. The leaderboard knows the labels of the test split: it asks for the probabilities
-of the four answers, and of the four rationales after each of them. Left out: the scores (`training.py`).
+of the four answers, and of the four rationales after each of them. Left out: scoring (`training.py`).
 """
 
 import csv
@@ -30,14 +30,14 @@ def vcr_metrics(
         answer_scores, rationale_scores (arrays of shape `(num_questions, num_choices)`):
             Higher = better; logits or probabilities. Rationales are scored after the right answer.
         answer_labels, rationale_labels (arrays of shape `(num_questions,)`):
-            The right choice.
+            The right choices, in `[0, num_choices)`.
 
     Returns:
         `dict` of `answer_accuracy`, `rationale_accuracy` and `joint_accuracy`, as fractions, and of `answer_ties` and
         `rationale_ties`: the questions whose right choice shares the highest score with another, which counts as wrong.
 
     Raises:
-        ValueError: Shapes do not fit, a score is NaN, or a label is no choice.
+        `ValueError`: shapes do not fit, a score is NaN, or a label is no choice.
     """
     answers, answer_ties = judge_choices("answer", answer_scores, answer_labels)
     rationales, rationale_ties = judge_choices("rationale", rationale_scores, rationale_labels)
@@ -54,11 +54,15 @@ def vcr_metrics(
 
 def choice_metrics(name: str, scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """
-    Measures the accuracy and the ties of one task alone, by the names and under the conditions of [`vcr_metrics`].
+    Measures the accuracy and the ties of one task alone, with the names and errors of [`vcr_metrics`].
 
     Args:
         name (`str`):
-            `"answer"` or `"rationale"`.
+            The task, `"answer"` or `"rationale"`.
+        scores (array of shape `(num_questions, num_choices)`):
+            Higher = better.
+        labels (array of shape `(num_questions,)`):
+            The right choices, in `[0, num_choices)`.
     """
     right, ties = judge_choices(name, scores, labels)
     return {f"{name}_accuracy": float(right.mean()), f"{name}_ties": ties}
@@ -66,8 +70,11 @@ def choice_metrics(name: str, scores: ArrayLike, labels: ArrayLike) -> dict[str,
 
 def judge_choices(name: str, scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, int]:
     """
-    Judges whether the right choice of each question scores above all others, and how many questions it does not because
-    of a tie at the top.
+    Judges whether the right choice of each question scores above all others; the arguments are those of
+    [`choice_metrics`].
+
+    Returns:
+        A bool array of shape `(num_questions,)`, and the number of questions that are wrong by a tie at the top alone.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or 0 in scores.shape or labels.shape != scores.shape[:1]:
@@ -96,20 +103,20 @@ def write_submission(
     rationale_probabilities: ArrayLike,
 ) -> None:
     """
-    Writes the leaderboard's CSV, whole or not at all.
+    Writes the CSV of the leaderboard, whole or not at all.
 
     Args:
         path (`str` or `os.PathLike`):
-            A file there is replaced.
+            The file; one that exists is replaced.
         annot_ids (sequence of `str`):
             All questions of the test split.
         answer_probabilities (array of shape `(num_questions, 4)`):
             Probabilities of each question's answers.
         rationale_probabilities (array of shape `(num_questions, 4, 4)`):
-            Probabilities: `[i, a, r]` is that of rationale `r` of question `i` when answer `a` is its premise.
+            Probabilities of the rationales: `[i, a, r]` is that of rationale `r` of question `i` after answer `a`.
 
     Raises:
-        ValueError: Shapes do not fit, an annot_id stands twice, or four values are no probabilities.
+        `ValueError`: shapes do not fit, an annot_id stands twice, or four values are no probabilities.
     """
     answers, rationales = np.asarray(answer_probabilities), np.asarray(rationale_probabilities)
     shapes = (len(annot_ids), NUM_CHOICES), (len(annot_ids), NUM_CHOICES, NUM_CHOICES)
@@ -140,12 +147,12 @@ MISSING_SHOWN = 5  # of a file that was cut off, thousands are
 
 def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]) -> Iterator[str]:
     """
-    Finds what the leaderboard would not take of the submission at `path`, one problem at a time, with its line; nothing
-    where all is well. A problem is another header, an annot_id of `annotations` (`test.jsonl`) that is missing, one
-    that is not there or stands twice, a cell that is no probability, or four that do not sum to 1 within 0.001.
+    Finds the problems for which the leaderboard would refuse the submission at `path`, one at a time, with its line. A
+    problem is another header, an annot_id of `annotations` (`test.jsonl`) that is missing, one that is not in
+    `annotations` or stands twice, a cell that is no probability, or four that do not sum to 1 within 0.001.
 
     Raises:
-        ValueError: `path` is no CSV, or `annotations` no file of VCR.
+        `ValueError`: `path` is no CSV, or `annotations` no file of VCR.
     """
     expected = read_vcr(annotations, ids="path")["annot_id"]
     line_of = dict.fromkeys(expected, 0)  # 0: not found so far
@@ -203,7 +210,7 @@ def _problems_of_cells(cells: Sequence[str]) -> Iterator[str]:
 
 
 def _problems_of_values(groups: np.ndarray) -> Iterator[str]:
-    """Finds what is wrong with the `(5, 4)` values of a question."""
+    """Finds the groups of a question's `(5, 4)` values that are no probabilities."""
     for name, values in zip(GROUPS, groups.tolist(), strict=True):
         outside = [value for value in values if not -SUM_TOLERANCE <= value <= 1 + SUM_TOLERANCE]  # NaN is outside too
         if outside:

@@ -1,6 +1,6 @@
 """
-Pictures of what a model made of a question of VCR: the photo with the objects that are spoken of, and the choices with
-their probabilities, as a PNG. Plain functions over plain data, as in `pictures.py`.
+Draws a question of VCR and the choices of a model as a PNG: the photo with the objects that are spoken of, and the
+choices with their probabilities. The functions take plain data, as those of `pictures.py` do.
 """
 
 import os
@@ -32,11 +32,12 @@ def draw_question(
     Draws a question as VCR shows it: objects are numbered from 1, and only those that a text refers to have a box.
 
     Args:
-        path (`str` or `os.PathLike`): File of the PNG.
+        path (`str` or `os.PathLike`): The PNG to write.
         photo (`PIL.Image.Image`): The photo in any size: boxes are scaled to it.
         row (`Mapping`): The question as [`read_vcr`] gives it, with boxes.
         answer_probabilities (sequence of 4 `float`): Probabilities of the answers.
-        rationale_probabilities (sequence of 4 `float`, *optional*): Those of the rationales, after the right answer.
+        rationale_probabilities (sequence of 4 `float`, *optional*): Probabilities of the rationales after the right
+            answer.
 
     Returns:
         `Path`: The file.

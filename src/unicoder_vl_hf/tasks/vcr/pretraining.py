@@ -1,8 +1,8 @@
-"""Second-stage pre-training on the text of VCR, as UNITER showed it to help: not in the paper.
+"""A second stage of pre-training on the text of VCR, which is not in the paper; UNITER showed that it helps.
 
 The text is question `;` right answer `;` right rationale, whose references point at regions as in fine-tuning. Masked
 tokens and masked object classes are predicted; matching is unknown. A masked region has no feature for the tokens that
-refer to it either. Left out: whole-word masking.
+refer to it, either. Left out: whole-word masking.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from .training import VCRDataArguments, open_and_load
 
 @dataclass
 class VCRPretrainingArguments(VCRDataArguments):
-    """Names data and model of a second stage of pre-training on VCR. Without `annotations` it reads of scenes."""
+    """Names data and model of a second stage of pre-training on VCR; without `annotations`, rendered scenes."""
 
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
     moc_probability: float = field(
@@ -39,11 +39,15 @@ class VCRPretrainingArguments(VCRDataArguments):
 
 class RightTexts(RowsOfEpoch):
     """
-    Questions with their right answers and rationales, one a row, as examples of a single choice; with the row's number
-    and the epoch, or a fixed one, which decide what is masked.
+    Gives questions with their right answers and rationales, one a row, as examples of a single choice. A row carries
+    its number and the epoch, which decide what is masked.
+
+    Args:
+        rows (`datasets.Dataset`): Questions with labels, as [`read_vcr`] gives them.
+        fixed_epoch (`int`, *optional*): The epoch of every row; by default that of the training.
 
     Raises:
-        ValueError: A row has no labels.
+        `ValueError`: a row has no labels.
     """
 
     def __init__(self, rows: datasets.Dataset, fixed_epoch: int | None = None):
@@ -56,6 +60,7 @@ class RightTexts(RowsOfEpoch):
         return len(self.rows)
 
     def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Makes the rows of these numbers, as [`DataCollatorForVCRPreTraining`] takes them."""
         return [self._make_row(number) for number in numbers]
 
     def _make_row(self, number: int) -> Row:
@@ -67,13 +72,14 @@ class RightTexts(RowsOfEpoch):
 @dataclass
 class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
     """
-    Batches N rows of [`RightTexts`], and hides what is to be predicted.
+    Batches rows of [`RightTexts`], and hides the tokens and regions that are to be predicted.
 
     Args:
         masking ([`Masking`]): The rules of hiding.
 
     Returns:
-        `dict` as of [`DataCollatorForUnicoderVLPreTraining`], and `token_region_ids`; `matching_labels` are -100.
+        `dict` of the tensors of [`DataCollatorForUnicoderVLPreTraining`], and `token_region_ids`; `matching_labels` are
+        -100.
     """
 
     masking: Masking = field(kw_only=True)
@@ -105,7 +111,7 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
 
 @dataclass
 class VCRPretrainingSetup(TrainingSetup):
-    """The beginning of a second stage of pre-training, as [`prepare_vcr_pretraining`] builds it."""
+    """The setup of a second stage of pre-training, as [`prepare_vcr_pretraining`] builds it."""
 
     model: UnicoderVLForPreTraining
     collator: DataCollatorForVCRPreTraining
@@ -116,14 +122,17 @@ class VCRPretrainingSetup(TrainingSetup):
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
+        """The losses of the tasks that are trained."""
         return self.collator.masking.loss_parts
 
     @property
     def trained_by(self) -> str:
+        """The tasks that are trained, in words."""
         return pretrained_by(self.loss_parts, "pre-trained further on the text of VCR by")
 
     @property
     def measured_on(self) -> str:
+        """The number of validation questions, in words."""
         return f"{len(self.validation):,} questions"
 
 
@@ -134,7 +143,8 @@ def prepare_vcr_pretraining(
     Reads questions and regions, and builds the model, before any time is spent on training.
 
     Raises:
-        `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
+        `ValueError`: an image has no regions, the checkpoint is of another kind, both probabilities are 0, or a file
+        has a fault.
     """
     data, model, processor = open_and_load(arguments, output_dir, UnicoderVLForPreTraining)
     masking = Masking(
@@ -166,7 +176,10 @@ def evaluate_vcr_pretraining(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """Measures `mlm_accuracy` and `moc_accuracy`: the shares of masked tokens and classes told, in all processes."""
+    """
+    Measures `mlm_accuracy` and `moc_accuracy`, the shares of masked tokens and of masked classes that are predicted
+    rightly, in `[0, 1]`, over all processes. A task whose probability is 0 has no entry.
+    """
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all

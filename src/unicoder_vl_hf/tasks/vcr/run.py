@@ -29,6 +29,8 @@ from .training import (
 
 
 class VCRTrainer(TaskTrainer):
+    """Trains and evaluates visual commonsense reasoning, for one task or both."""
+
     setup: VCRSetup
 
     def __init__(self, tasks: list[str], *args, **kwargs):
@@ -36,6 +38,7 @@ class VCRTrainer(TaskTrainer):
         self.tasks = tasks
 
     def evaluate_task(self, rows):
+        """Measures the accuracies on validation questions, see [`evaluate_vcr`]."""
         with self.accelerator.autocast():
             return evaluate_vcr(
                 self.setup.model,
@@ -48,6 +51,7 @@ class VCRTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None) -> bool:
+    """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
     shared = {
         "save_strategy": "epoch",
         "save_total_limit": 2,  # the best and the last

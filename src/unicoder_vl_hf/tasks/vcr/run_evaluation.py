@@ -5,9 +5,9 @@
     accelerate launch -m unicoder_vl_hf.tasks.vcr.run_evaluation --model runs/vcr --annotations vcr1annots/test.jsonl \
         --metadata vcr1images --regions vcr-regions --submission submission.csv
 
-With labels: Q->A, QA->R after the right answer, and Q->AR. A submission takes 4 + 16 scores a question: the rationales
-after each of the answers; `unicoder-vl vcr-check` looks it through. `--rationale_model` scores the rationales where
-each task has a model of its own.
+With labels it measures Q->A, QA->R after the right answer, and Q->AR. A submission takes 4 + 16 scores a question, for
+the answers and for the rationales after each of them; `unicoder-vl vcr-check` looks it through. `--rationale_model`
+scores the rationales if each task has a model of its own.
 """
 
 import dataclasses
@@ -34,23 +34,23 @@ from .training import choice_probabilities, load_for_vcr
 
 @dataclass
 class VCREvaluationArguments:
-    """Names a checkpoint, the questions that it is asked, and what is written of its choices."""
+    """Names a checkpoint, the questions that it is asked, and the files that its choices are written to."""
 
     model: str = field(metadata={"help": "Checkpoint of run_vcr.py: a folder or a repository of the Hub."})
-    annotations: str = field(metadata={"help": "VCR's val.jsonl or test.jsonl."})
-    regions: str = field(metadata={"help": "RegionStore."})
+    annotations: str = field(metadata={"help": "Questions: VCR's val.jsonl or test.jsonl."})
+    regions: str = field(metadata={"help": "RegionStore of the images."})
     metadata: str | None = field(default=None, metadata={"help": "Folder that metadata_fn starts from."})
     gt_features: str | None = field(
         default=None, metadata={"help": "RegionStore of features pooled in the ground-truth boxes."}
     )
-    ids: str = field(default="stem", metadata={"help": "Image ids: the stem of a photo's name, or its path."})
+    ids: str = field(default="stem", metadata={"help": "Image ids: stem (of a photo's name) or path."})
     rationale_model: str | None = field(
         default=None, metadata={"help": "Checkpoint that scores the rationales. Default: --model."}
     )
-    max_length: int = field(default=156, metadata={"help": "Tokens of a choice; longer ones are cut."})
+    max_length: int = field(default=156, metadata={"help": "Most tokens of a choice; longer ones are cut."})
     batch_size: int = field(default=32, metadata={"help": "Questions at a time, in each process."})
-    submission: str | None = field(default=None, metadata={"help": "CSV for the leaderboard."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the metrics."})
+    submission: str | None = field(default=None, metadata={"help": "CSV file to write for the leaderboard."})
+    output: str | None = field(default=None, metadata={"help": "JSON file that the metrics are written to."})
     pictures: str | None = field(default=None, metadata={"help": "Folder for pictures of questions, with --photos."})
     photos: str | None = field(default=None, metadata={"help": "Folder that img_fn starts from."})
     num_pictures: int = field(default=8, metadata={"help": "Questions that are drawn, evenly over the file."})
@@ -61,6 +61,12 @@ class VCREvaluationArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """
+    Evaluates with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the checkpoint or the regions do not fit, or there are neither labels nor `--submission`.
+    """
     (args,) = make_parser(VCREvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store = RegionStore(args.regions)
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 def load_with_collator(
     name: str, store: RegionStore, args: VCREvaluationArguments
 ) -> tuple[UnicoderVLForMultipleChoice, DataCollatorForUnicoderVLMultipleChoice]:
-    """Loads a checkpoint, and makes the collator of its processor."""
+    """Loads a checkpoint, and makes the collator of its processor; errors are those of [`load_for_vcr`]."""
     model, processor = load_for_vcr(name, store)
     collator = DataCollatorForUnicoderVLMultipleChoice(
         processor,
@@ -100,7 +106,7 @@ def load_with_collator(
 
 
 def report(args: VCREvaluationArguments, rows: Dataset, answers: np.ndarray, rationales: np.ndarray) -> None:
-    """Prints the metrics of questions with labels, and writes them and the pictures where they are asked for."""
+    """Prints the metrics of questions with labels, and writes them and the pictures if they are asked for."""
     metrics = vcr_metrics(answers, rationales, rows["answer_label"], rows["rationale_label"])
     for name, value in metrics.items():
         print(f"{name:20}{100 * value:6.1f} %" if name.endswith("_accuracy") else f"{name:20}{value:6,}")

@@ -1,12 +1,12 @@
-"""Pre-trains a Unicoder-VL further on the text of VCR, before run_vcr.py fine-tunes it: not in the paper, but UNITER's.
+"""Pre-trains a Unicoder-VL further on the text of VCR, before run_vcr.py fine-tunes it: as UNITER did, not the paper.
 
     accelerate launch -m unicoder_vl_hf.tasks.vcr.run_pretraining --output_dir runs/vcr-second-stage \
         --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/pretrained
     accelerate launch -m unicoder_vl_hf.tasks.vcr.run --output_dir runs/vcr \
         --annotations vcr1annots --metadata vcr1images --regions vcr-regions --model_name_or_path runs/vcr-second-stage
 
-Masked tokens and masked object classes of each question with its right answer and rationale; references point at their
-regions. The defaults are those of the fine-tuning.
+It predicts masked tokens and masked object classes of each question with its right answer and rationale, whose
+references point at their regions. The defaults are those of the fine-tuning.
 """
 
 from transformers import TrainingArguments, set_seed
@@ -24,9 +24,12 @@ from .training import PAPER, SCENES, SCENES_FIELDS
 
 
 class VCRPretrainingTrainer(TaskTrainer):
+    """Trains and evaluates a second stage of pre-training on VCR."""
+
     setup: VCRPretrainingSetup
 
     def evaluate_task(self, rows):
+        """Measures the masked tasks on validation questions, see [`evaluate_vcr_pretraining`]."""
         return evaluate_vcr_pretraining(
             self.setup.model,
             rows,
@@ -38,6 +41,7 @@ class VCRPretrainingTrainer(TaskTrainer):
 
 
 def main(argv: list[str] | None = None) -> bool:
+    """Pre-trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
     data_args, training_args = parse_arguments(
         (VCRPretrainingArguments, TrainingArguments),
         argv,

@@ -1,4 +1,4 @@
-"""Visual commonsense reasoning: the arguments of `run.py`, what they become, and the scores of a model.
+"""The training of visual commonsense reasoning: its arguments, the setup built of them, and the scores of a model.
 
 Follows the paper's section of that name: Q->A and QA->R are choices among four, trained by cross-entropy. The paper is
 silent on whether one model learns both; here one does, unless a run names a single task.
@@ -35,13 +35,13 @@ logger = logging.get_logger(__name__)
 
 # The accuracy of each task alone.
 TASKS = {"qa": "answer_accuracy", "qar": "rationale_accuracy"}
-# What a batch is left without, to see what the answers owe to it. References without regions point nowhere.
+# Inputs that a batch is left without, to see what the answers owe to them. References without regions point nowhere.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "references": ("token_region_ids",),
     "regions": ("token_region_ids", "region_features", "region_locations", "region_attention_mask"),
 }
-# Of so many questions, drawn evenly, a run says before it begins how many texts are cut.
+# The number of questions, drawn evenly, of which a run says before it begins how many texts are cut.
 _LOOKED_AT = 2000
 
 Batch = dict[str, torch.Tensor]
@@ -50,7 +50,7 @@ Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 
 @dataclass
 class VCRDataArguments(ModelArguments):
-    """Names the data and the model of a run on VCR. Without `annotations` it asks about rendered scenes."""
+    """Names the data and the model of a run on VCR; without `annotations` its questions are about rendered scenes."""
 
     annotations: str | None = field(
         default=None, metadata={"help": "Folder with VCR's train.jsonl and val.jsonl. Default: rendered scenes."}
@@ -59,14 +59,15 @@ class VCRDataArguments(ModelArguments):
         default=None, metadata={"help": "Folder that metadata_fn starts from, such as vcr1images."}
     )
     regions: str | None = field(
-        default=None, metadata={"help": "RegionStore, or feature files that are converted to one in the output folder."}
+        default=None,
+        metadata={"help": "RegionStore, or feature files, which are converted to one in the output folder."},
     )
     gt_features: str | None = field(
         default=None,
-        metadata={"help": "RegionStore of features pooled in the ground-truth boxes, instead of those of detections."},
+        metadata={"help": "RegionStore of features pooled in the ground-truth boxes. Default: those of detections."},
     )
-    ids: str = field(default="stem", metadata={"help": "Image ids: the stem of a photo's name, or its path."})
-    max_length: int = field(default=156, metadata={"help": "Tokens of a choice; longer ones are cut."})
+    ids: str = field(default="stem", metadata={"help": "Image ids: stem (of a photo's name) or path."})
+    max_length: int = field(default=156, metadata={"help": "Most tokens of a choice; longer ones are cut."})
 
     def __post_init__(self):
         if (self.annotations is None) != (self.regions is None):
@@ -74,12 +75,13 @@ class VCRDataArguments(ModelArguments):
 
     @property
     def on_scenes(self) -> bool:
+        """Whether the run has no questions of its own, and so asks about rendered scenes."""
         return self.annotations is None
 
 
 @dataclass
 class VCRArguments(VCRDataArguments):
-    """Names the data, the model and the tasks of a run on VCR. Without `annotations` it asks about rendered scenes."""
+    """Names the data, the model and the tasks of a run on VCR."""
 
     tasks: list[str] = field(
         default_factory=lambda: [*TASKS],
@@ -105,7 +107,7 @@ SCENES = {
     "train_batch_size": 32,
     "gradient_accumulation_steps": 1,
 }
-# Of its model, which has no more positions.
+# Fields of its model, which has no more positions.
 SCENES_FIELDS = {"max_length": 64, "num_hidden_layers": 2}
 # New weights of the size that BERT begins with learn nothing from choices for a thousand steps, in a model so narrow.
 SCENES_MODEL: dict[str, Any] = {
@@ -119,12 +121,12 @@ SCENES_MODEL: dict[str, Any] = {
 @dataclass
 class VCRData:
     """
-    Questions and the regions of their images.
+    The questions of a run and the regions of their images.
 
     Args:
-        store (`RegionStore`): The detections.
+        store (`RegionStore`): The detections of every image.
         gt_features (`RegionStore`, *optional*): Features pooled in the ground-truth boxes.
-        train, validation (`datasets.Dataset`): As [`read_vcr`] gives them.
+        train, validation (`datasets.Dataset`): The questions of two splits, as [`read_vcr`] gives them.
         name (`str`): The data in words.
     """
 
@@ -135,6 +137,7 @@ class VCRData:
     name: str
 
     def collator(self, processor: UnicoderVLProcessor, arguments: VCRDataArguments):
+        """Makes the collator of these questions, see [`DataCollatorForUnicoderVLMultipleChoice`]."""
         return DataCollatorForUnicoderVLMultipleChoice(
             processor,
             self.store,
@@ -146,10 +149,11 @@ class VCRData:
 
 def open_vcr(arguments: VCRDataArguments, output_dir: str | Path) -> VCRData:
     """
-    Reads questions and regions. What is rendered or converted goes into the output folder.
+    Reads questions and regions. Scenes are rendered, and feature files converted, into the output folder.
 
     Raises:
-        `ValueError`: an image without regions, or a fault in a file. `FileNotFoundError`: a file is missing.
+        `ValueError`: an image has no regions, a question no label, or a file has a fault.
+        `FileNotFoundError`: a file is missing.
     """
     own = Path(output_dir, DATA_FOLDER)
     metadata: Path | None
@@ -184,7 +188,7 @@ def _labelled(path: Path, **options: Any) -> datasets.Dataset:
 def open_and_load(
     arguments: VCRDataArguments, output_dir: str | Path, model_class: type[Model]
 ) -> tuple[VCRData, Model, UnicoderVLProcessor]:
-    """Opens the data as [`open_vcr`] does, and loads the model and the processor that the arguments ask for."""
+    """Opens the data as [`open_vcr`] does, and loads the model and processor of the arguments, with their errors."""
     data = open_vcr(arguments, output_dir)
     fields = SCENES_MODEL if arguments.base_model is None else {}
     model = load_model(arguments, data.store, model_class, **fields)
@@ -192,7 +196,7 @@ def open_and_load(
 
 
 class EpochOfExamples(RowsOfEpoch):
-    """Examples one after another, each with its number and the epoch, which decide what is masked of it."""
+    """Gives the examples of several parts one after another, each with its number and the epoch."""
 
     def __init__(self, parts: Sequence[VCRExamples]):
         super().__init__()
@@ -202,12 +206,18 @@ class EpochOfExamples(RowsOfEpoch):
         return len(self.examples)
 
     def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Gives the examples of these numbers, with the epoch."""
         return [self.examples[number] | {"row_index": number, "epoch": self.epoch} for number in numbers]
 
 
 @dataclass
 class WithoutInputs:
-    """A collator whose batches are left without some of their tensors."""
+    """Leaves some tensors out of the batches of a collator.
+
+    Args:
+        collator (callable): Makes the batches.
+        names (sequence of `str`): The tensors that are left out.
+    """
 
     collator: Collator
     names: Sequence[str]
@@ -218,7 +228,7 @@ class WithoutInputs:
 
 @dataclass
 class VCRSetup(TrainingSetup):
-    """The beginning of a run on VCR, as [`prepare_vcr`] builds it."""
+    """The setup of a run on VCR, as [`prepare_vcr`] builds it."""
 
     model: UnicoderVLForMultipleChoice
     train: EpochOfExamples
@@ -230,6 +240,7 @@ class VCRSetup(TrainingSetup):
 
     @property
     def measured_on(self) -> str:
+        """The number of validation questions, in words."""
         return f"{len(self.validation):,} questions"
 
 
@@ -238,7 +249,7 @@ def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
     Reads questions and regions, and builds the model, before any time is spent on training.
 
     Raises:
-        `ValueError`: an image without regions, a checkpoint of another kind, or a fault in a file.
+        `ValueError`: an image has no regions, the checkpoint is of another kind, or a file has a fault.
     """
     data, model, processor = open_and_load(arguments, output_dir, UnicoderVLForMultipleChoice)
     collator = data.collator(processor, arguments)
@@ -254,7 +265,7 @@ def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
 
 
 def _report(collator: DataCollatorForUnicoderVLMultipleChoice, rows: datasets.Dataset, tasks: Sequence[str]):
-    """Says how many texts are cut, and how many ground-truth boxes take the feature of a region hardly met."""
+    """Logs how many texts are cut, and how many ground-truth boxes take the feature of a region they hardly overlap."""
     rows = rows.select(range(0, len(rows), math.ceil(len(rows) / _LOOKED_AT)))
     for task in tasks:
         examples = VCRExamples(rows, task)
@@ -275,7 +286,19 @@ def score_choices(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> np.ndarray:
-    """Scores each choice of each example, `(num_examples, num_choices)` float32; every process gets the whole."""
+    """
+    Scores each choice of each example. Every process calls it, and gets the scores of all.
+
+    Args:
+        model ([`UnicoderVLForMultipleChoice`]): The model, on the device of this process.
+        collator (callable): Makes the batches of examples.
+        examples (`Dataset`): The examples, such as [`VCRExamples`].
+        batch_size (`int`, *optional*, defaults to 32): Examples of a batch in each process.
+        num_workers (`int`, *optional*, defaults to 0): Processes that make batches for each process.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples, num_choices)`, float32; higher = better.
+    """
     was_training = model.training
     model.eval()
     scores: list[list[float]] = []
@@ -297,10 +320,13 @@ def evaluate_vcr(
     **options: int,
 ) -> dict[str, float]:
     """
-    Measures accuracies and ties on questions with labels: as [`vcr_metrics`], or those of the one task. Every process
-    calls it.
+    Measures accuracies and ties on questions with labels, see [`vcr_metrics`], or [`choice_metrics`] for a single task.
+    Every process calls it.
 
     Args:
+        model ([`UnicoderVLForMultipleChoice`]), collator (callable): The model and the collator, see [`score_choices`].
+        rows (`datasets.Dataset`): Questions, as [`read_vcr`] gives them.
+        tasks (sequence of `str`, *optional*, defaults to both): `"qa"`, `"qar"`, or both.
         options: `batch_size` and `num_workers` of [`score_choices`].
     """
     scores = {task: score_choices(model, collator, VCRExamples(rows, task), **options) for task in tasks}
@@ -314,7 +340,10 @@ def evaluate_vcr(
 def choice_probabilities(
     model: UnicoderVLForMultipleChoice, collator: Collator, examples: VCRExamples, **options: int
 ) -> np.ndarray:
-    """Scores choices as probabilities, `(num_questions, 4)`; with `every_answer` `(num_questions, 4 premises, 4)`."""
+    """
+    Computes the probabilities of choices, float64 of shape `(num_questions, 4)`, or of examples with `every_answer`
+    `(num_questions, 4 answers, 4 rationales)`. The arguments are those of [`score_choices`].
+    """
     scores = torch.from_numpy(score_choices(model, collator, examples, **options))
     shape = (-1, NUM_CHOICES, NUM_CHOICES) if examples.per_row > 1 else (-1, NUM_CHOICES)
     return scores.double().softmax(dim=-1).view(shape).numpy()
@@ -324,11 +353,11 @@ def load_for_vcr(
     name: str | PathLike[str], store: Mapping[str, RegionRecord]
 ) -> tuple[UnicoderVLForMultipleChoice, UnicoderVLProcessor]:
     """
-    Loads a multiple-choice checkpoint onto the device of this process, with its processor; warns where it was trained
+    Loads a multiple-choice checkpoint onto the device of this process, with its processor, and warns if it was trained
     on regions of another kind.
 
     Raises:
-        `ValueError`: the checkpoint has no head for choices, which would be new, or fewer rows than its tokenizer has
+        `ValueError`: the checkpoint has no head for choices, or fewer rows of word embeddings than its tokenizer has
             tokens.
     """
     loaded: Any = UnicoderVLForMultipleChoice.from_pretrained(name, output_loading_info=True)
