@@ -80,6 +80,13 @@ class CheckpointFolder:
             raise ValueError(f"{requested} is no checkpoint of a run: it has no {self.state_file}.")
         return Path(requested)
 
+    def step_of(self, checkpoint: Path | None) -> int:
+        """Reads how many steps a checkpoint has behind it; 0 for None, where a run begins."""
+        if checkpoint is None:
+            return 0
+        state = json.loads((checkpoint / self.state_file).read_text(encoding="utf-8"))
+        return state["step"] if "step" in state else state["global_step"]  # of our loop, or of Trainer
+
     def check_steps(self, requested: str | None, checkpoint: Path, planned: int, before: int) -> bool:
         """
         Tells whether a resumed run is to take more steps than it was to take before: its schedule then changes.

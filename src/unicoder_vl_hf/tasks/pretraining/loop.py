@@ -221,6 +221,7 @@ class PretrainingLoop:
             follow_schedule(self.scheduler)
             self.checkpoints.reopen()
         logger.warning(f"Resumed from {checkpoint} after {self.step:,} of {self.total_steps:,} steps.")
+        self.computing.warn_of_change(self.step)
 
     def _train(self) -> None:
         """Takes the steps that are left, or as many as Ctrl-C lets it; a checkpoint follows the last."""
@@ -298,6 +299,7 @@ class PretrainingLoop:
                 learning_rate=self.args.learning_rate,
                 seed=self.args.seed,
                 mixed_precision=self.accelerator.mixed_precision,
+                earlier_precisions=self.computing.earlier,
             )
             finish_run(
                 self.output_dir,
