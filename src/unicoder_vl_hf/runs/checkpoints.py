@@ -101,7 +101,8 @@ class CheckpointFolder:
                 for.
         """
         if requested == "latest" and planned <= before and self.is_finished():
-            raise FinishedRun(self._finished(has_checkpoint=True))
+            fewer = f"It was a run of {before:,} steps; {planned:,} are fewer. " if planned < before else ""
+            raise FinishedRun(self._finished(has_checkpoint=True, steps=fewer))
         if planned < before:
             raise ValueError(
                 f"{checkpoint} is of a run of {before:,} steps, which cannot become one of {planned:,}: its learning "
@@ -118,7 +119,7 @@ class CheckpointFolder:
         """Makes a finished run an unfinished one, until its card is written again."""
         (self.output_dir / CARD_FILE).unlink(missing_ok=True)
 
-    def _finished(self, has_checkpoint: bool) -> str:
+    def _finished(self, has_checkpoint: bool, steps: str = "") -> str:
         more = (
             "Take another --output_dir, or ask for more steps: a larger --num_train_epochs or --max_steps, with "
             "--resume_from_checkpoint latest."
@@ -126,7 +127,7 @@ class CheckpointFolder:
             else "It has no checkpoint from which more steps could go on. Take another --output_dir, with "
             f"--model_name_or_path {self.output_dir} to begin with its weights."
         )
-        return f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. {more}"
+        return f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. {steps}{more}"
 
     def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """

@@ -37,9 +37,11 @@ def check_object_ids(store: RegionStore, image_ids: Sequence[str], num_classes: 
     highest = store.highest_object_ids(image_ids)
     lacking, wrong = np.flatnonzero(highest == NO_OBJECT_IDS), np.flatnonzero(highest >= num_classes)
     if len(lacking) > 0:
+        of_grid = str(store.provenance["detector"]).startswith("grid:")  # which has no classifier
+        ways = "Leave it out" if of_grid else "Add them with `unicoder-vl label`, or leave it out"
         raise ValueError(
-            f"{store.path}, image {image_ids[lacking[0]]!r}{_one_of(lacking)}: the record has no object_ids, "
-            "which masked object classification predicts. Add them with `unicoder-vl label`, or leave it out: --no_moc."
+            f"{store.path}, image {image_ids[lacking[0]]!r}{_one_of(lacking)}: the record has no object_ids, which "
+            f"masked object classification predicts. {ways}: --no_moc."
         )
     if len(wrong) > 0:
         raise ValueError(
@@ -91,9 +93,21 @@ class CaptionedRegions:
     path: Path
     name: str
 
-    def validation(self, split: str) -> datasets.Dataset:
-        """The captions of a split to validate on; warns where it shows images that are trained on."""
-        rows = select_split(self.captions, self.path, split)
+    def validation(self, split: str, without: str | None = None) -> datasets.Dataset:
+        """
+        The captions of a split to validate on; warns where it shows images that are trained on.
+
+        Raises:
+            `ValueError`: there is no such split; `without` is the option that does without one, as the error names it.
+        """
+        try:
+            rows = select_split(self.captions, self.path, split)
+        except ValueError as error:
+            if without is None:
+                raise
+            raise ValueError(
+                f"{error} Name the one to validate on with --validation_split, or do without: {without}."
+            ) from error
         images = rows.unique("image_id")
         if trained := len(set(images).intersection(self.train.unique("image_id"))):
             logger.warning(

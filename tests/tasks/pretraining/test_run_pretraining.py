@@ -487,6 +487,11 @@ def test_regions_without_classes(script, command, world, tmp_path):
     options = {"regions": tmp_path / "bare", "max_steps": 2}
     with pytest.raises(ValueError, match=r"has no object_ids.*unicoder-vl label.*--no_moc"):
         run(script, command(script, tmp_path / "with", **options))
+    with RegionStoreWriter(tmp_path / "cells", detector="grid:resnet", detector_revision="1") as writer:
+        for record in RegionStore(tmp_path / "bare").values():
+            writer.write(record)
+    with pytest.raises(ValueError, match=r"has no object_ids, which masked object classification predicts\. Leave it"):
+        run(script, command(script, tmp_path / "with", **options | {"regions": tmp_path / "cells"}))
     run(script, command(script, tmp_path / "without", no_moc=True, **options))
     assert (tmp_path / "without" / "model.safetensors").exists()
 

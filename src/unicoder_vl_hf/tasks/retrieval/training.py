@@ -257,7 +257,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
 def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets.Dataset | None:
     """The validation split. Where nothing is validated it may be missing, and then the weight alone goes unmeasured."""
     if arguments.max_validation_images > 0:
-        return data.validation(arguments.validation_split)
+        return data.validation(arguments.validation_split, without="--max_validation_images 0")
     if arguments.contrastive_weight == 0:
         return None
     try:
