@@ -254,7 +254,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **fields}
         model = model_class(UnicoderVLConfig(**config))
     elif is_unicoder_vl(name):
-        model = model_class.from_pretrained(name, **fields)
+        model = _load_quietly(model_class, name, fields)
         _check_unchanged(arguments, model)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
@@ -271,6 +271,20 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         )
     if model.config.padding_free is None:  # evaluating, too, reads nothing of padding
         model.config.padding_free = True
+    return model
+
+
+def _load_quietly(model_class: type[Model], name: str, fields: dict[str, Any]) -> Model:
+    """
+    Loads a Unicoder-VL, and warns in one line of what the checkpoint lacks, where transformers reports a table. A first
+    stage that is new was asked for.
+    """
+    with logging.without_warnings_of_transformers():
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **fields)
+    if new := sorted(key for key in report["missing_keys"] if not key.startswith("first_stage.")):
+        logger.warning(f"{model_class.__name__} from {name}: new parameters {new}.")
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning(f"{model_class.__name__} from {name}: left unused in the checkpoint {unused}.")
     return model
 
 
@@ -298,10 +312,10 @@ def load_processor(arguments: DataArguments, data: CaptionedRegions) -> Unicoder
     """As [`processor_for`]; says how many captions are cut, and raises ValueError of those that have no token."""
     processor = processor_for(arguments, data.store, data.train.unique("image_id"))
     check_tokens(data.captions, processor.tokenizer, data.path)
-    cut = processor.count_truncated(data.train["caption"], arguments.max_length)
-    logger.warning(
-        f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
-    )
+    if cut := processor.count_truncated(data.train["caption"], arguments.max_length):
+        logger.warning(
+            f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
+        )
     return processor
 
 

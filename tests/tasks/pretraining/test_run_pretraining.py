@@ -455,7 +455,7 @@ def test_two_processes_equal_one(script, command, tmp_path, plain):
     assert process.returncode == 0, output
     assert output.count(f"{script}: world size 2") == 2 * 3, output
     if script == "run_pretraining":
-        assert output.count("40 steps of 4 of 80 pairs; processes: 2,") == 3
+        assert output.count("40 steps, 4 pairs each, of 80 pairs; processes: 2,") == 3
         # Losses and evaluation are over all processes.
         for line, other in zip(log_of(tmp_path / "dry"), log_of(plain), strict=True):
             assert line == pytest.approx(other, abs=2e-4)

@@ -176,8 +176,9 @@ class PretrainingLoop:
         self.log = JsonLog(self.output_dir / "log.jsonl", accelerator, resume_step=self.step)
         if args.report_to != "none":
             accelerator.init_trackers("pretraining", {**asdict(self.data_args), **asdict(args)})
+        steps = "1 step" if self.total_steps == 1 else f"{self.total_steps:,} steps"
         accelerator.print(
-            f"{self.total_steps:,} steps of {args.train_batch_size} of {len(self.setup.train):,} pairs; processes: "
+            f"{steps}, {args.train_batch_size:,} pairs each, of {len(self.setup.train):,} pairs; processes: "
             f"{accelerator.num_processes}, {self.computing}"
         )
         if args.eval_on_start and self.step == 0:
