@@ -280,7 +280,8 @@ def _load_quietly(model_class: type[Model], name: str, fields: dict[str, Any]) -
     stage that is new was asked for.
     """
     with logging.without_warnings_of_transformers():
-        model, report = model_class.from_pretrained(name, output_loading_info=True, **fields)
+        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **fields)
+    model, report = loaded
     if new := sorted(key for key in report["missing_keys"] if not key.startswith("first_stage.")):
         logger.warning(f"{model_class.__name__} from {name}: new parameters {new}.")
     if unused := sorted(report["unexpected_keys"]):
