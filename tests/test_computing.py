@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unicoder_vl_hf import UnicoderVLForImageTextRetrieval, UnicoderVLForMultipleChoice, UnicoderVLForPreTraining
 from unicoder_vl_hf import processes as training_module
 from unicoder_vl_hf.processes import Computing, fast_precision, resolve_precision
+from unicoder_vl_hf.runs.model_card import TrainingRun
 
 run_pretraining = places.script("run_pretraining")
 
@@ -115,15 +116,37 @@ def test_threads_are_those_of_before_afterwards(monkeypatch):
 def test_a_resumed_run_computes_as_it_began(cpu, monkeypatch, tmp_path):
     cpu(avx512_bf16=True)
     Computing.choose("auto", "cpu", 128).save(tmp_path)
-    assert json.loads((tmp_path / "computing.json").read_text()) == {"mixed_precision": "bf16", "num_threads": 1}
+    chosen = {"mixed_precision": "bf16", "num_threads": 1, "earlier": []}
+    assert json.loads((tmp_path / "computing.json").read_text()) == chosen
     cpu()  # another machine
     assert Computing.choose("auto", "cpu", 128, tmp_path) == Computing("bf16", 1)
-    assert Computing.choose("no", "cpu", 128, tmp_path) == Computing("no", 1)
     Computing("no", 16).save(tmp_path)
     monkeypatch.setattr(training_module, "available_cpus", lambda: 2)
     assert Computing.choose("auto", "cpu", 768, tmp_path) == Computing("no", 2)  # there are no more
     monkeypatch.undo()
     assert Computing.choose("auto", "cpu", 768, tmp_path / "older").mixed_precision == fast_precision("cpu", 768)
+
+
+def test_another_precision_is_recorded_with_the_step_and_said(cpu, warnings, tmp_path):
+    cpu(avx512_bf16=True)
+    (tmp_path / Computing.FILE).write_text('{"mixed_precision": "bf16", "num_threads": 1}')  # as 9bccc44 wrote it
+    changed = Computing.choose("no", "cpu", 128, tmp_path, step=37)
+    assert changed == Computing("no", 1, (("bf16", 37),))
+    changed.warn_of_change(37)
+    assert warnings == ["Until step 37 the precision was bfloat16 (mixed); from here on it is float32."]
+    changed.save(tmp_path)
+    for requested in ("auto", "no"):  # goes on as before
+        assert Computing.choose(requested, "cpu", 128, tmp_path, step=50) == changed
+    changed.warn_of_change(50)
+    again = Computing.choose("bf16", "cpu", 128, tmp_path, step=1050)
+    assert again == Computing("bf16", 1, (("bf16", 37), ("no", 1050)))
+    again.warn_of_change(1050)
+    assert warnings[1:] == ["Until step 1,050 the precision was float32; from here on it is bfloat16 (mixed)."]
+    run = {"steps": 2000, "epochs": 1, "batch_size": 4, "learning_rate": 1, "seed": 0}
+    card = str(TrainingRun(**run, mixed_precision="bf16", earlier_precisions=again.earlier)).splitlines()[-1]
+    assert card == "- Precision: bfloat16 (mixed) until step 37, then float32 until step 1,050, then bfloat16 (mixed)"
+    card = str(TrainingRun(**run | {"steps": 37}, mixed_precision="no", earlier_precisions=changed.earlier))
+    assert card.endswith("- Precision: bfloat16 (mixed) until step 37")  # of a run that had no step left
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +159,7 @@ def bert(tmp_path_factory):
     return small_world.save_bert(tmp_path_factory.mktemp("bert"), dropout=0.0)
 
 
-def test_a_checkpoint_records_it_and_a_resume_uses_it(world, bert, cpu, monkeypatch, tmp_path):
+def test_a_checkpoint_records_it_and_a_resume_uses_it(world, bert, cpu, warnings, monkeypatch, tmp_path):
     """A run that began where bfloat16 pays, and goes on where it does not."""
     precisions, new_accelerator = [], training_module.new_accelerator
 
@@ -161,10 +184,17 @@ def test_a_checkpoint_records_it_and_a_resume_uses_it(world, bert, cpu, monkeypa
     cpu()
     assert run_pretraining.main([*arguments, "--resume_from_checkpoint", "latest"]) is True
     assert precisions == ["bf16", "bf16"]
-    assert "Precision: bfloat16" in (tmp_path / "run" / "README.md").read_text()
+    assert "- Precision: bfloat16 (mixed)\n" in (tmp_path / "run" / "README.md").read_text()
+    assert not [warning for warning in warnings if warning.startswith("Until step")]
+    longer = [*arguments, "--max_steps", "3", "--resume_from_checkpoint", "latest", "--mixed_precision", "no"]
+    assert run_pretraining.main(longer) is True
+    assert warnings[-1] == "Until step 2 the precision was bfloat16 (mixed); from here on it is float32."
+    assert "- Precision: bfloat16 (mixed) until step 2, then float32\n" in (tmp_path / "run/README.md").read_text()
 
 
-def test_trainer_chooses_by_the_model_records_it_and_a_resume_uses_it(world, bert, cpu, monkeypatch, tmp_path):
+def test_trainer_chooses_by_the_model_records_it_and_a_resume_uses_it(
+    world, bert, cpu, warnings, monkeypatch, tmp_path
+):
     monkeypatch.setattr(training_module, "BF16_FROM_HIDDEN_SIZE", {"avx512_bf16": 32})
     main = places.script("run_retrieval").main
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_validation_images": 0}
@@ -181,6 +211,10 @@ def test_trainer_chooses_by_the_model_records_it_and_a_resume_uses_it(world, ber
     assert json.loads((tmp_path / "run" / "checkpoint-1" / Computing.FILE).read_text())["mixed_precision"] == "bf16"
     cpu()
     assert trained("run", ["--resume_from_checkpoint", "latest"], max_steps=2) == "- Precision: bfloat16 (mixed)"
+    assert not [warning for warning in warnings if warning.startswith("Until step")]
+    changed = trained("run", ["--resume_from_checkpoint", "latest"], max_steps=3, mixed_precision="no")
+    assert changed == "- Precision: bfloat16 (mixed) until step 2, then float32"
+    assert warnings[-1] == "Until step 2 the precision was bfloat16 (mixed); from here on it is float32."
     assert trained("other", max_steps=1) == "- Precision: float32"
     cpu(avx512_bf16=True)
     assert trained("asked", max_steps=1, mixed_precision="no") == "- Precision: float32"

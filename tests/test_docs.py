@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from places import EXAMPLES, ROOT, script
+from transformers import AutoTokenizer
 
+from unicoder_vl_hf import UnicoderVLForPreTraining
 from unicoder_vl_hf.cli import build_parser
 from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
 
@@ -60,6 +62,18 @@ def test_imports_are_from_rooms(page):
                 assert {alias.name for alias in node.names} <= set(offered), f"{node.module} is no room, or lacks one"
     for place in re.findall(r"`unicoder_vl_hf\.([a-z_.]+)\.(?:\w+)`", text):
         assert hasattr(importlib.import_module(f"unicoder_vl_hf.{place}"), "__path__"), place
+
+
+def test_new_weights_without_a_network(tmp_path, monkeypatch):
+    """The folder that the page makes is a BERT to begin with, whose tokenizer knows the captions."""
+    (code,) = [code for code in blocks(ROOT / "docs" / "pretraining.md", "python") if "BertWordPieceTokenizer" in code]
+    (tmp_path / "captions.jsonl").write_text('{"image_id": "1", "caption": "A dog runs on the grass."}\n')
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    tokenizer = AutoTokenizer.from_pretrained("new-bert")
+    assert tokenizer.decode(tokenizer("A dog runs.")["input_ids"]) == "[CLS] a dog runs. [SEP]"
+    model = UnicoderVLForPreTraining.from_bert("new-bert", region_feature_dim=4)
+    assert model.config.vocab_size == len(tokenizer) and model.config.num_hidden_layers == 6
 
 
 def test_commands_of_the_package_parse(page):

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pytest
+import tiny
 from places import ROOT
 
-from unicoder_vl_hf import logging
+from unicoder_vl_hf import UnicoderVLForImageTextRetrieval, logging
+from unicoder_vl_hf.errors import run_script
 
 FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
 
@@ -46,6 +49,26 @@ def test_there_is_no_other_bar():
         )
     ]
     assert bars == []
+
+
+def test_a_script_shows_bars_of_ours_alone(tmp_path, capfd):
+    """Not those of datasets and transformers, in its run and no longer."""
+    rows = datasets.Dataset.from_dict({"image_id": ["a", "b", "c"]})
+    model = tiny.model(UnicoderVLForImageTextRetrieval)
+
+    def main():
+        rows.select([2, 0]).flatten_indices()
+        model.save_pretrained(tmp_path)
+        UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path)
+        list(logging.tqdm(range(2), desc="Ours"))
+
+    of_libraries = ["Flattening the indices", "Writing model shards", "Loading weights"]
+    run_script(main)
+    shown = capfd.readouterr().err
+    assert "Ours" in shown and not [name for name in of_libraries if name in shown]
+    main()
+    shown = capfd.readouterr().err
+    assert [name for name in of_libraries if name in shown] == of_libraries
 
 
 def test_a_warning_is_given_once(caplog):

@@ -184,8 +184,11 @@ def test_a_column_of_a_dataset_is_text_and_regions(processor, store):
         ({"regions": []}, "at least one"),
         ({"regions": "one"}, "'one' needs a store"),
         ({"text": ["a", "a", "a"], "regions": [tiny.record(), tiny.record()]}, "3 texts but 2 images"),
-        ({"text": "a dog", "regions": [tiny.record(), tiny.record()]}, "1 texts but 2 images"),
-        ({"text": ["a dog"], "regions": [tiny.record(), tiny.record()]}, "1 texts but 2 images"),
+        (
+            {"text": "a dog", "regions": [tiny.record(), tiny.record()]},
+            r"1 text but 2 images.*\['a dog'\] \* 2.*ImageTextScorer",
+        ),
+        ({"text": ["a dog"], "regions": [tiny.record(), tiny.record()]}, r"1 text but 2 images.*\['a dog'\] \* 2"),
         ({"images": Image.new("RGB", (8, 8))}, "images holds photos.*unicoder-vl extract"),
         ({"regions": 391895}, "holds a int.*image id"),
         ({"regions": ["one", 391895]}, "holds a int.*image id"),
@@ -215,6 +218,8 @@ def test_truncated_captions_are_counted(processor):
     assert processor.count_truncated(texts, max_length=45) == 1
     assert processor.count_truncated(["dog"] * 10_001, max_length=2) == 10_001
     assert processor.count_truncated([]) == 0
+    with pytest.raises(ValueError, match=r"texts is 'a dog'.*\['a dog'\]"):
+        processor.count_truncated("a dog")
 
 
 def test_the_default_store_gives_way_to_the_argument(processor, store):

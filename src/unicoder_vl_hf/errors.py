@@ -45,7 +45,7 @@ class FinishedRun(ValueError):
 
 def run_script(main: Callable[[], bool | None], go_on: str = ""):
     """
-    Makes a command of `main`.
+    Makes a command of `main`, without the progress bars of the libraries below.
 
     A run that Ctrl-C stopped ends with exit code 130, as in a shell, so that whatever follows after `&&` does not start
     with a half-trained model. This holds for a training that saved a checkpoint and returned False, and for anything
@@ -56,7 +56,8 @@ def run_script(main: Callable[[], bool | None], go_on: str = ""):
     rank = os.environ.get("RANK")
     program = Path(sys.argv[0]).name + (f" (process {rank})" if rank else "")
     try:
-        trained = main()
+        with logging.without_bars_of_libraries():
+            trained = main()
     except FinishedRun as finished:
         _warn_once(str(finished))
         return

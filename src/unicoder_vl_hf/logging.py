@@ -7,10 +7,12 @@ and are turned off by any of `TQDM_DISABLE=1`, `HF_HUB_DISABLE_PROGRESS_BARS=1`,
 `disable_progress_bar()` of transformers.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -32,6 +34,39 @@ def tqdm(*args: Any, disable: bool = False, **kwargs: Any) -> Any:
     if disable or _are_bars_disabled():
         kwargs["disable"] = True  # passing False on would overrule TQDM_DISABLE
     return auto.tqdm(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_bars_of_libraries() -> Iterator[None]:
+    """
+    Runs a block without the progress bars of datasets and transformers, which a run would show for every selection of
+    rows, load and save. Ours, Trainer's and those of downloads stay, and so do all warnings.
+    """
+    import datasets
+    from transformers.utils import logging as of_transformers
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    before = of_transformers.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
+    try:
+        yield
+    finally:
+        of_transformers.set_tqdm_hook(before)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def without_warnings_of_transformers() -> Iterator[None]:
+    """Runs a block without warnings of transformers, whose report of what a checkpoint lacks the block replaces."""
+    from transformers.utils import logging as of_transformers
+
+    verbosity = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(verbosity)
 
 
 def _are_bars_disabled() -> bool:

@@ -87,15 +87,20 @@ class Computing:
     Args:
         mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`, as accelerate takes it.
         num_threads (`int`, *optional*): Number of PyTorch's threads on a CPU; None leaves it as it is.
+        earlier (sequence of `(str, int)`): Other precisions that the run began in, each with the step until which it
+            had them, in their order.
     """
 
     FILE: ClassVar[str] = "computing.json"  # in a checkpoint
 
     mixed_precision: Precision
     num_threads: int | None = None
+    earlier: tuple[tuple[Precision, int], ...] = ()
 
     @classmethod
-    def choose(cls, requested: str, device_type: str, hidden_size: int, checkpoint: Path | None = None) -> "Computing":
+    def choose(
+        cls, requested: str, device_type: str, hidden_size: int, checkpoint: Path | None = None, step: int = 0
+    ) -> "Computing":
         """
         Chooses how a run computes, or goes on as its checkpoint began.
 
@@ -105,6 +110,7 @@ class Computing:
             hidden_size (`int`): Hidden size of the model to be trained.
             checkpoint (`Path`, *optional*): Folder of the checkpoint that is resumed; one of an older version has no
                 record.
+            step (`int`, *optional*, defaults to 0): Steps that the checkpoint has behind it.
         """
         recorded: dict[str, Any] = {}
         if checkpoint is not None and (checkpoint / cls.FILE).exists():
@@ -112,11 +118,20 @@ class Computing:
         if requested == "auto":
             requested = recorded.get("mixed_precision", "auto")
         precision = resolve_precision(requested, device_type, hidden_size)
+        earlier = [(before, until) for before, until in recorded.get("earlier", [])]
+        if recorded.get("mixed_precision", precision) != precision:
+            earlier.append((recorded["mixed_precision"], step))
         threads = None
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # the user or the launcher may have set it
             small = hidden_size < TWO_THREADS_FROM_HIDDEN_SIZE
             threads = min(recorded.get("num_threads") or (1 if small else torch.get_num_threads()), available_cpus())
-        return cls(precision, threads)
+        return cls(precision, threads, tuple(earlier))
+
+    def warn_of_change(self, step: int):
+        """Warns where the run goes on from this step in another precision than it had."""
+        if self.earlier and self.earlier[-1][1] == step:
+            before, now = PRECISIONS[self.earlier[-1][0]], PRECISIONS[self.mixed_precision]
+            logger.warning(f"Until step {step:,} the precision was {before}; from here on it is {now}.")
 
     def save(self, checkpoint: Path):
         """Writes the choice into the folder of a checkpoint."""

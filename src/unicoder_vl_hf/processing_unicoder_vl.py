@@ -16,6 +16,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .feature_extraction_unicoder_vl import RegionRecord, UnicoderVLFeatureExtractor, is_region_record
+from .records_unicoder_vl import check_several
 
 # A tokenizer passes over what it does not know: a misspelt argument would change nothing, and say nothing.
 _TOKENIZER_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.__call__).parameters, "split_special_tokens"}
@@ -152,9 +153,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             if len(records) == 1:
                 records *= num_texts
             if num_texts != len(records):
-                raise ValueError(
-                    f"{num_texts} texts but {len(records)} images: give one image for each text, or one for all."
-                )
+                raise ValueError(_numbers_differ(text, num_texts, len(records)))
             data.update(self.feature_extractor(records, return_tensors=return_tensors))
         return BatchFeature(data)
 
@@ -186,6 +185,7 @@ class UnicoderVLProcessor(ProcessorMixin):
 
     def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
         """Counts the texts that have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
+        check_several("texts", texts)
         count = 0
         for start in range(0, len(texts), 10_000):
             batch = list(texts[start : start + 10_000])
@@ -237,6 +237,16 @@ class UnicoderVLProcessor(ProcessorMixin):
         if provenance is not None:
             self._checked_stores.target.append(store)
             self.feature_extractor.check_provenance(provenance)
+
+
+def _numbers_differ(text: Any, num_texts: int, num_images: int) -> str:
+    if num_texts > 1:
+        return f"{num_texts} texts but {num_images} images: give one image for each text, or one for all."
+    caption = text if isinstance(text, str) else text[0]
+    return (
+        f"1 text but {num_images} images: give a text for each image, such as the same for all, [{caption!r}] * "
+        f"{num_images}; for the scores of every text with every image see ImageTextScorer."
+    )
 
 
 def _check_texts(text: str | Sequence[str]) -> None:

@@ -279,6 +279,20 @@ def is_region_record(value: Any) -> TypeGuard[RegionRecord]:
     return any(cls.__name__ == "RegionRecord" for cls in type(value).__mro__)
 
 
+def check_several(name: str, given: Any) -> None:
+    """
+    Checks that an argument holds several texts, image ids or records: the letters of a text given alone would be taken
+    for them.
+
+    Raises:
+        ValueError: One is given alone; the message names the argument, the value and the list to give.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        raise ValueError(f"{name} is {given!r}, expected several: give a list, [{given!r}].")
+    if is_region_record(given):
+        raise ValueError(f"{name} is the record of image {given.image_id!r}, expected several: give a list, [record].")
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)

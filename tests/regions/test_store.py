@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
 from unicoder_vl_hf.regions import shards as shards_module
 from unicoder_vl_hf.regions import store as store_module
+from unicoder_vl_hf.regions.editing import subset_store
 from unicoder_vl_hf.regions.tensor_files import TensorFileWriter
 
 
@@ -50,6 +51,15 @@ def test_get_many_keeps_the_order_asked_for(small):
     for number, record in zip(numbers, small.get_many(make(n).image_id for n in numbers), strict=True):
         assert_same(record, make(number))
     assert small.get_many([]) == []
+
+
+def test_one_image_id_is_no_list(tmp_path):
+    """Its letters may be ids, too."""
+    store = write_store([RegionRecord(letter, features=np.ones((1, 2))) for letter in "cat"], tmp_path / "store")
+    calls = [store.get_many, store.will_need, store.region_counts, store.highest_object_ids]
+    for call in [*calls, lambda image_ids: subset_store(store.path, image_ids, tmp_path / "subset")]:
+        with pytest.raises(ValueError, match=r"image_ids is 'cat', expected several: give a list, \['cat'\]"):
+            call("cat")
 
 
 def test_what_was_announced_is_asked_for_once(small, monkeypatch):

@@ -1,6 +1,7 @@
 """What every training script starts from: options in either spelling, and what is said before the first step."""
 
 import functools
+import logging
 
 import pytest
 import small_world
@@ -277,3 +278,21 @@ def test_other_captions_of_the_same_number_are_another_run(world, bert, tmp_path
     options |= {"captions": changed, "resume_from_checkpoint": tmp_path / "run" / "checkpoint-2"}
     with pytest.raises(ValueError, match=r"another run.*train_pairs_sha256"):
         run("run_pretraining", small_world.arguments(world, bert, tmp_path / "run", **options))
+
+
+def test_what_a_checkpoint_lacks_is_said_in_a_line(world, bert, tmp_path, caplog, monkeypatch):
+    """But for a first stage, which was asked for; and transformers logs no table of its own."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions")}
+    arguments = RetrievalArguments(**config, model_name_or_path=str(bert))
+    made = prepare_retrieval(arguments, tmp_path, seed=0)
+    for name, model in (("whole", made.model), ("encoder", made.model.bert)):
+        model.save_pretrained(tmp_path / name)
+        made.processor.save_pretrained(tmp_path / name)
+        arguments = RetrievalArguments(**config, model_name_or_path=str(tmp_path / name), contrastive_weight=1.0)
+        caplog.clear()
+        assert prepare_retrieval(arguments, tmp_path, seed=0).model.first_stage is not None
+        said = [record.message for record in caplog.records if "new parameters" in record.message]
+        head = "new parameters ['matching_head.bias', 'matching_head.weight']."
+        assert [text.partition(": ")[2] for text in said] == ([head] if name == "encoder" else [])
+        assert "REPORT" not in caplog.text and "are cut" not in caplog.text

@@ -317,6 +317,29 @@ def test_what_is_refused(model, change, message):
         scorer(model).score(**{"captions": CAPTIONS, "images": IMAGES, **change})
 
 
+def test_one_caption_or_image_is_no_list(model):
+    """Its letters, which are texts and might be ids, are not scored."""
+    letters = {letter: tiny.record(letter) for letter in "cat"}
+    several = ImageTextScorer(model, tiny.processor(), letters, verbose=False)
+    calls = [
+        lambda captions, images: several.score(captions, images),
+        lambda captions, images: several.score_pairs(captions, images, [0], [0]),
+        lambda captions, images: several.plan(captions, images),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"captions is 'cat', expected several: give a list, \['cat'\]"):
+            call("cat", list(letters))
+        with pytest.raises(ValueError, match=r"images is 'cat', expected several: give a list, \['cat'\]"):
+            call(["a dog"], "cat")
+        with pytest.raises(ValueError, match=r"images is the record of image 'c'.*\[record\]"):
+            call(["a dog"], letters["c"])
+    for images in ("cat", letters["c"]):
+        with pytest.raises(ValueError, match=r"images is .*give a list"):
+            several.rank("a dog", images)
+    with pytest.raises(ValueError, match="captions is 'cat'"):
+        several.rank_captions("c", "cat")
+
+
 def test_what_else_is_refused(model):
     with pytest.raises(KeyError):
         scorer(model).score(CAPTIONS, ["image 99"])

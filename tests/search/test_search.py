@@ -479,6 +479,19 @@ def test_numbers_below_one_are_refused(folder, indices):
             search([CAPTIONS[0]], indices["images"], encoder, scorer, **options)
 
 
+def test_one_query_caption_or_image_is_no_list(folder, indices, clip, tmp_path):
+    encoder, scorer, store = parts(folder)
+    calls = [clip.embed_captions, clip.embed_images, encoder.embed_captions, encoder.embed_images]
+    calls += [lambda one, index=index: search(one, index, encoder, scorer) for index in indices.values()]
+    calls += [lambda one: build_index(encoder, store, tmp_path / "index", captions=one)]
+    calls += [lambda one: build_index(encoder, store, tmp_path / "index", image_ids=one)]
+    for call in calls:
+        with pytest.raises(ValueError, match=r" is 'cat', expected several: give a list, \['cat'\]"):
+            call("cat")
+    with pytest.raises(ValueError, match="queries is the record of image"):
+        search(store[IMAGES[0]], indices["captions"], encoder, scorer)
+
+
 def test_a_table_says_what_its_score_is():
     hits = [Hit("a dog", 12.5, 0.25, 10.0), Hit("a cat", -1.0, 0.5, -6.0)]
     plain = [

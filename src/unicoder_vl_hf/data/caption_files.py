@@ -540,8 +540,9 @@ def _no_column(place: str | PathLike[str], name: str, columns: Iterable[str]) ->
 
 def _no_split_column(place: str | PathLike[str], columns: Iterable[str]) -> str:
     return (
-        f"{place}: no column 'split'; the columns are {list(columns)}. Add it: train, val or test for each caption. "
-        "COCO's json and Flickr's .token have no place for it: write what read_captions gives as jsonl, and the column."
+        f"{place}: no column 'split'; the columns are {list(columns)}. `unicoder-vl prepare` writes captions with it. "
+        "Or add it, train, val or test for each caption; COCO's json and Flickr's .token have no place for it: write "
+        "what read_captions gives as jsonl, and the column."
     )
 
 

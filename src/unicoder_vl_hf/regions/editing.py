@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import logging
 from ..files import begun_anew, complete, partial_path, say_finished, sync_folder, write_json
+from ..records_unicoder_vl import check_several
 from .shards import (
     FORMAT_VERSION,
     INDEX,
@@ -232,6 +233,7 @@ def _remove(folder: Path) -> None:
 
 def _numbers(store: RegionStore, image_ids: Iterable[str]) -> np.ndarray:
     """Gives the places of images in the store, sorted, each once."""
+    check_several("image_ids", image_ids)
     return np.unique(np.fromiter(map(store.number_of, image_ids), np.int64))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+from ..records_unicoder_vl import check_several
 from .shards import INDEX, MANIFEST, Index, Shards, read_manifest
 
 CARD, SHARDS = "README.md", "regions-*.safetensors"
@@ -95,6 +96,7 @@ def fetch_store(
     shards = Shards(folder, manifest["shards"])
     numbers: Iterable[int] = range(len(shards))
     if image_ids is not None:
+        check_several("image_ids", image_ids)
         index = Index(folder, manifest["images"])
         numbers = sorted({shards.number_of(index.number_of(image_id)) for image_id in image_ids})
     names = [shards.facts[number]["file"] for number in numbers]

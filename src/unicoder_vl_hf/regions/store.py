@@ -27,7 +27,7 @@ import numpy as np
 
 from .._version import package_version
 from ..files import json_digest, locked, make_folder, write_json
-from ..records_unicoder_vl import RegionRecord, is_region_record
+from ..records_unicoder_vl import RegionRecord, check_several, is_region_record
 from .shards import (
     FORMAT_VERSION,
     LARGEST,
@@ -127,6 +127,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         Reads the records of images, in the order of `image_ids`; the kernel fetches them all at once, in disk order.
         Raises KeyError where no image has an id.
         """
+        check_several("image_ids", image_ids)
         image_ids = list(image_ids)
         wanted = set(image_ids)
         numbers = {image_id: n for image_id in wanted if (n := self._coming.pop(image_id, None)) is not None}
@@ -156,6 +157,7 @@ class RegionStore(Mapping[str, RegionRecord]):
 
     def _fetch(self, image_ids: Iterable[str]) -> dict[str, int]:
         """Has the kernel fetch images, in disk order, and gives their numbers."""
+        check_several("image_ids", image_ids)
         numbers = {image_id: self.number_of(image_id) for image_id in image_ids}
         for number in sorted(numbers.values()):
             shard, row = self.shards.find(number)
@@ -179,6 +181,7 @@ class RegionStore(Mapping[str, RegionRecord]):
 
     def _from_tables(self, image_ids: Iterable[str], table: Callable[[Shard], np.ndarray]) -> np.ndarray:
         """The integer of each image in a table that every shard has for all of its images."""
+        check_several("image_ids", image_ids)
         numbers = np.fromiter(map(self.number_of, image_ids), np.int64)
         shard_of = np.searchsorted(self.shards.starts, numbers, side="right") - 1
         values = np.empty(len(numbers), np.int64)

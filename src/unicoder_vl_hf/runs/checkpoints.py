@@ -93,6 +93,13 @@ class CheckpointFolder:
             raise ValueError(f"{requested} is no checkpoint of a run: it has no {self.state_file}.")
         return Path(requested)
 
+    def step_of(self, checkpoint: Path | None) -> int:
+        """Reads how many steps a checkpoint has behind it; 0 for None, where a run begins."""
+        if checkpoint is None:
+            return 0
+        state = json.loads((checkpoint / self.state_file).read_text(encoding="utf-8"))
+        return state["step"] if "step" in state else state["global_step"]  # of our loop, or of Trainer
+
     def check_steps(self, requested: str | None, checkpoint: Path, planned: int, before: int) -> bool:
         """
         Tells whether a resumed run is to take more steps than it was to take before: its schedule then changes.
@@ -107,7 +114,8 @@ class CheckpointFolder:
             `ValueError`: fewer steps are asked for than before.
         """
         if requested == "latest" and planned <= before and self.is_finished():
-            raise FinishedRun(self._finished(has_checkpoint=True))
+            fewer = f"It was a run of {before:,} steps; {planned:,} are fewer. " if planned < before else ""
+            raise FinishedRun(self._finished(has_checkpoint=True, steps=fewer))
         if planned < before:
             raise ValueError(
                 f"{checkpoint} is of a run of {before:,} steps, which cannot become one of {planned:,}: its learning "
@@ -124,7 +132,7 @@ class CheckpointFolder:
         """Makes a finished run an unfinished one, by removing its card, until it is written again."""
         (self.output_dir / CARD_FILE).unlink(missing_ok=True)
 
-    def _finished(self, has_checkpoint: bool) -> str:
+    def _finished(self, has_checkpoint: bool, steps: str = "") -> str:
         more = (
             "Take another --output_dir, or ask for more steps: a larger --num_train_epochs or --max_steps, with "
             "--resume_from_checkpoint latest."
@@ -132,7 +140,7 @@ class CheckpointFolder:
             else "It has no checkpoint from which more steps could go on. Take another --output_dir, with "
             f"--model_name_or_path {self.output_dir} to begin with its weights."
         )
-        return f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. {more}"
+        return f"{self.output_dir} holds a finished run, with its model: there is nothing left to train. {steps}{more}"
 
     def read(self, checkpoint: Path, identity: dict[str, Any]) -> dict[str, Any]:
         """

@@ -78,6 +78,8 @@ class TrainingRun:
         mixed_precision (`str`): The precision as accelerate names it, `"no"`, `"bf16"` or `"fp16"`.
         rows (`str`, *optional*): The word for what a batch counts.
         kept_step (`int`, *optional*): The step whose model was kept, if it is not the last.
+        earlier_precisions (sequence of `(str, int)`, *optional*): Other precisions that it began in, each with the step
+            until which it had them, as [`Computing`] records them.
     """
 
     steps: int
@@ -88,15 +90,21 @@ class TrainingRun:
     mixed_precision: str
     rows: str = "pairs"
     kept_step: int | None = None
+    earlier_precisions: Sequence[tuple[str, int]] = ()
 
     def __str__(self) -> str:
         kept = "" if self.kept_step in (None, self.steps) else f"; the model is that of step {self.kept_step:,}"
+        precisions = [
+            f"{PRECISIONS.get(precision, precision)} until step {step:,}" for precision, step in self.earlier_precisions
+        ]
+        if not self.earlier_precisions or self.earlier_precisions[-1][1] < self.steps:
+            precisions.append(PRECISIONS.get(self.mixed_precision, self.mixed_precision))
         return "\n".join([
             f"- Steps: {self.steps:,} of {self.batch_size:,} {self.rows} (over all processes){kept}",
             f"- Epochs: {round(self.epochs, 2):g}",
             f"- Learning rate: {self.learning_rate:g} at its peak",
             f"- Seed: {self.seed}",
-            f"- Precision: {PRECISIONS.get(self.mixed_precision, self.mixed_precision)}",
+            f"- Precision: {', then '.join(precisions)}",
         ])  # fmt: skip
 
 

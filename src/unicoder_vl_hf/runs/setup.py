@@ -40,9 +40,11 @@ def check_object_ids(store: RegionStore, image_ids: Sequence[str], num_classes: 
     highest = store.highest_object_ids(image_ids)
     lacking, wrong = np.flatnonzero(highest == NO_OBJECT_IDS), np.flatnonzero(highest >= num_classes)
     if len(lacking) > 0:
+        of_grid = str(store.provenance["detector"]).startswith("grid:")  # which has no classifier
+        ways = "Leave it out" if of_grid else "Add them with `unicoder-vl label`, or leave it out"
         raise ValueError(
-            f"{store.path}, image {image_ids[lacking[0]]!r}{_one_of(lacking)}: the record has no object_ids, "
-            "which masked object classification predicts. Add them with `unicoder-vl label`, or leave it out: --no_moc."
+            f"{store.path}, image {image_ids[lacking[0]]!r}{_one_of(lacking)}: the record has no object_ids, which "
+            f"masked object classification predicts. {ways}: --no_moc."
         )
     if len(wrong) > 0:
         raise ValueError(
@@ -96,9 +98,21 @@ class CaptionedRegions:
     path: Path
     name: str
 
-    def validation(self, split: str) -> datasets.Dataset:
-        """Gives the captions of a split to validate on, and warns if its images are trained on, too."""
-        rows = select_split(self.captions, self.path, split)
+    def validation(self, split: str, without: str | None = None) -> datasets.Dataset:
+        """
+        Gives the captions of a split to validate on, and warns if its images are trained on, too.
+
+        Raises:
+            `ValueError`: there is no such split; `without` is the option that does without one, as the error names it.
+        """
+        try:
+            rows = select_split(self.captions, self.path, split)
+        except ValueError as error:
+            if without is None:
+                raise
+            raise ValueError(
+                f"{error} Name the one to validate on with --validation_split, or do without: {without}."
+            ) from error
         images = rows.unique("image_id")
         if trained := len(set(images).intersection(self.train.unique("image_id"))):
             logger.warning(
@@ -254,7 +268,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **fields}
         model = model_class(UnicoderVLConfig(**config))
     elif is_unicoder_vl(name):
-        model = model_class.from_pretrained(name, **fields)
+        model = _load_quietly(model_class, name, fields)
         _check_unchanged(arguments, model)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
@@ -271,6 +285,21 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         )
     if model.config.padding_free is None:  # evaluating, too, reads nothing of padding
         model.config.padding_free = True
+    return model
+
+
+def _load_quietly(model_class: type[Model], name: str, fields: dict[str, Any]) -> Model:
+    """
+    Loads a Unicoder-VL, and warns in one line of what the checkpoint lacks, where transformers reports a table. A first
+    stage that is new was asked for.
+    """
+    with logging.without_warnings_of_transformers():
+        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **fields)
+    model, report = loaded
+    if new := sorted(key for key in report["missing_keys"] if not key.startswith("first_stage.")):
+        logger.warning(f"{model_class.__name__} from {name}: new parameters {new}.")
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning(f"{model_class.__name__} from {name}: left unused in the checkpoint {unused}.")
     return model
 
 
@@ -305,10 +334,10 @@ def load_processor(arguments: DataArguments, data: CaptionedRegions) -> Unicoder
     """
     processor = processor_for(arguments, data.store, data.train.unique("image_id"))
     check_tokens(data.captions, processor.tokenizer, data.path)
-    cut = processor.count_truncated(data.train["caption"], arguments.max_length)
-    logger.warning(
-        f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
-    )
+    if cut := processor.count_truncated(data.train["caption"], arguments.max_length):
+        logger.warning(
+            f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
+        )
     return processor
 
 

@@ -74,7 +74,8 @@ class TaskTrainer(Trainer):
     ):
         undecided = cast(bool | None, args.bf16) is None and not args.fp16
         asked = "auto" if undecided else args.mixed_precision
-        self.computing = Computing.choose(asked, args.device.type, setup.model.config.hidden_size, resume_from)
+        step = trainer_checkpoints(args).step_of(resume_from)
+        self.computing = Computing.choose(asked, args.device.type, setup.model.config.hidden_size, resume_from, step)
         args.mixed_precision = self.computing.mixed_precision
         args.bf16, args.fp16 = (args.mixed_precision == name for name in ("bf16", "fp16"))
         super().__init__(
@@ -122,6 +123,7 @@ class TaskTrainer(Trainer):
             self._goes_further = checkpoints.check_steps(requested, self._resumed_from, values[-1], before.max_steps)
             if self._goes_further:
                 checkpoints.reopen()
+            self.computing.warn_of_change(before.global_step)
         return values
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -161,6 +163,7 @@ class TaskTrainer(Trainer):
             learning_rate=args.learning_rate,
             seed=args.seed,
             mixed_precision=self.accelerator.mixed_precision,
+            earlier_precisions=self.computing.earlier,
             rows=self.setup.rows,
             kept_step=state.best_global_step if args.load_best_model_at_end else None,
         )

@@ -25,7 +25,7 @@ from ..files import json_digest
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
-from ..records_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.store import RegionStore, manifest_checksum
 from .blocks import BlockFolder, job_of
 from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
@@ -202,8 +202,8 @@ class ImageTextScorer:
             `np.ndarray` of shape `(C, M)`, float32; higher = better match. With `output_dir` a memory map.
 
         Raises:
-            `ValueError`: an empty caption or list, a caption longer than the model's positions, or an `output_dir` of
-            another job, naming what differs.
+            `ValueError`: an empty caption or list, one caption or image that is in no list, a caption longer than the
+            model's positions, or an `output_dir` of another job, naming what differs.
             `KeyError`: an image id that the store lacks.
         """
         items = _Items(self.processor, self.store, captions, images, max_length)
@@ -238,8 +238,9 @@ class ImageTextScorer:
 
     def rank(self, caption: str, images: Sequence[str | RegionRecord], top_k: int = 10) -> list[tuple[str, float]]:
         """Finds the images that match a caption best: ids with scores, the best first (of equal ones the earlier)."""
+        scores = self.score([caption], images)[0]
         ids = [image if isinstance(image, str) else image.image_id for image in images]
-        return _best(ids, self.score([caption], images)[0], top_k)
+        return _best(ids, scores, top_k)
 
     def rank_captions(
         self, image: str | RegionRecord, captions: Sequence[str], top_k: int = 10
@@ -339,6 +340,8 @@ class _Items:
         images: Sequence[str | RegionRecord],
         max_length: int,
     ):
+        check_several("captions", captions)
+        check_several("images", images)
         if len(images) == 0:
             raise ValueError("images is empty: give at least one image.")
         self.processor = processor

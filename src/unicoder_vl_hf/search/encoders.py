@@ -15,7 +15,7 @@ from .. import logging
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
-from ..records_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.store import RegionStore
 from ..runs.setup import is_unicoder_vl
 from ..scoring.checkpoints import load_for_store, weights_digest
@@ -149,11 +149,13 @@ class TransformersDualEncoder:
 
     def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
         """Embeds captions, see [`DualEncoder`]."""
+        check_several("captions", captions)
         lengths = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
         return self._embed(captions, lambda some: {"text": list(some), **lengths}, self.model.get_text_features)
 
     def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
         """Embeds photos by their ids, see [`DualEncoder`]. Raises ValueError if no photos were given."""
+        check_several("image_ids", image_ids)
         if self.photo is None:
             raise ValueError(f"{self.name} embeds photos, and none were given.")
         photo = self.photo
@@ -295,6 +297,7 @@ def text_states(
     max_length: int = 44,
 ) -> torch.Tensor:
     """Encodes each caption alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
+    check_several("captions", captions)
     states = torch.empty(len(captions), model.config.hidden_size)
     batches = _alike([len(caption) for caption in captions])
     with evaluating(model):
@@ -313,6 +316,7 @@ def image_states(
     store: Mapping[str, RegionRecord] | None = None,
 ) -> torch.Tensor:
     """Encodes each image alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""
+    check_several("images", images)
     states = torch.empty(len(images), model.config.hidden_size)
     starts = range(0, len(images), READ_AT_ONCE)
     with evaluating(model):

@@ -24,6 +24,7 @@ from .. import logging
 from ..extras import optional_import
 from ..files import json_digest, write_json
 from ..processes import start_processes
+from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile
 from ..scoring.blocks import BlockFolder
@@ -172,6 +173,8 @@ def build_index(
     Raises:
         `ValueError`: `output` holds something else, there is nothing to index, or an earlier call began another job.
     """
+    check_several("image_ids", image_ids)
+    check_several("captions", captions)
     output = Path(output)
     items: Items = "images" if captions is None else "captions"
     chosen = store if image_ids is None else image_ids

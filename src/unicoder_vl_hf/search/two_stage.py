@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from ..records_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.store import RegionStore
 from ..scoring.scorer import ImageTextScorer
 from .encoders import DualEncoder, UnicoderVLDualEncoder
@@ -116,6 +116,7 @@ def search(
         `ValueError`: `top_k` or `candidates` is below 1, the weight is below 0, or the index is of another checkpoint
         or store.
     """
+    check_several("queries", queries)
     if min(top_k, candidates) < 1:
         raise ValueError(f"top_k={top_k}, candidates={candidates}; expected at least 1 of each.")
     weight = SimilarityWeight.of(similarity_weight, encoder, scorer).value

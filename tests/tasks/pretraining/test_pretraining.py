@@ -389,14 +389,15 @@ def test_validation_pairs_are_drawn_evenly(world, bert, tmp_path):
 
 
 def test_unknown_split(world, bert, tmp_path):
-    with pytest.raises(ValueError, match=r"no split 'dev'; its splits are train, val, test"):
+    ways = r"--validation_split, or do without: --max_validation_pairs 0"
+    with pytest.raises(ValueError, match=rf"no split 'dev'; its splits are train, val, test\. .*{ways}\.$"):
         prepare_pretraining(on_world(world, bert, validation_split="dev"), tmp_path, seed=0)
 
 
 def test_captions_without_splits(world, bert, tmp_path):
     captions = tmp_path / "captions.jsonl"
     captions.write_text(json.dumps({"image_id": "train-00000", "caption": "a red circle"}) + "\n")
-    with pytest.raises(ValueError, match=r"captions.jsonl: no column 'split'"):
+    with pytest.raises(ValueError, match=r"captions.jsonl: no column 'split'.*`unicoder-vl prepare`"):
         prepare_pretraining(dataclasses.replace(on_world(world, bert), captions=str(captions)), tmp_path, seed=0)
 
 
@@ -773,6 +774,8 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path):
     checkpoint = folder.resolve("latest")
     with pytest.raises(FinishedRun, match=r"nothing left to train.*a larger --num_train_epochs or --max_steps"):
         folder.check_steps("latest", checkpoint, 5, 5)
+    with pytest.raises(FinishedRun, match=r"nothing left to train. It was a run of 5 steps; 3 are fewer. Take another"):
+        folder.check_steps("latest", checkpoint, 3, 5)
     assert folder.resolve(str(tmp_path / "checkpoint-5")).name == "checkpoint-5"
     assert not folder.check_steps(str(checkpoint), checkpoint, 5, 5)  # who names it means it
     shutil.rmtree(checkpoint)

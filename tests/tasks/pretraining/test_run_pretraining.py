@@ -455,7 +455,7 @@ def test_two_processes_equal_one(script, command, tmp_path, plain):
     assert process.returncode == 0, output
     assert output.count(f"{script}: world size 2") == 2 * 3, output
     if script == "run_pretraining":
-        assert output.count("40 steps of 4 of 80 pairs; processes: 2,") == 3
+        assert output.count("40 steps, 4 pairs each, of 80 pairs; processes: 2,") == 3
         # Losses and evaluation are over all processes.
         for line, other in zip(log_of(tmp_path / "dry"), log_of(plain), strict=True):
             assert line == pytest.approx(other, abs=2e-4)
@@ -487,6 +487,11 @@ def test_regions_without_classes(script, command, world, tmp_path):
     options = {"regions": tmp_path / "bare", "max_steps": 2}
     with pytest.raises(ValueError, match=r"has no object_ids.*unicoder-vl label.*--no_moc"):
         run(script, command(script, tmp_path / "with", **options))
+    with RegionStoreWriter(tmp_path / "cells", detector="grid:resnet", detector_revision="1") as writer:
+        for record in RegionStore(tmp_path / "bare").values():
+            writer.write(record)
+    with pytest.raises(ValueError, match=r"has no object_ids, which masked object classification predicts\. Leave it"):
+        run(script, command(script, tmp_path / "with", **options | {"regions": tmp_path / "cells"}))
     run(script, command(script, tmp_path / "without", no_moc=True, **options))
     assert (tmp_path / "without" / "model.safetensors").exists()
 

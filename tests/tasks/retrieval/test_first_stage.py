@@ -1,5 +1,6 @@
 """The first stage: embeddings of one modality alone, the contrastive loss, and training it along or alone."""
 
+import dataclasses
 import math
 
 import datasets
@@ -475,6 +476,8 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         "has no split 'dev'; its splits are train, val, test. The weight of the similarity in a search will not be"
         in (caplog.text)
     )
+    with pytest.raises(ValueError, match=r"no split 'dev'.*--validation_split, or .*: --max_validation_images 0\.$"):
+        prepare_retrieval(dataclasses.replace(lost, max_validation_images=5), world.parent / "run", seed=0)
     assert along.loss == TwoStageLoss(HardestNegativeLoss(), 0.5)
     assert along.loss(along.model, along.collator([along.train[row] for row in (0, 7)])).isfinite()
     options["model_name_or_path"] = str(world.parent / "checkpoint")

@@ -182,8 +182,9 @@ class PretrainingLoop:
         self.log = JsonLog(self.output_dir / "log.jsonl", accelerator, resume_step=self.step)
         if args.report_to != "none":
             accelerator.init_trackers("pretraining", {**asdict(self.data_args), **asdict(args)})
+        steps = "1 step" if self.total_steps == 1 else f"{self.total_steps:,} steps"
         accelerator.print(
-            f"{self.total_steps:,} steps of {args.train_batch_size} of {len(self.setup.train):,} pairs; processes: "
+            f"{steps}, {args.train_batch_size:,} pairs each, of {len(self.setup.train):,} pairs; processes: "
             f"{accelerator.num_processes}, {self.computing}"
         )
         if args.eval_on_start and self.step == 0:
@@ -227,6 +228,7 @@ class PretrainingLoop:
             follow_schedule(self.scheduler)
             self.checkpoints.reopen()
         logger.warning(f"Resumed from {checkpoint} after {self.step:,} of {self.total_steps:,} steps.")
+        self.computing.warn_of_change(self.step)
 
     def _train(self) -> None:
         """Takes the steps that are left, or as many as Ctrl-C lets it; a checkpoint follows the last."""
@@ -304,6 +306,7 @@ class PretrainingLoop:
                 learning_rate=self.args.learning_rate,
                 seed=self.args.seed,
                 mixed_precision=self.accelerator.mixed_precision,
+                earlier_precisions=self.computing.earlier,
             )
             finish_run(
                 self.output_dir,

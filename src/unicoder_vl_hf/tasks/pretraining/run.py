@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None) -> bool:
     with processes.main_process_first():
         setup = prepare_pretraining(data_args, output_dir, seed=args.seed)
     computing = Computing.choose(
-        args.mixed_precision, processes.device.type, setup.model.config.hidden_size, resume_from
+        args.mixed_precision,
+        processes.device.type,
+        setup.model.config.hidden_size,
+        resume_from,
+        args.checkpoints.step_of(resume_from),
     )
     accelerator = new_accelerator(
         computing, log_with=None if args.report_to == "none" else args.report_to, project_dir=str(output_dir)

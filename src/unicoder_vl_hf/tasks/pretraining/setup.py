@@ -107,7 +107,7 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
     store, train = data.store, data.train
     validation = None
     if arguments.max_validation_pairs > 0:
-        validation = data.validation(arguments.validation_split)
+        validation = data.validation(arguments.validation_split, without="--max_validation_pairs 0")
         step = max(1, math.ceil(len(validation) / arguments.max_validation_pairs))
         validation = validation.select(range(0, len(validation), step))
 

@@ -264,7 +264,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
 def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets.Dataset | None:
     """Gives the validation split. It may be missing if only the weight would be measured on it, which is then not."""
     if arguments.max_validation_images > 0:
-        return data.validation(arguments.validation_split)
+        return data.validation(arguments.validation_split, without="--max_validation_images 0")
     if arguments.contrastive_weight == 0:
         return None
     try:
