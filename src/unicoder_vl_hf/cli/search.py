@@ -48,7 +48,7 @@ def _search_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--image",
         metavar="FILE",
-        help="search captions instead, by a photo of the store (see --photos), or a saved record",
+        help="search captions instead, by a copy of a photo of --photos, or a saved record",
     )
     parser.add_argument("--image-id", metavar="ID", help="search captions instead, by an image of the store")
     parser.add_argument("--index", help="index of images, or of captions for --image and --image-id")

@@ -133,8 +133,10 @@ def _inspect(args: Namespace) -> None:
         from ..pictures import draw_regions
 
         draw_regions(opened[0], record).save(args.output)
-        checked = "" if record.image_width else " (whose size the record does not know, so it may be another photo)"
-        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo}{checked}: {args.output}")
+        checked = "only its size could be compared"
+        if record.image_width is None or record.image_height is None:
+            checked = "the record does not know its size, so nothing could be compared"
+        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo} ({checked}): {args.output}")
 
 
 def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":

@@ -287,7 +287,7 @@ def _query(
 def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
     """
     Finds the id of the stored image whose photo a file is. Its name only tells which that could be: the photo must have
-    the size that the store knows, and the bytes of the photo of that id.
+    the size that the store knows, and the bytes of the photo of that id, which must be another file.
 
     Raises:
         `ValueError`: the file is no photo, or not shown to be that of a stored image.
@@ -303,9 +303,8 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
         f"extract {path} NEW …`, in Python RegionStore('NEW')[{path.stem!r}].save('regions.npz'), then --image "
         "regions.npz."
     )
-    names = [path.stem, path.name]
-    if photos is not None and path.resolve().is_relative_to(Path(photos.path).resolve()):
-        names.append(path.resolve().relative_to(Path(photos.path).resolve()).as_posix())
+    parts = Path(os.path.abspath(path)).parts
+    names = [*("/".join(parts[start:]) for start in range(1, len(parts))), path.stem]  # an id may be a path
     image_id = next((name for name in names if name in store), None)
     if image_id is None:
         raise ValueError(
@@ -319,12 +318,12 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
             f"--image {path} is not the photo of the image {image_id!r} of {store.path}: it has {size[0]} x {size[1]} "
             f"pixels, that has {known[0]} x {known[1]}. {extract} {named}"
         )
-    if photos is None or image_id not in photos:
-        where = "" if photos is None else f", and {photos.path} has no photo of that id to compare it with"
+    unproved = _why_unproved(path, image_id, photos)
+    if photos is None or unproved is not None:
         raise ValueError(
             f"--image {path} has the name of the image {image_id!r} of {store.path}, which does not show that it is "
-            f"its photo{where}. Give --photos, which the store was made of, and the two are compared; or, if you know "
-            f"that it is: --image-id {image_id}. If it is another photo: {extract}"
+            f"its photo{unproved}. Give --photos, which the store was made of, and the two are compared; or, if you "
+            f"know that it is: --image-id {image_id}. If it is another photo: {extract}"
         )
     if photos.read(image_id) != path.read_bytes():
         raise ValueError(
@@ -332,6 +331,18 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
             f"other bytes. {extract} {named}"
         )
     return image_id
+
+
+def _why_unproved(path: Path, image_id: str, photos: Photos | None) -> str | None:
+    """Says why the bytes of a file cannot show whose photo it is; None where they can be compared with another file."""
+    if photos is None:
+        return ""
+    if image_id not in photos:
+        return f", and {photos.path} has no photo of that id to compare it with"
+    file = Path(photos.file(image_id))
+    if file.is_file() and file.samefile(path):
+        return f", and the photo of that id in {photos.path} is this very file, which would be compared with itself"
+    return None
 
 
 def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]) -> list[Hit]:
