@@ -91,6 +91,15 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     assert "format    lxmert-tsv\nimages    2 looked at, there are more" in capsys.readouterr().out
 
 
+def test_inspect_counts_repetitions(source, capsys):
+    """A file may name an image twice; a store, whose ids differ, has no such line."""
+    assert main(["inspect", str(source)]) == 0
+    assert "repeated" not in capsys.readouterr().out
+    source.write_text(source.read_text() + source.read_text().splitlines()[0] + "\n")
+    assert main(["inspect", str(source)]) == 0
+    assert f"images    {len(IMAGES) + 1}\nrepeated  1 have the id of an earlier one\n" in capsys.readouterr().out
+
+
 def test_validate_tells_damage_by_its_exit(store, capsys):
     assert main(["validate", str(store)]) == 0
     assert "No problem found." in capsys.readouterr().out

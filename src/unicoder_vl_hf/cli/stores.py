@@ -25,6 +25,9 @@ def _convert_arguments(parser: ArgumentParser) -> None:
         "--skip-broken", action="store_true", help="leave out images that are damaged, and list them in skipped.jsonl"
     )
     parser.add_argument(
+        "--keep-first", action="store_true", help="take the first of images of one id that differ, and list the others"
+    )
+    parser.add_argument(
         "--dtype", default="float16", help="type of the features: float16 (default), bfloat16 or float32"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
@@ -54,6 +57,7 @@ def _convert(args: Namespace) -> None:
         rename=None if args.ids is None else id_mapping(args.ids),
         skip_unmapped=args.skip_unmapped,
         skip_broken=args.skip_broken,
+        keep_first=args.keep_first,
         workers=args.workers,
         resume=args.resume or None,
         restart=args.restart,
