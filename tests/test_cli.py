@@ -91,6 +91,24 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     assert "format    lxmert-tsv\nimages    2 looked at, there are more" in capsys.readouterr().out
 
 
+def test_the_name_that_was_meant_is_asked_for(store, source, tmp_path, capsys):
+    known = str(IMAGES[0].number)
+    for holder, image_id, meant in (
+        (store, f"000{known}", known),
+        (source, IMAGES[0].name[:-1], ""),  # another number
+        (source, IMAGES[0].name.lower().replace("_", "-"), IMAGES[0].name),
+        (store, f"COCO_val2014_{int(known):012d}.jpg", known),
+    ):
+        assert main(["inspect", str(holder), "--image-id", image_id]) == 1
+        error = capsys.readouterr().err
+        assert f"{holder} has no image {image_id!r}; its first is " in error
+        assert error.endswith(f". Did you mean {meant!r}?\n" if meant else ".\n"), error
+    with pytest.raises(SystemExit):
+        main(["extrct", "photos"])
+    assert "there is no command 'extrct', only extract, prepare, " in (error := capsys.readouterr().err)
+    assert error.endswith(" Did you mean 'extract'?\n")
+
+
 def test_inspect_counts_repetitions(source, capsys):
     """A file may name an image twice; a store, whose ids differ, has no such line."""
     assert main(["inspect", str(source)]) == 0

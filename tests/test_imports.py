@@ -48,7 +48,7 @@ LIGHT = {
         f"{command} --help": "usage: unicoder-vl "
         for command in "extract convert export inspect validate compare label merge mine index search vcr-check".split()
     },
-    "serach": "error: argument command: invalid choice: 'serach'",
+    "serach": "error: there is no command 'serach', only extract, ",
     "search --modle": "error: unrecognized arguments: --modle",
     "validate FOLDER/store": "No problem found.",
     "inspect FOLDER/store": "provenance",

@@ -779,6 +779,8 @@ def test_a_file_is_a_photo_and_an_id_an_id(folder, tmp_path, capsys, monkeypatch
     code, output = searched("--image-id", "new.jpg")
     assert code == 1 and "has no image 'new.jpg'; its ids are like ['image 0'," in output
     assert "It is a file: --image new.jpg." in output
+    assert "Did you mean 'image 2'?" in searched("--image-id", "imgae 2")[1]
+    assert "Did you mean 'image 2'?" in searched("--image-id", "002")[1]
     shutil.copy(photos / f"{known}.png", known)  # a word that is both
     code, output = searched("--image", known, "--photos", photos)
     assert code == 1 and "is a file, and the id of an image of" in output

@@ -34,7 +34,7 @@ from .detectors import Detector, load_detector
 from .editing import merge_stores, merged_stores
 from .photos import PhotoSource, decode_photo, in_words, list_photos
 from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
-from .store import NoRecordWritten, RegionStore, RegionStoreWriter
+from .store import NoRecordWritten, OtherSettings, RegionStore, RegionStoreWriter
 
 if TYPE_CHECKING:
     import datasets
@@ -414,8 +414,11 @@ def _finish_parts(parts: Path, folder: Path, settings: dict[str, Any]) -> None:
     elif folder.is_file() or ((folder / UNFINISHED).exists() and not _finished(folder)):
         raise ValueError(f"{folder} is a file, or the beginning of another store: take another folder.")
     for store in _parts(parts) or _finished(folder):  # a finished store must be of these settings, too
-        with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **settings):
-            pass
+        try:
+            with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **settings):
+                pass
+        except OtherSettings as error:
+            raise OtherSettings(folder, error.differences, error.told) from error
         _remove_empty(store)
     for skipped in parts.glob("skipped-*.jsonl"):
         skipped.unlink()

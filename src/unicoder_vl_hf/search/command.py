@@ -12,6 +12,7 @@ import numpy as np
 from .. import logging
 from ..data.caption_files import is_blank
 from ..data.captions import check_tokens, join, read_captions
+from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
@@ -265,7 +266,8 @@ def _query(
         if image_id not in store:
             file = f" It is a file: --image {image_id}." if Path(str(image_id)).is_file() else ""
             raise ValueError(
-                f"{store.path} has no image {image_id!r}; its ids are like {list(islice(store, 3))}.{file}"
+                f"{store.path} has no image {image_id!r}; its ids are like {list(islice(store, 3))}."
+                f"{file or did_you_mean(str(image_id), store)}"
             )
         return str(image_id), str(image_id)
     path, is_id = Path(image), isinstance(image, str) and image in store
@@ -309,7 +311,7 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
     if image_id is None:
         raise ValueError(
             f"--image {path} is no photo of {store.path}, which has no image {path.stem!r}. {extract} If it is the "
-            "photo of a stored image, name that: --image-id ID."
+            f"photo of a stored image, name that: --image-id ID.{did_you_mean(path.stem, store)}"
         )
     named = f"If it is the photo of {image_id!r} all the same: --image-id {image_id}."
     record = store[image_id]
