@@ -306,8 +306,11 @@ VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7",
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-def test_a_command_hands_every_option_to_its_function(command, monkeypatch):
+def test_a_command_hands_every_option_to_its_function(command, monkeypatch, tmp_path):
     """Without options, the function's own defaults; with all of them, each where it belongs."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("photos", "captions", "seven"):  # some commands look whether they exist
+        (tmp_path / path).touch()
     place, words, other = FUNCTIONS[command]
     module, _, name = f"unicoder_vl_hf.{place}".rpartition(".")
     signature = inspect.signature(getattr(importlib.import_module(module), name))

@@ -671,6 +671,12 @@ def test_resumed_it_gives_the_same_bits(tmp_path):
     assert_same(RegionStore(tmp_path / "store"), RegionStore(tmp_path / "undisturbed"))
 
 
+def test_a_detector_of_no_family_is_said_before_photos_are_listed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=r"The detector is 'yolo:v8', expected FAMILY:NAME"):
+        extract(tmp_path / "photos", tmp_path / "store", "yolo:v8")
+
+
 def test_restart_begins_anew(tmp_path, caplog):
     photos = save_photos(tmp_path / "photos", 4)
     with pytest.raises(KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids
+from .commands import GO_ON, Commands, add_caption_ids, check_paths
 
 commands = Commands()
 
@@ -78,6 +78,9 @@ def _search_arguments(parser: ArgumentParser) -> None:
     "search", "The images that match a sentence best, or the sentences that match an image", _search_arguments
 )
 def _search(args: Namespace) -> None:
+    check_paths(args, "index", "regions", "photos", "captions")
+    if args.text == "":
+        raise ValueError("The sentence is empty: say what the images should show.")
     from ..search.command import run_search
 
     found = run_search(

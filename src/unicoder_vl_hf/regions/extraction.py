@@ -30,7 +30,7 @@ from ..name_lists import numbered_lines
 from ..processes import StopSignal
 from ..records_unicoder_vl import RegionRecord
 from .conversion import Rename, write_skipped, write_store
-from .detectors import Detector, load_detector
+from .detectors import Detector, load_detector, split_name
 from .editing import merge_stores, merged_stores
 from .photos import PhotoSource, decode_photo, in_words, list_photos
 from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
@@ -116,6 +116,8 @@ def extract(
         Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; regions that were extracted before are
             kept.
     """
+    if isinstance(detector, str):
+        split_name(detector)  # before all photos are listed
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
     # they wait for one another, perhaps longer than the default timeout of ten minutes.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
