@@ -73,7 +73,10 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     assert main(["inspect", str(store), *options]) == 0
     assert len(np.unique(np.asarray(Image.open(drawing)).reshape(-1, 3), axis=0)) > 2
     output = capsys.readouterr().out
-    assert f"Boxes of '{image.number}' drawn on {tmp_path / 'photo.png'}: {drawing}\n" in output
+    assert (
+        f"Boxes of '{image.number}' drawn on {tmp_path / 'photo.png'} (only its size could be compared): {drawing}\n"
+        in output
+    )
     assert f"\nrecord: '{image.number}'\n  image_width          {image.width}\n" in output
     assert "RegionRecord(" not in output
     (tmp_path / "text.png").write_text("no picture")
@@ -86,6 +89,33 @@ def test_inspect_draws_on_the_photo(store, source, tmp_path, capsys):
     assert f"images    {len(IMAGES)}\n" in output and "detector             vg" in output
     assert main(["inspect", str(source), "--max-images", "2"]) == 0
     assert "format    lxmert-tsv\nimages    2 looked at, there are more" in capsys.readouterr().out
+
+
+def test_the_name_that_was_meant_is_asked_for(store, source, tmp_path, capsys):
+    known = str(IMAGES[0].number)
+    for holder, image_id, meant in (
+        (store, f"000{known}", known),
+        (source, IMAGES[0].name[:-1], ""),  # another number
+        (source, IMAGES[0].name.lower().replace("_", "-"), IMAGES[0].name),
+        (store, f"COCO_val2014_{int(known):012d}.jpg", known),
+    ):
+        assert main(["inspect", str(holder), "--image-id", image_id]) == 1
+        error = capsys.readouterr().err
+        assert f"{holder} has no image {image_id!r}; its first is " in error
+        assert error.endswith(f". Did you mean {meant!r}?\n" if meant else ".\n"), error
+    with pytest.raises(SystemExit):
+        main(["extrct", "photos"])
+    assert "there is no command 'extrct', only extract, prepare, " in (error := capsys.readouterr().err)
+    assert error.endswith(" Did you mean 'extract'?\n")
+
+
+def test_inspect_counts_repetitions(source, capsys):
+    """A file may name an image twice; a store, whose ids differ, has no such line."""
+    assert main(["inspect", str(source)]) == 0
+    assert "repeated" not in capsys.readouterr().out
+    source.write_text(source.read_text() + source.read_text().splitlines()[0] + "\n")
+    assert main(["inspect", str(source)]) == 0
+    assert f"images    {len(IMAGES) + 1}\nrepeated  1 have the id of an earlier one\n" in capsys.readouterr().out
 
 
 def test_validate_tells_damage_by_its_exit(store, capsys):
@@ -276,8 +306,11 @@ VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7",
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-def test_a_command_hands_every_option_to_its_function(command, monkeypatch):
+def test_a_command_hands_every_option_to_its_function(command, monkeypatch, tmp_path):
     """Without options, the function's own defaults; with all of them, each where it belongs."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("photos", "captions", "seven"):  # some commands look whether they exist
+        (tmp_path / path).touch()
     place, words, other = FUNCTIONS[command]
     module, _, name = f"unicoder_vl_hf.{place}".rpartition(".")
     signature = inspect.signature(getattr(importlib.import_module(module), name))

@@ -1,12 +1,18 @@
-"""Text files that hold one name a line: classes, image ids, groups, photos."""
+"""Names: text files that hold one a line, of classes, image ids, groups or photos; and the one that was meant."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
 from . import logging
 
 logger = logging.get_logger(__name__)
+
+# An error looks for the name that was meant among this many, which takes a fraction of a second.
+NAMES_LOOKED_AT = 100_000
 
 
 def numbered_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
@@ -41,3 +47,37 @@ def read_names(path: str | PathLike[str]) -> list[str]:
     if lines and (empty := lines[-1][0] - lines[0][0] + 1 - len(lines)):
         logger.warning(f"{path}: {empty} empty line(s) between names are left out and not counted.")
     return [line for _, line in lines]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """
+    Asks, for the end of an error that names an unknown name, whether one of the known names was meant.
+
+    That is one of the same number, where either is nothing but a number, as COCO's `285` is `000000000285`; else one
+    that is spelled nearly so, with equal digits: another number is another thing.
+
+    Args:
+        name (`str`): The name that is unknown.
+        names (iterable of `str`): The known names, of which the first `NAMES_LOOKED_AT` are looked at.
+
+    Returns:
+        `str`: The question, after a blank; empty where none is near.
+    """
+    known = list(islice(names, NAMES_LOOKED_AT))
+    number = _number_at_end(name)
+    near = [
+        each
+        for each in known
+        if number is not None and _number_at_end(each) == number and (name.isdecimal() or each.isdecimal())
+    ]
+    digits = re.findall(r"\d", name)
+    near = near or get_close_matches(
+        name, [each for each in known if re.findall(r"\d", each) == digits], n=1, cutoff=0.7
+    )
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _number_at_end(name: str) -> str | None:
+    """Gives the number that a name ends in, without leading zeros; a suffix of a file does not count."""
+    found = re.search(r"(\d+)(\.[A-Za-z]\w*)?$", name)
+    return None if found is None else found[1].lstrip("0")

@@ -207,8 +207,14 @@ def test_shares_that_are_none(tmp_path, world, shares):
 
 def test_too_few_images_for_a_share(tmp_path, world):
     photos, rows = world
-    with pytest.raises(ValueError, match=r"3 photos are too few: a share of 0\.1 leaves none for test"):
-        prepare(photos, write_captions(tmp_path / "a.jsonl", rows[:6]), tmp_path / "out.jsonl")
+    captions, one = write_captions(tmp_path / "a.jsonl", rows[:6]), write_captions(tmp_path / "b.jsonl", rows[:1])
+    with pytest.raises(
+        ValueError, match=r"3 photos are too few: a share of 0\.1 leaves none for test\..* \(--splits 1,0,0\)"
+    ):
+        prepare(photos, captions, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match=r"^1 photo is too few"):
+        prepare(photos, one, tmp_path / "out.jsonl")
+    assert prepare(photos, captions, tmp_path / "out.jsonl", splits=(1, 0, 0)).splits == {"train": (3, 6)}
 
 
 # The file

@@ -671,11 +671,19 @@ def test_resumed_it_gives_the_same_bits(tmp_path):
     assert_same(RegionStore(tmp_path / "store"), RegionStore(tmp_path / "undisturbed"))
 
 
+def test_a_detector_of_no_family_is_said_before_photos_are_listed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=r"The detector is 'yolo:v8', expected FAMILY:NAME"):
+        extract(tmp_path / "photos", tmp_path / "store", "yolo:v8")
+
+
 def test_restart_begins_anew(tmp_path, caplog):
     photos = save_photos(tmp_path / "photos", 4)
     with pytest.raises(KeyboardInterrupt):
         run(photos, tmp_path / "store", StoppedAt("photo_001"), device="cpu")
-    with pytest.raises(ValueError, match="was begun with dtype='float16', not 'float32'"):
+    with pytest.raises(ValueError, match=r"store is unfinished: 2 images so far in .*store\.parts\. Run the same"):
+        RegionStore(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"/store was begun with dtype='float16', not 'float32'"):
         run(photos, tmp_path / "store", dtype="float32")
     assert len(run(photos, tmp_path / "store", dtype="float32", restart=True)) == 4
     # What is finished stays until the new one is, and where that is stopped, it goes on without a word of restart.
@@ -688,6 +696,19 @@ def test_restart_begins_anew(tmp_path, caplog):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["computed-0", "photos", "store"]
     run(photos, tmp_path / "store")
     assert f"{tmp_path / 'store'} is finished, and stays as it is" in caplog.text
+
+
+def test_another_option_of_the_detector_is_named(tmp_path):
+    """The option and the store, and not all thresholds of a part of it."""
+    photos = save_photos(tmp_path / "photos", 3)
+    begun, other = StoppedAt("photo_001"), ColourDetector()
+    begun.provenance["thresholds"] = {"score": 0.2, "max_regions": 36}
+    other.provenance["thresholds"] = {"score": 0.2, "max_regions": 20}
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", begun, device="cpu")
+    with pytest.raises(ValueError) as error:
+        run(photos, tmp_path / "store", other)
+    assert str(error.value).startswith(f"{tmp_path / 'store'} was begun with max_regions=36, not 20: go on with equal")
 
 
 def test_a_finished_store_is_left_alone(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from foreign_arrays import CLASSES, IMAGES, Image
 from foreign_readers import reader
 
-from unicoder_vl_hf import RegionStore
+from unicoder_vl_hf import RegionStore, logging
 from unicoder_vl_hf.cli import main
 from unicoder_vl_hf.regions.conversion import convert
 from unicoder_vl_hf.regions.formats import (
@@ -606,6 +606,20 @@ def test_a_differing_repetition_names_both_places(skip_broken, resumed, shard_si
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("shard_size", [1, 2**20])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_first_of_differing_repetitions_is_kept(resumed, shard_size, workers, write, tmp_path, caplog):
+    source = write(line(1), line(2), line(3), line(2, n=3), line(2), line(4), line(2, n=2))
+    store = converted(source, tmp_path / "store", resumed, workers, shard_size=shard_size, keep_first=True)
+    assert sorted(store) == ["1", "2", "3", "4"]
+    _, first, *_ = read_records(source)
+    assert np.array_equal(store["2"].features, first.features.astype(np.float16))
+    assert [(row["image_id"], row["place"]) for row in rows_of(store)] == [("2", "line 4"), ("2", "line 7")]
+    assert all("another image of the id '2' came first, and differs" in row["reason"] for row in rows_of(store))
+    assert "2 left out" in caplog.text and "1 image(s) came again" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_ids_that_become_one(workers, tmp_path):
     """By their places, also where their source ids hash to two workers."""
     from unicoder_vl_hf.data.image_ids import id_mapping
@@ -664,12 +678,16 @@ def test_python_bytes_around_base64(write, tmp_path):
     assert detect_format(arrays.tsv_writer(tmp_path / "vinvl.tsv", rows)) == "vinvl-tsv"
 
 
-def test_vinvl_boxes_of_the_predictions(tmp_path):
+def test_vinvl_boxes_of_the_predictions(tmp_path, caplog):
+    logging.warn_once.cache_clear()
     source = arrays.write_vinvl_own(tmp_path)
     for record, image in zip(read_records(source, class_names=CLASSES), IMAGES, strict=True):
         check(record, image, **NO_ATTRIBUTES)
+    assert not caplog.text
     for record, image in zip(read_records(source), IMAGES, strict=True):
         check(record, image, **NO_ATTRIBUTES, object_ids=None)
+    assert "are left out: give their list, class_names (--class-names FILE)" in caplog.text
+    assert len(caplog.records) == 1  # of any number of images
 
 
 def test_vinvl_boxes_whose_number_differs_are_not_taken(tmp_path):
@@ -684,10 +702,12 @@ def test_vinvl_boxes_whose_number_differs_are_not_taken(tmp_path):
 
 
 def test_vinvl_boxes_without_a_size_are_unknown(tmp_path, caplog):
+    logging.warn_once.cache_clear()
     source = arrays.write_vinvl_own(tmp_path, arrays.vinvl_objects)
     sizeless = {"image_width": None, "image_height": None, "boxes": None}
     for record, image in zip(read_records(source, class_names=CLASSES), IMAGES, strict=True):
         check(record, image, **NO_ATTRIBUTES, **sizeless)
+    assert len(caplog.records) == 1 and "nothing tells the size of their image" in caplog.text
 
 
 def test_vinvl_columns_in_another_order_are_no_features(tmp_path):

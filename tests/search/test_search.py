@@ -734,7 +734,7 @@ def test_commands(folder, clip, tmp_path, capsys, caplog, monkeypatch):
     assert run(capsys, "index", folder / "store", *options)[0] == 0
     expected = parts(folder)[1].rank_captions(IMAGES[2], CAPTIONS, top_k=2)
     STORE[IMAGES[2]].save(tmp_path / "record.npz")
-    photo = folder / "photos" / f"{IMAGES[2]}.png"
+    photo = shutil.copy(folder / "photos" / f"{IMAGES[2]}.png", tmp_path)
     for image, shown in (
         (["--image-id", IMAGES[2]], IMAGES[2]),
         (["--image", photo, "--photos", folder / "photos"], f"{photo}, the photo of the stored image 'image 2'"),
@@ -760,6 +760,7 @@ def test_a_file_is_a_photo_and_an_id_an_id(folder, tmp_path, capsys, monkeypatch
     Image.new("RGB", (500, 375), "red").save(Path("size", f"{known}.png"))
     Image.new("RGB", (640, 480), "red").save(Path("other", f"{known}.png"))
     Image.new("RGB", (640, 480), "red").save("new.jpg")
+    Path("link").symlink_to("other")
     for suffix in ("png", "txt"):
         Path("junk", f"{known}.{suffix}").write_text("junk!")
 
@@ -777,6 +778,8 @@ def test_a_file_is_a_photo_and_an_id_an_id(folder, tmp_path, capsys, monkeypatch
         ([f"same/{known}.png"], "does not show that it is its photo"),  # it is, but nothing shows it
         ([f"other/{known}.png", "--photos", photos], f"{photos}/{known}.png holds other bytes", "--image-id image 2"),
         ([f"other/{known}.png", "--photos", tmp_path / "new.jpg"], "new.jpg has no photo of that id to compare"),
+        ([f"other/{known}.png", "--photos", "other"], "in other is this very file", "--image-id image 2"),
+        ([f"link/{known}.png", "--photos", "other"], "in other is this very file", "unicoder-vl extract link/"),
         (["new.jpg", "--photos", photos], "has no image 'new'", "RegionStore('NEW')['new'].save('regions.npz')"),
         ([f"junk/{known}.png"], f"{known}.png cannot be read: its 5 bytes are no image"),
         ([f"junk/{known}.txt"], f"{known}.txt cannot be read: its 5 bytes are no image"),
@@ -789,6 +792,8 @@ def test_a_file_is_a_photo_and_an_id_an_id(folder, tmp_path, capsys, monkeypatch
     code, output = searched("--image-id", "new.jpg")
     assert code == 1 and "has no image 'new.jpg'; its ids are like ['image 0'," in output
     assert "It is a file: --image new.jpg." in output
+    assert "Did you mean 'image 2'?" in searched("--image-id", "imgae 2")[1]
+    assert "Did you mean 'image 2'?" in searched("--image-id", "002")[1]
     shutil.copy(photos / f"{known}.png", known)  # a word that is both
     code, output = searched("--image", known, "--photos", photos)
     assert code == 1 and "is a file, and the id of an image of" in output
@@ -819,6 +824,10 @@ def test_a_photo_whose_id_is_its_path(folder, tmp_path, capsys):
     words += ["--photos", tmp_path / "photos"]
     code, output = run(capsys, *words)
     assert code == 1 and "both have the id 'x'" in output and "--ids path" in output
+    code, output = run(capsys, *words, "--photo-ids", "path")
+    assert code == 1 and "this very file" in output and "--image-id b/x.png" in output
+    shutil.copytree(tmp_path / "photos", tmp_path / "same")
+    words[2] = tmp_path / "same" / "b" / "x.png"
     code, output = run(capsys, *words, "--photo-ids", "path")
     assert code == 0 and output.startswith(f"{words[2]}, the photo of the stored image 'b/x.png'\n")
 

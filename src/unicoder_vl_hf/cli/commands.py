@@ -4,6 +4,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Words after Ctrl-C of a command that takes `--restart`.
@@ -99,6 +100,14 @@ def detector_options(args: Namespace, *taken: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
+
+
+def check_paths(args: Namespace, *names: str) -> None:
+    """Raises FileNotFoundError where an argument names no file or folder, before libraries load for seconds."""
+    for name in names:
+        path = getattr(args, name)
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(f"{name}: {path} does not exist.")
 
 
 def print_problems(problems: Iterable[object]) -> int:

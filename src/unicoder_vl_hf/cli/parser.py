@@ -1,10 +1,12 @@
 """`unicoder-vl`: region features, from photos or from files of other tools, and search with them, from the shell."""
 
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from .._version import package_version
 from ..errors import USER_ERRORS, end_with, stopped
+from ..name_lists import did_you_mean
 from . import photos, retrieval, search, stores, vcr
 
 FAMILIES = (photos, stores, retrieval, search, vcr)
@@ -19,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     program, go_on = "unicoder-vl", ""
     try:
-        args, unknown = build_parser().parse_known_args(argv)
+        parser, words = build_parser(), sys.argv[1:] if argv is None else argv
+        if words and not words[0].startswith("-"):
+            _check_command(words[0], parser)
+        args, unknown = parser.parse_known_args(words)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         program, go_on = f"{program} {args.command.name}", args.command.go_on
@@ -28,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end_with(error, program)
     except KeyboardInterrupt:
         return stopped(program, go_on)
+
+
+def _check_command(name: str, parser: ArgumentParser) -> None:
+    """Ends as argparse does where there is no command of this name, and asks whether another one was meant."""
+    names = [command.name for family in FAMILIES for command in family.commands]
+    if name not in names:
+        parser.error(f"there is no command {name!r}, only {', '.join(names)}.{did_you_mean(name, names)}")
 
 
 def build_parser() -> ArgumentParser:

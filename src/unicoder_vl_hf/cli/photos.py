@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids, add_detector_option, add_restart, detector_options
+from .commands import GO_ON, Commands, add_caption_ids, add_detector_option, add_restart, check_paths, detector_options
 
 commands = Commands()
 
@@ -40,6 +40,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
 
 @commands.register("extract", "Photos → a store, by a detector; run again, it goes on", _extract_arguments, GO_ON)
 def _extract(args: Namespace) -> None:
+    check_paths(args, "photos", "boxes")
     from ..data.image_ids import photo_ids
     from ..regions.extraction import extract
 
@@ -93,6 +94,7 @@ def _prepare_arguments(parser: ArgumentParser) -> None:
     "Run again.",
 )
 def _prepare(args: Namespace) -> None:
+    check_paths(args, "photos", "captions")
     from ..data.preparation import prepare
 
     lists = dict(text.partition("=")[::2] for text in args.split_list)

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids
+from .commands import GO_ON, Commands, add_caption_ids, check_paths
 
 commands = Commands()
 
@@ -48,7 +48,7 @@ def _search_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--image",
         metavar="FILE",
-        help="search captions instead, by a photo of the store (see --photos), or a saved record",
+        help="search captions instead, by a copy of a photo of --photos, or a saved record",
     )
     parser.add_argument("--image-id", metavar="ID", help="search captions instead, by an image of the store")
     parser.add_argument("--index", help="index of images, or of captions for --image and --image-id")
@@ -78,6 +78,9 @@ def _search_arguments(parser: ArgumentParser) -> None:
     "search", "Finds the images that match a sentence best, or the captions that match an image", _search_arguments
 )
 def _search(args: Namespace) -> None:
+    check_paths(args, "index", "regions", "photos", "captions")
+    if args.text == "":
+        raise ValueError("The sentence is empty: say what the images should show.")
     from ..search.command import run_search
 
     found = run_search(

@@ -2,6 +2,7 @@
 
 import argparse
 from argparse import ArgumentParser, Namespace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ def _convert_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-unmapped", action="store_true", help="leave out images that --ids does not cover")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out images that are damaged, and list them in skipped.jsonl"
+    )
+    parser.add_argument(
+        "--keep-first", action="store_true", help="take the first of images of one id that differ, and list the others"
     )
     parser.add_argument(
         "--dtype", default="float16", help="type of the features: float16 (default), bfloat16 or float32"
@@ -54,6 +58,7 @@ def _convert(args: Namespace) -> None:
         rename=None if args.ids is None else id_mapping(args.ids),
         skip_unmapped=args.skip_unmapped,
         skip_broken=args.skip_broken,
+        keep_first=args.keep_first,
         workers=args.workers,
         resume=args.resume or None,
         restart=args.restart,
@@ -93,9 +98,10 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
 
 @commands.register("inspect", "The contents of a store or a feature file", _inspect_arguments)
 def _inspect(args: Namespace) -> None:
-    from ..regions.formats import detect_format, read_records
+    from ..name_lists import NAMES_LOOKED_AT, did_you_mean
+    from ..regions.formats import detect_format, read_items, read_records
     from ..regions.inspection import check_photo_size, describe, inspect_records
-    from ..regions.shards import MANIFEST, UNFINISHED
+    from ..regions.shards import MANIFEST, PLAN, UNFINISHED, parts_of
     from ..regions.store import RegionStore
 
     image_id = args.image_id
@@ -103,7 +109,9 @@ def _inspect(args: Namespace) -> None:
         raise ValueError(f"Say with --image-id which image {args.photo} is a photo of: its name does not show it.")
     opened = None if args.photo is None else _open_photo(args.photo)
     store, format, options = None, args.format, _format_options(args)
-    if any((Path(args.source) / name).exists() for name in (MANIFEST, UNFINISHED)):
+    source = Path(args.source)
+    begun = not source.exists() or (source / PLAN).exists()
+    if any((source / name).exists() for name in (MANIFEST, UNFINISHED)) or (begun and parts_of(source)):
         store = RegionStore(args.source)
         record = store.get(image_id)
     else:
@@ -111,9 +119,10 @@ def _inspect(args: Namespace) -> None:
         every = read_records(args.source, format, **options) if image_id is not None else ()
         record = next((each for each in every if each.image_id == image_id), None)
     if image_id is not None and record is None:
-        first = next(iter(read_records(args.source, format, **options) if store is None else store.values()), None)
-        like = "" if first is None else f"; its first is {first.image_id!r}"
-        raise ValueError(f"{args.source} has no image {image_id!r}{like}.")
+        ids = (item.image_id for item in read_items(args.source, format, **options)) if store is None else store
+        known_ids = list(islice(ids, NAMES_LOOKED_AT))
+        like = f"; its first is {known_ids[0]!r}" if known_ids else ""
+        raise ValueError(f"{args.source} has no image {image_id!r}{like}.{did_you_mean(image_id, known_ids)}")
     if record is not None and opened is not None:
         check_photo_size(record, args.photo, opened[1])
     if store is None:
@@ -133,8 +142,10 @@ def _inspect(args: Namespace) -> None:
         from ..pictures import draw_regions
 
         draw_regions(opened[0], record).save(args.output)
-        checked = "" if record.image_width else " (whose size the record does not know, so it may be another photo)"
-        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo}{checked}: {args.output}")
+        checked = "only its size could be compared"
+        if record.image_width is None or record.image_height is None:
+            checked = "the record does not know its size, so nothing could be compared"
+        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo} ({checked}): {args.output}")
 
 
 def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":

@@ -285,7 +285,11 @@ def _draw(photos: Iterable[str], shares: Sequence[float], seed: int) -> dict[str
     }
     for name, share in zip(SPLITS, shares, strict=False):
         if share > 0 and name not in split_of.values():
-            raise ValueError(f"{len(order)} photos are too few: a share of {share:g} leaves none for {name}.")
+            photos_are = "1 photo is" if len(order) == 1 else f"{len(order)} photos are"
+            raise ValueError(
+                f"{photos_are} too few: a share of {share:g} leaves none for {name}. Ask for fewer splits, such as "
+                "splits=(1, 0, 0) (--splits 1,0,0), which puts all in train."
+            )
     return split_of
 
 

@@ -87,6 +87,7 @@ def convert(
     rename: Rename | None = None,
     skip_unmapped: bool = False,
     skip_broken: bool = False,
+    keep_first: bool = False,
     workers: int = 1,
     resume: bool | None = None,
     restart: bool = False,
@@ -108,6 +109,8 @@ def convert(
             `skipped.jsonl` in the store's folder lists them.
         skip_broken (`bool`, defaults to `False`): Whether to leave out, likewise, images that are malformed or do not
             fit the others.
+        keep_first (`bool`, defaults to `False`): Whether to take the first of several images that have one id and
+            differ, and to leave out the others likewise.
         workers (`int`, defaults to 1): Number of processes. Each takes the images whose ids hash to its number, and
             skips the others. Their parts lie beside the destination until all are complete, and are then merged.
         resume (`bool`, *optional*): None goes on with a conversion of equal settings, and leaves a finished store of
@@ -129,7 +132,9 @@ def convert(
     parts = folder.with_name(f".{folder.name}.parts")
     format_options = format_options or {}
     options = known_provenance(source, format) | options
-    task = _Task(source, options["source_format"], rename, skip_unmapped, skip_broken, format_options, options)
+    task = _Task(
+        source, options["source_format"], rename, skip_unmapped, skip_broken, keep_first, format_options, options
+    )
     read_items(source, task.format, **format_options).close()  # raises on an option that the format does not have
     plan = {
         "workers": workers,
@@ -266,7 +271,7 @@ class _Task:
     A conversion, in a form that can be sent to the processes that share it.
 
     Args:
-        source, format, rename, skip_unmapped, skip_broken, format_options: See `convert`.
+        source, format, rename, skip_unmapped, skip_broken, keep_first, format_options: See `convert`.
         options (`dict`): Arguments of `RegionStoreWriter`.
         shares_source_ids (`bool`): Whether workers share the images by their ids in the source, as older versions did,
             and not by their ids in the store: a conversion must go on as it was begun.
@@ -277,6 +282,7 @@ class _Task:
     rename: Rename | None
     skip_unmapped: bool
     skip_broken: bool
+    keep_first: bool
     format_options: dict[str, Any]
     options: dict[str, Any]
     shares_source_ids: bool = False
@@ -400,16 +406,22 @@ class _Sorter:
             self.writer.write(record)
         elif self.writer.holds(record):
             self.found.repeated += 1
+        elif self.task.keep_first:
+            self._leave_out(item, f"{item.place}: another image of the id {record.image_id!r} came first, and differs.")
         else:
             raise _Differs(
                 f"Image {record.image_id!r} is in {self._first_place(record.image_id)}, and in {item.place}, which "
-                "differ: take one of them out, or give them ids of their own (--ids)."
+                "differ: take one of them out of the source, or take the first of all such images with "
+                "keep_first=True (--keep-first)."
             )
 
     def _skip(self, item: Item, error: ValueError, may: bool, option: str) -> None:
         if not may:
             raise ValueError(f"{error} {option} leaves such images out.") from error
-        row = {"image_id": item.image_id, "file": item.file, "reason": str(error)}
+        self._leave_out(item, str(error))
+
+    def _leave_out(self, item: Item, reason: str) -> None:
+        row = {"image_id": item.image_id, "file": item.file, "reason": reason}
         if item.where:
             row["place"] = item.where
         self.found.skipped.append(row)

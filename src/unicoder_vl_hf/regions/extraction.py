@@ -30,11 +30,11 @@ from ..name_lists import numbered_lines
 from ..processes import StopSignal
 from ..records_unicoder_vl import RegionRecord
 from .conversion import Rename, write_skipped, write_store
-from .detectors import Detector, load_detector
+from .detectors import Detector, load_detector, split_name
 from .editing import merge_stores, merged_stores
 from .photos import PhotoSource, decode_photo, in_words, list_photos
 from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
-from .store import NoRecordWritten, RegionStore, RegionStoreWriter
+from .store import NoRecordWritten, OtherSettings, RegionStore, RegionStoreWriter
 
 if TYPE_CHECKING:
     import datasets
@@ -116,6 +116,8 @@ def extract(
         Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; regions that were extracted before are
             kept.
     """
+    if isinstance(detector, str):
+        split_name(detector)  # before all photos are listed
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
     # they wait for one another, perhaps longer than the default timeout of ten minutes.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -414,8 +416,11 @@ def _finish_parts(parts: Path, folder: Path, settings: dict[str, Any]) -> None:
     elif folder.is_file() or ((folder / UNFINISHED).exists() and not _finished(folder)):
         raise ValueError(f"{folder} is a file, or the beginning of another store: take another folder.")
     for store in _parts(parts) or _finished(folder):  # a finished store must be of these settings, too
-        with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **settings):
-            pass
+        try:
+            with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **settings):
+                pass
+        except OtherSettings as error:
+            raise OtherSettings(folder, error.differences, error.told) from error
         _remove_empty(store)
     for skipped in parts.glob("skipped-*.jsonl"):
         skipped.unlink()

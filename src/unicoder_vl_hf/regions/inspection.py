@@ -21,6 +21,7 @@ class Inspection:
         regions (`Counter`): Number of regions -> number of images.
         features (`Counter`): `(D, dtype)` of the features -> number of images.
         known (`Counter`): Optional field -> number of images that have it.
+        repeated (`int`): Number of records whose id an earlier one has.
         example (`RegionRecord`): The first record.
         complete (`bool`): Whether all records were seen.
     """
@@ -29,13 +30,16 @@ class Inspection:
     regions: Counter[int] = field(default_factory=Counter)
     features: Counter[tuple[int, str]] = field(default_factory=Counter)
     known: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0
     example: RegionRecord | None = None
     complete: bool = True
 
     def __str__(self) -> str:
         some = "" if self.complete else " looked at, there are more"
         total = sum(count * images for count, images in self.regions.items())
-        lines = [f"images    {self.images:,}{some}", f"regions   {total:,}"]
+        lines = [f"images    {self.images:,}{some}"]
+        lines += [f"repeated  {self.repeated:,} have the id of an earlier one"] if self.repeated else []
+        lines += [f"regions   {total:,}"]
         lines += [
             f"features  {width} x {dtype} in {images:,} images" for (width, dtype), images in self.features.items()
         ]
@@ -78,8 +82,11 @@ def inspect_records(
         total (`int`, *optional*): Number of records, for the bar.
     """
     found, rest = Inspection(), iter(records)
+    seen: set[int] = set()
     for record in logging.tqdm(islice(rest, max_images), desc="Inspecting", unit="image", total=total, leave=False):
         found.images += 1
+        found.repeated += hash(record.image_id) in seen
+        seen.add(hash(record.image_id))
         found.regions[record.num_regions] += 1
         found.features[record.features.shape[1], record.features.dtype.name] += 1
         found.known.update(record.to_dict().keys())

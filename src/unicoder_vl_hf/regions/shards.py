@@ -322,6 +322,24 @@ def sorted_run(hashes: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.
     return hashes[order], numbers[order]
 
 
+def parts_of(folder: Path) -> Path | None:
+    """Gives the folder beside a store that holds its parts while processes extract or convert them; None without."""
+    beside = (folder.absolute().with_name(name.format(folder.absolute().name)) for name in ("{}.parts", ".{}.parts"))
+    return next((parts for parts in beside if parts.is_dir()), None)
+
+
+def _images_in(parts: Path) -> int:
+    """Counts the images in the complete shards of unfinished parts."""
+    count = 0
+    for part in parts.iterdir():
+        for name in (MANIFEST, UNFINISHED):
+            if (part / name).is_file():
+                shards = json.loads((part / name).read_text(encoding="utf-8"))["shards"]
+                count += sum(facts["images"] for facts in shards)
+                break
+    return count
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest of a finished store; see `RegionStore` for the errors."""
     try:
@@ -331,6 +349,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{folder} is an unfinished store: the command that writes it is at work, or was stopped and goes on "
                 "when it is run again (in Python with resume=True)."
+            ) from None
+        if parts := parts_of(folder):
+            raise ValueError(
+                f"{folder} is unfinished: {_images_in(parts):,} images so far in {parts}. Run the same command again "
+                "(`unicoder-vl extract`, for one): it goes on."
             ) from None
         if folder.is_dir() and not any(folder.iterdir()):
             raise FileNotFoundError(f"{folder} is empty: no store was finished there.") from None

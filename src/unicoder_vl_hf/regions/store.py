@@ -274,6 +274,35 @@ class NoRecordWritten(ValueError):
     """An error of a writer whose block ended without a record, so that there is no store."""
 
 
+class OtherSettings(ValueError):
+    """
+    An error that says that a store was begun with other settings.
+
+    Args:
+        path (`Path`): Folder of the store.
+        differences (`str`): The settings then and now, in words.
+        told (`str`): A further way out, in words.
+    """
+
+    def __init__(self, path: Path, differences: str, told: str = ""):
+        super().__init__(path, differences, told)
+        self.differences, self.told = differences, told
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]} was begun with {self.differences}: go on with equal settings, begin anew with --restart, "
+            f"or take another folder{self.told}."
+        )
+
+
+def _differences(name: str, before: Any, now: Any) -> str:
+    """Says how a setting differs; of a table, such as the thresholds, only what differs in it."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name}={before!r}, not {now!r}"
+    entries = [entry for entry in {**before, **now} if before.get(entry) != now.get(entry)]
+    return ", ".join(f"{entry}={before.get(entry)!r}, not {now.get(entry)!r}" for entry in entries)
+
+
 class RegionStoreWriter:
     """
     Writes a `RegionStore`, as a context manager with `write(record)`.
@@ -480,10 +509,7 @@ class RegionStoreWriter:
         for name, value in now.items():
             if before["provenance"].get(name) != value:
                 told = "; `unicoder-vl merge --num-classes` tells it to a finished one" if name == "num_classes" else ""
-                raise ValueError(
-                    f"{self.path} was begun with {name}={before['provenance'].get(name)!r}, not {value!r}: go on with "
-                    f"equal settings, begin anew with --restart, or take another folder{told}."
-                )
+                raise OtherSettings(self.path, _differences(name, before["provenance"].get(name), value), told)
 
     def _check(self, record: RegionRecord) -> np.ndarray:
         """Checks a record and gives its features as they will be stored."""

@@ -12,6 +12,7 @@ import numpy as np
 from .. import logging
 from ..data.caption_files import is_blank
 from ..data.captions import check_tokens, join, read_captions
+from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
@@ -267,7 +268,8 @@ def _query(
         if image_id not in store:
             file = f" It is a file: --image {image_id}." if Path(str(image_id)).is_file() else ""
             raise ValueError(
-                f"{store.path} has no image {image_id!r}; its ids are like {list(islice(store, 3))}.{file}"
+                f"{store.path} has no image {image_id!r}; its ids are like {list(islice(store, 3))}."
+                f"{file or did_you_mean(str(image_id), store)}"
             )
         return str(image_id), str(image_id)
     path, is_id = Path(image), isinstance(image, str) and image in store
@@ -289,7 +291,7 @@ def _query(
 def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
     """
     Finds the id of the stored image whose photo a file is. Its name alone does not show it: the photo must have the
-    size that the store knows, and the bytes of the photo of that id.
+    size that the store knows, and the bytes of the photo of that id, which must be another file.
 
     Raises:
         `ValueError`: the file is no photo, or nothing shows that it is that of a stored image.
@@ -305,14 +307,13 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
         f"extract {path} NEW …`, in Python RegionStore('NEW')[{path.stem!r}].save('regions.npz'), then --image "
         "regions.npz."
     )
-    names = [path.stem, path.name]
-    if photos is not None and path.resolve().is_relative_to(Path(photos.path).resolve()):
-        names.append(path.resolve().relative_to(Path(photos.path).resolve()).as_posix())
+    parts = Path(os.path.abspath(path)).parts
+    names = [*("/".join(parts[start:]) for start in range(1, len(parts))), path.stem]  # an id may be a path
     image_id = next((name for name in names if name in store), None)
     if image_id is None:
         raise ValueError(
             f"--image {path} is no photo of {store.path}, which has no image {path.stem!r}. {extract} If it is the "
-            "photo of a stored image, name that: --image-id ID."
+            f"photo of a stored image, name that: --image-id ID.{did_you_mean(path.stem, store)}"
         )
     named = f"If it is the photo of {image_id!r} all the same: --image-id {image_id}."
     record = store[image_id]
@@ -321,12 +322,12 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
             f"--image {path} is not the photo of the image {image_id!r} of {store.path}: it has {size[0]} x {size[1]} "
             f"pixels, that has {known[0]} x {known[1]}. {extract} {named}"
         )
-    if photos is None or image_id not in photos:
-        where = "" if photos is None else f", and {photos.path} has no photo of that id to compare it with"
+    unproved = _why_unproved(path, image_id, photos)
+    if photos is None or unproved is not None:
         raise ValueError(
             f"--image {path} has the name of the image {image_id!r} of {store.path}, which does not show that it is "
-            f"its photo{where}. Give --photos, which the store was made of, and the two are compared; or, if you know "
-            f"that it is: --image-id {image_id}. If it is another photo: {extract}"
+            f"its photo{unproved}. Give --photos, which the store was made of, and the two are compared; or, if you "
+            f"know that it is: --image-id {image_id}. If it is another photo: {extract}"
         )
     if photos.read(image_id) != path.read_bytes():
         raise ValueError(
@@ -334,6 +335,18 @@ def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
             f"other bytes. {extract} {named}"
         )
     return image_id
+
+
+def _why_unproved(path: Path, image_id: str, photos: Photos | None) -> str | None:
+    """Says why the bytes of a file cannot show whose photo it is; None where they can be compared with another file."""
+    if photos is None:
+        return ""
+    if image_id not in photos:
+        return f", and {photos.path} has no photo of that id to compare it with"
+    file = Path(photos.file(image_id))
+    if file.is_file() and file.samefile(path):
+        return f", and the photo of that id in {photos.path} is this very file, which would be compared with itself"
+    return None
 
 
 def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]) -> list[Hit]:

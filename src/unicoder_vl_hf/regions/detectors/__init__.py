@@ -57,6 +57,14 @@ class Detector(Protocol):
         ...
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Splits a detector's name into family and model. Raises ValueError where there is no such family."""
+    family, _, model = name.partition(":")
+    if family not in FAMILIES or not model:
+        raise ValueError(f"The detector is {name!r}, expected FAMILY:NAME, where FAMILY is one of {list(FAMILIES)}.")
+    return family, model
+
+
 def load_detector(
     name: str, *, device: torch.device | str | None = None, precision: str = "auto", **options: Any
 ) -> Detector:
@@ -77,9 +85,7 @@ def load_detector(
     """
     from ...processes import resolve_precision
 
-    family, _, model = name.partition(":")
-    if family not in FAMILIES or not model:
-        raise ValueError(f"The detector is {name!r}, expected FAMILY:NAME, where FAMILY is one of {list(FAMILIES)}.")
+    family, model = split_name(name)
     for library in ("PIL", "torchvision"):
         optional_import(library, "detection")
     load = importlib.import_module(f".{FAMILIES[family]}", __name__).load

@@ -189,8 +189,7 @@ def _regions(image_id: str, label: bytes, n: int, class_ids: dict[str, int] | No
     if not size:
         logging.warn_once(
             logger,
-            f"Boxes (of image {image_id!r}, for one) are in pixels, and nothing tells the size of the image: they are "
-            "left out.",
+            "Some boxes are in pixels, and nothing tells the size of their image: they are left out.",
         )
         return found
     return {"boxes": [entry.get("rect") for entry in objects], **size, **found}
@@ -204,9 +203,7 @@ def _labels(image_id: str, label: bytes, boxes: np.ndarray, class_ids: dict[str,
     sides = np.array(list(size.values()), np.float64) if size else None
     found = {"boxes": boxes if sides is None else boxes * np.tile(sides, 2), **size}
     if not _same_boxes([entry.get("rect") for entry in objects], boxes, sides):
-        logging.warn_once(
-            logger, f"Some labels (of image {image_id!r}, for one) are not of its regions: they are left out."
-        )
+        logging.warn_once(logger, "Some labels are not of the regions of their image: they are left out.")
         return found
     return found | _classes(image_id, objects, class_ids)
 
@@ -229,6 +226,12 @@ def _classes(image_id: str, objects: list[dict[str, Any]], class_ids: dict[str, 
     found: dict[str, Any] = {}
     if class_ids is not None:
         found["object_ids"] = [_class_id(image_id, entry.get("class"), class_ids) for entry in objects]
+    elif any(isinstance(entry.get("class"), str) for entry in objects):
+        logging.warn_once(
+            logger,
+            "Classes are words and are left out: give their list, class_names (--class-names FILE), and they become "
+            "object_ids.",
+        )
     if all("conf" in entry for entry in objects):
         found["object_scores"] = [entry["conf"] for entry in objects]
     return found
