@@ -46,6 +46,10 @@ def fetch(folder: Path) -> dict:
         RegionStore.from_hub(REPO, image_ids=["nobody"])
     except KeyError as error:
         found["unknown"] = str(error)
+    try:
+        RegionStore.from_hub(REPO, image_ids="nobody")
+    except ValueError as error:
+        found["no list"] = str(error)
     return found
 
 

@@ -106,6 +106,7 @@ def test_only_the_shards_needed_are_fetched(hub, run, pushed):
     assert {"manifest.json", "index.safetensors"} < asked
     assert "name the images you need in RegionStore.from_hub" in found["error"]
     assert "nobody" in found["unknown"]
+    assert "image_ids is 'nobody', expected several: give a list, ['nobody']" in found["no list"]
 
 
 def test_a_whole_store_comes_back_to_the_byte(hub, folder, pushed):
