@@ -287,7 +287,8 @@ def check_several(name: str, given: Any) -> None:
     Raises:
         ValueError: One is given alone; the message names the argument, the value and the list to give.
     """
-    if isinstance(given, (str, os.PathLike)):
+    # A store is a path, too, and holds several ids.
+    if isinstance(given, str) or (isinstance(given, os.PathLike) and not isinstance(given, Mapping)):
         raise ValueError(f"{name} is {given!r}, expected several: give a list, [{given!r}].")
     if is_region_record(given):
         raise ValueError(f"{name} is the record of image {given.image_id!r}, expected several: give a list, [record].")
