@@ -5,6 +5,7 @@ object a line.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from os import PathLike
@@ -36,6 +37,21 @@ class Foil:
     foil_word: str
     kind: str
     text_only: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.caption == self.foil:
+            raise ValueError(
+                f"image {self.image_id!r}: caption and foil are both {self.caption!r}, expected two texts."
+            )
+
+
+def put_word(text: str, start: int, end: int, word: str) -> str:
+    """Puts a word in the place of the characters `start` to `end`, and gives it the article that it takes."""
+    before, was = text[:start], text[start:end]
+    if was[0].isupper() and not re.search(r"\w", before):
+        word = word[0].upper() + word[1:]
+    article = "n" if word[0].lower() in "aeiou" else ""
+    return re.sub(r"\b([Aa])n?( +)$", rf"\g<1>{article}\g<2>", before) + word + text[end:]
 
 
 def write_foils(path: str | PathLike[str], foils: Iterable[Foil]) -> None:

@@ -8,14 +8,20 @@ that they tell apart least.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
+from pathlib import Path
 
 import datasets
 import numpy as np
 
-from ...data.foils import Foil
+from ...data.caption_files import select_split
+from ...data.captions import join, read_captions
+from ...data.foils import Foil, put_word, write_foils
 from ...regions.store import RegionStore
 from . import nouns
 from .text_only import train_text_only
+
+MOST_TOLD = 0.51
 
 
 def noun_foils(captions: datasets.Dataset, store: RegionStore) -> list[Foil]:
@@ -45,7 +51,8 @@ def noun_foils(captions: datasets.Dataset, store: RegionStore) -> list[Foil]:
     alike = nouns.nouns_by_kind()
     return [
         Foil(
-            row["image_id"], row["split"], row["caption"], nouns.replace(row["caption"], mention, noun),
+            row["image_id"], row["split"], row["caption"],
+            put_word(row["caption"], mention.start, mention.end, noun.text),
             mention.noun.text, noun.text, noun.kind,
         )
         for row in captions
@@ -81,21 +88,18 @@ def couples(foils: Sequence[Foil], ease: np.ndarray) -> np.ndarray:
     return pairs[np.argsort(ease[pairs].sum(axis=1), kind="stable")]
 
 
-def hard_foils(
-    foils: Sequence[Foil],
-    train: Sequence[Foil],
-    filter_seeds: Sequence[int] = (0, 1),
-    report_seeds: Sequence[int] = (2, 3, 4),
-) -> list[Foil]:
+def hard_foils(foils: Sequence[Foil], train: Sequence[Foil], seed: int = 0) -> list[Foil]:
     """
-    Chooses foils that scorers without images cannot tell: of each kind the hardest couples, as many as such scorers
-    tell apart no more often than a coin would.
+    Chooses foils that scorers without images cannot tell: of each kind the hardest couples.
+
+    Six scorers are trained, which differ in their seed. Two of them say how hard a couple is, the third how many couples
+    are kept: as many as it tells no better than `MOST_TOLD`. The other three decide nothing; they say as `text_only`
+    what such scorers tell.
 
     Args:
         foils (sequence of [`Foil`]): All foils of the splits to evaluate on.
         train (sequence of [`Foil`]): All foils of the split that the scorers are trained on.
-        filter_seeds (sequence of `int`, *optional*): Seeds of the scorers that choose.
-        report_seeds (sequence of `int`, *optional*): Seeds of the scorers whose margins are noted as `text_only`.
+        seed (`int`, *optional*, defaults to 0): Seed of the scorers.
 
     Returns:
         `list[Foil]`: the foils that were chosen, in their order.
@@ -103,17 +107,65 @@ def hard_foils(
     Raises:
         `ValueError`: nothing is left.
     """
-    scorers = [train_text_only(train, seed) for seed in (*filter_seeds, *report_seeds)]
+    scorers = [train_text_only(train, 6 * seed + number) for number in range(6)]
     known = [foil for foil in foils if scorers[0].knows(foil)]
     margins = np.stack([scorer.margins(known) for scorer in scorers], axis=1)
-    chosen, reported = np.split(margins, [len(filter_seeds)], axis=1)
-    pairs = couples(known, (1 / (1 + np.exp(-chosen))).mean(axis=1))
+    pairs = couples(known, (1 / (1 + np.exp(-margins[:, :2]))).mean(axis=1))
     kinds = np.array([known[number].kind for number in pairs[:, 0]])
     kept: list[int] = []
     for kind in np.unique(kinds):
         of_kind = pairs[kinds == kind]
-        told = (chosen[of_kind] > 0).mean(axis=(1, 2)).cumsum() / np.arange(1, len(of_kind) + 1)
-        kept += of_kind[: np.flatnonzero(told <= 0.5)[-1] + 1].ravel().tolist() if (told <= 0.5).any() else []
+        told = (margins[of_kind, 2] > 0).mean(axis=1).cumsum() / np.arange(1, len(of_kind) + 1)
+        kept += of_kind[: (told <= MOST_TOLD).nonzero()[0].max(initial=-1) + 1].ravel().tolist()
     if not kept:
         raise ValueError("Scorers without images tell all foils apart, or no two words replace each other.")
-    return [replace(known[number], text_only=[round(float(m), 3) for m in reported[number]]) for number in sorted(kept)]
+    reported = margins[:, 3:].round(3).astype(float)
+    return [replace(known[number], text_only=reported[number].tolist()) for number in sorted(kept)]
+
+
+def make_foils(
+    output: str | PathLike[str],
+    captions: str | None = None,
+    regions: str | None = None,
+    *,
+    splits: Sequence[str] = ("val", "test"),
+    train_split: str = "train",
+    caption_ids: str | None = None,
+    seed: int = 0,
+) -> list[Foil]:
+    """
+    Makes a file of foils that scorers without images cannot tell, of captions or of the rendered scenes.
+
+    Args:
+        output (`str` or `os.PathLike`): The new file, a JSON object a line.
+        captions, regions (`str`, *optional*): A caption file in any layout, and the [`RegionStore`] of its images, with
+            COCO's classes. By default the foils are of the scenes that `build_scenes` draws.
+        splits (sequence of `str`, *optional*): The splits that foils are made of.
+        train_split (`str`, *optional*): The split that the scorers without images are trained on.
+        caption_ids (`str`, *optional*): Other ids for the captions' images, see `ids` of [`read_captions`].
+        seed (`int`, *optional*, defaults to 0): Seed of the scorers.
+
+    Returns:
+        `list[Foil]`: the foils.
+
+    Raises:
+        `ValueError`: `output` exists, a split is missing, the regions have no classes of COCO, or no foil is left.
+    """
+    if Path(output).exists():
+        raise ValueError(f"{output} exists already: remove it, or choose another name.")
+    if (captions is None) != (regions is None):
+        raise ValueError("Give both captions and regions, or neither for the rendered scenes.")
+    if captions is None or regions is None:
+        from ...scenes.foils import world_foils
+
+        foils = [foil for split in {train_split, *splits} for foil in world_foils(split)]
+    else:
+        rows = read_captions(captions, ids=caption_ids)
+        for split in (train_split, *splits):
+            select_split(rows, Path(captions), split)
+        foils = noun_foils(join(rows, store := RegionStore(regions), skip_option=None)[0], store)
+    hard = hard_foils(
+        [foil for foil in foils if foil.split in splits], [foil for foil in foils if foil.split == train_split], seed
+    )
+    write_foils(output, hard)
+    return hard

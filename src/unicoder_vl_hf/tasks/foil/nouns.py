@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 # The classes in COCO's order of ids, each with its kind (COCO's supercategory; but a bench is no furniture there) and
 # COCO's name; the nouns that stand for it, singular/plural; and behind "|" further words that name it, or may. A class
@@ -113,7 +114,8 @@ _BEHIND = frozenset(
     jersey jump leash lift mascot mobile net number owner park path pit player players polo pool race racer racers
     races rack racing ramp reins rider riders rides ring saddle seat seats shaped shelf shelter shirt shoes shop show
     side sled sleds spokes stand station statue statues stop stops store stunt stunts team tire tires top tournament
-    toy toys track tracks trail trailer trainer trick tricks truck trucks walker wash wheel window windows yard""".split()
+    toy toys track tracks trail trailer trainer trick tricks truck trucks walker wash wheel window windows
+    yard""".split()
 )
 
 
@@ -195,7 +197,7 @@ def named_classes(caption: str) -> set[int]:
     """Gives the classes of COCO, 0 to 79, that a caption names, or may name."""
     words = re.findall("[a-z]+", caption.lower())
     named_by = _classes()[2]
-    texts = [*words, *map(" ".join, zip(words, words[1:], strict=False))]
+    texts = [*words, *map(" ".join, pairwise(words))]
     return {number for text in texts for number in named_by.get(text, ())}
 
 
@@ -217,13 +219,3 @@ def mentions(caption: str) -> Iterator[Mention]:
         compound = beside[0] & _BEFORE or beside[1] & _BEHIND
         if not compound and noun.object_class not in named_classes(f"{before} {behind}"):
             yield Mention(noun, *match.span())
-
-
-def replace(caption: str, mention: Mention, noun: Noun) -> str:
-    """Writes a caption with another noun in the place of a mention, and with the article that this noun takes."""
-    before, was, behind = caption[: mention.start], caption[mention.start : mention.end], caption[mention.end :]
-    begins = was[0].isupper() and not re.search(r"\w", before)
-    text = noun.text[0].upper() + noun.text[1:] if begins else noun.text
-    article = "an" if text[0].lower() in "aeiou" else "a"
-    before = re.sub(r"\b([Aa])n?( +)$", rf"\g<1>{article[1:]}\g<2>", before)
-    return before + text + behind

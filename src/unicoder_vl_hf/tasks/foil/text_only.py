@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from ...configuration_unicoder_vl import UnicoderVLConfig
 from ...data.foils import Foil
 from ...modeling_unicoder_vl import UnicoderVLModel
 
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 MIN_COUNT = 3  # occurrences of a word that gets an embedding of its own
 WORDS_AROUND = 20  # on either side of the hidden one
 BATCH_SIZE = 128  # captions
@@ -115,7 +116,7 @@ class TextOnlyScorer(nn.Module):
         return margins
 
 
-def train_text_only(foils: Sequence[Foil], seed: int, epochs: int = 3, learning_rate: float = 2e-3) -> TextOnlyScorer:
+def train_text_only(foils: Sequence[Foil], seed: int, epochs: int = 2, learning_rate: float = 2e-3) -> TextOnlyScorer:
     """
     Trains a scorer to prefer captions to their foils by the words around the one that differs. Each foil counts so much
     that every pair of words is as often one way as the other, so that words alone teach nothing.
@@ -123,7 +124,7 @@ def train_text_only(foils: Sequence[Foil], seed: int, epochs: int = 3, learning_
     Args:
         foils (sequence of [`Foil`]): The foils of a training split.
         seed (`int`): Seed of weights, dropout and shuffles.
-        epochs (`int`, *optional*, defaults to 3): Passes over the captions, in which the learning rate falls to 0.
+        epochs (`int`, *optional*, defaults to 2): Passes over the captions, in which the learning rate falls to 0.
         learning_rate (`float`, *optional*, defaults to 2e-3): The learning rate of AdamW.
 
     Returns:
@@ -145,7 +146,9 @@ def train_text_only(foils: Sequence[Foil], seed: int, epochs: int = 3, learning_
         hidden = HiddenWords(foils, scorer.numbers, scorer.tokenizer)
         optimizer = torch.optim.AdamW(scorer.parameters(), lr=learning_rate)
         steps = epochs * math.ceil(len(hidden.token_ids) / BATCH_SIZE)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 10 * step / steps) * (1 - step / steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, 10 * step / steps) * (1 - step / steps)
+        )
         with logging.tqdm(total=steps, desc=f"Text-only scorer {seed}", unit="step") as progress:
             for epoch in range(epochs):
                 order = np.random.default_rng([seed, epoch, _SALT]).permutation(len(hidden.token_ids))
