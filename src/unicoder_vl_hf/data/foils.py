@@ -72,11 +72,10 @@ def read_foils(path: str | PathLike[str]) -> list[Foil]:
     foils, names = [], [field.name for field in dataclasses.fields(Foil)]
     for number, line in numbered_lines(path):
         try:
-            values = json.loads(line)
-            foils.append(Foil(**values))
-        except (json.JSONDecodeError, TypeError) as error:
+            foils.append(Foil(**json.loads(line)))
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}, line {number}: expected a JSON object with {', '.join(names)} ({error})."
+                f"{path}, line {number}: expected a JSON object of {', '.join(names)} ({error})."
             ) from error
     if not foils:
         raise ValueError(f"{path} holds no foil: make some with `unicoder-vl foil`.")

@@ -92,9 +92,9 @@ def hard_foils(foils: Sequence[Foil], train: Sequence[Foil], seed: int = 0) -> l
     """
     Chooses foils that scorers without images cannot tell: of each kind the hardest couples.
 
-    Six scorers are trained, which differ in their seed. Two of them say how hard a couple is, the third how many couples
-    are kept: as many as it tells no better than `MOST_TOLD`. The other three decide nothing; they say as `text_only`
-    what such scorers tell.
+    Six scorers are trained, which differ in their seed. Two of them say how hard a couple is, the third how many are
+    kept: as many as it tells no better than `MOST_TOLD`. The other three decide nothing; their margins, `text_only`,
+    show what such scorers tell.
 
     Args:
         foils (sequence of [`Foil`]): All foils of the splits to evaluate on.

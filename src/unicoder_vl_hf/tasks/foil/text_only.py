@@ -155,7 +155,7 @@ def train_text_only(foils: Sequence[Foil], seed: int, epochs: int = 2, learning_
                 for start in range(0, len(order), BATCH_SIZE):
                     numbers, margins = scorer(hidden, order[start : start + BATCH_SIZE])
                     counted = torch.from_numpy(weights[numbers])
-                    loss = (nn.functional.softplus(-margins) * counted).sum() / counted.sum()
+                    loss = (nn.functional.softplus(-margins) * counted).sum() * steps / (epochs * weights.sum())
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
