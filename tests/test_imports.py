@@ -47,7 +47,7 @@ LIGHT = {
     "--help": "usage: unicoder-vl ",
     **{
         f"{command} --help": "usage: unicoder-vl "
-        for command in "extract convert export inspect validate compare label merge mine index search vcr-check".split()
+        for command in "extract convert export inspect validate compare label merge mine index search foil vcr-check".split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
     "search --modle": "error: unrecognized arguments: --modle",
@@ -136,7 +136,7 @@ except AttributeError as error:
 
 
 ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
-ROOMS += [".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
+ROOMS += [".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
 
 
 @pytest.mark.parametrize("name", ROOMS)
