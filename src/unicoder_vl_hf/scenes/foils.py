@@ -6,7 +6,7 @@ the shape has the colour, the size is the other one, the relation its opposite, 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from .world import (
 _OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above", "small": "large", "large": "small"}
 
 
-def _ids(table: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _ids(table: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Gives the id of each word of a table."""
     return {word: name for name, words in table.items() for word in words}
 

@@ -2,10 +2,10 @@
 
     python -m unicoder_vl_hf.scripts.ablations --output_dir runs/ablations --only full scratch --seeds 0 1 2
 
-Each run of `RUNS` pre-trains and fine-tunes a small model from new weights, once for each seed, and measures retrieval and
-foils on the test scenes. Writes `ablations.json`, `ablations.md` with the table and the orderings, those that did not
-come out, too, and `ablations.png`. Ctrl-C stops it, and the same command goes on; what is measured is not done again,
-and other runs and seeds add to it. All runs with three seeds take hours on two cores.
+Each run of `RUNS` pre-trains and fine-tunes a small model from new weights, once for each seed, and measures retrieval
+and foils on the test scenes. Writes `ablations.json`, `ablations.md` with the table and the orderings, those that did
+not come out, too, and `ablations.png`. Ctrl-C stops it, and the same command goes on; what is measured is not done
+again, and other runs and seeds add to it. All runs with three seeds take hours on two cores.
 """
 
 import json
@@ -100,7 +100,7 @@ class AblationArguments:
     )
     fine_tuning_epochs: int = field(default=3, metadata={"help": "Passes over all scenes in fine-tuning."})
     train_scenes: int = field(default=3000, metadata={"help": "Training scenes."})
-    test_scenes: int = field(default=150, metadata={"help": "Test scenes."})
+    held_out_scenes: int = field(default=150, metadata={"help": "Validation scenes, and as many test scenes."})
 
     def __post_init__(self):
         if unknown := [name for name in self.only if name not in RUNS]:
@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     """Does the runs that the options of `argv` ask for, by default those of the command line, and compares them."""
     (args,) = make_parser(AblationArguments).parse_args_into_dataclasses(argv)
     output = Path(args.output_dir)
-    world = build_scenes(output / "scenes", num_train=args.train_scenes, num_test=args.test_scenes)
+    held_out = args.held_out_scenes
+    world = build_scenes(output / "scenes", num_train=args.train_scenes, num_val=held_out, num_test=held_out)
     measured = output / "ablations.json"
     settings = {name: getattr(args, name) for name in ("pretraining_epochs", "fine_tuning_epochs")}
     results = load_results(measured, settings)
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             if str(seed) not in results.get(name, {}):
                 folder = output / f"{name}-{seed}"
                 train_run(RUNS[name], seed, folder, world, args)
-                results.setdefault(name, {})[str(seed)] = measure_run(RUNS[name], folder, world, args.test_scenes)
+                results.setdefault(name, {})[str(seed)] = measure_run(RUNS[name], folder, world, held_out)
                 write_json(measured, {"settings": settings, "results": results})
     report = f"{results_table(results)}\n\n{orderings_table(results)}\n"
     (output / "ablations.md").write_text(report, encoding="utf-8")
