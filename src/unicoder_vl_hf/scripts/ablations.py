@@ -27,7 +27,7 @@ from ..runs.setup import SCENES_MODEL
 from ..scenes.foils import scene_foils
 from ..scenes.world import build_scenes, sample_scene, scene_tokenizer
 from ..scoring.scorer import ImageTextScorer
-from ..tasks.foil.evaluation import by_matching_head, foil_margins
+from ..tasks.foil.margins import by_matching_head, foil_margins
 from ..tasks.foil.metrics import accuracies_by_kind
 from ..tasks.pretraining import run as run_pretraining
 from ..tasks.pretraining.loop import SCENES, STRONG

@@ -1,5 +1,6 @@
-from .evaluation import evaluate_foils as evaluate_foils, foil_margins as foil_margins, foil_table as foil_table
+from .evaluation import evaluate_foils as evaluate_foils, foil_table as foil_table
 from .making import hard_foils as hard_foils, make_foils as make_foils, noun_foils as noun_foils
+from .margins import foil_margins as foil_margins
 from .metrics import (
     FoilAccuracy as FoilAccuracy,
     accuracies_by_kind as accuracies_by_kind,

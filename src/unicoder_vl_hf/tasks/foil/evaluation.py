@@ -1,14 +1,14 @@
 """Evaluates a checkpoint on foils: its matching head, its first stage, and its head on the regions of other images."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...data.foils import Foil, read_foils
+from ...data.foils import read_foils
 from ...files import write_json
 from ...records_unicoder_vl import RegionRecord
 from ...regions.shuffled import ShuffledStore
@@ -16,46 +16,11 @@ from ...regions.store import RegionStore
 from ...scoring.checkpoints import checkpoint_provenance, load_for_store
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
+from .margins import by_matching_head, by_similarity, foil_margins
 from .metrics import FoilAccuracy, accuracies_by_kind
-
-# Scores each caption with the image of the same place: captions and image ids -> scores.
-PairScorer = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 CROSS_ENCODER, FIRST_STAGE, SHUFFLED, TEXT_ONLY = "cross-encoder", "first stage", "shuffled regions", "text only"
 NUM_SHUFFLES = 3
-
-
-def by_matching_head(scorer: ImageTextScorer) -> PairScorer:
-    """Makes a scorer of pairs of one that scores by the matching head."""
-
-    def score(captions: Sequence[str], image_ids: Sequence[str]) -> np.ndarray:
-        (texts, text_of_pair), (images, image_of_pair) = _distinct(captions), _distinct(image_ids)
-        return scorer.score_pairs(texts, images, text_of_pair, image_of_pair)
-
-    return score
-
-
-def by_similarity(encoder: DualEncoder) -> PairScorer:
-    """Makes a scorer of pairs of a first stage: the similarity of a caption's embedding with an image's."""
-
-    def score(captions: Sequence[str], image_ids: Sequence[str]) -> np.ndarray:
-        (texts, text_of_pair), (images, image_of_pair) = _distinct(captions), _distinct(image_ids)
-        embedded = encoder.embed_captions(texts)[text_of_pair], encoder.embed_images(images)[image_of_pair]
-        return (embedded[0] * embedded[1]).sum(axis=1)
-
-    return score
-
-
-def _distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    distinct, number_of = np.unique(np.asarray(values), return_inverse=True)
-    return distinct.tolist(), number_of
-
-
-def foil_margins(foils: Sequence[Foil], score: PairScorer) -> np.ndarray:
-    """Scores captions and foils with their images: `(num_foils,)`, above 0 where the caption is preferred."""
-    image_ids = [foil.image_id for foil in foils]
-    scores = score([foil.caption for foil in foils] + [foil.foil for foil in foils], image_ids * 2)
-    return scores[: len(foils)] - scores[len(foils) :]
 
 
 def evaluate_foils(
@@ -104,7 +69,7 @@ def evaluate_foils(
     elif scoring.config.first_stage_trained:
         encoder = UnicoderVLDualEncoder(scoring, processor, store, model)
     if encoder is not None:
-        margins[FIRST_STAGE] = foil_margins(chosen, by_similarity(encoder))
+        margins[FIRST_STAGE] = foil_margins(chosen, by_similarity(encoder.embed_captions, encoder.embed_images))
     ids = [foil.image_id for foil in chosen]
     margins[SHUFFLED] = np.stack([head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)], axis=1)
     if all(foil.text_only for foil in chosen):
