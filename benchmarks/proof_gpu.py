@@ -40,6 +40,7 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.data.foils import read_foils
 from unicoder_vl_hf.data.masking import IGNORED, Masking
 from unicoder_vl_hf.files import write_json
+from unicoder_vl_hf.logging import without_warnings_of_transformers
 from unicoder_vl_hf.pictures import training_curves
 from unicoder_vl_hf.regions.shuffled import ShuffledStore
 from unicoder_vl_hf.tasks.foil.margins import by_matching_head, by_similarity, foil_margins
@@ -230,7 +231,9 @@ def train(
     name: str,
     model: torch.nn.Module,
     inputs: Inputs,
-    loss_of: Callable[[torch.nn.Module, torch.Tensor, torch.Generator], tuple[torch.Tensor, Mapping[str, Any]]],
+    loss_of: Callable[
+        [torch.nn.Module, torch.Tensor, torch.Generator], tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+    ],
     learning_rate: float,
 ) -> dict[str, Any]:
     """
@@ -274,7 +277,7 @@ def train(
         if state["step"] % LOG_EVERY == 0 or state["step"] == state["steps"]:
             synchronize(plan.device)
             state["seconds"] = time.perf_counter() - started
-            values = {key: round(float(value), 5) for key, value in {"loss": loss, **parts}.items()}
+            values = {key: round(value.item(), 5) for key, value in {"loss": loss, **parts}.items()}
             with log.open("a") as file:
                 file.write(json.dumps({"step": state["step"], **values, "seconds": round(state["seconds"], 2)}) + "\n")
             if state["steps"] is None:
@@ -325,9 +328,10 @@ class Proof:
     def fine_tuning(self) -> dict[str, Any]:
         """Fine-tunes both stages of a search, on the mistakes of the first."""
         torch.manual_seed(0)
-        model = UnicoderVLForImageTextRetrieval.from_pretrained(
-            self.folder / "pretrained", projection_dim=256, dtype=torch.float32
-        )
+        with without_warnings_of_transformers():  # the first stage is new
+            model = UnicoderVLForImageTextRetrieval.from_pretrained(
+                self.folder / "pretrained", projection_dim=256, dtype=torch.float32
+            )
         loss = HardNegativeLoss(GroupSoftmaxLoss())
 
         def loss_of(model, rows, generator):

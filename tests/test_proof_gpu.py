@@ -1,4 +1,4 @@
-"""benchmarks/proof_gpu.py in miniature, on the CPU: packed inputs, all stages, and going on when the minutes are over."""
+"""benchmarks/proof_gpu.py in miniature, on the CPU: packed inputs, all stages, and going on after the minutes."""
 
 import dataclasses
 import importlib
@@ -30,7 +30,8 @@ def packed(proof, tmp_path_factory):
     """A world, a BERT with pieces that no caption has, foils; and the folder of both parts."""
     folder = tmp_path_factory.mktemp("proof")
     world, bert = small_world.build(folder), small_world.save_bert(folder / "bert", dropout=0.0, vocab_size=300)
-    foils = [dataclasses.replace(foil, text_only=[0.5]) for foil in scene_foils(sample_scene(0, "test"))]
+    foils = [foil for number in range(2) for foil in scene_foils(sample_scene(number, "test"))]
+    foils = [dataclasses.replace(foil, text_only=[0.5]) for foil in foils]
     write_foils(folder / "foils.jsonl", foils)
     words = [world / "captions.jsonl", world / "regions", bert, folder / "foils.jsonl", folder / "inputs"]
     assert proof.main(["prepare", *map(str, words)]) == 0
@@ -132,6 +133,6 @@ def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monk
 def test_a_part_that_is_too_large_is_refused(proof, packed, monkeypatch, tmp_path):
     monkeypatch.setattr(proof, "MOST_BYTES", 1000)
     words = [packed / "world" / "captions.jsonl", packed / "world" / "regions", packed / "bert", packed / "foils.jsonl"]
-    with pytest.raises(ValueError, match="Part 1 has .* bytes, expected at most 1,000"):
+    with pytest.raises(ValueError, match=r"Part 1 has .* bytes, expected at most 1,000"):
         proof.main(["prepare", *map(str, words), str(tmp_path / "inputs")])
     assert not (tmp_path / "inputs").exists()
