@@ -12,10 +12,10 @@ TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check demo clean
+.PHONY: help install test check demo proof-gpu clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 install: $(INSTALLED)  ## Create .venv with the package, every extra and the development tools; TORCH=cpu without CUDA
 
@@ -42,6 +42,9 @@ check: $(INSTALLED)  ## Check style, formatting and types
 
 demo: $(INSTALLED)  ## Pre-train a small model on rendered scenes and write demo/
 	$(RUN) examples/run_demo.py
+
+proof-gpu:  ## Train and test on a GPU with what python3 holds, into proof/; ARGS='--inputs proof-inputs/1', see docs/proof.md
+	PYTHONPATH=src $(PYTHON) benchmarks/proof_gpu.py $(ARGS)
 
 clean:  ## Remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
