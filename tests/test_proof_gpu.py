@@ -58,11 +58,12 @@ def run(proof, output, *more: str) -> int:
 
 def test_packed_inputs_are_the_same(proof, packed, tmp_path):
     inputs = proof.Inputs(copied(packed, tmp_path), "cpu")
-    store = RegionStore(packed / "world" / "regions")
+    store, extractor = RegionStore(packed / "world" / "regions"), inputs.processor.feature_extractor
     for number, image_id in enumerate(inputs.image_ids):
         record = store[image_id]
         count = len(record)
-        assert np.allclose(inputs.regions["region_features"][number, :count], record.features, atol=1e-2)
+        scaled = (record.features - extractor.feature_mean) / extractor.feature_std
+        assert np.allclose(inputs.regions["region_features"][number, :count], scaled, atol=1e-2)
         assert np.allclose(inputs.regions["region_locations"][number, :count], record.locations())
         assert inputs.object_ids[number].tolist()[:count] == record.object_ids.tolist()
         assert inputs.object_ids[number, count:].tolist() == [-1] * (inputs.object_ids.shape[1] - count)
@@ -92,7 +93,12 @@ def test_a_batch_of_pretraining(proof, packed, tmp_path):
     chosen = batch["region_labels"] != -100
     zero = (batch["region_features"] == 0).all(-1) & (batch["region_attention_mask"] == 1)
     assert chosen.any() and (zero <= chosen).all() and zero.any()
-    assert torch.equal(proof.retrieval_batch(inputs, rows)["mismatches"][0], torch.tensor([False, False, True, True]))
+    batch = proof.retrieval_batch(inputs, rows, generator, 0.5)
+    assert batch["mismatches"][0].tolist() == [False, False, True, True]
+    hidden = batch["input_ids"] == mask
+    assert hidden.any() and torch.equal(batch["input_ids"][~hidden], inputs.text["input_ids"][rows][~hidden])
+    zero = (batch["region_features"] == 0).all(-1)[batch["region_attention_mask"] == 1]
+    assert zero.any() and not zero.all()
 
 
 def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monkeypatch, capsys):
