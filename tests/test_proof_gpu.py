@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import places
@@ -134,6 +136,25 @@ def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monk
     assert "| bert | exhaustive |" in table and "| bert | shuffled regions |" in table
     assert run(proof, pieces, "--batch-size", "5") == 1
     assert "another machine, version or plan" in capsys.readouterr().err
+
+
+def test_as_many_steps_are_taken_as_fit(proof, monkeypatch, tmp_path):
+    """By a clock that goes on by 0.1 s whenever it is read, twice a step: 0.4 of a minute are 120 steps."""
+    readings = itertools.count()
+    monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: next(readings) / 10))
+    monkeypatch.setattr(proof, "LOG_EVERY", 1)
+    model, shares = torch.nn.Linear(1, 1), []
+
+    def loss_of(model, rows, generator, done):
+        shares.append(done)
+        return model.weight.square().sum(), {}
+
+    plan = proof.Plan("cpu", minutes=1, deadline=1e9, batch_size=4, steps=None)
+    inputs = SimpleNamespace(rows={"train": torch.arange(9)})
+    found = proof.train(plan, tmp_path, "pre-training", model, inputs, loss_of, 1e-2)
+    assert found["step"] == found["steps"] == len(shares) and 117 <= found["step"] <= 120
+    assert shares[2:] == sorted(shares[2:]) and shares[-1] == (found["step"] - 1) / found["step"]
+    assert found["pairs"] == 4 * found["step"]
 
 
 def test_a_part_that_is_too_large_is_refused(proof, packed, monkeypatch, tmp_path):
