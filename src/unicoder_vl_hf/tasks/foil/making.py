@@ -64,8 +64,8 @@ def noun_foils(captions: datasets.Dataset, store: RegionStore) -> list[Foil]:
 
 def couples(foils: Sequence[Foil], ease: np.ndarray) -> np.ndarray:
     """
-    Couples each foil that puts word b in the place of a with one that puts a in the place of b, the hardest with the
-    hardest; foils without a partner are left over.
+    Couples each foil that puts word b in the place of a with one of its split that puts a in the place of b, the
+    hardest with the hardest; foils without a partner are left over.
 
     Args:
         foils (sequence of `Foil`): The foils.
@@ -74,15 +74,15 @@ def couples(foils: Sequence[Foil], ease: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(num_couples, 2)`: numbers of foils; the couples with the lowest sum of `ease` first.
     """
-    of_words: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    of_words: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for number in np.argsort(ease, kind="stable").tolist():
         foil = foils[number]
-        of_words[foil.kind, foil.word.lower(), foil.foil_word.lower()].append(number)
+        of_words[foil.split, foil.kind, foil.word.lower(), foil.foil_word.lower()].append(number)
     found = [
         couple
-        for (kind, word, other), numbers in of_words.items()
+        for (split, kind, word, other), numbers in of_words.items()
         if word < other
-        for couple in zip(numbers, of_words.get((kind, other, word), ()), strict=False)
+        for couple in zip(numbers, of_words.get((split, kind, other, word), ()), strict=False)
     ]
     pairs = np.array(found, dtype=np.int64).reshape(-1, 2)
     return pairs[np.argsort(ease[pairs].sum(axis=1), kind="stable")]
