@@ -310,6 +310,10 @@ def train(
                 raise OutOfTime
     path.unlink(missing_ok=True)
     model.eval()
+    try:
+        training_curves(log, log.with_suffix(".png"), title=name)
+    except ImportError as error:  # a picture less
+        print(error)
     pairs = state["step"] * plan.batch_size
     return {**state, "pairs": pairs, "pairs_per_second": pairs / state["seconds"]}
 
@@ -345,7 +349,6 @@ class Proof:
 
         found = train(self.plan, self.folder, "pre-training", model.to(self.plan.device), inputs, loss_of, 1e-4)
         model.save_pretrained(self.folder / "pretrained")
-        training_curves(self.folder / "pre-training.jsonl", self.folder / "pre-training.png", title="Pre-training")
         return found
 
     def fine_tuning(self) -> dict[str, Any]:
@@ -368,7 +371,6 @@ class Proof:
         found = train(self.plan, self.folder, "fine-tuning", model.to(self.plan.device), self.inputs, loss_of, rate)
         model.config.first_stage_trained = True
         model.save_pretrained(self.folder / "fine-tuned")
-        training_curves(self.folder / "fine-tuning.jsonl", self.folder / "fine-tuning.png", title="Fine-tuning")
         return found
 
     def load(self, name: str = "fine-tuned") -> UnicoderVLForImageTextRetrieval:
