@@ -142,7 +142,7 @@ class Inputs:
                 features=arrays["features"][rows], object_ids=arrays["object_ids"][rows].astype(np.int64),
             )  # fmt: skip
         splits = np.array(told["split"])
-        trained = set(np.array(told["image_id"])[splits == "train"].tolist())
+        trained = np.unique(np.array(told["image_id"])[splits == "train"]).tolist()
         features = np.concatenate([self.records[image_id].features for image_id in trained]).astype(np.float32)
         mean = features.mean(axis=0)
         extractor = UnicoderVLFeatureExtractor(

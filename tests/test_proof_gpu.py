@@ -143,10 +143,11 @@ def test_as_many_steps_are_taken_as_fit(proof, monkeypatch, tmp_path):
     readings = itertools.count()
     monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: next(readings) / 10))
     monkeypatch.setattr(proof, "LOG_EVERY", 1)
-    model, shares = torch.nn.Linear(1, 1), []
+    model, shares, draws = torch.nn.Linear(1, 1), [], set()
 
     def loss_of(model, rows, generator, done):
         shares.append(done)
+        draws.add(torch.rand(1, generator=generator).item())
         return model.weight.square().sum(), {}
 
     plan = proof.Plan("cpu", minutes=1, deadline=1e9, batch_size=4, steps=None)
@@ -154,7 +155,7 @@ def test_as_many_steps_are_taken_as_fit(proof, monkeypatch, tmp_path):
     found = proof.train(plan, tmp_path, "pre-training", model, inputs, loss_of, 1e-2)
     assert found["step"] == found["steps"] == len(shares) and 117 <= found["step"] <= 120
     assert shares[2:] == sorted(shares[2:]) and shares[-1] == (found["step"] - 1) / found["step"]
-    assert found["pairs"] == 4 * found["step"]
+    assert found["pairs"] == 4 * found["step"] and len(draws) == found["step"]  # no step has the masks of another
 
 
 def test_a_part_that_is_too_large_is_refused(proof, packed, monkeypatch, tmp_path):

