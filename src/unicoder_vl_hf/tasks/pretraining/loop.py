@@ -6,7 +6,7 @@ and a run is the same run however it is split into processes and pieces. `run.py
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ... import logging
 from ...data.negatives import pairs_digest
 from ...data.samplers import StepBatchSampler
 from ...processes import Computing, StopSignal
-from ...runs.arguments import run_identity
+from ...runs.arguments import option, run_identity
 from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
 from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
 from ...runs.model_card import TrainingRun, finish_run
@@ -38,63 +38,39 @@ SCENES = {"num_train_epochs": 3, "learning_rate": 1e-3, "train_batch_size": 32, 
 class LoopArguments:
     """Says how our own loop of pre-training runs; the defaults are the paper's."""
 
-    output_dir: str = field(
-        metadata={"help": "Folder for checkpoints, the log, and in the end the model.", "may_change": True}
+    output_dir: str = option(..., "Folder for checkpoints, the log, and in the end the model.", may_change=True)
+    num_train_epochs: int = option(10, "Passes over the training pairs.", may_change=True)
+    learning_rate: float = option(1e-4, "Peak of the learning rate, after the warm-up.")
+    train_batch_size: int = option(192, "Pairs of an optimiser step over ALL processes.")
+    gradient_accumulation_steps: int = option(4, "Micro-steps of an optimiser step.", may_change=True)
+    warmup_ratio: float = option(0.1, "Share of the steps with a rising learning rate.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW, which with 0 is the paper's Adam.")
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped; 0 clips none.")
+    max_steps: int = option(
+        -1, "Steps after which the run ends, whatever the epochs; -1 takes all epochs.", may_change=True
     )
-    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training pairs.", "may_change": True})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate, after the warm-up."})
-    train_batch_size: int = field(default=192, metadata={"help": "Pairs of an optimiser step over ALL processes."})
-    gradient_accumulation_steps: int = field(
-        default=4, metadata={"help": "Micro-steps of an optimiser step.", "may_change": True}
+    mixed_precision: str = option(
+        "auto", "Precision: auto (what the hardware is fast in), no, bf16 or fp16.", may_change=True
     )
-    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of AdamW, which with 0 is the paper's Adam."}
+    gradient_checkpointing: bool = option(
+        False, "Computes activations twice: less memory, a third more time.", may_change=True
     )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
-    max_steps: int = field(
-        default=-1,
-        metadata={
-            "help": "Steps after which the run ends, whatever the epochs; -1 takes all epochs.",
-            "may_change": True,
-        },
+    seed: int = option(0, "Seed of masks, mismatches, order, dropout and new weights.")
+    dataloader_num_workers: int = option(0, "Processes that read and mask.", may_change=True)
+    logging_steps: int = option(20, "Steps between lines of the log.", may_change=True)
+    save_steps: int = option(1000, "Steps between checkpoints.", may_change=True)
+    save_total_limit: int = option(2, "Number of checkpoints to keep.", may_change=True)
+    eval_steps: int | None = option(None, "Steps between evaluations. Default: every epoch.", may_change=True)
+    eval_on_start: bool = option(False, "Evaluates before the first step, too.", may_change=True)
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Checkpoint to go on from: its folder, or latest. More steps than before make the run longer.",
+        may_change=True,
     )
-    mixed_precision: str = field(
-        default="auto",
-        metadata={"help": "Precision: auto (what the hardware is fast in), no, bf16 or fp16.", "may_change": True},
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Computes activations twice: less memory, a third more time.", "may_change": True},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of masks, mismatches, order, dropout and new weights."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that read and mask.", "may_change": True}
-    )
-    logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log.", "may_change": True})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints.", "may_change": True})
-    save_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints to keep.", "may_change": True})
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Steps between evaluations. Default: every epoch.", "may_change": True}
-    )
-    eval_on_start: bool = field(
-        default=False, metadata={"help": "Evaluates before the first step, too.", "may_change": True}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint to go on from: its folder, or latest. More steps than before make the run longer.",
-            "may_change": True,
-        },
-    )
-    report_to: str = field(
-        default="none", metadata={"help": "Tracker of accelerate, such as tensorboard, or none.", "may_change": True}
-    )
-    push_to_hub: bool = field(
-        default=False, metadata={"help": "Uploads the model, processor and card in the end.", "may_change": True}
-    )
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository of the Hub. Default: the output folder's name.", "may_change": True}
+    report_to: str = option("none", "Tracker of accelerate, such as tensorboard, or none.", may_change=True)
+    push_to_hub: bool = option(False, "Uploads the model, processor and card in the end.", may_change=True)
+    hub_model_id: str | None = option(
+        None, "Repository of the Hub. Default: the output folder's name.", may_change=True
     )
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ Follows the paper's pre-training tasks; the scripts are `run.py` (our loop, by A
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ...data.rows import Row
 from ...data.samplers import GivenRows, ReadAhead, StepBatchSampler
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...regions.store import RegionStore
-from ...runs.arguments import DataArguments
+from ...runs.arguments import DataArguments, option
 from ...runs.model_card import pretrained_by
 from ...runs.setup import TrainingSetup, check_object_ids, in_words, load_model, load_processor, open_data
 from .collator import DataCollatorForUnicoderVLPreTraining
@@ -32,23 +32,16 @@ class PretrainingArguments(DataArguments):
     Names the data and the model of a pre-training run; without `captions` they are rendered scenes and a small one.
     """
 
-    max_validation_pairs: int = field(
-        default=5000,
-        metadata={"help": "Pairs of the validation split, drawn evenly; 0 evaluates none.", "may_change": True},
+    max_validation_pairs: int = option(
+        5000, "Pairs of the validation split, drawn evenly; 0 evaluates none.", may_change=True
     )
-    max_regions: int | None = field(default=100, metadata={"help": "Most regions of an image; the best by score stay."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
-    mask_replace_prob: float = field(
-        default=1.0, metadata={"help": "Share of the predicted tokens that becomes [MASK] (BERT: 0.8)."}
-    )
-    random_replace_prob: float = field(
-        default=0.0, metadata={"help": "Share of the predicted tokens that becomes random (BERT: 0.1)."}
-    )
-    whole_word_mask: bool = field(default=False, metadata={"help": "Chooses whole words, with all of their tokens."})
-    moc: bool = field(
-        default=True, metadata={"help": "Trains masked object classification; --no_moc for regions without classes."}
-    )
-    moc_probability: float = field(default=0.15, metadata={"help": "Share of the regions that are predicted."})
+    max_regions: int | None = option(100, "Most regions of an image; the best by score stay.")
+    mlm_probability: float = option(0.15, "Share of the tokens that are predicted.")
+    mask_replace_prob: float = option(1.0, "Share of the predicted tokens that becomes [MASK] (BERT: 0.8).")
+    random_replace_prob: float = option(0.0, "Share of the predicted tokens that becomes random (BERT: 0.1).")
+    whole_word_mask: bool = option(False, "Chooses whole words, with all of their tokens.")
+    moc: bool = option(True, "Trains masked object classification; --no_moc for regions without classes.")
+    moc_probability: float = option(0.15, "Share of the regions that are predicted.")
 
 
 @dataclass

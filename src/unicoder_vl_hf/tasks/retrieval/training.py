@@ -19,7 +19,7 @@ from ...data.negatives import PairsWithNegatives, read_duplicate_groups
 from ...modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
-from ...runs.arguments import DataArguments
+from ...runs.arguments import DataArguments, option
 from ...runs.setup import (
     CaptionedRegions,
     TrainingSetup,
@@ -54,53 +54,40 @@ logger = logging.get_logger(__name__)
 class RetrievalArguments(DataArguments):
     """Names the data, model, groups and loss of a fine-tuning run; without `captions` it takes rendered scenes."""
 
-    max_validation_images: int = field(
-        default=100,
-        metadata={"help": "Images of the validation split, drawn evenly, with all captions; 0 evaluates none."},
+    max_validation_images: int = option(
+        100, "Images of the validation split, drawn evenly, with all captions; 0 evaluates none."
     )
-    num_negative_captions: int = field(default=3, metadata={"help": "Mismatching captions drawn for each pair."})
-    num_negative_images: int = field(default=3, metadata={"help": "Mismatching images drawn for each pair."})
-    in_batch_negatives: bool = field(
-        default=False,
-        metadata={"help": "Pairs all captions and images of a micro-batch, too; try it with 0 of the others."},
+    num_negative_captions: int = option(3, "Mismatching captions drawn for each pair.")
+    num_negative_images: int = option(3, "Mismatching images drawn for each pair.")
+    in_batch_negatives: bool = option(
+        False, "Pairs all captions and images of a micro-batch, too; try it with 0 of the others."
     )
-    duplicates: str | None = field(
-        default=None,
-        metadata={"help": "File of images that show the same, a group a line: .jsonl of lists of image ids, or .csv."},
+    duplicates: str | None = option(
+        None, "File of images that show the same, a group a line: .jsonl of lists of image ids, or .csv."
     )
-    loss: Literal["hardest", "sum", "binary", "softmax", "none"] | None = field(
-        default=None,
-        metadata={
-            "help": "Loss: hardest is the triplet loss on the hardest negative (the paper's), sum on all, binary the "
-            "cross-entropy of each pair (Oscar), softmax over the group (ViLBERT); none scores no pairs and trains a "
-            "first stage of search alone, with its encoder. Default: hardest; for new weights sum.",
-        },
+    loss: Literal["hardest", "sum", "binary", "softmax", "none"] | None = option(
+        None,
+        "Loss: hardest is the triplet loss on the hardest negative (the paper's), sum on all, binary the "
+        "cross-entropy of each pair (Oscar), softmax over the group (ViLBERT); none scores no pairs and trains a "
+        "first stage of search alone, with its encoder. Default: hardest; for new weights sum.",
     )
-    margin: float = field(
-        default=UnicoderVLConfig.triplet_margin, metadata={"help": "Margin of the triplet losses, on sigmoid(score)."}
+    margin: float = option(UnicoderVLConfig.triplet_margin, "Margin of the triplet losses, on sigmoid(score).")
+    caption_weight: float = option(1.0, "Weight of caption negatives in the triplet losses.")
+    image_weight: float = option(1.0, "Weight of image negatives in the triplet losses.")
+    contrastive_weight: float = option(
+        0.0, "Weight of the contrastive loss of a first stage of search, trained along; 0 trains none."
     )
-    caption_weight: float = field(default=1.0, metadata={"help": "Weight of caption negatives in the triplet losses."})
-    image_weight: float = field(default=1.0, metadata={"help": "Weight of image negatives in the triplet losses."})
-    contrastive_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the contrastive loss of a first stage of search, trained along; 0 trains none."},
+    projection_dim: int = option(256, "Width of the embeddings of a new first stage.")
+    num_hard_negatives: int = option(
+        0, "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
     )
-    projection_dim: int = field(default=256, metadata={"help": "Width of the embeddings of a new first stage."})
-    num_hard_negatives: int = field(
-        default=0,
-        metadata={
-            "help": "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
-        },
+    mask_probability: float = option(
+        0.0,
+        "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
+        "learned by heart.",
     )
-    mask_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
-            "learned by heart."
-        },
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Evaluations without a better sum of recalls after which training stops."}
+    early_stopping_patience: int | None = option(
+        None, "Evaluations without a better sum of recalls after which training stops."
     )
 
     def __post_init__(self):
@@ -276,9 +263,9 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     """Makes the fields of a first stage that is trained, or of none: an old one would not fit the new encoder."""
-    for option in ("contrastive_weight", "num_hard_negatives"):
-        if getattr(arguments, option) < 0:
-            raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
+    for each in ("contrastive_weight", "num_hard_negatives"):
+        if getattr(arguments, each) < 0:
+            raise ValueError(f"{each}={getattr(arguments, each)}; expected at least 0.")
     if arguments.contrastive_weight == 0 and (arguments.loss == "none" or arguments.num_hard_negatives > 0):
         raise ValueError(
             f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "

@@ -19,6 +19,7 @@ from ...data.masking import IGNORED, Masking
 from ...data.rows import Row, RowsOfEpoch
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...records_unicoder_vl import RegionRecord
+from ...runs.arguments import option
 from ...runs.batches import batches_to_evaluate
 from ...runs.model_card import pretrained_by
 from ...runs.setup import TrainingSetup
@@ -31,10 +32,8 @@ from .training import VCRDataArguments, open_and_load
 class VCRPretrainingArguments(VCRDataArguments):
     """Names data and model of a second stage of pre-training on VCR; without `annotations`, rendered scenes."""
 
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
-    moc_probability: float = field(
-        default=0.15, metadata={"help": "Share of the regions that are predicted; 0 for regions without classes."}
-    )
+    mlm_probability: float = option(0.15, "Share of the tokens that are predicted.")
+    moc_probability: float = option(0.15, "Share of the regions that are predicted; 0 for regions without classes.")
 
 
 class RightTexts(RowsOfEpoch):

@@ -6,7 +6,7 @@ silent on whether one model learns both; here one does, unless a run names a sin
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
-from ...runs.arguments import ModelArguments
+from ...runs.arguments import ModelArguments, option
 from ...runs.batches import batches_to_evaluate
 from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
 from .collator import DataCollatorForUnicoderVLMultipleChoice
@@ -52,22 +52,16 @@ Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 class VCRDataArguments(ModelArguments):
     """Names the data and the model of a run on VCR; without `annotations` its questions are about rendered scenes."""
 
-    annotations: str | None = field(
-        default=None, metadata={"help": "Folder with VCR's train.jsonl and val.jsonl. Default: rendered scenes."}
+    annotations: str | None = option(None, "Folder with VCR's train.jsonl and val.jsonl. Default: rendered scenes.")
+    metadata: str | None = option(None, "Folder that metadata_fn starts from, such as vcr1images.")
+    regions: str | None = option(
+        None, "RegionStore, or feature files, which are converted to one in the output folder."
     )
-    metadata: str | None = field(
-        default=None, metadata={"help": "Folder that metadata_fn starts from, such as vcr1images."}
+    gt_features: str | None = option(
+        None, "RegionStore of features pooled in the ground-truth boxes. Default: those of detections."
     )
-    regions: str | None = field(
-        default=None,
-        metadata={"help": "RegionStore, or feature files, which are converted to one in the output folder."},
-    )
-    gt_features: str | None = field(
-        default=None,
-        metadata={"help": "RegionStore of features pooled in the ground-truth boxes. Default: those of detections."},
-    )
-    ids: str = field(default="stem", metadata={"help": "Image ids: stem (of a photo's name) or path."})
-    max_length: int = field(default=156, metadata={"help": "Most tokens of a choice; longer ones are cut."})
+    ids: str = option("stem", "Image ids: stem (of a photo's name) or path.")
+    max_length: int = option(156, "Most tokens of a choice; longer ones are cut.")
 
     def __post_init__(self):
         if (self.annotations is None) != (self.regions is None):
@@ -83,13 +77,9 @@ class VCRDataArguments(ModelArguments):
 class VCRArguments(VCRDataArguments):
     """Names the data, the model and the tasks of a run on VCR."""
 
-    tasks: list[str] = field(
-        default_factory=lambda: [*TASKS],
-        metadata={"help": "Tasks to learn: qa (Q->A), qar (QA->R), or both in one model."},
-    )
-    without: Literal["nothing", "references", "regions"] = field(
-        default="nothing",
-        metadata={"help": "Inputs that every batch is left without, to see what the answers owe to them."},
+    tasks: list[str] = option([*TASKS], "Tasks to learn: qa (Q->A), qar (QA->R), or both in one model.")
+    without: Literal["nothing", "references", "regions"] = option(
+        "nothing", "Inputs that every batch is left without, to see what the answers owe to them."
     )
 
     def __post_init__(self):
