@@ -344,7 +344,7 @@ def test_every_command_has_a_name_of_its_own_and_says_how_it_goes_on():
     assert len({command.name for command in every}) == len(every)
     for command in every:
         parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
+        command.add_arguments(parser.add_argument)
         assert bool(command.go_on) == ("--restart" in parser._option_string_actions), command.name
 
 
@@ -352,7 +352,7 @@ def test_help_texts_name_their_noun():
     """None begins with "of the detector": in the list of options, each is read alone."""
     for command in (command for family in FAMILIES for command in family.commands):
         parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
+        command.add_arguments(parser.add_argument)
         for action in parser._actions:
             assert action.help and not action.help.startswith(("of ", "default", "to ", "so ", "where ")), action
 

@@ -1,41 +1,49 @@
 """The commands that begin with photos: they extract regions, and prepare captions."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids, add_detector_option, add_restart, check_paths, detector_options
+from .commands import (
+    GO_ON,
+    Add,
+    Commands,
+    add_caption_ids,
+    add_detector_option,
+    add_restart,
+    check_paths,
+    detector_options,
+    options_of,
+)
 
 commands = Commands()
 
 
-def _extract_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("photos", help="photos: a folder, .tar, .txt of file names, .parquet, or folder of a dataset")
-    parser.add_argument("store", help="folder of the store")
-    parser.add_argument(
+def _extract_arguments(add: Add) -> None:
+    add("photos", help="photos: a folder, .tar, .txt of file names, .parquet, or folder of a dataset")
+    add("store", help="folder of the store")
+    add(
         "--detector",
         required=True,
         metavar="FAMILY:NAME",
         help="detector of the family visual-genome, torchvision, transformers or grid",
     )
-    add_detector_option(parser, "max_regions=36")
-    parser.add_argument(
+    add_detector_option(add, "max_regions=36")
+    add(
         "--ids",
         default="stem",
         help="source of the photos' ids: stem (default: file names without suffix), path, key (webdataset's), coco, a "
         ".csv (source_id, image_id), or CAPTIONS:COLUMN",
     )
-    parser.add_argument("--skip-unmapped", action="store_true", help="leave out photos that --ids does not cover")
-    parser.add_argument("--image-column", default="image", help="column of a dataset's photos (default: image)")
-    parser.add_argument("--id-column", default="image_id", help="column of a dataset's ids (default: image_id)")
-    parser.add_argument("--split", help="split of a dataset")
-    parser.add_argument("--boxes", help="boxes to pool features in: a .npz, or a .jsonl of image_id and boxes")
-    parser.add_argument("--batch-size", type=int, help="photos at a time (default: 1 on a CPU, 8 on a GPU)")
-    parser.add_argument("--num-workers", type=int, default=2, help="reading processes (default: 2)")
-    parser.add_argument("--device", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument(
-        "--precision", default="auto", help="precision: auto (what the device is fast in), no, bf16 or fp16"
-    )
-    parser.add_argument("--dtype", default="float16", help="type of the stored features (default: float16)")
-    add_restart(parser)
+    add("--skip-unmapped", action="store_true", help="leave out photos that --ids does not cover")
+    add("--image-column", default="image", help="column of a dataset's photos (default: image)")
+    add("--id-column", default="image_id", help="column of a dataset's ids (default: image_id)")
+    add("--split", help="split of a dataset")
+    add("--boxes", help="boxes to pool features in: a .npz, or a .jsonl of image_id and boxes")
+    add("--batch-size", type=int, help="photos at a time (default: 1 on a CPU, 8 on a GPU)")
+    add("--num-workers", type=int, default=2, help="reading processes (default: 2)")
+    add("--device", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
+    add("--precision", default="auto", help="precision: auto (what the device is fast in), no, bf16 or fp16")
+    add("--dtype", default="float16", help="type of the stored features (default: float16)")
+    add_restart(add)
 
 
 @commands.register("extract", "Photos → a store, by a detector; run again, it goes on", _extract_arguments, GO_ON)
@@ -44,47 +52,26 @@ def _extract(args: Namespace) -> None:
     from ..data.image_ids import photo_ids
     from ..regions.extraction import extract
 
-    options = detector_options(args, "output", "shard_size", "name", "rename")
-    store = extract(
-        args.photos,
-        args.store,
-        args.detector,
-        skip_unmapped=args.skip_unmapped,
-        image_column=args.image_column,
-        id_column=args.id_column,
-        split=args.split,
-        boxes=args.boxes,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        device=args.device,
-        precision=args.precision,
-        dtype=args.dtype,
-        restart=args.restart,
-        **photo_ids(args.ids),
-        **options,
-    )
-    print(store)
+    of_detector = detector_options(args, "output", "shard_size", "name", "rename")
+    options = options_of(args, "photos", "store", "detector", "ids", "option") | photo_ids(args.ids)
+    print(extract(args.photos, args.store, args.detector, **options, **of_detector))
 
 
-def _prepare_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("photos", help="photos as `extract` takes them, or the store that it wrote")
-    parser.add_argument("captions", help="caption file in any layout")
-    parser.add_argument("output", help="new .jsonl of image_id, caption and split")
-    parser.add_argument(
-        "--ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)"
-    )
-    add_caption_ids(parser)
-    parser.add_argument(
+def _prepare_arguments(add: Add) -> None:
+    add("photos", help="photos as `extract` takes them, or the store that it wrote")
+    add("captions", help="caption file in any layout")
+    add("output", help="new .jsonl of image_id, caption and split")
+    add("--ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)")
+    add_caption_ids(add)
+    add(
         "--splits",
         type=_shares,
         metavar="SHARES",
         help="draw splits anew: shares of train, val and test (default: those of the captions, else 0.8,0.1,0.1)",
     )
-    parser.add_argument(
-        "--split-list", action="append", default=[], metavar="NAME=FILE", help="file of a split's images, one a line"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
-    parser.add_argument("--restart", action="store_true", help="write anew where other prepared captions are")
+    add("--split-list", action="append", default=[], metavar="NAME=FILE", help="file of a split's images, one a line")
+    add("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    add("--restart", action="store_true", help="write anew where other prepared captions are")
 
 
 @commands.register(
@@ -100,18 +87,7 @@ def _prepare(args: Namespace) -> None:
     lists = dict(text.partition("=")[::2] for text in args.split_list)
     if not all(lists) or not all(lists.values()) or len(lists) < len(args.split_list):
         raise ValueError(f"--split-list is {args.split_list}, expected NAME=FILE, each name once.")
-    prepared = prepare(
-        args.photos,
-        args.captions,
-        args.output,
-        ids=args.ids,
-        caption_ids=args.caption_ids,
-        splits=args.splits,
-        split_lists=lists,
-        seed=args.seed,
-        restart=args.restart,
-    )
-    print(prepared)
+    print(prepare(**options_of(args, "split_list"), split_lists=lists))
 
 
 def _shares(text: str) -> tuple[float, ...]:
