@@ -2,16 +2,17 @@
 without loss, it writes our model card, and it shows the losses beside one quiet progress bar.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from ..processes import Computing, StopSignal
+from .arguments import ModelArguments
 from .checkpoints import CheckpointFolder, follow_schedule
 from .log import LossMeter, beside_the_bar, in_a_line
 from .model_card import TrainingRun, write_model_card
@@ -49,6 +50,15 @@ def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # which hides a loss that is NaN, and waits for the device at every step
         "report_to": "none",
     }
+
+
+# Defaults of a task whose best model is kept.
+KEEP_BEST = {
+    "save_strategy": "epoch",
+    "save_total_limit": 2,  # the best and the last
+    "load_best_model_at_end": True,
+    "greater_is_better": True,
+}
 
 
 class TaskTrainer(Trainer):
@@ -100,6 +110,14 @@ class TaskTrainer(Trainer):
     def evaluate_task(self, rows: Any) -> dict[str, float]:
         """Measures the model on the validation rows, with the same result in every process; a subclass says how."""
         raise NotImplementedError
+
+    @property
+    def loading(self) -> dict[str, int]:
+        """The `batch_size` and `num_workers` of an evaluation."""
+        return {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "num_workers": self.args.dataloader_num_workers,
+        }
 
     def set_initial_training_values(self, args, dataloader):
         """
@@ -235,6 +253,34 @@ class TaskTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub()
         return True
+
+
+def train(
+    trainer: type[TaskTrainer],
+    prepare: Callable[..., TrainingSetup],
+    arguments: ModelArguments,
+    args: TrainingArguments,
+    **options: Any,
+) -> bool:
+    """
+    Trains as the command line of a script asks for, in a new run or from a checkpoint.
+
+    Args:
+        trainer (`type`): The [`TaskTrainer`] of the task.
+        prepare (callable): Builds the setup of `arguments` in the output folder.
+        arguments ([`ModelArguments`]), args ([`TrainingArguments`]): The command line.
+        options: Further arguments of the trainer.
+
+    Returns:
+        Whether the training came to its end, see [`~TaskTrainer.run`].
+    """
+    resume_from = trainer_checkpoints(args).resolve(args.resume_from_checkpoint)
+    set_seed(args.seed)  # Trainer does so too late for the new weights
+    with args.main_process_first():
+        setup = prepare(arguments, args.output_dir)
+    if setup.validation is None:
+        args.eval_strategy, args.load_best_model_at_end = "no", False
+    return trainer(setup, args, base_model=arguments.base_model, resume_from=resume_from, **options).run()
 
 
 class EpochOfData(TrainerCallback):

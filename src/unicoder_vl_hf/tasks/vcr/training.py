@@ -223,6 +223,7 @@ class VCRSetup(TrainingSetup):
     model: UnicoderVLForMultipleChoice
     train: EpochOfExamples
     validation: datasets.Dataset
+    tasks: Sequence[str] = tuple(TASKS)
 
     task = "visual-commonsense-reasoning"
     rows = "examples"
@@ -251,6 +252,7 @@ def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
         train=EpochOfExamples([VCRExamples(data.train, task) for task in arguments.tasks]),
         validation=data.validation,
         data_name=data.name,
+        tasks=arguments.tasks,
     )
 
 
