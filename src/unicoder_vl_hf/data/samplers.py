@@ -6,6 +6,7 @@ the last step of an epoch is smaller.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, pairwise
 from typing import Any
 
@@ -44,6 +45,7 @@ def step_parts(rows: np.ndarray, num_parts: int) -> list[tuple[list[int], float]
     ]
 
 
+@dataclass(eq=False)
 class StepBatchSampler(Sampler[list[int]]):
     """
     Gives the micro-batches of one process, for `DataLoader(batch_sampler=…)`: `micro_batches` of them make a step.
@@ -75,41 +77,27 @@ class StepBatchSampler(Sampler[list[int]]):
         `ValueError`: an argument is out of its range.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        *,
-        rows_per_step: int,
-        micro_batches: int = 1,
-        seed: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-        shuffle: bool = True,
-    ):
-        counts = {
-            "num_rows": num_rows,
-            "rows_per_step": rows_per_step,
-            "micro_batches": micro_batches,
-            "num_processes": num_processes,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name}={count}; expected at least 1.")
-        if not 0 <= process_index < num_processes:
+    num_rows: int
+    _: KW_ONLY
+    rows_per_step: int
+    micro_batches: int = 1
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_rows", "rows_per_step", "micro_batches", "num_processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+        if not 0 <= self.process_index < self.num_processes:
             raise ValueError(
-                f"process_index={process_index}; expected 0 to {num_processes - 1}, as num_processes={num_processes}."
+                f"process_index={self.process_index}; expected 0 to {self.num_processes - 1}, as "
+                f"num_processes={self.num_processes}."
             )
-        if seed < 0:
-            raise ValueError(f"seed={seed}; expected at least 0.")
-        self.num_rows = num_rows
-        self.rows_per_step = rows_per_step
-        self.micro_batches = micro_batches
-        self.seed = seed
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.start_step = 0
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}; expected at least 0.")
+        self.epoch = self.start_step = 0
 
     @property
     def steps_per_epoch(self) -> int:

@@ -9,7 +9,7 @@ another micro-batch or a resume change no example. Left out: drawing mismatches,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -92,15 +92,7 @@ class DataCollatorForUnicoderVLPreTraining:
     num_region_classes: int | None = None
 
     def __post_init__(self):
-        self.masking = Masking(
-            seed=self.seed,
-            mlm_probability=self.mlm_probability,
-            mask_replace_prob=self.mask_replace_prob,
-            random_replace_prob=self.random_replace_prob,
-            moc_probability=self.moc_probability,
-            region_zero_prob=self.region_zero_prob,
-            num_region_classes=self.num_region_classes,
-        )
+        self.masking = Masking(**{rule.name: getattr(self, rule.name) for rule in fields(Masking)})
         if self.mlm_probability > 0 and self.processor.tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which masked language modelling needs: use BERT's.")
 

@@ -15,11 +15,11 @@ from transformers import TrainingArguments
 
 from ...errors import run_script
 from ...runs.arguments import parse_arguments
+from ...runs.masked_prediction import evaluate_masked_prediction
 from ...runs.trainer import TaskTrainer, train, training_defaults
 from .pretraining import (
     VCRPretrainingArguments,
     VCRPretrainingSetup,
-    evaluate_vcr_pretraining,
     prepare_vcr_pretraining,
 )
 from .training import PAPER, SCENES, SCENES_FIELDS
@@ -31,8 +31,8 @@ class VCRPretrainingTrainer(TaskTrainer):
     setup: VCRPretrainingSetup
 
     def evaluate_task(self, rows):
-        """Measures the masked tasks on validation questions, see [`evaluate_vcr_pretraining`]."""
-        return evaluate_vcr_pretraining(self.setup.model, rows, self.setup.collator, self.accelerator, **self.loading)
+        """Measures the masked tasks on validation questions, see [`evaluate_masked_prediction`]."""
+        return evaluate_masked_prediction(self.setup.model, rows, self.setup.collator, self.accelerator, **self.loading)
 
 
 def main(argv: list[str] | None = None) -> bool:
