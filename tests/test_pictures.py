@@ -112,8 +112,7 @@ def test_a_log_without_curves_is_refused(tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install .\.\[demo\]. in a checkout"):
         training_curves(LOG, tmp_path / "x.png")
 

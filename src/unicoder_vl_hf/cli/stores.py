@@ -6,7 +6,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import GO_ON, Add, Commands, add_detector_option, add_restart, detector_options, print_problems
+from .commands import (
+    GO_ON,
+    Add,
+    Commands,
+    add_detector_option,
+    add_restart,
+    detector_options,
+    options_of,
+    print_problems,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,27 +44,16 @@ def _convert(args: Namespace) -> None:
     from ..data.image_ids import id_mapping
     from ..regions.conversion import convert
 
-    options: dict[str, Any] = {"dtype": args.dtype, "num_classes": args.num_classes}
+    detector: dict[str, Any] = {}
     if args.source_detector is not None:
         name, at, revision = args.source_detector.rpartition("@")
         if not (name and at and revision):
             raise ValueError(f"--source-detector is {args.source_detector!r}, expected NAME@REVISION.")
-        options |= {"detector": name, "detector_revision": revision, "detector_declared": True}
-    store = convert(
-        args.source,
-        args.store,
-        format=args.format,
-        rename=None if args.ids is None else id_mapping(args.ids),
-        skip_unmapped=args.skip_unmapped,
-        skip_broken=args.skip_broken,
-        keep_first=args.keep_first,
-        workers=args.workers,
-        resume=args.resume or None,
-        restart=args.restart,
-        format_options=_format_options(args),
-        **options,
-    )
-    print(store)
+        detector = {"detector": name, "detector_revision": revision, "detector_declared": True}
+    of_format = _format_options(args)
+    named = options_of(args, "source", "store", "ids", "resume", "source_detector", *FORMAT_OPTIONS)
+    rename, resume = None if args.ids is None else id_mapping(args.ids), args.resume or None
+    print(convert(args.source, args.store, rename=rename, resume=resume, format_options=of_format, **named, **detector))
 
 
 def _export_arguments(add: Add) -> None:
@@ -221,16 +219,13 @@ def _add_format(add: Add) -> None:
     add("--index", help="file of image names, for formats that number images")
 
 
+FORMAT_OPTIONS = ("class_names", "feature_dtype", "background", "index")
+
+
 def _format_options(args: Namespace) -> dict[str, Any]:
     from ..name_lists import read_names
 
-    options: dict[str, Any] = {}
-    if args.class_names is not None:
+    options = {name: value for name in FORMAT_OPTIONS if (value := getattr(args, name)) not in (None, False)}
+    if "class_names" in options:
         options["class_names"] = read_names(args.class_names)
-    if args.feature_dtype is not None:
-        options["feature_dtype"] = args.feature_dtype
-    if args.background:
-        options["background"] = True
-    if args.index is not None:
-        options["index"] = args.index
     return options

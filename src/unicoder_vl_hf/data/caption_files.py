@@ -517,13 +517,8 @@ def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str]) -> da
 
 def _add_column(table: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
     """Adds a column without the progress bar that `datasets` shows while it copies selected rows."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
+    with logging.without_bars_of_datasets():
         return table.add_column(name, values)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _no_column(place: str | PathLike[str], name: str, columns: Iterable[str]) -> str:

@@ -134,13 +134,13 @@ class DataCollatorForUnicoderVLPreTraining:
         regions = self.processor.feature_extractor(records, return_tensors="np", return_kept_indices=True)
 
         input_ids, features = text["input_ids"], regions["region_features"]
-        is_word = text["special_tokens_mask"] == 0
+        is_word = text.pop("special_tokens_mask") == 0
         for index in np.flatnonzero(~is_word.any(axis=1)).tolist():
             raise ValueError(
                 f"{self._whose(rows, index)} has no token besides [CLS] and [SEP], with max_length={self.max_length}; "
                 "expected at least one."
             )
-        object_ids = self.masking.object_ids(records, regions["kept_indices"])
+        object_ids = self.masking.object_ids(records, regions.pop("kept_indices"))
         labels = np.full_like(input_ids, IGNORED)
         region_labels = np.full_like(object_ids, IGNORED)
         tokenizer = self.processor.tokenizer
@@ -154,18 +154,8 @@ class DataCollatorForUnicoderVLPreTraining:
         matching_labels = np.full(len(pairs), IGNORED)
         if with_mismatches:
             matching_labels[: len(rows)], matching_labels[len(rows) :] = 1, 0
-        batch = {
-            "input_ids": input_ids,
-            "token_type_ids": text["token_type_ids"],
-            "attention_mask": text["attention_mask"],
-            "region_features": features,
-            "region_locations": regions["region_locations"],
-            "region_attention_mask": regions["region_attention_mask"],
-            "labels": labels,
-            "region_labels": region_labels,
-            "matching_labels": matching_labels,
-        }
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        labels_of = {"labels": labels, "region_labels": region_labels, "matching_labels": matching_labels}
+        return {name: torch.from_numpy(array) for name, array in {**text, **regions, **labels_of}.items()}
 
     @staticmethod
     def _whose(rows: Sequence[Mapping[str, Any]], index: int) -> str:
