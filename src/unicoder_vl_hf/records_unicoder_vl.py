@@ -81,15 +81,12 @@ class RegionRecord:
         if self.boxes is not None:
             self.boxes = self._floats("boxes", self.boxes, n, 4).astype(np.float32, copy=False)
             self._check_boxes(self.boxes)
-        if self.object_ids is not None:
-            self.object_ids = self._ids("object_ids", self.object_ids, n)
-        if self.object_scores is not None:
-            self.object_scores = self._scores("object_scores", self.object_scores, n).astype(np.float32, copy=False)
-        if self.attribute_ids is not None:
-            self.attribute_ids = self._ids("attribute_ids", self.attribute_ids, n)
-        if self.attribute_scores is not None:
-            scores = self._scores("attribute_scores", self.attribute_scores, n)
-            self.attribute_scores = scores.astype(np.float32, copy=False)
+        for name in ("object_ids", "attribute_ids"):
+            if (ids := getattr(self, name)) is not None:
+                setattr(self, name, self._ids(name, ids, n))
+        for name in ("object_scores", "attribute_scores"):
+            if (scores := getattr(self, name)) is not None:
+                setattr(self, name, self._scores(name, scores, n).astype(np.float32, copy=False))
         if self.class_probabilities is not None:
             self.class_probabilities = self._scores("class_probabilities", self.class_probabilities, n, None)
             num_classes = self.class_probabilities.shape[1]

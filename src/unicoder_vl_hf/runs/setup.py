@@ -310,18 +310,17 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
     Raises:
         `ValueError`: an option differs from the checkpoint.
     """
-    config, options = model.config, {"--num_hidden_layers": arguments.num_hidden_layers}
-    has = {"--num_hidden_layers": config.num_hidden_layers}
+    config = model.config
+    options: list[tuple[str, Any, Any]] = [("num_hidden_layers", arguments.num_hidden_layers, config.num_hidden_layers)]
     if not arguments.image_token:
-        options["--image_token"], has["--image_token"] = False, config.use_image_token_embedding
+        options.append(("image_token", False, config.use_image_token_embedding))
     if isinstance(model, UnicoderVLForPreTraining):  # which alone predicts them
-        options["--num_region_classes"] = arguments.num_region_classes
-        has["--num_region_classes"] = config.num_region_classes
-    for option, wanted in options.items():
-        if wanted is not None and wanted != has[option]:
+        options.append(("num_region_classes", arguments.num_region_classes, config.num_region_classes))
+    for name, wanted, has in options:
+        if wanted is not None and wanted != has:
             raise ValueError(
-                f"{option} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has[option]}, which "
-                "stays. Leave the option out, or begin with a BERT."
+                f"--{name} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has}, which stays. "
+                "Leave the option out, or begin with a BERT."
             )
 
 

@@ -8,7 +8,6 @@ matching and retrieval; one that stays above chance took its answers from the ca
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForPreTraining, AutoProcessor
 from ..data.captions import check_tokens
 from ..data.negatives import PairsWithMismatches
 from ..errors import run_script
+from ..files import write_json
 from ..processes import Computing, new_accelerator, start_processes
 from ..runs.arguments import make_parser, option
 from ..runs.evaluation import EvaluationArguments
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None):
     print(metrics_table(retrieval.metrics, retrieval.chance))
     if args.output is not None:
         values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
 
 
 if __name__ == "__main__":

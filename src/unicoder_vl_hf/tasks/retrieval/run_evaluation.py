@@ -11,7 +11,6 @@ scorer says first how long it will take. `--scores_dir` keeps what is done: the 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import transformers
 
 from ..._version import __version__
 from ...errors import run_script
+from ...files import write_json
 from ...processes import start_processes
 from ...runs.arguments import make_parser, option
 from ...runs.evaluation import EvaluationArguments
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             "chance": chance(test),
             "paper": dict(test.paper),
         }
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
 
 
 def fold_scores(

@@ -14,13 +14,13 @@ encoder of transformers. `--num_queries 1000` asks with that many captions and i
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...errors import run_script
+from ...files import write_json
 from ...processes import start_processes
 from ...runs.arguments import make_parser, option
 from ...scoring.checkpoints import checkpoint_provenance
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None):
             "checkpoint": checkpoint_provenance(args.model, model),
             "report": report.as_dict(),
         }
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from .losses import (
     TwoStageLoss,
 )
 from .metrics import retrieval_metrics, with_recall_sum
-from .protocols import captions_of_images
+from .protocols import captions_of_images, retrieval_test
 from .two_stage_report import describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
@@ -309,15 +309,13 @@ def evaluate_retrieval(
         `dict[str, float]`: the metrics of [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Names of
         the first stage's metrics begin with `first_stage_`, but for the sum.
     """
-    image_ids = captions.unique("image_id")
-    column = {image_id: index for index, image_id in enumerate(image_ids)}
-    texts, right = captions["caption"][:], [column[image_id] for image_id in captions["image_id"]]
+    (fold,) = retrieval_test(captions).folds
     if not by_first_stage:
-        scores = ImageTextScorer(model, processor, store, verbose=False).score(texts, image_ids, max_length=max_length)
-        return with_recall_sum(retrieval_metrics(scores, right))
+        scorer = ImageTextScorer(model, processor, store, verbose=False)
+        scores = scorer.score(fold.captions, fold.image_ids, max_length=max_length)
+        return with_recall_sum(retrieval_metrics(scores, fold.image_of_caption))
     encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
-    metrics = with_recall_sum(
-        retrieval_metrics(encoder.embed_captions(texts) @ encoder.embed_images(image_ids).T, right)
-    )
+    similarities = encoder.embed_captions(fold.captions) @ encoder.embed_images(fold.image_ids).T
+    metrics = with_recall_sum(retrieval_metrics(similarities, fold.image_of_caption))
     recall_sum = metrics.pop("recall_sum")
     return {f"first_stage_{name}": value for name, value in metrics.items()} | {"recall_sum": recall_sum}

@@ -11,7 +11,6 @@ scores the rationales if each task has a model of its own.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image
 
 from ...data.masking import IGNORED
 from ...errors import run_script
+from ...files import write_json
 from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
@@ -108,7 +108,7 @@ def report(args: VCREvaluationArguments, rows: Dataset, answers: np.ndarray, rat
         print(f"{name:20}{100 * value:6.1f} %" if name.endswith("_accuracy") else f"{name:20}{value:6,}")
     if args.output is not None:
         values = metrics | {"questions": len(rows), **dataclasses.asdict(args)}
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
     if args.pictures is None or args.photos is None:
         return
     folder = Path(args.pictures)

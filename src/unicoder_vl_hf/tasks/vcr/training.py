@@ -27,6 +27,7 @@ from ...regions.store import RegionStore
 from ...runs.arguments import ModelArguments, option
 from ...runs.batches import batches_to_evaluate
 from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
+from ...scoring.checkpoints import load_complete
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .metrics import choice_metrics, vcr_metrics
@@ -352,15 +353,8 @@ def load_for_vcr(
         `ValueError`: the checkpoint has no head for choices, or fewer rows of word embeddings than its tokenizer has
             tokens.
     """
-    loaded: Any = UnicoderVLForMultipleChoice.from_pretrained(name, output_loading_info=True)
-    model, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{name} ({model.config.architectures}) has no {sorted(report['missing_keys'])[:3]}: its scores would be "
-            "random. Expected a checkpoint of UnicoderVLForMultipleChoice, as run_vcr.py trains one."
-        )
+    expected = "UnicoderVLForMultipleChoice, as run_vcr.py trains one"
+    model, processor = load_complete(UnicoderVLForMultipleChoice, name, ("",), expected)
     torch.nn.Module.to(model, PartialState().device)
-    processor = UnicoderVLProcessor.from_pretrained(name)
-    processor.check_model(model)
     processor.set_store(store)
-    return model.eval(), processor
+    return model, processor
