@@ -18,7 +18,6 @@ from unicoder_vl_hf.cli import build_parser, main
 from unicoder_vl_hf.cli.parser import FAMILIES
 from unicoder_vl_hf.regions import detectors
 from unicoder_vl_hf.regions.extraction import extract
-from unicoder_vl_hf.tasks.retrieval.mining import MiningRule
 
 
 @pytest.fixture
@@ -318,8 +317,7 @@ def test_a_command_hands_every_option_to_its_function(command, monkeypatch, tmp_
     calls = []
 
     def called(*arguments, **options):
-        bound = signature.bind(*arguments, **options).arguments
-        calls.append(bound | bound.pop("fields", {}))  # of the rule of mining
+        calls.append(signature.bind(*arguments, **options).arguments)
         return {}
 
     monkeypatch.setattr(f"{module}.{name}", called)
@@ -334,9 +332,8 @@ def test_a_command_hands_every_option_to_its_function(command, monkeypatch, tmp_
     assert main(bare) == 0 and main([*bare, *typed]) == 0
     short, full = calls
     expected = build_parser().parse_args([*bare, *typed])
-    defaults = vars(MiningRule()) | {name: given.default for name, given in signature.parameters.items()}
     for name in set(names) - other:
-        assert short[name] == defaults[name], name
+        assert short[name] == signature.parameters[name].default, name
         assert full[name] == getattr(expected, name) != short[name], name
     assert full.get("options", {"a": 7}) == {"a": 7} and full.get("split_lists", {"a": "7"}) == {"a": "7"}
     assert short.keys() - other == full.keys() - other - {"options"}

@@ -75,11 +75,6 @@ def add_detector_option(add: Add, example: str) -> None:
     )
 
 
-def options_of(args: Namespace, *but: str) -> dict[str, Any]:
-    """Gives the arguments by name, for a function whose parameters are called so; those named in `but` are left out."""
-    return {name: value for name, value in vars(args).items() if name not in but}
-
-
 def detector_options(args: Namespace, *taken: str) -> dict[str, Any]:
     """
     Reads the options of a detector, each value as JSON if it is some, else as text.

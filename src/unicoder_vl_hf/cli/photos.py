@@ -11,7 +11,6 @@ from .commands import (
     add_restart,
     check_paths,
     detector_options,
-    options_of,
 )
 
 commands = Commands()
@@ -52,9 +51,26 @@ def _extract(args: Namespace) -> None:
     from ..data.image_ids import photo_ids
     from ..regions.extraction import extract
 
-    of_detector = detector_options(args, "output", "shard_size", "name", "rename")
-    options = options_of(args, "photos", "store", "detector", "ids", "option") | photo_ids(args.ids)
-    print(extract(args.photos, args.store, args.detector, **options, **of_detector))
+    options = detector_options(args, "output", "shard_size", "name", "rename")
+    store = extract(
+        args.photos,
+        args.store,
+        args.detector,
+        skip_unmapped=args.skip_unmapped,
+        image_column=args.image_column,
+        id_column=args.id_column,
+        split=args.split,
+        boxes=args.boxes,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+        precision=args.precision,
+        dtype=args.dtype,
+        restart=args.restart,
+        **photo_ids(args.ids),
+        **options,
+    )
+    print(store)
 
 
 def _prepare_arguments(add: Add) -> None:
@@ -87,7 +103,18 @@ def _prepare(args: Namespace) -> None:
     lists = dict(text.partition("=")[::2] for text in args.split_list)
     if not all(lists) or not all(lists.values()) or len(lists) < len(args.split_list):
         raise ValueError(f"--split-list is {args.split_list}, expected NAME=FILE, each name once.")
-    print(prepare(**options_of(args, "split_list"), split_lists=lists))
+    prepared = prepare(
+        args.photos,
+        args.captions,
+        args.output,
+        ids=args.ids,
+        caption_ids=args.caption_ids,
+        splits=args.splits,
+        split_lists=lists,
+        seed=args.seed,
+        restart=args.restart,
+    )
+    print(prepared)
 
 
 def _shares(text: str) -> tuple[float, ...]:

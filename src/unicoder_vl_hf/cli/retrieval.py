@@ -45,7 +45,30 @@ def _mine_arguments(add: Add) -> None:
 def _mine(args: Namespace) -> None:
     from ..tasks.retrieval.mining import mine
 
-    print(mine(**vars(args)))
+    mined = mine(
+        args.model,
+        args.captions,
+        args.regions,
+        args.output,
+        split=args.split,
+        num_negatives=args.num_negatives,
+        range_min=args.range_min,
+        range_max=args.range_max,
+        max_score=args.max_score,
+        min_score=args.min_score,
+        absolute_margin=args.absolute_margin,
+        relative_margin=args.relative_margin,
+        sampling_strategy=args.sampling_strategy,
+        images_per_set=args.images_per_set,
+        candidates=args.candidates,
+        duplicates=args.duplicates,
+        caption_ids=args.caption_ids,
+        seed=args.seed,
+        max_length=args.max_length,
+        skip_missing=args.skip_missing,
+        restart=args.restart,
+    )
+    print(mined)
 
 
 def _first_stage_arguments(add: Add) -> None:
@@ -70,7 +93,23 @@ def _first_stage_arguments(add: Add) -> None:
 def _train_first_stage(args: Namespace) -> None:
     from ..tasks.retrieval.first_stage import train_first_stage
 
-    metrics = train_first_stage(**vars(args))
+    metrics = train_first_stage(
+        args.model,
+        args.captions,
+        args.regions,
+        args.output,
+        split=args.split,
+        validation_split=args.validation_split,
+        projection_dim=args.projection_dim,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        duplicates=args.duplicates,
+        caption_ids=args.caption_ids,
+        seed=args.seed,
+        max_length=args.max_length,
+        skip_missing=args.skip_missing,
+    )
     print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items() if "recall" in name))
 
 

@@ -22,7 +22,21 @@ def _index_arguments(add: Add) -> None:
 def _index(args: Namespace) -> None:
     from ..search.command import make_index
 
-    print(make_index(**vars(args)))
+    done = make_index(
+        args.store,
+        args.output,
+        model=args.model,
+        dual_encoder=args.dual_encoder,
+        photos=args.photos,
+        photo_ids=args.photo_ids,
+        captions=args.captions,
+        caption_ids=args.caption_ids,
+        split=args.split,
+        images_of=args.images_of,
+        faiss=args.faiss,
+        restart=args.restart,
+    )
+    print(done)
 
 
 def _search_arguments(add: Add) -> None:
@@ -59,7 +73,26 @@ def _search(args: Namespace) -> None:
         raise ValueError("The sentence is empty: say what the images should show.")
     from ..search.command import run_search
 
-    print(run_search(**vars(args)))
+    found = run_search(
+        args.text,
+        image=args.image,
+        image_id=args.image_id,
+        index=args.index,
+        exhaustive=args.exhaustive,
+        regions=args.regions,
+        model=args.model,
+        dual_encoder=args.dual_encoder,
+        photos=args.photos,
+        photo_ids=args.photo_ids,
+        captions=args.captions,
+        caption_ids=args.caption_ids,
+        split=args.split,
+        candidates=args.candidates,
+        similarity_weight=args.similarity_weight,
+        top_k=args.top_k,
+        gallery=args.gallery,
+    )
+    print(found)
 
 
 def _add_encoder(add: Add) -> None:

@@ -13,7 +13,6 @@ from .commands import (
     add_detector_option,
     add_restart,
     detector_options,
-    options_of,
     print_problems,
 )
 
@@ -44,16 +43,27 @@ def _convert(args: Namespace) -> None:
     from ..data.image_ids import id_mapping
     from ..regions.conversion import convert
 
-    detector: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": args.dtype, "num_classes": args.num_classes}
     if args.source_detector is not None:
         name, at, revision = args.source_detector.rpartition("@")
         if not (name and at and revision):
             raise ValueError(f"--source-detector is {args.source_detector!r}, expected NAME@REVISION.")
-        detector = {"detector": name, "detector_revision": revision, "detector_declared": True}
-    of_format = _format_options(args)
-    named = options_of(args, "source", "store", "ids", "resume", "source_detector", *FORMAT_OPTIONS)
-    rename, resume = None if args.ids is None else id_mapping(args.ids), args.resume or None
-    print(convert(args.source, args.store, rename=rename, resume=resume, format_options=of_format, **named, **detector))
+        options |= {"detector": name, "detector_revision": revision, "detector_declared": True}
+    store = convert(
+        args.source,
+        args.store,
+        format=args.format,
+        rename=None if args.ids is None else id_mapping(args.ids),
+        skip_unmapped=args.skip_unmapped,
+        skip_broken=args.skip_broken,
+        keep_first=args.keep_first,
+        workers=args.workers,
+        resume=args.resume or None,
+        restart=args.restart,
+        format_options=_format_options(args),
+        **options,
+    )
+    print(store)
 
 
 def _export_arguments(add: Add) -> None:

@@ -286,6 +286,14 @@ def mine(
     output: str,
     *,
     split: str = "train",
+    num_negatives: int = 3,
+    range_min: int = 0,
+    range_max: int | None = None,
+    max_score: float | None = None,
+    min_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    sampling_strategy: Literal["top", "random"] = "top",
     images_per_set: int = 100,
     candidates: int | None = None,
     duplicates: str | None = None,
@@ -294,13 +302,12 @@ def mine(
     max_length: int = 44,
     skip_missing: bool = False,
     restart: bool = False,
-    **fields: Any,
 ) -> datasets.Dataset:
     """
     Mines one split of a caption file, and writes ALL its splits as a dataset folder that `read_captions` and
     `run_retrieval.py --captions` read; the other splits have no negatives. A call that was stopped goes on when it is
     repeated; what is finished stays as it is. With `candidates` the checkpoint's own first stage proposes
-    them. The other arguments are those of [`mine_hard_negatives`].
+    them. The other arguments are those of [`MiningRule`] and [`mine_hard_negatives`].
 
     Args:
         model (`str`): a Unicoder-VL checkpoint with its processor.
@@ -310,13 +317,21 @@ def mine(
         output (`str`): the folder, a new one or that of the same call.
         caption_ids (`str`, *optional*): other ids for the captions' images, see `ids` of [`read_captions`].
         restart (`bool`, *optional*, defaults to `False`): whether an earlier call's output is replaced.
-        fields: the fields of [`MiningRule`], such as `num_negatives=5`.
 
     Raises:
         `ValueError`: `output` holds something else, a value is out of range, or captions have no regions (unless
             `skip_missing`).
     """
-    rule = MiningRule(**fields)
+    rule = MiningRule(
+        num_negatives=num_negatives,
+        range_min=range_min,
+        range_max=range_max,
+        max_score=max_score,
+        min_score=min_score,
+        absolute_margin=absolute_margin,
+        relative_margin=relative_margin,
+        sampling_strategy=sampling_strategy,
+    )
     state, target = start_processes(), Path(output)
     scores_dir = target.with_name(f"{target.name}.scores")
     with ExitStack() as stack:
