@@ -44,6 +44,7 @@ from .shards import (
     read_manifest,
     shard_path,
     to_bfloat16,
+    to_float16,
     write_index,
 )
 
@@ -544,8 +545,9 @@ class RegionStoreWriter:
         dtype = self._provenance["dtype"]
         if dtype == "bfloat16":
             return to_bfloat16(features)
-        with np.errstate(over="ignore"):  # features that are only compared were not checked
-            return features.astype(dtype, copy=False)
+        if dtype == "float16" and features.dtype == np.float32:
+            return to_float16(features)
+        return features.astype(dtype, copy=False)
 
     def _note_widths(self, features: np.ndarray, class_probabilities: np.ndarray | None) -> None:
         self._widths["features"] = features.shape[1]
