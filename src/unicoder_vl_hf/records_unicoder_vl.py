@@ -267,6 +267,8 @@ class RegionRecord:
 
     def _ids(self, field: str, values: Any, *shape: int | None) -> np.ndarray:
         array = self._numbers(field, values, *shape)
+        if array.dtype == np.int64 and array.min() >= -1:
+            return array
         wrong = ~((array >= -1) & (array == np.floor(array)) & (array < 2**63))  # NaN is wrong too
         if wrong.any():
             value = array[wrong][0]

@@ -37,7 +37,8 @@ STORE = OutputKind(
 STORE_OF_STORES = OutputKind("store made of other stores", last=MANIFEST, files=SHARDS_ALONE)
 # The dtypes that features may have, and the largest number of each.
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
-NARROW_FIELDS = ("boxes", "object_ids", "object_scores", "attribute_ids", "attribute_scores")
+CLASS_FIELDS = ("object_ids", "object_scores", "attribute_ids", "attribute_scores")
+NARROW_FIELDS = ("boxes", *CLASS_FIELDS)
 # The bits of a shard's `present`, lowest first: new fields go to the end.
 OPTIONAL_FIELDS = (*NARROW_FIELDS, "class_probabilities")
 PIECE = 2**14  # numbers converted at a time: larger arrays between steps would cost page faults

@@ -220,15 +220,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         from .hub import push_store
 
-        return push_store(
-            self.path,
-            self.manifest,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        return push_store(self.path, self.manifest, repo_id, private, token, revision, commit_message)
 
     @classmethod
     def from_hub(
@@ -259,16 +251,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         from .hub import fetch_store
 
-        return cls(
-            fetch_store(
-                repo_id,
-                revision=revision,
-                image_ids=image_ids,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-            )
-        )
+        return cls(fetch_store(repo_id, revision, image_ids, cache_dir, token, local_files_only))
 
 
 class NoRecordWritten(ValueError):

@@ -133,7 +133,8 @@ class TorchvisionDetector:
             counts = [len(boxes) for boxes in outputs]
             found = list(zip(inputs, best.values.split(counts), (best.indices + 1).split(counts), strict=True))
         return [
-            make_record(image_id, photo.size, boxes, rows, labels - 1, scores)  # label 0 is the background
+            # Label 0 is the background.
+            make_record(image_id, photo.size, boxes, rows, object_ids=labels - 1, object_scores=scores)
             for image_id, photo, boxes, rows, (_, scores, labels) in zip(
                 image_ids, photos, outputs, features.split([len(boxes) for boxes in outputs]), found, strict=True
             )

@@ -49,9 +49,7 @@ def decode(image_id: str, name: str, text: bytes | str) -> bytes:
     """
     Decodes base64 to bytes, also where Python's `b'…'` is around it. Raises ValueError naming the image and the field.
     """
-    if isinstance(text, str):
-        text = text[2:-1] if text.startswith(("b'", 'b"')) else text
-    elif text.startswith((b"b'", b'b"')):
+    if text[:2] in ("b'", 'b"', b"b'", b'b"'):
         text = text[2:-1]
     try:
         return binascii.a2b_base64(text, strict_mode=True)  # unlike base64, it copies no text first

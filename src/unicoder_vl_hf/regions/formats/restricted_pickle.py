@@ -36,9 +36,15 @@ _GLOBALS = {
     **{(f"{core}.numeric", "_frombuffer"): "_frombuffer" for core in _CORE},
 }
 # The name of each opcode, and the function that reads its argument.
-_OPCODES = {code.encode("latin-1"): (op.name, op.arg and op.arg.reader) for code, op in pickletools.code2op.items()}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_CONTAINERS: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
+_OPCODES = {op.code.encode("latin-1"): (op.name, op.arg and op.arg.reader) for op in pickletools.opcodes}
+_MADE: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+}
 _VALUES = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES "
     "SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8".split()
@@ -185,13 +191,11 @@ def _run(data: bytes) -> Any:
                 memo[argument] = stack[-1]
             case "PROTO" | "FRAME":
                 pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append(_CONSTANTS[name])
             case "MARK":
                 marks.append(stack)
                 stack = []
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
-                stack.append(_CONTAINERS[name]())
+            case _ if name in _MADE:
+                stack.append(_MADE[name]())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(name[-1])
                 if len(stack) < count:
