@@ -115,12 +115,8 @@ class VisualGenomeDetector:
         else:
             thresholds |= {"nms": list(config.nms_thresholds)}
         thresholds |= {"preprocess": preprocess, "min_size": sizes[0], "max_size": sizes[1]}
-        self.provenance = {
-            "box_type": RULES[rule],
-            "thresholds": thresholds,
-            "num_classes": config.num_classes,
-            **provenance,
-        }
+        known = {"box_type": RULES[rule], "thresholds": thresholds, "num_classes": config.num_classes}
+        self.provenance = known | provenance
 
     @torch.inference_mode()
     def __call__(
