@@ -36,7 +36,9 @@ _GLOBALS = {
     **{(f"{core}.numeric", "_frombuffer"): "_frombuffer" for core in _CORE},
 }
 # The name of each opcode, and the function that reads its argument.
-_OPCODES = {op.code.encode("latin-1"): (op.name, op.arg and op.arg.reader) for op in pickletools.opcodes}
+_OPCODES: dict[bytes, tuple[str, Any]] = {
+    op.code.encode("latin-1"): (op.name, op.arg and op.arg.reader) for op in pickletools.opcodes
+}
 _MADE: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
