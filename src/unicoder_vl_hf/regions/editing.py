@@ -243,9 +243,8 @@ def _copy(store: RegionStore, numbers: np.ndarray, destination: Path) -> RegionS
     with RegionStoreWriter(destination, resume=True, **options) as writer:
         # An interrupted call left the first of the images that are to be written.
         done = len(writer.resumed)
-        if not all(store.shards.image_id(number) in writer.resumed for number in numbers[:done].tolist()) or done > len(
-            numbers
-        ):
+        first = [store.shards.image_id(number) for number in numbers[:done].tolist()]
+        if len(first) < done or not all(image_id in writer.resumed for image_id in first):
             raise ValueError(f"{destination} holds other images than those asked for: take another folder.")
         for number in logging.tqdm(numbers[done:].tolist(), desc=f"Copying to {destination.name}", unit="image"):
             writer.write(store.record_at(number))

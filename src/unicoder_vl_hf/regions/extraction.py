@@ -29,7 +29,7 @@ from ..files import begun_anew, locked, make_folder, say_finished
 from ..name_lists import numbered_lines
 from ..processes import StopSignal
 from ..records_unicoder_vl import RegionRecord
-from .conversion import Rename, write_skipped, write_store
+from .conversion import Rename, read_rows, write_skipped, write_store
 from .detectors import Detector, load_detector, split_name
 from .editing import merge_stores, merged_stores
 from .photos import PhotoSource, decode_photo, in_words, list_photos
@@ -465,7 +465,7 @@ def _check_left(folder: Path, left: Sequence[str]) -> None:
     Raises ValueError where photos are left that a finished store did not skip: it takes those that it skipped, and no
     other.
     """
-    skipped = {row["image_id"] for row in _read_rows(folder / SKIPPED)}
+    skipped = {row["image_id"] for row in read_rows(folder / SKIPPED)}
     new = [image_id for image_id in left if image_id not in skipped]
     if new:
         raise ValueError(
@@ -474,15 +474,10 @@ def _check_left(folder: Path, left: Sequence[str]) -> None:
         )
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: PhotoSource) -> None:
     """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
     stores, renewed = _parts(parts), {None, *source.ids}  # None: files that the listing left out
-    skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in _read_rows(file)]
+    skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in read_rows(file)]
     if stores and _finished(folder):
         records = chain.from_iterable(RegionStore(part).values() for part in stores)
         write_store(records, folder, resume=True, **settings)
@@ -494,7 +489,7 @@ def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: Pho
             f"None of {len(skips)} photos gave regions; the first reason, of {first['file']}: {first['reason']}. All "
             f"are in {parts}."
         )
-    skips += [row for row in _read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
+    skips += [row for row in read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
     skips += [{"image_id": None, "file": file, "reason": reason} for file, reason in source.left_out]
     write_skipped(folder, sorted(skips, key=lambda row: row["file"]))
     shutil.rmtree(parts)

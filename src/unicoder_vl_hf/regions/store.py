@@ -44,6 +44,7 @@ from .shards import (
     read_manifest,
     shard_path,
     to_bfloat16,
+    to_float16,
     write_index,
 )
 
@@ -219,15 +220,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         from .hub import push_store
 
-        return push_store(
-            self.path,
-            self.manifest,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        return push_store(self.path, self.manifest, repo_id, private, token, revision, commit_message)
 
     @classmethod
     def from_hub(
@@ -258,16 +251,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         from .hub import fetch_store
 
-        return cls(
-            fetch_store(
-                repo_id,
-                revision=revision,
-                image_ids=image_ids,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-            )
-        )
+        return cls(fetch_store(repo_id, revision, image_ids, cache_dir, token, local_files_only))
 
 
 class NoRecordWritten(ValueError):
@@ -544,8 +528,9 @@ class RegionStoreWriter:
         dtype = self._provenance["dtype"]
         if dtype == "bfloat16":
             return to_bfloat16(features)
-        with np.errstate(over="ignore"):  # features that are only compared were not checked
-            return features.astype(dtype, copy=False)
+        if dtype == "float16" and features.dtype == np.float32:
+            return to_float16(features)
+        return features.astype(dtype, copy=False)
 
     def _note_widths(self, features: np.ndarray, class_probabilities: np.ndarray | None) -> None:
         self._widths["features"] = features.shape[1]
