@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -55,6 +55,7 @@ def parse_arguments(
     *,
     paper: dict[str, Any],
     scenes: dict[str, Any],
+    strong: dict[str, Any] | None = None,
     data: str = "--captions",
 ) -> tuple[Any, ...]:
     """
@@ -65,6 +66,7 @@ def parse_arguments(
         argv (sequence of `str`, *optional*): The words of the command line; by default those of this process.
         paper (`dict`): Defaults of a command line that names `data`, and of the help.
         scenes (`dict`): Defaults of a command line that does not.
+        strong (`dict`, *optional*): Further defaults of a command line with `--recipe strong`.
         data (`str`, *optional*, defaults to `"--captions"`): The option that names data of one's own.
 
     Returns:
@@ -79,6 +81,10 @@ def parse_arguments(
     )
     names = {word.split("=")[0] for word in argv}
     parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe.add_argument("--recipe")
+    if recipe.parse_known_args(argv)[0].recipe == "strong":
+        parser.set_defaults(**(strong or {}))
     try:
         argv = in_our_spelling(argv, parser)
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -205,6 +211,13 @@ class ModelArguments:
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Number of the BERT's layers to keep, from the first on. Default: all."}
     )
+    initializer_range: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation of weights that are new. Default: that of the model to start from; BERT has "
+            "0.02, which is little for a model narrower than its 768."
+        },
+    )
     dropout: float | None = field(
         default=None,
         metadata={
@@ -240,6 +253,14 @@ class ModelArguments:
 @dataclass
 class DataArguments(ModelArguments):
     """Names the data and the model of a run. Without `captions` the run takes rendered scenes and a small model."""
+
+    recipe: Literal["paper", "strong"] = field(
+        default="paper",
+        metadata={
+            "help": "Set of defaults: the paper's, or strong, by which the matching head learns more in less time. "
+            "Options that are given replace those of either."
+        },
+    )
 
     captions: str | None = field(
         default=None,

@@ -14,7 +14,7 @@ from ...errors import run_script
 from ...runs.arguments import parse_arguments
 from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
 from .evaluation import evaluate_pretraining
-from .loop import PAPER, SCENES
+from .loop import PAPER, SCENES, STRONG
 from .setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
 
 
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER),
         scenes=training_defaults(SCENES),
+        strong=STRONG,
     )
     resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights

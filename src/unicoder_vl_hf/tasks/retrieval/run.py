@@ -20,6 +20,7 @@ from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
 from .training import (
     PAPER,
     SCENES,
+    STRONG,
     RetrievalArguments,
     RetrievalSetup,
     evaluate_retrieval,
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER) | shared,
         scenes=training_defaults(SCENES) | shared,
+        strong=STRONG,
     )
     resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
     set_seed(training_args.seed)  # Trainer does so too late for the new weights

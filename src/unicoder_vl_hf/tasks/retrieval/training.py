@@ -92,6 +92,12 @@ class RetrievalArguments(DataArguments):
             "help": "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
         },
     )
+    random_negative_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "First epochs in which these are drawn at random: of hard ones a new matching head learns nothing."
+        },
+    )
     mask_probability: float = field(
         default=0.0,
         metadata={
@@ -142,6 +148,18 @@ class RetrievalArguments(DataArguments):
 # counted in positive pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 5e-5, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+
+
+# Options by which the matching head orders better than a first stage, see docs/matching_head.md.
+STRONG = {
+    "initializer_range": 0.08,
+    "loss": "softmax",
+    "contrastive_weight": 1.0,
+    "num_negative_captions": 0,
+    "num_negative_images": 0,
+    "num_hard_negatives": 1,
+    "random_negative_epochs": 1,
+}
 
 
 @dataclass
@@ -205,6 +223,8 @@ class RetrievalSetup(TrainingSetup):
             negatives.append("all mismatches of the batch")
         if isinstance(loss, HardNegativeLoss):
             negatives.append("the mismatches of the batch that its first stage likes best")
+            if epochs := self.collator.random_epochs:
+                negatives[-1] += f" (drawn at random in the first {'epoch' if epochs == 1 else f'{epochs} epochs'})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
@@ -251,6 +271,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
             in_batch_negatives=arguments.in_batch_negatives,
             contrastive=arguments.contrastive_weight > 0,
             mask_probability=arguments.mask_probability,
+            random_epochs=arguments.random_negative_epochs,
             seed=seed,
         ),
         train=train,
@@ -276,13 +297,18 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     """Makes the fields of a first stage that is trained, or of none: an old one would not fit the new encoder."""
-    for option in ("contrastive_weight", "num_hard_negatives"):
+    for option in ("contrastive_weight", "num_hard_negatives", "random_negative_epochs"):
         if getattr(arguments, option) < 0:
             raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
     if arguments.contrastive_weight == 0 and (arguments.loss == "none" or arguments.num_hard_negatives > 0):
         raise ValueError(
             f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "
             "give --contrastive_weight, such as 1."
+        )
+    if arguments.random_negative_epochs > 0 and arguments.num_hard_negatives == 0:
+        raise ValueError(
+            f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
+            "it, such as 1."
         )
     if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
         raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")
