@@ -32,7 +32,9 @@ def main():
                     rows[-1][f"{words}: matching loss"] = point["match"]
                 if "zero" in point:
                     rows[-1][f"{words}: recall@1"] = point["zero"][0] / 100
-    training_curves(sorted(rows, key=lambda row: row["step"]), DOCS / "scenes_matching_head.png", title="Scenes, seed 0")
+    training_curves(
+        sorted(rows, key=lambda row: row["step"]), DOCS / "scenes_matching_head.png", title="Scenes, seed 0"
+    )
 
 
 if __name__ == "__main__":

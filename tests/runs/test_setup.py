@@ -120,7 +120,7 @@ def test_the_strong_recipe_is_a_set_of_defaults(given, capsys):
     """An option that is given replaces its own, wherever it stands; without it all is as the paper has it."""
     assert retrieval() == retrieval("--recipe", "paper") == RetrievalArguments()
     strong = retrieval(*given)
-    assert strong == RetrievalArguments(recipe="strong", **finetuning.STRONG)
+    assert strong == RetrievalArguments(**finetuning.STRONG)
     own = retrieval("--random_negative_epochs", "0", *given, "--loss", "binary")
     assert own == dataclasses.replace(strong, random_negative_epochs=0, loss="binary")
     assert isinstance(strong.training_loss, HardNegativeLoss)

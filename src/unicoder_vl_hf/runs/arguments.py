@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -81,10 +81,19 @@ def parse_arguments(
     )
     names = {word.split("=")[0] for word in argv}
     parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
-    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    recipe.add_argument("--recipe")
-    if recipe.parse_known_args(argv)[0].recipe == "strong":
-        parser.set_defaults(**(strong or {}))
+    if strong is not None:
+        first = _Parser((), allow_abbrev=False, add_help=False)
+        for each in (first, parser):  # which knows it for the help alone
+            each.add_argument(
+                "--recipe",
+                choices=("paper", "strong"),
+                default=argparse.SUPPRESS,
+                help="Set of defaults: the paper's, or strong, by which the matching head learns more in less time: "
+                f"{', '.join(f'{name} {value}' for name, value in strong.items())}. (default: paper)",
+            )
+        given, argv = first.parse_known_args(argv)
+        if getattr(given, "recipe", "paper") == "strong":
+            parser.set_defaults(**strong)
     try:
         argv = in_our_spelling(argv, parser)
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -253,14 +262,6 @@ class ModelArguments:
 @dataclass
 class DataArguments(ModelArguments):
     """Names the data and the model of a run. Without `captions` the run takes rendered scenes and a small model."""
-
-    recipe: Literal["paper", "strong"] = field(
-        default="paper",
-        metadata={
-            "help": "Set of defaults: the paper's, or strong, by which the matching head learns more in less time. "
-            "Options that are given replace those of either."
-        },
-    )
 
     captions: str | None = field(
         default=None,
