@@ -149,7 +149,7 @@ def train_both(folders: DemoFolders) -> None:
         regions=folders.scenes / "regions",
         model_name_or_path=folders.output,
         recipe="strong",
-        num_train_epochs=2,
+        num_train_epochs=3,
         max_validation_images=0,
         learning_rate=SCENES["learning_rate"],
         per_device_train_batch_size=SCENES["train_batch_size"],
