@@ -54,6 +54,7 @@ def parse_arguments(
     *,
     paper: dict[str, Any],
     scenes: dict[str, Any],
+    strong: dict[str, Any] | None = None,
     data: str = "--captions",
 ) -> tuple[Any, ...]:
     """
@@ -64,6 +65,7 @@ def parse_arguments(
         argv (sequence of `str`, *optional*): The words of the command line; by default those of this process.
         paper (`dict`): Defaults of a command line that names `data`, and of the help.
         scenes (`dict`): Defaults of a command line that does not.
+        strong (`dict`, *optional*): Further defaults of a command line with `--recipe strong`.
         data (`str`, *optional*, defaults to `"--captions"`): The option that names data of one's own.
 
     Returns:
@@ -78,6 +80,19 @@ def parse_arguments(
     )
     names = {word.split("=")[0] for word in argv}
     parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
+    if strong is not None:
+        first = _Parser((), allow_abbrev=False, add_help=False)
+        for each in (first, parser):  # which knows it for the help alone
+            each.add_argument(
+                "--recipe",
+                choices=("paper", "strong"),
+                default=argparse.SUPPRESS,
+                help="Set of defaults: the paper's, or strong, by which the matching head learns more in less time: "
+                f"{', '.join(f'{name} {value}' for name, value in strong.items())}. (default: paper)",
+            )
+        given, argv = first.parse_known_args(argv)
+        if getattr(given, "recipe", "paper") == "strong":
+            parser.set_defaults(**strong)
     try:
         argv = in_our_spelling(argv, parser)
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -214,6 +229,11 @@ class ModelArguments:
     )
     num_hidden_layers: int | None = option(
         None, "Number of the BERT's layers to keep, from the first on. Default: all."
+    )
+    initializer_range: float | None = option(
+        None,
+        "Standard deviation of weights that are new. Default: that of the model to start from; BERT has 0.02, which is "
+        "little for a model narrower than its 768.",
     )
     dropout: float | None = option(
         None, "Dropout of hidden states and attention. Default: that of the model to start from; BERT has 0.1."

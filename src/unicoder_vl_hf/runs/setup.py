@@ -261,6 +261,8 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         regions["num_hidden_layers"] = arguments.num_hidden_layers
     if arguments.dropout is not None:
         fields |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
+    if arguments.initializer_range is not None:
+        fields |= {"initializer_range": arguments.initializer_range}
     name = arguments.base_model
     if name is None:
         from ..scenes.world import scene_tokenizer

@@ -327,6 +327,7 @@ def test_each_caption_is_hidden_by_itself():
         ("negative_captions", {}),
         ("image_id", {}),
         ("epoch", {"mask_probability": 0.1}),
+        ("row_index", {"random_epochs": 1}),
         ("image_code", {"contrastive": True}),
         ("codes_of_caption", {"in_batch_negatives": True}),
     ],

@@ -16,7 +16,7 @@ from ...errors import run_script
 from ...runs.arguments import parse_arguments
 from ...runs.trainer import TaskTrainer, train, training_defaults
 from .evaluation import evaluate_pretraining
-from .loop import PAPER, SCENES
+from .loop import PAPER, SCENES, STRONG
 from .setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
 
 
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER),
         scenes=training_defaults(SCENES),
+        strong=STRONG,
     )
     return train(PretrainingTrainer, partial(prepare_pretraining, seed=training_args.seed), data_args, training_args)
 

@@ -22,6 +22,7 @@ from ...runs.trainer import KEEP_BEST, TaskTrainer, train, training_defaults
 from .training import (
     PAPER,
     SCENES,
+    STRONG,
     RetrievalArguments,
     RetrievalSetup,
     evaluate_retrieval,
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER) | shared,
         scenes=training_defaults(SCENES) | shared,
+        strong=STRONG,
     )
     patience = data_args.early_stopping_patience
     callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]

@@ -81,6 +81,9 @@ class RetrievalArguments(DataArguments):
     num_hard_negatives: int = option(
         0, "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
     )
+    random_negative_epochs: int = option(
+        0, "First epochs in which these are drawn at random: of hard ones a new matching head learns nothing."
+    )
     mask_probability: float = option(
         0.0,
         "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
@@ -129,6 +132,18 @@ class RetrievalArguments(DataArguments):
 # counted in positive pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 5e-5, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+
+
+# Options by which the matching head orders better than a first stage, see docs/matching_head.md.
+STRONG = {
+    "initializer_range": 0.08,
+    "loss": "softmax",
+    "contrastive_weight": 1.0,
+    "num_negative_captions": 0,
+    "num_negative_images": 0,
+    "num_hard_negatives": 1,
+    "random_negative_epochs": 1,
+}
 
 
 @dataclass
@@ -192,6 +207,8 @@ class RetrievalSetup(TrainingSetup):
             negatives.append("all mismatches of the batch")
         if isinstance(loss, HardNegativeLoss):
             negatives.append("the mismatches of the batch that its first stage likes best")
+            if epochs := self.collator.random_epochs:
+                negatives[-1] += f" (drawn at random in the first {'epoch' if epochs == 1 else f'{epochs} epochs'})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
@@ -238,6 +255,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
             in_batch_negatives=arguments.in_batch_negatives,
             contrastive=arguments.contrastive_weight > 0,
             mask_probability=arguments.mask_probability,
+            random_epochs=arguments.random_negative_epochs,
             seed=seed,
         ),
         train=train,
@@ -263,13 +281,18 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     """Makes the fields of a first stage that is trained, or of none: an old one would not fit the new encoder."""
-    for each in ("contrastive_weight", "num_hard_negatives"):
+    for each in ("contrastive_weight", "num_hard_negatives", "random_negative_epochs"):
         if getattr(arguments, each) < 0:
             raise ValueError(f"{each}={getattr(arguments, each)}; expected at least 0.")
     if arguments.contrastive_weight == 0 and (arguments.loss == "none" or arguments.num_hard_negatives > 0):
         raise ValueError(
             f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "
             "give --contrastive_weight, such as 1."
+        )
+    if arguments.random_negative_epochs > 0 and arguments.num_hard_negatives == 0:
+        raise ValueError(
+            f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
+            "it, such as 1."
         )
     if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
         raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")
