@@ -213,7 +213,8 @@ def test_linear_layers_by_onednn_or_not(model_class, onednn, expected, model, mo
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn, raising=False)
     encoder = PairEncoder(other, None, 100)
     kinds = {type(module) for module in encoder.bert.encoder.modules()}
-    assert (packed.OneDNNLinear in kinds) == onednn and (torch.nn.Linear in kinds) == (not onednn)
+    assert (packed.OneDNNLinear in kinds) == onednn
+    assert any(issubclass(kind, torch.nn.Linear) for kind in kinds) == (not onednn)
     assert_close(scorer(other).score(CAPTIONS, IMAGES), expected)
 
 
