@@ -50,7 +50,15 @@ def main(argv: list[str] | None = None) -> bool:
         setup = prepare_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
     if setup.validation is None:
         training_args.eval_strategy = "no"
-    trainer = PretrainingTrainer(setup, training_args, base_model=data_args.base_model, resume_from=resume_from)
+    sampler = setup.token_batches(
+        micro_batches=training_args.gradient_accumulation_steps,
+        seed=training_args.seed,
+        process_index=training_args.process_index,
+        num_processes=training_args.world_size,
+    )
+    trainer = PretrainingTrainer(
+        setup, training_args, base_model=data_args.base_model, resume_from=resume_from, sampler=sampler
+    )
     return trainer.run()
 
 
