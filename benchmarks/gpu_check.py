@@ -211,8 +211,7 @@ def varlen_attention(states: torch.Tensor, lengths: Sequence[int]) -> torch.Tens
 
 
 def flex_attention(states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention as flex
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention as flex
 
     ends = borders(lengths, states.device)
     sequence = torch.searchsorted(ends, torch.arange(states.shape[1], device=states.device), right=True)

@@ -86,6 +86,29 @@ def loss_and_gradients(model, batch):
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "model_class, batch",
+    [(UnicoderVLForPreTraining, pretraining_batch), (UnicoderVLForImageTextRetrieval, retrieval_batch)],
+)
+def test_gradient_checkpointing_gives_equal_gradients(model_class, batch, reentrant):
+    """With dropout: what is computed once more drops the same."""
+    model = retrieval_model(model_class).train()
+    model.config.padding_free = True
+    runs = []
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: runs.append(1))
+    torch.manual_seed(0)
+    loss, gradients = loss_and_gradients(model, batch())
+    forward = len(runs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(0)
+    found, found_gradients = loss_and_gradients(model, batch())
+    assert len(runs) == forward + 2 * forward  # once forward, once more for backward
+    assert torch.equal(found, loss) and found_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """How many positions each layer took, forward pass by forward pass."""
