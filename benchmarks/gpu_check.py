@@ -11,15 +11,17 @@ reason.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,7 +61,8 @@ class Check:
     batch_size: int = 256  # of the rival's scoring
     rows: int = 256  # of a training step
     rounds: int = 5
-    most_rows: int = 8192  # of the largest batch that is tried
+    most_rows: int = 4096  # of the largest batch that is tried
+    patience: int = 45  # seconds for one way of computing, whose kernels may have to be compiled
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
 
@@ -84,6 +87,22 @@ def peak_memory(device: str, run: Callable[[], object]) -> int | None:
 
 def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError within a block that takes longer, so that one way of computing does not use up the time."""
+
+    def over(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def peak(check: Check, result: Measured) -> Measured:
@@ -145,12 +164,13 @@ def attention(check: Check, result: Measured) -> Measured:
             def run(way=way) -> None:
                 way(states, lengths).float().square().sum().backward()
 
-            with torch.no_grad():
-                difference = float((way(states.detach(), lengths).float() - wanted).abs().max())
-            run()
-            seconds = [in_turn({"": run}, check.device)[""] for _ in range(2 * check.rounds)]
-            found[name] = {"seconds": spread(seconds), "difference": difference}
-            found[name]["bytes"] = peak_memory(check.device, run)
+            with limited(check.patience):
+                with torch.no_grad():
+                    difference = float((way(states.detach(), lengths).float() - wanted).abs().max())
+                run()
+                seconds = [in_turn({"": run}, check.device)[""] for _ in range(2 * check.rounds)]
+                bytes_held = peak_memory(check.device, run)
+            found[name] = {"seconds": spread(seconds), "difference": difference, "bytes": bytes_held}
         except Exception as error:
             found[name] = {"does not run": reason(error)}
     return found
@@ -271,20 +291,22 @@ def scoring(check: Check, result: Measured) -> Measured:
     return found
 
 
-def ways_of_training() -> dict[str, dict[str, Any]]:
-    """Names of ways to train our model: attention, and whether padding is left out."""
-    return {
-        "padded, SDPA": {"attention": "sdpa", "packs": False},
-        "packed, SDPA in groups": {"attention": "sdpa", "packs": True},
-        "packed, flex": {"attention": "flex_attention", "packs": True},
-        "packed, flash-attn": {"attention": "flash_attention_2", "packs": True},
-    }
+# Names of ways to train: attention, and whether padding is left out; None is VisualBERT.
+WAYS_OF_TRAINING: dict[str, tuple[str, bool] | None] = {
+    "VisualBertForPreTraining": None,
+    "padded, SDPA": ("sdpa", False),
+    "packed, SDPA in groups": ("sdpa", True),
+    "packed, flash-attn": ("flash_attention_2", True),
+    "packed, flex": ("flex_attention", True),
+}
 
 
-def our_training(check: Check, dtype: torch.dtype, attention: str, packs: bool) -> Training:
-    trained = Training(True, check.size, dtype, check.device)
-    trained.model.set_attn_implementation(attention)
-    trained.model.bert.packs = lambda **_: packs  # which by itself asks for FlashAttention on a GPU
+def training_of(check: Check, dtype: torch.dtype, way: tuple[str, bool] | None) -> Training:
+    trained = Training(way is not None, check.size, dtype, check.device)
+    if way is not None:
+        attention, packs = way
+        trained.model.set_attn_implementation(attention)
+        trained.model.bert.packs = lambda **_: packs  # which by itself asks for FlashAttention on a GPU
     return trained
 
 
@@ -299,16 +321,14 @@ def training(check: Check, result: Measured) -> Measured:
             name: [job.batch(order[at : at + check.rows], check.device) for at in (0, check.rows, 2 * check.rows)]
             for name, order in orders.items()
         }
-        for way, options in {"VisualBertForPreTraining": None, **ways_of_training()}.items():
+        for way, options in WAYS_OF_TRAINING.items():
             try:
-                if options is None:
-                    trained = Training(False, check.size, dtype, check.device)
-                else:
-                    trained = our_training(check, dtype, **options)
-                of_dtype[way] = {
-                    name: steps_of(check, trained, ready, options is None, result["peak"][named(dtype)])
-                    for name, ready in batches.items()
-                }
+                with limited(check.patience):
+                    trained = training_of(check, dtype, options)
+                    of_dtype[way] = {
+                        name: steps_of(check, trained, ready, options is None, result["peak"][named(dtype)])
+                        for name, ready in batches.items()
+                    }
             except Exception as error:
                 of_dtype[way] = {"does not run": reason(error)}
         rival = of_dtype["VisualBertForPreTraining"]
@@ -317,7 +337,11 @@ def training(check: Check, result: Measured) -> Measured:
                 if name in measured and name in rival:
                     measured[name]["ratio"] = measured[name]["rows_per_second"] / rival[name]["rows_per_second"]
         found[named(dtype)] = of_dtype
-        ours = [of_dtype[way]["random"]["rows_per_second"] for way in ways_of_training() if "random" in of_dtype[way]]
+        ours = [
+            of_dtype[way]["random"]["rows_per_second"]
+            for way, options in WAYS_OF_TRAINING.items()
+            if options is not None and "random" in of_dtype[way]
+        ]
         result.setdefault("rates", {}).setdefault(named(dtype), {})["training"] = max(ours, default=None)
     return found
 
@@ -347,20 +371,16 @@ def steps_of(check: Check, trained: Training, batches: Sequence[Any], rival: boo
 def largest(check: Check, result: Measured) -> Measured:
     """The most rows of a step that fit, doubled from 64 on, of random lengths in the first dtype."""
     found: Measured = {}
-    ways = {"VisualBertForPreTraining": None, **ways_of_training()}
-    for way, options in ways.items():
+    for way, options in WAYS_OF_TRAINING.items():
         rows, fits = min(64, check.most_rows // 4), 0
         try:
-            trained = (
-                Training(False, check.size, check.dtypes[0], check.device)
-                if options is None
-                else our_training(check, check.dtypes[0], **options)
-            )
-            while rows <= check.most_rows:
-                batch = TrainingJob(rows).batch(range(rows), check.device)
-                trained.step(TrainingJob.of_rival(batch) if options is None else batch)
-                synchronize(check.device)
-                fits, rows = rows, 2 * rows
+            with limited(check.patience):
+                trained = training_of(check, check.dtypes[0], options)
+                while rows <= check.most_rows:
+                    batch = TrainingJob(rows).batch(range(rows), check.device)
+                    trained.step(TrainingJob.of_rival(batch) if options is None else batch)
+                    synchronize(check.device)
+                    fits, rows = rows, 2 * rows
             found[way] = {"rows": fits, "ended by": f"the limit of {check.most_rows} rows"}
         except torch.OutOfMemoryError:
             found[way] = {"rows": fits, "ended by": "memory"}
@@ -409,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if time.perf_counter() - started > 60 * args.minutes:
             print(f"{args.minutes:g} minutes are over before {name}: run again, it goes on.")
             return 1
-        print(f"{name}: {(stage.__doc__ or '').strip().splitlines()[0]}", flush=True)
+        print(f"{name}: {(stage.__doc__ or '').strip().partition(chr(10))[0]}", flush=True)
         began = time.perf_counter()
         found = stage(check, result)
         result[name] = found

@@ -68,8 +68,6 @@ def test_the_memory_of_a_worker_is_its_own(benchmark):
     table = benchmark("table")
     ballast = np.ones(2**26)  # 512 MB here
     assert len(ballast) and table.megabytes() > 512
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import table; print(table.megabytes())"
-    del code
     found = table.worker("step-ours", table.MINIATURE)
     assert 50 < found["megabytes"] < table.megabytes() - 256
 

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..data.samplers import TokenBatchSampler
 from ..processes import Computing, StopSignal
@@ -90,7 +91,7 @@ class TaskTrainer(Trainer):
             eval_dataset=setup.validation,
             processing_class=setup.processor,
             callbacks=[
-                EpochOfData(*([] if sampler is None else [sampler])),
+                EpochOfData(sampler),
                 _RecordOfComputing(self.computing),
                 *callbacks,
             ],
@@ -127,7 +128,7 @@ class TaskTrainer(Trainer):
         Counts the steps of the run, and checks them against those of the checkpoint that is resumed.
 
         Raises:
-            `ValueError`: the rows fill no micro-batch, or fewer steps are asked for than before.
+            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, or more steps.
             `FinishedRun`: the latest checkpoint is that of a finished run, of which no more is asked.
         """
         if len(dataloader) == 0:
@@ -139,6 +140,12 @@ class TaskTrainer(Trainer):
         values = super().set_initial_training_values(args, dataloader)
         if self._resumed_from is not None:
             before = TrainerState.load_from_json(str(self._resumed_from / _STATE_FILE))
+            kept = before.stateful_callbacks.get("EpochOfData", {"attributes": {}})["attributes"]
+            then, now = kept.get("tokens_per_batch"), self.sampler and self.sampler.tokens_per_batch
+            if then != now:
+                raise ValueError(
+                    f"{self._resumed_from} is of a run with tokens_per_batch={then}, not {now}: give that."
+                )
             checkpoints, requested = trainer_checkpoints(args), args.resume_from_checkpoint
             self._goes_further = checkpoints.check_steps(requested, self._resumed_from, values[-1], before.max_steps)
             if self._goes_further:
@@ -264,22 +271,28 @@ class TaskTrainer(Trainer):
         return True
 
 
-class EpochOfData(TrainerCallback):
+class EpochOfData(TrainerCallback, ExportableState):
     """
     Tells the epoch to the training data, whose masks and negatives follow from it, which accelerate does in a single
     process only. Any Trainer takes it: `Trainer(…, callbacks=[EpochOfData()])`.
 
     Args:
-        others: What else has `set_epoch`, such as a [`TokenBatchSampler`].
+        sampler ([`TokenBatchSampler`], *optional*): The sampler of the batches, which is told the epoch, too.
     """
 
-    def __init__(self, *others: TokenBatchSampler):
-        self.others = others
+    def __init__(self, sampler: TokenBatchSampler | None = None):
+        self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Sets the epoch of the data, as Trainer counts it, from 0."""
-        for follower in (train_dataloader.dataset, *self.others):
-            follower.set_epoch(int(state.epoch))
+        train_dataloader.dataset.set_epoch(int(state.epoch))
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch))
+
+    def state(self) -> dict[str, Any]:
+        """The tokens of a batch, which every checkpoint keeps; nothing for batches of equal rows."""
+        kept = {} if self.sampler is None else {"tokens_per_batch": self.sampler.tokens_per_batch}
+        return {"args": {}, "attributes": kept}
 
 
 class _RecordOfComputing(TrainerCallback):
