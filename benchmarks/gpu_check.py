@@ -128,7 +128,8 @@ def tests(check: Check, result: Measured) -> Measured:
     for case in cases:
         for kind, tags in (("skipped", ["skipped"]), ("failed", ["failure", "error"])):
             for told in (child for tag in tags for child in case.findall(tag)):
-                found[kind][case.get("name")] = (told.get("message") or "")[:300]
+                last = (told.text or "").strip().rpartition("\n")[2]  # of a module that could not be imported, say
+                found[kind][case.get("name")] = f"{told.get('message') or ''} {last}".strip()[:400]
     found["passed"] = len(cases) - len(found["skipped"]) - len(found["failed"])
     return found
 

@@ -11,7 +11,6 @@ import tiny
 import torch
 from accelerate import Accelerator
 from photos import SIZES, photo
-from test_padding_free import pretraining_batch
 
 from unicoder_vl_hf import ImageTextScorer, UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining, UnicoderVLModel
 from unicoder_vl_hf.processes import Computing, new_accelerator
@@ -57,7 +56,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(attention, dtype, monkeypatch
         pytest.skip("FlashAttention runs on GPUs, in half precision")
     if attention == "flex_attention" and not ON_GPU:
         pytest.skip("torch has no backward of flex attention on CPUs")
-    batch = pretraining_batch()
+    batch = tiny.pretraining_batch()
     expected, wanted = loss_and_gradients(model_of(UnicoderVLForPreTraining, padding_free=False), batch)
     model = model_of(UnicoderVLForPreTraining, padding_free=attention != "padded").to(DEVICE)
     if attention != "padded":
@@ -95,7 +94,7 @@ def test_scores_are_those_of_the_cpu(dtype):
 
 def test_a_resumed_run_equals_one_never_stopped(tmp_path):
     """Dropout too: the generator of the device is part of a checkpoint."""
-    batch = to_device(pretraining_batch())
+    batch = to_device(tiny.pretraining_batch())
 
     def started(checkpoint=None):
         accelerator = new_accelerator(Computing("no"), cpu=not ON_GPU)

@@ -146,8 +146,8 @@ class UnicoderVLProcessor(ProcessorMixin):
         if text is not None:
             text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
             _check_texts(text)
-            options = self._merge_kwargs(text_kwargs=text_kwargs)
-            data.update(self.tokenizer(text, **options["text_kwargs"]))
+            # Not by _merge_kwargs, which before transformers 5.24 fails on options given by name and in a dict alike.
+            data.update(self.tokenizer(text, **UnicoderVLProcessorKwargs._defaults["text_kwargs"] | text_kwargs))
         if regions is not None:
             records = self.load_records(regions, store)
             num_texts = 1 if isinstance(text, str) else len(records) if text is None else len(text)
