@@ -66,7 +66,9 @@ class Check:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
 
-TINY = Check("cpu", "tiny", 3, 4, 4, 6, 1, 16, (torch.bfloat16,))
+TINY = Check(
+    "cpu", "tiny", images=3, captions=4, batch_size=4, rows=6, rounds=1, most_rows=16, dtypes=(torch.bfloat16,)
+)  # fmt: skip
 
 
 def named(dtype: torch.dtype) -> str:

@@ -76,7 +76,10 @@ class Scale:
     grid: tuple[int, int] = (25_000, 5_000)
 
 
-MINIATURE = Scale("tiny", 1, 20, 6, 1, 4, 4, 6, 2, 300, 0.02, 12, (300, 60))
+MINIATURE = Scale(
+    "tiny", rounds=1, captions=20, images=6, batches=1, batch_size=4, rows=4, memory_rows=6, memory_layers=2, tokens=300,
+    peak_seconds=0.02, store_images=12, grid=(300, 60),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

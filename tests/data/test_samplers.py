@@ -216,6 +216,15 @@ def test_every_row_once_in_steps_that_are_those_of_any_split(num_rows, micro_bat
     assert processes[0].mean_rows == pytest.approx(num_rows / len(whole) / micro_batches / num_processes)
 
 
+def test_no_micro_batch_is_empty_whatever_the_lengths():
+    """Two rows of 8 have nearly all tokens; each of 4 steps has a row for each of 2 micro-batches all the same."""
+    lengths = np.array([[100], [100], [1], [1], [1], [1], [1], [1]])
+    made = TokenBatchSampler(
+        lambda rows, epoch: lengths[rows], 8, num_tokens=206, tokens_per_batch=52, micro_batches=2, seed=0
+    )
+    assert made.steps_per_epoch == 4 and sorted(made) == [[row] for row in range(8)]
+
+
 def test_micro_batches_have_equal_tokens_and_little_padding():
     made = by_tokens(micro_batches=2)
     tokens = [int(lengths_of(np.array(rows), 0).sum()) for rows in made]

@@ -116,21 +116,20 @@ def test_gradients_of_an_epoch_in_steps_of_equal_tokens_are_those_of_equal_pairs
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_lengths_of_a_budget_are_those_of_the_batches(world, bert, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut", [{}, {"max_length": 9, "max_regions": 3}])
+def test_the_lengths_of_a_budget_are_those_of_the_batches(world, bert, tmp_path, monkeypatch, cut):
     """Of pairs and mismatches, as the collator cuts them, and no record is read to know them."""
     monkeypatch.setattr(RegionStore, "get_many", lambda *_: pytest.fail("records are read"))
     monkeypatch.setattr(RegionStore, "record_at", lambda *_: pytest.fail("records are read"))
-    cut = {"max_length": 9, "max_regions": 3, "max_validation_pairs": 0}
-    made = prepare_pretraining(on_world(world, bert, tokens_per_batch=400, **cut), tmp_path, seed=3)
-    sampler = made.token_batches(seed=3)
-    rows = np.array([5, 79, 0, 31])
-    found = sampler.lengths(rows, 4)
+    arguments = on_world(world, bert, tokens_per_batch=400, max_validation_pairs=0, **cut)
+    made = prepare_pretraining(arguments, tmp_path, seed=3)
+    found = made.token_batches(seed=3).lengths(np.arange(80), 4)
     monkeypatch.undo()
     made.train.set_epoch(4)
-    batch = made.collator(made.train.make_rows(rows.tolist()))
-    tokens = (batch["attention_mask"].sum(1) + batch["region_attention_mask"].sum(1)).view(2, 4).T
+    batch = made.collator(made.train.make_rows(range(80)))
+    tokens = (batch["attention_mask"].sum(1) + batch["region_attention_mask"].sum(1)).view(2, 80).T
     assert found.tolist() == tokens.tolist()
-    assert batch["input_ids"].shape[1] == 9 and batch["region_features"].shape[1] == 3
+    assert not cut or (batch["input_ids"].shape[1], batch["region_features"].shape[1]) == (9, 3)
 
 
 def test_the_images_of_a_micro_batch_are_asked_for_while_the_one_before_is_here(setup, monkeypatch):
