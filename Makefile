@@ -12,10 +12,10 @@ TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check demo clean
+.PHONY: help install test check demo bench gpu-check clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 install: $(INSTALLED)  ## Create .venv with the package, every extra and the development tools; TORCH=cpu without CUDA
 
@@ -42,6 +42,12 @@ check: $(INSTALLED)  ## Check style, formatting and types
 
 demo: $(INSTALLED)  ## Pre-train a small model on rendered scenes and write demo/
 	$(RUN) examples/run_demo.py
+
+bench: $(INSTALLED)  ## Measure what scoring and training cost, into bench.json: 15 minutes of a quiet machine; ARGS='--rows memory'
+	$(RUN) benchmarks/table.py $(ARGS)
+
+gpu-check:  ## Test and measure on a GPU with what python3 holds, into gpu.json; ARGS='--device cpu --tiny' without one
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:  ## Remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

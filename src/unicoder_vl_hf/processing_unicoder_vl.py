@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
+import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
@@ -145,8 +146,8 @@ class UnicoderVLProcessor(ProcessorMixin):
         if text is not None:
             text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
             _check_texts(text)
-            options = self._merge_kwargs(text_kwargs=text_kwargs)
-            data.update(self.tokenizer(text, **options["text_kwargs"]))
+            # Not by _merge_kwargs, which before transformers 5.24 fails on options given by name and in a dict alike.
+            data.update(self.tokenizer(text, **UnicoderVLProcessorKwargs._defaults["text_kwargs"] | text_kwargs))
         if regions is not None:
             records = self.load_records(regions, store)
             num_texts = 1 if isinstance(text, str) else len(records) if text is None else len(text)
@@ -183,15 +184,19 @@ class UnicoderVLProcessor(ProcessorMixin):
             regions = [regions]
         return [self._load_record(region, store) for region in regions]
 
-    def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
-        """Counts the texts that have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray:
+        """Counts the tokens of each text, `[CLS]` and `[SEP]` included, before it is cut: int64 `(len(texts),)`."""
         check_several("texts", texts)
-        count = 0
+        counts = []
         for start in range(0, len(texts), 10_000):
             batch = list(texts[start : start + 10_000])
             tokens = self.tokenizer(batch, truncation=False, return_attention_mask=False, verbose=False)
-            count += sum(len(ids) > max_length for ids in tokens["input_ids"])
-        return count
+            counts += [len(ids) for ids in tokens["input_ids"]]
+        return np.array(counts, dtype=np.int64)
+
+    def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
+        """Counts the texts that have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
+        return int((self.count_tokens(texts) > max_length).sum())
 
     def check_model(self, model) -> None:
         """

@@ -131,6 +131,8 @@ def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> lis
     precisions = sorted(given.keys() & {"mixed_precision", "bf16", "fp16"}, reverse=True)
     if len(precisions) > 1 and "mixed_precision" in precisions:
         raise ValueError(f"--{' and --'.join(precisions)}: give --mixed_precision alone")
+    if "tokens_per_batch" in given and (rows := given.keys() & {"train_batch_size", "per_device_train_batch_size"}):
+        raise ValueError(f"--tokens_per_batch and --{rows.pop()} both say how large a batch is: give one")
     for name in ("eval", "save"):
         if f"{name}_steps" in given and f"{name}_strategy" not in given and _knows(parser, f"{name}_strategy"):
             parser.set_defaults(**{f"{name}_strategy": "steps"})

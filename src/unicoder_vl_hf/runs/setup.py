@@ -90,6 +90,8 @@ class CaptionedRegions:
         train (`datasets.Dataset`): The captions of the training split.
         path (`Path`): The file that the captions come from.
         name (`str`): The data in words.
+        num_tokens (`np.ndarray` of shape `(len(train),)`, *optional*): The tokens of each training caption, once
+            [`load_processor`] has counted them.
     """
 
     store: RegionStore
@@ -97,6 +99,7 @@ class CaptionedRegions:
     train: datasets.Dataset
     path: Path
     name: str
+    num_tokens: np.ndarray | None = None
 
     def validation(self, split: str, without: str | None = None) -> datasets.Dataset:
         """
@@ -328,14 +331,16 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
 
 def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:
     """
-    Loads the processor of a run, see [`processor_for`], and logs how many training captions are cut.
+    Loads the processor of a run, see [`processor_for`], counts the tokens of the training captions, and logs how many
+    are cut.
 
     Raises:
         `ValueError`: a caption has no token, or `--scale_features` does not fit the checkpoint.
     """
     processor = processor_for(arguments, data.store, data.train.unique("image_id"))
     check_tokens(data.captions, processor.tokenizer, data.path)
-    if cut := processor.count_truncated(data.train["caption"], arguments.max_length):
+    data.num_tokens = processor.count_tokens(data.train["caption"])
+    if cut := int((data.num_tokens > arguments.max_length).sum()):
         logger.warning(
             f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
         )

@@ -114,14 +114,18 @@ class PretrainingLoop:
         self.accelerator, self.computing = accelerator, computing
         self.output_dir = Path(args.output_dir)
         self.checkpoints = args.checkpoints
-        self.sampler = StepBatchSampler(
-            len(setup.train),
-            rows_per_step=args.train_batch_size,
-            micro_batches=args.gradient_accumulation_steps,
-            seed=args.seed,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
+        split: dict[str, Any] = {
+            "micro_batches": args.gradient_accumulation_steps,
+            "seed": args.seed,
+            "process_index": accelerator.process_index,
+            "num_processes": accelerator.num_processes,
+        }
+        by_tokens = setup.token_batches(**split)
+        if by_tokens is None:
+            self.sampler = StepBatchSampler(len(setup.train), rows_per_step=args.train_batch_size, **split)
+            self.batch = args.train_batch_size, "pairs"
+        else:
+            self.sampler, self.batch = by_tokens, (by_tokens.tokens_per_batch, "tokens")
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.steps_per_epoch
         self.step = 0
@@ -143,7 +147,8 @@ class PretrainingLoop:
     def identity(self) -> dict[str, Any]:
         """The values by which a resumed run is this run, see [`run_identity`]."""
         pairs = {"train_pairs": len(self.setup.train), "train_pairs_sha256": pairs_digest(self.setup.train.pairs)}
-        return run_identity(self.data_args, self.args, **pairs, total_steps=self.total_steps)
+        identity = run_identity(self.data_args, self.args, **pairs, total_steps=self.total_steps)
+        return identity if self.setup.budget is None else identity | {"train_batch_size": None}
 
     def run(self, resume_from: Path | None) -> bool:
         """
@@ -162,7 +167,7 @@ class PretrainingLoop:
             accelerator.init_trackers("pretraining", {**asdict(self.data_args), **asdict(args)})
         steps = "1 step" if self.total_steps == 1 else f"{self.total_steps:,} steps"
         accelerator.print(
-            f"{steps}, {args.train_batch_size:,} pairs each, of {len(self.setup.train):,} pairs; processes: "
+            f"{steps}, {self.batch[0]:,} {self.batch[1]} each, of {len(self.setup.train):,} pairs; processes: "
             f"{accelerator.num_processes}, {self.computing}"
         )
         if args.eval_on_start and self.step == 0:
@@ -243,7 +248,7 @@ class PretrainingLoop:
             is_last = index % accumulation == 0
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
                 outputs = self.model(**batch)
-                # Rows of this micro-batch over the rows of the step; DDP divides by the processes.
+                # Rows of this micro-batch over those of the step, or of the mean step; DDP divides by the processes.
                 accelerator.backward(outputs.loss * (weight * accelerator.num_processes))
             self.meter.add(outputs, batch["matching_labels"], weight)
             if is_last:
@@ -262,7 +267,7 @@ class PretrainingLoop:
 
     def _log_losses(self) -> dict[str, float]:
         position = {"learning_rate": self.scheduler.get_last_lr()[0], "epoch": self.step / self.steps_per_epoch}
-        values = self.meter.mean(self.args.logging_steps) | position
+        values = self.meter.mean() | position
         self.log.write(self.step, values)
         return values
 
@@ -280,7 +285,8 @@ class PretrainingLoop:
             training = TrainingRun(
                 steps=self.step,
                 epochs=self.step / self.steps_per_epoch,
-                batch_size=self.args.train_batch_size,
+                batch_size=self.batch[0],
+                rows=self.batch[1],
                 learning_rate=self.args.learning_rate,
                 seed=self.args.seed,
                 mixed_precision=self.accelerator.mixed_precision,

@@ -9,6 +9,7 @@ defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processe
 """
 
 from functools import partial
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -24,6 +25,15 @@ class PretrainingTrainer(TaskTrainer):
     """Trains and evaluates the three tasks of pre-training."""
 
     setup: PretrainingSetup
+
+    def __init__(self, setup: PretrainingSetup, args: TrainingArguments, **options: Any):
+        sampler = setup.token_batches(
+            micro_batches=args.gradient_accumulation_steps,
+            seed=args.seed,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+        )
+        super().__init__(setup, args, sampler=sampler, **options)
 
     def evaluate_task(self, rows):
         """Measures the three tasks on validation pairs, see [`evaluate_pretraining`]."""
