@@ -26,7 +26,7 @@ from .reading import Source, find_source, load_tokenizer
 REPORT = "import_report.json"
 WORDS = "embeddings.word_embeddings.weight"
 # Parameters that a sister may lack: its heads, and what reads [CLS] for them.
-MAY_BE_NEW = r"cls\.predictions\.|region_head\.|matching_head\.|bert\.pooler\."
+MAY_BE_NEW = ("cls.predictions.", "region_head.", "matching_head.", "bert.pooler.")
 # Fields of a sister's configuration that tensors do not tell, and that mean the same in ours.
 KEPT_FIELDS = (
     "hidden_act",
@@ -78,7 +78,7 @@ class Account:
                 raise ValueError(f"{key} has shape {tuple(tensor.shape)}, which {self.sister.name} has not.") from error
             self.weights[target] = self.weights[target] + made if target in self.weights else made.clone()
             self.origins.setdefault(target, []).append(key)
-            before = f"{self.said[key]}; " if key in self.said else ""
+            before = f"{self.said[key]} + " if key in self.said else ""
             self.said[key] = f"{before}{target}: {rule.note or 'copied'}"
 
     def check(self, source: Source, num_attention_heads: int | None) -> None:
@@ -125,8 +125,8 @@ class Account:
                 keys = ", ".join(self.origins[name])
                 raise ValueError(f"{source.name}: {keys} makes {name} {shape}, expected {expected.get(name)}.")
         self.new = sorted(expected.keys() - shapes.keys())
-        may_be_new = MAY_BE_NEW + rf"|{REGIONS}" * (self.sister is PLAIN_BERT)
-        if lacking := [name for name in self.new if not re.match(may_be_new, name)]:
+        may_be_new = (*MAY_BE_NEW, REGIONS) if self.sister is PLAIN_BERT else MAY_BE_NEW
+        if lacking := [name for name in self.new if not name.startswith(may_be_new)]:
             raise ValueError(f"{source.name} has nothing for {', '.join(lacking[:5])}: is it whole?")
 
     @property
@@ -171,7 +171,8 @@ def import_checkpoint(
     Args:
         source (`str` or `os.PathLike`): A folder, a file of weights, or a repository of the Hub.
         output (`str` or `os.PathLike`): The new folder.
-        family (`str`, *optional*): One of `FAMILIES`; by default the keys tell.
+        family (`str`, *optional*): `"uniter"`, `"villa"`, `"visualbert"`, `"oscar"`, `"volta"` or `"bert"`; by default
+            the keys tell.
         tokenizer (`str`, *optional*): A folder or a repository with the vocabulary; by default that of the source, else
             BERT's of as many words.
         revision (`str`, *optional*): Branch, tag or commit of the repository.
@@ -269,31 +270,32 @@ def make_report(source: Source, account: Account) -> dict[str, Any]:
             for name, value in told.items()
             if source.config.get(name, value) != value
         },
+        "advice": sister.advice,
         "tensors": account.said,
         "new": account.new,
     }
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Writes a report in a few lines: how many tensors went where, and each that is no plain copy."""
-    copied = [key for key, said in report["tensors"].items() if said.endswith(": copied")]
+    """Writes a report in a few lines: how many tensors were copied, what became of the others, and what is new."""
     others: dict[str, list[str]] = {}
     for key, said in report["tensors"].items():
-        if key not in copied:
-            others.setdefault(re.sub(r"^\S+: |^(copy of) .+", r"\1", said), []).append(key)
-    lines = [
-        f"{report['source']}: {report['architecture']}, {len(report['tensors']):,} tensors",
-        f"  copied: {len(copied):,}",
-    ]
-    for said, keys in others.items():
+        became = re.sub(r"^[\w.]+: |(?<=^copy of ).+", "", said.rpartition(" + ")[2])
+        others.setdefault(became.replace("copy of ", "copies of others"), []).append(key)
+    lines = [f"{report['source']}: {report['architecture']}, {len(report['tensors']):,} tensors"]
+    lines.append(f"  copied: {len(others.pop('copied')):,}")
+    for became, keys in others.items():
         more = f" and {len(keys) - 3:,} more" if len(keys) > 3 else ""
-        lines.append(f"  {said}: {', '.join(keys[:3])}{more}")
-    lines += [f"  new, and not written: {', '.join(report['new'])}"] * bool(report["new"])
-    lines += [
-        f"  {name}: {told['config.json']} in config.json, {told['tensors']} in its tensors, which win"
-        for name, told in report["contradictions"].items()
-    ]
-    return "\n".join(lines)
+        lines.append(f"  {became}: {', '.join(keys[:3])}{more}")
+    if new := [part for part in (*MAY_BE_NEW, REGIONS) if any(name.startswith(part) for name in report["new"])]:
+        lines.append(f"  new, and not written: {', '.join(f'{name}*' for name in new)}")
+    if "matching_head." in new:
+        lines.append("  It has no head that tells whether a caption fits an image: fine-tune it before you score.")
+    for name, told in report["contradictions"].items():
+        lines.append(
+            f"  {name} is {told['config.json']} in config.json, but {told['tensors']} by the tensors, which win."
+        )
+    return "\n".join([*lines, f"  {report['advice']}"] if report["advice"] else lines)
 
 
 def _by_base_key(source: Source) -> dict[str, tuple[str, torch.Tensor]]:

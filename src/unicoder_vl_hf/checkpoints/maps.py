@@ -16,7 +16,6 @@ Make = Callable[[torch.Tensor], torch.Tensor]
 
 REGIONS = "bert.embeddings.region_embeddings."
 WEIGHT = r"(weight|bias)"
-FAMILIES = ("uniter", "villa", "visualbert", "oscar", "volta", "bert")
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,15 @@ OSCAR = (
         r"base\.img_embedding\.weight",
         f"{REGIONS}location_projection.weight",
         _of_corners,
-        "folded: w and h into x and y",
+        "split; columns of w and h folded into those of x and y",
     ),
     Rule(r"base\.img_embedding\.bias", f"{REGIONS}feature_projection.bias"),
-    Rule(r"base\.img_embedding\.bias", f"{REGIONS}location_projection.bias", torch.zeros_like, "zeros beside it"),
+    Rule(
+        r"base\.img_embedding\.bias",
+        f"{REGIONS}location_projection.bias",
+        torch.zeros_like,
+        "copied, beside zeros for locations",
+    ),
     Rule(rf"base\.LayerNorm\.{WEIGHT}", rf"{REGIONS}LayerNorm.\1"),
     Rule(
         rf"cls\.seq_relationship\.{WEIGHT}",
@@ -161,13 +165,13 @@ VOLTA_UNITER = (
         r"base\.embeddings\.image_embeddings\.weight",
         f"{REGIONS}hidden_feature",
         lambda weight: weight.new_zeros(weight.shape[1]),
-        "zeros beside it: a hidden feature is zero in Volta",
+        "copied, beside zeros for a hidden feature",
     ),
     Rule(
         r"base\.embeddings\.image_location_embeddings\.weight",
         f"{REGIONS}location_projection.weight",
         _without_sizes,
-        "with columns of zeros for w and h",
+        "copied, with columns of zeros for w and h",
     ),
     Rule(r"base\.embeddings\.image_location_embeddings\.bias", f"{REGIONS}location_projection.bias"),
     Rule(rf"base\.embeddings\.image_layer_norm\.{WEIGHT}", rf"{REGIONS}feature_LayerNorm.\1"),
@@ -214,13 +218,14 @@ class Sister:
     An architecture that can be imported.
 
     Args:
-        family (`str`): Its family, one of `FAMILIES`.
+        family (`str`): Its family, as [`import_checkpoint`] takes it.
         name (`str`): Its name in words.
         marks (tuple of `str`): Keys that it has, and no other sister.
         region_embedding (`str`): See [`UnicoderVLConfig`].
         rules (callable): Gives its rules for a token type of the regions.
         region_type (`int`, *optional*): Token type of the regions where it may be chosen, by default.
         box_type (`str`, *optional*): The kind of its boxes, where its authors tell, as in the provenance of a store.
+        advice (`str`, *optional*): A sentence on what it expects beyond that.
     """
 
     family: str
@@ -230,8 +235,13 @@ class Sister:
     rules: Callable[[int], Sequence[Rule]]
     region_type: int | None = None
     box_type: str | None = None
+    advice: str = ""
 
 
+GLOBAL_REGION = (
+    "It was trained with a global region before the others, the mean of their features in the box of the whole image, "
+    "which the processor does not make: add it to the records."
+)
 SISTERS = (
     Sister(
         "uniter", "UNITER", ("base.img_embeddings.img_linear.weight",), "uniter", lambda _: UNITER, box_type="proposal"
@@ -250,6 +260,7 @@ SISTERS = (
         ("base.embeddings.image_location_layer_norm.weight",),
         "uniter",
         lambda _: VOLTA_UNITER,
+        advice=GLOBAL_REGION,
     ),
     Sister(
         "volta",
@@ -257,7 +268,8 @@ SISTERS = (
         ("base.embeddings.projection.weight",),
         "visual_bert",
         volta_visualbert,
-        1,
+        region_type=1,
+        advice=GLOBAL_REGION,
     ),
 )
 
