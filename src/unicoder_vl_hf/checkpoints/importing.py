@@ -317,27 +317,23 @@ def _by_base_key(source: Source) -> dict[str, tuple[str, torch.Tensor]]:
     return found
 
 
-def _recognise(source: str, tensors: dict[str, Any], family: str | None) -> Sister:
+def _recognise(source: str, tensors: dict[str, tuple[str, torch.Tensor]], family: str | None) -> Sister:
     """Finds the architecture that the keys are of."""
+    keys = [key for key, _ in tensors.values()]
     fitting = [sister for sister in SISTERS if all(mark in tensors for mark in sister.marks)]
-    refused = [(key, words) for end, words in REFUSED.items() for key in tensors if key.endswith(end)]
+    refused = [f"It is {words} ({key})" for end, words in REFUSED.items() for key in keys if key.endswith(end)]
     if not fitting and not refused and PLAIN_BERT.marks[0] in tensors:
         fitting = [PLAIN_BERT]
     if not fitting:
-        why = (
-            f"It is {refused[0][1]} ({refused[0][0]})"
-            if refused
-            else f"Its keys begin with {', '.join(list(tensors)[:3])}"
-        )
-        raise ValueError(
-            f"{source} has no place in this architecture. {why}; what can be imported is "
-            f"{', '.join(sister.name for sister in (*SISTERS, PLAIN_BERT))}."
-        )
+        why = refused[0] if refused else f"Its keys begin with {', '.join(keys[:3])}"
+        known = ", ".join(sister.name for sister in (*SISTERS, PLAIN_BERT))
+        raise ValueError(f"{source} has no place in this architecture. {why}; what can be imported is {known}.")
     sister = fitting[0]
     if family == "villa" and sister.family == "uniter":  # the same keys, trained otherwise
         return replace(sister, family="villa", name="VILLA")
     if family not in (None, sister.family):
-        raise ValueError(f"{source} is {sister.name} by its keys ({sister.marks[0]}), not {family}: leave out --from.")
+        mark = tensors[sister.marks[0]][0]
+        raise ValueError(f"{source} is {sister.name} by its keys ({mark}), not {family}: leave out --from.")
     return sister
 
 
