@@ -241,7 +241,7 @@ def account_for(
             unknown.append(f"{key} {tuple(tensor.shape)}")
     if unknown:
         raise ValueError(
-            f"{source.name} has {len(unknown)} tensors that {sister.name} has not, or not in this shape: "
+            f"{source.name} has tensors that {sister.name} has not, or not in this shape, {len(unknown)} in all: "
             f"{', '.join(unknown[:5])}. Is it another architecture, or a head of its own?"
         )
     account.check(source, num_attention_heads)

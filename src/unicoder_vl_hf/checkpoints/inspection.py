@@ -60,5 +60,5 @@ def _parts(source: Source) -> str:
     """Counts the numbers in each part of a checkpoint, named by the beginning of its keys."""
     sizes: Counter[str] = Counter()
     for key, tensor in source.tensors().items():
-        sizes[".".join(key.split(".")[:2])] += tensor.numel()
+        sizes[".".join(key.split(".")[:-1][:2])] += tensor.numel()
     return "\n".join(f"  {part}.*: {size:,}" for part, size in sizes.items())

@@ -145,7 +145,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, or no file of weights: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise ValueError(f"{path} is damaged, or no file of weights: {reason}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and is not opened: it could run code of strangers. Open it where you "
