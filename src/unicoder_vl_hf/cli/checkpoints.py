@@ -30,7 +30,12 @@ def _import_arguments(parser: ArgumentParser) -> None:
         choices=(0, 1),
         help="token type of VisualBERT's regions (default: 0, as its authors trained; 1 for Volta's)",
     )
-    parser.add_argument("--heads", type=int, help="attention heads of a layer, where no config.json tells them")
+    parser.add_argument(
+        "--heads",
+        dest="num_attention_heads",
+        type=int,
+        help="attention heads of a layer, where no config.json tells them",
+    )
     parser.add_argument(
         "--approximate", action="store_true", help="take what is near where nothing is exact, and say so"
     )
@@ -38,7 +43,7 @@ def _import_arguments(parser: ArgumentParser) -> None:
 
 @commands.register("import-checkpoint", "The weights of a sister of Unicoder-VL, as a model of ours", _import_arguments)
 def _import(args: Namespace) -> None:
-    from ..checkpoints import import_checkpoint
+    from ..checkpoints.importing import import_checkpoint
 
     done = import_checkpoint(
         args.source,
@@ -47,7 +52,7 @@ def _import(args: Namespace) -> None:
         tokenizer=args.tokenizer,
         revision=args.revision,
         region_type=args.region_type,
-        num_attention_heads=args.heads,
+        num_attention_heads=args.num_attention_heads,
         approximate=args.approximate,
     )
     print(done)
@@ -55,6 +60,6 @@ def _import(args: Namespace) -> None:
 
 @commands.register("inspect-checkpoint", "Tells what a folder of weights holds, of ours or of others", _add_source)
 def _inspect(args: Namespace) -> None:
-    from ..checkpoints import inspect_checkpoint
+    from ..checkpoints.inspection import inspect_checkpoint
 
     print(inspect_checkpoint(args.source, args.revision))
