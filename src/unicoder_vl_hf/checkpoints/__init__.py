@@ -1,6 +1,5 @@
-"""Sisters' checkpoints: reading them, importing them, and a look into any folder of weights."""
+"""Sisters' checkpoints: importing them, and a look into any folder of weights."""
 
-from .importing import import_checkpoint
-from .inspection import inspect_checkpoint
+import lazy_loader
 
-__all__ = ["import_checkpoint", "inspect_checkpoint"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
