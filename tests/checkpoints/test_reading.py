@@ -221,6 +221,8 @@ def test_heads_of_a_layer_are_asked_for(tensors, tmp_path, words):
     (source / "config.json").unlink()
     with pytest.raises(ValueError, match=r"tensors do not tell the heads of a layer: give their number, --heads 12"):
         import_checkpoint(source, tmp_path / "out", tokenizer=words)
+    with pytest.raises(ValueError, match=r"hidden_size=16 is not a multiple of num_attention_heads=5"):
+        import_checkpoint(source, tmp_path / "out", tokenizer=words, num_attention_heads=5)
     import_checkpoint(source, tmp_path / "out", tokenizer=words, num_attention_heads=4)
     assert UnicoderVLForPreTraining.from_pretrained(tmp_path / "out").config.num_attention_heads == 4
 

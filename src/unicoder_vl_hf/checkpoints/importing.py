@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from .. import modeling_unicoder_vl as modeling
 from ..configuration_unicoder_vl import UnicoderVLConfig
@@ -42,13 +43,15 @@ class Account:
     Accounts for the tensors of a checkpoint: our parameters that they make, and what became of each.
 
     Args:
-        sister ([`Sister`]): The architecture of the checkpoint.
+        source ([`Source`]): The checkpoint.
+        sister ([`Sister`]): Its architecture.
         tensors (`dict`): Its tensors, each with its original key, by the keys that the rules know.
     """
 
     config: UnicoderVLConfig
 
-    def __init__(self, sister: Sister, tensors: dict[str, tuple[str, torch.Tensor]]):
+    def __init__(self, source: Source, sister: Sister, tensors: dict[str, tuple[str, torch.Tensor]]):
+        self.source = source
         self.sister = sister
         self.tensors = tensors
         self.weights: dict[str, torch.Tensor] = {}  # our parameters, float32
@@ -63,7 +66,8 @@ class Account:
             other, original = self.tensors.get(name, (name, None))
             if original is None or not torch.equal(original, tensor):
                 raise ValueError(
-                    f"{key} differs from {other}, of which it should be a copy: it has no place of its own."
+                    f"{self.source.name}: {key} differs from {other}, of which it should be a copy: it has no place of "
+                    "its own."
                 )
             self.said[key] = f"copy of {other}"
         elif rule.target is None:
@@ -75,20 +79,21 @@ class Account:
             try:
                 made = tensor.float() if rule.make is None else rule.make(tensor.float())
             except (IndexError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, which {self.sister.name} has not.") from error
+                shape = tuple(tensor.shape)
+                raise ValueError(
+                    f"{self.source.name}: {key} has shape {shape}, which {self.sister.name} has not."
+                ) from error
             self.weights[target] = self.weights[target] + made if target in self.weights else made.clone()
             self.origins.setdefault(target, []).append(key)
             before = f"{self.said[key]} + " if key in self.said else ""
             self.said[key] = f"{before}{target}: {rule.note or 'copied'}"
 
-    def check(self, source: Source, num_attention_heads: int | None) -> None:
+    def check(self, num_attention_heads: int | None) -> None:
         """
-        Makes the configuration that our parameters fit, and checks that none lacks, and that all are of its shapes.
-
-        Args:
-            source ([`Source`]): The checkpoint, for the settings that tensors do not tell.
-            num_attention_heads (`int`, *optional*): See [`import_checkpoint`].
+        Makes the configuration that our parameters fit, and checks that none lacks, and that all are of its shapes. The
+        argument is that of [`import_checkpoint`].
         """
+        source = self.source
         shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         layers = [int(name.split(".")[3]) for name in shapes if name.startswith("bert.encoder.layer.")]
         try:
@@ -114,9 +119,11 @@ class Account:
         if "region_head.1.bias" in shapes:
             fields |= {"region_head": "uniter", "num_region_classes": shapes["region_head.1.bias"][0] - 1}
         fields |= {name: source.config[name] for name in KEPT_FIELDS if name in source.config}
-        self.config = UnicoderVLConfig(
-            **fields, region_embedding=self.sister.region_embedding, use_image_token_embedding=False
-        )
+        fields |= {"region_embedding": self.sister.region_embedding, "use_image_token_embedding": False}
+        try:
+            self.config = UnicoderVLConfig(**fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"{source.name}: its settings make no model. {error.__cause__ or error}") from error
         with torch.device("meta"):
             ours = modeling.UnicoderVLForPreTraining(self.config).state_dict()
         expected = {name: tuple(weight.shape) for name, weight in ours.items() if ".decoder." not in name}
@@ -194,7 +201,7 @@ def import_checkpoint(
         found, family=family, region_type=region_type, num_attention_heads=num_attention_heads, approximate=approximate
     )
     words, origin = load_tokenizer(found, account.config.vocab_size, tokenizer)
-    report = make_report(found, account) | {"tokenizer": origin}
+    report = make_report(account) | {"tokenizer": origin}
     features = {name: value for name, value in report["regions"].items() if value is not None}
     extractor = UnicoderVLFeatureExtractor(feature_dim=features["feature_dim"], region_provenance=features)
     with new_folder(output) as folder:
@@ -226,7 +233,7 @@ def account_for(
     if region_type is not None and (sister.region_type is None or region_type not in (0, 1)):
         raise ValueError(f"region_type is {region_type}: only a VisualBERT has it, 0 or 1; this is {sister.name}.")
     rules = sister.rules((sister.region_type or 0) if region_type is None else region_type)
-    account = Account(sister, tensors)
+    account = Account(source, sister, tensors)
     unknown = []
     for name, (key, tensor) in tensors.items():
         fits = [(rule, match) for rule in rules if (match := _fit(rule, name, tensor))]
@@ -244,13 +251,13 @@ def account_for(
             f"{source.name} has tensors that {sister.name} has not, or not in this shape, {len(unknown)} in all: "
             f"{', '.join(unknown[:5])}. Is it another architecture, or a head of its own?"
         )
-    account.check(source, num_attention_heads)
+    account.check(num_attention_heads)
     return account
 
 
-def make_report(source: Source, account: Account) -> dict[str, Any]:
+def make_report(account: Account) -> dict[str, Any]:
     """Makes the report of an import, ready for JSON: `tensors` holds what becomes of each key."""
-    config, sister = account.config, account.sister
+    source, config, sister = account.source, account.config, account.sister
     told = {"vocab_size": config.vocab_size, "type_vocab_size": config.type_vocab_size}
     return {
         "source": source.name,
@@ -283,7 +290,7 @@ def summary(report: dict[str, Any]) -> str:
         became = re.sub(r"^[\w.]+: |(?<=^copy of ).+", "", said.rpartition(" + ")[2])
         others.setdefault(became.replace("copy of ", "copies of others"), []).append(key)
     lines = [f"{report['source']}: {report['architecture']}, {len(report['tensors']):,} tensors"]
-    lines.append(f"  copied: {len(others.pop('copied')):,}")
+    lines.append(f"  copied: {len(others.pop('copied', [])):,}")
     for became, keys in others.items():
         more = f" and {len(keys) - 3:,} more" if len(keys) > 3 else ""
         lines.append(f"  {became}: {', '.join(keys[:3])}{more}")

@@ -31,7 +31,7 @@ def inspect_checkpoint(name: str | PathLike[str], revision: str | None = None) -
     if source.config.get("model_type") == UnicoderVLConfig.model_type:
         return _describe_ours(source)
     try:
-        return f"{summary(make_report(source, account_for(source)))}\nunicoder-vl import-checkpoint {name} FOLDER"
+        return f"{summary(make_report(account_for(source)))}\nunicoder-vl import-checkpoint {name} FOLDER"
     except ValueError as error:
         return f"{error}\n{_parts(source)}"
 
