@@ -253,6 +253,8 @@ SISTERS = (
         ("base.img_embedding.weight", "base.LayerNorm.weight"),
         "unicoder_vl",
         lambda _: OSCAR,
+        advice="It was trained with the names of a photo's objects behind the caption, of token type 1, which the "
+        "processor does not add.",
     ),
     Sister(
         "volta",
