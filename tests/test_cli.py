@@ -297,6 +297,7 @@ FUNCTIONS = {
     "extract": ("regions.extraction.extract", "photos store --detector grid:x", {"option"}),
     "prepare": ("data.preparation.prepare", "photos captions output", {"split_list"}),
     "merge": ("regions.editing.merge_stores", "a --output b", set()),
+    "import-checkpoint": ("checkpoints.importing.import_checkpoint", "source output", set()),
     "mine": ("tasks.retrieval.mining.mine", "model captions regions output", set()),
     "train-first-stage": ("tasks.retrieval.first_stage.train_first_stage", "model captions regions output", set()),
     "index": ("search.command.make_index", "store --output output", set()),
@@ -304,6 +305,7 @@ FUNCTIONS = {
 }
 # A value of an option that is not its default, by its type; and of some by their names.
 VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7", "split_list": "a=7", "splits": "1,1,1"}
+VALUES["region_type"] = "1"
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)

@@ -21,7 +21,7 @@ FLOORS = [
     ["runs"],
     ["scenes"],
     ["data"],
-    ["scoring"],
+    ["scoring", "checkpoints"],
     ["regions"],
     ["registration"],
     ["pictures", "modeling_unicoder_vl", "processing_unicoder_vl"],

@@ -47,7 +47,9 @@ LIGHT = {
     "--help": "usage: unicoder-vl ",
     **{
         f"{command} --help": "usage: unicoder-vl "
-        for command in "extract convert export inspect validate compare label merge mine index search vcr-check".split()
+        for command in (
+            "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check"
+        ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
     "search --modle": "error: unrecognized arguments: --modle",

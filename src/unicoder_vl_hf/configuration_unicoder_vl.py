@@ -17,6 +17,13 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_location_dim (`int`, *optional*, defaults to 5):
         Width of the location vector `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`, each entry in `[0, 1]` (paper, Image
         Embeddings).
+    region_embedding (`str`, *optional*, defaults to `"unicoder_vl"`):
+        How regions are embedded: `"unicoder_vl"` as in the paper; `"uniter"` with a LayerNorm each for feature,
+        location and sum, and a learned vector for a hidden feature; or `"visual_bert"` without locations. The last two
+        are for imported weights.
+    region_head (`str`, *optional*, defaults to `"unicoder_vl"`):
+        Head of masked object classification: `"unicoder_vl"`, a linear layer, or `"uniter"`, two layers with a logit
+        for background before those of the classes.
     num_region_classes (`int`, *optional*, defaults to 1600):
         Foreground object classes of the detector, without background: the vocabulary of masked object classification.
     use_image_token_embedding (`bool`, *optional*, defaults to `True`):
@@ -81,6 +88,8 @@ class UnicoderVLConfig(PreTrainedConfig):
 
     region_feature_dim: int = 2048
     region_location_dim: int = 5
+    region_embedding: str = "unicoder_vl"
+    region_head: str = "unicoder_vl"
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
     triplet_margin: float | int = 0.2
@@ -112,6 +121,15 @@ class UnicoderVLConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        kinds = {"region_embedding": ("unicoder_vl", "uniter", "visual_bert"), "region_head": ("unicoder_vl", "uniter")}
+        for name, known in kinds.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+        if self.region_embedding == "uniter" and (self.region_location_dim != 5 or self.type_vocab_size < 2):
+            raise ValueError(
+                "region_embedding='uniter' needs region_location_dim=5 and type_vocab_size=2 or more, as the second "
+                f"token type is that of regions, got {self.region_location_dim} and {self.type_vocab_size}."
+            )
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim} must be at least 1, or None for no first stage.")
         if self.similarity_weight is not None and not 0 <= self.similarity_weight < float("inf"):

@@ -55,6 +55,13 @@ INPUTS_DOCSTRING = r"""
         Reasoning). An index in `[0, num_regions)`, or -1 for none. Defaults to -1.
 """
 
+MASKED_REGIONS_DOCSTRING = r"""
+    masked_regions (`torch.Tensor` of shape `(batch_size, num_regions)`, *optional*):
+        1 for a region whose feature is hidden from the model, which still knows its location; 0 for others, the
+        default. Zeros take its place (paper, Pre-training Tasks), or a vector that was learned, see
+        `config.region_embedding`.
+"""
+
 PAIRING_DOCSTRING = r"""
     caption_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         Row b takes caption `caption_index[b]` of the `num_captions` rows of `input_ids`, so that a caption that several
@@ -77,7 +84,8 @@ class UnicoderVLForPreTrainingOutput(ModelOutput):
             Logits of masked language modelling; `(num_counted_tokens, vocab_size)` where they are sparse, see
             `config.sparse_prediction`.
         region_logits (`torch.Tensor` of shape `(batch_size, num_regions, num_region_classes)`, *optional*):
-            Logits of masked object classification; `None` without regions.
+            Logits of masked object classification; `None` without regions. UNITER's head has one more, the first, of
+            background.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
             Logits of visual-linguistic matching, index 1 = match.
         scores (`torch.Tensor` of shape `(batch_size,)`):
@@ -199,23 +207,82 @@ class UnicoderVLLinear(nn.Linear):
         )
 
 
+class UnicoderVLFloat32Linear(nn.Linear):
+    """A linear layer that computes in float32, under autocast too: the scores of bfloat16 are full of ties."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
 class UnicoderVLRegionEmbeddings(nn.Module):
     """Embeds regions as LayerNorm(FC(feature) + FC(location)): one LayerNorm of the sum (paper, Image Embeddings)."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
-        self.location_projection = nn.Linear(config.region_location_dim, config.hidden_size)
+        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
+        self.location_projection = UnicoderVLFloat32Linear(config.region_location_dim, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, region_features: torch.Tensor, region_locations: torch.Tensor) -> torch.Tensor:
         features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
-        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
-        with maybe_autocast(device_type=region_features.device.type, enabled=False):
-            locations = nn.functional.linear(
-                region_locations.float(), self.location_projection.weight.float(), self.location_projection.bias.float()
-            )
+        locations = self.location_projection(region_locations)
         return self.LayerNorm((features + locations).to(self.LayerNorm.weight.dtype))
+
+
+class UnicoderVLUniterRegionEmbeddings(nn.Module):
+    """
+    Embeds regions as UNITER does, LayerNorm(LayerNorm(FC(feature)) + LayerNorm(FC(location)) + token type 1), with the
+    location (x1, y1, x2, y2, w, h, area). A vector that was learned takes the place of a hidden region's feature.
+    """
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
+        self.feature_LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.location_projection = UnicoderVLFloat32Linear(config.region_location_dim + 2, config.hidden_size)
+        self.location_LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.hidden_feature = nn.Parameter(torch.zeros(config.region_feature_dim))
+
+    def forward(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor,
+        type_embedding: torch.Tensor,
+        masked_regions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dtype = self.LayerNorm.weight.dtype
+        region_features = region_features.to(self.feature_projection.weight.dtype)
+        if masked_regions is not None:
+            region_features = torch.where(masked_regions[..., None] == 1, self.hidden_feature, region_features)
+        features = self.feature_LayerNorm(self.feature_projection(region_features).to(dtype))
+        corners, area = region_locations.split((4, 1), dim=-1)
+        sizes = corners[..., 2:] - corners[..., :2]
+        locations = self.location_projection(torch.cat((corners, sizes, area), dim=-1))
+        return self.LayerNorm(features + self.location_LayerNorm(locations.to(dtype)) + type_embedding)
+
+
+class UnicoderVLVisualBertRegionEmbeddings(nn.Module):
+    """
+    Embeds regions as VisualBERT does, LayerNorm(FC(feature)): it knows no locations, and the LayerNorm is the text's.
+    """
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
+
+    def forward(self, region_features: torch.Tensor, text_LayerNorm: nn.LayerNorm) -> torch.Tensor:
+        features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
+        return text_LayerNorm(features.to(text_LayerNorm.weight.dtype))
+
+
+REGION_EMBEDDINGS = {
+    "unicoder_vl": UnicoderVLRegionEmbeddings,
+    "uniter": UnicoderVLUniterRegionEmbeddings,
+    "visual_bert": UnicoderVLVisualBertRegionEmbeddings,
+}
 
 
 class UnicoderVLEmbeddings(nn.Module):
@@ -227,7 +294,7 @@ class UnicoderVLEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.region_embeddings = UnicoderVLRegionEmbeddings(config)
+        self.region_embeddings = REGION_EMBEDDINGS[config.region_embedding](config)
         self.image_token_embedding = (
             nn.Parameter(torch.zeros(config.hidden_size)) if config.use_image_token_embedding else None
         )
@@ -265,21 +332,41 @@ class UnicoderVLEmbeddings(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         region_features: torch.Tensor | None = None,
         region_locations: torch.Tensor | None = None,
+        masked_regions: torch.Tensor | None = None,
         token_region_ids: torch.LongTensor | None = None,
         caption_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         text = self.embed_text(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         text = _pick_rows(text, caption_index)
-        if region_features is None:
+        if region_features is None or region_locations is None:
             return self.dropout(text)
 
-        regions = _pick_rows(self.region_embeddings(region_features, region_locations), image_index)
+        regions = _pick_rows(self.embed_regions(region_features, region_locations, masked_regions), image_index)
         if token_region_ids is not None:
             region_ids = _pick_rows(token_region_ids, caption_index)[..., None]  # (batch_size, sequence_length, 1)
             referenced = regions.gather(1, region_ids.clamp(min=0).expand(-1, -1, regions.shape[-1]))
             text = text + referenced.masked_fill(region_ids < 0, 0.0)
         return self.dropout(torch.cat((text, self.add_image_token(regions)), dim=1))
+
+    def embed_regions(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor,
+        masked_regions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeds regions by `config.region_embedding`, without the image token: `(…, num_regions, hidden_size)`. The
+        arguments are those of `forward`.
+        """
+        embed: Any = self.region_embeddings
+        if isinstance(embed, UnicoderVLUniterRegionEmbeddings):
+            return embed(region_features, region_locations, self.token_type_embeddings.weight[1], masked_regions)
+        if masked_regions is not None:
+            region_features = region_features.masked_fill(masked_regions[..., None] == 1, 0)
+        if isinstance(embed, UnicoderVLVisualBertRegionEmbeddings):
+            return embed(region_features, self.LayerNorm)
+        return embed(region_features, region_locations)
 
     def add_image_token(self, regions: torch.Tensor) -> torch.Tensor:
         """Adds the vector of the paper's `[IMG]` token, if the model has it, to `(…, num_regions, hidden_size)`."""
@@ -636,14 +723,6 @@ class UnicoderVLOnlyMLMHead(nn.Module):
         return self.predictions(hidden_states)
 
 
-class UnicoderVLFloat32Linear(nn.Linear):
-    """A linear layer that computes in float32, under autocast too: the scores of bfloat16 are full of ties."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
-
-
 class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
     """Gives two logits from the output of BERT's pooler, 0 = mismatch, 1 = match."""
 
@@ -731,6 +810,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, UnicoderVLEmbeddings) and module.image_token_embedding is not None:
             init.normal_(module.image_token_embedding, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, UnicoderVLUniterRegionEmbeddings):
+            init.normal_(module.hidden_feature, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, UnicoderVLFirstStage):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 
@@ -870,7 +951,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self.embeddings.word_embeddings = value
 
     @capture_outputs
-    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING)
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + MASKED_REGIONS_DOCSTRING)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -884,6 +965,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         token_region_ids: torch.LongTensor | None = None,
         caption_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
+        masked_regions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         hidden_states, joint_mask, text_mask = self._embed(
@@ -898,6 +980,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
+            masked_regions=masked_regions,
         )
         if joint_mask is not None and self.packs(**kwargs):
             hidden_states = self._encode_without_padding(hidden_states, joint_mask)
@@ -1018,12 +1101,12 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
     def _embed(
         self, *, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
         region_features=None, region_locations=None, region_attention_mask=None, token_region_ids=None,
-        caption_index=None, image_index=None,
+        caption_index=None, image_index=None, masked_regions=None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
         """Embeds text and regions, and returns the states, their mask and the text's; None where no mask was given."""
         self._check_shapes(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-            region_attention_mask, token_region_ids, caption_index, image_index,
+            region_attention_mask, token_region_ids, caption_index, image_index, masked_regions,
         )  # fmt: skip
         hidden_states = self.embeddings(
             input_ids=input_ids,
@@ -1033,6 +1116,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             inputs_embeds=inputs_embeds,
             region_features=region_features,
             region_locations=region_locations,
+            masked_regions=masked_regions,
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
@@ -1079,7 +1163,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
 
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-        region_attention_mask, token_region_ids, caption_index, image_index,
+        region_attention_mask, token_region_ids, caption_index, image_index, masked_regions,
     ):  # fmt: skip
         """Checks shapes only: a look at a value would wait for the GPU and break a compiled graph."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -1117,6 +1201,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 ("region_attention_mask", region_attention_mask),
                 ("token_region_ids", token_region_ids),
                 ("image_index", image_index),
+                ("masked_regions", masked_regions),
             ):
                 if value is not None:
                     raise ValueError(f"{name} was given without region_features.")
@@ -1132,6 +1217,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         region_shape = tuple(region_features.shape[:2])
         _check_shape("region_locations", region_locations, (*region_shape, self.config.region_location_dim))
         _check_shape("region_attention_mask", region_attention_mask, region_shape)
+        _check_shape("masked_regions", masked_regions, region_shape)
         rows = (
             num_captions if caption_index is None else caption_index.shape[0],
             region_shape[0] if image_index is None else image_index.shape[0],
@@ -1181,6 +1267,9 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         self.bert = UnicoderVLModel(config)
         self.cls = UnicoderVLOnlyMLMHead(config)
         self.region_head = UnicoderVLLinear(config.hidden_size, config.num_region_classes)
+        if config.region_head == "uniter":
+            decoder = UnicoderVLLinear(config.hidden_size, 1 + config.num_region_classes)
+            self.region_head = nn.Sequential(UnicoderVLPredictionHeadTransform(config), decoder)
         self.matching_head = UnicoderVLMatchingHead(config)
         self.post_init()
 
@@ -1196,7 +1285,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         self.cls.predictions.bias = new_embeddings.bias if tied else nn.Parameter(new_embeddings.bias.detach().clone())
 
     @can_return_tuple
-    @auto_docstring(custom_args=INPUTS_DOCSTRING + PRETRAINING_LABELS_DOCSTRING)
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PRETRAINING_LABELS_DOCSTRING + MASKED_REGIONS_DOCSTRING)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1212,6 +1301,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         region_labels: torch.LongTensor | None = None,
         matching_labels: torch.LongTensor | None = None,
         sparse_prediction: bool | None = None,
+        masked_regions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLForPreTrainingOutput:
         if sparse_prediction is None:
@@ -1226,6 +1316,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
             region_locations=region_locations,
             region_attention_mask=region_attention_mask,
             token_region_ids=token_region_ids,
+            masked_regions=masked_regions,
             **kwargs,
         )
         num_regions = 0 if region_features is None else region_features.shape[1]
@@ -1252,7 +1343,9 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
             prediction_logits = self.cls(text)
             mlm_loss = _masked_prediction_loss(prediction_logits, labels, counted)
         if region_labels is not None and region_logits is not None:
-            moc_loss = _masked_prediction_loss(region_logits, region_labels, counted)
+            background = region_logits.shape[-1] - self.config.num_region_classes  # 1 if the first logit is of it
+            targets: Any = region_labels.where(region_labels == -100, region_labels + background)
+            moc_loss = _masked_prediction_loss(region_logits, targets, counted)
         if matching_labels is not None:
             row_losses = nn.functional.cross_entropy(matching_logits, matching_labels, reduction="none")
             matching_loss = row_losses.sum() / row_losses.shape[0]

@@ -45,7 +45,7 @@ def evaluate_masked_prediction(
             labels = batch[tasks[name][0]]
             targets = labels[labels != IGNORED]
             if name == "moc":  # the others are of the targets alone
-                logits = logits[labels != IGNORED]
+                logits = logits[labels != IGNORED][:, -config.num_region_classes :]  # none of background
             losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
             sums[name] += torch.stack((losses, (logits.argmax(-1) == targets).sum())).double().cpu()
             counts[name] += torch.bincount(targets, minlength=len(counts[name])).cpu()

@@ -113,7 +113,7 @@ class PairEncoder:
                 )
             real = inputs["region_attention_mask"].bool()
             lengths.append(real.sum(dim=1).cpu().numpy())
-            regions = self.bert.embeddings.region_embeddings(
+            regions = self.bert.embeddings.embed_regions(
                 inputs["region_features"][real], inputs["region_locations"][real]
             )
             states.append(self.bert.embeddings.add_image_token(regions))

@@ -61,7 +61,7 @@ class DataCollatorForUnicoderVLPreTraining:
 
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
-        `region_attention_mask`, `labels`, `region_labels` and `matching_labels`: the arguments of
+        `region_attention_mask`, `masked_regions`, `labels`, `region_labels` and `matching_labels`: the arguments of
         [`UnicoderVLForPreTraining`], and nothing else.
 
     Raises:
@@ -142,19 +142,25 @@ class DataCollatorForUnicoderVLPreTraining:
             )
         object_ids = self.masking.object_ids(records, regions.pop("kept_indices"))
         labels = np.full_like(input_ids, IGNORED)
-        region_labels = np.full_like(object_ids, IGNORED)
+        region_labels, masked_regions = np.full_like(object_ids, IGNORED), np.zeros_like(object_ids)
         tokenizer = self.processor.tokenizer
         for index in range(len(pairs)):
             slot, row = divmod(index, len(rows))  # slot 0: the match, 1: the mismatch
             rng = self.masking.generator(rows[row], slot)
             word_ids = text.word_ids(index) if self.whole_word_mask else None
             self.masking.hide_tokens(rng, input_ids[index], labels[index], is_word[index], tokenizer, word_ids)
-            self.masking.hide_regions(rng, features[index], region_labels[index], object_ids[index])
+            hidden = self.masking.hide_regions(rng, features[index], region_labels[index], object_ids[index])
+            masked_regions[index, hidden] = 1
 
         matching_labels = np.full(len(pairs), IGNORED)
         if with_mismatches:
             matching_labels[: len(rows)], matching_labels[len(rows) :] = 1, 0
-        labels_of = {"labels": labels, "region_labels": region_labels, "matching_labels": matching_labels}
+        labels_of = {
+            "masked_regions": masked_regions,
+            "labels": labels,
+            "region_labels": region_labels,
+            "matching_labels": matching_labels,
+        }
         return {name: torch.from_numpy(array) for name, array in {**text, **regions, **labels_of}.items()}
 
     @staticmethod

@@ -90,13 +90,15 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
         is_word = ~np.isin(input_ids, tokenizer.all_special_ids)
         batch["labels"] = np.full_like(input_ids, IGNORED)
         batch["region_labels"] = np.full_like(object_ids, IGNORED)
+        batch["masked_regions"] = np.zeros_like(object_ids)
         batch["matching_labels"] = np.full(len(rows), IGNORED)
         for index, row in enumerate(rows):
             rng = self.masking.generator(row)
             self.masking.hide_tokens(rng, input_ids[index], batch["labels"][index], is_word[index], tokenizer)
-            self.masking.hide_regions(
+            hidden = self.masking.hide_regions(
                 rng, batch["region_features"][index], batch["region_labels"][index], object_ids[index]
             )
+            batch["masked_regions"][index, hidden] = 1
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _tensors(self, records: Sequence[RegionRecord]) -> Mapping[str, np.ndarray]:
