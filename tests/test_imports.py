@@ -48,7 +48,8 @@ LIGHT = {
     **{
         f"{command} --help": "usage: unicoder-vl "
         for command in (
-            "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check"
+            "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check foil "
+            "foil-accuracy"
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
@@ -138,7 +139,7 @@ except AttributeError as error:
 
 
 ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
-ROOMS += [".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
+ROOMS += [".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
 
 
 @pytest.mark.parametrize("name", ROOMS)

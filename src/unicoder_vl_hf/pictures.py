@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from .extras import optional_import
 from .records_unicoder_vl import RegionRecord
 
 try:
@@ -61,10 +60,6 @@ def training_curves(
         ImportError: matplotlib is missing.
         ValueError: No row has a `step` and something to draw.
     """
-    optional_import("matplotlib", "demo")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if isinstance(log, str | os.PathLike):
         log = [json.loads(line) for line in Path(log).read_text().splitlines() if line.strip()]
     rows = list(log)
@@ -76,8 +71,7 @@ def training_curves(
     if not panels:
         raise ValueError(f"{len(rows)} log rows hold no step with a loss, accuracy or recall: is this a training log?")
 
-    figure = Figure(figsize=(6.4 * len(panels), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(6.4 * len(panels), 4.8)
     colours = _colours([*losses, *accuracies])
     for axes, (label, series) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
         for name in dict.fromkeys(name.removeprefix(_EVAL) for name in series):
@@ -97,6 +91,45 @@ def training_curves(
         figure.suptitle(title)
     figure.savefig(path, dpi=130)
     return Path(path)
+
+
+def dot_chart(rows: Mapping[str, Sequence[float]], path: str | os.PathLike, *, label: str) -> Path:
+    """
+    Draws a row for each name, from the top down, with a dot for each of its values and a line at their mean.
+
+    Args:
+        rows (`Mapping[str, Sequence[float]]`): Values of each name, such as one a seed.
+        path (`str` or `os.PathLike`): The PNG file to write.
+        label (`str`): The quantity, in words.
+
+    Returns:
+        `Path`: `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _new_figure(8.0, 1.4 + 0.45 * len(rows))
+    axes = figure.subplots()
+    for place, values in enumerate(rows.values()):
+        axes.plot(values, [place] * len(values), "o", color=PALETTE[0], alpha=0.7, markeredgecolor="white")
+        axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=PALETTE[1], linewidth=2)
+    axes.set(xlabel=label, yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """Makes an empty figure of so many inches. Raises ImportError if matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Curves need matplotlib: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _series(rows: Sequence[Mapping[str, Any]], endings: tuple[str, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

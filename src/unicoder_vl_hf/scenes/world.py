@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -407,6 +408,22 @@ def _placed(rng: np.random.Generator, things: Sequence[SceneObject], scene: Scen
     return f"{a} and {b}"
 
 
+def counted_shape(scene: Scene) -> tuple[int, str]:
+    """Draws a shape of a scene, more often one of several objects: how many objects have it, and a word for it."""
+    rng = generator_of(scene.seed, scene.image_id, "count")
+    counts = Counter(thing.shape for thing in scene.objects)
+    several = [shape for shape in counts if counts[shape] > 1]
+    shapes = several if several and rng.random() < 0.7 else list(counts)
+    shape = shapes[int(rng.integers(len(shapes)))]
+    return counts[shape], _say(rng, SHAPE_WORDS[shape])
+
+
+def say_count(count: int, shape: str) -> str:
+    """Says that there are so many of a shape. The words are pieces of the vocabulary: digits, and plurals with ##s."""
+    plural = f"{shape}es" if shape[-1] in "sx" else f"{shape}s"
+    return f"there is {count} {shape}" if count == 1 else f"there are {count} {plural}"
+
+
 def scene_tokenizer() -> BertTokenizer:
     """Makes a BERT WordPiece tokenizer whose vocabulary is the words of this world, and letters for all others."""
     tables = (COLOUR_WORDS, SHAPE_WORDS, GROUND_WORDS, SIZE_WORDS, RELATION_WORDS, PLACE_WORDS)
@@ -425,6 +442,7 @@ def build_scenes(
     num_test: int = 150,
     captions_per_image: int = 5,
     seed: int = 0,
+    counting: bool = False,
 ) -> Path:
     """
     Draws a world to disk, with everything that training and retrieval read.
@@ -442,6 +460,8 @@ def build_scenes(
         num_train, num_val, num_test (`int`): Number of scenes of each split.
         captions_per_image (`int`): Number of captions of each scene.
         seed (`int`): Seed of the world; another seed gives another world of the same kind.
+        counting (`bool`): Whether training scenes have a further caption, of [`say_count`] and [`counted_shape`]. In a
+            search it would be a poor query, so that the other splits have none.
 
     Returns:
         `Path`: The folder.
@@ -452,8 +472,9 @@ def build_scenes(
     counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
     return build_once(
         folder,
-        {"world": _WORLD, "seed": seed, "captions_per_image": captions_per_image, "scenes": counts},
-        lambda built: _write_world(built, counts, captions_per_image, seed),
+        {"world": _WORLD, "seed": seed, "captions_per_image": captions_per_image, "scenes": counts}
+        | ({"counting": True} if counting else {}),
+        lambda built: _write_world(built, counts, captions_per_image, seed, counting),
     )
 
 
@@ -488,7 +509,7 @@ def _arguments_of(folder: Path) -> dict | None:
         return None
 
 
-def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, seed: int) -> None:
+def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, seed: int, counting: bool) -> None:
     (folder / "photos").mkdir(parents=True)
     numbers = [(split, index) for split, count in counts.items() for index in range(count)]
     with scene_store_writer(folder / "regions") as writer, (folder / "captions.jsonl").open("w") as captions:
@@ -497,7 +518,8 @@ def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, 
             image = render_scene(scene)
             image.save(folder / "photos" / f"{scene.image_id}.png", compress_level=1)
             writer.write(scene_record(scene, image))
-            for caption in scene_captions(scene, captions_per_image):
+            counted = [say_count(*counted_shape(scene))] if counting and split == "train" else []
+            for caption in scene_captions(scene, captions_per_image) + counted:
                 captions.write(json.dumps({"image_id": scene.image_id, "caption": caption, "split": split}) + "\n")
 
 

@@ -19,12 +19,12 @@ from ..data.negatives import PairsWithMismatches
 from ..errors import run_script
 from ..files import write_json
 from ..processes import Computing, new_accelerator, start_processes
+from ..regions.shuffled import ShuffledStore
 from ..runs.arguments import make_parser, option
 from ..runs.evaluation import EvaluationArguments
 from ..runs.setup import in_words, is_unicoder_vl
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
 from ..tasks.pretraining.evaluation import (
-    ShuffledStore,
     evaluate_pretraining,
     metrics_table,
     pretraining_chance,

@@ -1,7 +1,7 @@
 """Evaluates the three tasks of pre-training, beside the figures that guessing reaches (paper, section Pre-training)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from numpy.typing import ArrayLike
 
 from ...data.negatives import PairsWithMismatches
-from ...records_unicoder_vl import RegionRecord
 from ...runs.masked_prediction import evaluate_masked_prediction, outputs_on
 from .collator import DataCollatorForUnicoderVLPreTraining
 
@@ -58,35 +57,6 @@ def evaluate_pretraining(
         "matching_accuracy": float((signed > 0).mean()),
         "matching_auc": roc_auc(all_scores, matches),
     }
-
-
-class ShuffledStore(Mapping[str, RegionRecord]):
-    """
-    A store that gives every image the regions of another: with it a model can only tell from the text.
-
-    Args:
-        store (`Mapping[str, RegionRecord]`): The regions of the images.
-        image_ids (sequence of `str`): The images that are shuffled, at least two.
-        seed (`int`, *optional*, defaults to 0): Seed of the shuffling.
-    """
-
-    def __init__(self, store: Mapping[str, RegionRecord], image_ids: Sequence[str], seed: int = 0):
-        image_ids = sorted(set(image_ids))
-        if len(image_ids) < 2:
-            raise ValueError(f"image_ids holds {image_ids}, expected at least two images to take regions from.")
-        order = np.random.default_rng(seed).permutation(len(image_ids))
-        # One cycle through all images: none keeps its own regions.
-        self.other = {image_ids[a]: image_ids[b] for a, b in zip(order, np.roll(order, 1), strict=True)}
-        self.store = store
-
-    def __getitem__(self, image_id: str) -> RegionRecord:
-        return dataclasses.replace(self.store[self.other[image_id]], image_id=image_id)
-
-    def __iter__(self):
-        return iter(self.other)
-
-    def __len__(self) -> int:
-        return len(self.other)
 
 
 def metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:

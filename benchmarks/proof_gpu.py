@@ -1,0 +1,502 @@
+"""
+The proof in minutes of a GPU: pre-training, fine-tuning, first stage, exhaustive scoring and foils, on Flickr8k.
+
+    python benchmarks/proof_gpu.py prepare CAPTIONS REGIONS BERT FOILS proof-inputs   # where they are, into two parts
+    make proof-gpu ARGS='--inputs proof-inputs/1'                                     # on the GPU; then the other part
+    make proof-gpu ARGS='--inputs proof-inputs/2'
+
+It runs from the checkout with whatever `python3` holds, and needs neither network nor `.venv`, `datasets` or
+`evaluate`. Either part is at most 60 MB, and is kept in `--output` with all else: with both the work begins. When the
+minutes are over it leaves a checkpoint, and the same command goes on. Captions and regions lie on the GPU, and batches
+are made there, by the rules of the package's collators but from a generator of their own. Random weights of the size of
+BERT-base are trained after the BERT that was given, if time is left.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import BertModel, BertTokenizer
+from work import SIZES, machine, synchronize
+
+from unicoder_vl_hf import (
+    ImageTextScorer,
+    RegionRecord,
+    UnicoderVLConfig,
+    UnicoderVLFeatureExtractor,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForPreTraining,
+    UnicoderVLProcessor,
+)
+from unicoder_vl_hf.data.foils import read_foils
+from unicoder_vl_hf.data.masking import IGNORED, Masking
+from unicoder_vl_hf.files import write_json
+from unicoder_vl_hf.logging import without_warnings_of_transformers
+from unicoder_vl_hf.pictures import training_curves
+from unicoder_vl_hf.regions.shuffled import ShuffledStore
+from unicoder_vl_hf.tasks.foil.margins import by_matching_head, by_similarity, foil_margins
+from unicoder_vl_hf.tasks.foil.metrics import accuracies_by_kind
+from unicoder_vl_hf.tasks.retrieval.losses import GroupSoftmaxLoss, HardNegativeLoss
+from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
+
+PARTS = {"1": ["regions.safetensors"], "2": ["captions.json", "bert", "foils.jsonl"]}
+MOST_BYTES = 60_000_000  # of a part
+MAX_LENGTH = 44
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Shares of the planned minutes: what is left is for the evaluation.
+SHARES = {"pre-training": 0.4, "fine-tuning": 0.35}
+LOG_EVERY = 20
+Batch = dict[str, torch.Tensor]
+
+
+# Inputs
+
+
+def prepare(captions: str, regions: str, bert: str, foils: str, output: str) -> None:
+    """
+    Packs the inputs into the folders `1` and `2` of a new one: regions in float16, captions, foils, and a BERT in
+    float16 of whose vocabulary the pieces stay that captions and foils have. They are tokenized as before.
+
+    Raises:
+        `ValueError`: the folder exists, a split is missing, or a part is above 60 MB.
+    """
+    from transformers import AutoTokenizer
+
+    from unicoder_vl_hf import RegionStore
+    from unicoder_vl_hf.data import join, read_captions
+    from unicoder_vl_hf.files import new_folder
+
+    store = RegionStore(regions)
+    rows, _ = join(read_captions(captions), store, skip_option=None)
+    columns = {name: rows[name][:] for name in ("image_id", "caption", "split")}
+    image_ids = list(dict.fromkeys(columns["image_id"]))
+    records = store.get_many(image_ids)
+    if any(record.object_ids is None or record.image_width is None for record in records):
+        raise ValueError(f"{regions}: a record has no object_ids or no size of its image, which pre-training needs.")
+    with new_folder(output) as folder:
+        first, second = folder / "1", folder / "2"
+        first.mkdir()
+        second.mkdir()
+        arrays = {
+            "features": np.concatenate([record.features for record in records]).astype(np.float16),
+            "boxes": np.concatenate([record.boxes for record in records]).astype(np.float32),
+            "object_ids": np.concatenate([record.object_ids for record in records]).astype(np.int16),
+            "counts": np.array([len(record) for record in records]),
+            "sizes": np.array([(record.image_width, record.image_height) for record in records]),
+        }
+        save_file(arrays, first / "regions.safetensors")
+        write_json(second / "captions.json", {"image_ids": image_ids, **columns})
+        shutil.copy(foils, second / "foils.jsonl")
+        texts = columns["caption"] + [foil.foil for foil in read_foils(foils)]
+        _pack_bert(bert, AutoTokenizer.from_pretrained(bert), texts, second / "bert")
+        for part in (first, second):
+            size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+            if size > MOST_BYTES:
+                raise ValueError(f"Part {part.name} has {size:,} bytes, expected at most {MOST_BYTES:,}: give less.")
+            print(f"{output}/{part.name}: {size / 1e6:.1f} MB")
+
+
+def _pack_bert(name: str, tokenizer: Any, texts: Sequence[str], folder: Path) -> None:
+    used = {token for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in ids}
+    used -= set(tokenizer.convert_tokens_to_ids(SPECIAL))
+    kept = [*tokenizer.convert_tokens_to_ids(SPECIAL), *sorted(used)]
+    model = BertModel.from_pretrained(name, dtype=torch.float16)
+    words = model.embeddings.word_embeddings
+    words.weight = torch.nn.Parameter(words.weight[kept].clone(), requires_grad=False)
+    words.num_embeddings = model.config.vocab_size = len(kept)
+    words.padding_idx = model.config.pad_token_id = 0
+    model.save_pretrained(folder)
+    vocabulary = {token: number for number, token in enumerate(tokenizer.convert_ids_to_tokens(kept))}
+    BertTokenizer(vocab=vocabulary, do_lower_case=tokenizer("A") == tokenizer("a")).save_pretrained(folder)
+
+
+class Inputs:
+    """Both parts in memory: the captions of each split as tokens, and the regions of all images, on the device."""
+
+    def __init__(self, folder: Path, device: str):
+        told = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        self.image_ids: list[str] = told["image_ids"]
+        self.captions: list[str] = told["caption"]
+        self.foils = read_foils(folder / "foils.jsonl")
+        arrays = load_file(folder / "regions.safetensors")
+        ends = arrays["counts"].cumsum()
+        self.records: dict[str, RegionRecord] = {}
+        for image_id, end, count, size in zip(self.image_ids, ends, arrays["counts"], arrays["sizes"], strict=True):
+            rows = slice(end - count, end)
+            self.records[image_id] = RegionRecord(
+                image_id, image_width=int(size[0]), image_height=int(size[1]), boxes=arrays["boxes"][rows],
+                features=arrays["features"][rows], object_ids=arrays["object_ids"][rows].astype(np.int64),
+            )  # fmt: skip
+        extractor = UnicoderVLFeatureExtractor(feature_dim=arrays["features"].shape[1])
+        tokenizer = BertTokenizer.from_pretrained(folder / "bert")
+        self.processor = UnicoderVLProcessor(extractor, tokenizer)
+        self.num_classes = int(arrays["object_ids"].max()) + 1
+
+        regions = extractor(list(self.records.values()), return_tensors="pt", return_kept_indices=True)
+        kept = regions.pop("kept_indices")
+        classes = [torch.from_numpy(record.object_ids) for record in self.records.values()]
+        padded = torch.nn.utils.rnn.pad_sequence(classes, batch_first=True, padding_value=-1)
+        self.object_ids = padded.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, -1).to(device)
+        self.regions = {name: tensor.to(device) for name, tensor in regions.items()}
+        text = tokenizer(
+            self.captions, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt",
+            return_special_tokens_mask=True,
+        )  # fmt: skip
+        self.is_word = (text.pop("special_tokens_mask") == 0).to(device)
+        self.text = {name: text[name].to(device) for name in ("input_ids", "attention_mask")}
+        number = {image_id: index for index, image_id in enumerate(self.image_ids)}
+        self.image_of_caption = torch.tensor([number[image_id] for image_id in told["image_id"]], device=device)
+        splits = np.array(told["split"])
+        self.rows = {split: torch.from_numpy(np.flatnonzero(splits == split)).to(device) for split in np.unique(splits)}
+
+    def test(self) -> tuple[list[str], list[str], np.ndarray]:
+        """The captions and images of the test, and the number of each caption's image among these."""
+        rows = self.rows["test"].cpu().numpy()
+        images, of_caption = np.unique(self.image_of_caption.cpu().numpy()[rows], return_inverse=True)
+        return [self.captions[row] for row in rows], [self.image_ids[image] for image in images], of_caption
+
+    def pairs(self, captions: torch.Tensor, images: torch.Tensor) -> Batch:
+        """The model's inputs of these captions and images."""
+        return {name: tensor[captions] for name, tensor in self.text.items()} | {
+            name: tensor[images] for name, tensor in self.regions.items()
+        }
+
+
+# Training
+
+
+def pretraining_batch(inputs: Inputs, rows: torch.Tensor, generator: torch.Generator, masking: Masking) -> Batch:
+    """Matches, and as many mismatches by images of others of the batch; both with words and regions hidden."""
+    images = inputs.image_of_caption[rows]
+    others = images.roll(1)
+    batch = inputs.pairs(rows.repeat(2), torch.cat((images, others)))
+
+    def chance(like: torch.Tensor, share: float) -> torch.Tensor:
+        return torch.rand(like.shape, device=like.device, generator=generator) < share
+
+    words = inputs.is_word[rows.repeat(2)]
+    hidden = words & chance(words, masking.mlm_probability)
+    classes = inputs.object_ids[torch.cat((images, others))]
+    chosen = (classes >= 0) & chance(classes, masking.moc_probability)
+    ids, features = batch["input_ids"], batch["region_features"]
+    batch["labels"] = ids.masked_fill(~hidden, IGNORED)
+    batch["input_ids"] = ids.masked_fill(hidden, inputs.processor.tokenizer.mask_token_id)
+    batch["region_labels"] = classes.masked_fill(~chosen, IGNORED)
+    batch["region_features"] = features.masked_fill(
+        (chosen & chance(classes, masking.region_zero_prob))[..., None], 0.0
+    )
+    labels = torch.cat((torch.ones_like(images), torch.zeros_like(images)))
+    labels[len(images) :].masked_fill_(images == others, IGNORED)
+    return batch | {"matching_labels": labels}
+
+
+def retrieval_batch(inputs: Inputs, rows: torch.Tensor) -> Batch:
+    """Matches alone, of which the loss makes its negatives."""
+    images, numbers = inputs.image_of_caption[rows], torch.arange(len(rows), device=rows.device)
+    places = dict.fromkeys(("caption_index", "image_index", "group_ids"), numbers)
+    targets = {"labels": torch.ones_like(numbers), "mismatches": images[:, None] != images}
+    return inputs.pairs(rows, images) | places | targets
+
+
+@dataclass
+class Plan:
+    """Where and how long is trained: `minutes` for one model, `deadline` of this call, `steps` instead of minutes."""
+
+    device: str
+    minutes: float
+    deadline: float
+    batch_size: int
+    steps: int | None
+
+    def left(self) -> float:
+        return self.deadline - time.perf_counter()
+
+
+class OutOfTime(Exception):
+    """The minutes of this call are over."""
+
+
+def train(
+    plan: Plan,
+    folder: Path,
+    name: str,
+    model: torch.nn.Module,
+    inputs: Inputs,
+    loss_of: Callable[
+        [torch.nn.Module, torch.Tensor, torch.Generator], tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+    ],
+    learning_rate: float,
+) -> dict[str, Any]:
+    """
+    Trains on the captions of the training split for a share of the minutes, from the checkpoint in the folder if there
+    is one. As many steps as fit are counted after a few; their log is `<name>.jsonl`.
+    """
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=plan.device == "cuda")
+    path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    state: dict[str, Any] = {"step": 0, "steps": plan.steps, "seconds": 0.0}
+    if path.exists():
+        saved = torch.load(path, map_location=plan.device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+    else:
+        log.write_text("")
+    train_rows = inputs.rows["train"]
+    batches = len(train_rows) // plan.batch_size
+    generator = torch.Generator(plan.device)
+    seconds = SHARES[name] * plan.minutes * 60
+    model.train()
+    started = time.perf_counter() - state["seconds"]
+    while state["steps"] is None or state["step"] < state["steps"]:
+        step = state["step"]
+        epoch, place = divmod(step, batches)
+        order = train_rows[torch.randperm(len(train_rows), generator=generator.manual_seed(epoch), device=plan.device)]
+        rate = learning_rate * min(1, (step + 1) / 100) * (1 - step / (state["steps"] or 1_000_000))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        generator.manual_seed(1_000_003 * (step + 1))
+        torch.manual_seed(step)
+        rows = order[place * plan.batch_size : (place + 1) * plan.batch_size]
+        with torch.autocast(plan.device, torch.bfloat16, enabled=plan.device == "cuda"):
+            loss, parts = loss_of(model, rows, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        state["step"] += 1
+        if state["step"] % LOG_EVERY == 0 or state["step"] == state["steps"]:
+            synchronize(plan.device)
+            state["seconds"] = time.perf_counter() - started
+            values = {key: round(value.item(), 5) for key, value in {"loss": loss, **parts}.items()}
+            with log.open("a") as file:
+                file.write(json.dumps({"step": state["step"], **values, "seconds": round(state["seconds"], 2)}) + "\n")
+            if state["steps"] is None:
+                state["steps"] = max(state["step"], int(seconds / state["seconds"] * state["step"]))
+            if plan.left() < 0 and state["step"] < state["steps"]:
+                saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+                torch.save(saved, path.with_suffix(".partial"))
+                path.with_suffix(".partial").replace(path)
+                raise OutOfTime
+    path.unlink(missing_ok=True)
+    model.eval()
+    pairs = state["step"] * plan.batch_size
+    return {**state, "pairs": pairs, "pairs_per_second": pairs / state["seconds"]}
+
+
+# Stages of one model
+
+
+class Proof:
+    """The stages of one model, each of which gives its figures; models lie in the folder between stages."""
+
+    def __init__(self, size: str, folder: Path, inputs: Inputs, plan: Plan, bert: Path):
+        self.size, self.folder, self.inputs, self.plan, self.bert = size, folder, inputs, plan, bert
+
+    def pretraining(self) -> dict[str, Any]:
+        """Pre-trains on words, regions and matching."""
+        inputs, masking = self.inputs, Masking()
+        fields = {
+            "region_feature_dim": inputs.regions["region_features"].shape[-1],
+            "num_region_classes": inputs.num_classes,
+        }
+        torch.manual_seed(0)
+        if self.size == "bert":
+            model = UnicoderVLForPreTraining.from_bert(str(self.bert), dtype=torch.float32, **fields)
+        else:
+            vocabulary = len(inputs.processor.tokenizer)
+            model = UnicoderVLForPreTraining(UnicoderVLConfig(vocab_size=vocabulary, **SIZES[self.size], **fields))
+
+        def loss_of(model, rows, generator):
+            outputs = model(**pretraining_batch(inputs, rows, generator, masking))
+            return outputs.loss, {name: outputs[name] for name in ("mlm_loss", "moc_loss", "matching_loss")}
+
+        found = train(self.plan, self.folder, "pre-training", model.to(self.plan.device), inputs, loss_of, 1e-4)
+        model.save_pretrained(self.folder / "pretrained")
+        training_curves(self.folder / "pre-training.jsonl", self.folder / "pre-training.png", title="Pre-training")
+        return found
+
+    def fine_tuning(self) -> dict[str, Any]:
+        """Fine-tunes both stages of a search, on the mistakes of the first."""
+        torch.manual_seed(0)
+        with without_warnings_of_transformers():  # the first stage is new
+            model = UnicoderVLForImageTextRetrieval.from_pretrained(
+                self.folder / "pretrained", projection_dim=256, dtype=torch.float32
+            )
+        loss = HardNegativeLoss(GroupSoftmaxLoss())
+
+        def loss_of(model, rows, generator):
+            return loss(model, retrieval_batch(self.inputs, rows)), {}
+
+        found = train(self.plan, self.folder, "fine-tuning", model.to(self.plan.device), self.inputs, loss_of, 5e-5)
+        model.config.first_stage_trained = True
+        model.save_pretrained(self.folder / "fine-tuned")
+        training_curves(self.folder / "fine-tuning.jsonl", self.folder / "fine-tuning.png", title="Fine-tuning")
+        return found
+
+    def load(self, name: str = "fine-tuned") -> UnicoderVLForImageTextRetrieval:
+        model = UnicoderVLForImageTextRetrieval.from_pretrained(self.folder / name, dtype=torch.float32)
+        return model.eval().to(self.plan.device)
+
+    def scorer(self, store: Mapping[str, RegionRecord] | None = None, name: str = "fine-tuned") -> ImageTextScorer:
+        dtype, block = (torch.bfloat16, 2**16) if self.plan.device == "cuda" else (None, 1024)
+        store = self.inputs.records if store is None else store
+        return ImageTextScorer(self.load(name), self.inputs.processor, store, dtype=dtype, block_pairs=block)
+
+    @torch.inference_mode()
+    def embed_captions(self, model: UnicoderVLForImageTextRetrieval, captions: Sequence[str]) -> np.ndarray:
+        parts = []
+        for start in range(0, len(captions), 256):
+            text = self.inputs.processor(text=list(captions[start : start + 256]), return_tensors="pt")
+            parts.append(model.encode_text(**text.to(self.plan.device)).float().cpu().numpy())
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def embed_images(self, model: UnicoderVLForImageTextRetrieval, image_ids: Sequence[str]) -> np.ndarray:
+        numbers = {image_id: number for number, image_id in enumerate(self.inputs.image_ids)}
+        rows = torch.tensor([numbers[image_id] for image_id in image_ids], device=self.plan.device)
+        parts = [{name: tensor[some] for name, tensor in self.inputs.regions.items()} for some in rows.split(256)]
+        return np.concatenate([model.encode_image(**part).float().cpu().numpy() for part in parts])
+
+    def first_stage(self) -> dict[str, Any]:
+        """Ranks the test by the first stage."""
+        captions, image_ids, right = self.inputs.test()
+        model = self.load()
+        return measured(self.embed_captions(model, captions) @ self.embed_images(model, image_ids).T, right)
+
+    def exhaustive(self) -> dict[str, Any]:
+        """Ranks the test by the matching head, every caption with every image."""
+        captions, image_ids, right = self.inputs.test()
+        started = time.perf_counter()
+        scores = self.scorer().score(captions, image_ids, output_dir=self.folder / "scores")
+        seconds = time.perf_counter() - started
+        return measured(scores, right) | {"pairs": scores.size, "seconds": round(seconds, 1)}
+
+    def foils(self) -> dict[str, Any]:
+        """Measures foils by the matching head, the first stage, shuffled regions and scorers without images."""
+        foils, records = self.inputs.foils, self.inputs.records
+        ids, kinds = [foil.image_id for foil in foils], [foil.kind for foil in foils]
+        model = self.load()
+        shuffled = [self.scorer(ShuffledStore(records, ids, seed)) for seed in range(3)]
+        first = by_similarity(
+            lambda captions: self.embed_captions(model, captions), lambda images: self.embed_images(model, images)
+        )
+        margins = {
+            "cross-encoder": foil_margins(foils, by_matching_head(self.scorer())),
+            "first stage": foil_margins(foils, first),
+            "shuffled regions": np.stack([foil_margins(foils, by_matching_head(each)) for each in shuffled], axis=1),
+            "text only": np.array([foil.text_only for foil in foils]),
+        }
+        return {
+            name: {kind: vars(accuracy) for kind, accuracy in accuracies_by_kind(of, kinds, ids).items()}
+            for name, of in margins.items()
+        }
+
+
+STAGES: dict[str, Callable[[Proof], dict[str, Any]]] = {
+    "pre-training": Proof.pretraining,
+    "fine-tuning": Proof.fine_tuning,
+    "first stage": Proof.first_stage,
+    "exhaustive": Proof.exhaustive,
+    "foils": Proof.foils,
+}
+
+
+def measured(scores: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """The metrics of a test, with intervals of the recalls."""
+    intervals = confidence_intervals([rank_queries(scores, right)])
+    return retrieval_metrics(scores, right) | {"intervals": intervals}
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """Writes the figures of all models that have any, as Markdown."""
+    names = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
+    lines = ["| model | ranked by | " + " | ".join(f"{n[0].upper()}R@{n.split('@')[1]}" for n in names) + " |"]
+    lines.append("|---|---|" + "---:|" * len(names))
+    for size, stages in result["models"].items():
+        for stage in ("first stage", "exhaustive"):
+            if stage in stages:
+                lines.append(f"| {size} | {stage} | {' | '.join(f'{100 * stages[stage][n]:.1f}' for n in names)} |")
+    lines += ["", "| model | foils told by | pairs | accuracy | interval |", "|---|---|---:|---:|---:|"]
+    for size, stages in result["models"].items():
+        for scorer, kinds in stages.get("foils", {}).items():
+            told = kinds["all"]
+            low, high = 100 * told["low"], 100 * told["high"]
+            accuracy = f"{100 * told['accuracy']:.1f} | {low:.1f} to {high:.1f}"
+            lines.append(f"| {size} | {scorer} | {told['num_foils']:,} | {accuracy} |")
+    lines += ["", f"{json.dumps(result['machine'])}; seconds: {json.dumps(result['took'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Packs inputs, or goes on with the proof; 1 if something is missing or the minutes are over."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["prepare"]:
+        parser = argparse.ArgumentParser(prog="proof_gpu.py prepare", description=prepare.__doc__)
+        for name in ("captions", "regions", "bert", "foils", "output"):
+            parser.add_argument(name)
+        prepare(**vars(parser.parse_args(argv[1:])))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=Path, help="a part that `prepare` packed")
+    parser.add_argument("--output", type=Path, default=Path("proof"), help="folder of everything (default: proof)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--minutes", type=float, default=6.5, help="minutes of this call (default: 6.5)")
+    parser.add_argument("--plan", type=float, default=5.0, help="minutes that one model is planned for (default: 5)")
+    parser.add_argument("--sizes", nargs="+", default=["bert", "base"], help="models (default: bert base)")
+    parser.add_argument("--batch-size", type=int, default=256, help="matches of a step (default: 256)")
+    parser.add_argument("--steps", type=int, help="steps of either training, whatever the minutes")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("There is no GPU here. A miniature: --device cpu --steps 2", file=sys.stderr)
+        return 1
+    deadline = time.perf_counter() + 60 * args.minutes
+    kept = args.output / "inputs"
+    if args.inputs is not None:
+        shutil.copytree(args.inputs, kept, dirs_exist_ok=True)
+    missing = [part for part, names in PARTS.items() if not all((kept / name).exists() for name in names)]
+    if missing:
+        print(f"Part {' and '.join(missing)} of the inputs is not here yet: give it with --inputs.")
+        return 1
+    path = args.output / "proof.json"
+    told = machine(args.device) | {"batch_size": args.batch_size, "steps": args.steps, "plan": args.plan}
+    result = json.loads(path.read_text()) if path.exists() else {"machine": told, "models": {}, "took": {}}
+    if result["machine"] != told:
+        print(f"{path} is of another machine, version or plan: give another --output.", file=sys.stderr)
+        return 1
+    inputs = Inputs(kept, args.device)
+    plan = Plan(args.device, args.plan, deadline, args.batch_size, args.steps)
+    for size in args.sizes:
+        folder = args.output / size
+        folder.mkdir(exist_ok=True)
+        proof, found = Proof(size, folder, inputs, plan, kept / "bert"), result["models"].setdefault(size, {})
+        for name, stage in STAGES.items():
+            if name in found:
+                continue
+            print(f"{size}, {name}: {(stage.__doc__ or '').strip()}", flush=True)
+            began = time.perf_counter()
+            try:
+                if plan.left() < 0:
+                    raise OutOfTime
+                found[name] = stage(proof)
+            except OutOfTime:
+                print(f"{args.minutes:g} minutes are over in {size}, {name}: run again, it goes on.")
+                return 1
+            result["took"][f"{size}, {name}"] = round(time.perf_counter() - began, 1)
+            write_json(path, result)
+            (args.output / "proof.md").write_text(report(result), encoding="utf-8")
+    print(report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

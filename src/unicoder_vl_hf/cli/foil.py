@@ -1,0 +1,66 @@
+"""The commands of foils, which tell whether a model looks: making them, and measuring a checkpoint by them."""
+
+from argparse import ArgumentParser, Namespace
+
+from .commands import Commands, add_caption_ids
+
+commands = Commands()
+
+
+def _make_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("output", help="new file of foils, a JSON object a line")
+    parser.add_argument("--captions", help="caption file, with all splits (default: the rendered scenes)")
+    parser.add_argument("--regions", help="folder of the store of its images, with COCO's classes")
+    parser.add_argument(
+        "--splits", nargs="+", default=["val", "test"], help="splits that foils are made of (default: val test)"
+    )
+    parser.add_argument(
+        "--train-split", default="train", help="split that scorers without images are trained on (default: train)"
+    )
+    add_caption_ids(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of these scorers (default: 0)")
+
+
+@commands.register("foil", "Captions made false by a word, which cannot be told without the image", _make_arguments)
+def _make(args: Namespace) -> None:
+    import numpy as np
+
+    from ..tasks.foil.making import make_foils
+    from ..tasks.foil.metrics import accuracies_by_kind
+
+    foils = make_foils(
+        args.output,
+        args.captions,
+        args.regions,
+        splits=args.splits,
+        train_split=args.train_split,
+        caption_ids=args.caption_ids,
+        seed=args.seed,
+    )
+    margins = np.array([foil.text_only for foil in foils])
+    print(f"{len(foils):,} foils. Scorers without images, of other seeds than chose them, tell (percent; chance 50):")
+    kinds, image_ids = [foil.kind for foil in foils], [foil.image_id for foil in foils]
+    for kind, accuracy in accuracies_by_kind(margins, kinds, image_ids).items():
+        print(f"{kind:12}{accuracy.num_foils:>7,}  {accuracy}")
+    print("each of them: " + ", ".join(f"{100 * share:.1f}" for share in (margins > 0).mean(axis=0)))
+
+
+def _accuracy_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="checkpoint with its processor")
+    parser.add_argument("foils", help="file that `unicoder-vl foil` made")
+    parser.add_argument("regions", help="folder of the store")
+    parser.add_argument("--split", help="split whose foils are taken (default: all)")
+    parser.add_argument(
+        "--first-stage", help="another checkpoint, whose first stage is measured (default: the model's)"
+    )
+    parser.add_argument("--output", help="JSON file for the figures")
+
+
+@commands.register("foil-accuracy", "How often does a model prefer captions to their foils?", _accuracy_arguments)
+def _accuracy(args: Namespace) -> None:
+    from ..tasks.foil.evaluation import evaluate_foils, foil_table
+
+    results = evaluate_foils(
+        args.model, args.foils, args.regions, split=args.split, first_stage=args.first_stage, output=args.output
+    )
+    print(f"Pairs whose caption scores above its foil (percent, 95 % interval; chance 50)\n{foil_table(results)}")

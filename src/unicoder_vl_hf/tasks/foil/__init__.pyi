@@ -1,0 +1,9 @@
+from .evaluation import evaluate_foils as evaluate_foils, foil_table as foil_table
+from .making import hard_foils as hard_foils, make_foils as make_foils, noun_foils as noun_foils
+from .margins import foil_margins as foil_margins
+from .metrics import (
+    FoilAccuracy as FoilAccuracy,
+    accuracies_by_kind as accuracies_by_kind,
+    foil_accuracy as foil_accuracy,
+)
+from .text_only import TextOnlyScorer as TextOnlyScorer, train_text_only as train_text_only

@@ -1,0 +1,106 @@
+"""The commands of foils: made of captions and regions on disk, and told by a checkpoint."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import small_world
+
+from unicoder_vl_hf import ImageTextScorer, RegionStore
+from unicoder_vl_hf.cli import main
+from unicoder_vl_hf.data.foils import read_foils, write_foils
+from unicoder_vl_hf.scenes.foils import scene_foils
+from unicoder_vl_hf.scenes.world import sample_scene
+from unicoder_vl_hf.search import UnicoderVLDualEncoder
+from unicoder_vl_hf.tasks.foil import evaluate_foils, evaluation, text_only
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world, a checkpoint of random weights with a first stage, and foils of its scenes."""
+    folder = tmp_path_factory.mktemp("foils")
+    model, _, regions = small_world.save_retrieval(
+        folder / "model", small_world.build(folder), spread=0.2, projection_dim=8, first_stage_trained=True
+    )
+    foils = [foil for split in ("val", "test") for n in range(5) for foil in scene_foils(sample_scene(n, split))]
+    foils = [dataclasses.replace(foil, text_only=[-1.0, 1.0]) for foil in foils]
+    write_foils(folder / "foils.jsonl", foils)
+    return folder, model, regions, foils
+
+
+def test_accuracies_are_those_of_all_pairs_scored_one_by_one(world):
+    folder, model, regions, foils = world
+    results = evaluate_foils(model, folder / "foils.jsonl", regions, output=folder / "accuracies.json")
+    scorer = ImageTextScorer.from_pretrained(model, regions, verbose=False)
+    encoder = UnicoderVLDualEncoder(scorer.model, scorer.processor, RegionStore(regions), model)
+    right = {evaluation.CROSS_ENCODER: 0, evaluation.FIRST_STAGE: 0}
+    for foil in foils:
+        texts = [foil.caption, foil.foil]
+        for name, (true, false) in {
+            evaluation.CROSS_ENCODER: scorer.score(texts, [foil.image_id])[:, 0],
+            evaluation.FIRST_STAGE: encoder.embed_captions(texts) @ encoder.embed_images([foil.image_id])[0],
+        }.items():
+            right[name] += true > false
+    for name, count in right.items():
+        assert results[name]["all"].accuracy == pytest.approx(count / len(foils))
+    assert results[evaluation.TEXT_ONLY]["all"].accuracy == 0.5
+    assert list(results) == ["cross-encoder", "first stage", "shuffled regions", "text only"]
+    kinds = {"all", "colour", "shape", "size", "relation", "count"}
+    assert all(set(of_scorer) == kinds for of_scorer in results.values())
+    written = json.loads((folder / "accuracies.json").read_text())
+    assert written["results"]["cross-encoder"]["all"] == dataclasses.asdict(results["cross-encoder"]["all"])
+
+
+def test_shuffled_regions_are_those_of_other_images(world, monkeypatch):
+    """A scorer that knows which image it sees is right with its own regions, and with no other's."""
+    folder, model, regions, _ = world
+    first_feature = {image_id: record.features[0, 0] for image_id, record in RegionStore(regions).items()}
+
+    def knowing(scorer):
+        def score(captions, image_ids):
+            own = [scorer.store[i].features[0, 0] == first_feature[i] for i in image_ids]
+            true = np.arange(len(captions)) < len(captions) // 2
+            return np.where(own, 1.0, -1.0) * true
+
+        return score
+
+    monkeypatch.setattr(evaluation, "by_matching_head", knowing)
+    results = evaluate_foils(model, folder / "foils.jsonl", regions)
+    assert results["cross-encoder"]["all"].accuracy == 1 and results["shuffled regions"]["all"].accuracy == 0
+
+
+def test_the_command(world, capsys):
+    folder, model, regions, _ = world
+    assert main(["foil-accuracy", model, str(folder / "foils.jsonl"), regions, "--split", "test"]) == 0
+    printed = capsys.readouterr().out
+    assert "cross-encoder" in printed and "relation" in printed and "50.0 (50.0 to 50.0)" in printed
+    assert main(["foil-accuracy", model, str(folder / "foils.jsonl"), regions, "--split", "none"]) == 1
+    assert "no foils of the split 'none'" in capsys.readouterr().err
+
+
+def test_foils_of_captions_are_made_by_the_command(tmp_path, monkeypatch, capsys):
+    """Scenes whose classes are said to be COCO's, and captions that name animals."""
+    monkeypatch.setattr(text_only, "BATCH_SIZE", 8)
+    world = small_world.build(tmp_path)
+    captions, animals = [], ("dog", "cat", "horse")
+    for number, line in enumerate((world / "captions.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        captions.append(row | {"caption": f"a {animals[number // 2 % 3]} and nothing else of {number % 5} ."})
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    words = ["foil", str(tmp_path / "foils.jsonl"), "--captions", str(tmp_path / "captions.jsonl")]
+    words += ["--regions", str(world / "regions")]
+    assert main(words) == 1
+    assert "expected COCO's names among them" in capsys.readouterr().err
+    manifest = json.loads((world / "regions/manifest.json").read_text())
+    manifest["provenance"] |= {"class_names": None, "num_classes": 80}
+    (world / "regions/manifest.json").write_text(json.dumps(manifest))
+    assert main(words) == 0
+    foils = read_foils(tmp_path / "foils.jsonl")
+    assert f"{len(foils)} foils" in capsys.readouterr().out
+    assert {foil.split for foil in foils} <= {"val", "test"} and {foil.kind for foil in foils} == {"animal"}
+    assert sum(foil.word == "dog" for foil in foils) == sum(foil.foil_word == "dog" for foil in foils)
+    assert main(words) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["foil", str(tmp_path / "more.jsonl"), "--captions", "x"]) == 1
+    assert "both captions and regions" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""The ablations: one tiny run of each kind of training, going on, and what the tables say of results."""
+
+import json
+
+import places
+import pytest
+
+from unicoder_vl_hf.scripts import demo
+
+
+@pytest.fixture
+def script():
+    return places.script("ablations")
+
+
+def result(recall: float, zero_shot: float | None = None) -> dict:
+    of_stage = {"image_retrieval_recall@1": recall, "text_retrieval_recall@1": recall, "foils all": 0.5}
+    stages = {"fine-tuned": of_stage}
+    return stages if zero_shot is None else {"zero-shot": dict.fromkeys(of_stage, zero_shot)} | stages
+
+
+def test_tables_say_what_came_out_and_what_did_not(script):
+    results = {
+        "full": {"0": result(0.5, 0.25), "1": result(0.7, 0.75)},
+        "scratch": {"0": result(0.4), "1": result(0.6)},
+        "no_moc": {"0": result(0.6, 0.1), "1": result(0.6, 0.1)},
+        "paper": {"0": result(0.5, 0.1)},
+    }
+    rows = script.results_table(results).splitlines()
+    assert len(rows) == 2 + 4 and all(row.count("|") == rows[0].count("|") for row in rows)
+    assert rows[2].split(" | ")[1:4] == ["0, 1", "50.0 ± 35.4", "50.0 ± 35.4"]
+    assert rows[3].split(" | ")[2:6] == ["–", "–", "–", "50.0 ± 14.1"]
+    assert [row.split(" | ")[1:] for row in script.orderings_table(results).splitlines()[2:]] == [
+        ["10.0 ± 0.0", "yes |"],
+        ["0.0 ± 14.1", "in 1 of 2 seeds |"],
+        ["0.0", "no |"],
+    ]
+
+
+def test_every_ordering_is_of_runs_that_differ_in_one_thing(script):
+    for better, worse in script.ORDERINGS:
+        a, b = (vars(script.RUNS[name]) for name in (better, worse))
+        assert len([name for name in a if a[name] != b[name] and name != "title"]) == 1
+
+
+def test_a_share_of_the_scenes_keeps_the_other_splits(script, tmp_path):
+    rows = [
+        {"image_id": f"{split}-{n // 2}", "caption": "c", "split": split}
+        for split in ("train", "val")
+        for n in range(8)
+    ]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = script.some_captions(tmp_path, 0.25, tmp_path / "some.jsonl").read_text().splitlines()
+    assert [json.loads(row) for row in kept] == rows[:2] + rows[8:]
+
+
+def test_the_whole_way(script, monkeypatch, tmp_path, capsys):
+    """A run on a few scenes; then another alone, while the first is not trained again."""
+    trained = []
+
+    def train(run, checkpoints, **options):
+        trained.append(options)
+        demo.train(run, checkpoints, **options)
+
+    monkeypatch.setattr(script, "train", train)
+    words = "--train_scenes 20 --held_out_scenes 4 --pretraining_epochs 1 --fine_tuning_epochs 1 --seeds 0".split()
+    words += ["--output_dir", str(tmp_path)]
+    script.main([*words, "--only", "data50"])
+    assert [options["num_train_epochs"] for options in trained] == [2, 1]
+    script.main([*words, "--only", "data50", "scratch"])
+    assert len(trained) == 3 and {options["recipe"] for options in trained} == {"strong"}
+    measured = json.loads((tmp_path / "ablations.json").read_text())["results"]
+    stages = {name: list(seeds["0"]) for name, seeds in measured.items()}
+    assert stages == {"data50": ["zero-shot", "fine-tuned"], "scratch": ["fine-tuned"]}
+    assert {"foils relation", "foils count"} < measured["data50"]["0"]["zero-shot"].keys()
+    table = (tmp_path / "ablations.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n| ") == 2 + 1
+    assert (tmp_path / "ablations.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="another --output_dir"):
+        script.main([*words, "--fine_tuning_epochs", "2"])
+    with pytest.raises(SystemExit):
+        script.main(["--only", "nothing"])

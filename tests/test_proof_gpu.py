@@ -1,0 +1,138 @@
+"""benchmarks/proof_gpu.py in miniature, on the CPU: packed inputs, all stages, and going on after the minutes."""
+
+import dataclasses
+import importlib
+import json
+
+import numpy as np
+import places
+import pytest
+import small_world
+import torch
+from transformers import AutoTokenizer, BertModel
+
+from unicoder_vl_hf import RegionStore
+from unicoder_vl_hf.data.foils import write_foils
+from unicoder_vl_hf.data.masking import Masking
+from unicoder_vl_hf.scenes.foils import scene_foils
+from unicoder_vl_hf.scenes.world import sample_scene
+
+
+@pytest.fixture(scope="module")
+def proof():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(places.ROOT / "benchmarks"))
+        yield importlib.import_module("proof_gpu")
+
+
+@pytest.fixture(scope="module")
+def packed(proof, tmp_path_factory):
+    """A world, a BERT with pieces that no caption has, foils; and the folder of both parts."""
+    folder = tmp_path_factory.mktemp("proof")
+    world, bert = small_world.build(folder), small_world.save_bert(folder / "bert", dropout=0.0, vocab_size=300)
+    foils = [foil for number in range(2) for foil in scene_foils(sample_scene(number, "test"))]
+    foils = [dataclasses.replace(foil, text_only=[0.5]) for foil in foils]
+    write_foils(folder / "foils.jsonl", foils)
+    words = [world / "captions.jsonl", world / "regions", bert, folder / "foils.jsonl", folder / "inputs"]
+    assert proof.main(["prepare", *map(str, words)]) == 0
+    return folder
+
+
+def copied(packed, output):
+    inputs = output / "inputs"
+    inputs.mkdir(parents=True)
+    for part in ("1", "2"):
+        proof_files = (packed / "inputs" / part).rglob("*")
+        for path in proof_files:
+            if path.is_file():
+                target = inputs / path.relative_to(packed / "inputs" / part)
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    return inputs
+
+
+def run(proof, output, *more: str) -> int:
+    words = ["--device", "cpu", "--output", str(output), "--steps", "3", "--batch-size", "6", "--sizes", "bert", *more]
+    return proof.main(words)
+
+
+def test_packed_inputs_are_the_same(proof, packed, tmp_path):
+    inputs = proof.Inputs(copied(packed, tmp_path), "cpu")
+    store = RegionStore(packed / "world" / "regions")
+    for number, image_id in enumerate(inputs.image_ids):
+        record = store[image_id]
+        count = len(record)
+        assert np.allclose(inputs.regions["region_features"][number, :count], record.features, atol=1e-2)
+        assert np.allclose(inputs.regions["region_locations"][number, :count], record.locations())
+        assert inputs.object_ids[number].tolist()[:count] == record.object_ids.tolist()
+        assert inputs.object_ids[number, count:].tolist() == [-1] * (inputs.object_ids.shape[1] - count)
+    full, less = AutoTokenizer.from_pretrained(packed / "bert"), inputs.processor.tokenizer
+    assert len(less) < len(full) == 300
+    texts = [*inputs.captions, *(foil.foil for foil in inputs.foils)]
+    assert [less.tokenize(text) for text in texts] == [full.tokenize(text) for text in texts]
+    rows = [less.convert_tokens_to_ids(less.tokenize(text)) for text in texts[:3]]
+    before = [full.convert_tokens_to_ids(full.tokenize(text)) for text in texts[:3]]
+    weights = [BertModel.from_pretrained(folder).embeddings.word_embeddings.weight.float()
+               for folder in (tmp_path / "inputs" / "bert", packed / "bert")]  # fmt: skip
+    for ours, theirs in zip(rows, before, strict=True):
+        assert torch.allclose(weights[0][ours], weights[1][theirs], atol=1e-3)
+
+
+def test_a_batch_of_pretraining(proof, packed, tmp_path):
+    inputs = proof.Inputs(copied(packed, tmp_path), "cpu")
+    rows = inputs.rows["train"][torch.tensor([0, 1, 2, 5])]  # the first two are of one image
+    generator = torch.Generator().manual_seed(0)
+    batch = proof.pretraining_batch(inputs, rows, generator, Masking(mlm_probability=0.5, moc_probability=0.5))
+    assert batch["matching_labels"].tolist() == [1, 1, 1, 1, 0, -100, 0, 0]
+    hidden = batch["labels"] != -100
+    mask = inputs.processor.tokenizer.mask_token_id
+    assert hidden.any() and torch.equal(hidden, batch["input_ids"] == mask)
+    whole = torch.where(hidden, batch["labels"], batch["input_ids"])
+    assert torch.equal(whole, inputs.text["input_ids"][rows.repeat(2)])
+    chosen = batch["region_labels"] != -100
+    zero = (batch["region_features"] == 0).all(-1) & (batch["region_attention_mask"] == 1)
+    assert chosen.any() and (zero <= chosen).all() and zero.any()
+    assert torch.equal(proof.retrieval_batch(inputs, rows)["mismatches"][0], torch.tensor([False, False, True, True]))
+
+
+def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(proof, "LOG_EVERY", 1)
+    parts = [["--inputs", str(packed / "inputs" / part)] for part in ("1", "2")]
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    for output in (whole, pieces):
+        assert run(proof, output, *parts[0]) == 1
+        assert "Part 2 of the inputs is not here yet" in capsys.readouterr().out
+    assert run(proof, whole, *parts[1]) == 0
+
+    left = iter([1.0, 1.0, -1.0])  # over after the second step
+    monkeypatch.setattr(proof.Plan, "left", lambda plan: next(left, -1.0))
+    assert run(proof, pieces, *parts[1]) == 1
+    assert "minutes are over in bert, pre-training: run again" in capsys.readouterr().out
+    assert (pieces / "bert" / "pre-training.pt").exists()
+    monkeypatch.setattr(proof.Plan, "left", lambda plan: 1.0)
+    assert run(proof, pieces) == 0
+    assert not (pieces / "bert" / "pre-training.pt").exists()
+
+    def losses(output, name):
+        rows = map(json.loads, (output / "bert" / f"{name}.jsonl").read_text().splitlines())
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    for name in ("pre-training", "fine-tuning"):
+        assert losses(pieces, name) == losses(whole, name) and len(losses(whole, name)) == 3
+        assert (pieces / "bert" / f"{name}.png").exists()
+    results = [json.loads((output / "proof.json").read_text())["models"]["bert"] for output in (whole, pieces)]
+    assert results[0]["exhaustive"]["image_retrieval_recall@5"] == results[1]["exhaustive"]["image_retrieval_recall@5"]
+    assert list(results[0]) == list(proof.STAGES)
+    assert results[0]["foils"]["text only"]["all"]["accuracy"] == 1
+    table = (pieces / "proof.md").read_text()
+    assert "| bert | exhaustive |" in table and "| bert | shuffled regions |" in table
+    assert run(proof, pieces, "--batch-size", "5") == 1
+    assert "another machine, version or plan" in capsys.readouterr().err
+
+
+def test_a_part_that_is_too_large_is_refused(proof, packed, monkeypatch, tmp_path):
+    monkeypatch.setattr(proof, "MOST_BYTES", 1000)
+    words = [packed / "world" / "captions.jsonl", packed / "world" / "regions", packed / "bert", packed / "foils.jsonl"]
+    with pytest.raises(ValueError, match=r"Part 1 has .* bytes, expected at most 1,000"):
+        proof.main(["prepare", *map(str, words), str(tmp_path / "inputs")])
+    assert not (tmp_path / "inputs").exists()
