@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .detectors import Detector, load_detector
     from .editing import merge_stores, split_store, subset_store
     from .extraction import extract
+    from .finding import RegionFinder
     from .formats import FORMATS, detect_format, read_records
     from .inspection import Inspection, inspect_records
     from .labelling import label, load_classifier
@@ -28,6 +29,7 @@ __getattr__, __dir__ = lazily(
         "detectors": ["Detector", "load_detector"],
         "editing": ["merge_stores", "split_store", "subset_store"],
         "extraction": ["extract"],
+        "finding": ["RegionFinder"],
         "formats": ["FORMATS", "detect_format", "read_records"],
         "inspection": ["Inspection", "inspect_records"],
         "labelling": ["label", "load_classifier"],
@@ -44,6 +46,7 @@ __all__ = [
     "Inspection",
     "PhotoSource",
     "Problem",
+    "RegionFinder",
     "RegionStore",
     "RegionStoreWriter",
     "StoreComparison",

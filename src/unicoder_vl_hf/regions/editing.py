@@ -30,7 +30,7 @@ from .shards import (
     shard_path,
     sorted_run,
 )
-from .store import MERGE, RegionStore, RegionStoreWriter, finish_store
+from .store import MERGE, UNCOMPARED, RegionStore, RegionStoreWriter, finish_store
 from .tensor_files import file_facts
 
 
@@ -93,7 +93,7 @@ def _check_merged(found: RegionStore, stores: list[RegionStore], num_classes: in
         names = ", ".join(str(store.path) for store in stores)
         raise ValueError(f"{found.path} holds a store already, and no merge of {names}: {remedy}")
     for name, value in _common_provenance(stores, num_classes).items():
-        if name != "package_version" and found.provenance[name] != value:
+        if name not in ("package_version", UNCOMPARED) and found.provenance[name] != value:
             raise ValueError(f"{found.path} was merged with {name}={found.provenance[name]!r}, not {value!r}: {remedy}")
 
 
@@ -181,7 +181,7 @@ def _common_provenance(stores: list[RegionStore], num_classes: int | None) -> di
     first, *others = [_provenance(store, num_classes) for store in stores]
     for store, other in zip(stores[1:], others, strict=True):
         for name, value in first.items():
-            if other[name] != value and name != "package_version":
+            if other[name] != value and name not in ("package_version", UNCOMPARED):
                 raise ValueError(
                     f"{stores[0].path} has {name}={value!r}, {store.path} has {other[name]!r}: a store holds regions "
                     "of one kind."
