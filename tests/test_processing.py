@@ -110,6 +110,8 @@ def test_a_str_is_an_image_id_else_the_file_of_a_photo(processor, store, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert_regions(processor(regions="7.npz", store=store), store["7.npz"])
     tiny.record("other", 1).save("7.npz")
+    assert_regions(processor(regions="7.npz", store=store), store["7.npz"])  # no photo could be read
+    processor.set_detector(list)
     with pytest.raises(
         ValueError, match=r"'7.npz' is an image id of .*UncopyableStore.*, and a file, /.*7\.npz: give a"
     ):

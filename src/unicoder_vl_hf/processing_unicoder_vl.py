@@ -207,10 +207,10 @@ class UnicoderVLProcessor(ProcessorMixin):
             store = self.default_store
         else:
             self._check_provenance(store)
-        found = [self._resolve(image, store) for image in images]
+        detector = detector or self._detector.target
+        found = [self._resolve(image, store, detector is not None) for image in images]
         is_photo = [not isinstance(image, str) and not is_region_record(image) for image in found]
         if places := [place for place, photo in enumerate(is_photo) if photo]:
-            detector = detector or self._detector.target
             if detector is None:
                 raise ValueError(
                     f"{found[places[0]]} is a photo, and there is no detector to find its regions: give one, "
@@ -251,12 +251,12 @@ class UnicoderVLProcessor(ProcessorMixin):
                 f"for the new tokens, model.resize_token_embeddings({tokens}), and save it."
             )
 
-    def _resolve(self, image: RegionInput, store: Mapping[str, RegionRecord] | None) -> Any:
+    def _resolve(self, image: RegionInput, store: Mapping[str, RegionRecord] | None, takes_photos: bool) -> Any:
         """Gives image ids of the store and records as they are, a file of a record read, photos as files or images."""
         if is_region_record(image):
             return image
         if isinstance(image, str):
-            return self._resolve_name(image, store)
+            return self._resolve_name(image, store, takes_photos)
         if isinstance(image, os.PathLike):
             return RegionRecord.load(image) if os.fspath(image).endswith(".npz") else image
         if isinstance(image, Mapping):
@@ -268,14 +268,14 @@ class UnicoderVLProcessor(ProcessorMixin):
             " a photo (its file, or a PIL image) or the path of a saved record (os.PathLike)."
         )
 
-    def _resolve_name(self, name: str, store: Mapping[str, RegionRecord] | None) -> Any:
+    def _resolve_name(self, name: str, store: Mapping[str, RegionRecord] | None, takes_photos: bool) -> Any:
         is_id, is_file = store is not None and name in store, os.path.isfile(name)
-        if is_id and is_file:
+        if is_id and is_file and takes_photos:
             raise ValueError(
                 f"{name!r} is an image id of {_name(store)}, and a file, {os.path.abspath(name)}: give a Path for the "
                 "file, or store[id] for the image of the store; or work in another folder."
             )
-        if is_file:
+        if is_file and not is_id:
             return Path(name)
         if store is None:
             raise ValueError(

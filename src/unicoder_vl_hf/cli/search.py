@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids, check_paths
+from .commands import GO_ON, Commands, add_caption_ids, add_detector_option, check_paths, detector_options
 
 commands = Commands()
 
@@ -48,9 +48,15 @@ def _search_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--image",
         metavar="FILE",
-        help="search captions instead, by a copy of a photo of --photos, or a saved record",
+        help="search captions instead, by a photo, or a saved record (.npz)",
     )
     parser.add_argument("--image-id", metavar="ID", help="search captions instead, by an image of the store")
+    parser.add_argument(
+        "--detector",
+        metavar="FAMILY:NAME",
+        help="detector of the photo (default: that of the regions that --model was trained on)",
+    )
+    add_detector_option(parser, "grid_size=7")
     parser.add_argument("--index", help="index of images, or of captions for --image and --image-id")
     parser.add_argument("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
     parser.add_argument("--regions", help="folder of the store (default: that of the index)")
@@ -101,6 +107,8 @@ def _search(args: Namespace) -> None:
         similarity_weight=args.similarity_weight,
         top_k=args.top_k,
         gallery=args.gallery,
+        detector=args.detector,
+        detector_options=detector_options(args),
     )
     print(found)
 

@@ -14,8 +14,6 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLFo
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
-from ..regions.detectors import Detector
-from ..regions.finding import RegionFinder
 
 
 def load_for_scoring(
@@ -55,20 +53,15 @@ def load_for_store(
     name: str | PathLike[str],
     store: Mapping[str, RegionRecord] | None,
     device: torch.device | str | None = None,
-    detector: str | Detector | None = None,
-    **options: Any,
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
-    Loads a checkpoint as [`load_for_scoring`] does, in float32, with a store and a detector as the processor's
-    defaults, and warns if the model was trained on regions of another kind.
+    Loads a checkpoint as [`load_for_scoring`] does, in float32, with a store as the processor's default, and warns if
+    the model was trained on regions of another kind.
 
     Args:
         name (`str` or `os.PathLike`): A folder or a repository of the Hub.
         store (`Mapping[str, RegionRecord]`, *optional*): The store.
         device (`torch.device` or `str`, *optional*): The device of the model; None takes that of this process.
-        detector (`str` or [`Detector`], *optional*): The detector of photos, on the device of the model. Defaults to
-            that of the regions that the model was trained on. It is loaded when the first photo comes.
-        options: Options of a detector by name.
 
     Raises:
         `ValueError`: see [`load_for_scoring`].
@@ -76,8 +69,6 @@ def load_for_store(
     model, processor = load_for_scoring(name)
     nn.Module.to(model, start_processes().device if device is None else device)
     processor.set_store(store)
-    trained_on = processor.feature_extractor.region_provenance
-    processor.set_detector(RegionFinder(detector, trained_on=trained_on, device=model.device, **options))
     return model, processor
 
 

@@ -28,6 +28,7 @@ from ..processing_unicoder_vl import RegionInput as Image
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.detectors import Detector
+from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore, manifest_checksum
 from .blocks import BlockFolder, job_of
 from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
@@ -182,7 +183,9 @@ class ImageTextScorer:
         """
         if store is not None and not isinstance(store, Mapping):
             store = RegionStore(store)
-        model, processor = load_for_store(name_or_path, store, device, detector, **(detector_options or {}))
+        model, processor = load_for_store(name_or_path, store, device)
+        trained_on, options = processor.feature_extractor.region_provenance, detector_options or {}
+        processor.set_detector(RegionFinder(detector, trained_on=trained_on, device=model.device, **options))
         return cls(
             model, processor, store, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose
         )
