@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import USER_ERRORS, end_with, stopped
 from ..name_lists import did_you_mean
-from . import photos, retrieval, search, stores, vcr
+from . import photos, retrieval, scoring, search, stores, vcr
 
-FAMILIES = (photos, stores, retrieval, search, vcr)
+FAMILIES = (photos, stores, scoring, retrieval, search, vcr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

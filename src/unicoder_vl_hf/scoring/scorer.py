@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self, cast
 
 import numpy as np
@@ -24,13 +25,13 @@ from .. import logging
 from ..files import json_digest
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
-from ..processing_unicoder_vl import RegionInput as Image
-from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..processing_unicoder_vl import RegionInput as Image, UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.detectors import Detector
 from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore, manifest_checksum
 from .blocks import BlockFolder, job_of
+from .calibration import Calibration, Matching
 from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
 from .packed import PairEncoder, Rows, pair_flops
 
@@ -259,6 +260,31 @@ class ImageTextScorer:
     def rank_captions(self, image: Image, captions: Sequence[str], top_k: int = 10) -> list[tuple[str, float]]:
         """Finds the captions that match an image best, with scores, the best first (of equal ones the earlier)."""
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """
+        The meaning of the scores, as `unicoder-vl calibrate` saved it with the checkpoint.
+
+        Raises:
+            `ValueError`: it was never measured, or with other weights.
+        """
+        known, name = self.model.config.calibration, self.model.name_or_path or "the model"
+        if known is None:
+            raise ValueError(f"{name} is not calibrated: `unicoder-vl calibrate {name} CAPTIONS REGIONS`.")
+        calibration = Calibration(**known)
+        if calibration.weights_sha256 not in (None, scoring_digest(self.model)):
+            raise ValueError(f"{name} was calibrated with other weights: `unicoder-vl calibrate` it again.")
+        return calibration
+
+    def match(self, captions: Sequence[str], images: Sequence[Image], max_length: int = 44) -> Matching:
+        """
+        Says whether captions match images, with the precision and recall that were measured on validation pairs.
+        Arguments are those of `score`, and so are the errors, with that of `calibration`.
+        """
+        calibration = self.calibration
+        scores = self.score(captions, images, max_length)
+        return Matching(scores >= calibration.threshold, calibration.probabilities(scores), scores, calibration)
 
     def plan(self, captions: Sequence[str], images: Sequence[Image], max_length: int = 44) -> ScoringPlan:
         """Says how large a call of `score` is, and how long it would take, measured on a few pairs."""
