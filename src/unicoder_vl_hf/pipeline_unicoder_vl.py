@@ -72,6 +72,7 @@ class UnicoderVLPipeline(Pipeline):
         return {} if text is None else {"text": text}, {}, {}
 
     def preprocess(self, image, text=None):
+        """Makes the model's inputs of an image and its sentences."""
         if isinstance(image, dict) and "image" in image:
             image, text = image["image"], image.get("text", text)
         if text is None:
@@ -84,6 +85,7 @@ class UnicoderVLPipeline(Pipeline):
         return {"texts": model_inputs["texts"], "scores": self.model(**inputs).scores}
 
     def postprocess(self, model_outputs):
+        """Makes the list of dicts of scores, the best first."""
         found = [
             {"text": text, "score": score}
             for text, score in zip(model_outputs["texts"], model_outputs["scores"].float().tolist(), strict=True)
