@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, RegionStoreWriter, UnicoderVLForImageTextRetrieval, cli
+from unicoder_vl_hf.regions import remove_images
 from unicoder_vl_hf.search import index as index_module
 from unicoder_vl_hf.search.command import SearchResult, run_search
 from unicoder_vl_hf.search.encoders import (
@@ -928,7 +929,7 @@ def test_the_same_command_goes_on_and_restart_begins_anew(folder, tmp_path, caps
     assert code == 0 and says.endswith(f"by {folder / 'model'}.\n")
     assert f"{output} was begun before: 2 of 4 blocks are embedded." in caplog.text
     code, says = run(capsys, *words)
-    assert code == 0 and says.endswith("It was complete before; --restart begins anew.\n")
+    assert code == 0 and says.endswith("It was complete before; --add adds what is new, --restart begins anew.\n")
     # Another job in its place: only when it is complete.
     old = {path.name: path.read_bytes() for path in output.iterdir()}
     (tmp_path / "two.jsonl").write_text("\n".join(json.dumps({"image_id": i, "caption": "x"}) for i in IMAGES[:2]))
@@ -955,6 +956,63 @@ def test_the_same_command_goes_on_and_restart_begins_anew(folder, tmp_path, caps
     # What is no index stays.
     code, says = run(capsys, "index", folder / "store", *options, "--output", folder / "photos", "--restart")
     assert code == 1 and "exists and is no index" in says and len(list((folder / "photos").iterdir())) == len(IMAGES)
+
+
+def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, monkeypatch):
+    """What is there is not embedded again, and stays valid until the new is complete."""
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    store, output = tmp_path / "store", tmp_path / "index"
+    write_store(store, [STORE[name] for name in IMAGES[:4]])
+    words = ["index", store, "--model", folder / "model", "--output", output]
+    assert run(capsys, *words)[0] == 0
+    with RegionStoreWriter(store, resume=True) as writer:
+        for name in IMAGES[4:]:
+            writer.write(STORE[name])
+    code, says = run(capsys, *words)
+    assert code == 1 and "a store that has grown is brought in by `unicoder-vl index … --add`" in says
+    kill_after(monkeypatch, 1)
+    assert run(capsys, *words, "--add")[0] == 130
+    monkeypatch.undo()
+    assert SearchIndex(output).names == IMAGES[:4]
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    embedded = []
+    embed = UnicoderVLDualEncoder.embed_images
+    monkeypatch.setattr(
+        UnicoderVLDualEncoder, "embed_images", lambda self, names: embedded.extend(names) or embed(self, names)
+    )
+    code, says = run(capsys, *words, "--add")
+    assert code == 0 and says.startswith(f"{output} is complete: 7 images") and says.endswith("There were 4 before.\n")
+    assert embedded == IMAGES[6:]  # the block before the kill is not lost
+    grown = SearchIndex(output)
+    assert grown.names == IMAGES
+    expected = build_index(parts(folder)[0], RegionStore(store), tmp_path / "whole")
+    np.testing.assert_allclose(grown.embeddings, expected.embeddings, rtol=0, atol=1e-6)
+    embedded.clear()
+    assert run(capsys, *words, "--add")[0] == 0 and not embedded  # nothing is new
+    code, says = run(capsys, *words, "--remove", IMAGES[1], IMAGES[5])
+    assert code == 0 and says == f"{output} is complete: 5 items, without 2.\n"
+    rest = [name for name in IMAGES if name not in (IMAGES[1], IMAGES[5])]
+    assert SearchIndex(output).names == rest
+    np.testing.assert_array_equal(SearchIndex(output).embeddings, grown.embeddings[[0, 2, 3, 4, 6]])
+    code, says = run(capsys, *words, "--remove", "image 99")
+    assert code == 1 and "has no 'image 99' among its 5 images" in says
+    remove_images(store, [IMAGES[2]])  # what the store has no more leaves the index
+    code, says = run(capsys, *words, "--add")
+    assert code == 0 and SearchIndex(output).names == [name for name in rest if name != IMAGES[2]] + IMAGES[1:2] + [
+        IMAGES[5]
+    ]
+    code, says = run(capsys, *words, "--add", "--captions", folder / "captions.jsonl")
+    assert code == 1 and "holds images, with faiss=None, and given are captions" in says
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "store", "whole"]
+
+
+def test_captions_are_added_to_their_index(folder, tmp_path):
+    encoder, _, store = parts(folder)
+    build_index(encoder, store, tmp_path / "index", captions=CAPTIONS[:3])
+    grown = build_index(encoder, store, tmp_path / "index", captions=CAPTIONS[2:6], add=True)
+    assert grown.names == CAPTIONS[:6]
+    found = grown.search(encoder.embed_captions([CAPTIONS[4]]), 1)[0]
+    assert grown.names[found[0, 0]] == CAPTIONS[4]
 
 
 def kill_after(monkeypatch, blocks):

@@ -53,6 +53,20 @@ def add_restart(parser: ArgumentParser) -> None:
     parser.add_argument("--restart", action="store_true", help="begin anew; what was complete stays until this is")
 
 
+def add_growth(parser: ArgumentParser, items: str) -> None:
+    """Adds the options `--add` and `--remove` to a parser, by which a finished output grows and shrinks."""
+    parser.add_argument("--add", action="store_true", help=f"add the {items} that a finished one lacks")
+    parser.add_argument("--remove", nargs="+", metavar="ID", help=f"ids of {items} to take out; or a .txt, one a line")
+
+
+def removed(args: Namespace) -> list[str] | None:
+    """Reads the ids of `--remove`, see [`add_growth`]."""
+    from ..name_lists import read_names
+
+    is_list = args.remove is not None and len(args.remove) == 1 and args.remove[0].endswith(".txt")
+    return read_names(args.remove[0]) if is_list else args.remove
+
+
 def add_caption_ids(parser: ArgumentParser) -> None:
     """Adds the option `--caption-ids` to a parser."""
     parser.add_argument(

@@ -2,7 +2,17 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids, add_detector_option, add_restart, check_paths, detector_options
+from .commands import (
+    GO_ON,
+    Commands,
+    add_caption_ids,
+    add_detector_option,
+    add_growth,
+    add_restart,
+    check_paths,
+    detector_options,
+    removed,
+)
 
 commands = Commands()
 
@@ -14,7 +24,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
         "--detector",
         required=True,
         metavar="FAMILY:NAME",
-        help="detector of the family visual-genome, torchvision, transformers or grid",
+        help="detector of the family visual-genome, torchvision, transformers or grid; or MODULE:CLASS",
     )
     add_detector_option(parser, "max_regions=36")
     parser.add_argument(
@@ -35,6 +45,7 @@ def _extract_arguments(parser: ArgumentParser) -> None:
         "--precision", default="auto", help="precision: auto (what the device is fast in), no, bf16 or fp16"
     )
     parser.add_argument("--dtype", default="float16", help="type of the stored features (default: float16)")
+    add_growth(parser, "photos")
     add_restart(parser)
 
 
@@ -59,6 +70,8 @@ def _extract(args: Namespace) -> None:
         device=args.device,
         precision=args.precision,
         dtype=args.dtype,
+        add=args.add,
+        remove=removed(args),
         restart=args.restart,
         **photo_ids(args.ids),
         **options,

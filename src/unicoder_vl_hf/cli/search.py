@@ -2,7 +2,16 @@
 
 from argparse import ArgumentParser, Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids, add_detector_option, check_paths, detector_options
+from .commands import (
+    GO_ON,
+    Commands,
+    add_caption_ids,
+    add_detector_option,
+    add_growth,
+    check_paths,
+    detector_options,
+    removed,
+)
 
 commands = Commands()
 
@@ -16,6 +25,7 @@ def _index_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--images-of", metavar="CAPTIONS[:SPLIT]", help="index the images of a caption file alone, or those of a split"
     )
+    add_growth(parser, "items")
     parser.add_argument(
         "--restart", action="store_true", help="begin anew; an index that is there stays until the new one is complete"
     )
@@ -38,6 +48,8 @@ def _index(args: Namespace) -> None:
         split=args.split,
         images_of=args.images_of,
         faiss=args.faiss,
+        add=args.add,
+        remove=removed(args),
         restart=args.restart,
     )
     print(done)

@@ -17,12 +17,22 @@ from typing import Any
 import numpy as np
 
 from .. import logging
-from ..files import begun_anew, complete, partial_path, say_finished, sync_folder, write_json
+from ..files import (
+    begun_anew,
+    complete,
+    partial_path,
+    put_back,
+    replace_folder,
+    say_finished,
+    sync_folder,
+    write_json,
+)
 from ..records_unicoder_vl import check_several
 from .shards import (
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
+    SKIPPED,
     STORE_OF_STORES,
     UNFINISHED,
     ImageIds,
@@ -118,6 +128,34 @@ def subset_store(source: str | PathLike, image_ids: Iterable[str], destination: 
     """
     store = RegionStore(source)
     return _copy(store, _numbers(store, image_ids), Path(destination))
+
+
+def remove_images(path: str | PathLike, image_ids: Iterable[str]) -> RegionStore:
+    """
+    Takes images out of a store. It stays as it is until the store without them is complete.
+
+    Args:
+        path (`str` or `os.PathLike`): The store.
+        image_ids (iterable of `str`): Ids of the images to take out.
+
+    Raises:
+        KeyError: An id is not in the store; nothing is changed then.
+        ValueError: No image would be left.
+    """
+    folder = Path(path).absolute()
+    put_back(folder)
+    store = RegionStore(folder)
+    kept = np.setdiff1d(np.arange(len(store)), _numbers(store, image_ids))
+    if not len(kept):
+        raise ValueError(f"{folder} would be left without an image: remove the folder instead.")
+    if len(kept) < len(store):
+        new = folder.with_name(f".{folder.name}.without")
+        shutil.rmtree(new, ignore_errors=True)  # of a call that was stopped, which may have been for other images
+        _copy(store, kept, new)
+        if (skipped := folder / SKIPPED).exists():
+            shutil.copy2(skipped, new)
+        replace_folder(folder, new)
+    return RegionStore(folder)
 
 
 def split_store(

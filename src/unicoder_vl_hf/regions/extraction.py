@@ -27,10 +27,10 @@ from .. import logging
 from ..files import begun_anew, locked, make_folder, say_finished
 from ..name_lists import numbered_lines
 from ..processes import StopSignal
-from ..records_unicoder_vl import RegionRecord
+from ..records_unicoder_vl import RegionRecord, check_several
 from .conversion import Rename, write_skipped, write_store
 from .detectors import Detector, load_detector, split_name
-from .editing import merge_stores, merged_stores
+from .editing import merge_stores, merged_stores, remove_images
 from .finding import GPU_BATCH_SIZE, ReadPhoto, describe, detect
 from .photos import PhotoSource, decode_photo, in_words, list_photos
 from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
@@ -67,6 +67,8 @@ def extract(
     precision: str = "auto",
     dtype: str = "float16",
     shard_size: int = 128 * 2**20,
+    add: bool = False,
+    remove: Sequence[str] | None = None,
     restart: bool = False,
     **options: Any,
 ) -> RegionStore:
@@ -104,16 +106,22 @@ def extract(
         dtype (`str`, defaults to `"float16"`): Type of the stored features.
         shard_size (`int`, defaults to 128 MiB): Bytes after which a shard is complete; a kill -9 loses the incomplete
             one.
+        add (`bool`, defaults to `False`): Whether photos that a finished store lacks are added to it. It stays valid as
+            it is until they are all there.
+        remove (sequence of `str`, *optional*): Ids of images to leave out, and to take out of a finished store.
         restart (`bool`, defaults to `False`): Whether to begin anew where `output` holds a store, finished or not.
         options: Options of the detector's family.
 
     Raises:
         ValueError: Two photos have one id, no photo is found or none gives regions, the store was begun with other
-            settings, photos or ids, or is being written, or it is finished and lacks photos that are new.
+            settings, photos or ids, or is being written, it is finished and lacks photos that are new (unless `add`),
+            or an id of `remove` is neither that of a photo nor of an image of the store.
         KeyboardInterrupt: It was told to stop; the same call goes on.
         Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; regions that were extracted before are
             kept.
     """
+    check_several("remove", remove)
+    unwanted = set(remove or ())
     if isinstance(detector, str):
         split_name(detector)  # before all photos are listed
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
@@ -154,17 +162,20 @@ def extract(
         state.wait_for_everyone()
         before = _parts(parts)
         done = {image_id for store in (*before, *_finished(folder)) for image_id in RegionStore(store)}
-        if ids == "stem" and rename is None and done and done.isdisjoint(source.ids):
+        if ids == "stem" and rename is None and done and not add and done.isdisjoint(source.ids):
             source = _by_key(photos, folder, done) or source
-        left = [index for index, image_id in enumerate(source.ids) if image_id not in done]
+        if unknown := unwanted - done.union(source.ids):
+            raise ValueError(f"remove (--remove) names {min(unknown)!r}, which neither {folder} nor the photos have.")
+        left = [index for index, image_id in enumerate(source.ids) if image_id not in done | unwanted]
         state.wait_for_everyone()  # before new parts appear
         if done and state.is_main_process:
-            _check_ids(folder, done, source.ids)
-            if not before:  # finished
+            if not add:
+                _check_ids(folder, done, source.ids)
+            if not before and not add:  # finished
                 _check_left(folder, [source.ids[index] for index in left])
             if left or before:
-                logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
-            else:
+                logger.warning(f"{len(done)} photos are in {folder} already; {len(left)} are left.")
+            elif done.isdisjoint(unwanted):
                 say_finished(folder)
         # A finished store has every photo that the detector can take: it may well fail at all that are left.
         patience = FAILURES_IN_A_ROW if before or not done else float("inf")
@@ -182,6 +193,9 @@ def extract(
         state.wait_for_everyone()
         if state.is_main_process:
             _join_parts(parts, folder, settings, source)
+            if taken_out := done & unwanted:
+                remove_images(folder, taken_out)
+                logger.warning(f"{len(taken_out)} images are taken out of {folder}.")
         state.wait_for_everyone()
     return RegionStore(folder)
 
@@ -420,8 +434,8 @@ def _check_left(folder: Path, left: Sequence[str]) -> None:
     new = [image_id for image_id in left if image_id not in skipped]
     if new:
         raise ValueError(
-            f"{folder} is finished and lacks {len(new)} of these photos, such as {new[0]!r}: extract those to another "
-            "store and merge the two."
+            f"{folder} is finished and lacks {len(new)} of these photos, such as {new[0]!r}: add=True (--add) adds "
+            "what is new, remove=[…] (--remove) leaves out what is not wanted."
         )
 
 

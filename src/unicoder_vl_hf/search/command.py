@@ -19,7 +19,7 @@ from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
 from ..scoring.scorer import ImageTextScorer
 from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder, open_transformers_encoder
-from .index import INDEX, SearchIndex, build_index
+from .index import INDEX, SearchIndex, build_index, remove_items
 from .two_stage import Hit, SimilarityWeight, search
 
 logger = logging.get_logger(__name__)
@@ -86,6 +86,8 @@ def make_index(
     split: str | None = None,
     images_of: str | None = None,
     faiss: str | None = None,
+    add: bool = False,
+    remove: Sequence[str] | None = None,
     restart: bool = False,
 ) -> str:
     """
@@ -96,6 +98,8 @@ def make_index(
         `ValueError`: not exactly one of `model` and `dual_encoder` is given, a dual encoder lacks `photos` of images,
         the first stage of `model` was not trained, options do not go together, or [`build_index`] raises it.
     """
+    if remove:
+        return f"{output} is complete: {len(remove_items(output, remove)):,} items, without {len(remove):,}."
     if (model is None) == (dual_encoder is None):
         raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
     if captions is not None and images_of is not None:
@@ -117,9 +121,13 @@ def make_index(
     texts = None
     if captions is not None:
         texts = _captions(captions, caption_ids, split, regions, encoder.processor.tokenizer)
-    before = not restart and Path(output, INDEX).exists()
-    index = build_index(encoder, regions, output, image_ids=image_ids, captions=texts, faiss=faiss, restart=restart)
-    again = " It was complete before; --restart begins anew." if before else ""
+    before = len(SearchIndex(output)) if not restart and Path(output, INDEX).exists() else None
+    index = build_index(
+        encoder, regions, output, image_ids=image_ids, captions=texts, faiss=faiss, add=add, restart=restart
+    )
+    again = "" if before is None else f" There were {before:,} before."
+    if before is not None and not add:
+        again = " It was complete before; --add adds what is new, --restart begins anew."
     return f"{output} is complete: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}.{again}"
 
 
