@@ -1,6 +1,8 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """The configuration of Unicoder-VL models: BERT's fields, and further ones for regions, heads and search."""
 
+import json
+import os
 from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +11,18 @@ from transformers.utils import auto_docstring
 
 if TYPE_CHECKING:  # transformers saves with a Hub file those that it names
     from .pipeline_unicoder_vl import UnicoderVLPipeline  # noqa: F401
+
+
+# Files by which sentence-transformers loads a checkpoint.
+SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "unicoder_vl_hf.scoring.cross_encoder.UnicoderVLModule"}
+    ],
+    "config_sentence_transformers.json": {
+        "model_type": "CrossEncoder",
+        "activation_fn": "torch.nn.modules.linear.Identity",
+    },
+}
 
 
 @auto_docstring(checkpoint="google-bert/bert-base-uncased")
@@ -137,7 +151,8 @@ class UnicoderVLConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
-        Saves the configuration with the whole `auto_map` and the pipeline, for `trust_remote_code` by every Auto class.
+        Saves the configuration with the whole `auto_map` and the pipeline, for `trust_remote_code` by every Auto class,
+        and with what sentence-transformers needs to load the checkpoint, by the package, as a `CrossEncoder`.
         """
         # transformers writes the saved class's own key only: a pre-training checkpoint would not load by AutoModel.
         modeling = "modeling_unicoder_vl"
@@ -155,6 +170,11 @@ class UnicoderVLConfig(PreTrainedConfig):
             }
         }
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for name, content in SENTENCE_TRANSFORMERS.items():
+            path = os.path.join(save_directory, name)
+            if not os.path.exists(path):
+                with open(path, "w", encoding="utf-8") as file:
+                    json.dump(content, file, indent=2)
         if not __name__.startswith("transformers_modules."):
             del self.custom_pipelines
 

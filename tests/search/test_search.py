@@ -969,7 +969,7 @@ def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, mon
         for name in IMAGES[4:]:
             writer.write(STORE[name])
     code, says = run(capsys, *words)
-    assert code == 1 and "a store that has grown is brought in by `unicoder-vl index … --add`" in says
+    assert code == 1 and "If it is that one and has grown, `unicoder-vl index … --add` adds what is new." in says
     kill_after(monkeypatch, 1)
     assert run(capsys, *words, "--add")[0] == 130
     monkeypatch.undo()

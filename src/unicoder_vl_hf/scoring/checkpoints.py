@@ -17,7 +17,7 @@ from ..records_unicoder_vl import RegionRecord
 
 
 def load_for_scoring(
-    name: str | PathLike[str], dtype: torch.dtype = torch.float32
+    name: str | PathLike[str], dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
     Loads the model with the matching head of a pre-training or retrieval checkpoint, and its processor.
@@ -26,16 +26,17 @@ def load_for_scoring(
         name (`str` or `os.PathLike`): A folder or a repository of the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The dtype of the weights, whatever they were
             saved in.
+        options: Arguments of every `from_pretrained`, such as `revision`, `token` and `local_files_only`.
 
     Raises:
         `ValueError`: the checkpoint is another model, lacks weights that scoring needs, or has fewer rows of word
             embeddings than its tokenizer has tokens.
     """
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, **options)
     if not isinstance(config, UnicoderVLConfig):
         raise ValueError(f"{name} is a {config.model_type}; expected a checkpoint of Unicoder-VL.")
     loaded: Any = UnicoderVLForImageTextRetrieval.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True
+        name, config=config, dtype=dtype, output_loading_info=True, **options
     )
     model, report = loaded
     missing = sorted(key for key in report["missing_keys"] if key.startswith(("bert.", "matching_head.")))
@@ -44,7 +45,7 @@ def load_for_scoring(
             f"{name} ({config.architectures}) has no {missing[:3]}: its scores would be random. Expected a checkpoint "
             "of UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval."
         )
-    processor = AutoProcessor.from_pretrained(name)
+    processor = AutoProcessor.from_pretrained(name, **options)
     processor.check_model(model)
     return model.eval(), processor
 

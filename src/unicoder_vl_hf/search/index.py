@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 1
 INDEX, NAMES, EMBEDDINGS, FAISS = "index.json", "names.json", "embeddings.safetensors", "faiss.index"
 
+GROWN = " If it is that one and has grown, `unicoder-vl index … --add` adds what is new."
 # Items that are embedded at once; a kill loses as many.
 BLOCK_ITEMS = 1024
 # Similarities that are held at once.
@@ -97,7 +98,7 @@ class SearchIndex:
         if encoder is not None:
             _compare(f"{self.path} was made by the checkpoint", self.facts["encoder"], encoder.identity())
         if store is not None:
-            _compare(f"{self.path} was made from the store", self.facts["store"], store_identity(store))
+            _compare(f"{self.path} was made from the store", self.facts["store"], store_identity(store), GROWN)
 
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -312,11 +313,11 @@ def store_identity(store: RegionStore) -> dict[str, str]:
     return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
 
 
-def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:
+def _compare(what: str, before: dict[str, str], now: dict[str, str], more: str = "") -> None:
     if any(before.get(key) != value for key, value in now.items() if key != "name"):
         raise ValueError(
             f"{what} {_words(before)}, but given is {_words(now)}: give that one, or make an index of this one, in "
-            "another folder or by --restart; a store that has grown is brought in by `unicoder-vl index … --add`."
+            f"another folder or by --restart.{more}"
         )
 
 
