@@ -301,7 +301,8 @@ FUNCTIONS = {
     "mine": ("tasks.retrieval.mining.mine", "model captions regions output", set()),
     "train-first-stage": ("tasks.retrieval.first_stage.train_first_stage", "model captions regions output", set()),
     "index": ("search.command.make_index", "store --output output", set()),
-    "search": ("search.command.run_search", "", set()),
+    "search": ("search.command.run_search", "", {"option"}),
+    "calibrate": ("tasks.retrieval.calibration.calibrate", "model captions seven", set()),
 }
 # A value of an option that is not its default, by its type; and of some by their names.
 VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7", "split_list": "a=7", "splits": "1,1,1"}

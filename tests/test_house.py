@@ -27,6 +27,7 @@ FLOORS = [
     ["pictures", "modeling_unicoder_vl", "processing_unicoder_vl"],
     ["feature_extraction_unicoder_vl"],
     ["configuration_unicoder_vl", "records_unicoder_vl"],
+    ["pipeline_unicoder_vl"],
     ["processes"],
     ["files", "name_lists", "errors"],
     ["extras", "logging", "_version"],

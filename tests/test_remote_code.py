@@ -17,6 +17,7 @@ HUB_FILES = [
     "configuration_unicoder_vl.py",
     "feature_extraction_unicoder_vl.py",
     "modeling_unicoder_vl.py",
+    "pipeline_unicoder_vl.py",
     "processing_unicoder_vl.py",
     "records_unicoder_vl.py",
 ]

@@ -173,7 +173,7 @@ def test_provenance(tmp_path):
     store = write_store([make(1)], tmp_path / "store", dtype="float32", **facts)
     found = store.provenance
     version = found.pop("package_version")
-    assert found == {**facts, "num_classes": 9, "feature_dim": 8, "dtype": "float32"}
+    assert found == {**facts, "detector_options": None, "num_classes": 9, "feature_dim": 8, "dtype": "float32"}
     assert isinstance(version, str)
     assert json.loads(json.dumps(store.provenance)) == store.provenance
     store.provenance["detector"] = "changed"

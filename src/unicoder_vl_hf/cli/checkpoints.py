@@ -1,44 +1,40 @@
 """The commands of other people's checkpoints: looking into them, and importing them."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from .commands import Commands
+from .commands import Add, Commands
 
 commands = Commands()
 
 
-def _add_source(parser: ArgumentParser) -> None:
-    parser.add_argument("source", help="folder, file of weights, or repository of the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+def _add_source(add: Add) -> None:
+    add("source", help="folder, file of weights, or repository of the Hub")
+    add("--revision", help="branch, tag or commit of the repository")
 
 
-def _import_arguments(parser: ArgumentParser) -> None:
-    _add_source(parser)
-    parser.add_argument("output", help="new folder of the model")
-    parser.add_argument(
+def _import_arguments(add: Add) -> None:
+    _add_source(add)
+    add("output", help="new folder of the model")
+    add(
         "--from",
         dest="family",
         choices=("uniter", "villa", "visualbert", "oscar", "volta", "bert"),
         help="family of the checkpoint (default: as its keys tell)",
     )
-    parser.add_argument(
-        "--tokenizer", help="folder or repository of its vocabulary (default: its own, else BERT's of as many words)"
-    )
-    parser.add_argument(
+    add("--tokenizer", help="folder or repository of its vocabulary (default: its own, else BERT's of as many words)")
+    add(
         "--region-type",
         type=int,
         choices=(0, 1),
         help="token type of VisualBERT's regions (default: 0, as its authors trained; 1 for Volta's)",
     )
-    parser.add_argument(
+    add(
         "--heads",
         dest="num_attention_heads",
         type=int,
         help="attention heads of a layer, where no config.json tells them",
     )
-    parser.add_argument(
-        "--approximate", action="store_true", help="take what is near where nothing is exact, and say so"
-    )
+    add("--approximate", action="store_true", help="take what is near where nothing is exact, and say so")
 
 
 @commands.register("import-checkpoint", "The weights of a sister of Unicoder-VL, as a model of ours", _import_arguments)

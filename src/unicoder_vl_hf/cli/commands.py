@@ -55,6 +55,20 @@ def add_restart(add: Add) -> None:
     add("--restart", action="store_true", help="begin anew; what was complete stays until this is")
 
 
+def add_growth(add: Add, items: str) -> None:
+    """Adds the options `--add` and `--remove` by which a finished output grows and shrinks."""
+    add("--add", action="store_true", help=f"add the {items} that a finished one lacks")
+    add("--remove", nargs="+", metavar="ID", help=f"ids of {items} to take out; or a .txt, one a line")
+
+
+def removed(args: Namespace) -> list[str] | None:
+    """Reads the ids of `--remove`, see [`add_growth`]."""
+    from ..name_lists import read_names
+
+    is_list = args.remove is not None and len(args.remove) == 1 and args.remove[0].endswith(".txt")
+    return read_names(args.remove[0]) if is_list else args.remove
+
+
 def add_caption_ids(add: Add) -> None:
     """Adds the option `--caption-ids`."""
     add(

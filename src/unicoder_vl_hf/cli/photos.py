@@ -8,9 +8,11 @@ from .commands import (
     Commands,
     add_caption_ids,
     add_detector_option,
+    add_growth,
     add_restart,
     check_paths,
     detector_options,
+    removed,
 )
 
 commands = Commands()
@@ -23,7 +25,7 @@ def _extract_arguments(add: Add) -> None:
         "--detector",
         required=True,
         metavar="FAMILY:NAME",
-        help="detector of the family visual-genome, torchvision, transformers or grid",
+        help="detector of the family visual-genome, torchvision, transformers or grid; or MODULE:CLASS",
     )
     add_detector_option(add, "max_regions=36")
     add(
@@ -42,6 +44,7 @@ def _extract_arguments(add: Add) -> None:
     add("--device", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--precision", default="auto", help="precision: auto (what the device is fast in), no, bf16 or fp16")
     add("--dtype", default="float16", help="type of the stored features (default: float16)")
+    add_growth(add, "photos")
     add_restart(add)
 
 
@@ -66,6 +69,8 @@ def _extract(args: Namespace) -> None:
         device=args.device,
         precision=args.precision,
         dtype=args.dtype,
+        add=args.add,
+        remove=removed(args),
         restart=args.restart,
         **photo_ids(args.ids),
         **options,

@@ -1,11 +1,11 @@
 """The command that turns measured rates into the hours of the paper's jobs."""
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from .commands import Commands
+from .commands import Add, Commands
 
 commands = Commands()
 
@@ -22,9 +22,9 @@ JOBS: list[tuple[str, str, int]] = [
 UNITS = {"scoring": "pairs", "training": "rows"}
 
 
-def _plan_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("measured", nargs="+", type=Path, help="files that `make bench` or `make gpu-check` wrote")
-    parser.add_argument("--processes", type=int, default=1, help="cores or GPUs that share a job evenly (default: 1)")
+def _plan_arguments(add: Add) -> None:
+    add("measured", nargs="+", type=Path, help="files that `make bench` or `make gpu-check` wrote")
+    add("--processes", type=int, default=1, help="cores or GPUs that share a job evenly (default: 1)")
 
 
 @commands.register("plan", "Measured rates → hours for Flickr30k, COCO and Conceptual Captions", _plan_arguments)

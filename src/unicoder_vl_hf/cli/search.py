@@ -2,7 +2,17 @@
 
 from argparse import Namespace
 
-from .commands import GO_ON, Add, Commands, add_caption_ids, check_paths
+from .commands import (
+    GO_ON,
+    Add,
+    Commands,
+    add_caption_ids,
+    add_detector_option,
+    add_growth,
+    check_paths,
+    detector_options,
+    removed,
+)
 
 commands = Commands()
 
@@ -14,6 +24,7 @@ def _index_arguments(add: Add) -> None:
     add("--captions", help="index the captions of this file, whose images are in the store, instead")
     add("--split", help="split of --captions (default: all)")
     add("--images-of", metavar="CAPTIONS[:SPLIT]", help="index the images of a caption file alone, or those of a split")
+    add_growth(add, "items")
     add("--restart", action="store_true", help="begin anew; an index that is there stays until the new one is complete")
     add("--faiss", help="approximate structure in FAISS's words, such as HNSW32 (default: none, exact)")
 
@@ -34,6 +45,8 @@ def _index(args: Namespace) -> None:
         split=args.split,
         images_of=args.images_of,
         faiss=args.faiss,
+        add=args.add,
+        remove=removed(args),
         restart=args.restart,
     )
     print(done)
@@ -41,8 +54,18 @@ def _index(args: Namespace) -> None:
 
 def _search_arguments(add: Add) -> None:
     add("text", nargs="?", help="sentence to search images by")
-    add("--image", metavar="FILE", help="search captions instead, by a copy of a photo of --photos, or a saved record")
+    add(
+        "--image",
+        metavar="FILE",
+        help="search captions instead, by a photo, or a saved record (.npz)",
+    )
     add("--image-id", metavar="ID", help="search captions instead, by an image of the store")
+    add(
+        "--detector",
+        metavar="FAMILY:NAME",
+        help="detector of the photo (default: that of the regions that --model was trained on)",
+    )
+    add_detector_option(add, "grid_size=7")
     add("--index", help="index of images, or of captions for --image and --image-id")
     add("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
     add("--regions", help="folder of the store (default: that of the index)")
@@ -91,6 +114,8 @@ def _search(args: Namespace) -> None:
         similarity_weight=args.similarity_weight,
         top_k=args.top_k,
         gallery=args.gallery,
+        detector=args.detector,
+        detector_options=detector_options(args),
     )
     print(found)
 

@@ -51,6 +51,8 @@ from .shards import (
 MERGE = "merge_of"  # in unfinished.json: the stores that are merged here
 MAX_COMING = 2**14
 ABSURD = 1e8  # a magnitude that no feature has
+# Stores of older versions do not know it. What it changes shows in the thresholds and the revision, which are compared.
+UNCOMPARED = "detector_options"
 
 
 class RegionStore(Mapping[str, RegionRecord]):
@@ -95,11 +97,11 @@ class RegionStore(Mapping[str, RegionRecord]):
     @property
     def provenance(self) -> dict[str, Any]:
         """
-        The origin of the regions, ready for JSON: `detector`, `detector_revision`, `detector_declared`, `box_type`,
-        `thresholds`, `class_names`, `num_classes`, `source_format` (None where unknown), `feature_dim`, `dtype`,
-        `package_version`.
+        The origin of the regions, ready for JSON: `detector`, `detector_revision`, `detector_options`,
+        `detector_declared`, `box_type`, `thresholds`, `class_names`, `num_classes`, `source_format` (None where
+        unknown), `feature_dim`, `dtype`, `package_version`.
         """
-        return json.loads(json.dumps(self.manifest["provenance"]))
+        return {"detector_options": None, **json.loads(json.dumps(self.manifest["provenance"]))}
 
     @property
     def feature_dim(self) -> int:
@@ -306,6 +308,7 @@ class RegionStoreWriter:
             equal provenance; an empty folder is fine, too. With False a folder that holds a store is refused.
         detector, detector_revision (`str`, *optional*): The detector that found the regions, such as a name and a
             commit on the Hub.
+        detector_options (`dict`, *optional*): Options that the detector was loaded with, as JSON has them.
         detector_declared (`bool`, *optional*): Whether a user named the detector, rather than a file.
         box_type (`str`, *optional*): Kind of the boxes, such as `"proposal"`, `"regressed"` or `"ground truth"`.
         thresholds (`dict`, *optional*): Limits by which the detector kept regions, such as
@@ -328,6 +331,7 @@ class RegionStoreWriter:
         resume: bool = False,
         detector: str | None = None,
         detector_revision: str | None = None,
+        detector_options: Mapping[str, Any] | None = None,
         detector_declared: bool | None = None,
         box_type: str | None = None,
         thresholds: Mapping[str, Any] | None = None,
@@ -347,6 +351,7 @@ class RegionStoreWriter:
         self._provenance: dict[str, Any] = {
             "detector": detector,
             "detector_revision": detector_revision,
+            "detector_options": None if detector_options is None else dict(detector_options),
             "detector_declared": detector_declared,
             "box_type": box_type,
             "thresholds": None if thresholds is None else dict(thresholds),
@@ -491,7 +496,7 @@ class RegionStoreWriter:
             )
         now = json.loads(json.dumps(self._provenance))  # tuples become lists, as they did before
         for name, value in now.items():
-            if before["provenance"].get(name) != value:
+            if before["provenance"].get(name) != value and name != UNCOMPARED:
                 told = "; `unicoder-vl merge --num-classes` tells it to a finished one" if name == "num_classes" else ""
                 raise OtherSettings(self.path, _differences(name, before["provenance"].get(name), value), told)
 

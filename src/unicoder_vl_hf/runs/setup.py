@@ -274,6 +274,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         model = model_class(UnicoderVLConfig(**config))
     elif is_unicoder_vl(name):
         model = _load_quietly(model_class, name, fields)
+        model.config.calibration = None  # of scores that the training changes
         _check_unchanged(arguments, model)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(

@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=UnicoderVLPreTrainedModel)
 
 
 def load_for_scoring(
-    name: str | PathLike[str], dtype: torch.dtype = torch.float32
+    name: str | PathLike[str], dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
     Loads the model with the matching head of a pre-training or retrieval checkpoint, and its processor.
@@ -28,17 +28,23 @@ def load_for_scoring(
         name (`str` or `os.PathLike`): A folder or a repository of the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The dtype of the weights, whatever they were
             saved in.
+        options: Arguments of every `from_pretrained`, such as `revision`, `token` and `local_files_only`.
 
     Raises:
         `ValueError`: the checkpoint is another model, lacks weights that scoring needs, or has fewer rows of word
             embeddings than its tokenizer has tokens.
     """
     expected = "UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval"
-    return load_complete(UnicoderVLForImageTextRetrieval, name, ("bert.", "matching_head."), expected, dtype=dtype)
+    return load_complete(UnicoderVLForImageTextRetrieval, name, ("bert.", "matching_head."), expected, dtype, **options)
 
 
 def load_complete(
-    model_class: type[Model], name: str | PathLike[str], needed: tuple[str, ...], expected: str, **options: Any
+    model_class: type[Model],
+    name: str | PathLike[str],
+    needed: tuple[str, ...],
+    expected: str,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> tuple[Model, UnicoderVLProcessor]:
     """
     Loads a model none of whose weights that score would be new, and its processor.
@@ -48,22 +54,23 @@ def load_complete(
         name (`str` or `os.PathLike`): A folder or a repository of the Hub.
         needed (`tuple[str, ...]`): How the names of the weights begin that the checkpoint must have.
         expected (`str`): The classes of checkpoints that have them, for the message.
-        options: Arguments of `from_pretrained`.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
+        options: Arguments of `from_pretrained` of model, configuration and processor alike, such as `revision`.
 
     Raises:
         `ValueError`: see [`load_for_scoring`].
     """
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, **options)
     if not isinstance(config, UnicoderVLConfig):
         raise ValueError(f"{name} is a {config.model_type}; expected a checkpoint of Unicoder-VL.")
-    loaded: Any = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
+    loaded: Any = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
     model, report = loaded
     if missing := sorted(key for key in report["missing_keys"] if key.startswith(needed)):
         raise ValueError(
             f"{name} ({config.architectures}) has no {missing[:3]}: its scores would be random. Expected a checkpoint "
             f"of {expected}."
         )
-    processor = AutoProcessor.from_pretrained(name)
+    processor = AutoProcessor.from_pretrained(name, **options)
     processor.check_model(model)
     return model.eval(), processor
 
