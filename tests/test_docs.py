@@ -99,12 +99,14 @@ def options_of(name: str) -> set[str]:
     """The options of a script: of a loop that parses its own, or of the dataclasses of the others."""
     if name.endswith("_loop"):
         return set(re.findall(r'add_argument\("--(\w+)"', (EXAMPLES / f"{name}.py").read_text()))
-    return {
+    module = vars(importlib.import_module(f"unicoder_vl_hf.{name}") if "." in name else script(name))
+    fields = {
         field.name
-        for value in vars(importlib.import_module(f"unicoder_vl_hf.{name}") if "." in name else script(name)).values()
+        for value in module.values()
         if isinstance(value, type) and dataclasses.is_dataclass(value)
         for field in dataclasses.fields(value)
     }
+    return fields | {"recipe"} if "STRONG" in module else fields
 
 
 def test_what_is_sought_in_the_demo_is_there():

@@ -517,8 +517,8 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     trained_by = prepare_retrieval(hard, world.parent / "run", seed=0).card["trained_by"]
     assert trained_by == (
         "fine-tuned for image-text retrieval on groups of a match and mismatches drawn at random and all mismatches of "
-        "the batch and the mismatches of the batch that its first stage likes best (drawn at random in the first "
-        "epoch), along with a first stage, by a contrastive loss"
+        "the batch and the mismatches of the batch that its first stage likes best (at random until the end of "
+        "epoch 1), along with a first stage, by a contrastive loss"
     )
     for wrong, message in (
         ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),

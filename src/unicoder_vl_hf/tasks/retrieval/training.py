@@ -207,8 +207,8 @@ class RetrievalSetup(TrainingSetup):
             negatives.append("all mismatches of the batch")
         if isinstance(loss, HardNegativeLoss):
             negatives.append("the mismatches of the batch that its first stage likes best")
-            if epochs := self.collator.random_epochs:
-                negatives[-1] += f" (drawn at random in the first {'epoch' if epochs == 1 else f'{epochs} epochs'})"
+            if self.collator.random_epochs > 0:
+                negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
