@@ -372,7 +372,10 @@ def test_plan(model, capfd):
         "100MFLOP/s on each of 2 processes: about 4 h 10 min."
     )
     capfd.readouterr()
-    scorer(model, verbose=True).score(CAPTIONS, IMAGES)
+    scorer(model, verbose=True).score(CAPTIONS, IMAGES)  # as fast as its plan
+    shown = "".join(capfd.readouterr())
+    assert "9 captions" not in shown and "100%" in shown
+    scorer(model, verbose=True, max_tokens=int(lengths.sum()) // 50).score(CAPTIONS, IMAGES)
     shown = "".join(capfd.readouterr())
     assert "9 captions x 7 images: 63 pairs" in shown and "about 0 s" in shown and "100%" in shown
     scorer(model).score(CAPTIONS, IMAGES)

@@ -31,6 +31,7 @@ from transformers import (
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, RegionStoreWriter, UnicoderVLForImageTextRetrieval, cli
 from unicoder_vl_hf.regions import remove_images
+from unicoder_vl_hf.scoring import scorer as scorer_module
 from unicoder_vl_hf.search import index as index_module
 from unicoder_vl_hf.search.command import SearchResult, run_search
 from unicoder_vl_hf.search.encoders import (
@@ -1048,7 +1049,8 @@ def ranks(output):
     return [(row[3], row[1]) for row in rows]
 
 
-def test_exhaustive_search_says_first_how_long(folder, capsys):
+def test_exhaustive_search_says_first_how_long(folder, capsys, monkeypatch):
+    monkeypatch.setattr(scorer_module, "PLAN_FROM_PASSES", 0)  # short as it is
     options = ["--exhaustive", "--model", folder / "untrained", "--regions", folder / "store", "--top-k", 9]
     assert cli.main(list(map(str, ["search", CAPTIONS[1], *options]))) == 0
     shown = capsys.readouterr()

@@ -67,7 +67,8 @@ class PairEncoder:
         self.device = model.device
         self.bert: UnicoderVLModel = model.bert
         if dtype not in (None, model.dtype):
-            self.bert = nn.Module.to(copy.deepcopy(model.bert), dtype=dtype)
+            cast_weights = {id(weight): nn.Parameter(weight.to(dtype), False) for weight in model.bert.parameters()}
+            self.bert = copy.deepcopy(model.bert, memo=cast_weights)
         self.pooler = copy.deepcopy(model.bert.pooler).float()
         self.matching_head = model.matching_head
         self.max_tokens = max_tokens

@@ -38,6 +38,8 @@ from .packed import PairEncoder, Rows, pair_flops
 # Measured on a CPU: 8 % slower at 1024, 3 % at 1536, no faster at 3072. On a GPU it is a guess.
 MAX_TOKENS = {"cpu": 2048}
 MAX_TOKENS_ELSEWHERE = 16384
+# The plan of a job is measured on two forward passes. It is shown where these are at most 4 % of the job's work.
+PLAN_FROM_PASSES = 50
 
 
 @dataclass
@@ -112,7 +114,7 @@ class ImageTextScorer:
         block_pairs (`int`, *optional*, defaults to 1024):
             Pairs that are computed, and with `output_dir` written, at once: a kill loses as many.
         verbose (`bool`, *optional*, defaults to `True`):
-            Whether the plan and a progress bar are shown.
+            Whether a progress bar is shown, and before a long job its plan.
 
     Raises:
         `ValueError`: `block_pairs` or `max_tokens` is below 1, or the tokenizer does not fit the model.
@@ -314,7 +316,7 @@ class ImageTextScorer:
     def _compute(self, blocks: "_Blocks", target: "BlockFolder | _Memory", share: list[int], state: PartialState):
         encoder = self._encoder()
         show = self.verbose and state.is_main_process
-        if show:
+        if show and sum(blocks.lengths(block).sum() for block in share) >= PLAN_FROM_PASSES * self.max_tokens:
             tqdm.write(str(self._plan(blocks, encoder, target.done, state.num_processes)), file=sys.stderr)
         flops = [pair_flops(encoder.config, blocks.lengths(block)).sum() for block in share]
         embedded = _Embedded(blocks.items, encoder)
