@@ -77,8 +77,8 @@ class Scale:
 
 
 MINIATURE = Scale(
-    "tiny", rounds=1, captions=20, images=6, batches=1, batch_size=4, rows=4, memory_rows=6, memory_layers=2, tokens=300,
-    peak_seconds=0.02, store_images=12, grid=(300, 60),
+    "tiny", rounds=1, captions=20, images=6, batches=1, batch_size=4, rows=4, memory_rows=6, memory_layers=2,
+    tokens=300, peak_seconds=0.02, store_images=12, grid=(300, 60),
 )  # fmt: skip
 
 
