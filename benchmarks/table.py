@@ -489,7 +489,7 @@ def grid(num_captions: int, num_images: int) -> None:
         expect(scores.shape == (num_captions, num_images), "a score for each pair")
 
 
-@row("processes", "2 processes, one core each: time of one over twice theirs", scoring=0.9)
+@row("processes", "2 processes, a core each: the time of one over theirs, for twice the pairs", scoring=0.9)
 def processes(scale: Scale) -> Measured:
     if len(ALL_CORES) < 2:
         raise RuntimeError("There is one core alone.")
