@@ -117,12 +117,12 @@ def tests(check: Check, result: Measured) -> Measured:
     """The tests marked `gpu`, and what of them failed or was skipped, and why."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
+        # Without addopts, among which an older pytest would take unknown settings for errors.
+        options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu", f"--junitxml={report}"]
         paths = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"UNICODER_VL_DEVICE": check.device, "PYTHONPATH": paths}
-        done = subprocess.run(
-            [*command, f"--junitxml={report}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "pytest", *options, "tests/test_gpu.py"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         if not report.exists():
             return {"failed": {"pytest": done.stdout[-2000:]}, "passed": 0, "skipped": {}}
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))

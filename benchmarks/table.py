@@ -77,8 +77,8 @@ class Scale:
 
 
 MINIATURE = Scale(
-    "tiny", rounds=1, captions=20, images=6, batches=1, batch_size=4, rows=4, memory_rows=6, memory_layers=2, tokens=300,
-    peak_seconds=0.02, store_images=12, grid=(300, 60),
+    "tiny", rounds=1, captions=20, images=6, batches=1, batch_size=4, rows=4, memory_rows=6, memory_layers=2,
+    tokens=300, peak_seconds=0.02, store_images=12, grid=(300, 60),
 )  # fmt: skip
 
 
@@ -489,7 +489,7 @@ def grid(num_captions: int, num_images: int) -> None:
         expect(scores.shape == (num_captions, num_images), "a score for each pair")
 
 
-@row("processes", "2 processes, one core each: time of one over twice theirs", scoring=0.9)
+@row("processes", "2 processes, a core each: the time of one over theirs, for twice the pairs", scoring=0.9)
 def processes(scale: Scale) -> Measured:
     if len(ALL_CORES) < 2:
         raise RuntimeError("There is one core alone.")

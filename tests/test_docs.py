@@ -116,7 +116,7 @@ def test_what_is_sought_in_the_demo_is_there():
 
 
 def test_make_targets_exist(page):
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for block in blocks(page, "bash"):
-        for target in re.findall(r"^make (\w+)", block, re.MULTILINE):
+        for target in re.findall(r"^make ([\w-]+)", block, re.MULTILINE):
             assert target in targets

@@ -29,11 +29,14 @@ RegionInput = RegionRecord | Mapping[str, Any] | str | os.PathLike[str] | Any
 Detector = Callable[[Sequence[Any]], list[RegionRecord]]
 
 
+_TEXT_DEFAULTS: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 44}
+
+
 class UnicoderVLProcessorKwargs(ProcessingKwargs, TextKwargs, total=False):  # type: ignore[misc]
     """Options of a call. They are the tokenizer's, given by name or together as `text_kwargs`, which win."""
 
     split_special_tokens: bool
-    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "max_length": 44}}  # type: ignore[misc]
+    _defaults = {"text_kwargs": _TEXT_DEFAULTS}  # type: ignore[misc]
 
 
 class _Reference:
@@ -159,7 +162,7 @@ class UnicoderVLProcessor(ProcessorMixin):
             text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
             _check_texts(text)
             # Not by _merge_kwargs, which before transformers 5.24 fails on options given by name and in a dict alike.
-            data.update(self.tokenizer(text, **UnicoderVLProcessorKwargs._defaults["text_kwargs"] | text_kwargs))
+            data.update(self.tokenizer(text, **_TEXT_DEFAULTS | text_kwargs))
         if regions is not None:
             records = self.load_records(regions, store, detector)
             num_texts = 1 if isinstance(text, str) else len(records) if text is None else len(text)
