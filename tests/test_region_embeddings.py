@@ -89,13 +89,13 @@ def test_a_hidden_region_of_ours_has_a_feature_of_zeros_and_its_location():
     torch.testing.assert_close(region_states(made, {**inputs(masked=True), **given}), hidden, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_every_parameter(kind):
+def test_gradients_reach_every_parameter(kind, masked):
+    """Also those of what hides a region where none is hidden: several processes want them all."""
     made = model(kind, UnicoderVLForPreTraining, region_head="uniter")
     labels = {"labels": inputs()["input_ids"], "matching_labels": torch.tensor([1, 0])}
-    made(
-        **inputs(masked=True), **labels, region_labels=torch.tensor([[-100, 1, -100], [-100, 2, -100]])
-    ).loss.backward()
+    made(**inputs(masked), **labels, region_labels=torch.tensor([[-100, 1, -100], [-100, 2, -100]])).loss.backward()
     assert [name for name, parameter in made.named_parameters() if parameter.grad is None] == []
 
 

@@ -208,7 +208,7 @@ class UnicoderVLLinear(nn.Linear):
 
 
 class UnicoderVLFloat32Linear(nn.Linear):
-    """A linear layer that computes in float32, under autocast too: the scores of bfloat16 are full of ties."""
+    """A linear layer that computes in float32, under autocast too: scores of bfloat16 are full of ties, boxes move."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
@@ -255,8 +255,11 @@ class UnicoderVLUniterRegionEmbeddings(nn.Module):
     ) -> torch.Tensor:
         dtype = self.LayerNorm.weight.dtype
         region_features = region_features.to(self.feature_projection.weight.dtype)
-        if masked_regions is not None:
-            region_features = torch.where(masked_regions[..., None] == 1, self.hidden_feature, region_features)
+        if (
+            masked_regions is None
+        ):  # The vector stays in the graph: several processes want a gradient of all parameters.
+            masked_regions = region_features.new_zeros(region_features.shape[:-1])
+        region_features = torch.where(masked_regions[..., None] == 1, self.hidden_feature, region_features)
         features = self.feature_LayerNorm(self.feature_projection(region_features).to(dtype))
         corners, area = region_locations.split((4, 1), dim=-1)
         sizes = corners[..., 2:] - corners[..., :2]
@@ -339,7 +342,7 @@ class UnicoderVLEmbeddings(nn.Module):
     ) -> torch.Tensor:
         text = self.embed_text(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         text = _pick_rows(text, caption_index)
-        if region_features is None or region_locations is None:
+        if region_features is None:
             return self.dropout(text)
 
         regions = _pick_rows(self.embed_regions(region_features, region_locations, masked_regions), image_index)
@@ -352,7 +355,7 @@ class UnicoderVLEmbeddings(nn.Module):
     def embed_regions(
         self,
         region_features: torch.Tensor,
-        region_locations: torch.Tensor,
+        region_locations: torch.Tensor | None,
         masked_regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """

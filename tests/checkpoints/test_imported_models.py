@@ -5,12 +5,14 @@ import pytest
 import sister_files
 import small_world
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForMultipleChoice, AutoProcessor
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore, UnicoderVLForImageTextRetrieval
 from unicoder_vl_hf.checkpoints import import_checkpoint
 from unicoder_vl_hf.scenes.world import scene_tokenizer
 from unicoder_vl_hf.scoring.checkpoints import load_for_scoring
+from unicoder_vl_hf.tasks.pretraining.evaluation import evaluate_pretraining
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
 from unicoder_vl_hf.tasks.retrieval.first_stage import train_first_stage
 from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, prepare_retrieval
@@ -66,7 +68,18 @@ def test_it_goes_on_training(task, world, data, tmp_path):
     loss.backward()
     regions = setup.model.bert.embeddings.region_embeddings
     assert regions.feature_projection.weight.grad.abs().sum() > 0
-    assert (regions.hidden_feature.grad is None) == (task == "retrieval")
+    assert regions.hidden_feature.grad.any() == (task == "pretraining")
+
+
+@torch.no_grad()
+def test_its_classes_are_evaluated_without_background(data, tmp_path):
+    setup = prepare_pretraining(PretrainingArguments(**data), tmp_path, seed=0)
+    model = setup.model.eval()
+    batch = setup.collator.collate_matches([setup.validation[index] for index in range(len(setup.validation))])
+    chosen = batch["region_labels"] != -100
+    right = model(**batch).region_logits[..., 1:].argmax(-1)[chosen] == batch["region_labels"][chosen]
+    metrics = evaluate_pretraining(model, setup.validation, setup.collator, Accelerator(cpu=True))
+    assert metrics["moc_accuracy"] == pytest.approx(right.double().mean().item()) and right.any()
 
 
 def test_it_gets_a_first_stage(world, data):
