@@ -38,7 +38,7 @@ def test_the_graph_scores_what_the_processor_makes(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(onnx_export, "TOLERANCE", -1.0)
     folder = tmp_path / "onnx"
     folder.rename(tmp_path / "kept")
-    with pytest.raises(ValueError, match="The exported graph gives .* it is not kept"):
+    with pytest.raises(ValueError, match=r"The graph gives .* it is not kept"):
         onnx_export._check(model, tmp_path / "kept")
 
 

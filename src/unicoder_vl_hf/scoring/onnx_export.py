@@ -98,9 +98,7 @@ def _check(model: UnicoderVLForImageTextRetrieval, folder: Path) -> tuple[int, f
         ours, seconds_of_torch = _timed(lambda batch=batch: model(**batch).scores.numpy())
         found, seconds = _timed(lambda arrays=arrays: session.run(["scores"], arrays)[0])
         if found.shape != ours.shape or not (difference := float(np.abs(found - ours).max())) <= TOLERANCE:
-            raise ValueError(
-                f"The exported graph gives {found} for a batch of {shape}, PyTorch {ours}: it is not kept."
-            )
+            raise ValueError(f"The graph gives {found} for a batch of {shape}, PyTorch {ours}: it is not kept.")
         differences.append(difference)
     num_bytes = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
     return num_bytes, max(differences), seconds, seconds_of_torch
