@@ -21,7 +21,7 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.scoring.cross_encoder import UnicoderVLModule
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK]".split() + [f"word{number}" for number in range(200)]
-CAPTIONS, IMAGES, PAIRS, ROUNDS = 128, 128, 1024, 3
+CAPTIONS, IMAGES, PAIRS, ROUNDS = 64, 64, 512, 3
 
 
 def main():

@@ -1554,7 +1554,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             )
         if (first_stage_captions is None) != (first_stage_images is None):
             raise ValueError("Give first_stage_captions and first_stage_images together: each meets each.")
-        num_pairs = len(region_features if image_index is None else image_index)
+        # `len` would fix the number of pairs in an exported graph.
+        num_pairs = (region_features if image_index is None else image_index).shape[0]
         _check_shape("labels", labels, (num_pairs,))
         _check_shape("group_ids", group_ids, (num_pairs,))
 

@@ -112,7 +112,13 @@ def test_it_trains(world, encoder, stored):
     """Its scores have gradients."""
     module = encoder[0]
     features = module.preprocess([(CAPTIONS[0], IDS[0]), (CAPTIONS[1], IDS[0])])
-    assert features["input_ids"].shape[0] == 2 and features["region_features"].shape[0] == 1  # each once
-    module.forward(features)["scores"].sum().backward()
+    assert len(features["token_ids"]) == 2 and len(features["records"]) == 1  # each once
+    scores = module.forward(features)["scores"]
+    np.testing.assert_allclose(scores.detach(), stored[:2, 0], rtol=0, atol=1e-5)
+    scores.sum().backward()
     assert module.model.bert.embeddings.word_embeddings.weight.grad.abs().sum() > 0
-    module.model.zero_grad()
+    with torch.no_grad():  # what was trained is what predicts
+        module.model.matching_head.weight[1] += 1
+    assert np.abs(encoder.predict([(CAPTIONS[0], IDS[0])]) - stored[0, 0]).max() > 1e-3
+    with torch.no_grad():
+        module.model.matching_head.weight[1] -= 1

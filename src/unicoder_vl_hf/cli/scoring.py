@@ -74,3 +74,15 @@ def _calibrate(args: Namespace) -> None:
             skip_missing=args.skip_missing,
         )
     )
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="checkpoint with its processor")
+    parser.add_argument("output", help="new folder of model.onnx and the processor")
+
+
+@commands.register("export-onnx", "A checkpoint → an ONNX graph, checked against PyTorch", _export_arguments)
+def _export(args: Namespace) -> None:
+    from ..scoring.onnx_export import export_onnx
+
+    print(export_onnx(args.model, args.output))

@@ -115,8 +115,8 @@ def label(
                 left, desc=f"Labelling {writer.path.name}", unit="image", total=len(store), initial=len(writer.resumed)
             ):
                 record = store[image_id]
-                found = zip(CLASS_FIELDS, classifier.classify(record.features), strict=True)
-                writer.write(dataclasses.replace(record, **dict(found)))
+                found: dict[str, Any] = dict(zip(CLASS_FIELDS, classifier.classify(record.features), strict=True))
+                writer.write(dataclasses.replace(record, **found))
         if was_complete and not left:
             say_finished(destination)
     return RegionStore(destination)

@@ -66,8 +66,8 @@ def to_float16(features: np.ndarray) -> np.ndarray:
     Gives the nearest float16 of float32 `(n, D)`, ties to even, as `astype` does, whose branches take three times as
     long where many numbers are zero, as behind a ReLU.
     """
-    first = features[:2]  # tells which way is faster
-    if np.count_nonzero(first) > 0.95 * first.size:
+    sample = features[:2]  # tells which way is faster
+    if np.count_nonzero(sample) > 0.95 * sample.size:
         with np.errstate(over="ignore"):  # larger numbers become infinite
             return features.astype(np.float16)
     halves = np.empty(features.shape, np.float16)

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from sentence_transformers.base.modules import InputModule
 
@@ -17,6 +18,8 @@ from ..regions.detectors import Detector
 from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore
 from .checkpoints import load_for_scoring
+from .packed import PairEncoder
+from .scorer import MAX_TOKENS, MAX_TOKENS_ELSEWHERE
 
 
 class UnicoderVLModule(InputModule):
@@ -51,6 +54,15 @@ class UnicoderVLModule(InputModule):
         self.tokenizer = processor.tokenizer
         self.detector = RegionFinder(detector, trained_on=processor.feature_extractor.region_provenance)
         processor.set_detector(self.detector)
+        self._encoder: PairEncoder | None = None  # copies of the weights for inference, until they may have changed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_encoder": None}
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, as every prediction does, too."""
+        self._encoder = None
+        return super().train(mode)
 
     @property
     def modalities(self) -> list[Any]:
@@ -59,7 +71,7 @@ class UnicoderVLModule(InputModule):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """
-        Makes the model's inputs of pairs; each sentence and each image is computed once.
+        Makes of pairs the tokens of sentences and the records of images, each once, and their places in the pairs.
 
         Args:
             inputs (sequence of pairs): Each a sentence and an image, in any form that the processor takes; or an image
@@ -73,14 +85,34 @@ class UnicoderVLModule(InputModule):
         sentences, caption_index = _distinct([(prompt or "") + sentence for sentence, _ in pairs])
         images, image_index = _distinct([image for _, image in pairs])
         self.detector.device = self.model.device
-        records = self.processor.load_records(images)
-        features = self.processor(text=sentences, max_length=self.max_seq_length, return_tensors="pt")
-        features.update(self.processor.feature_extractor(records, return_tensors="pt"))
-        return {**features, "caption_index": torch.tensor(caption_index), "image_index": torch.tensor(image_index)}
+        tokens = self.processor(text=sentences, padding=False, max_length=self.max_seq_length)
+        return {
+            "token_ids": tokens["input_ids"],
+            "records": self.processor.load_records(images),
+            "caption_index": caption_index,
+            "image_index": image_index,
+        }
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds `scores`, `(num_pairs,)`, float32; higher = better match."""
-        return features | {"scores": self.model(**features).scores}
+        """
+        Adds `scores`, `(num_pairs,)`, float32; higher = better match. They are computed as `ImageTextScorer` computes
+        them, or, where gradients are, by the model.
+        """
+        extractor, device = self.processor.feature_extractor, self.model.device
+        indices = [np.array(features[name]) for name in ("caption_index", "image_index")]
+        if torch.is_grad_enabled():
+            inputs = self.tokenizer.pad({"input_ids": features["token_ids"]}, return_tensors="pt")
+            inputs.update(extractor(features["records"], return_tensors="pt"))
+            captions, images = (torch.from_numpy(index).to(device) for index in indices)
+            scores = self.model(**inputs.to(device), caption_index=captions, image_index=images).scores
+        else:
+            if self._encoder is None:
+                max_tokens = MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
+                self._encoder = PairEncoder(self.model, None, max_tokens)
+            rows = self._encoder.embed_captions(features["token_ids"])
+            images = self._encoder.embed_images(features["records"], extractor)
+            scores = torch.from_numpy(self._encoder.score(rows, images, *indices)).to(device)
+        return features | {"scores": scores}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Saves the model and its processor."""
