@@ -76,9 +76,9 @@ def _calibrate(args: Namespace) -> None:
     )
 
 
-def _export_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint with its processor")
-    parser.add_argument("output", help="new folder of model.onnx and the processor")
+def _export_arguments(add: Add) -> None:
+    add("model", help="checkpoint with its processor")
+    add("output", help="new folder of model.onnx and the processor")
 
 
 @commands.register("export-onnx", "A checkpoint → an ONNX graph, checked against PyTorch", _export_arguments)
