@@ -115,8 +115,8 @@ class VisualGenomeDetector:
         else:
             thresholds |= {"nms": list(config.nms_thresholds)}
         thresholds |= {"preprocess": preprocess, "min_size": sizes[0], "max_size": sizes[1]}
-        known: dict[str, Any] = {"box_type": RULES[rule], "thresholds": thresholds, "num_classes": config.num_classes}
-        self.provenance = known | provenance
+        settings: dict[str, Any] = {"box_type": RULES[rule], "thresholds": thresholds, "num_classes": config.num_classes}
+        self.provenance = settings | provenance
 
     @torch.inference_mode()
     def __call__(
