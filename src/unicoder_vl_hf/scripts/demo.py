@@ -1,11 +1,12 @@
-"""Goes the whole way on the rendered scenes: draw, store, pre-train, fine-tune, search. `make demo` runs it.
+"""Goes the whole way on the rendered scenes: draw, store, pre-train, train for retrieval, search. `make demo` runs it.
 
     python -m unicoder_vl_hf.scripts.demo --output_dir demo
 
-Writes a pre-trained model, in `retrieval/` a fine-tuned one with a first stage of search, `curves.png`, `gallery.html`
-(caption -> best five scenes, found in two stages) and `metrics.json`. Both trainings take the strong recipe (see
-docs/matching_head.md). It fails below 5 times chance, or where the matching head orders what the first stage proposes
-worse than that did. Ctrl-C stops it, and the same command goes on; what is trained already is not trained again.
+Writes a pre-trained model, in `retrieval/` one for retrieval with a first stage of search, `curves.png`, `gallery.html`
+(caption -> best five scenes, found in two stages) and `metrics.json`. Both trainings take the strong recipe, and both
+begin with new weights: within minutes pre-training costs retrieval more than it gives (docs/matching_head.md). It fails
+below 5 times chance, or where the matching head orders what the first stage proposes worse than that did. Ctrl-C stops
+it, and the same command goes on; what is trained already is not trained again.
 """
 
 import json
@@ -55,7 +56,7 @@ class DemoArguments:
         default=None,
         metadata={
             "help": "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
-            "weight that fine-tuning measured on the validation scenes."
+            "weight that the training measured on the validation scenes."
         },
     )
     num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
@@ -68,8 +69,8 @@ class DemoFolders:
     output: Path
 
     @property
-    def fine_tuned(self) -> Path:
-        """The folder of the fine-tuned model, which has a first stage of search."""
+    def retrieval(self) -> Path:
+        """The folder of the retrieval model, which has a first stage of search."""
         return self.output / "retrieval"
 
     @property
@@ -85,7 +86,7 @@ class DemoFolders:
 
 @dataclass
 class SceneSearch:
-    """A search in two stages among the test scenes, by the fine-tuned model."""
+    """A search in two stages among the test scenes, by the retrieval model."""
 
     test: RetrievalTest
     store: RegionStore
@@ -96,10 +97,10 @@ class SceneSearch:
 
     @classmethod
     def open(cls, args: DemoArguments, folders: DemoFolders) -> "SceneSearch":
-        """Opens the scenes and loads the fine-tuned model; both must have been made by [`train_both`]."""
+        """Opens the scenes and loads the retrieval model; both must have been made by [`train_both`]."""
         store = RegionStore(folders.scenes / "regions")
-        model, processor = load_for_store(folders.fine_tuned, store)
-        encoder = UnicoderVLDualEncoder(model, processor, store, folders.fine_tuned)
+        model, processor = load_for_store(folders.retrieval, store)
+        encoder = UnicoderVLDualEncoder(model, processor, store, folders.retrieval)
         scorer = ImageTextScorer(model, processor, store)
         return cls(
             test=retrieval_test(read_captions(folders.scenes / "captions.jsonl", split="test")),
@@ -140,20 +141,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_both(folders: DemoFolders) -> None:
-    """Pre-trains, then fine-tunes with a first stage of search; what is trained already is not trained again."""
+    """Pre-trains, then trains for retrieval with a first stage; what is trained already is not trained again."""
     train(run_pretraining.main, CheckpointFolder(folders.output), recipe="strong", num_train_epochs=1)
+    shutil.copytree(folders.scenes, folders.retrieval / folders.scenes.relative_to(folders.output), dirs_exist_ok=True)
     train(
         run_retrieval.main,
-        CheckpointFolder(folders.fine_tuned, state_file="trainer_state.json"),
-        captions=folders.scenes / "captions.jsonl",
-        regions=folders.scenes / "regions",
-        model_name_or_path=folders.output,
+        CheckpointFolder(folders.retrieval, state_file="trainer_state.json"),
         recipe="strong",
-        num_train_epochs=3,
+        num_train_epochs=2.5,
         max_validation_images=0,
         learning_rate=SCENES["learning_rate"],
-        per_device_train_batch_size=SCENES["train_batch_size"],
-        gradient_accumulation_steps=SCENES["gradient_accumulation_steps"],
     )
 
 
