@@ -7,8 +7,14 @@ import pytest
 import small_world
 import tiny
 import torch
-from test_padding_free import loss_and_gradients, loss_of, multiple_choice_batch, pretraining_batch, retrieval_batch
-from test_padding_free import retrieval_model as new_retrieval_model
+from test_padding_free import (
+    loss_and_gradients,
+    loss_of,
+    multiple_choice_batch,
+    pretraining_batch,
+    retrieval_batch,
+    retrieval_model as new_retrieval_model,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicoder_vl_hf import (
@@ -16,8 +22,8 @@ from unicoder_vl_hf import (
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
     modeling_unicoder_vl,
+    processes as training_module,
 )
-from unicoder_vl_hf import processes as training_module
 from unicoder_vl_hf.processes import Computing, fast_precision, resolve_precision
 from unicoder_vl_hf.runs.model_card import TrainingRun
 

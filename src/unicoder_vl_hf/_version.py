@@ -1,13 +1,8 @@
 """The version of the package, looked up when it is first asked for."""
 
-import functools
 from importlib.metadata import PackageNotFoundError, version
 
-
-@functools.cache
-def package_version() -> str:
-    """The installed version, or `0+unknown` in a source tree on the path that is not installed."""
-    try:
-        return version("unicoder-vl-hf")
-    except PackageNotFoundError:
-        return "0+unknown"
+try:
+    __version__ = version("unicoder-vl-hf")
+except PackageNotFoundError:
+    __version__ = "0+unknown"  # a source tree on the path that is not installed

@@ -8,8 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from foreign_arrays import IMAGES
-from foreign_arrays import WRITERS as ARRAYS
+from foreign_arrays import IMAGES, WRITERS as ARRAYS
 from foreign_pickles import WRITERS as PICKLES
 
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter, files

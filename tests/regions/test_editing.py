@@ -6,8 +6,7 @@ import pytest
 from region_stores import assert_same, files_of, make, write_store
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
-from unicoder_vl_hf.regions import editing, shards, validation
-from unicoder_vl_hf.regions import store as store_module
+from unicoder_vl_hf.regions import editing, shards, store as store_module, validation
 from unicoder_vl_hf.regions.editing import merge_stores, split_store, subset_store
 from unicoder_vl_hf.regions.validation import validate
 

@@ -20,8 +20,7 @@ from region_stores import assert_same, files_of, make, write_store
 from torch.utils.data import DataLoader, Dataset
 
 from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
-from unicoder_vl_hf.regions import shards as shards_module
-from unicoder_vl_hf.regions import store as store_module
+from unicoder_vl_hf.regions import shards as shards_module, store as store_module
 from unicoder_vl_hf.regions.editing import subset_store
 from unicoder_vl_hf.regions.tensor_files import TensorFileWriter
 

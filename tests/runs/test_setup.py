@@ -15,8 +15,7 @@ from unicoder_vl_hf import (
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
 )
-from unicoder_vl_hf.runs import arguments as arguments_module
-from unicoder_vl_hf.runs import setup
+from unicoder_vl_hf.runs import arguments as arguments_module, setup
 from unicoder_vl_hf.runs.arguments import parse_arguments
 from unicoder_vl_hf.runs.trainer import training_defaults
 from unicoder_vl_hf.scenes import questions as scenes_vcr

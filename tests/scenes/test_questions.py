@@ -10,8 +10,12 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from unicoder_vl_hf import DataCollatorForUnicoderVLMultipleChoice, RegionStore, UnicoderVLFeatureExtractor
-from unicoder_vl_hf import UnicoderVLProcessor as Processor
+from unicoder_vl_hf import (
+    DataCollatorForUnicoderVLMultipleChoice,
+    RegionStore,
+    UnicoderVLFeatureExtractor,
+    UnicoderVLProcessor as Processor,
+)
 from unicoder_vl_hf.scenes.questions import FORMS, build_vcr_scenes, sample_vcr_scene, scene_questions
 from unicoder_vl_hf.scenes.world import SPLITS, pool_pixels, scene_tokenizer
 from unicoder_vl_hf.tasks.vcr.data import VCRExamples, read_vcr

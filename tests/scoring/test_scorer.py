@@ -35,8 +35,7 @@ from unicoder_vl_hf.modeling_unicoder_vl import PackedSequences
 from unicoder_vl_hf.processes import start_processes
 from unicoder_vl_hf.regions.shards import Shard
 from unicoder_vl_hf.regions.store import manifest_checksum
-from unicoder_vl_hf.scoring import packed
-from unicoder_vl_hf.scoring import scorer as scoring
+from unicoder_vl_hf.scoring import packed, scorer as scoring
 from unicoder_vl_hf.scoring.blocks import BlockFolder, read_blocks
 from unicoder_vl_hf.scoring.checkpoints import former_scoring_digest, scoring_settings
 from unicoder_vl_hf.scoring.packed import PairEncoder, Rows, pair_flops, rows_of_pairs, split_by_tokens

@@ -41,8 +41,7 @@ from unicoder_vl_hf.search.encoders import (
 )
 from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest
 from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search
-from unicoder_vl_hf.tasks.retrieval import metrics as metrics_module
-from unicoder_vl_hf.tasks.retrieval import two_stage_report as report_module
+from unicoder_vl_hf.tasks.retrieval import metrics as metrics_module, two_stage_report as report_module
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.tasks.retrieval.protocols import RetrievalFold
 from unicoder_vl_hf.tasks.retrieval.two_stage_report import (

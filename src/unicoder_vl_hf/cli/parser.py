@@ -4,7 +4,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from .._version import package_version
+from .._version import __version__
 from ..errors import USER_ERRORS, end_with, stopped
 from ..name_lists import did_you_mean
 from . import photos, retrieval, search, stores, vcr
@@ -47,7 +47,7 @@ def build_parser() -> ArgumentParser:
     Builds the parser of all commands. Its namespace holds the [`Command`] as `command` and its parser as `parser`.
     """
     parser = ArgumentParser(prog="unicoder-vl", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"unicoder-vl-hf {package_version()}")
+    parser.add_argument("--version", action="version", version=f"unicoder-vl-hf {__version__}")
     parsers = parser.add_subparsers(required=True, metavar="command")
     for family in FAMILIES:
         for command in family.commands:

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .._version import package_version
+from .._version import __version__
 from ..files import json_digest, locked, make_folder, write_json
 from ..records_unicoder_vl import RegionRecord, check_several, is_region_record
 from .shards import (
@@ -576,7 +576,7 @@ def finish_store(shards: Shards, ids: ImageIds, provenance: dict[str, Any]) -> N
         "format_version": FORMAT_VERSION,
         "images": shards.num_images,
         "regions": sum(facts["regions"] for facts in shards.facts),
-        "provenance": {**provenance, "package_version": package_version()},
+        "provenance": {**provenance, "package_version": __version__},
         "index": write_index(shards, ids),
         "shards": shards.facts,
     }

@@ -1,19 +1,5 @@
 """The rendered world and the questions about it."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from ..lazy import lazily
-
-if TYPE_CHECKING:
-    from .questions import build_vcr_scenes
-    from .world import Scene, SceneObject, build_scenes, render_scene, sample_scene, scene_captions
-
-__getattr__, __dir__ = lazily(
-    __name__,
-    {
-        "questions": ["build_vcr_scenes"],
-        "world": ["Scene", "SceneObject", "build_scenes", "render_scene", "sample_scene", "scene_captions"],
-    },
-)
-
-__all__ = ["Scene", "SceneObject", "build_scenes", "build_vcr_scenes", "render_scene", "sample_scene", "scene_captions"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,7 +1,5 @@
 """The tasks, a folder each: data, collator, losses, metrics, training, evaluation, pictures. None imports another."""
 
-from ..lazy import lazily
+import lazy_loader
 
-__getattr__, __dir__ = lazily(__name__, dict.fromkeys(("pretraining", "retrieval", "vcr"), ()))
-
-__all__: list[str] = []
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

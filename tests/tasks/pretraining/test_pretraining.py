@@ -34,8 +34,7 @@ from unicoder_vl_hf.data.samplers import StepBatchSampler
 from unicoder_vl_hf.errors import FinishedRun, run_script
 from unicoder_vl_hf.processes import Computing, StopSignal
 from unicoder_vl_hf.regions.conversion import export
-from unicoder_vl_hf.runs import checkpoints as checkpoints_module
-from unicoder_vl_hf.runs import setup as runs_setup
+from unicoder_vl_hf.runs import checkpoints as checkpoints_module, setup as runs_setup
 from unicoder_vl_hf.runs.arguments import parse_arguments
 from unicoder_vl_hf.runs.checkpoints import CheckpointFolder
 from unicoder_vl_hf.runs.log import JsonLog, LossMeter, beside_the_bar

@@ -1,32 +1,5 @@
 """The task of pre-training (paper, section Pre-training)."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from ...lazy import lazily
-
-if TYPE_CHECKING:
-    from .collator import DataCollatorForUnicoderVLPreTraining
-    from .evaluation import evaluate_pretraining, metrics_table, pretraining_chance
-    from .loop import LoopArguments
-    from .setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
-
-__getattr__, __dir__ = lazily(
-    __name__,
-    {
-        "collator": ["DataCollatorForUnicoderVLPreTraining"],
-        "evaluation": ["evaluate_pretraining", "metrics_table", "pretraining_chance"],
-        "loop": ["LoopArguments"],
-        "setup": ["PretrainingArguments", "PretrainingSetup", "prepare_pretraining"],
-    },
-)
-
-__all__ = [
-    "DataCollatorForUnicoderVLPreTraining",
-    "LoopArguments",
-    "PretrainingArguments",
-    "PretrainingSetup",
-    "evaluate_pretraining",
-    "metrics_table",
-    "prepare_pretraining",
-    "pretraining_chance",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

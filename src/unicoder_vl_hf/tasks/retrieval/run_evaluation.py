@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from ..._version import package_version
+from ..._version import __version__
 from ...errors import run_script
 from ...processes import start_processes
 from ...runs.arguments import make_parser
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             "regions": {"path": args.regions, "provenance": store.provenance},
             "captions": {"scored": sum(len(fold.captions) for fold in test.folds), "folds": len(test.folds)},
             "versions": {
-                "unicoder_vl_hf": package_version(),
+                "unicoder_vl_hf": __version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },

@@ -1,0 +1,9 @@
+from .questions import build_vcr_scenes as build_vcr_scenes
+from .world import (
+    Scene as Scene,
+    SceneObject as SceneObject,
+    build_scenes as build_scenes,
+    render_scene as render_scene,
+    sample_scene as sample_scene,
+    scene_captions as scene_captions,
+)

@@ -1,0 +1,6 @@
+from .checkpoints import (
+    checkpoint_provenance as checkpoint_provenance,
+    load_for_scoring as load_for_scoring,
+    load_for_store as load_for_store,
+)
+from .scorer import ImageTextScorer as ImageTextScorer, ScoringPlan as ScoringPlan
