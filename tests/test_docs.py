@@ -7,7 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from places import EXAMPLES, ROOT, script
 from transformers import AutoTokenizer
 
@@ -74,6 +76,17 @@ def test_new_weights_without_a_network(tmp_path, monkeypatch):
     assert tokenizer.decode(tokenizer("A dog runs.")["input_ids"]) == "[CLS] a dog runs. [SEP]"
     model = UnicoderVLForPreTraining.from_bert("new-bert", region_feature_dim=4)
     assert model.config.vocab_size == len(tokenizer) and model.config.num_hidden_layers == 6
+
+
+def test_the_page_of_own_detectors_has_one():
+    (code,) = blocks(ROOT / "docs" / "own_detector.md", "python")
+    names: dict = {}
+    exec(code, names)
+    detector = names["Colours"](device="cpu", precision="no", cells=3)
+    photo = Image.new("RGB", (90, 60), (51, 102, 255))
+    (record,) = detector([detector.prepare(photo)], ["photo"])
+    assert record.boxes[-1].tolist() == [60, 40, 90, 60] and len(record) == 9
+    np.testing.assert_allclose(record.features, [[0.2, 0.4, 1.0]] * 9, rtol=1e-6)
 
 
 def test_commands_of_the_package_parse(page):
