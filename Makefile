@@ -12,7 +12,7 @@ TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check demo bench gpu-check clean
+.PHONY: help install test check demo bench gpu-check proof-gpu clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -48,6 +48,9 @@ bench: $(INSTALLED)  ## Measure what scoring and training cost, into bench.json:
 
 gpu-check:  ## Test and measure on a GPU with what python3 holds, into gpu.json; ARGS='--device cpu --tiny' without one
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+proof-gpu:  ## Train and test on a GPU with what python3 holds, into proof/; ARGS='--inputs proof-inputs/1', see docs/proof.md
+	PYTHONPATH=src $(PYTHON) benchmarks/proof_gpu.py $(ARGS)
 
 clean:  ## Remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import places
@@ -58,11 +60,12 @@ def run(proof, output, *more: str) -> int:
 
 def test_packed_inputs_are_the_same(proof, packed, tmp_path):
     inputs = proof.Inputs(copied(packed, tmp_path), "cpu")
-    store = RegionStore(packed / "world" / "regions")
+    store, extractor = RegionStore(packed / "world" / "regions"), inputs.processor.feature_extractor
     for number, image_id in enumerate(inputs.image_ids):
         record = store[image_id]
         count = len(record)
-        assert np.allclose(inputs.regions["region_features"][number, :count], record.features, atol=1e-2)
+        scaled = (record.features - extractor.feature_mean) / extractor.feature_std
+        assert np.allclose(inputs.regions["region_features"][number, :count], scaled, atol=1e-2)
         assert np.allclose(inputs.regions["region_locations"][number, :count], record.locations())
         assert inputs.object_ids[number].tolist()[:count] == record.object_ids.tolist()
         assert inputs.object_ids[number, count:].tolist() == [-1] * (inputs.object_ids.shape[1] - count)
@@ -92,7 +95,12 @@ def test_a_batch_of_pretraining(proof, packed, tmp_path):
     chosen = batch["region_labels"] != -100
     zero = (batch["region_features"] == 0).all(-1) & (batch["region_attention_mask"] == 1)
     assert chosen.any() and (zero <= chosen).all() and zero.any()
-    assert torch.equal(proof.retrieval_batch(inputs, rows)["mismatches"][0], torch.tensor([False, False, True, True]))
+    batch = proof.retrieval_batch(inputs, rows, generator, 0.5)
+    assert batch["mismatches"][0].tolist() == [False, False, True, True]
+    hidden = batch["input_ids"] == mask
+    assert hidden.any() and torch.equal(batch["input_ids"][~hidden], inputs.text["input_ids"][rows][~hidden])
+    zero = (batch["region_features"] == 0).all(-1)[batch["region_attention_mask"] == 1]
+    assert zero.any() and not zero.all()
 
 
 def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monkeypatch, capsys):
@@ -128,6 +136,25 @@ def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monk
     assert "| bert | exhaustive |" in table and "| bert | shuffled regions |" in table
     assert run(proof, pieces, "--batch-size", "5") == 1
     assert "another machine, version or plan" in capsys.readouterr().err
+
+
+def test_as_many_steps_are_taken_as_fit(proof, monkeypatch, tmp_path):
+    """By a clock that goes on by 0.1 s whenever it is read, twice a step: 0.4 of a minute are 120 steps."""
+    readings = itertools.count()
+    monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: next(readings) / 10))
+    monkeypatch.setattr(proof, "LOG_EVERY", 1)
+    model, shares = torch.nn.Linear(1, 1), []
+
+    def loss_of(model, rows, generator, done):
+        shares.append(done)
+        return model.weight.square().sum(), {}
+
+    plan = proof.Plan("cpu", minutes=1, deadline=1e9, batch_size=4, steps=None)
+    inputs = SimpleNamespace(rows={"train": torch.arange(9)})
+    found = proof.train(plan, tmp_path, "pre-training", model, inputs, loss_of, 1e-2)
+    assert found["step"] == found["steps"] == len(shares) and 117 <= found["step"] <= 120
+    assert shares[2:] == sorted(shares[2:]) and shares[-1] == (found["step"] - 1) / found["step"]
+    assert found["pairs"] == 4 * found["step"]
 
 
 def test_a_part_that_is_too_large_is_refused(proof, packed, monkeypatch, tmp_path):

@@ -54,7 +54,5 @@ def _accuracy_arguments(add: Add) -> None:
 def _accuracy(args: Namespace) -> None:
     from ..tasks.foil.evaluation import evaluate_foils, foil_table
 
-    results = evaluate_foils(
-        args.model, args.foils, args.regions, split=args.split, first_stage=args.first_stage, output=args.output
-    )
+    results = evaluate_foils(args.model, args.foils, args.regions, split=args.split, output=args.output)
     print(f"Pairs whose caption scores above its foil (percent, 95 % interval; chance 50)\n{foil_table(results)}")

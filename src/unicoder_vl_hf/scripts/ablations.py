@@ -95,8 +95,8 @@ class AblationArguments:
         default_factory=lambda: list(RUNS), metadata={"help": f"Runs to do, of {', '.join(RUNS)}. Default: all."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each run."})
-    pretraining_epochs: float = field(
-        default=3, metadata={"help": "Passes over all scenes in pre-training; a share of them is passed more often."}
+    pretraining_epochs: int = field(
+        default=1, metadata={"help": "Passes over all scenes in pre-training; a share of them is passed more often."}
     )
     fine_tuning_epochs: int = field(default=3, metadata={"help": "Passes over all scenes in fine-tuning."})
     train_scenes: int = field(default=3000, metadata={"help": "Training scenes."})
@@ -168,6 +168,7 @@ def train_run(run: Run, seed: int, folder: Path, world: Path, args: AblationArgu
             captions=some_captions(world, run.share, folder / "captions.jsonl"),
             model_name_or_path=start,
             num_train_epochs=round(args.pretraining_epochs / run.share),
+            learning_rate=SCENES["learning_rate"],
             train_batch_size=SCENES["train_batch_size"],
             gradient_accumulation_steps=1,
             **shared,
@@ -180,10 +181,11 @@ def train_run(run: Run, seed: int, folder: Path, world: Path, args: AblationArgu
         captions=world / "captions.jsonl",
         model_name_or_path=start,
         num_train_epochs=args.fine_tuning_epochs,
+        learning_rate=(SCENES if run.recipe == "strong" else SCENES_RETRIEVAL)["learning_rate"],
         max_validation_images=0,
         per_device_train_batch_size=SCENES_RETRIEVAL["train_batch_size"],
         gradient_accumulation_steps=1,
-        **shared | {"learning_rate": SCENES_RETRIEVAL["learning_rate"]},
+        **shared,
     )
 
 

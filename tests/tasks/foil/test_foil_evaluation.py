@@ -102,5 +102,10 @@ def test_foils_of_captions_are_made_by_the_command(tmp_path, monkeypatch, capsys
     assert sum(foil.word == "dog" for foil in foils) == sum(foil.foil_word == "dog" for foil in foils)
     assert main(words) == 1
     assert "exists already" in capsys.readouterr().err
-    assert main(["foil", str(tmp_path / "more.jsonl"), "--captions", "x"]) == 1
+    more = ["foil", str(tmp_path / "more.jsonl")]
+    assert main([*more, "--captions", "x"]) == 1
     assert "both captions and regions" in capsys.readouterr().err
+    assert main([*more, "--splits", "train"]) == 1
+    assert "'train' is the split that scorers are trained on" in capsys.readouterr().err
+    assert main([*more, *words[2:], "--splits", "none"]) == 1
+    assert "none" in capsys.readouterr().err

@@ -115,6 +115,8 @@ def test_couples_balance_words_and_begin_with_the_hardest():
     foils += [foil("cat", "dog", 8)]
     ease = np.array([0.9, 0.1, 0.5, 0.7, 0.2, 0.0, 0.1])
     assert couples(foils, ease).tolist() == [[6, 1], [4, 2]]
+    foils[1] = dataclasses.replace(foils[1], split="test")  # where it has no partner
+    assert couples(foils, ease).tolist() == [[6, 2], [4, 3]]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,11 @@ class VisualGenomeDetector:
         else:
             thresholds |= {"nms": list(config.nms_thresholds)}
         thresholds |= {"preprocess": preprocess, "min_size": sizes[0], "max_size": sizes[1]}
-        settings: dict[str, Any] = {"box_type": RULES[rule], "thresholds": thresholds, "num_classes": config.num_classes}
+        settings: dict[str, Any] = {
+            "box_type": RULES[rule],
+            "thresholds": thresholds,
+            "num_classes": config.num_classes,
+        }
         self.provenance = settings | provenance
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from ...regions.shuffled import ShuffledStore
 from ...regions.store import RegionStore
 from ...scoring.checkpoints import checkpoint_provenance, load_for_store
 from ...scoring.scorer import ImageTextScorer
-from ...search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
+from ...search.encoders import UnicoderVLDualEncoder
 from .margins import by_matching_head, by_similarity, foil_margins
 from .metrics import FoilAccuracy, accuracies_by_kind
 
@@ -29,7 +29,6 @@ def evaluate_foils(
     regions: str,
     *,
     split: str | None = None,
-    first_stage: str | None = None,
     output: str | PathLike[str] | None = None,
 ) -> dict[str, dict[str, FoilAccuracy]]:
     """
@@ -40,14 +39,12 @@ def evaluate_foils(
         foils (`str` or `os.PathLike`): A file of `unicoder-vl foil`.
         regions (`str`): The [`RegionStore`] of the images.
         split (`str`, *optional*): The split whose foils are taken, by default all.
-        first_stage (`str`, *optional*): Another checkpoint whose first stage is measured, by default the model's own,
-            if it has one that was trained.
         output (`str` or `os.PathLike`, *optional*): A JSON file for the figures.
 
     Returns:
-        `dict[str, dict[str, FoilAccuracy]]`: for `"cross-encoder"`, `"first stage"`, `"shuffled regions"` (the matching
-        head, each image with the regions of another) and `"text only"` (the scorers without images that the file tells
-        of): the accuracy of `"all"` foils and of each kind.
+        `dict[str, dict[str, FoilAccuracy]]`: for `"cross-encoder"`, `"first stage"` (if the model has a trained one),
+        `"shuffled regions"` (the matching head, each image with the regions of another) and `"text only"` (the scorers
+        without images that the file tells of): the accuracy of `"all"` foils and of each kind.
 
     Raises:
         `ValueError`: the file has no such split, the checkpoint scores no pairs or does not fit the regions.
@@ -63,12 +60,8 @@ def evaluate_foils(
         return foil_margins(chosen, by_matching_head(ImageTextScorer(scoring, processor, records)))
 
     margins = {CROSS_ENCODER: head(store)}
-    encoder: DualEncoder | None = None
-    if first_stage is not None:
-        encoder = open_dual_encoder(first_stage, store)
-    elif scoring.config.first_stage_trained:
+    if scoring.config.first_stage_trained:
         encoder = UnicoderVLDualEncoder(scoring, processor, store, model)
-    if encoder is not None:
         margins[FIRST_STAGE] = foil_margins(chosen, by_similarity(encoder.embed_captions, encoder.embed_images))
     ids = [foil.image_id for foil in chosen]
     margins[SHUFFLED] = np.stack([head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)], axis=1)

@@ -21,7 +21,7 @@ from ...regions.store import RegionStore
 from . import nouns
 from .text_only import train_text_only
 
-MOST_TOLD = 0.51
+MOST_TOLD = 0.51  # share of the foils of a kind
 
 
 def noun_foils(captions: datasets.Dataset, store: RegionStore) -> list[Foil]:
@@ -64,8 +64,8 @@ def noun_foils(captions: datasets.Dataset, store: RegionStore) -> list[Foil]:
 
 def couples(foils: Sequence[Foil], ease: np.ndarray) -> np.ndarray:
     """
-    Couples each foil that puts word b in the place of a with one that puts a in the place of b, the hardest with the
-    hardest; foils without a partner are left over.
+    Couples each foil that puts word b in the place of a with one of its split that puts a in the place of b, the
+    hardest with the hardest; foils without a partner are left over.
 
     Args:
         foils (sequence of `Foil`): The foils.
@@ -74,15 +74,15 @@ def couples(foils: Sequence[Foil], ease: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(num_couples, 2)`: numbers of foils; the couples with the lowest sum of `ease` first.
     """
-    of_words: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    of_words: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for number in np.argsort(ease, kind="stable").tolist():
         foil = foils[number]
-        of_words[foil.kind, foil.word.lower(), foil.foil_word.lower()].append(number)
+        of_words[foil.split, foil.kind, foil.word.lower(), foil.foil_word.lower()].append(number)
     found = [
         couple
-        for (kind, word, other), numbers in of_words.items()
+        for (split, kind, word, other), numbers in of_words.items()
         if word < other
-        for couple in zip(numbers, of_words.get((kind, other, word), ()), strict=False)
+        for couple in zip(numbers, of_words.get((split, kind, other, word), ()), strict=False)
     ]
     pairs = np.array(found, dtype=np.int64).reshape(-1, 2)
     return pairs[np.argsort(ease[pairs].sum(axis=1), kind="stable")]
@@ -149,23 +149,27 @@ def make_foils(
         `list[Foil]`: the foils.
 
     Raises:
-        `ValueError`: `output` exists, a split is missing, the regions have no classes of COCO, or no foil is left.
+        `ValueError`: `output` exists, a split is missing or named as both, the regions have no classes of COCO, or no
+        foil is left.
     """
     if Path(output).exists():
         raise ValueError(f"{output} exists already: remove it, or choose another name.")
     if (captions is None) != (regions is None):
         raise ValueError("Give both captions and regions, or neither for the rendered scenes.")
+    if train_split in splits:
+        raise ValueError(f"{train_split!r} is the split that scorers are trained on: foils of it they know by heart.")
     if captions is None or regions is None:
         from ...scenes.foils import world_foils
 
-        foils = [foil for split in {train_split, *splits} for foil in world_foils(split)]
+        of_split = {split: world_foils(split) for split in (train_split, *splits)}
     else:
-        rows = read_captions(captions, ids=caption_ids)
+        store = RegionStore(regions)
+        rows, _ = join(read_captions(captions, ids=caption_ids), store, skip_option=None)
+        foils = noun_foils(rows, store)
+        of_split = {}
         for split in (train_split, *splits):
-            select_split(rows, Path(captions), split)
-        foils = noun_foils(join(rows, store := RegionStore(regions), skip_option=None)[0], store)
-    hard = hard_foils(
-        [foil for foil in foils if foil.split in splits], [foil for foil in foils if foil.split == train_split], seed
-    )
+            select_split(rows, Path(captions), split)  # which must be there
+            of_split[split] = [foil for foil in foils if foil.split == split]
+    hard = hard_foils([foil for split in splits for foil in of_split[split]], of_split[train_split], seed)
     write_foils(output, hard)
     return hard
