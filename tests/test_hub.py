@@ -19,7 +19,9 @@ import unicoder_vl_hf
 REPOSITORIES = ("someone/plain", "someone/trained", "someone/run")
 CHECKPOINT = {
     "config.json",
+    "config_sentence_transformers.json",
     "model.safetensors",
+    "modules.json",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

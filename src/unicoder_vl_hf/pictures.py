@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from .extras import optional_import
 from .records_unicoder_vl import RegionRecord
 
 try:
@@ -122,11 +123,10 @@ def dot_chart(rows: Mapping[str, Sequence[float]], path: str | os.PathLike, *, l
 
 def _new_figure(width: float, height: float) -> Any:
     """Makes an empty figure of so many inches. Raises ImportError if matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Curves need matplotlib: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
+    optional_import("matplotlib", "demo")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -329,6 +329,10 @@ class EpochOfData(TrainerCallback, ExportableState):
     def __init__(self, sampler: TokenBatchSampler | None = None):
         self.sampler = sampler
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Makes a place for what it keeps in the state of a run that is older than it."""
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Sets the epoch of the data, as Trainer counts it, from 0."""
         train_dataloader.dataset.set_epoch(int(state.epoch))

@@ -108,7 +108,7 @@ def accuracy_on_masks(world, collator_class, **options) -> float:
     train, held_out = split(0, NUM_IMAGES), split(NUM_IMAGES, None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     model.train()
-    for epoch in range(3):
+    for epoch in range(5):
         train.set_epoch(epoch)
         for batch in batches(train, batch_size=32, shuffle=True):
             model(**batch).loss.backward()

@@ -517,7 +517,7 @@ def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_pat
     )
     optimizer = torch.optim.AdamW(setup.model.parameters(), lr=3e-3, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(setup.model.train(), optimizer, loader)
-    for epoch in range(30):
+    for epoch in range(60):
         setup.train.set_epoch(epoch)
         for batch in loader:
             accelerator.backward(setup.loss(model, batch))
