@@ -148,7 +148,7 @@ def train_both(folders: DemoFolders) -> None:
         run_retrieval.main,
         CheckpointFolder(folders.retrieval, state_file="trainer_state.json"),
         recipe="strong",
-        num_train_epochs=2.5,
+        num_train_epochs=3,
         max_validation_images=0,
         learning_rate=SCENES["learning_rate"],
     )
