@@ -19,6 +19,8 @@ import unicoder_vl_hf
 REPOSITORIES = ("someone/plain", "someone/trained", "someone/run")
 CHECKPOINT = {
     "config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
     "model.safetensors",
     "processor_config.json",
     "tokenizer.json",
