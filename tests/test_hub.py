@@ -20,8 +20,8 @@ REPOSITORIES = ("someone/plain", "someone/trained", "someone/run")
 CHECKPOINT = {
     "config.json",
     "config_sentence_transformers.json",
-    "model.safetensors",
     "modules.json",
+    "model.safetensors",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

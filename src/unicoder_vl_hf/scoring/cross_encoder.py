@@ -101,18 +101,18 @@ class UnicoderVLModule(InputModule):
         extractor, device = self.processor.feature_extractor, self.model.device
         indices = [np.array(features[name]) for name in ("caption_index", "image_index")]
         if torch.is_grad_enabled():
-            tokenizer: Any = self.tokenizer
-            inputs = tokenizer.pad({"input_ids": features["token_ids"]}, return_tensors="pt")
+            inputs = self.processor.tokenizer.pad({"input_ids": features["token_ids"]}, return_tensors="pt")
             inputs.update(extractor(features["records"], return_tensors="pt"))
-            captions, images = (torch.from_numpy(index).to(device) for index in indices)
-            scores = self.model(**inputs.to(device), caption_index=captions, image_index=images).scores
+            caption_index, image_index = (torch.from_numpy(index).to(device) for index in indices)
+            inputs = inputs.to(device)
+            scores = self.model(**inputs, caption_index=caption_index, image_index=image_index).scores
         else:
             if self._encoder is None:
                 max_tokens = MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
                 self._encoder = PairEncoder(self.model, None, max_tokens)
-            rows = self._encoder.embed_captions(features["token_ids"])
-            regions = self._encoder.embed_images(features["records"], extractor)
-            scores = torch.from_numpy(self._encoder.score(rows, regions, *indices)).to(device)
+            captions = self._encoder.embed_captions(features["token_ids"])
+            images = self._encoder.embed_images(features["records"], extractor)
+            scores = torch.from_numpy(self._encoder.score(captions, images, *indices)).to(device)
         return features | {"scores": scores}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

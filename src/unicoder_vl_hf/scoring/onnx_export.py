@@ -71,7 +71,7 @@ def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str]) -
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     loaded, processor = load_for_scoring(model)
-    sample: dict[str, Any] = dict(_batch(loaded, *SAMPLE))
+    sample: Any = _batch(loaded, *SAMPLE)
     pairs, regions = torch.export.Dim("pairs", min=1), torch.export.Dim("regions", min=1)
     tokens = torch.export.Dim("tokens", min=2, max=loaded.config.max_position_embeddings)
     axes = {name: {0: pairs, 1: regions if name.startswith("region") else tokens} for name in sample}
