@@ -155,12 +155,7 @@ def load_results(path: Path, settings: Mapping[str, float]) -> Results:
 def train_run(run: Run, seed: int, folder: Path, world: Path, args: AblationArguments) -> None:
     """Pre-trains, if the run does, and fine-tunes; what is trained already is not trained again."""
     start = new_bert(folder / "bert", run, seed)
-    shared = {
-        "regions": world / "regions",
-        "seed": seed,
-        "recipe": run.recipe,
-        "learning_rate": SCENES["learning_rate"],
-    }
+    shared = {"regions": world / "regions", "seed": seed, "recipe": run.recipe}
     if run.pretrained:
         train(
             run_pretraining.main,
