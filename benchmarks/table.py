@@ -255,7 +255,7 @@ def search_bfloat16(scale: Scale) -> Measured:
 
 
 @row(
-    "search-onnx", "the same beside VisualBERT exported to ONNX", "no extra brings onnxruntime", sorted=1.1, padded=1.4
+    "search-onnx", "the same beside VisualBERT exported to ONNX", "code: it is not written yet", sorted=1.1, padded=1.4
 )
 def search_onnx(scale: Scale) -> Measured:
     raise NotImplementedError
