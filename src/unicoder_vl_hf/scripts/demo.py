@@ -5,8 +5,8 @@
 Writes a pre-trained model, in `retrieval/` one for retrieval with a first stage of search, `curves.png`, `gallery.html`
 (caption -> best five scenes, found in two stages) and `metrics.json`. Both trainings take the strong recipe, and both
 begin with new weights: within minutes pre-training costs retrieval more than it gives (docs/matching_head.md). It fails
-below 5 times chance, or where the matching head orders what the first stage proposes worse than that did. Ctrl-C stops
-it, and the same command goes on; what is trained already is not trained again.
+below 5 times chance, or where the matching head orders what the first stage proposes clearly worse than that did.
+Ctrl-C stops it, and the same command goes on; what is trained already is not trained again.
 """
 
 import json
@@ -234,11 +234,11 @@ def check_learned(results: Mapping[str, Mapping[str, float]]) -> None:
         results (`Mapping[str, Mapping[str, float]]`): Metrics of each row of the table, as [`measure`] gives them.
 
     Raises:
-        `ValueError`: a model finds hardly more than chance does, or orders the candidates worse than the first stage.
+        `ValueError`: a model finds hardly more than chance does, or scores order clearly worse than the first stage.
     """
     name = "image_retrieval_recall@1"
     by_chance = results["chance"][name]
-    bars = {"zero-shot": 5 * by_chance, FIRST_STAGE: 5 * by_chance, SCORED: results[FIRST_STAGE][name]}
+    bars = {"zero-shot": 5 * by_chance, FIRST_STAGE: 5 * by_chance, SCORED: 0.9 * results[FIRST_STAGE][name]}
     below = [f"{row} is below {100 * bar:.1f} %" for row, bar in bars.items() if results[row][name] < bar]
     if below:
         raise ValueError(
