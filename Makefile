@@ -12,7 +12,7 @@ TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check demo proof-gpu clean
+.PHONY: help install test check demo bench gpu-check proof-gpu clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -42,6 +42,12 @@ check: $(INSTALLED)  ## Check style, formatting and types
 
 demo: $(INSTALLED)  ## Pre-train a small model on rendered scenes and write demo/
 	$(RUN) examples/run_demo.py
+
+bench: $(INSTALLED)  ## Measure what scoring and training cost, into bench.json: 15 minutes of a quiet machine; ARGS='--rows memory'
+	$(RUN) benchmarks/table.py $(ARGS)
+
+gpu-check:  ## Test and measure on a GPU with what python3 holds, into gpu.json; ARGS='--device cpu --tiny' without one
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 proof-gpu:  ## Train and test on a GPU with what python3 holds, into proof/; ARGS='--inputs proof-inputs/1', see docs/proof.md
 	PYTHONPATH=src $(PYTHON) benchmarks/proof_gpu.py $(ARGS)

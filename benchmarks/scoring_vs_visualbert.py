@@ -13,7 +13,6 @@ with 8 images x 40 captions, which would flatter us.
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,113 +20,10 @@ from operator import truediv
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from transformers import BertTokenizer, VisualBertConfig, VisualBertModel
-
-from unicoder_vl_hf import (
-    ImageTextScorer,
-    RegionRecord,
-    UnicoderVLConfig,
-    UnicoderVLFeatureExtractor,
-    UnicoderVLForImageTextRetrieval,
-    UnicoderVLProcessor,
-)
+from work import Job, VisualBert, machine, our_scorer
 
 GOALS = {"sorted": 1.15, "unsorted": 1.6}  # float32 on a CPU without AMX
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-VOCABULARY = SPECIAL + [f"w{index}" for index in range(1000)]
-
-
-def counts_like(mean: float, low: int, high: int, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Whole numbers in [low, high] of this mean, skewed as real ones are, in random order."""
-    share = (mean - low) / (high - low)
-    # Evenly spaced quantiles of a distribution on [0, 1]: u ** a has the mean 1 / (a + 1).
-    quantiles = ((np.arange(number) + 0.5) / number) ** (1 / share - 1)
-    return rng.permutation(np.rint(low + quantiles * (high - low)).astype(int))
-
-
-class Job:
-    """Captions of 6 to 24 tokens (mean 13, as Flickr8k's) and images of 10 to 100 regions (mean 44)."""
-
-    def __init__(self, num_captions: int, num_images: int, seed: int = 0):
-        rng = np.random.default_rng(seed)
-        words = counts_like(11, 4, 22, num_captions, rng)  # [CLS] and [SEP] come on top
-        self.captions = [" ".join(rng.choice(VOCABULARY[len(SPECIAL) :], number)) for number in words]
-        self.records = [
-            RegionRecord(
-                f"image {index}",
-                image_width=640,
-                image_height=480,
-                boxes=np.tile(np.array([[0, 0, 320, 240]], dtype=np.float32), (number, 1)),
-                features=rng.standard_normal((number, 2048), dtype=np.float32),
-            )
-            for index, number in enumerate(counts_like(44, 10, 100, num_images, rng))
-        ]
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """(caption, image), caption by caption."""
-        return [(caption, image) for caption in range(len(self.captions)) for image in range(len(self.records))]
-
-
-class VisualBert:
-    def __init__(self, job: Job, tokenizer: BertTokenizer, dtype: torch.dtype, batch_size: int):
-        config = VisualBertConfig(vocab_size=len(VOCABULARY), visual_embedding_dim=2048)
-        assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (768, 12, 3072)
-        self.model = VisualBertModel(config).eval().to(dtype)
-        self.head = torch.nn.Linear(config.hidden_size, 2).to(dtype)
-        self.tokens = [torch.tensor(ids) for ids in tokenizer(job.captions)["input_ids"]]
-        self.features = [torch.from_numpy(record.features).to(dtype) for record in job.records]
-        self.batch_size = batch_size
-
-    def batches(self, pairs: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        return [pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size)]
-
-    def padded_length(self, pairs: list[tuple[int, int]]) -> int:
-        """Tokens and regions that go through the encoder, padding included."""
-        return sum(
-            len(batch) * (max(len(self.tokens[c]) for c, _ in batch) + max(len(self.features[i]) for _, i in batch))
-            for batch in self.batches(pairs)
-        )
-
-    def sorted(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """By total length, or by regions and then tokens: whichever leaves the least padding."""
-        tokens, regions = [len(ids) for ids in self.tokens], [len(rows) for rows in self.features]
-        orders = [
-            sorted(pairs, key=lambda pair: tokens[pair[0]] + regions[pair[1]]),
-            sorted(pairs, key=lambda pair: (regions[pair[1]], tokens[pair[0]])),
-        ]
-        return min(orders, key=self.padded_length)
-
-    def score(self, pairs: list[tuple[int, int]]) -> None:
-        pad = torch.nn.utils.rnn.pad_sequence
-        for batch in self.batches(pairs):
-            input_ids = pad([self.tokens[c] for c, _ in batch], batch_first=True)
-            features = pad([self.features[i] for _, i in batch], batch_first=True)
-            mask = pad([torch.ones(len(self.features[i])) for _, i in batch], batch_first=True)
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=(input_ids != 0).float(),
-                visual_embeds=features,
-                visual_attention_mask=mask,
-            )
-            logits = self.head(outputs.pooler_output)
-            _ = (logits[:, 1] - logits[:, 0]).float().numpy()
-
-
-def machine() -> dict[str, object]:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    flags = next((line.split() for line in info.splitlines() if line.startswith("flags")), [])
-    return {
-        "cpu": model or platform.processor(),
-        "features": sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(flags)),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def main():
@@ -143,11 +39,8 @@ def main():
 
     torch.manual_seed(0)
     job = Job(args.num_captions, args.num_images)
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(VOCABULARY)})
-    model = UnicoderVLForImageTextRetrieval(UnicoderVLConfig(vocab_size=len(VOCABULARY))).eval()
-    processor = UnicoderVLProcessor(UnicoderVLFeatureExtractor(), tokenizer)
-    scorer = ImageTextScorer(model, processor, dtype=dtype, verbose=False)
-    peer = VisualBert(job, tokenizer, dtype, args.batch_size)
+    scorer = our_scorer(dtype)
+    peer = VisualBert(job, dtype, args.batch_size)
     pairs = job.pairs()
     by_length = peer.sorted(pairs)
 

@@ -6,14 +6,5 @@ without a checkout `python -m unicoder_vl_hf.scripts.ablations`, whose file says
 
 from unicoder_vl_hf.errors import run_script
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Calls `unicoder_vl_hf.scripts.ablations.main`, see there."""
-    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
-    from unicoder_vl_hf.scripts.ablations import main
-
-    main(argv)
-
-
 if __name__ == "__main__":
-    run_script(main, go_on="Run again, it goes on.")
+    run_script("unicoder_vl_hf.scripts.ablations:main", go_on="Run again, it goes on.")

@@ -6,14 +6,7 @@ without a checkout `python -m unicoder_vl_hf.tasks.retrieval.run_evaluation`, wh
 
 from unicoder_vl_hf.errors import run_script
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Calls `unicoder_vl_hf.tasks.retrieval.run_evaluation.main`, see there."""
-    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
-    from unicoder_vl_hf.tasks.retrieval.run_evaluation import main
-
-    main(argv)
-
-
 if __name__ == "__main__":
-    run_script(main, go_on="With --scores_dir the same command goes on.")
+    run_script(
+        "unicoder_vl_hf.tasks.retrieval.run_evaluation:main", go_on="With --scores_dir the same command goes on."
+    )

@@ -6,14 +6,5 @@ without a checkout `python -m unicoder_vl_hf.tasks.retrieval.run_two_stage`, who
 
 from unicoder_vl_hf.errors import run_script
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Calls `unicoder_vl_hf.tasks.retrieval.run_two_stage.main`, see there."""
-    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
-    from unicoder_vl_hf.tasks.retrieval.run_two_stage import main
-
-    main(argv)
-
-
 if __name__ == "__main__":
-    run_script(main, go_on="With --scores_dir the same command goes on.")
+    run_script("unicoder_vl_hf.tasks.retrieval.run_two_stage:main", go_on="With --scores_dir the same command goes on.")

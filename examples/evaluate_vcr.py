@@ -6,14 +6,5 @@ without a checkout `python -m unicoder_vl_hf.tasks.vcr.run_evaluation`, whose fi
 
 from unicoder_vl_hf.errors import run_script
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Calls `unicoder_vl_hf.tasks.vcr.run_evaluation.main`, see there."""
-    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
-    from unicoder_vl_hf.tasks.vcr.run_evaluation import main
-
-    main(argv)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_script("unicoder_vl_hf.tasks.vcr.run_evaluation:main")

@@ -6,14 +6,5 @@ without a checkout `accelerate launch -m unicoder_vl_hf.tasks.pretraining.run_tr
 
 from unicoder_vl_hf.errors import run_script
 
-
-def main(argv: list[str] | None = None) -> bool:
-    """Calls `unicoder_vl_hf.tasks.pretraining.run_trainer.main`, see there."""
-    # Imported here, so that Ctrl-C meanwhile ends in one line, too.
-    from unicoder_vl_hf.tasks.pretraining.run_trainer import main
-
-    return main(argv)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_script("unicoder_vl_hf.tasks.pretraining.run_trainer:main")

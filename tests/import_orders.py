@@ -110,6 +110,8 @@ def run(order: str, checkpoint: str):
         for options in ({}, {"trust_remote_code": True}):
             loaded = type(getattr(transformers, auto).from_pretrained(checkpoint, **options))
             found.setdefault(auto, []).append(f"{loaded.__module__}.{loaded.__name__}")
+    registry = importlib.import_module("transformers.pipelines").PIPELINE_REGISTRY
+    assert "image-text-matching" in registry.supported_tasks
     print(json.dumps([order, found]), flush=True)
 
 

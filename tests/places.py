@@ -15,5 +15,5 @@ def script(name: str) -> ModuleType:
     """The module of the package that `examples/<name>.py` calls, or one of the tests by its own name."""
     caller = EXAMPLES / f"{name}.py"
     if caller.exists():
-        (name,) = re.findall(r"^    from (unicoder_vl_hf\.\S+) import main$", caller.read_text(), re.MULTILINE)
+        (name,) = re.findall(r'"(unicoder_vl_hf\.\S+):main"', caller.read_text())
     return importlib.import_module(name)

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import json
 import shutil
 import subprocess
 import sys
@@ -296,13 +297,16 @@ FUNCTIONS = {
     "extract": ("regions.extraction.extract", "photos store --detector grid:x", {"option"}),
     "prepare": ("data.preparation.prepare", "photos captions output", {"split_list"}),
     "merge": ("regions.editing.merge_stores", "a --output b", set()),
+    "import-checkpoint": ("checkpoints.importing.import_checkpoint", "source output", set()),
     "mine": ("tasks.retrieval.mining.mine", "model captions regions output", set()),
     "train-first-stage": ("tasks.retrieval.first_stage.train_first_stage", "model captions regions output", set()),
     "index": ("search.command.make_index", "store --output output", set()),
-    "search": ("search.command.run_search", "", set()),
+    "search": ("search.command.run_search", "", {"option"}),
+    "calibrate": ("tasks.retrieval.calibration.calibrate", "model captions seven", set()),
 }
 # A value of an option that is not its default, by its type; and of some by their names.
 VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7", "split_list": "a=7", "splits": "1,1,1"}
+VALUES["region_type"] = "1"
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
@@ -344,7 +348,7 @@ def test_every_command_has_a_name_of_its_own_and_says_how_it_goes_on():
     assert len({command.name for command in every}) == len(every)
     for command in every:
         parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
+        command.add_arguments(parser.add_argument)
         assert bool(command.go_on) == ("--restart" in parser._option_string_actions), command.name
 
 
@@ -352,7 +356,7 @@ def test_help_texts_name_their_noun():
     """None begins with "of the detector": in the list of options, each is read alone."""
     for command in (command for family in FAMILIES for command in family.commands):
         parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
+        command.add_arguments(parser.add_argument)
         for action in parser._actions:
             assert action.help and not action.help.startswith(("of ", "default", "to ", "so ", "where ")), action
 
@@ -365,3 +369,38 @@ def test_help_needs_no_extra_and_loads_no_model():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert all(f"    {name} " in result.stdout for name in ("extract", "convert", "inspect", "label"))
+
+
+def measured(path, machine, **content):
+    path.write_text(json.dumps({"machine": machine} | content))
+    return str(path)
+
+
+def test_plan_turns_rates_into_hours(tmp_path, capsys):
+    rates = {"float32": {"scoring": 10.0, "training": 5.0}}
+    bench = measured(tmp_path / "bench.json", {"cpu": "EPYC"}, scale={"size": "base"}, rates=rates)
+    gpu = measured(tmp_path / "gpu.json", {"cpu": "Xeon", "gpu": "H100", "size": "base"}, rates={
+        "bfloat16": {"scoring": 20_000.0, "training": None}
+    })  # fmt: skip
+    assert main(["plan", bench, gpu, "--processes", "4"]) == 0
+    of_bench, of_gpu = capsys.readouterr().out.split("H100, a GPU, bfloat16: 2e+04 pairs a second")
+    assert "EPYC, a core, float32: 10 pairs a second, 5 rows a second" in of_bench
+    hours = {line.split(" h  ")[1]: line.split(" h  ")[0].strip() for line in of_bench.splitlines() if " h  " in line}
+    assert len(hours) == 7
+    assert hours["COCO 5K, the test split scored: 5,000 x 25,000"] == "868.1"  # 125M / 10 / 4 / 3600
+    assert hours["Conceptual Captions, the paper's 10 epochs"] == "833.3"  # 60M / 5 / 4 / 3600
+    assert "0.4 h  COCO 5K" in of_gpu and "Conceptual" not in of_gpu
+
+
+def test_plan_refuses_what_was_not_measured(tmp_path, capsys):
+    files = {
+        "is of a miniature": measured(tmp_path / "tiny.json", {"cpu": "EPYC", "size": "tiny"}, rates={"float32": {}}),
+        "holds no rate yet": measured(tmp_path / "none.json", {"cpu": "EPYC"}),
+        "expected the JSON that": str(tmp_path / "text.json"),
+    }
+    (tmp_path / "text.json").write_text("[]")
+    for message, path in files.items():
+        assert main(["plan", path]) == 1
+        assert f"{path}" in (told := capsys.readouterr().err) and message in told
+    assert main(["plan", files["holds no rate yet"], "--processes", "0"]) == 1
+    assert "--processes is 0, expected at least 1" in capsys.readouterr().err

@@ -78,6 +78,10 @@ def test_the_parts_of_the_loss_are_no_predictions():
         ({"num_region_classes": -1}, "num_region_classes=-1 must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
+        ({"region_embedding": "unitr"}, "region_embedding='unitr' must be one of unicoder_vl, uniter, visual_bert"),
+        ({"region_head": "visual_bert"}, "region_head='visual_bert' must be one of unicoder_vl, uniter"),
+        ({"region_embedding": "uniter", "type_vocab_size": 1}, "needs region_location_dim=5 and type_vocab_size=2"),
+        ({"region_embedding": "uniter", "region_location_dim": 7}, "needs region_location_dim=5 and type_vocab_size=2"),
     ],
 )
 def test_impossible_sizes_are_errors(fields, message):

@@ -7,7 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from places import EXAMPLES, ROOT, script
 from transformers import AutoTokenizer
 
@@ -76,6 +78,17 @@ def test_new_weights_without_a_network(tmp_path, monkeypatch):
     assert model.config.vocab_size == len(tokenizer) and model.config.num_hidden_layers == 6
 
 
+def test_the_page_of_own_detectors_has_one():
+    (code,) = blocks(ROOT / "docs" / "own_detector.md", "python")
+    names: dict = {}
+    exec(code, names)
+    detector = names["Colours"](device="cpu", precision="no", cells=3)
+    photo = Image.new("RGB", (90, 60), (51, 102, 255))
+    (record,) = detector([detector.prepare(photo)], ["photo"])
+    assert record.boxes[-1].tolist() == [60, 40, 90, 60] and len(record) == 9
+    np.testing.assert_allclose(record.features, [[0.2, 0.4, 1.0]] * 9, rtol=1e-6)
+
+
 def test_commands_of_the_package_parse(page):
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
@@ -99,12 +112,14 @@ def options_of(name: str) -> set[str]:
     """The options of a script: of a loop that parses its own, or of the dataclasses of the others."""
     if name.endswith("_loop"):
         return set(re.findall(r'add_argument\("--(\w+)"', (EXAMPLES / f"{name}.py").read_text()))
-    return {
+    module = vars(importlib.import_module(f"unicoder_vl_hf.{name}") if "." in name else script(name))
+    fields = {
         field.name
-        for value in vars(importlib.import_module(f"unicoder_vl_hf.{name}") if "." in name else script(name)).values()
+        for value in module.values()
         if isinstance(value, type) and dataclasses.is_dataclass(value)
         for field in dataclasses.fields(value)
     }
+    return fields | {"recipe"} if "STRONG" in module else fields
 
 
 def test_what_is_sought_in_the_demo_is_there():

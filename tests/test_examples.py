@@ -1,9 +1,11 @@
 """examples/: short callers of the package's scripts, which end as these do, and loops that can be read."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -56,12 +58,12 @@ def python(*words: str | Path, folder: Path, **environment: str):
 def test_a_caller_is_the_script_of_the_package(caller, monkeypatch, capsys):
     module = places.script(caller.stem)
     assert module.__name__.startswith("unicoder_vl_hf.") and len(caller.read_text().splitlines()) < 25
-    monkeypatch.setattr("sys.argv", [caller.name])
     said = []
-    for main in (module.main, load(caller).main):
-        for words, code in ((["--help"], 0), (["--bogus"], 2)):
+    for main in (module.main, functools.partial(runpy.run_path, str(caller), run_name="__main__")):
+        for word, code in (("--help", 0), ("--bogus", 2)):
+            monkeypatch.setattr("sys.argv", [caller.name, word])
             with pytest.raises(SystemExit) as ended:
-                main(words)
+                main()
             assert ended.value.code == code
             said.append(capsys.readouterr())
     assert said[:2] == said[2:] and said[1].err.startswith(f"{caller.name}: ") and said[1].err.count("\n") == 1

@@ -116,6 +116,8 @@ def test_a_pixel_outside_and_a_flat_box_pass():
         ("features", {"features": [[1, 2], [3, float("nan")]]}, r"\[1, 1\] = nan"),
         ("features", {"features": [[1, 2], [float("inf"), 1]]}, r"\[1, 0\] = inf"),
         ("features", {"features": [[1e39, 2], [1, 1]]}, "inf"),
+        ("features", {"features": np.array([[1, 2], [3, np.nan]], np.float16)}, r"\[1, 1\] = nan"),
+        ("features", {"features": np.array([[1, 2], [-np.inf, 65504]], np.float16)}, r"\[1, 0\] = -inf"),
         ("boxes", {"boxes": [[0, 0, 1, 1]]}, r"expected \(2, 4\)"),
         ("boxes", {"boxes": [[0, 0, 1], [0, 0, 1]]}, r"expected \(2, 4\)"),
         ("boxes", {"boxes": [[0, 0, 1, 1], [9, 5, 8, 6]]}, r"\[1\] = \[9.0, 5.0, 8.0, 6.0\] is inverted"),

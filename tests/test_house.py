@@ -4,6 +4,8 @@ knows another. docs/architecture.md says what each room is for.
 """
 
 import ast
+import configparser
+from fnmatch import fnmatch
 from functools import cache
 
 import pytest
@@ -19,12 +21,13 @@ FLOORS = [
     ["runs"],
     ["scenes"],
     ["data"],
-    ["scoring"],
+    ["scoring", "checkpoints"],
     ["regions"],
     ["registration"],
     ["pictures", "modeling_unicoder_vl", "processing_unicoder_vl"],
     ["feature_extraction_unicoder_vl"],
     ["configuration_unicoder_vl", "records_unicoder_vl"],
+    ["pipeline_unicoder_vl"],
     ["processes"],
     ["files", "name_lists", "errors"],
     ["extras", "logging", "_version"],
@@ -86,3 +89,15 @@ def test_there_is_no_circle():
     while free := {module for module, targets in left.items() if not targets & left.keys()}:
         left = {module: targets for module, targets in left.items() if module not in free}
     assert not left, f"these import one another: {sorted(left)}"
+
+
+def test_a_wheel_holds_every_file():
+    """Of the files beside the modules, such as the stubs by which rooms load, setuptools takes those that are named."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    named = {package: patterns.replace(",", " ").split() for package, patterns in setup["options.package_data"].items()}
+    for path in (SOURCE / PACKAGE).rglob("*.*"):
+        package = ".".join(path.parent.relative_to(SOURCE).parts)
+        patterns = [*named["*"], *named.get(package, ())]
+        taken = path.suffix == ".py" or any(fnmatch(path.name, pattern) for pattern in patterns)
+        assert taken or "__pycache__" in path.parts, path

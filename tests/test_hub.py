@@ -19,6 +19,8 @@ import unicoder_vl_hf
 REPOSITORIES = ("someone/plain", "someone/trained", "someone/run")
 CHECKPOINT = {
     "config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
     "model.safetensors",
     "processor_config.json",
     "tokenizer.json",
@@ -26,6 +28,7 @@ CHECKPOINT = {
     "configuration_unicoder_vl.py",
     "feature_extraction_unicoder_vl.py",
     "modeling_unicoder_vl.py",
+    "pipeline_unicoder_vl.py",
     "processing_unicoder_vl.py",
     "records_unicoder_vl.py",
 }

@@ -48,7 +48,8 @@ LIGHT = {
     **{
         f"{command} --help": "usage: unicoder-vl "
         for command in (
-            "extract convert export inspect validate compare label merge mine index search vcr-check foil foil-accuracy"
+            "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check "
+            "foil foil-accuracy score calibrate plan"
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",

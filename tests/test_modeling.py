@@ -1049,7 +1049,7 @@ def test_compiles_to_one_graph(model_class):
     for name, value in expected.items():
         close(actual[name], value)
     wanted = gradients(loss_of(expected), model)
-    close(gradients(loss_of(actual), model), wanted)
+    close(gradients(loss_of(actual), model), wanted, atol=5e-6)  # PyTorch's linear layers; ours may be oneDNN's
 
 
 @every_class

@@ -4,6 +4,7 @@ import pytest
 import small_world
 import tiny
 import torch
+from tiny import NUM_REGIONS, TEXT_LENGTHS, padded_batch, pretraining_batch
 
 from unicoder_vl_hf import (
     RegionStore,
@@ -16,37 +17,6 @@ from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLEncoder, UnicoderVLLay
 from unicoder_vl_hf.runs.arguments import DataArguments
 from unicoder_vl_hf.runs.setup import load_model
 from unicoder_vl_hf.tasks.retrieval.losses import HardestNegativeLoss, TwoStageLoss
-
-TEXT_LENGTHS, NUM_REGIONS = [3, 7, 5, 7], [4, 1, 2, 4]
-
-
-def lengths_mask(lengths, left=False):
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return (mask.flip(1) if left else mask).long()
-
-
-def padded_batch(left=False):
-    generator = torch.Generator().manual_seed(0)
-    size = (len(TEXT_LENGTHS), max(TEXT_LENGTHS))
-    regions = (len(NUM_REGIONS), max(NUM_REGIONS))
-    return {
-        "input_ids": torch.randint(5, len(tiny.WORDS), size, generator=generator),
-        "attention_mask": lengths_mask(TEXT_LENGTHS, left),
-        "region_features": torch.randn(*regions, tiny.FEATURE_DIM, generator=generator),
-        "region_locations": torch.rand(*regions, 5, generator=generator),
-        "region_attention_mask": lengths_mask(NUM_REGIONS),
-    }
-
-
-def pretraining_batch():
-    batch = padded_batch()
-    labels = torch.where(batch["attention_mask"].bool() & (torch.arange(7) % 3 == 1), batch["input_ids"], -100)
-    region_labels = torch.where(batch["region_attention_mask"].bool(), torch.arange(4) % 5, -100)
-    return batch | {
-        "labels": labels,
-        "region_labels": region_labels,
-        "matching_labels": torch.tensor([1, 0, 1, -100]),
-    }
 
 
 def retrieval_batch():
@@ -84,6 +54,29 @@ def loss_and_gradients(model, batch):
     loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "model_class, batch",
+    [(UnicoderVLForPreTraining, pretraining_batch), (UnicoderVLForImageTextRetrieval, retrieval_batch)],
+)
+def test_gradient_checkpointing_gives_equal_gradients(model_class, batch, reentrant):
+    """With dropout: what is computed once more drops the same."""
+    model = retrieval_model(model_class).train()
+    model.config.padding_free = True
+    runs = []
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: runs.append(1))
+    torch.manual_seed(0)
+    loss, gradients = loss_and_gradients(model, batch())
+    forward = len(runs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(0)
+    found, found_gradients = loss_and_gradients(model, batch())
+    assert len(runs) == forward + 2 * forward  # once forward, once more for backward
+    assert torch.equal(found, loss) and found_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.fixture

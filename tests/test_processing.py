@@ -7,6 +7,7 @@ import logging
 import pickle
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -105,12 +106,41 @@ def test_regions_in_mixed_forms(processor, store, tmp_path):
     assert_regions(inputs, saved, store["two"], tiny.record("dict", 4), tiny.record("record", 3))
 
 
-def test_a_str_is_an_image_id_never_a_path(processor, store, tmp_path, monkeypatch):
+def test_a_str_is_an_image_id_else_the_file_of_a_photo(processor, store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.record("other", 1).save("7.npz")
     assert_regions(processor(regions="7.npz", store=store), store["7.npz"])
-    with pytest.raises(KeyError, match="absent"):
+    tiny.record("other", 1).save("7.npz")
+    assert_regions(processor(regions="7.npz", store=store), store["7.npz"])  # no photo could be read
+    processor.set_detector(list)
+    with pytest.raises(
+        ValueError, match=r"'7.npz' is an image id of .*UncopyableStore.*, and a file, /.*7\.npz: give a"
+    ):
+        processor(regions="7.npz", store=store)
+    with pytest.raises(KeyError, match=r"absent.* Nor is it the file of a photo"):
         processor(regions=["one", "absent"], store=store)
+
+
+def test_photos_of_a_call_are_given_to_the_detector_at_once(processor, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo, calls = Image.new("RGB", (8, 8)), []
+    for name in ("dog.png", "cat.png"):
+        photo.save(name)
+    tiny.record("saved", 1).save("saved.npz")
+
+    def detector(photos):
+        calls.append(photos)
+        return [tiny.record(f"found {number}", 2) for number in range(len(photos))]
+
+    found = [tiny.record(f"found {number}", 2) for number in range(3)]
+    images = ["dog.png", "one", Path("cat.png"), Path("saved.npz"), photo]
+    expected = found[0], store["one"], found[1], tiny.record("saved", 1), found[2]
+    assert_regions(processor(images=images, store=store, detector=detector), *expected)
+    processor.set_detector(detector)
+    assert_regions(copy.deepcopy(processor)(regions=images, store=store), *expected)
+    assert_regions(processor(text=CAPTIONS, images=photo), *[found[0]] * 2)
+    assert calls == [[Path("dog.png"), Path("cat.png"), photo]] * 2 + [[photo]]
+    processor.save_pretrained("saved")
+    assert "detector" not in json.dumps(UnicoderVLProcessor.from_pretrained("saved").to_dict()).replace("region_", "")
 
 
 def test_one_image_meets_every_text(processor, store):
@@ -124,7 +154,7 @@ def test_one_image_meets_every_text(processor, store):
 def test_a_call_has_no_default_of_its_own_but_none(processor):
     """Defaults are options of the processor, as everywhere in the library: the class or an object may set others."""
     parameters = inspect.signature(UnicoderVLProcessor.__call__).parameters
-    assert [*parameters] == ["self", "text", "regions", "images", "store", "kwargs"]
+    assert [*parameters] == ["self", "text", "regions", "images", "store", "detector", "kwargs"]
     assert all(each.annotation is not inspect.Parameter.empty for each in list(parameters.values())[1:])
     assert UnicoderVLProcessorKwargs._defaults == {
         "text_kwargs": {"padding": True, "truncation": True, "max_length": 44}
@@ -182,14 +212,15 @@ def test_a_column_of_a_dataset_is_text_and_regions(processor, store):
         ({"text": ["a dog", " \n"]}, r"text\[1\]"),
         ({"text": ["a dog", None]}, r"text\[1\] is None"),
         ({"regions": []}, "at least one"),
-        ({"regions": "one"}, "'one' needs a store"),
+        ({"regions": "one"}, "'one' is no file, and as an image id it needs a store"),
         ({"text": ["a", "a", "a"], "regions": [tiny.record(), tiny.record()]}, "3 texts but 2 images"),
         (
             {"text": "a dog", "regions": [tiny.record(), tiny.record()]},
             r"1 text but 2 images.*\['a dog'\] \* 2.*ImageTextScorer",
         ),
         ({"text": ["a dog"], "regions": [tiny.record(), tiny.record()]}, r"1 text but 2 images.*\['a dog'\] \* 2"),
-        ({"images": Image.new("RGB", (8, 8))}, "images holds photos.*unicoder-vl extract"),
+        ({"images": Image.new("RGB", (8, 8))}, "is a photo, and there is no detector.*RegionFinder"),
+        ({"images": tiny.record(), "regions": tiny.record()}, "both regions and images"),
         ({"regions": 391895}, "holds a int.*image id"),
         ({"regions": ["one", 391895]}, "holds a int.*image id"),
         ({"regions": np.ones((2, tiny.FEATURE_DIM))}, "holds a ndarray"),

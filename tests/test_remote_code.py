@@ -17,10 +17,16 @@ HUB_FILES = [
     "configuration_unicoder_vl.py",
     "feature_extraction_unicoder_vl.py",
     "modeling_unicoder_vl.py",
+    "pipeline_unicoder_vl.py",
     "processing_unicoder_vl.py",
     "records_unicoder_vl.py",
 ]
 SAVED = [class_name for class_name, _ in MODELS.values()]
+# Kinds of imported models, one each.
+KINDS = {
+    "UnicoderVLForPreTraining": {"region_embedding": "uniter", "region_head": "uniter"},
+    "UnicoderVLForMultipleChoice": {"region_embedding": "visual_bert"},
+}
 # The whole of what the second loads is in what the first saved.
 SHARED_PARTS = [
     ("UnicoderVLForPreTraining", "AutoModelForSequenceClassification"),
@@ -28,12 +34,17 @@ SHARED_PARTS = [
 ]
 
 
+def made(name: str, saved: str | None = None, **options):
+    """A model of this class, of the kind of the checkpoint that `saved` saved."""
+    return tiny.model(getattr(unicoder_vl_hf, name), **KINDS.get(saved or name, {}), **options)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Four checkpoints in `saved`; then the client's work without the package: `again` and `remote.json`."""
     folder = tmp_path_factory.mktemp("remote_code")
     for name in SAVED:
-        tiny.model(getattr(unicoder_vl_hf, name)).save_pretrained(folder / "saved" / name)
+        made(name).save_pretrained(folder / "saved" / name)
         tiny.processor(max_regions=7).save_pretrained(folder / "saved" / name)
     client = Path(__file__).with_name("remote_code_client.py")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -110,15 +121,15 @@ def _defines(file: str, name: str) -> bool:
 def test_outputs_are_the_same_with_and_without_the_package(local, remote, saved):
     for auto in MODELS:
         assert_same_output(remote[f"saved/{saved}"][auto]["output"], local[f"saved/{saved}"][auto]["output"])
-    original = tiny.model(getattr(unicoder_vl_hf, saved))
+    original = made(saved)
     auto = next(auto for auto, (name, _) in MODELS.items() if name == saved)
     assert_same_output(remote[f"saved/{saved}"][auto]["output"], model_output(original, tiny.processor()))
 
 
 @pytest.mark.parametrize(("saved", "loaded_by"), SHARED_PARTS)
 def test_what_two_classes_share_is_loaded_not_drawn(local, saved, loaded_by):
-    original = tiny.model(getattr(unicoder_vl_hf, saved))
-    wanted = tiny.model(getattr(unicoder_vl_hf, MODELS[loaded_by][0]), seed=2)
+    original = made(saved)
+    wanted = made(MODELS[loaded_by][0], saved, seed=2)
     state = (original if loaded_by != "AutoModel" else original.bert).state_dict()
     wanted.load_state_dict({name: state[name] for name in wanted.state_dict()})
     assert_same_output(local[f"saved/{saved}"][loaded_by]["output"], model_output(wanted, tiny.processor()))

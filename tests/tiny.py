@@ -50,3 +50,37 @@ def region_arrays(image_id: str = "photo", num_regions: int = 3, dtype=np.float3
 
 def record(image_id: str = "photo", num_regions: int = 3, dtype=np.float32) -> RegionRecord:
     return RegionRecord(**region_arrays(image_id, num_regions, dtype))
+
+
+# A batch whose rows differ in length
+
+TEXT_LENGTHS, NUM_REGIONS = [3, 7, 5, 7], [4, 1, 2, 4]
+
+
+def lengths_mask(lengths, left=False):
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return (mask.flip(1) if left else mask).long()
+
+
+def padded_batch(left=False):
+    generator = torch.Generator().manual_seed(0)
+    size = (len(TEXT_LENGTHS), max(TEXT_LENGTHS))
+    regions = (len(NUM_REGIONS), max(NUM_REGIONS))
+    return {
+        "input_ids": torch.randint(5, len(WORDS), size, generator=generator),
+        "attention_mask": lengths_mask(TEXT_LENGTHS, left),
+        "region_features": torch.randn(*regions, FEATURE_DIM, generator=generator),
+        "region_locations": torch.rand(*regions, 5, generator=generator),
+        "region_attention_mask": lengths_mask(NUM_REGIONS),
+    }
+
+
+def pretraining_batch():
+    batch = padded_batch()
+    labels = torch.where(batch["attention_mask"].bool() & (torch.arange(7) % 3 == 1), batch["input_ids"], -100)
+    region_labels = torch.where(batch["region_attention_mask"].bool(), torch.arange(4) % 5, -100)
+    return batch | {
+        "labels": labels,
+        "region_labels": region_labels,
+        "matching_labels": torch.tensor([1, 0, 1, -100]),
+    }

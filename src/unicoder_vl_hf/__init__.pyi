@@ -1,4 +1,5 @@
 from . import (
+    checkpoints as checkpoints,
     data as data,
     regions as regions,
     runs as runs,

@@ -1,11 +1,28 @@
 # Copyright 2026 The unicoder-vl-hf contributors. SPDX-License-Identifier: Apache-2.0
 """The configuration of Unicoder-VL models: BERT's fields, and further ones for regions, heads and search."""
 
-from typing import ClassVar
+import json
+import os
+from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
+
+if TYPE_CHECKING:  # transformers saves with a Hub file those that it names
+    from .pipeline_unicoder_vl import UnicoderVLPipeline  # noqa: F401
+
+
+# Files by which sentence-transformers loads a checkpoint.
+SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "unicoder_vl_hf.scoring.cross_encoder.UnicoderVLModule"}
+    ],
+    "config_sentence_transformers.json": {
+        "model_type": "CrossEncoder",
+        "activation_fn": "torch.nn.modules.linear.Identity",
+    },
+}
 
 
 @auto_docstring(checkpoint="google-bert/bert-base-uncased")
@@ -17,6 +34,13 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_location_dim (`int`, *optional*, defaults to 5):
         Width of the location vector `(x1/W, y1/H, x2/W, y2/H, area/(W*H))`, each entry in `[0, 1]` (paper, Image
         Embeddings).
+    region_embedding (`str`, *optional*, defaults to `"unicoder_vl"`):
+        How regions are embedded: `"unicoder_vl"` as in the paper; `"uniter"` with a LayerNorm each for feature,
+        location and sum, and a learned vector for a hidden feature; or `"visual_bert"` without locations. The last two
+        are for imported weights.
+    region_head (`str`, *optional*, defaults to `"unicoder_vl"`):
+        Head of masked object classification: `"unicoder_vl"`, a linear layer, or `"uniter"`, two layers with a logit
+        for background before those of the classes.
     num_region_classes (`int`, *optional*, defaults to 1600):
         Foreground object classes of the detector, without background: the vocabulary of masked object classification.
     use_image_token_embedding (`bool`, *optional*, defaults to `True`):
@@ -42,6 +66,9 @@ class UnicoderVLConfig(PreTrainedConfig):
     similarity_weight (`float`, *optional*):
         Weight, at least 0, of the first stage's similarity in the sum by which a search orders its candidates, score +
         weight x similarity, as it was measured on validation captions. `None` if it never was.
+    calibration (`dict`, *optional*):
+        Meaning of the scores as it was measured on validation pairs, see `Calibration` of `unicoder_vl_hf.scoring`:
+        `temperature`, `threshold` and more. `None` if it never was.
 
     Example:
 
@@ -81,6 +108,8 @@ class UnicoderVLConfig(PreTrainedConfig):
 
     region_feature_dim: int = 2048
     region_location_dim: int = 5
+    region_embedding: str = "unicoder_vl"
+    region_head: str = "unicoder_vl"
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
     triplet_margin: float | int = 0.2
@@ -89,8 +118,12 @@ class UnicoderVLConfig(PreTrainedConfig):
     projection_dim: int | None = None
     first_stage_trained: bool = False
     similarity_weight: float | int | None = None
+    calibration: dict | None = None
 
     def __post_init__(self, **kwargs):
+        if not __name__.startswith("transformers_modules."):
+            # With the package the pipeline comes from transformers' registry, over which this would win.
+            kwargs.pop("custom_pipelines", None)
         # The two labels of the matching head; another `num_labels` replaces them.
         if self.id2label is None:
             self.id2label, self.label2id = {0: "mismatch", 1: "match"}, {"mismatch": 0, "match": 1}
@@ -112,6 +145,15 @@ class UnicoderVLConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        kinds = {"region_embedding": ("unicoder_vl", "uniter", "visual_bert"), "region_head": ("unicoder_vl", "uniter")}
+        for name, known in kinds.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+        if self.region_embedding == "uniter" and (self.region_location_dim != 5 or self.type_vocab_size < 2):
+            raise ValueError(
+                "region_embedding='uniter' needs region_location_dim=5 and type_vocab_size=2 or more, as the second "
+                f"token type is that of regions, got {self.region_location_dim} and {self.type_vocab_size}."
+            )
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim} must be at least 1, or None for no first stage.")
         if self.similarity_weight is not None and not 0 <= self.similarity_weight < float("inf"):
@@ -126,7 +168,10 @@ class UnicoderVLConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Saves the configuration with the whole `auto_map`, for `trust_remote_code` by every Auto class."""
+        """
+        Saves the configuration with the whole `auto_map` and the pipeline, for `trust_remote_code` by every Auto class,
+        and with what sentence-transformers needs to load the checkpoint, by the package, as a `CrossEncoder`.
+        """
         # transformers writes the saved class's own key only: a pre-training checkpoint would not load by AutoModel.
         modeling = "modeling_unicoder_vl"
         self.auto_map = {
@@ -136,7 +181,20 @@ class UnicoderVLConfig(PreTrainedConfig):
             "AutoModelForSequenceClassification": f"{modeling}.UnicoderVLForImageTextRetrieval",
             "AutoModelForMultipleChoice": f"{modeling}.UnicoderVLForMultipleChoice",
         }
+        self.custom_pipelines = {
+            "image-text-matching": {
+                "impl": "pipeline_unicoder_vl.UnicoderVLPipeline",
+                "pt": ["AutoModelForSequenceClassification"],
+            }
+        }
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for name, content in SENTENCE_TRANSFORMERS.items():
+            path = os.path.join(save_directory, name)
+            if not os.path.exists(path):
+                with open(path, "w", encoding="utf-8") as file:
+                    json.dump(content, file, indent=2)
+        if not __name__.startswith("transformers_modules."):
+            del self.custom_pipelines
 
 
 __all__ = ["UnicoderVLConfig"]

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 from . import logging
 
@@ -43,9 +44,10 @@ class FinishedRun(ValueError):
     """An error that says that nothing is left to train."""
 
 
-def run_script(main: Callable[[], bool | None], go_on: str = ""):
+def run_script(main: Callable[[], bool | None] | str, go_on: str = ""):
     """
-    Makes a command of `main`, without the progress bars of the libraries below.
+    Makes a command of `main`, without the progress bars of the libraries below. Where it is a name, `module:function`,
+    it is imported here, so that Ctrl-C meanwhile ends in one line, too.
 
     A run that Ctrl-C stopped ends with exit code 130, as in a shell, so that whatever follows after `&&` does not start
     with a half-trained model. This holds for a training that saved a checkpoint and returned False, and for anything
@@ -57,7 +59,7 @@ def run_script(main: Callable[[], bool | None], go_on: str = ""):
     program = Path(sys.argv[0]).name + (f" (process {rank})" if rank else "")
     try:
         with logging.without_bars_of_libraries():
-            trained = main()
+            trained = resolve_name(main)() if isinstance(main, str) else main()
     except FinishedRun as finished:
         _warn_once(str(finished))
         return

@@ -19,7 +19,7 @@ from .records_unicoder_vl import RegionRecord, is_region_record
 logger = logging.get_logger(__name__)
 
 # Two stores may differ in these and still hold features of one kind.
-PROVENANCE_DETAILS = frozenset({"detector_declared", "dtype", "source_format", "package_version"})
+PROVENANCE_DETAILS = frozenset({"detector_options", "detector_declared", "dtype", "source_format", "package_version"})
 
 
 class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
@@ -169,13 +169,7 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         A field that either does not know makes no difference, and fields without influence on the features
         (`PROVENANCE_DETAILS`) are not compared.
         """
-        trained = self.region_provenance or {}
-        differences = [
-            f"{name} {_shorten(trained[name])} in training, {_shorten(provenance[name])} here"
-            for name in sorted((trained.keys() & provenance.keys()) - PROVENANCE_DETAILS)
-            if None not in (trained[name], provenance[name]) and trained[name] != provenance[name]
-        ]
-        if differences:
+        if differences := provenance_differences(self.region_provenance or {}, provenance):
             logger.warning(
                 "These regions are not of the kind that the model was trained on, so its outputs mean little: "
                 f"{'; '.join(differences)}."
@@ -203,6 +197,21 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
                     "takes the features of one detector only."
                 )
         return expected
+
+
+def provenance_differences(trained: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    """
+    Says in words how the provenance of regions differs from that of the training, see `check_provenance`. The name of a
+    detector is that of its folder, for one, and counts for nothing where the revision is the same.
+    """
+    ignored = set(PROVENANCE_DETAILS)
+    if trained.get("detector_revision") == provenance.get("detector_revision") is not None:
+        ignored.add("detector")
+    return [
+        f"{name} {_shorten(trained[name])} in training, {_shorten(provenance[name])} here"
+        for name in sorted((trained.keys() & provenance.keys()) - ignored)
+        if None not in (trained[name], provenance[name]) and trained[name] != provenance[name]
+    ]
 
 
 def _shorten(value: Any) -> str:

@@ -135,6 +135,26 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def replace_folder(folder: Path, new: Path) -> None:
+    """
+    Gives a folder that is whole the place of another one, which is removed. A kill between the two steps is mended by
+    `put_back`.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old)
+
+
+def put_back(folder: Path) -> None:
+    """Puts a folder back that `replace_folder` had moved away when it was killed."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        os.replace(old, folder)
+
+
 @dataclass(frozen=True)
 class OutputKind:
     """

@@ -42,16 +42,26 @@ def without_bars_of_libraries() -> Iterator[None]:
     Runs a block without the progress bars of datasets and transformers, which a run would show for every selection of
     rows, load and save. Ours, Trainer's and those of downloads stay, and so do all warnings.
     """
-    import datasets
     from transformers.utils import logging as of_transformers
+
+    before = of_transformers.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
+    try:
+        with without_bars_of_datasets():
+            yield
+    finally:
+        of_transformers.set_tqdm_hook(before)
+
+
+@contextlib.contextmanager
+def without_bars_of_datasets() -> Iterator[None]:
+    """Runs a block without the progress bars of datasets alone, and without importing transformers."""
+    import datasets
 
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    before = of_transformers.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
     try:
         yield
     finally:
-        of_transformers.set_tqdm_hook(before)
         if shown:
             datasets.enable_progress_bars()
 

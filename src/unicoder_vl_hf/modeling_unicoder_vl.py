@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +34,11 @@ from .configuration_unicoder_vl import UnicoderVLConfig
 
 logger = logging.get_logger(__name__)
 
+# Attention weights of a call from which bfloat16 is trained by products of matrices, see `attend_by_products`. Measured
+# on AVX512-BF16, heads of size 32 and 64, forward and backward, against SDPA in float32: 1.5 times as slow at 19,000
+# weights, 1.1 to 2.5 times as fast from 39,000 on.
+BF16_PRODUCTS_FROM_WEIGHTS = 32_768
+
 # An optional argument stays optional, a tensor a tensor.
 MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
@@ -48,6 +53,13 @@ INPUTS_DOCSTRING = r"""
     token_region_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
         The region of the row that a token refers to: its embedding is added to the token's (paper, Visual Commonsense
         Reasoning). An index in `[0, num_regions)`, or -1 for none. Defaults to -1.
+"""
+
+MASKED_REGIONS_DOCSTRING = r"""
+    masked_regions (`torch.Tensor` of shape `(batch_size, num_regions)`, *optional*):
+        1 for a region whose feature is hidden from the model, which still knows its location; 0 for others, the
+        default. Zeros take its place (paper, Pre-training Tasks), or a vector that was learned, see
+        `config.region_embedding`.
 """
 
 PAIRING_DOCSTRING = r"""
@@ -72,7 +84,8 @@ class UnicoderVLForPreTrainingOutput(ModelOutput):
             Logits of masked language modelling; `(num_counted_tokens, vocab_size)` where they are sparse, see
             `config.sparse_prediction`.
         region_logits (`torch.Tensor` of shape `(batch_size, num_regions, num_region_classes)`, *optional*):
-            Logits of masked object classification; `None` without regions.
+            Logits of masked object classification; `None` without regions. UNITER's head has one more, the first, of
+            background.
         matching_logits (`torch.Tensor` of shape `(batch_size, 2)`):
             Logits of visual-linguistic matching, index 1 = match.
         scores (`torch.Tensor` of shape `(batch_size,)`):
@@ -125,23 +138,154 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+@cache
+def onednn_beats_mkl() -> bool:
+    """
+    Tells whether oneDNN multiplies float32 matrices faster than MKL, which PyTorch takes for them. MKL is slow on CPUs
+    of AMD: with AVX-512 it reaches half of oneDNN's rate, with AVX2 alone 0.9 of it. Others were not measured.
+    """
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD")
+    )
+
+
+def onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Computes `nn.functional.linear` by oneDNN. Autograd does not know this operator."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+class OneDNNLinearFunction(torch.autograd.Function):
+    """Computes `nn.functional.linear` and its gradients by oneDNN, and second derivatives by PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        of_inputs, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)
+        return onednn_linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Computes the gradients of the inputs, the weight and the bias, where they are needed."""
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        linear = nn.functional.linear if torch.is_grad_enabled() else onednn_linear
+        rows = gradient.flatten(0, -2)
+        return (
+            linear(gradient, weight.t()) if of_inputs else None,
+            linear(rows.t(), inputs.flatten(0, -2).contiguous().t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+class UnicoderVLLinear(nn.Linear):
+    """A linear layer that computes in float32 by oneDNN where that is faster, see [`onednn_beats_mkl`]."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self._takes_onednn(inputs):
+            return OneDNNLinearFunction.apply(inputs, self.weight, self.bias)
+        return super().forward(inputs)
+
+    def _takes_onednn(self, inputs: torch.Tensor) -> bool:
+        tensors = (inputs, self.weight)
+        return (
+            not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and onednn_beats_mkl()
+            and bool(torch.backends.mkldnn.enabled)
+            # Another subclass of Tensor is fake, sharded or quantized.
+            and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+            and all((tensor.device.type, tensor.dtype) == ("cpu", torch.float32) for tensor in tensors)
+            and inputs.ndim > 1
+            and inputs.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+
+class UnicoderVLFloat32Linear(nn.Linear):
+    """A linear layer that computes in float32, under autocast too: scores of bfloat16 are full of ties, boxes move."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
 class UnicoderVLRegionEmbeddings(nn.Module):
     """Embeds regions as LayerNorm(FC(feature) + FC(location)): one LayerNorm of the sum (paper, Image Embeddings)."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
-        self.feature_projection = nn.Linear(config.region_feature_dim, config.hidden_size)
-        self.location_projection = nn.Linear(config.region_location_dim, config.hidden_size)
+        self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
+        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
+        self.location_projection = UnicoderVLFloat32Linear(config.region_location_dim, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, region_features: torch.Tensor, region_locations: torch.Tensor) -> torch.Tensor:
         features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
-        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
-        with maybe_autocast(device_type=region_features.device.type, enabled=False):
-            locations = nn.functional.linear(
-                region_locations.float(), self.location_projection.weight.float(), self.location_projection.bias.float()
-            )
+        locations = self.location_projection(region_locations)
         return self.LayerNorm((features + locations).to(self.LayerNorm.weight.dtype))
+
+
+class UnicoderVLUniterRegionEmbeddings(nn.Module):
+    """
+    Embeds regions as UNITER does, LayerNorm(LayerNorm(FC(feature)) + LayerNorm(FC(location)) + token type 1), with the
+    location (x1, y1, x2, y2, w, h, area). A vector that was learned takes the place of a hidden region's feature.
+    """
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
+        self.feature_LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.location_projection = UnicoderVLFloat32Linear(config.region_location_dim + 2, config.hidden_size)
+        self.location_LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.hidden_feature = nn.Parameter(torch.zeros(config.region_feature_dim))
+
+    def forward(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor,
+        type_embedding: torch.Tensor,
+        masked_regions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dtype = self.LayerNorm.weight.dtype
+        region_features = region_features.to(self.feature_projection.weight.dtype)
+        if (
+            masked_regions is None
+        ):  # The vector stays in the graph: several processes want a gradient of all parameters.
+            masked_regions = region_features.new_zeros(region_features.shape[:-1])
+        region_features = torch.where(masked_regions[..., None] == 1, self.hidden_feature, region_features)
+        features = self.feature_LayerNorm(self.feature_projection(region_features).to(dtype))
+        corners, area = region_locations.split((4, 1), dim=-1)
+        sizes = corners[..., 2:] - corners[..., :2]
+        locations = self.location_projection(torch.cat((corners, sizes, area), dim=-1))
+        return self.LayerNorm(features + self.location_LayerNorm(locations.to(dtype)) + type_embedding)
+
+
+class UnicoderVLVisualBertRegionEmbeddings(nn.Module):
+    """
+    Embeds regions as VisualBERT does, LayerNorm(FC(feature)): it knows no locations, and the LayerNorm is the text's.
+    """
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
+
+    def forward(self, region_features: torch.Tensor, text_LayerNorm: nn.LayerNorm) -> torch.Tensor:
+        features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
+        return text_LayerNorm(features.to(text_LayerNorm.weight.dtype))
+
+
+REGION_EMBEDDINGS = {
+    "unicoder_vl": UnicoderVLRegionEmbeddings,
+    "uniter": UnicoderVLUniterRegionEmbeddings,
+    "visual_bert": UnicoderVLVisualBertRegionEmbeddings,
+}
 
 
 class UnicoderVLEmbeddings(nn.Module):
@@ -153,7 +297,7 @@ class UnicoderVLEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.region_embeddings = UnicoderVLRegionEmbeddings(config)
+        self.region_embeddings = REGION_EMBEDDINGS[config.region_embedding](config)
         self.image_token_embedding = (
             nn.Parameter(torch.zeros(config.hidden_size)) if config.use_image_token_embedding else None
         )
@@ -177,7 +321,7 @@ class UnicoderVLEmbeddings(nn.Module):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if token_type_ids is None:
             token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
-        # BERT's own order of the sum: the text path equals BERT's to the bit.
+        # BERT's own order of the sum: the embeddings of text equal BERT's to the bit.
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
         embeddings = embeddings + self.position_embeddings(position_ids)
         return self.LayerNorm(embeddings)
@@ -191,6 +335,7 @@ class UnicoderVLEmbeddings(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         region_features: torch.Tensor | None = None,
         region_locations: torch.Tensor | None = None,
+        masked_regions: torch.Tensor | None = None,
         token_region_ids: torch.LongTensor | None = None,
         caption_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
@@ -200,12 +345,31 @@ class UnicoderVLEmbeddings(nn.Module):
         if region_features is None:
             return self.dropout(text)
 
-        regions = _pick_rows(self.region_embeddings(region_features, region_locations), image_index)
+        regions = _pick_rows(self.embed_regions(region_features, region_locations, masked_regions), image_index)
         if token_region_ids is not None:
             region_ids = _pick_rows(token_region_ids, caption_index)[..., None]  # (batch_size, sequence_length, 1)
             referenced = regions.gather(1, region_ids.clamp(min=0).expand(-1, -1, regions.shape[-1]))
             text = text + referenced.masked_fill(region_ids < 0, 0.0)
         return self.dropout(torch.cat((text, self.add_image_token(regions)), dim=1))
+
+    def embed_regions(
+        self,
+        region_features: torch.Tensor,
+        region_locations: torch.Tensor | None,
+        masked_regions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeds regions by `config.region_embedding`, without the image token: `(…, num_regions, hidden_size)`. The
+        arguments are those of `forward`.
+        """
+        embed: Any = self.region_embeddings
+        if isinstance(embed, UnicoderVLUniterRegionEmbeddings):
+            return embed(region_features, region_locations, self.token_type_embeddings.weight[1], masked_regions)
+        if masked_regions is not None:
+            region_features = region_features.masked_fill(masked_regions[..., None] == 1, 0)
+        if isinstance(embed, UnicoderVLVisualBertRegionEmbeddings):
+            return embed(region_features, self.LayerNorm)
+        return embed(region_features, region_locations)
 
     def add_image_token(self, regions: torch.Tensor) -> torch.Tensor:
         """Adds the vector of the paper's `[IMG]` token, if the model has it, to `(…, num_regions, hidden_size)`."""
@@ -349,6 +513,22 @@ def attend_in_float32(
     return output.to(query.dtype), weights
 
 
+def attend_by_products(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Calls [`eager_attention_forward`] without autocast, which would compute the softmax in float32 copies. On CPUs, but
+    for a few short sequences, no other attention trains as fast in bfloat16.
+    """
+    with maybe_autocast(device_type=query.device.type, enabled=False):
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 class UnicoderVLSelfAttention(nn.Module):
     """BERT's self-attention, by the implementation that the model was loaded with."""
 
@@ -360,9 +540,9 @@ class UnicoderVLSelfAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
 
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = UnicoderVLLinear(config.hidden_size, config.hidden_size)
+        self.key = UnicoderVLLinear(config.hidden_size, config.hidden_size)
+        self.value = UnicoderVLLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -383,10 +563,14 @@ class UnicoderVLSelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        trains_in_bfloat16 = query.requires_grad and query.dtype == torch.bfloat16
+        slow_sdpa = trains_in_bfloat16 and query.device.type == "cpu" and self.config._attn_implementation == "sdpa"
+        by_products = slow_sdpa and groups is not None and self._mean_weights(groups) >= BF16_PRODUCTS_FROM_WEIGHTS
+        if by_products:
+            attention_interface = attend_by_products
         if groups is not None:
             attention_interface = partial(attend_in_groups, attention_interface, groups)
-        trains_in_bfloat16 = query.requires_grad and query.dtype == torch.bfloat16
-        if trains_in_bfloat16 and query.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+        if slow_sdpa and not by_products:
             attention_interface = partial(attend_in_float32, attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
@@ -400,13 +584,18 @@ class UnicoderVLSelfAttention(nn.Module):
         )
         return attn_output.reshape(*input_shape, -1).contiguous(), attn_weights
 
+    def _mean_weights(self, groups: list[tuple[int, int]]) -> float:
+        """Averages the number of attention weights over the groups."""
+        num_heads = self.config.num_attention_heads
+        return num_heads * sum(count * length**2 for count, length in groups) / len(groups)
+
 
 class UnicoderVLResidualOutput(nn.Module):
     """Closes each half of a layer: project, drop out, add the residual, normalise (after the sum, as in BERT)."""
 
     def __init__(self, config: UnicoderVLConfig, input_size: int):
         super().__init__()
-        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.dense = UnicoderVLLinear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -438,7 +627,7 @@ class UnicoderVLIntermediate(nn.Module):
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = UnicoderVLLinear(config.hidden_size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -488,7 +677,7 @@ class UnicoderVLPooler(nn.Module):
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = UnicoderVLLinear(config.hidden_size, config.hidden_size)
         self.activation = nn.Tanh()
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -505,7 +694,7 @@ class UnicoderVLPredictionHeadTransform(nn.Module):
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = UnicoderVLLinear(config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -519,7 +708,7 @@ class UnicoderVLLMPredictionHead(nn.Module):
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.transform = UnicoderVLPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = UnicoderVLLinear(config.hidden_size, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))  # BERT's checkpoints hold it under this name.
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -535,14 +724,6 @@ class UnicoderVLOnlyMLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.predictions(hidden_states)
-
-
-class UnicoderVLFloat32Linear(nn.Linear):
-    """A linear layer that computes in float32, under autocast too: the scores of bfloat16 are full of ties."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 
 
 class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
@@ -632,6 +813,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, UnicoderVLEmbeddings) and module.image_token_embedding is not None:
             init.normal_(module.image_token_embedding, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, UnicoderVLUniterRegionEmbeddings):
+            init.normal_(module.hidden_feature, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, UnicoderVLFirstStage):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 
@@ -771,7 +954,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self.embeddings.word_embeddings = value
 
     @capture_outputs
-    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING)
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + MASKED_REGIONS_DOCSTRING)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -785,6 +968,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         token_region_ids: torch.LongTensor | None = None,
         caption_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
+        masked_regions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         hidden_states, joint_mask, text_mask = self._embed(
@@ -799,6 +983,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
+            masked_regions=masked_regions,
         )
         if joint_mask is not None and self.packs(**kwargs):
             hidden_states = self._encode_without_padding(hidden_states, joint_mask)
@@ -919,12 +1104,12 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
     def _embed(
         self, *, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
         region_features=None, region_locations=None, region_attention_mask=None, token_region_ids=None,
-        caption_index=None, image_index=None,
+        caption_index=None, image_index=None, masked_regions=None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
         """Embeds text and regions, and returns the states, their mask and the text's; None where no mask was given."""
         self._check_shapes(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-            region_attention_mask, token_region_ids, caption_index, image_index,
+            region_attention_mask, token_region_ids, caption_index, image_index, masked_regions,
         )  # fmt: skip
         hidden_states = self.embeddings(
             input_ids=input_ids,
@@ -934,6 +1119,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             inputs_embeds=inputs_embeds,
             region_features=region_features,
             region_locations=region_locations,
+            masked_regions=masked_regions,
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
@@ -980,7 +1166,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
 
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-        region_attention_mask, token_region_ids, caption_index, image_index,
+        region_attention_mask, token_region_ids, caption_index, image_index, masked_regions,
     ):  # fmt: skip
         """Checks shapes only: a look at a value would wait for the GPU and break a compiled graph."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -1018,6 +1204,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 ("region_attention_mask", region_attention_mask),
                 ("token_region_ids", token_region_ids),
                 ("image_index", image_index),
+                ("masked_regions", masked_regions),
             ):
                 if value is not None:
                     raise ValueError(f"{name} was given without region_features.")
@@ -1033,6 +1220,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         region_shape = tuple(region_features.shape[:2])
         _check_shape("region_locations", region_locations, (*region_shape, self.config.region_location_dim))
         _check_shape("region_attention_mask", region_attention_mask, region_shape)
+        _check_shape("masked_regions", masked_regions, region_shape)
         rows = (
             num_captions if caption_index is None else caption_index.shape[0],
             region_shape[0] if image_index is None else image_index.shape[0],
@@ -1081,7 +1269,10 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         super().__init__(config)
         self.bert = UnicoderVLModel(config)
         self.cls = UnicoderVLOnlyMLMHead(config)
-        self.region_head = nn.Linear(config.hidden_size, config.num_region_classes)
+        self.region_head = UnicoderVLLinear(config.hidden_size, config.num_region_classes)
+        if config.region_head == "uniter":
+            decoder = UnicoderVLLinear(config.hidden_size, 1 + config.num_region_classes)
+            self.region_head = nn.Sequential(UnicoderVLPredictionHeadTransform(config), decoder)
         self.matching_head = UnicoderVLMatchingHead(config)
         self.post_init()
 
@@ -1097,7 +1288,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         self.cls.predictions.bias = new_embeddings.bias if tied else nn.Parameter(new_embeddings.bias.detach().clone())
 
     @can_return_tuple
-    @auto_docstring(custom_args=INPUTS_DOCSTRING + PRETRAINING_LABELS_DOCSTRING)
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PRETRAINING_LABELS_DOCSTRING + MASKED_REGIONS_DOCSTRING)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1113,6 +1304,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         region_labels: torch.LongTensor | None = None,
         matching_labels: torch.LongTensor | None = None,
         sparse_prediction: bool | None = None,
+        masked_regions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLForPreTrainingOutput:
         if sparse_prediction is None:
@@ -1127,6 +1319,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
             region_locations=region_locations,
             region_attention_mask=region_attention_mask,
             token_region_ids=token_region_ids,
+            masked_regions=masked_regions,
             **kwargs,
         )
         num_regions = 0 if region_features is None else region_features.shape[1]
@@ -1153,7 +1346,9 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
             prediction_logits = self.cls(text)
             mlm_loss = _masked_prediction_loss(prediction_logits, labels, counted)
         if region_labels is not None and region_logits is not None:
-            moc_loss = _masked_prediction_loss(region_logits, region_labels, counted)
+            background = region_logits.shape[-1] - self.config.num_region_classes  # 1 if the first logit is of it
+            targets: Any = region_labels.where(region_labels == -100, region_labels + background)
+            moc_loss = _masked_prediction_loss(region_logits, targets, counted)
         if matching_labels is not None:
             row_losses = nn.functional.cross_entropy(matching_logits, matching_labels, reduction="none")
             matching_loss = row_losses.sum() / row_losses.shape[0]
@@ -1359,7 +1554,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             )
         if (first_stage_captions is None) != (first_stage_images is None):
             raise ValueError("Give first_stage_captions and first_stage_images together: each meets each.")
-        num_pairs = len(region_features if image_index is None else image_index)
+        # `len` would fix the number of pairs in an exported graph.
+        num_pairs = (region_features if image_index is None else image_index).shape[0]
         _check_shape("labels", labels, (num_pairs,))
         _check_shape("group_ids", group_ids, (num_pairs,))
 

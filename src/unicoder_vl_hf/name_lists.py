@@ -1,11 +1,13 @@
 """Names: text files that hold one a line, of classes, image ids, groups or photos; and the one that was meant."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import islice
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from . import logging
 
@@ -29,9 +31,30 @@ def numbered_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line.rstrip("\n")
         except UnicodeDecodeError as error:
+            raise not_utf8(path, error) from error
+
+
+def not_utf8(path: str | PathLike[str], error: UnicodeDecodeError) -> ValueError:
+    """Makes the error of a file that is not UTF-8."""
+    return ValueError(
+        f"{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#x}); convert the file to UTF-8."
+    )
+
+
+def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[int, Any]]:
+    """
+    Yields the values of a file of one JSON a line, each with the number of its line.
+
+    Raises:
+        ValueError: The file is not UTF-8, or a line is not JSON; the message names the line and the column.
+    """
+    for number, line in numbered_lines(path):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#x}); convert the file to "
-                "UTF-8."
+                f"{path}, line {number}, column {error.colno}: malformed json ({error.msg}); expected an object. Is it "
+                "complete?"
             ) from error
 
 

@@ -13,10 +13,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Any, Self
 
 import numpy as np
 
+from .extras import optional_import
 from .records_unicoder_vl import RegionRecord
 
 try:
@@ -121,11 +123,10 @@ def dot_chart(rows: Mapping[str, Sequence[float]], path: str | os.PathLike, *, l
 
 def _new_figure(width: float, height: float) -> Any:
     """Makes an empty figure of so many inches. Raises ImportError if matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Curves need matplotlib: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
+    optional_import("matplotlib", "demo")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -372,12 +373,12 @@ def write_gallery(
             encoded[image_id] = [_data_url(each, picture_width) for each in pictures]
         return encoded[image_id]
 
-    page = _PAGE.format(
+    template = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
+    page = Template(template).substitute(
         title=html.escape(title),
         intro=f"<p>{html.escape(intro)}</p>" if intro else "",
         table=_results_table(results or {}),
         items="\n".join(_item_html(item, sources) for item in items),
-        style=_STYLE,
     )
     Path(path).write_text(page, encoding="utf-8")
     return Path(path)
@@ -443,52 +444,3 @@ def _figure_class(item: GalleryItem, image_id: str, rank: int) -> str:
     if image_id != item.image_id:
         return "wrong"
     return "right" if 0 < rank <= len(item.best) else "right beyond"
-
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1d2330; --soft: #667085; --line: #dfe3ea; --right: #13864a; --miss: #b25a00; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 1180px; background: #fff; color: var(--ink);
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.2; }
-header p { max-width: 44rem; margin: 0 0 1.2rem; color: var(--soft); }
-table { border-collapse: collapse; margin: 0 0 2rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child { text-align: left; font-weight: 500; }
-thead th, tr:last-child > * { color: var(--soft); font-weight: 400; }
-section { padding: 1.3rem 0 1.5rem; border-top: 1px solid var(--line); }
-h2 { display: inline; margin: 0; font-size: 1.12rem; font-weight: 600; }
-h2 + p { display: inline-block; margin: 0 0 .8rem .8rem; font-size: .85rem; font-weight: 600; white-space: nowrap; }
-.hit { color: var(--right); } .miss { color: var(--miss); }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .9rem; }
-.row.found { grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); margin-top: .8rem; }
-figure { margin: 0; padding: 4px; border: 1px solid var(--line); border-radius: 8px; }
-figure img { display: block; width: 100%; height: auto; border-radius: 4px; }
-figure img + img { margin-top: 4px; }
-figure.right { padding: 2px; border: 3px solid var(--right); }
-figure.beyond { border-style: dashed; }
-figcaption { display: flex; flex-wrap: wrap; column-gap: .4rem; align-items: baseline; padding: .3rem .2rem 0;
-             font-size: .9rem; font-variant-numeric: tabular-nums; }
-figcaption em { flex-basis: 100%; color: var(--soft); font-size: .75rem; font-style: normal; }
-figcaption small { flex: 1 1 0; min-width: 0; text-align: right; overflow: hidden; color: var(--soft);
-                   white-space: nowrap; text-overflow: ellipsis; }
-.right small { color: var(--right); font-weight: 600; }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1>
-{intro}
-{table}
-</header>
-{items}
-</body>
-</html>
-"""

@@ -23,8 +23,8 @@ Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS: dict[str, str] = {"no": "float32", "bf16": "bfloat16 (mixed)", "fp16": "float16 (mixed)"}  # in words
 
 # The hidden size from which bfloat16 makes training faster, by the CPU's instructions for it. Measured: with
-# AVX512-BF16 steps are 1.5 times as fast at size 64, twice at 128 and 3 times at 384; with AMX 1.75 times at 384, and
-# no faster at 128. Others, which were not measured, are treated like AMX.
+# AVX512-BF16 steps are 1.4 to 1.6 times as fast at sizes 128 to 384; with AMX 1.75 times at 384, and no faster at 128.
+# Others, which were not measured, are treated like AMX.
 BF16_FROM_HIDDEN_SIZE = {"amx_bf16": 256, "avx512_bf16": 64, "bf16": 256, "sve_bf16": 256}
 # Smaller models train on one thread. A second thread makes them a quarter faster on an idle machine, and five times
 # slower on a busy one, where each thread waits at every operation until the other is scheduled.

@@ -7,11 +7,13 @@ masking and mismatches, which are the collators' work.
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput
+from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -21,19 +23,24 @@ from .records_unicoder_vl import check_several
 # A tokenizer passes over what it does not know: a misspelt argument would change nothing, and say nothing.
 _TOKENIZER_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.__call__).parameters, "split_special_tokens"}
 
-# The regions of one image in any form that a call takes.
-RegionInput = RegionRecord | Mapping[str, Any] | str | os.PathLike[str]
+# An image in any form that a call takes: its regions, or itself as a photo. A photo is a file or a PIL image.
+RegionInput = RegionRecord | Mapping[str, Any] | str | os.PathLike[str] | Any
+# A function from photos to records, such as a `RegionFinder`.
+Detector = Callable[[Sequence[Any]], list[RegionRecord]]
+
+
+_TEXT_DEFAULTS: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 44}
 
 
 class UnicoderVLProcessorKwargs(ProcessingKwargs, TextKwargs, total=False):  # type: ignore[misc]
     """Options of a call. They are the tokenizer's, given by name or together as `text_kwargs`, which win."""
 
     split_special_tokens: bool
-    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "max_length": 44}}  # type: ignore[misc]
+    _defaults = {"text_kwargs": _TEXT_DEFAULTS}  # type: ignore[misc]
 
 
 class _Reference:
-    """Holds stores without owning them: a copy of the processor shares them, and saving leaves them out."""
+    """Holds a store or a detector without owning it: a copy of the processor shares it, and saving leaves it out."""
 
     def __init__(self, target: Any):
         self.target = target
@@ -67,6 +74,7 @@ class UnicoderVLProcessor(ProcessorMixin):
     def __init__(self, feature_extractor: UnicoderVLFeatureExtractor, tokenizer):
         super().__init__(feature_extractor, tokenizer)
         self._store = _Reference(None)
+        self._detector = _Reference(None)
         self._checked_stores = _Reference([])
 
     def set_store(self, store: Mapping[str, RegionRecord] | None) -> None:
@@ -78,6 +86,10 @@ class UnicoderVLProcessor(ProcessorMixin):
         self._check_provenance(store)
         self._store = _Reference(store)
 
+    def set_detector(self, detector: Detector | None) -> None:
+        """Sets the function that finds the regions of photos by default; it is neither saved nor copied."""
+        self._detector = _Reference(detector)
+
     @property
     def default_store(self) -> Mapping[str, RegionRecord] | None:
         """The store in which image ids are looked up by default, as [`~UnicoderVLProcessor.set_store`] took it."""
@@ -87,8 +99,9 @@ class UnicoderVLProcessor(ProcessorMixin):
         self,
         text: str | Sequence[str] | None = None,
         regions: RegionInput | Iterable[RegionInput] | None = None,
-        images: ImageInput | None = None,
+        images: ImageInput | str | os.PathLike[str] | None = None,
         store: Mapping[str, RegionRecord] | None = None,
+        detector: Detector | None = None,
         **kwargs: Unpack[UnicoderVLProcessorKwargs],
     ) -> BatchFeature:
         r"""
@@ -97,15 +110,20 @@ class UnicoderVLProcessor(ProcessorMixin):
         Args:
             text (`str` or sequence of `str`, *optional*):
                 The captions.
-            regions (`RegionRecord`, `dict`, `str`, `os.PathLike`, or a sequence of these, *optional*):
-                The regions of each image: a record; its fields as a dict of arrays; an image id, looked up in `store`;
-                or the path of a record written by [`RegionRecord.save`]. A `str` is always an image id, never a path.
-                The regions of a single image meet every text.
+            regions (`RegionRecord`, `dict`, `str`, `os.PathLike`, `PIL.Image.Image`, or a sequence of these,
+                *optional*):
+                Each image: a record of its regions; the fields of a record as a dict of arrays; an image id; or a
+                photo. A `str` is an image id where the store holds it, else the file of a photo. An `os.PathLike` is
+                the file of a record, written by [`RegionRecord.save`], if it ends in `.npz`, else that of a photo. A
+                single image meets every text.
             images (*optional*):
-                Photos, which are refused for now: their regions must be found first.
+                The same, in the words of transformers.
             store (`Mapping[str, RegionRecord]`, *optional*):
                 The store in which image ids are looked up, such as a [`RegionStore`]. Defaults to that of
                 [`~UnicoderVLProcessor.set_store`].
+            detector (callable, *optional*):
+                A function from a list of photos to their records, such as a [`RegionFinder`] of
+                `unicoder_vl_hf.regions`. Defaults to that of [`~UnicoderVLProcessor.set_detector`].
             return_tensors (`str`, *optional*):
                 `"pt"` or `"np"`; lists of tokens and arrays of regions by default.
             padding (`bool` or `str`, *optional*, defaults to `True`), truncation (`bool` or `str`, *optional*, defaults
@@ -123,9 +141,9 @@ class UnicoderVLProcessor(ProcessorMixin):
             [`UnicoderVLFeatureExtractor`].
 
         Raises:
-            `ValueError`: neither text nor regions, an empty text, texts and images of different number, an image id
-            without a store, a record with a fault, or photos.
-            `KeyError`: an image id that the store lacks.
+            `ValueError`: neither text nor regions, an empty text, texts and images of different number, a name that is
+            both an image id and a file, a photo without a detector, or a record with a fault.
+            `KeyError`: a name that is neither an image id of the store nor a file.
             `TypeError`: an option that neither this method nor the tokenizer has.
         """
         return_tensors = kwargs.get("return_tensors")
@@ -134,21 +152,19 @@ class UnicoderVLProcessor(ProcessorMixin):
         unknown = sorted(text_kwargs.keys() - _TOKENIZER_ARGUMENTS)
         if unknown:
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(unknown)}, nor has its tokenizer.")
-        if images is not None:
-            raise ValueError(
-                "images holds photos, which the processor does not read: find their regions with `unicoder-vl extract`,"
-                " or unicoder_vl_hf.regions.extract, and give these as regions."
-            )
+        if images is not None and regions is not None:
+            raise ValueError("The processor was given both regions and images, which are the same: give one of them.")
+        regions = images if regions is None else regions
         if text is None and regions is None:
             raise ValueError("The processor was given neither text nor regions: give text, regions, or both.")
         data = {}
         if text is not None:
             text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
             _check_texts(text)
-            options = self._merge_kwargs(text_kwargs=text_kwargs)
-            data.update(self.tokenizer(text, **options["text_kwargs"]))
+            # Not by _merge_kwargs, which before transformers 5.24 fails on options given by name and in a dict alike.
+            data.update(self.tokenizer(text, **_TEXT_DEFAULTS | text_kwargs))
         if regions is not None:
-            records = self.load_records(regions, store)
+            records = self.load_records(regions, store, detector)
             num_texts = 1 if isinstance(text, str) else len(records) if text is None else len(text)
             if len(records) == 1:
                 records *= num_texts
@@ -165,33 +181,63 @@ class UnicoderVLProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def load_records(
-        self, regions: RegionInput | Iterable[RegionInput], store: Mapping[str, RegionRecord] | None = None
+        self,
+        regions: RegionInput | Iterable[RegionInput],
+        store: Mapping[str, RegionRecord] | None = None,
+        detector: Detector | None = None,
     ) -> list[RegionRecord]:
         """
         Loads the records behind `regions`, in any form that a call of the processor takes, from `store` or the default
-        store.
-
-        Raises:
-            `ValueError`: an image id without a store, or a record with a fault.
-            `KeyError`: an image id that the store lacks.
+        store. Raises what a call raises.
         """
+        store = self.default_store if store is None else store
+        if isinstance(regions, (str, os.PathLike, Mapping)) or not isinstance(regions, Iterable):
+            regions = [regions]
+        found = self.find_regions(list(regions), store, detector)
+        return [store[image] if isinstance(image, str) else image for image in found]  # type: ignore[index]
+
+    def find_regions(
+        self,
+        images: Sequence[RegionInput],
+        store: Mapping[str, RegionRecord] | None = None,
+        detector: Detector | None = None,
+    ) -> list[str | RegionRecord]:
+        """
+        Gives images in any form that a call of the processor takes as ids of the store and as records: files of records
+        are read, and the regions of all photos found at once. Raises what a call raises.
+        """
+        check_several("images", images)
         if store is None:
             store = self.default_store
         else:
             self._check_provenance(store)
-        if isinstance(regions, (str, os.PathLike, Mapping)) or not isinstance(regions, Iterable):
-            regions = [regions]
-        return [self._load_record(region, store) for region in regions]
+        detector = detector or self._detector.target
+        found = [self._resolve(image, store, detector is not None) for image in images]
+        is_photo = [not isinstance(image, str) and not is_region_record(image) for image in found]
+        if places := [place for place, photo in enumerate(is_photo) if photo]:
+            if detector is None:
+                raise ValueError(
+                    f"{found[places[0]]} is a photo, and there is no detector to find its regions: give one, "
+                    "detector=RegionFinder(…) of unicoder_vl_hf.regions, in the package unicoder-vl-hf[detection]; or "
+                    "an ImageTextScorer, which loads that of the training."
+                )
+            for place, record in zip(places, detector([found[place] for place in places]), strict=True):
+                found[place] = record
+        return found
 
-    def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
-        """Counts the texts that have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray:
+        """Counts the tokens of each text, `[CLS]` and `[SEP]` included, before it is cut: int64 `(len(texts),)`."""
         check_several("texts", texts)
-        count = 0
+        counts = []
         for start in range(0, len(texts), 10_000):
             batch = list(texts[start : start + 10_000])
             tokens = self.tokenizer(batch, truncation=False, return_attention_mask=False, verbose=False)
-            count += sum(len(ids) > max_length for ids in tokens["input_ids"])
-        return count
+            counts += [len(ids) for ids in tokens["input_ids"]]
+        return np.array(counts, dtype=np.int64)
+
+    def count_truncated(self, texts: Sequence[str], max_length: int = 44) -> int:
+        """Counts the texts that have more than `max_length` tokens, `[CLS]` and `[SEP]` included, and will be cut."""
+        return int((self.count_tokens(texts) > max_length).sum())
 
     def check_model(self, model) -> None:
         """
@@ -213,21 +259,42 @@ class UnicoderVLProcessor(ProcessorMixin):
                 f"for the new tokens, model.resize_token_embeddings({tokens}), and save it."
             )
 
-    def _load_record(self, region: RegionInput, store: Mapping[str, RegionRecord] | None) -> RegionRecord:
-        if is_region_record(region):
-            return region
-        if isinstance(region, str):
-            if store is None:
-                raise ValueError(f"Image id {region!r} needs a store: pass store=… or call set_store first.")
-            return store[region]
-        if isinstance(region, os.PathLike):
-            return RegionRecord.load(region)
-        if isinstance(region, Mapping):
-            return RegionRecord.from_dict(region)
+    def _resolve(self, image: RegionInput, store: Mapping[str, RegionRecord] | None, takes_photos: bool) -> Any:
+        """Gives image ids of the store and records as they are, a file of a record read, photos as files or images."""
+        if is_region_record(image):
+            return image
+        if isinstance(image, str):
+            return self._resolve_name(image, store, takes_photos)
+        if isinstance(image, os.PathLike):
+            return RegionRecord.load(image) if os.fspath(image).endswith(".npz") else image
+        if isinstance(image, Mapping):
+            return RegionRecord.from_dict(image)
+        if is_pil_image(image):
+            return image
         raise ValueError(
-            f"regions holds a {type(region).__name__}, expected a RegionRecord, its fields as a dict, an image id (str)"
-            " or the path of a saved record (os.PathLike)."
+            f"regions holds a {type(image).__name__}, expected a RegionRecord, its fields as a dict, an image id (str),"
+            " a photo (its file, or a PIL image) or the path of a saved record (os.PathLike)."
         )
+
+    def _resolve_name(self, name: str, store: Mapping[str, RegionRecord] | None, takes_photos: bool) -> Any:
+        is_id, is_file = store is not None and name in store, os.path.isfile(name)
+        if is_id and is_file and takes_photos:
+            raise ValueError(
+                f"{name!r} is an image id of {_name(store)}, and a file, {os.path.abspath(name)}: give a Path for the "
+                "file, or store[id] for the image of the store; or work in another folder."
+            )
+        if is_file and not is_id:
+            return Path(name)
+        if store is None:
+            raise ValueError(
+                f"{name!r} is no file, and as an image id it needs a store: pass store=… or call set_store first."
+            )
+        if not is_id:
+            try:
+                store[name]
+            except KeyError as error:
+                raise KeyError(f"{error.args[0]} Nor is it the file of a photo.") from None
+        return name
 
     def _check_provenance(self, store: Mapping[str, RegionRecord] | None) -> None:
         if any(store is checked for checked in self._checked_stores.target):
@@ -237,6 +304,11 @@ class UnicoderVLProcessor(ProcessorMixin):
         if provenance is not None:
             self._checked_stores.target.append(store)
             self.feature_extractor.check_provenance(provenance)
+
+
+def _name(store: Any) -> str:
+    """Names a store by its folder, if it has one."""
+    return os.fspath(store) if isinstance(store, os.PathLike) else f"the {type(store).__name__} that is the store"
 
 
 def _numbers_differ(text: Any, num_texts: int, num_images: int) -> str:

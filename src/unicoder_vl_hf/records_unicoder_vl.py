@@ -81,15 +81,12 @@ class RegionRecord:
         if self.boxes is not None:
             self.boxes = self._floats("boxes", self.boxes, n, 4).astype(np.float32, copy=False)
             self._check_boxes(self.boxes)
-        if self.object_ids is not None:
-            self.object_ids = self._ids("object_ids", self.object_ids, n)
-        if self.object_scores is not None:
-            self.object_scores = self._scores("object_scores", self.object_scores, n).astype(np.float32, copy=False)
-        if self.attribute_ids is not None:
-            self.attribute_ids = self._ids("attribute_ids", self.attribute_ids, n)
-        if self.attribute_scores is not None:
-            scores = self._scores("attribute_scores", self.attribute_scores, n)
-            self.attribute_scores = scores.astype(np.float32, copy=False)
+        for name in ("object_ids", "attribute_ids"):
+            if (ids := getattr(self, name)) is not None:
+                setattr(self, name, self._ids(name, ids, n))
+        for name in ("object_scores", "attribute_scores"):
+            if (scores := getattr(self, name)) is not None:
+                setattr(self, name, self._scores(name, scores, n).astype(np.float32, copy=False))
         if self.class_probabilities is not None:
             self.class_probabilities = self._scores("class_probabilities", self.class_probabilities, n, None)
             num_classes = self.class_probabilities.shape[1]
@@ -195,9 +192,9 @@ class RegionRecord:
             setattr(self, name, int(size))
 
     def _check_boxes(self, boxes: np.ndarray) -> None:
-        inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+        inverted = boxes[:, 2:] < boxes[:, :2]
         if inverted.any():
-            row = inverted.argmax()
+            row = inverted.any(axis=1).argmax()
             raise self._error(
                 "boxes",
                 f"[{row}] = {boxes[row].tolist()} is inverted, expected x1 <= x2 and y1 <= y2: convert boxes that are "
@@ -209,7 +206,7 @@ class RegionRecord:
         else:
             size, tolerance = np.array([self.image_width, self.image_height]), PIXEL_TOLERANCE
             expected = f"pixels inside image_width {self.image_width}, image_height {self.image_height}"
-        outside = (boxes[:, :2] < -tolerance).any(axis=1) | (boxes[:, 2:] > size + tolerance).any(axis=1)
+        outside = (boxes[:, :2] < -tolerance) | (boxes[:, 2:] > size + tolerance)
         if not outside.any():
             return
         if self.image_width is None:
@@ -221,7 +218,7 @@ class RegionRecord:
                 "the size must be of the photo that the boxes refer to; some tools (an MMF script) store that of the "
                 "RESIZED photo beside boxes of the original"
             )
-        row = outside.argmax()
+        row = outside.any(axis=1).argmax()
         raise self._error("boxes", f"[{row}] = {boxes[row].tolist()} is outside, expected {expected}: {advice}")
 
     def _numbers(self, field: str, values: Any, *shape: int | None) -> np.ndarray:
@@ -245,7 +242,10 @@ class RegionRecord:
         if array.dtype not in (np.float16, np.float32):
             with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
                 array = array.astype(np.float32)
-        finite = np.isfinite(array)
+        if array.dtype == np.float16:  # isfinite takes ten times as long
+            finite = array.view(np.uint16) & 0x7C00 != 0x7C00
+        else:
+            finite = np.isfinite(array)
         if not finite.all():
             index = np.argwhere(~finite)[0].tolist()
             value = array[tuple(index)]
@@ -264,6 +264,8 @@ class RegionRecord:
 
     def _ids(self, field: str, values: Any, *shape: int | None) -> np.ndarray:
         array = self._numbers(field, values, *shape)
+        if array.dtype == np.int64 and array.min() >= -1:
+            return array
         wrong = ~((array >= -1) & (array == np.floor(array)) & (array < 2**63))  # NaN is wrong too
         if wrong.any():
             value = array[wrong][0]

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = __name__.rpartition(".")[0]
+TASK = "image-text-matching"
 # Module of transformers.models.auto -> its Auto classes, each with the class of ours to register.
 AUTO_CLASSES = {
     "configuration_auto": {"AutoConfig": "UnicoderVLConfig"},
@@ -66,6 +67,7 @@ class Registration:
             execute(*arguments)
             if self.depths[thread] == 1:
                 self.register()
+                self.register_pipeline()
         finally:
             self.depths[thread] -= 1
             if not self.depths[thread]:
@@ -94,6 +96,20 @@ class Registration:
                 if hasattr(module, auto) and getattr(module, auto) not in self.served:
                     found.append((getattr(module, auto), ours))
         return found
+
+    def register_pipeline(self) -> None:
+        """Registers our pipeline with transformers' registry, if that is loaded and does not know it yet."""
+        registry = getattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY", None)
+        if registry is None or TASK in registry.supported_tasks:
+            return
+        from .pipeline_unicoder_vl import UnicoderVLPipeline
+
+        def make_detector(*args: Any, **named: Any) -> Any:
+            return sys.modules[PACKAGE].regions.RegionFinder(*args, **named)
+
+        UnicoderVLPipeline.make_detector = staticmethod(make_detector)
+        auto = sys.modules["transformers"].AutoModelForSequenceClassification
+        registry.register_pipeline(TASK, pipeline_class=UnicoderVLPipeline, pt_model=auto)
 
 
 def install() -> None:

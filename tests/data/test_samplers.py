@@ -5,7 +5,14 @@ import pytest
 from torch.utils.data import BatchSampler, DataLoader
 
 from unicoder_vl_hf.data import samplers
-from unicoder_vl_hf.data.samplers import ReadAhead, StepBatchSampler, epoch_order, step_parts
+from unicoder_vl_hf.data.samplers import (
+    ReadAhead,
+    StepBatchSampler,
+    TokenBatchSampler,
+    cut_evenly,
+    epoch_order,
+    step_parts,
+)
 
 GRID = list(itertools.product((1, 5, 23, 24), (1, 4, 7, 30), (1, 2, 3), (1, 2, 4)))
 
@@ -153,3 +160,118 @@ def test_each_batch_is_announced_while_the_one_before_it_is_here():
         for rows in ahead:
             events.append(f"given {rows}")
         assert events == ["announced [2, 3]", "given [0, 1]", "announced [4]", "given [2, 3]", "given [4]"]
+
+
+# Steps of equal tokens
+
+
+def lengths_of(rows, epoch):
+    """Two sequences a row, of 10 to 99 tokens; the second differs from epoch to epoch."""
+    return np.stack((10 + rows * 37 % 90, 10 + (rows * 53 + 7 * epoch) % 90), axis=1)
+
+
+def by_tokens(num_rows=2000, tokens_per_batch=4000, epoch=0, **options):
+    num_tokens = int(lengths_of(np.arange(num_rows), 0).sum())
+    made = TokenBatchSampler(
+        lengths_of, num_rows, num_tokens=num_tokens, tokens_per_batch=tokens_per_batch, **({"seed": 5} | options)
+    )
+    made.set_epoch(epoch)
+    return made
+
+
+def test_cut_evenly_by_hand():
+    assert cut_evenly(np.array([1, 1, 1, 1, 2, 2, 4]), 3).tolist() == [0, 4, 6, 7]
+    assert cut_evenly(np.array([9, 1, 1, 1]), 3).tolist() == [0, 1, 2, 4]  # none is empty
+    assert cut_evenly(np.array([1, 1, 1, 9]), 3).tolist() == [0, 2, 3, 4]
+    assert cut_evenly(np.array([9, 1, 1, 1]), 2, least=2).tolist() == [0, 2, 4]
+
+
+def test_steps_of_equal_tokens_by_hand():
+    lengths = {0: [5, 5], 1: [1, 1], 2: [3, 3], 3: [1, 3], 4: [2, 2]}
+    made = TokenBatchSampler(
+        lambda rows, epoch: np.array([lengths[row] for row in rows.tolist()]),
+        5, num_tokens=26, tokens_per_batch=13, seed=0, shuffle=False,
+    )  # fmt: skip
+    # In the order of the longest sequence, and then of all tokens: 1, 4, 3, 2, 0.
+    assert list(made.parts()) == [([1, 4, 3], 3 * 2 / 5), ([2, 0], 2 * 2 / 5)]
+
+
+@pytest.mark.parametrize("num_rows, micro_batches, num_processes", [(2000, 1, 1), (2000, 3, 2), (61, 1, 2), (40, 2, 2)])
+def test_every_row_once_in_steps_that_are_those_of_any_split(num_rows, micro_batches, num_processes):
+    split = {"micro_batches": micro_batches, "num_processes": num_processes}
+    processes = [by_tokens(num_rows, epoch=1, process_index=p, **split) for p in range(num_processes)]
+    parts = [list(process.parts()) for process in processes]
+    whole = [sorted(rows) for rows in by_tokens(num_rows, epoch=1)]
+    assert {len(mine) for mine in parts} == {len(process) for process in processes} == {micro_batches * len(whole)}
+    for step, rows in enumerate(whole):
+        taken = [rows for mine in parts for rows, _ in mine[step * micro_batches : (step + 1) * micro_batches]]
+        assert sorted(row for rows in taken for row in rows) == rows
+        assert all(taken)
+    assert sorted(row for rows in whole for row in rows) == list(range(num_rows))
+    for process, mine in zip(processes, parts, strict=True):
+        assert list(process) == [rows for rows, _ in mine] and list(process.weights()) == [weight for _, weight in mine]
+    # A row counts the same wherever it is, and a step 1 on average.
+    assert len({round(weight / len(rows), 12) for mine in parts for rows, weight in mine}) == 1
+    assert sum(weight for mine in parts for _, weight in mine) == pytest.approx(len(whole))
+    assert processes[0].mean_rows == pytest.approx(num_rows / len(whole) / micro_batches / num_processes)
+
+
+def test_no_micro_batch_is_empty_whatever_the_lengths():
+    """Two rows of 8 have nearly all tokens; each of 4 steps has a row for each of 2 micro-batches all the same."""
+    lengths = np.array([[100], [100], [1], [1], [1], [1], [1], [1]])
+    made = TokenBatchSampler(
+        lambda rows, epoch: lengths[rows], 8, num_tokens=206, tokens_per_batch=52, micro_batches=2, seed=0
+    )
+    assert made.steps_per_epoch == 4 and sorted(made) == [[row] for row in range(8)]
+
+
+def test_micro_batches_have_equal_tokens_and_little_padding():
+    made = by_tokens(micro_batches=2)
+    tokens = [int(lengths_of(np.array(rows), 0).sum()) for rows in made]
+    assert max(tokens) - min(tokens) < 2 * 99 * 2  # a row more or less, of a step and of a micro-batch
+    assert np.mean(tokens) == pytest.approx(4000 / 2, rel=0.02)
+
+    def padded(batches):
+        return sum(lengths_of(np.array(rows), 0).max() * 2 * len(rows) for rows in batches)
+
+    plain = list(sampler(2000, 2000 // made.steps_per_epoch, micro_batches=2))
+    real = sum(tokens)
+    assert padded(made) / real < 1 + 0.6 * (padded(plain) / real - 1)
+
+
+def test_steps_of_equal_tokens_follow_from_seed_and_epoch():
+    assert list(by_tokens()) == list(by_tokens())
+    assert len({tuple(map(tuple, by_tokens(seed=seed, epoch=epoch))) for seed in range(2) for epoch in range(2)}) == 4
+    whole = list(by_tokens(epoch=1, micro_batches=2))
+    for start_step in (1, 16, 17, len(whole) // 2):  # within a window, and where one begins
+        resumed = by_tokens(epoch=1, micro_batches=2)
+        resumed.set_epoch(1, start_step=start_step)
+        assert list(resumed) == whole[2 * start_step :] and len(resumed) == len(whole) - 2 * start_step
+    # The steps of a window of 16 do not come in the order of their lengths.
+    longest = [lengths_of(np.array(rows), 0).max() for rows in list(by_tokens())[:16]]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+def test_lengths_are_asked_for_as_they_are_needed():
+    asked = []
+    made = by_tokens()
+    made.lengths = lambda rows, epoch: asked.append(len(rows)) or lengths_of(rows, epoch)
+    batches = iter(made)
+    next(batches)
+    assert asked == [16 * 2000 // made.steps_per_epoch]
+    made.set_epoch(0, start_step=20)
+    asked.clear()
+    next(iter(made))
+    assert len(asked) == 1  # none of the window that was trained on
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tokens_per_batch": 0}, "tokens_per_batch=0; expected at least 1"),
+        ({"tokens_per_batch": 300, "micro_batches": 4}, r"have 2\.8 rows of 109 tokens .* fill 4 micro-batches .* 436"),
+    ],
+)
+def test_refuses_a_budget(options, message):
+    with pytest.raises(ValueError, match=message):
+        by_tokens(**options)

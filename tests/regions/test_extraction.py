@@ -25,6 +25,7 @@ from two_processes import Processes
 
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.data.image_ids import id_mapping
+from unicoder_vl_hf.regions import editing, remove_images, validate
 from unicoder_vl_hf.regions.detectors.torchvision_models import TorchvisionDetector
 from unicoder_vl_hf.regions.extraction import extract
 from unicoder_vl_hf.regions.photos import HIDDEN, MAX_PIXELS, decode_photo
@@ -730,6 +731,64 @@ def test_a_finished_store_is_left_alone(tmp_path):
         run(photos, tmp_path / "store")
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
     assert not (tmp_path / "store.parts").exists()
+
+
+def test_a_finished_store_grows_and_shrinks(tmp_path, caplog):
+    """What is there is not extracted again; it stays valid until the new is complete, and a stop is gone on from."""
+    photos, folder = save_photos(tmp_path / "photos", 3), tmp_path / "store"
+    old = {name: record.features.copy() for name, record in run(photos, folder).items()}
+    save_photos(photos, 3, prefix="new")
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, folder, StoppedAt("new_001"), device="cpu", add=True)
+    assert sorted(RegionStore(folder)) == sorted(old)
+    store = run(photos, folder, ColourDetector(tmp_path / "added"))  # the same command goes on without a word
+    names = [f"{prefix}_{number:03d}" for prefix in ("new", "photo") for number in range(3)]
+    assert sorted(store) == names and set(computed(tmp_path / "added")) < set(names[:3])
+    assert all(np.array_equal(store[name].features, features) for name, features in old.items())
+    caplog.clear()
+    run(photos, folder, add=True)
+    assert f"{folder} is finished, and stays as it is" in caplog.text
+    (tmp_path / "other").mkdir()
+    photo(*SIZES[0], seed=9).save(tmp_path / "other" / "other.png")  # of another folder alone
+    with pytest.raises(ValueError, match="none of these photos"):
+        run(tmp_path / "other", folder)
+    assert sorted(run(tmp_path / "other", folder, add=True)) == sorted([*names, "other"])
+
+    caplog.clear()
+    gone = ["new_000", "photo_002"]
+    store = run(photos, folder, ColourDetector(tmp_path / "computed-none"), remove=gone)
+    assert sorted(store) == sorted({*names, "other"} - set(gone)) and not computed(tmp_path / "computed-none")
+    assert "2 images are taken out of" in caplog.text and "stays as it is" not in caplog.text
+    assert not list(validate(folder))
+    assert sorted(run(photos, folder, remove=gone)) == sorted(store)  # they stay out
+    with pytest.raises(ValueError, match=r"lacks 2 of these photos, such as 'new_000'.*--add.*--remove"):
+        run(photos, folder)
+    with pytest.raises(ValueError, match=r"names 'nothing', which neither .*store nor the photos have"):
+        run(photos, folder, remove=["nothing"])
+    with pytest.raises(ValueError, match=r"remove is 'new_000', expected several"):
+        run(photos, folder, remove="new_000")
+    assert sorted(path.name for path in tmp_path.iterdir() if "store" in path.name) == ["store"]
+
+
+def test_images_are_taken_out_whole_or_not_at_all(tmp_path, monkeypatch):
+    store = run(save_photos(tmp_path / "photos", 4), tmp_path / "store")
+    names, before = list(store), {path.name: path.read_bytes() for path in store.path.iterdir()}
+    for wrong, error in ((["nothing"], KeyError), (names, ValueError)):
+        with pytest.raises(error):
+            remove_images(store.path, wrong)
+
+    def killed(folder, new):
+        assert len(RegionStore(folder)) == 4 and len(RegionStore(new)) == 3
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(editing, "replace_folder", killed)
+        remove_images(store.path, names[:1])
+    assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
+    store.path.rename(tmp_path / ".store.old")  # killed between the two renames
+    assert sorted(remove_images(store.path, names[1:2])) == sorted({*names} - {names[1]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "store"]
+    assert before.keys() == {path.name for path in store.path.iterdir()}
 
 
 def test_skipped_photos_are_tried_again(tmp_path):

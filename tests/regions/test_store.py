@@ -173,7 +173,7 @@ def test_provenance(tmp_path):
     store = write_store([make(1)], tmp_path / "store", dtype="float32", **facts)
     found = store.provenance
     version = found.pop("package_version")
-    assert found == {**facts, "num_classes": 9, "feature_dim": 8, "dtype": "float32"}
+    assert found == {**facts, "detector_options": None, "num_classes": 9, "feature_dim": 8, "dtype": "float32"}
     assert isinstance(version, str)
     assert json.loads(json.dumps(store.provenance)) == store.provenance
     store.provenance["detector"] = "changed"
@@ -188,6 +188,25 @@ def test_float32_stores_are_exact(source, stored, tmp_path):
     store = write_store([RegionRecord("a", features=features)], tmp_path / "store", dtype=stored)
     assert store["a"].features.dtype == np.float32
     assert np.array_equal(store["a"].features, features)
+
+
+@pytest.mark.parametrize("many_zeros", [False, True])
+def test_float16_is_rounded_as_numpy_does(many_zeros):
+    # All signs and exponents, with mantissas around the ties: odd and even, one bit below and above, and the carry.
+    mantissas = np.array([0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FEFFF, 0x7FF000, 0x7FFFFF], np.uint32)
+    exponents = np.arange(2**9, dtype=np.uint32)[:, None] << 23
+    mantissas = np.concatenate([mantissas, np.random.default_rng(0).integers(0, 2**23, 53, np.uint32)])
+    features = (exponents | mantissas).view(np.float32)
+    features[np.isnan(features)] = 1
+    if many_zeros:
+        features[:, ::3] = 0
+    features = np.repeat(features, 40, axis=1)  # more than are converted at a time
+    with np.errstate(over="ignore"):
+        expected = features.astype(np.float16)
+    found = shards_module.to_float16(features)
+    assert found.dtype == np.float16 and found.tobytes() == expected.tobytes()
+    columns = features[:, 5:50]  # a view
+    assert (shards_module.to_float16(columns) == expected[:, 5:50]).all()
 
 
 def test_bfloat16_stores_round_once_and_give_float32(tmp_path):

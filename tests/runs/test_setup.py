@@ -1,11 +1,13 @@
 """What every training script starts from: options in either spelling, and what is said before the first step."""
 
+import dataclasses
 import functools
 import logging
 
 import pytest
 import small_world
 import tiny
+import torch
 from transformers import AutoTokenizer, TrainingArguments
 from two_processes import run
 
@@ -15,6 +17,7 @@ from unicoder_vl_hf import (
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
 )
+from unicoder_vl_hf.regions.store import RegionStore
 from unicoder_vl_hf.runs import arguments as arguments_module, setup
 from unicoder_vl_hf.runs.arguments import parse_arguments
 from unicoder_vl_hf.runs.trainer import training_defaults
@@ -22,6 +25,8 @@ from unicoder_vl_hf.scenes import questions as scenes_vcr
 from unicoder_vl_hf.scoring.checkpoints import load_for_scoring
 from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
+from unicoder_vl_hf.tasks.retrieval import training as finetuning
+from unicoder_vl_hf.tasks.retrieval.losses import HardNegativeLoss
 from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, prepare_retrieval
 from unicoder_vl_hf.tasks.vcr.pretraining import VCRPretrainingArguments, prepare_vcr_pretraining
 from unicoder_vl_hf.tasks.vcr.training import VCRArguments, load_for_vcr, prepare_vcr
@@ -98,6 +103,47 @@ def test_pairs_of_a_step_and_of_a_micro_batch(monkeypatch):
     given = ["--train_batch_size", "48", *accumulation]
     (words,) = [arguments_module.in_our_spelling(given, arguments_module.make_parser(TrainingArguments))]
     assert words == ["--per_device_train_batch_size", "6", *accumulation]
+
+
+def retrieval(*given):
+    recipes = {
+        "paper": training_defaults(finetuning.PAPER),
+        "scenes": training_defaults(finetuning.SCENES),
+    }
+    words = ["--output_dir", "o", "--use_cpu", *given]
+    args, _ = parse_arguments((RetrievalArguments, TrainingArguments), words, strong=finetuning.STRONG, **recipes)
+    return args
+
+
+@pytest.mark.parametrize("given", [["--recipe", "strong"], ["--recipe=strong"]])
+def test_the_strong_recipe_is_a_set_of_defaults(given, capsys):
+    """An option that is given replaces its own, wherever it stands; without it all is as the paper has it."""
+    assert retrieval() == retrieval("--recipe", "paper") == RetrievalArguments()
+    strong = retrieval(*given)
+    assert strong == RetrievalArguments(**finetuning.STRONG)
+    own = retrieval("--random_negative_epochs", "0", *given, "--loss", "binary")
+    assert own == dataclasses.replace(strong, random_negative_epochs=0, loss="binary")
+    assert isinstance(strong.training_loss, HardNegativeLoss)
+    with pytest.raises(SystemExit):
+        retrieval("--recipe", "weak")
+    assert "argument --recipe: invalid choice: 'weak'" in capsys.readouterr().err
+
+
+def test_new_weights_of_another_deviation(world, bert):
+    """Those of a new model, and those that a BERT lacks; what was trained stays."""
+    store = RegionStore(world / "regions")
+
+    def load(value, **options):
+        arguments = PretrainingArguments(initializer_range=value, **options)
+        return setup.load_model(arguments, store, UnicoderVLForPreTraining)
+
+    new, of_bert, as_ever = load(0.08), *(load(value, model_name_or_path=str(bert)) for value in (0.08, None))
+    for model, weights in ((new, new.bert.encoder), (of_bert, of_bert.region_head)):
+        deviation = torch.cat([weight.flatten() for weight in weights.parameters() if weight.ndim == 2]).std()
+        assert model.config.initializer_range == 0.08 and abs(deviation.item() - 0.08) < 0.01
+    assert as_ever.config.initializer_range == 0.02
+    for name, weight in of_bert.bert.encoder.named_parameters():
+        assert weight.equal(as_ever.bert.encoder.get_parameter(name))
 
 
 def test_warm_up():

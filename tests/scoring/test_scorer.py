@@ -213,7 +213,8 @@ def test_linear_layers_by_onednn_or_not(model_class, onednn, expected, model, mo
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn, raising=False)
     encoder = PairEncoder(other, None, 100)
     kinds = {type(module) for module in encoder.bert.encoder.modules()}
-    assert (packed.OneDNNLinear in kinds) == onednn and (torch.nn.Linear in kinds) == (not onednn)
+    assert (packed.OneDNNLinear in kinds) == onednn
+    assert any(issubclass(kind, torch.nn.Linear) for kind in kinds) == (not onednn)
     assert_close(scorer(other).score(CAPTIONS, IMAGES), expected)
 
 
@@ -371,9 +372,12 @@ def test_plan(model, capfd):
         "100MFLOP/s on each of 2 processes: about 4 h 10 min."
     )
     capfd.readouterr()
-    scorer(model, verbose=True).score(CAPTIONS, IMAGES)
+    scorer(model, verbose=True).score(CAPTIONS, IMAGES)  # as fast as its plan
     shown = "".join(capfd.readouterr())
-    assert "9 captions x 7 images: 63 pairs" in shown and "about 0 s" in shown and "100%" in shown
+    assert "9 captions" not in shown and "100%" in shown
+    scorer(model, verbose=True, max_tokens=int(lengths.sum()) // 50).score(CAPTIONS, IMAGES)
+    shown = "".join(capfd.readouterr())
+    assert "9 captions x 7 images: 63 pairs" in shown and re.search(r"about \d+ s", shown) and "100%" in shown
     scorer(model).score(CAPTIONS, IMAGES)
     assert "".join(capfd.readouterr()) == ""
 

@@ -1,7 +1,7 @@
 """The registration of commands, and the options that several commands share."""
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 # Words after Ctrl-C of a command that takes `--restart`.
 GO_ON = "Run again, it goes on; --restart begins anew."
 
-AddArguments = Callable[[ArgumentParser], None]
+Add = Callable[..., object]  # `add_argument` of a parser
 Run = Callable[[Namespace], int | None]
 
 
@@ -22,7 +22,7 @@ class Command:
     Args:
         name (`str`): The word that the user types.
         help (`str`): A line about the command.
-        add_arguments (`callable`): Adds its arguments to a parser.
+        add_arguments (`callable`): Adds its arguments by `add_argument` of a parser.
         run (`callable`): Runs it on the parsed arguments, and returns its exit code, None for 0. It imports the modules
             that it needs itself, so that other commands need not wait for them.
         go_on (`str`, *optional*): Words after Ctrl-C, which say how the command goes on.
@@ -30,7 +30,7 @@ class Command:
 
     name: str
     help: str
-    add_arguments: AddArguments
+    add_arguments: Callable[[Add], None]
     run: Run
     go_on: str = ""
 
@@ -38,7 +38,9 @@ class Command:
 class Commands(list[Command]):
     """A family of commands, in the order of `--help`."""
 
-    def register(self, name: str, help: str, add_arguments: AddArguments, go_on: str = "") -> Callable[[Run], Run]:
+    def register(
+        self, name: str, help: str, add_arguments: Callable[[Add], None], go_on: str = ""
+    ) -> Callable[[Run], Run]:
         """Decorates the function that runs a command. Arguments are those of [`Command`]."""
 
         def registered(run: Run) -> Run:
@@ -48,22 +50,36 @@ class Commands(list[Command]):
         return registered
 
 
-def add_restart(parser: ArgumentParser) -> None:
-    """Adds the option `--restart` to a parser."""
-    parser.add_argument("--restart", action="store_true", help="begin anew; what was complete stays until this is")
+def add_restart(add: Add) -> None:
+    """Adds the option `--restart`."""
+    add("--restart", action="store_true", help="begin anew; what was complete stays until this is")
 
 
-def add_caption_ids(parser: ArgumentParser) -> None:
-    """Adds the option `--caption-ids` to a parser."""
-    parser.add_argument(
+def add_growth(add: Add, items: str) -> None:
+    """Adds the options `--add` and `--remove` by which a finished output grows and shrinks."""
+    add("--add", action="store_true", help=f"add the {items} that a finished one lacks")
+    add("--remove", nargs="+", metavar="ID", help=f"ids of {items} to take out; or a .txt, one a line")
+
+
+def removed(args: Namespace) -> list[str] | None:
+    """Reads the ids of `--remove`, see [`add_growth`]."""
+    from ..name_lists import read_names
+
+    is_list = args.remove is not None and len(args.remove) == 1 and args.remove[0].endswith(".txt")
+    return read_names(args.remove[0]) if is_list else args.remove
+
+
+def add_caption_ids(add: Add) -> None:
+    """Adds the option `--caption-ids`."""
+    add(
         "--caption-ids",
         help="other names for the images of the captions: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN",
     )
 
 
-def add_detector_option(parser: ArgumentParser, example: str) -> None:
-    """Adds the option `--option` to a parser, see [`detector_options`]."""
-    parser.add_argument(
+def add_detector_option(add: Add, example: str) -> None:
+    """Adds the option `--option`, see [`detector_options`]."""
+    add(
         "-o",
         "--option",
         action="append",

@@ -1,24 +1,20 @@
 """The commands of foils, which tell whether a model looks: making them, and measuring a checkpoint by them."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from .commands import Commands, add_caption_ids
+from .commands import Add, Commands, add_caption_ids
 
 commands = Commands()
 
 
-def _make_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("output", help="new file of foils, a JSON object a line")
-    parser.add_argument("--captions", help="caption file, with all splits (default: the rendered scenes)")
-    parser.add_argument("--regions", help="folder of the store of its images, with COCO's classes")
-    parser.add_argument(
-        "--splits", nargs="+", default=["val", "test"], help="splits that foils are made of (default: val test)"
-    )
-    parser.add_argument(
-        "--train-split", default="train", help="split that scorers without images are trained on (default: train)"
-    )
-    add_caption_ids(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of these scorers (default: 0)")
+def _make_arguments(add: Add) -> None:
+    add("output", help="new file of foils, a JSON object a line")
+    add("--captions", help="caption file, with all splits (default: the rendered scenes)")
+    add("--regions", help="folder of the store of its images, with COCO's classes")
+    add("--splits", nargs="+", default=["val", "test"], help="splits that foils are made of (default: val test)")
+    add("--train-split", default="train", help="split that scorers without images are trained on (default: train)")
+    add_caption_ids(add)
+    add("--seed", type=int, default=0, help="seed of these scorers (default: 0)")
 
 
 @commands.register("foil", "Captions made false by a word, which cannot be told without the image", _make_arguments)
@@ -45,15 +41,13 @@ def _make(args: Namespace) -> None:
     print("each of them: " + ", ".join(f"{100 * share:.1f}" for share in (margins > 0).mean(axis=0)))
 
 
-def _accuracy_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint with its processor")
-    parser.add_argument("foils", help="file that `unicoder-vl foil` made")
-    parser.add_argument("regions", help="folder of the store")
-    parser.add_argument("--split", help="split whose foils are taken (default: all)")
-    parser.add_argument(
-        "--first-stage", help="another checkpoint, whose first stage is measured (default: the model's)"
-    )
-    parser.add_argument("--output", help="JSON file for the figures")
+def _accuracy_arguments(add: Add) -> None:
+    add("model", help="checkpoint with its processor")
+    add("foils", help="file that `unicoder-vl foil` made")
+    add("regions", help="folder of the store")
+    add("--split", help="split whose foils are taken (default: all)")
+    add("--first-stage", help="another checkpoint, whose first stage is measured (default: the model's)")
+    add("--output", help="JSON file for the figures")
 
 
 @commands.register("foil-accuracy", "How often does a model prefer captions to their foils?", _accuracy_arguments)

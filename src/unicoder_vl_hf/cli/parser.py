@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import USER_ERRORS, end_with, stopped
 from ..name_lists import did_you_mean
-from . import foil, photos, retrieval, search, stores, vcr
+from . import checkpoints, foil, photos, plan, retrieval, scoring, search, stores, vcr
 
-FAMILIES = (photos, stores, retrieval, search, foil, vcr)
+FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, foil, vcr, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and not words[0].startswith("-"):
             _check_command(words[0], parser)
         args, unknown = parser.parse_known_args(words)
+        command, its_parser = (vars(args).pop(name) for name in ("command", "parser"))
         if unknown:
-            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        program, go_on = f"{program} {args.command.name}", args.command.go_on
-        return args.command.run(args) or 0
+            its_parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        program, go_on = f"{program} {command.name}", command.go_on
+        return command.run(args) or 0
     except USER_ERRORS as error:
         return end_with(error, program)
     except KeyboardInterrupt:
@@ -54,5 +55,5 @@ def build_parser() -> ArgumentParser:
             description = command.help if command.help.endswith("?") else f"{command.help}."
             added = parsers.add_parser(command.name, help=command.help, description=description, allow_abbrev=False)
             added.set_defaults(command=command, parser=added)
-            command.add_arguments(added)
+            command.add_arguments(added.add_argument)
     return parser

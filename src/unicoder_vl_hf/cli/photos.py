@@ -1,41 +1,51 @@
 """The commands that begin with photos: they extract regions, and prepare captions."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from .commands import GO_ON, Commands, add_caption_ids, add_detector_option, add_restart, check_paths, detector_options
+from .commands import (
+    GO_ON,
+    Add,
+    Commands,
+    add_caption_ids,
+    add_detector_option,
+    add_growth,
+    add_restart,
+    check_paths,
+    detector_options,
+    removed,
+)
 
 commands = Commands()
 
 
-def _extract_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("photos", help="photos: a folder, .tar, .txt of file names, .parquet, or folder of a dataset")
-    parser.add_argument("store", help="folder of the store")
-    parser.add_argument(
+def _extract_arguments(add: Add) -> None:
+    add("photos", help="photos: a folder, .tar, .txt of file names, .parquet, or folder of a dataset")
+    add("store", help="folder of the store")
+    add(
         "--detector",
         required=True,
         metavar="FAMILY:NAME",
-        help="detector of the family visual-genome, torchvision, transformers or grid",
+        help="detector of the family visual-genome, torchvision, transformers or grid; or MODULE:CLASS",
     )
-    add_detector_option(parser, "max_regions=36")
-    parser.add_argument(
+    add_detector_option(add, "max_regions=36")
+    add(
         "--ids",
         default="stem",
         help="source of the photos' ids: stem (default: file names without suffix), path, key (webdataset's), coco, a "
         ".csv (source_id, image_id), or CAPTIONS:COLUMN",
     )
-    parser.add_argument("--skip-unmapped", action="store_true", help="leave out photos that --ids does not cover")
-    parser.add_argument("--image-column", default="image", help="column of a dataset's photos (default: image)")
-    parser.add_argument("--id-column", default="image_id", help="column of a dataset's ids (default: image_id)")
-    parser.add_argument("--split", help="split of a dataset")
-    parser.add_argument("--boxes", help="boxes to pool features in: a .npz, or a .jsonl of image_id and boxes")
-    parser.add_argument("--batch-size", type=int, help="photos at a time (default: 1 on a CPU, 8 on a GPU)")
-    parser.add_argument("--num-workers", type=int, default=2, help="reading processes (default: 2)")
-    parser.add_argument("--device", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument(
-        "--precision", default="auto", help="precision: auto (what the device is fast in), no, bf16 or fp16"
-    )
-    parser.add_argument("--dtype", default="float16", help="type of the stored features (default: float16)")
-    add_restart(parser)
+    add("--skip-unmapped", action="store_true", help="leave out photos that --ids does not cover")
+    add("--image-column", default="image", help="column of a dataset's photos (default: image)")
+    add("--id-column", default="image_id", help="column of a dataset's ids (default: image_id)")
+    add("--split", help="split of a dataset")
+    add("--boxes", help="boxes to pool features in: a .npz, or a .jsonl of image_id and boxes")
+    add("--batch-size", type=int, help="photos at a time (default: 1 on a CPU, 8 on a GPU)")
+    add("--num-workers", type=int, default=2, help="reading processes (default: 2)")
+    add("--device", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
+    add("--precision", default="auto", help="precision: auto (what the device is fast in), no, bf16 or fp16")
+    add("--dtype", default="float16", help="type of the stored features (default: float16)")
+    add_growth(add, "photos")
+    add_restart(add)
 
 
 @commands.register("extract", "Photos → a store, by a detector; run again, it goes on", _extract_arguments, GO_ON)
@@ -59,6 +69,8 @@ def _extract(args: Namespace) -> None:
         device=args.device,
         precision=args.precision,
         dtype=args.dtype,
+        add=args.add,
+        remove=removed(args),
         restart=args.restart,
         **photo_ids(args.ids),
         **options,
@@ -66,25 +78,21 @@ def _extract(args: Namespace) -> None:
     print(store)
 
 
-def _prepare_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("photos", help="photos as `extract` takes them, or the store that it wrote")
-    parser.add_argument("captions", help="caption file in any layout")
-    parser.add_argument("output", help="new .jsonl of image_id, caption and split")
-    parser.add_argument(
-        "--ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)"
-    )
-    add_caption_ids(parser)
-    parser.add_argument(
+def _prepare_arguments(add: Add) -> None:
+    add("photos", help="photos as `extract` takes them, or the store that it wrote")
+    add("captions", help="caption file in any layout")
+    add("output", help="new .jsonl of image_id, caption and split")
+    add("--ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)")
+    add_caption_ids(add)
+    add(
         "--splits",
         type=_shares,
         metavar="SHARES",
         help="draw splits anew: shares of train, val and test (default: those of the captions, else 0.8,0.1,0.1)",
     )
-    parser.add_argument(
-        "--split-list", action="append", default=[], metavar="NAME=FILE", help="file of a split's images, one a line"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
-    parser.add_argument("--restart", action="store_true", help="write anew where other prepared captions are")
+    add("--split-list", action="append", default=[], metavar="NAME=FILE", help="file of a split's images, one a line")
+    add("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    add("--restart", action="store_true", help="write anew where other prepared captions are")
 
 
 @commands.register(

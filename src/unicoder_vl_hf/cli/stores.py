@@ -1,12 +1,20 @@
 """The commands of stores: they convert, export, inspect, validate, compare, label and merge."""
 
 import argparse
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .commands import GO_ON, Commands, add_detector_option, add_restart, detector_options, print_problems
+from .commands import (
+    GO_ON,
+    Add,
+    Commands,
+    add_detector_option,
+    add_restart,
+    detector_options,
+    print_problems,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -14,30 +22,20 @@ if TYPE_CHECKING:
 commands = Commands()
 
 
-def _convert_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", help="feature file or folder of these")
-    parser.add_argument("store", help="folder of the new store")
-    _add_format(parser)
-    parser.add_argument(
-        "--ids", help="other names for the images: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN"
-    )
-    parser.add_argument("--skip-unmapped", action="store_true", help="leave out images that --ids does not cover")
-    parser.add_argument(
-        "--skip-broken", action="store_true", help="leave out images that are damaged, and list them in skipped.jsonl"
-    )
-    parser.add_argument(
-        "--keep-first", action="store_true", help="take the first of images of one id that differ, and list the others"
-    )
-    parser.add_argument(
-        "--dtype", default="float16", help="type of the features: float16 (default), bfloat16 or float32"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="number of processes (default: 1)")
-    parser.add_argument("--resume", action="store_true", help="add images of the source that a finished store lacks")
-    add_restart(parser)
-    parser.add_argument(
-        "--source-detector", metavar="NAME@REVISION", help="detector that found the regions, as you declare it"
-    )
-    parser.add_argument("--num-classes", type=int, help="object classes of the detector, without background")
+def _convert_arguments(add: Add) -> None:
+    add("source", help="feature file or folder of these")
+    add("store", help="folder of the new store")
+    _add_format(add)
+    add("--ids", help="other names for the images: stem, coco, a .csv (source_id, image_id), or CAPTIONS:COLUMN")
+    add("--skip-unmapped", action="store_true", help="leave out images that --ids does not cover")
+    add("--skip-broken", action="store_true", help="leave out images that are damaged, and list them in skipped.jsonl")
+    add("--keep-first", action="store_true", help="take the first of images of one id that differ, and list the others")
+    add("--dtype", default="float16", help="type of the features: float16 (default), bfloat16 or float32")
+    add("--workers", type=int, default=1, help="number of processes (default: 1)")
+    add("--resume", action="store_true", help="add images of the source that a finished store lacks")
+    add_restart(add)
+    add("--source-detector", metavar="NAME@REVISION", help="detector that found the regions, as you declare it")
+    add("--num-classes", type=int, help="object classes of the detector, without background")
 
 
 @commands.register("convert", "Feature files of another tool → a store", _convert_arguments, GO_ON)
@@ -68,14 +66,12 @@ def _convert(args: Namespace) -> None:
     print(store)
 
 
-def _export_arguments(parser: ArgumentParser) -> None:
+def _export_arguments(add: Add) -> None:
     from ..regions.conversion import EXPORTS
 
-    parser.add_argument("store", help="folder of the store")
-    parser.add_argument(
-        "path", help="new folder; for lxmert-tsv a .tsv, for uniter-lmdb named such as feat_th0.2_max100_min10"
-    )
-    parser.add_argument("--format", required=True, help=f"format of the files, one of {', '.join(EXPORTS)}")
+    add("store", help="folder of the store")
+    add("path", help="new folder; for lxmert-tsv a .tsv, for uniter-lmdb named such as feat_th0.2_max100_min10")
+    add("--format", required=True, help=f"format of the files, one of {', '.join(EXPORTS)}")
 
 
 @commands.register("export", "A store → files that other tools read", _export_arguments)
@@ -87,13 +83,13 @@ def _export(args: Namespace) -> None:
     print(f"{args.path} written.")
 
 
-def _inspect_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", help="store, or feature file or folder of these")
-    _add_format(parser)
-    parser.add_argument("--max-images", type=int, help="images looked at (default: all of a store, 1,000 of a file)")
-    parser.add_argument("--image-id", help="image whose regions are shown")
-    parser.add_argument("--photo", help="photo of --image-id, on which its boxes are drawn")
-    parser.add_argument("--output", default="regions.png", help="file of the drawing (default: regions.png)")
+def _inspect_arguments(add: Add) -> None:
+    add("source", help="store, or feature file or folder of these")
+    _add_format(add)
+    add("--max-images", type=int, help="images looked at (default: all of a store, 1,000 of a file)")
+    add("--image-id", help="image whose regions are shown")
+    add("--photo", help="photo of --image-id, on which its boxes are drawn")
+    add("--output", default="regions.png", help="file of the drawing (default: regions.png)")
 
 
 @commands.register("inspect", "The contents of a store or a feature file", _inspect_arguments)
@@ -158,8 +154,8 @@ def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":
         raise ValueError(f"--photo {path}: {error}") from error
 
 
-def _validate_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("store", help="folder of the store")
+def _validate_arguments(add: Add) -> None:
+    add("store", help="folder of the store")
 
 
 @commands.register("validate", "Look for damage in a store, and name the images", _validate_arguments)
@@ -169,11 +165,11 @@ def _validate(args: Namespace) -> int:
     return print_problems(validate(args.store))
 
 
-def _compare_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("a", help="folder of a store")
-    parser.add_argument("b", help="folder of another store of the same images")
-    parser.add_argument("--min-iou", type=float, default=0.5, help="least overlap of boxes that match (default: 0.5)")
-    parser.add_argument("--max-images", type=int, help="images compared, the first ones (default: all)")
+def _compare_arguments(add: Add) -> None:
+    add("a", help="folder of a store")
+    add("b", help="folder of another store of the same images")
+    add("--min-iou", type=float, default=0.5, help="least overlap of boxes that match (default: 0.5)")
+    add("--max-images", type=int, help="images compared, the first ones (default: all)")
 
 
 @commands.register("compare", "Do the features of two stores agree?", _compare_arguments)
@@ -184,14 +180,14 @@ def _compare(args: Namespace) -> None:
     print(compare_stores(RegionStore(args.a), RegionStore(args.b), min_iou=args.min_iou, max_images=args.max_images))
 
 
-def _label_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("store", help="folder of the store")
-    parser.add_argument("output", help="folder of the labelled store")
-    parser.add_argument("--detector", required=True, help="detector that found the regions, visual-genome:NAME")
-    add_detector_option(parser, "revision=main")
-    add_restart(parser)
+def _label_arguments(add: Add) -> None:
+    add("store", help="folder of the store")
+    add("output", help="folder of the labelled store")
+    add("--detector", required=True, help="detector that found the regions, visual-genome:NAME")
+    add_detector_option(add, "revision=main")
+    add_restart(add)
     # It once had to be asked for to go on.
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    add("--resume", action="store_true", help=argparse.SUPPRESS)
 
 
 @commands.register(
@@ -209,11 +205,11 @@ def _label(args: Namespace) -> None:
     print(label(store, args.output, classifier, restart=args.restart))
 
 
-def _merge_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("stores", nargs="+", help="folders of stores of different images and one provenance")
-    parser.add_argument("--output", required=True, help="folder of the new store")
-    parser.add_argument("--num-classes", type=int, help="object classes of the detector, for stores that do not tell")
-    add_restart(parser)
+def _merge_arguments(add: Add) -> None:
+    add("stores", nargs="+", help="folders of stores of different images and one provenance")
+    add("--output", required=True, help="folder of the new store")
+    add("--num-classes", type=int, help="object classes of the detector, for stores that do not tell")
+    add_restart(add)
 
 
 @commands.register("merge", "Several stores → one, or one that is told its number of classes", _merge_arguments, GO_ON)
@@ -223,32 +219,23 @@ def _merge(args: Namespace) -> None:
     print(merge_stores(args.stores, args.output, num_classes=args.num_classes, restart=args.restart))
 
 
-def _add_format(parser: ArgumentParser) -> None:
+def _add_format(add: Add) -> None:
     from ..regions.formats import FEATURE_DTYPES, FORMATS
 
-    parser.add_argument("--format", help=f"format, found from the content by default; one of {', '.join(FORMATS)}")
-    parser.add_argument(
-        "--class-names", help="file with a class name a line, in the order of object ids, without background"
-    )
-    parser.add_argument(
-        "--feature-dtype",
-        metavar="DTYPE",
-        help=f"type of features that are only bytes: {', '.join(FEATURE_DTYPES)}",
-    )
-    parser.add_argument("--background", action="store_true", help="say that object ids count a background class as 0")
-    parser.add_argument("--index", help="file of image names, for formats that number images")
+    add("--format", help=f"format, found from the content by default; one of {', '.join(FORMATS)}")
+    add("--class-names", help="file with a class name a line, in the order of object ids, without background")
+    add("--feature-dtype", metavar="DTYPE", help=f"type of features that are only bytes: {', '.join(FEATURE_DTYPES)}")
+    add("--background", action="store_true", help="say that object ids count a background class as 0")
+    add("--index", help="file of image names, for formats that number images")
+
+
+FORMAT_OPTIONS = ("class_names", "feature_dtype", "background", "index")
 
 
 def _format_options(args: Namespace) -> dict[str, Any]:
     from ..name_lists import read_names
 
-    options: dict[str, Any] = {}
-    if args.class_names is not None:
+    options = {name: value for name in FORMAT_OPTIONS if (value := getattr(args, name)) not in (None, False)}
+    if "class_names" in options:
         options["class_names"] = read_names(args.class_names)
-    if args.feature_dtype is not None:
-        options["feature_dtype"] = args.feature_dtype
-    if args.background:
-        options["background"] = True
-    if args.index is not None:
-        options["index"] = args.index
     return options

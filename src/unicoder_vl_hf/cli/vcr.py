@@ -1,17 +1,15 @@
 """The command of visual commonsense reasoning, which checks a submission before it is sent."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
-from .commands import Commands, print_problems
+from .commands import Add, Commands, print_problems
 
 commands = Commands()
 
 
-def _check_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("submission", help="CSV of the submission")
-    parser.add_argument(
-        "--annotations", required=True, metavar="FILE", help="questions of the submission: VCR's test.jsonl"
-    )
+def _check_arguments(add: Add) -> None:
+    add("submission", help="CSV of the submission")
+    add("--annotations", required=True, metavar="FILE", help="questions of the submission: VCR's test.jsonl")
 
 
 @commands.register("vcr-check", "Would VCR's leaderboard take this submission?", _check_arguments)

@@ -14,4 +14,4 @@ from .negatives import (
     read_duplicate_groups as read_duplicate_groups,
 )
 from .preparation import PreparedCaptions as PreparedCaptions, prepare as prepare
-from .samplers import StepBatchSampler as StepBatchSampler
+from .samplers import StepBatchSampler as StepBatchSampler, TokenBatchSampler as TokenBatchSampler

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import logging
-from ..name_lists import numbered_lines
+from ..name_lists import not_utf8, numbered_lines, read_jsonl
 from ..regions.photos import stem
 
 logger = logging.get_logger(__name__)
@@ -70,9 +70,7 @@ def read_caption_file(
             entries = _entries(Path(path), format)
             rows = datasets.Dataset(_to_arrow(_check_entries(entries, path, split, skip_empty), path))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#x}); convert the file to UTF-8."
-        ) from error
+        raise not_utf8(path, error) from error
     if len(rows) == 0:
         raise ValueError(f"{path} holds no captions (format {format!r}, split {split!r}); expected at least one.")
     return rows
@@ -219,13 +217,7 @@ def _read_token(path: Path, format: str) -> Iterator[Entry]:
 
 
 def _read_jsonl(path: Path, format: str) -> Iterator[Entry]:
-    for number, line in numbered_lines(path):
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}, column {error.colno}: malformed json ({error.msg}); expected an object."
-            ) from error
+    return ((f"line {number}", row) for number, row in read_jsonl(path))
 
 
 def _read_csv(path: Path, format: str) -> Iterator[Entry]:
@@ -525,13 +517,8 @@ def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str]) -> da
 
 def _add_column(table: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
     """Adds a column without the progress bar that `datasets` shows while it copies selected rows."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
+    with logging.without_bars_of_datasets():
         return table.add_column(name, values)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _no_column(place: str | PathLike[str], name: str, columns: Iterable[str]) -> str:

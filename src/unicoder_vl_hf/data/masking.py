@@ -102,7 +102,9 @@ class Masking:
         input_ids[chosen[masked]] = tokenizer.mask_token_id
         input_ids[chosen[random]] = rng.integers(len(tokenizer), size=random.sum())
 
-    def hide_regions(self, rng: np.random.Generator, features: np.ndarray, labels: np.ndarray, object_ids: np.ndarray):
+    def hide_regions(
+        self, rng: np.random.Generator, features: np.ndarray, labels: np.ndarray, object_ids: np.ndarray
+    ) -> np.ndarray:
         """
         Chooses regions of known class of a row, at least one where there is one, and sets some of their features to
         zeros in place.
@@ -112,13 +114,18 @@ class Masking:
             features (`np.ndarray` of shape `(R, D)`), labels (`np.ndarray` of shape `(R,)`): Changed where regions are
                 chosen.
             object_ids (`np.ndarray` of shape `(R,)`): Object classes, a row of [`~Masking.object_ids`].
+
+        Returns:
+            `np.ndarray`: The indices of the regions that are hidden.
         """
         known = np.flatnonzero(object_ids >= 0)
         if self.moc_probability == 0 or len(known) == 0:
-            return
+            return known[:0]
         chosen = known[_choose(rng, len(known), self.moc_probability)]
         labels[chosen] = object_ids[chosen]
-        features[chosen[rng.random(len(chosen)) < self.region_zero_prob]] = 0
+        hidden = chosen[rng.random(len(chosen)) < self.region_zero_prob]
+        features[hidden] = 0
+        return hidden
 
     def object_ids(self, records: Sequence[RegionRecord], kept: np.ndarray) -> np.ndarray:
         """

@@ -1,11 +1,13 @@
 """The order of training: the rows that an optimiser step takes, shared among processes and micro-batches.
 
 The order is a pure function of (seed, epoch, step): the rows of a step are the same for any number of processes and
-micro-batches, so that a resume on another machine trains on the same steps. Every row occurs exactly once an epoch, and
-the last step of an epoch is smaller.
+micro-batches, so that a resume on another machine trains on the same steps. Every row occurs exactly once an epoch.
+Steps hold equal numbers of rows, the last of an epoch fewer ([`StepBatchSampler`]), or about equal numbers of tokens
+([`TokenBatchSampler`]).
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, pairwise
 from typing import Any
 
@@ -13,6 +15,10 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 SALT = 0x6F7264  # keeps these draws apart from masks and negatives that use the same seed
+
+# Steps whose rows are sorted together. Batches of 192 pairs (13 words, 44 regions on average) then have 1.22 times the
+# tokens that they have without padding: 2.10 where 1 step is sorted alone, 1.41 for 4, 1.18 for 64.
+STEPS_PER_WINDOW = 16
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
@@ -44,6 +50,34 @@ def step_parts(rows: np.ndarray, num_parts: int) -> list[tuple[list[int], float]
     ]
 
 
+def cut_evenly(tokens: np.ndarray, count: int, least: int = 1) -> np.ndarray:
+    """
+    Cuts rows, in their order, into parts of nearly equal numbers of tokens.
+
+    Args:
+        tokens (`np.ndarray` of shape `(num_rows,)`): The tokens of each row.
+        count (`int`): Number of parts.
+        least (`int`, *optional*, defaults to 1): Rows that a part has at least; there must be `count * least`.
+
+    Returns:
+        The first row of each part, and behind them the number of rows: int64 of shape `(count + 1,)`.
+
+    Example:
+
+    ```python
+    >>> cut_evenly(np.array([1, 1, 1, 1, 2, 2, 4]), 3)
+    array([0, 4, 6, 7])
+    ```
+    """
+    middles = tokens.cumsum() - tokens / 2  # a row is of the part that its middle is in
+    cuts = np.searchsorted(middles, tokens.sum() * np.arange(count + 1) / count)
+    # Each part has its rows, whatever the tokens are: cuts move up, and then down from the end.
+    rows_before = least * np.arange(count + 1)
+    cuts = np.maximum.accumulate(cuts - rows_before) + rows_before
+    return np.minimum(cuts, len(tokens) - rows_before[::-1])
+
+
+@dataclass(eq=False)
 class StepBatchSampler(Sampler[list[int]]):
     """
     Gives the micro-batches of one process, for `DataLoader(batch_sampler=…)`: `micro_batches` of them make a step.
@@ -75,41 +109,27 @@ class StepBatchSampler(Sampler[list[int]]):
         `ValueError`: an argument is out of its range.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        *,
-        rows_per_step: int,
-        micro_batches: int = 1,
-        seed: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-        shuffle: bool = True,
-    ):
-        counts = {
-            "num_rows": num_rows,
-            "rows_per_step": rows_per_step,
-            "micro_batches": micro_batches,
-            "num_processes": num_processes,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name}={count}; expected at least 1.")
-        if not 0 <= process_index < num_processes:
+    num_rows: int
+    _: KW_ONLY
+    rows_per_step: int
+    micro_batches: int = 1
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_rows", "rows_per_step", "micro_batches", "num_processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1.")
+        if not 0 <= self.process_index < self.num_processes:
             raise ValueError(
-                f"process_index={process_index}; expected 0 to {num_processes - 1}, as num_processes={num_processes}."
+                f"process_index={self.process_index}; expected 0 to {self.num_processes - 1}, as "
+                f"num_processes={self.num_processes}."
             )
-        if seed < 0:
-            raise ValueError(f"seed={seed}; expected at least 0.")
-        self.num_rows = num_rows
-        self.rows_per_step = rows_per_step
-        self.micro_batches = micro_batches
-        self.seed = seed
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.shuffle = shuffle
-        self.epoch = 0
-        self.start_step = 0
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}; expected at least 0.")
+        self.epoch = self.start_step = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -152,6 +172,91 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.start_step) * self.micro_batches
+
+
+class TokenBatchSampler(StepBatchSampler):
+    """
+    Gives the micro-batches of one process, as [`StepBatchSampler`] does, of about equal numbers of tokens and with rows
+    of alike length, which need little padding.
+
+    The rows of an epoch are shuffled. Those of 16 steps are sorted by the length of their longest sequence and cut into
+    steps of equal tokens, which follow in random order; a step is cut into its micro-batches alike. The number of steps
+    is the same in every epoch, and lengths are asked for a window of 16 steps at a time.
+
+    Steps have different numbers of rows. The weight of a micro-batch is its rows over the mean of all steps, so that
+    every row counts the same, and the gradients of an epoch add up to those of steps of equal rows.
+
+    Args:
+        lengths (callable): Takes the numbers of rows, int64 of shape `(n,)`, and the epoch; gives the tokens of their
+            sequences, integers of shape `(n, sequences)`.
+        num_rows (`int`): Rows of an epoch.
+        num_tokens (`int`): Tokens that an epoch has, or is expected to have.
+        tokens_per_batch (`int`): Tokens of one optimiser step, over all processes and micro-batches.
+        options: `micro_batches`, `seed`, `process_index`, `num_processes` and `shuffle` of [`StepBatchSampler`].
+
+    Raises:
+        `ValueError`: an argument is out of its range, or steps have fewer rows than micro-batches.
+    """
+
+    def __init__(
+        self,
+        lengths: Callable[[np.ndarray, int], np.ndarray],
+        num_rows: int,
+        *,
+        num_tokens: int,
+        tokens_per_batch: int,
+        **options: Any,
+    ):
+        if tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch={tokens_per_batch}; expected at least 1.")
+        self._steps = max(1, round(num_tokens / tokens_per_batch))
+        super().__init__(num_rows, rows_per_step=max(1, num_rows // self._steps), **options)
+        self.lengths = lengths
+        self.tokens_per_batch = tokens_per_batch
+        self.num_parts = self.num_processes * self.micro_batches
+        if num_rows < self._steps * self.num_parts:
+            raise ValueError(
+                f"tokens_per_batch={tokens_per_batch}: the steps have {num_rows / self._steps:.1f} rows of "
+                f"{num_tokens / num_rows:.0f} tokens on average, which do not fill {self.num_parts} micro-batches over "
+                f"all processes; expected at least {-(-num_tokens * self.num_parts // num_rows)}."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of optimiser steps of an epoch, which is that of every epoch."""
+        return self._steps
+
+    @property
+    def mean_rows(self) -> float:
+        """The rows of a micro-batch, on average."""
+        return self.num_rows / (self._steps * self.num_parts)
+
+    def weights(self) -> Iterator[float]:
+        """Gives the weight of each micro-batch, in the order of iteration; the lengths are asked for again."""
+        return (weight for _, weight in self.parts())
+
+    def _parts(self, order: np.ndarray) -> Iterator[tuple[list[int], float]]:
+        mine = slice(self.process_index * self.micro_batches, (self.process_index + 1) * self.micro_batches)
+        for first in range(0, self._steps, STEPS_PER_WINDOW):
+            count = min(STEPS_PER_WINDOW, self._steps - first)
+            if first + count > self.start_step:
+                window = order[slice(*(self.num_rows * step // self._steps for step in (first, first + count)))]
+                for rows, tokens in self._steps_of(window, first, count)[max(0, self.start_step - first) :]:
+                    cuts = cut_evenly(tokens, self.num_parts)
+                    for begin, end in list(pairwise(cuts))[mine]:
+                        weight = (end - begin) * self._steps / self.num_rows
+                        yield rows[begin:end].tolist(), float(weight)
+
+    def _steps_of(self, rows: np.ndarray, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Makes the steps of a window, which begins with step `first`, each as its rows and their tokens."""
+        lengths = self.lengths(rows, self.epoch)
+        longest, tokens = lengths.max(axis=1), lengths.sum(axis=1)
+        by_length = np.lexsort((tokens, longest))
+        rows, tokens = rows[by_length], tokens[by_length]
+        steps = [slice(*cut) for cut in pairwise(cut_evenly(tokens, count, least=self.num_parts))]
+        if self.shuffle:
+            np.random.default_rng([self.seed, self.epoch, first, SALT]).shuffle(steps)
+        return [(rows[step], tokens[step]) for step in steps]
 
 
 class GivenRows(Dataset[Any]):

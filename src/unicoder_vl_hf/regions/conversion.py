@@ -457,7 +457,7 @@ def _is_mine(image_id: str, part: int, parts: int) -> bool:
     return parts == 1 or zlib.crc32(image_id.encode()) % parts == part
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads the rows of a `skipped.jsonl`, without one that a kill cut short."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:

@@ -17,12 +17,22 @@ from typing import Any
 import numpy as np
 
 from .. import logging
-from ..files import begun_anew, complete, partial_path, say_finished, sync_folder, write_json
+from ..files import (
+    begun_anew,
+    complete,
+    partial_path,
+    put_back,
+    replace_folder,
+    say_finished,
+    sync_folder,
+    write_json,
+)
 from ..records_unicoder_vl import check_several
 from .shards import (
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
+    SKIPPED,
     STORE_OF_STORES,
     UNFINISHED,
     ImageIds,
@@ -30,7 +40,7 @@ from .shards import (
     shard_path,
     sorted_run,
 )
-from .store import MERGE, RegionStore, RegionStoreWriter, finish_store
+from .store import MERGE, UNCOMPARED, RegionStore, RegionStoreWriter, finish_store
 from .tensor_files import file_facts
 
 
@@ -93,7 +103,7 @@ def _check_merged(found: RegionStore, stores: list[RegionStore], num_classes: in
         names = ", ".join(str(store.path) for store in stores)
         raise ValueError(f"{found.path} holds a store already, and no merge of {names}: {remedy}")
     for name, value in _common_provenance(stores, num_classes).items():
-        if name != "package_version" and found.provenance[name] != value:
+        if name not in ("package_version", UNCOMPARED) and found.provenance[name] != value:
             raise ValueError(f"{found.path} was merged with {name}={found.provenance[name]!r}, not {value!r}: {remedy}")
 
 
@@ -118,6 +128,34 @@ def subset_store(source: str | PathLike, image_ids: Iterable[str], destination: 
     """
     store = RegionStore(source)
     return _copy(store, _numbers(store, image_ids), Path(destination))
+
+
+def remove_images(path: str | PathLike, image_ids: Iterable[str]) -> RegionStore:
+    """
+    Takes images out of a store. It stays as it is until the store without them is complete.
+
+    Args:
+        path (`str` or `os.PathLike`): The store.
+        image_ids (iterable of `str`): Ids of the images to take out.
+
+    Raises:
+        KeyError: An id is not in the store; nothing is changed then.
+        ValueError: No image would be left.
+    """
+    folder = Path(path).absolute()
+    put_back(folder)
+    store = RegionStore(folder)
+    kept = np.setdiff1d(np.arange(len(store)), _numbers(store, image_ids))
+    if not len(kept):
+        raise ValueError(f"{folder} would be left without an image: remove the folder instead.")
+    if len(kept) < len(store):
+        new = folder.with_name(f".{folder.name}.without")
+        shutil.rmtree(new, ignore_errors=True)  # of a call that was stopped, which may have been for other images
+        _copy(store, kept, new)
+        if (skipped := folder / SKIPPED).exists():
+            shutil.copy2(skipped, new)
+        replace_folder(folder, new)
+    return RegionStore(folder)
 
 
 def split_store(
@@ -181,7 +219,7 @@ def _common_provenance(stores: list[RegionStore], num_classes: int | None) -> di
     first, *others = [_provenance(store, num_classes) for store in stores]
     for store, other in zip(stores[1:], others, strict=True):
         for name, value in first.items():
-            if other[name] != value and name != "package_version":
+            if other[name] != value and name not in ("package_version", UNCOMPARED):
                 raise ValueError(
                     f"{stores[0].path} has {name}={value!r}, {store.path} has {other[name]!r}: a store holds regions "
                     "of one kind."
@@ -243,9 +281,8 @@ def _copy(store: RegionStore, numbers: np.ndarray, destination: Path) -> RegionS
     with RegionStoreWriter(destination, resume=True, **options) as writer:
         # An interrupted call left the first of the images that are to be written.
         done = len(writer.resumed)
-        if not all(store.shards.image_id(number) in writer.resumed for number in numbers[:done].tolist()) or done > len(
-            numbers
-        ):
+        first = [store.shards.image_id(number) for number in numbers[:done].tolist()]
+        if len(first) < done or not all(image_id in writer.resumed for image_id in first):
             raise ValueError(f"{destination} holds other images than those asked for: take another folder.")
         for number in logging.tqdm(numbers[done:].tolist(), desc=f"Copying to {destination.name}", unit="image"):
             writer.write(store.record_at(number))

@@ -11,7 +11,6 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain, islice
 from os import PathLike
@@ -28,10 +27,11 @@ from .. import logging
 from ..files import begun_anew, locked, make_folder, say_finished
 from ..name_lists import numbered_lines
 from ..processes import StopSignal
-from ..records_unicoder_vl import RegionRecord
-from .conversion import Rename, write_skipped, write_store
+from ..records_unicoder_vl import RegionRecord, check_several
+from .conversion import Rename, read_rows, write_skipped, write_store
 from .detectors import Detector, load_detector, split_name
-from .editing import merge_stores, merged_stores
+from .editing import merge_stores, merged_stores, remove_images
+from .finding import GPU_BATCH_SIZE, ReadPhoto, describe, detect
 from .photos import PhotoSource, decode_photo, in_words, list_photos
 from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
 from .store import NoRecordWritten, OtherSettings, RegionStore, RegionStoreWriter
@@ -43,8 +43,6 @@ logger = logging.get_logger(__name__)
 
 # Photos are sorted by shape over this many batches: a detector computes those of equal shape together.
 BATCHES_SORTED = 4
-# A GPU computes this many photos at a time. A CPU gains nothing by it and takes one, which makes a stop quicker.
-GPU_BATCH_SIZE = 8
 # Where a detector fails at this many photos in a row, the fault is not the photos'.
 FAILURES_IN_A_ROW = 8
 
@@ -69,6 +67,8 @@ def extract(
     precision: str = "auto",
     dtype: str = "float16",
     shard_size: int = 128 * 2**20,
+    add: bool = False,
+    remove: Sequence[str] | None = None,
     restart: bool = False,
     **options: Any,
 ) -> RegionStore:
@@ -106,16 +106,22 @@ def extract(
         dtype (`str`, defaults to `"float16"`): Type of the stored features.
         shard_size (`int`, defaults to 128 MiB): Bytes after which a shard is complete; a kill -9 loses the incomplete
             one.
+        add (`bool`, defaults to `False`): Whether photos that a finished store lacks are added to it. It stays valid as
+            it is until they are all there.
+        remove (sequence of `str`, *optional*): Ids of images to leave out, and to take out of a finished store.
         restart (`bool`, defaults to `False`): Whether to begin anew where `output` holds a store, finished or not.
         options: Options of the detector's family.
 
     Raises:
         ValueError: Two photos have one id, no photo is found or none gives regions, the store was begun with other
-            settings, photos or ids, or is being written, or it is finished and lacks photos that are new.
+            settings, photos or ids, or is being written, it is finished and lacks photos that are new (unless `add`),
+            or an id of `remove` is neither that of a photo nor of an image of the store.
         KeyboardInterrupt: It was told to stop; the same call goes on.
         Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; regions that were extracted before are
             kept.
     """
+    check_several("remove", remove)
+    unwanted = set(remove or ())
     if isinstance(detector, str):
         split_name(detector)  # before all photos are listed
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
@@ -156,17 +162,20 @@ def extract(
         state.wait_for_everyone()
         before = _parts(parts)
         done = {image_id for store in (*before, *_finished(folder)) for image_id in RegionStore(store)}
-        if ids == "stem" and rename is None and done and done.isdisjoint(source.ids):
+        if ids == "stem" and rename is None and done and not add and done.isdisjoint(source.ids):
             source = _by_key(photos, folder, done) or source
-        left = [index for index, image_id in enumerate(source.ids) if image_id not in done]
+        if unknown := unwanted - done.union(source.ids):
+            raise ValueError(f"remove (--remove) names {min(unknown)!r}, which neither {folder} nor the photos have.")
+        left = [index for index, image_id in enumerate(source.ids) if image_id not in done | unwanted]
         state.wait_for_everyone()  # before new parts appear
         if done and state.is_main_process:
-            _check_ids(folder, done, source.ids)
-            if not before:  # finished
+            if not add:
+                _check_ids(folder, done, source.ids)
+            if not before and not add:  # finished
                 _check_left(folder, [source.ids[index] for index in left])
             if left or before:
-                logger.warning(f"{len(source.ids) - len(left)} photos are in {folder} already; {len(left)} are left.")
-            else:
+                logger.warning(f"{len(done)} photos are in {folder} already; {len(left)} are left.")
+            elif done.isdisjoint(unwanted):
                 say_finished(folder)
         # A finished store has every photo that the detector can take: it may well fail at all that are left.
         patience = FAILURES_IN_A_ROW if before or not done else float("inf")
@@ -184,6 +193,9 @@ def extract(
         state.wait_for_everyone()
         if state.is_main_process:
             _join_parts(parts, folder, settings, source)
+            if taken_out := done & unwanted:
+                remove_images(folder, taken_out)
+                logger.warning(f"{len(taken_out)} images are taken out of {folder}.")
         state.wait_for_everyone()
     return RegionStore(folder)
 
@@ -224,25 +236,7 @@ def read_boxes(boxes: str | PathLike | Mapping[str, Any]) -> Boxes:
 # Photos
 
 
-@dataclass(frozen=True)
-class _Photo:
-    """A photo as a reading process gives it; `problem` says why it could not be read."""
-
-    index: int
-    image_id: str
-    size: tuple[int, int] = (1, 1)  # width and height of the upright photo
-    decoded_size: tuple[int, int] = (1, 1)
-    prepared: Any = None
-    boxes: np.ndarray | None = None  # given ones, in pixels of the upright photo
-    problem: str | None = None
-
-    @property
-    def scale(self) -> np.ndarray:
-        """The factors `(4,)` that take boxes in the decoded photo to boxes in the photo."""
-        return np.tile(np.divide(self.size, self.decoded_size), 2)
-
-
-class _Reader(Dataset[_Photo]):
+class _Reader(Dataset[ReadPhoto]):
     """Photos in the form that the detector takes. An error in one is returned with it, and not raised."""
 
     def __init__(self, source: PhotoSource, indices: Sequence[int], prepare: Any, given: Boxes | None):
@@ -254,15 +248,15 @@ class _Reader(Dataset[_Photo]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, row: int) -> _Photo:
+    def __getitem__(self, row: int) -> ReadPhoto:
         index = self.indices[row]
         image_id = self.source.ids[index]
         try:
             image, size = decode_photo(self.source.read(index))
             boxes = None if self.given is None else _boxes_of(image_id, size, self.given)
-            return _Photo(index, image_id, size, image.size, self.prepare(image), boxes)
+            return ReadPhoto(index, image_id, size, image.size, self.prepare(image), boxes)
         except Exception as error:
-            return _Photo(index, image_id, problem=_describe(error))
+            return ReadPhoto(index, image_id, problem=describe(error))
 
 
 def _boxes_of(image_id: str, size: tuple[int, int], given: Boxes) -> np.ndarray:
@@ -277,15 +271,11 @@ def _boxes_of(image_id: str, size: tuple[int, int], given: Boxes) -> np.ndarray:
     return boxes
 
 
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-
-
 # Work
 
 
 def _extract_part(
-    results: "Iterable[tuple[_Photo, RegionRecord | str]]",
+    results: "Iterable[tuple[ReadPhoto, RegionRecord | str]]",
     source: PhotoSource,
     part: Path,
     skipped: Path,
@@ -307,7 +297,7 @@ def _extract_part(
                 try:
                     writer.write(result)
                 except ValueError as error:  # such as features that do not fit into float16
-                    result = _describe(error)
+                    result = describe(error)
             if isinstance(result, str):
                 row = {"image_id": photo.image_id, "file": source.name(photo.index), "reason": result}
                 skips.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -330,7 +320,7 @@ def _until_failure(items: Iterable[Any], failures: list[Exception]) -> Iterator[
 
 def _results(
     detector: Detector, reader: _Reader, batch_size: int, num_workers: int, patience: float
-) -> "Iterator[tuple[_Photo, RegionRecord | str]]":
+) -> "Iterator[tuple[ReadPhoto, RegionRecord | str]]":
     """
     Yields each photo with its record, or with the reason why it has none. Raises the error of the detector at the last
     of `patience` photos in a row.
@@ -353,11 +343,11 @@ def _results(
         readable.sort(key=lambda photo: photo.size[0] / photo.size[1])
         for start in range(0, len(readable), batch_size):
             batch = readable[start : start + batch_size]
-            for photo, result in zip(batch, _detect(detector, batch), strict=True):
+            for photo, result in zip(batch, detect(detector, batch), strict=True):
                 failed = failed + 1 if isinstance(result, Exception) else 0
                 if failed == patience and isinstance(result, Exception):
                     raise result
-                yield photo, _describe(result) if isinstance(result, Exception) else result
+                yield photo, describe(result) if isinstance(result, Exception) else result
 
 
 def _as_it_is(item: Any) -> Any:
@@ -368,31 +358,6 @@ def _leave_signals(worker: int) -> None:
     """Ignores Ctrl-C, which reaches every process: readers go on until the process that they read for ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _detect(detector: Detector, photos: Sequence[_Photo]) -> list[RegionRecord | Exception]:
-    """
-    Gives the records of some photos, or for each the reason why it has none. Where the photos fail together, each is
-    tried alone, so that an odd photo, or too many for the memory, cost no other.
-    """
-    ids = [photo.image_id for photo in photos]
-    boxes = None if photos[0].boxes is None else [photo.boxes / photo.scale for photo in photos]
-    try:
-        records = detector([photo.prepared for photo in photos], ids, boxes)
-        return [_in_photo(record, photo) for record, photo in zip(records, photos, strict=True)]
-    except Exception as error:
-        return [error] if len(photos) == 1 else [_detect(detector, [photo])[0] for photo in photos]
-
-
-def _in_photo(record: RegionRecord, photo: _Photo) -> RegionRecord:
-    """
-    Gives a record with its boxes in the photo, where the decoded photo has another size; given boxes as they were
-    given.
-    """
-    if photo.boxes is None and photo.size == photo.decoded_size:
-        return record
-    boxes = photo.boxes if photo.boxes is not None else record.boxes * photo.scale
-    return replace(record, image_width=photo.size[0], image_height=photo.size[1], boxes=boxes)
 
 
 # Parts
@@ -465,24 +430,19 @@ def _check_left(folder: Path, left: Sequence[str]) -> None:
     Raises ValueError where photos are left that a finished store did not skip: it takes those that it skipped, and no
     other.
     """
-    skipped = {row["image_id"] for row in _read_rows(folder / SKIPPED)}
+    skipped = {row["image_id"] for row in read_rows(folder / SKIPPED)}
     new = [image_id for image_id in left if image_id not in skipped]
     if new:
         raise ValueError(
-            f"{folder} is finished and lacks {len(new)} of these photos, such as {new[0]!r}: extract those to another "
-            "store and merge the two."
+            f"{folder} is finished and lacks {len(new)} of these photos, such as {new[0]!r}: add=True (--add) adds "
+            "what is new, remove=[…] (--remove) leaves out what is not wanted."
         )
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: PhotoSource) -> None:
     """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
     stores, renewed = _parts(parts), {None, *source.ids}  # None: files that the listing left out
-    skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in _read_rows(file)]
+    skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in read_rows(file)]
     if stores and _finished(folder):
         records = chain.from_iterable(RegionStore(part).values() for part in stores)
         write_store(records, folder, resume=True, **settings)
@@ -494,7 +454,7 @@ def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: Pho
             f"None of {len(skips)} photos gave regions; the first reason, of {first['file']}: {first['reason']}. All "
             f"are in {parts}."
         )
-    skips += [row for row in _read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
+    skips += [row for row in read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
     skips += [{"image_id": None, "file": file, "reason": reason} for file, reason in source.left_out]
     write_skipped(folder, sorted(skips, key=lambda row: row["file"]))
     shutil.rmtree(parts)

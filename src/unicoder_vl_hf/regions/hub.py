@@ -26,7 +26,6 @@ def push_store(
     path: Path,
     manifest: dict[str, Any],
     repo_id: str,
-    *,
     private: bool | None,
     token: str | bool | None,
     revision: str | None,
@@ -36,16 +35,10 @@ def push_store(
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
     shards = [facts["file"] for facts in manifest["shards"]]
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        revision=revision,
-        folder_path=path,
-        allow_patterns=SHARDS,
-        commit_message=f"{commit_message}: shards",
-    )
+    place: dict[str, Any] = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision}
+    api.upload_folder(folder_path=path, allow_patterns=SHARDS, commit_message=f"{commit_message}: shards", **place)
     # The last commit holds all of these: a download meanwhile gets the old store or the new one.
-    present = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+    present = api.list_repo_files(**place)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, path / name) for name in (INDEX, MANIFEST)
     ]
@@ -55,19 +48,12 @@ def push_store(
         operations.append(CommitOperationAdd(CARD, dataset_card(path, manifest, repo_id).encode()))
     stale = [name for name in present if fnmatch(name, SHARDS) and name not in shards]
     operations.extend(CommitOperationDelete(name) for name in stale)
-    api.create_commit(
-        repo_id=repo_id,
-        repo_type="dataset",
-        revision=revision,
-        operations=operations,
-        commit_message=commit_message,
-    )
+    api.create_commit(operations=operations, commit_message=commit_message, **place)
     return repo_id
 
 
 def fetch_store(
     repo_id: str,
-    *,
     revision: str | None,
     image_ids: Iterable[str] | None,
     cache_dir: str | os.PathLike | None,

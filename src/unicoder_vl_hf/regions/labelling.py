@@ -16,7 +16,7 @@ import numpy as np
 from .. import logging
 from ..files import begun_anew, say_finished
 from .detectors import load_detector
-from .shards import STORE_OF_STORES
+from .shards import CLASS_FIELDS, STORE_OF_STORES
 from .store import RegionStore, RegionStoreWriter
 
 Classes = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
@@ -115,16 +115,8 @@ def label(
                 left, desc=f"Labelling {writer.path.name}", unit="image", total=len(store), initial=len(writer.resumed)
             ):
                 record = store[image_id]
-                ids, scores, attributes, attribute_scores = classifier.classify(record.features)
-                writer.write(
-                    dataclasses.replace(
-                        record,
-                        object_ids=ids,
-                        object_scores=scores,
-                        attribute_ids=attributes,
-                        attribute_scores=attribute_scores,
-                    )
-                )
+                found: dict[str, Any] = dict(zip(CLASS_FIELDS, classifier.classify(record.features), strict=True))
+                writer.write(dataclasses.replace(record, **found))
         if was_complete and not left:
             say_finished(destination)
     return RegionStore(destination)

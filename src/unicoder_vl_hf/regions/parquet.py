@@ -66,19 +66,18 @@ def export_parquet(store: RegionStore, folder: str | PathLike) -> list[Path]:
 
 
 def _schema(store: RegionStore) -> pyarrow.Schema:
+    feature = pyarrow.float16() if store.provenance["dtype"] == "float16" else pyarrow.float32()
     types = {
         "image_id": pyarrow.string(),
         "image_width": pyarrow.int32(),
         "image_height": pyarrow.int32(),
         "boxes": pyarrow.list_(pyarrow.list_(pyarrow.float32(), 4)),
-        "features": None,
+        "features": pyarrow.list_(pyarrow.list_(feature, store.feature_dim)),
         "object_ids": pyarrow.list_(pyarrow.int64()),
         "object_scores": pyarrow.list_(pyarrow.float32()),
         "attribute_ids": pyarrow.list_(pyarrow.int64()),
         "attribute_scores": pyarrow.list_(pyarrow.float32()),
     }
-    feature = pyarrow.float16() if store.provenance["dtype"] == "float16" else pyarrow.float32()
-    types["features"] = pyarrow.list_(pyarrow.list_(feature, store.feature_dim))
     # Shards may have it, in one dtype or the other.
     found = [store.shards[number].tensors.get("class_probabilities") for number in range(len(store.shards))]
     probabilities = [tensor for tensor in found if tensor is not None]

@@ -361,9 +361,21 @@ def decode_photo(data: bytes) -> "tuple[Image.Image, tuple[int, int]]":
         lies = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8
         ImageOps.exif_transpose(image, in_place=True)
     size = image.size if drafted is None else (height, width) if lies else (width, height)
+    return _small_rgb(image), size
+
+
+def upright(image: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
+    """Makes of an opened photo what `decode_photo` makes of its file. The photo itself may be changed."""
+    from PIL import ImageOps
+
+    ImageOps.exif_transpose(image, in_place=True)
+    return _small_rgb(image), image.size
+
+
+def _small_rgb(image: "Image.Image") -> "Image.Image":
     rgb = _to_rgb(image)
     factor = max(1, math.isqrt(rgb.width * rgb.height // ENOUGH_PIXELS))
-    return (rgb.reduce(factor) if factor > 1 else rgb), size
+    return rgb.reduce(factor) if factor > 1 else rgb
 
 
 @contextmanager

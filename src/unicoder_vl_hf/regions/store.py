@@ -44,12 +44,15 @@ from .shards import (
     read_manifest,
     shard_path,
     to_bfloat16,
+    to_float16,
     write_index,
 )
 
 MERGE = "merge_of"  # in unfinished.json: the stores that are merged here
 MAX_COMING = 2**14
 ABSURD = 1e8  # a magnitude that no feature has
+# Stores of older versions do not know it. What it changes shows in the thresholds and the revision, which are compared.
+UNCOMPARED = "detector_options"
 
 
 class RegionStore(Mapping[str, RegionRecord]):
@@ -94,11 +97,11 @@ class RegionStore(Mapping[str, RegionRecord]):
     @property
     def provenance(self) -> dict[str, Any]:
         """
-        The origin of the regions, ready for JSON: `detector`, `detector_revision`, `detector_declared`, `box_type`,
-        `thresholds`, `class_names`, `num_classes`, `source_format` (None where unknown), `feature_dim`, `dtype`,
-        `package_version`.
+        The origin of the regions, ready for JSON: `detector`, `detector_revision`, `detector_options`,
+        `detector_declared`, `box_type`, `thresholds`, `class_names`, `num_classes`, `source_format` (None where
+        unknown), `feature_dim`, `dtype`, `package_version`.
         """
-        return json.loads(json.dumps(self.manifest["provenance"]))
+        return {"detector_options": None, **json.loads(json.dumps(self.manifest["provenance"]))}
 
     @property
     def feature_dim(self) -> int:
@@ -219,15 +222,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         from .hub import push_store
 
-        return push_store(
-            self.path,
-            self.manifest,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        return push_store(self.path, self.manifest, repo_id, private, token, revision, commit_message)
 
     @classmethod
     def from_hub(
@@ -258,16 +253,7 @@ class RegionStore(Mapping[str, RegionRecord]):
         """
         from .hub import fetch_store
 
-        return cls(
-            fetch_store(
-                repo_id,
-                revision=revision,
-                image_ids=image_ids,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-            )
-        )
+        return cls(fetch_store(repo_id, revision, image_ids, cache_dir, token, local_files_only))
 
 
 class NoRecordWritten(ValueError):
@@ -322,6 +308,7 @@ class RegionStoreWriter:
             equal provenance; an empty folder is fine, too. With False a folder that holds a store is refused.
         detector, detector_revision (`str`, *optional*): The detector that found the regions, such as a name and a
             commit on the Hub.
+        detector_options (`dict`, *optional*): Options that the detector was loaded with, as JSON has them.
         detector_declared (`bool`, *optional*): Whether a user named the detector, rather than a file.
         box_type (`str`, *optional*): Kind of the boxes, such as `"proposal"`, `"regressed"` or `"ground truth"`.
         thresholds (`dict`, *optional*): Limits by which the detector kept regions, such as
@@ -344,6 +331,7 @@ class RegionStoreWriter:
         resume: bool = False,
         detector: str | None = None,
         detector_revision: str | None = None,
+        detector_options: Mapping[str, Any] | None = None,
         detector_declared: bool | None = None,
         box_type: str | None = None,
         thresholds: Mapping[str, Any] | None = None,
@@ -363,6 +351,7 @@ class RegionStoreWriter:
         self._provenance: dict[str, Any] = {
             "detector": detector,
             "detector_revision": detector_revision,
+            "detector_options": None if detector_options is None else dict(detector_options),
             "detector_declared": detector_declared,
             "box_type": box_type,
             "thresholds": None if thresholds is None else dict(thresholds),
@@ -507,7 +496,7 @@ class RegionStoreWriter:
             )
         now = json.loads(json.dumps(self._provenance))  # tuples become lists, as they did before
         for name, value in now.items():
-            if before["provenance"].get(name) != value:
+            if before["provenance"].get(name) != value and name != UNCOMPARED:
                 told = "; `unicoder-vl merge --num-classes` tells it to a finished one" if name == "num_classes" else ""
                 raise OtherSettings(self.path, _differences(name, before["provenance"].get(name), value), told)
 
@@ -544,8 +533,9 @@ class RegionStoreWriter:
         dtype = self._provenance["dtype"]
         if dtype == "bfloat16":
             return to_bfloat16(features)
-        with np.errstate(over="ignore"):  # features that are only compared were not checked
-            return features.astype(dtype, copy=False)
+        if dtype == "float16" and features.dtype == np.float32:
+            return to_float16(features)
+        return features.astype(dtype, copy=False)
 
     def _note_widths(self, features: np.ndarray, class_probabilities: np.ndarray | None) -> None:
         self._widths["features"] = features.shape[1]

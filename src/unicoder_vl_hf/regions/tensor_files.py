@@ -110,7 +110,7 @@ class TensorFileWriter:
         if tensor is None:
             file, start = (self._spool(), 0) if self._tensors else (self._file, DATA_START)
             tensor = self._tensors[name] = _Growing(file, start, rows.dtype, rows.shape[1:])
-        elif (dtype := np.result_type(tensor.dtype, rows.dtype)) != tensor.dtype:
+        elif rows.dtype != tensor.dtype and (dtype := np.result_type(tensor.dtype, rows.dtype)) != tensor.dtype:
             tensor = self._tensors[name] = tensor.widened(dtype, self._spool())
         tensor.write(rows, first)
 

@@ -1,6 +1,6 @@
 """The beginning of every evaluation on captions: loading a checkpoint, and captions joined with their regions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import datasets
 
@@ -9,18 +9,19 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
+from .arguments import option
 
 
 @dataclass(kw_only=True)
 class EvaluationArguments:
     """Names a checkpoint, and the captions and regions that it is evaluated on."""
 
-    model: str = field(metadata={"help": "Checkpoint with its processor: a folder or a repository of the Hub."})
-    captions: str = field(metadata={"help": "Caption file in any layout that read_captions reads."})
-    regions: str = field(metadata={"help": "RegionStore of the images."})
-    split: str | None = field(default="test", metadata={"help": "Split of the captions to evaluate on."})
-    caption_ids: str | None = field(
-        default=None, metadata={"help": "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."}
+    model: str = option(..., "Checkpoint with its processor: a folder or a repository of the Hub.")
+    captions: str = option(..., "Caption file in any layout that read_captions reads.")
+    regions: str = option(..., "RegionStore of the images.")
+    split: str | None = option("test", "Split of the captions to evaluate on.")
+    caption_ids: str | None = option(
+        None, "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."
     )
 
     def open_data(self) -> tuple[RegionStore, datasets.Dataset]:

@@ -59,8 +59,8 @@ class LossMeter:
     def __init__(self, accelerator: Accelerator, parts: Sequence[str]):
         self.accelerator = accelerator
         self.losses = ("loss", *parts)
-        # Of the losses, and of the share of rows whose tokens and regions count.
-        self._sums = torch.zeros(len(self.losses) + 1, device=accelerator.device)
+        # Of the losses, of the share of rows whose tokens and regions count, and of the weights.
+        self._sums = torch.zeros(len(self.losses) + 2, device=accelerator.device)
         self._of_process = torch.zeros_like(self._sums)
         self.start_clock()
 
@@ -76,10 +76,11 @@ class LossMeter:
             outputs (`Mapping[str, torch.Tensor]`): The model's output, with the losses.
             matching_labels (`torch.Tensor` of shape `(batch_size,)`): 0 = mismatch, whose tokens and regions do not
                 count.
-            weight (`float`): Share of the micro-batch in its step, in `[0, 1]`.
+            weight (`float`): Share of the micro-batch in its step; over the steps these come to 1 a step.
         """
         losses = [outputs[name].detach().mean() for name in self.losses]  # one a GPU under DataParallel
-        self._of_process += torch.stack([*losses, (matching_labels != 0).float().mean()]) * weight
+        counted = (matching_labels != 0).float().mean()
+        self._of_process += torch.stack([*losses, counted, torch.ones_like(counted)]) * weight
         self._rows += len(matching_labels)
 
     def gather(self):
@@ -87,36 +88,34 @@ class LossMeter:
         self._sums += self.accelerator.reduce(self._of_process, reduction="sum")  # the same in every process
         self._of_process.zero_()
 
-    def mean(self, steps: float) -> dict[str, float]:
+    def mean(self) -> dict[str, float]:
         """
         Takes the means since the last line, and begins anew.
 
-        Args:
-            steps (`float`): Steps since the last line.
-
         Returns:
-            The mean of each loss over the steps, that of masked losses over the matches, as in evaluation; and
-            `rows_per_second`, over all processes.
+            The mean of each loss over the steps by their weights, that of masked losses over the matches, as in
+            evaluation; and `rows_per_second`, over all processes.
         """
-        *sums, counted = self._sums.tolist()
+        *sums, counted, weights = self._sums.tolist()
         rows = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
         self._sums.zero_()
         self.start_clock()
         means = {
-            name: total / (counted if name in MASKED_LOSSES else steps)
+            name: total / (counted if name in MASKED_LOSSES else weights)
             for name, total in zip(self.losses, sums, strict=True)
         }
         return means | {"rows_per_second": rows}
 
     def state(self) -> dict[str, float]:
         """The sums since the last line, by the names of the losses, for a checkpoint."""
-        return dict(zip((*self.losses, "counted"), self._sums.tolist(), strict=True))
+        return dict(zip((*self.losses, "counted", "weights"), self._sums.tolist(), strict=True))
 
     def load(self, state: Mapping[str, float] | Sequence[float]):
         """Takes up the sums that a checkpoint kept as `state`; a sequence is that of a checkpoint without names."""
         if not isinstance(state, Mapping):  # of a checkpoint without names
             state = dict(zip(("loss", *MASKED_LOSSES, "matching_loss", "counted"), state, strict=True))
-        self._sums.copy_(torch.tensor([state[name] for name in (*self.losses, "counted")]))
+        state = {"weights": 2 * state["counted"], **state}  # older checkpoints: half of their rows were matches
+        self._sums.copy_(torch.tensor([state[name] for name in (*self.losses, "counted", "weights")]))
 
 
 def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:

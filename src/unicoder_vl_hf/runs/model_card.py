@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from string import Template
 from typing import Any, Literal
 
 import huggingface_hub
@@ -153,7 +154,8 @@ def write_model_card(
         for field, value in (provenance or {}).items()
         if value not in (None, [], {}) and field not in ("dtype", "package_version")  # which do not change the features
     }
-    text = _CARD.format(
+    template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    text = Template(template).substitute(
         name=name,
         base_model=base_model or "none, trained from scratch",
         data_name=data_name,
@@ -198,48 +200,7 @@ def _metadata(
     )
 
 
-# With trust_remote_code the snippet needs no package of ours: it gives the regions as a dict.
-_CARD = """# {name}
-
-Unicoder-VL ([Li et al., AAAI 2020](https://arxiv.org/abs/1908.06066)), {trained_by}, with unicoder-vl-hf.
-
-- Base model: {base_model}
-- Training data: {data_name}
-{training}
-## Regions
-
-The model reads region features of this kind, and no other:
-
-{regions}
-
-## Evaluation
-
-| metric | {measured_on} |
-|---|---|
-{metrics}
-{search}
-## Use
-
-```python
-import numpy as np
-from transformers import {auto_class}, AutoProcessor
-
-name = "{location}"
-model = {auto_class}.from_pretrained(name, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-
-# The regions of one photo. Put what the detector found here: zeros stand in for its features.
-regions = {{
-    "image_id": "photo",
-    "image_width": 640,
-    "image_height": 480,
-    "boxes": np.array([[0, 0, 640, 480], [64, 120, 320, 360]]),  # x1, y1, x2, y2 in pixels
-    "features": np.zeros((2, model.config.region_feature_dim), dtype=np.float32),
-}}
-{use}
-```
-"""
-
+# With trust_remote_code the snippet of the card needs no package of ours: it gives the regions as a dict.
 _USES = {
     "image-text-retrieval": {
         "task_type": "image-text-matching",

@@ -90,6 +90,8 @@ class CaptionedRegions:
         train (`datasets.Dataset`): The captions of the training split.
         path (`Path`): The file that the captions come from.
         name (`str`): The data in words.
+        num_tokens (`np.ndarray` of shape `(len(train),)`, *optional*): The tokens of each training caption, once
+            [`load_processor`] has counted them.
     """
 
     store: RegionStore
@@ -97,6 +99,7 @@ class CaptionedRegions:
     train: datasets.Dataset
     path: Path
     name: str
+    num_tokens: np.ndarray | None = None
 
     def validation(self, split: str, without: str | None = None) -> datasets.Dataset:
         """
@@ -261,6 +264,8 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         regions["num_hidden_layers"] = arguments.num_hidden_layers
     if arguments.dropout is not None:
         fields |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
+    if arguments.initializer_range is not None:
+        fields |= {"initializer_range": arguments.initializer_range}
     name = arguments.base_model
     if name is None:
         from ..scenes.world import scene_tokenizer
@@ -269,6 +274,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         model = model_class(UnicoderVLConfig(**config))
     elif is_unicoder_vl(name):
         model = _load_quietly(model_class, name, fields)
+        model.config.calibration = None  # of scores that the training changes
         _check_unchanged(arguments, model)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(
@@ -310,31 +316,32 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
     Raises:
         `ValueError`: an option differs from the checkpoint.
     """
-    config, options = model.config, {"--num_hidden_layers": arguments.num_hidden_layers}
-    has = {"--num_hidden_layers": config.num_hidden_layers}
+    config = model.config
+    options: list[tuple[str, Any, Any]] = [("num_hidden_layers", arguments.num_hidden_layers, config.num_hidden_layers)]
     if not arguments.image_token:
-        options["--image_token"], has["--image_token"] = False, config.use_image_token_embedding
+        options.append(("image_token", False, config.use_image_token_embedding))
     if isinstance(model, UnicoderVLForPreTraining):  # which alone predicts them
-        options["--num_region_classes"] = arguments.num_region_classes
-        has["--num_region_classes"] = config.num_region_classes
-    for option, wanted in options.items():
-        if wanted is not None and wanted != has[option]:
+        options.append(("num_region_classes", arguments.num_region_classes, config.num_region_classes))
+    for name, wanted, has in options:
+        if wanted is not None and wanted != has:
             raise ValueError(
-                f"{option} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has[option]}, which "
-                "stays. Leave the option out, or begin with a BERT."
+                f"--{name} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has}, which stays. "
+                "Leave the option out, or begin with a BERT."
             )
 
 
 def load_processor(arguments: DataArguments, data: CaptionedRegions) -> UnicoderVLProcessor:
     """
-    Loads the processor of a run, see [`processor_for`], and logs how many training captions are cut.
+    Loads the processor of a run, see [`processor_for`], counts the tokens of the training captions, and logs how many
+    are cut.
 
     Raises:
         `ValueError`: a caption has no token, or `--scale_features` does not fit the checkpoint.
     """
     processor = processor_for(arguments, data.store, data.train.unique("image_id"))
     check_tokens(data.captions, processor.tokenizer, data.path)
-    if cut := processor.count_truncated(data.train["caption"], arguments.max_length):
+    data.num_tokens = processor.count_tokens(data.train["caption"])
+    if cut := int((data.num_tokens > arguments.max_length).sum()):
         logger.warning(
             f"{cut:,} of {len(data.train):,} training captions exceed {arguments.max_length} tokens and are cut."
         )

@@ -2,16 +2,20 @@
 without loss, it writes our model card, and it shows the losses beside one quiet progress bar.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
 
+from ..data.samplers import TokenBatchSampler
 from ..processes import Computing, StopSignal
+from .arguments import ModelArguments
 from .checkpoints import CheckpointFolder, follow_schedule
 from .log import LossMeter, beside_the_bar, in_a_line
 from .model_card import TrainingRun, write_model_card
@@ -51,6 +55,15 @@ def training_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# Defaults of a task whose best model is kept.
+KEEP_BEST = {
+    "save_strategy": "epoch",
+    "save_total_limit": 2,  # the best and the last
+    "load_best_model_at_end": True,
+    "greater_is_better": True,
+}
+
+
 class TaskTrainer(Trainer):
     """
     Trains and evaluates one of our tasks; a subclass says how a model is evaluated.
@@ -62,6 +75,7 @@ class TaskTrainer(Trainer):
         base_model (`str`, *optional*): The model that the training started from, for the card.
         callbacks (sequence of [`TrainerCallback`], *optional*): Further callbacks of Trainer.
         resume_from (`Path`, *optional*): The checkpoint to go on from, as [`trainer_checkpoints`] resolves it.
+        sampler ([`TokenBatchSampler`], *optional*): The batches, for those of equal tokens.
     """
 
     def __init__(
@@ -71,6 +85,7 @@ class TaskTrainer(Trainer):
         base_model: str | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         resume_from: Path | None = None,
+        sampler: TokenBatchSampler | None = None,
     ):
         undecided = cast(bool | None, args.bf16) is None and not args.fp16
         asked = "auto" if undecided else args.mixed_precision
@@ -85,7 +100,11 @@ class TaskTrainer(Trainer):
             train_dataset=setup.train,
             eval_dataset=setup.validation,
             processing_class=setup.processor,
-            callbacks=[EpochOfData(), _RecordOfComputing(self.computing), *callbacks],
+            callbacks=[
+                EpochOfData(sampler),
+                _RecordOfComputing(self.computing),
+                *callbacks,
+            ],
         )
         if self.pop_callback(ProgressCallback) is not None:  # none under --disable_tqdm
             self.add_callback(_LossesBesideTheBar())
@@ -93,20 +112,41 @@ class TaskTrainer(Trainer):
         self.base_model = base_model
         self.last_metrics: dict[str, float] = {}
         self.meter = LossMeter(self.accelerator, setup.loss_parts)
-        self._metered_step = 0
+        self.sampler = sampler
         self._resumed_from = resume_from
         self._goes_further = False
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Makes the loader of the training rows, each process its own where batches have equal tokens."""
+        if self.sampler is None:
+            return super().get_train_dataloader()
+        return DataLoader(
+            self.setup.train,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # or it would draw from the dropout's
+        )
 
     def evaluate_task(self, rows: Any) -> dict[str, float]:
         """Measures the model on the validation rows, with the same result in every process; a subclass says how."""
         raise NotImplementedError
+
+    @property
+    def loading(self) -> dict[str, int]:
+        """The `batch_size` and `num_workers` of an evaluation."""
+        return {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "num_workers": self.args.dataloader_num_workers,
+        }
 
     def set_initial_training_values(self, args, dataloader):
         """
         Counts the steps of the run, and checks them against those of the checkpoint that is resumed.
 
         Raises:
-            `ValueError`: the rows fill no micro-batch, or fewer steps are asked for than before.
+            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, or more steps.
             `FinishedRun`: the latest checkpoint is that of a finished run, of which no more is asked.
         """
         if len(dataloader) == 0:
@@ -118,7 +158,12 @@ class TaskTrainer(Trainer):
         values = super().set_initial_training_values(args, dataloader)
         if self._resumed_from is not None:
             before = TrainerState.load_from_json(str(self._resumed_from / _STATE_FILE))
-            self._metered_step = before.global_step
+            kept = before.stateful_callbacks.get("EpochOfData", {"attributes": {}})["attributes"]
+            then, now = kept.get("tokens_per_batch"), self.sampler and self.sampler.tokens_per_batch
+            if then != now:
+                raise ValueError(
+                    f"{self._resumed_from} is of a run with tokens_per_batch={then}, not {now}: give that."
+                )
             checkpoints, requested = trainer_checkpoints(args), args.resume_from_checkpoint
             self._goes_further = checkpoints.check_steps(requested, self._resumed_from, values[-1], before.max_steps)
             if self._goes_further:
@@ -137,17 +182,21 @@ class TaskTrainer(Trainer):
             loss = self.setup.loss(model, inputs)
             return (loss, {}) if return_outputs else loss  # Trainer's own evaluation, which asks for them, is replaced
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        weight = 1.0
+        if self.sampler is not None:  # which counts pairs, and each is two rows: a match and a mismatch
+            weight = len(inputs["matching_labels"]) / (2 * self.sampler.mean_rows)
+            loss = loss * weight
         if self.setup.loss_parts:
-            self.meter.add(outputs, inputs["matching_labels"], 1 / self.current_gradient_accumulation_steps)
+            self.meter.add(outputs, inputs["matching_labels"], weight / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
         """Logs values as Trainer does, with the mean of each part of the loss."""
         if "loss" in logs and self.setup.loss_parts:
             self.meter.gather()
-            parts = self.meter.mean(self.state.global_step - self._metered_step)
-            self._metered_step = self.state.global_step
-            logs |= {name: parts[name] for name in self.setup.loss_parts}
+            parts = self.meter.mean()
+            names = self.setup.loss_parts if self.sampler is None else self.meter.losses
+            logs |= {name: parts[name] for name in names}
         super().log(logs, start_time)
 
     def conclude(self) -> None:
@@ -156,15 +205,18 @@ class TaskTrainer(Trainer):
     def training_run(self) -> TrainingRun:
         """Describes the training as it really ran, for the card."""
         args, state = self.args, self.state
+        batch_size, rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size, self.setup.rows
+        if self.sampler is not None:
+            batch_size, rows = self.sampler.tokens_per_batch, "tokens"
         return TrainingRun(
             steps=state.global_step,
             epochs=state.epoch or 0,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            batch_size=batch_size,
             learning_rate=args.learning_rate,
             seed=args.seed,
             mixed_precision=self.accelerator.mixed_precision,
             earlier_precisions=self.computing.earlier,
-            rows=self.setup.rows,
+            rows=rows,
             kept_step=state.best_global_step if args.load_best_model_at_end else None,
         )
 
@@ -237,15 +289,60 @@ class TaskTrainer(Trainer):
         return True
 
 
-class EpochOfData(TrainerCallback):
+def train(
+    trainer: type[TaskTrainer],
+    prepare: Callable[..., TrainingSetup],
+    arguments: ModelArguments,
+    args: TrainingArguments,
+    **options: Any,
+) -> bool:
+    """
+    Trains as the command line of a script asks for, in a new run or from a checkpoint.
+
+    Args:
+        trainer (`type`): The [`TaskTrainer`] of the task.
+        prepare (callable): Builds the setup of `arguments` in the output folder.
+        arguments ([`ModelArguments`]), args ([`TrainingArguments`]): The command line.
+        options: Further arguments of the trainer.
+
+    Returns:
+        Whether the training came to its end, see [`~TaskTrainer.run`].
+    """
+    resume_from = trainer_checkpoints(args).resolve(args.resume_from_checkpoint)
+    set_seed(args.seed)  # Trainer does so too late for the new weights
+    with args.main_process_first():
+        setup = prepare(arguments, args.output_dir)
+    if setup.validation is None:
+        args.eval_strategy, args.load_best_model_at_end = "no", False
+    return trainer(setup, args, base_model=arguments.base_model, resume_from=resume_from, **options).run()
+
+
+class EpochOfData(TrainerCallback, ExportableState):
     """
     Tells the epoch to the training data, whose masks and negatives follow from it, which accelerate does in a single
     process only. Any Trainer takes it: `Trainer(…, callbacks=[EpochOfData()])`.
+
+    Args:
+        sampler ([`TokenBatchSampler`], *optional*): The sampler of the batches, which is told the epoch, too.
     """
+
+    def __init__(self, sampler: TokenBatchSampler | None = None):
+        self.sampler = sampler
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Makes a place for what it keeps in the state of a run that is older than it."""
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Sets the epoch of the data, as Trainer counts it, from 0."""
         train_dataloader.dataset.set_epoch(int(state.epoch))
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch))
+
+    def state(self) -> dict[str, Any]:
+        """The tokens of a batch, which every checkpoint keeps; nothing for batches of equal rows."""
+        kept = {} if self.sampler is None else {"tokens_per_batch": self.sampler.tokens_per_batch}
+        return {"args": {}, "attributes": kept}
 
 
 class _RecordOfComputing(TrainerCallback):

@@ -1,3 +1,4 @@
+from .calibration import Calibration as Calibration, Matching as Matching
 from .checkpoints import (
     checkpoint_provenance as checkpoint_provenance,
     load_for_scoring as load_for_scoring,

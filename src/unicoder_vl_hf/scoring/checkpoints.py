@@ -3,21 +3,23 @@
 import hashlib
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining, UnicoderVLPreTrainedModel
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 
+Model = TypeVar("Model", bound=UnicoderVLPreTrainedModel)
+
 
 def load_for_scoring(
-    name: str | PathLike[str], dtype: torch.dtype = torch.float32
+    name: str | PathLike[str], dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
     """
     Loads the model with the matching head of a pre-training or retrieval checkpoint, and its processor.
@@ -26,25 +28,49 @@ def load_for_scoring(
         name (`str` or `os.PathLike`): A folder or a repository of the Hub.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The dtype of the weights, whatever they were
             saved in.
+        options: Arguments of every `from_pretrained`, such as `revision`, `token` and `local_files_only`.
 
     Raises:
         `ValueError`: the checkpoint is another model, lacks weights that scoring needs, or has fewer rows of word
             embeddings than its tokenizer has tokens.
     """
-    config = AutoConfig.from_pretrained(name)
+    expected = "UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval"
+    return load_complete(UnicoderVLForImageTextRetrieval, name, ("bert.", "matching_head."), expected, dtype, **options)
+
+
+def load_complete(
+    model_class: type[Model],
+    name: str | PathLike[str],
+    needed: tuple[str, ...],
+    expected: str,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[Model, UnicoderVLProcessor]:
+    """
+    Loads a model none of whose weights that score would be new, and its processor.
+
+    Args:
+        model_class (`type`): The class of the model.
+        name (`str` or `os.PathLike`): A folder or a repository of the Hub.
+        needed (`tuple[str, ...]`): How the names of the weights begin that the checkpoint must have.
+        expected (`str`): The classes of checkpoints that have them, for the message.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the weights.
+        options: Arguments of `from_pretrained` of model, configuration and processor alike, such as `revision`.
+
+    Raises:
+        `ValueError`: see [`load_for_scoring`].
+    """
+    config = AutoConfig.from_pretrained(name, **options)
     if not isinstance(config, UnicoderVLConfig):
         raise ValueError(f"{name} is a {config.model_type}; expected a checkpoint of Unicoder-VL.")
-    loaded: Any = UnicoderVLForImageTextRetrieval.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True
-    )
+    loaded: Any = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
     model, report = loaded
-    missing = sorted(key for key in report["missing_keys"] if key.startswith(("bert.", "matching_head.")))
-    if missing:
+    if missing := sorted(key for key in report["missing_keys"] if key.startswith(needed)):
         raise ValueError(
             f"{name} ({config.architectures}) has no {missing[:3]}: its scores would be random. Expected a checkpoint "
-            "of UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval."
+            f"of {expected}."
         )
-    processor = AutoProcessor.from_pretrained(name)
+    processor = AutoProcessor.from_pretrained(name, **options)
     processor.check_model(model)
     return model.eval(), processor
 

@@ -67,7 +67,8 @@ class PairEncoder:
         self.device = model.device
         self.bert: UnicoderVLModel = model.bert
         if dtype not in (None, model.dtype):
-            self.bert = nn.Module.to(copy.deepcopy(model.bert), dtype=dtype)
+            cast_weights = {id(weight): nn.Parameter(weight.to(dtype), False) for weight in model.bert.parameters()}
+            self.bert = copy.deepcopy(model.bert, memo=cast_weights)
         self.pooler = copy.deepcopy(model.bert.pooler).float()
         self.matching_head = model.matching_head
         self.max_tokens = max_tokens
@@ -113,7 +114,7 @@ class PairEncoder:
                 )
             real = inputs["region_attention_mask"].bool()
             lengths.append(real.sum(dim=1).cpu().numpy())
-            regions = self.bert.embeddings.region_embeddings(
+            regions = self.bert.embeddings.embed_regions(
                 inputs["region_features"][real], inputs["region_locations"][real]
             )
             states.append(self.bert.embeddings.add_image_token(regions))

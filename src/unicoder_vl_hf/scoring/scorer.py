@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self, cast
 
 import numpy as np
@@ -24,16 +25,21 @@ from .. import logging
 from ..files import json_digest
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
-from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..processing_unicoder_vl import RegionInput as Image, UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord, check_several
+from ..regions.detectors import Detector
+from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore, manifest_checksum
 from .blocks import BlockFolder, job_of
+from .calibration import Calibration, Matching
 from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
 from .packed import PairEncoder, Rows, pair_flops
 
 # Measured on a CPU: 8 % slower at 1024, 3 % at 1536, no faster at 3072. On a GPU it is a guess.
 MAX_TOKENS = {"cpu": 2048}
 MAX_TOKENS_ELSEWHERE = 16384
+# The plan of a job is measured on two forward passes. It is shown where these are at most 4 % of the job's work.
+PLAN_FROM_PASSES = 50
 
 
 @dataclass
@@ -108,7 +114,7 @@ class ImageTextScorer:
         block_pairs (`int`, *optional*, defaults to 1024):
             Pairs that are computed, and with `output_dir` written, at once: a kill loses as many.
         verbose (`bool`, *optional*, defaults to `True`):
-            Whether the plan and a progress bar are shown.
+            Whether a progress bar is shown, and before a long job its plan.
 
     Raises:
         `ValueError`: `block_pairs` or `max_tokens` is below 1, or the tokenizer does not fit the model.
@@ -151,6 +157,8 @@ class ImageTextScorer:
         name_or_path: str | os.PathLike[str],
         store: Mapping[str, RegionRecord] | str | os.PathLike[str] | None = None,
         *,
+        detector: str | Detector | None = None,
+        detector_options: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_tokens: int | None = None,
@@ -165,6 +173,9 @@ class ImageTextScorer:
                 [`UnicoderVLForImageTextRetrieval`] or [`UnicoderVLForPreTraining`].
             store (`Mapping[str, RegionRecord]`, `str` or `os.PathLike`, *optional*): The regions of every
                 image: a [`RegionStore`], its folder, or any mapping of records.
+            detector (`str` or [`Detector`], *optional*): The detector that finds the regions of photos. Defaults to
+                that of the regions that the model was trained on. It is loaded when the first photo comes.
+            detector_options (`dict`, *optional*): Options of a detector by name.
             device (`torch.device` or `str`, *optional*): The device that computes; None takes a GPU if there is one.
             dtype, max_tokens, block_pairs, verbose: See the class.
 
@@ -176,6 +187,8 @@ class ImageTextScorer:
         if store is not None and not isinstance(store, Mapping):
             store = RegionStore(store)
         model, processor = load_for_store(name_or_path, store, device)
+        trained_on, options = processor.feature_extractor.region_provenance, detector_options or {}
+        processor.set_detector(RegionFinder(detector, trained_on=trained_on, device=model.device, **options))
         return cls(
             model, processor, store, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose
         )
@@ -183,7 +196,7 @@ class ImageTextScorer:
     def score(
         self,
         captions: Sequence[str],
-        images: Sequence[str | RegionRecord],
+        images: Sequence[Image],
         max_length: int = 44,
         output_dir: str | os.PathLike | None = None,
     ) -> np.ndarray:
@@ -192,7 +205,9 @@ class ImageTextScorer:
 
         Args:
             captions (sequence of `str`): C captions.
-            images (sequence of image ids or `RegionRecord`): M images.
+            images (sequence of `str`, `RegionRecord`, `os.PathLike` or `PIL.Image.Image`): M images. A `str` is an
+                image id where the store holds it, else the file of a photo; an `os.PathLike` is the file of a record if
+                it ends in `.npz`, else of a photo. Regions of photos are found by the processor's detector.
             max_length (`int`, *optional*, defaults to 44): Most tokens of a caption; longer ones are cut.
             output_dir (`str` or `os.PathLike`, *optional*): The folder that blocks are written to as they finish, and
                 `scores.npy` at the end. The same call goes on where a killed one stopped, with any number of
@@ -203,8 +218,9 @@ class ImageTextScorer:
 
         Raises:
             `ValueError`: an empty caption or list, one caption or image that is in no list, a caption longer than the
-            model's positions, or an `output_dir` of another job, naming what differs.
-            `KeyError`: an image id that the store lacks.
+            model's positions, a name that is both an image id and a file, a photo whose regions cannot be found, or an
+            `output_dir` of another job, naming what differs.
+            `KeyError`: a name that is neither an image id of the store nor a file.
         """
         items = _Items(self.processor, self.store, captions, images, max_length)
         return self._run(_Grid(items, self.block_pairs), output_dir)
@@ -212,7 +228,7 @@ class ImageTextScorer:
     def score_pairs(
         self,
         captions: Sequence[str],
-        images: Sequence[str | RegionRecord],
+        images: Sequence[Image],
         caption_index: Sequence[int] | np.ndarray,
         image_index: Sequence[int] | np.ndarray,
         max_length: int = 44,
@@ -236,19 +252,43 @@ class ImageTextScorer:
         items = _Items(self.processor, self.store, captions, images, max_length)
         return self._run(_Pairs(items, self.block_pairs, caption_index, image_index), output_dir)
 
-    def rank(self, caption: str, images: Sequence[str | RegionRecord], top_k: int = 10) -> list[tuple[str, float]]:
+    def rank(self, caption: str, images: Sequence[Image], top_k: int = 10) -> list[tuple[str, float]]:
         """Finds the images that match a caption best: ids with scores, the best first (of equal ones the earlier)."""
+        images = self.processor.find_regions(images, self.store)
         scores = self.score([caption], images)[0]
         ids = [image if isinstance(image, str) else image.image_id for image in images]
         return _best(ids, scores, top_k)
 
-    def rank_captions(
-        self, image: str | RegionRecord, captions: Sequence[str], top_k: int = 10
-    ) -> list[tuple[str, float]]:
+    def rank_captions(self, image: Image, captions: Sequence[str], top_k: int = 10) -> list[tuple[str, float]]:
         """Finds the captions that match an image best, with scores, the best first (of equal ones the earlier)."""
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
 
-    def plan(self, captions: Sequence[str], images: Sequence[str | RegionRecord], max_length: int = 44) -> ScoringPlan:
+    @cached_property
+    def calibration(self) -> Calibration:
+        """
+        The meaning of the scores, as `unicoder-vl calibrate` saved it with the checkpoint.
+
+        Raises:
+            `ValueError`: it was never measured, or with other weights.
+        """
+        known, name = self.model.config.calibration, self.model.name_or_path or "the model"
+        if known is None:
+            raise ValueError(f"{name} is not calibrated: `unicoder-vl calibrate {name} CAPTIONS REGIONS`.")
+        calibration = Calibration(**known)
+        if calibration.weights_sha256 not in (None, scoring_digest(self.model)):
+            raise ValueError(f"{name} was calibrated with other weights: `unicoder-vl calibrate` it again.")
+        return calibration
+
+    def match(self, captions: Sequence[str], images: Sequence[Image], max_length: int = 44) -> Matching:
+        """
+        Says whether captions match images, with the precision and recall that were measured on validation pairs.
+        Arguments are those of `score`, and so are the errors, with that of `calibration`.
+        """
+        calibration = self.calibration
+        scores = self.score(captions, images, max_length)
+        return Matching(scores >= calibration.threshold, calibration.probabilities(scores), scores, calibration)
+
+    def plan(self, captions: Sequence[str], images: Sequence[Image], max_length: int = 44) -> ScoringPlan:
         """Says how large a call of `score` is, and how long it would take, measured on a few pairs."""
         items = _Items(self.processor, self.store, captions, images, max_length)
         blocks = _Grid(items, self.block_pairs)
@@ -276,7 +316,7 @@ class ImageTextScorer:
     def _compute(self, blocks: "_Blocks", target: "BlockFolder | _Memory", share: list[int], state: PartialState):
         encoder = self._encoder()
         show = self.verbose and state.is_main_process
-        if show:
+        if show and sum(blocks.lengths(block).sum() for block in share) >= PLAN_FROM_PASSES * self.max_tokens:
             tqdm.write(str(self._plan(blocks, encoder, target.done, state.num_processes)), file=sys.stderr)
         flops = [pair_flops(encoder.config, blocks.lengths(block)).sum() for block in share]
         embedded = _Embedded(blocks.items, encoder)
@@ -337,7 +377,7 @@ class _Items:
         processor: UnicoderVLProcessor,
         store: Mapping[str, RegionRecord] | None,
         captions: Sequence[str],
-        images: Sequence[str | RegionRecord],
+        images: Sequence[Image],
         max_length: int,
     ):
         check_several("captions", captions)
@@ -346,23 +386,24 @@ class _Items:
             raise ValueError("images is empty: give at least one image.")
         self.processor = processor
         self.store = processor.default_store if store is None else store
-        self.images = images
+        self.images = processor.find_regions(images, self.store)
         tokenized = processor(text=list(captions), padding=False, max_length=max_length)
         self.token_ids: list[list[int]] = tokenized["input_ids"]
         self.num_tokens = np.array([len(ids) for ids in self.token_ids])
         extractor = processor.feature_extractor
         # The store, where it holds all images: it tells of their regions without reading them.
         self.region_store: RegionStore | None = None
-        if isinstance(self.store, RegionStore) and all(image in self.store for image in images):
+        if isinstance(self.store, RegionStore) and all(isinstance(image, str) for image in self.images):
             self.region_store = self.store
         if self.region_store is not None and extractor.score_threshold is None:
-            counts = self.region_store.region_counts(cast(Sequence[str], images))
+            counts = self.region_store.region_counts(cast(Sequence[str], self.images))
             self.num_regions = np.minimum(counts, extractor.max_regions)
         else:  # how many score above a threshold, the records alone know
             self.num_regions = np.array([len(extractor.select(record)) for record in self.records()])
 
     def record(self, image: int) -> RegionRecord:
-        return self.processor.load_records([self.images[image]], self.store)[0]
+        found = self.images[image]
+        return self.store[found] if isinstance(found, str) else found  # type: ignore[index]
 
     def records(self) -> Iterator[RegionRecord]:
         return map(self.record, range(len(self.images)))

@@ -1,11 +1,12 @@
-"""Goes the whole way on the rendered scenes: draw, store, pre-train, fine-tune, search. `make demo` runs it.
+"""Goes the whole way on the rendered scenes: draw, store, pre-train, train for retrieval, search. `make demo` runs it.
 
     python -m unicoder_vl_hf.scripts.demo --output_dir demo
 
-Writes a pre-trained model, in `retrieval/` a fine-tuned one with a first stage of search, `curves.png`, `gallery.html`
-(caption -> best five scenes, found in two stages) and `metrics.json`. It fails below 5 times chance, or where the
-matching head orders what the first stage proposes hardly better than at random. Ctrl-C stops it, and the same command
-goes on; what is trained already is not trained again.
+Writes a pre-trained model, in `retrieval/` one for retrieval with a first stage of search, `curves.png`, `gallery.html`
+(caption -> best five scenes, found in two stages) and `metrics.json`. Both trainings take the strong recipe, and both
+begin with new weights: within minutes pre-training costs retrieval more than it gives (docs/matching_head.md). It fails
+below 5 times chance, or where the matching head orders what the first stage proposes clearly worse than that did.
+Ctrl-C stops it, and the same command goes on; what is trained already is not trained again.
 """
 
 import json
@@ -33,10 +34,10 @@ from ..search.index import build_index
 from ..search.two_stage import SimilarityWeight, search
 from ..tasks.pretraining import run as run_pretraining
 from ..tasks.pretraining.evaluation import metrics_table, pretraining_chance
+from ..tasks.pretraining.loop import SCENES
 from ..tasks.retrieval import run as run_retrieval
 from ..tasks.retrieval.metrics import retrieval_metrics
 from ..tasks.retrieval.protocols import DIRECTIONS, KS, RetrievalTest, chance, retrieval_test
-from ..tasks.retrieval.training import SCENES
 from ..tasks.retrieval.two_stage_report import two_stage_report
 
 # Rows of the table: the first stage's order, that of the matching head among its best, and that of both.
@@ -55,7 +56,7 @@ class DemoArguments:
         default=None,
         metadata={
             "help": "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
-            "weight that fine-tuning measured on the validation scenes."
+            "weight that the training measured on the validation scenes."
         },
     )
     num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
@@ -68,8 +69,8 @@ class DemoFolders:
     output: Path
 
     @property
-    def fine_tuned(self) -> Path:
-        """The folder of the fine-tuned model, which has a first stage of search."""
+    def retrieval(self) -> Path:
+        """The folder of the retrieval model, which has a first stage of search."""
         return self.output / "retrieval"
 
     @property
@@ -85,7 +86,7 @@ class DemoFolders:
 
 @dataclass
 class SceneSearch:
-    """A search in two stages among the test scenes, by the fine-tuned model."""
+    """A search in two stages among the test scenes, by the retrieval model."""
 
     test: RetrievalTest
     store: RegionStore
@@ -96,10 +97,10 @@ class SceneSearch:
 
     @classmethod
     def open(cls, args: DemoArguments, folders: DemoFolders) -> "SceneSearch":
-        """Opens the scenes and loads the fine-tuned model; both must have been made by [`train_both`]."""
+        """Opens the scenes and loads the retrieval model; both must have been made by [`train_both`]."""
         store = RegionStore(folders.scenes / "regions")
-        model, processor = load_for_store(folders.fine_tuned, store)
-        encoder = UnicoderVLDualEncoder(model, processor, store, folders.fine_tuned)
+        model, processor = load_for_store(folders.retrieval, store)
+        encoder = UnicoderVLDualEncoder(model, processor, store, folders.retrieval)
         scorer = ImageTextScorer(model, processor, store)
         return cls(
             test=retrieval_test(read_captions(folders.scenes / "captions.jsonl", split="test")),
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     train_both(folders)
     with Computing.choose("no", start_processes().device.type, SCENES_MODEL["hidden_size"]).threads():
         scenes = SceneSearch.open(args, folders)
-        results, guessed = measure(scenes, folders)
+        results = measure(scenes, folders)
         captions = draw_gallery(scenes, folders, args.num_queries, results)
     pretraining = draw_curves(folders)
     (folders.output / "metrics.json").write_text(json.dumps({"pretraining": pretraining, **results}, indent=2) + "\n")
@@ -136,28 +137,20 @@ def main(argv: list[str] | None = None) -> None:
         f'unicoder-vl search "{captions[0]}" --index {folders.index} --photos {folders.scenes / "photos"} '
         "--gallery found.html"
     )
-    check_learned(results, guessed)
+    check_learned(results)
 
 
 def train_both(folders: DemoFolders) -> None:
-    """Pre-trains, then fine-tunes with a first stage of search; what is trained already is not trained again."""
-    train(run_pretraining.main, CheckpointFolder(folders.output))
+    """Pre-trains, then trains for retrieval with a first stage; what is trained already is not trained again."""
+    train(run_pretraining.main, CheckpointFolder(folders.output), recipe="strong", num_train_epochs=1)
+    shutil.copytree(folders.scenes, folders.retrieval / folders.scenes.relative_to(folders.output), dirs_exist_ok=True)
     train(
         run_retrieval.main,
-        CheckpointFolder(folders.fine_tuned, state_file="trainer_state.json"),
-        captions=folders.scenes / "captions.jsonl",
-        regions=folders.scenes / "regions",
-        model_name_or_path=folders.output,
-        num_negative_captions=0,
-        num_negative_images=0,
-        num_hard_negatives=1,
-        loss="softmax",
-        contrastive_weight=1,
-        num_train_epochs=1,
+        CheckpointFolder(folders.retrieval, state_file="trainer_state.json"),
+        recipe="strong",
+        num_train_epochs=3,
         max_validation_images=0,
         learning_rate=SCENES["learning_rate"],
-        per_device_train_batch_size=SCENES["train_batch_size"],
-        gradient_accumulation_steps=SCENES["gradient_accumulation_steps"],
     )
 
 
@@ -174,14 +167,8 @@ def train(run: Callable[[list[str]], object], checkpoints: CheckpointFolder, **o
         raise KeyboardInterrupt
 
 
-def measure(scenes: SceneSearch, folders: DemoFolders) -> tuple[dict[str, dict[str, float]], float]:
-    """
-    Measures the rows of the table on the test scenes.
-
-    Returns:
-        The metrics of each row, in `[0, 1]`, chance among them; and how often a random order of the first stage's
-        candidates has the right scene first, in `[0, 1]`, which is more often than chance among all scenes.
-    """
+def measure(scenes: SceneSearch, folders: DemoFolders) -> dict[str, dict[str, float]]:
+    """Measures the rows of the table on the test scenes: the metrics of each, in `[0, 1]`, chance among them."""
     (fold,) = scenes.test.folds
     zero_shot = ImageTextScorer(*load_for_store(folders.output, scenes.store), scenes.store)
     scores = zero_shot.score(fold.captions, fold.image_ids)
@@ -192,7 +179,7 @@ def measure(scenes: SceneSearch, folders: DemoFolders) -> tuple[dict[str, dict[s
     for name, row in zip((FIRST_STAGE, SCORED, BOTH_STAGES), report.rows, strict=True):
         results[name] = row.metrics
     results["chance"] = chance(scenes.test)
-    return results, report.rows[1].ceiling["image_retrieval"] / scenes.candidates
+    return results
 
 
 def draw_gallery(
@@ -239,20 +226,19 @@ def draw_curves(folders: DemoFolders) -> dict[str, float]:
     return metrics
 
 
-def check_learned(results: Mapping[str, Mapping[str, float]], guessed: float) -> None:
+def check_learned(results: Mapping[str, Mapping[str, float]]) -> None:
     """
-    Checks that the models find images of captions: each of the three orders against what guessing would give.
+    Checks that the models find images of captions: against chance, and the scores against the first stage.
 
     Args:
         results (`Mapping[str, Mapping[str, float]]`): Metrics of each row of the table, as [`measure`] gives them.
-        guessed (`float`): How often a random order of the candidates has the right scene first, in `[0, 1]`.
 
     Raises:
-        `ValueError`: a model finds hardly more than chance does, or orders the candidates hardly better than at random.
+        `ValueError`: a model finds hardly more than chance does, or scores order clearly worse than the first stage.
     """
     name = "image_retrieval_recall@1"
     by_chance = results["chance"][name]
-    bars = {"zero-shot": 5 * by_chance, SCORED: 2 * guessed, BOTH_STAGES: 5 * by_chance}
+    bars = {"zero-shot": 5 * by_chance, FIRST_STAGE: 5 * by_chance, SCORED: 0.9 * results[FIRST_STAGE][name]}
     below = [f"{row} is below {100 * bar:.1f} %" for row, bar in bars.items() if results[row][name] < bar]
     if below:
         raise ValueError(

@@ -8,8 +8,7 @@ matching and retrieval; one that stays above chance took its answers from the ca
 """
 
 import dataclasses
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +17,10 @@ from transformers import AutoModelForPreTraining, AutoProcessor
 from ..data.captions import check_tokens
 from ..data.negatives import PairsWithMismatches
 from ..errors import run_script
+from ..files import write_json
 from ..processes import Computing, new_accelerator, start_processes
 from ..regions.shuffled import ShuffledStore
-from ..runs.arguments import make_parser
+from ..runs.arguments import make_parser, option
 from ..runs.evaluation import EvaluationArguments
 from ..runs.setup import in_words, is_unicoder_vl
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
@@ -36,26 +36,17 @@ from ..tasks.retrieval.zero_shot import zero_shot_retrieval
 class PretrainingEvaluationArguments(EvaluationArguments):
     """Names a pre-trained checkpoint and the data it is measured on, and says which tasks are measured, and how."""
 
-    num_images: int | None = field(
-        default=None,
-        metadata={"help": "Images to take, the first of the split, with all their captions. Default: all."},
+    num_images: int | None = option(
+        None, "Images to take, the first of the split, with all their captions. Default: all."
     )
-    num_retrieval_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "Images for retrieval, the first of the split: the cost grows with their square. Default: all."
-        },
+    num_retrieval_images: int | None = option(
+        None, "Images for retrieval, the first of the split: the cost grows with their square. Default: all."
     )
-    shuffle_regions: bool = field(default=False, metadata={"help": "Gives every image the regions of another."})
-    moc: bool = field(
-        default=True,
-        metadata={"help": "Measures masked object classification, too; --no_moc for regions without classes."},
-    )
-    mixed_precision: str = field(
-        default="no", metadata={"help": "Precision of the computation: auto, no (float32), bf16 or fp16."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the masks, the mismatches and the shuffling."})
-    output: str | None = field(default=None, metadata={"help": "JSON file that the metrics are written to."})
+    shuffle_regions: bool = option(False, "Gives every image the regions of another.")
+    moc: bool = option(True, "Measures masked object classification, too; --no_moc for regions without classes.")
+    mixed_precision: str = option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
+    seed: int = option(0, "Seed of the masks, the mismatches and the shuffling.")
+    output: str | None = option(None, "JSON file that the metrics are written to.")
 
 
 def main(argv: list[str] | None = None):
@@ -100,7 +91,7 @@ def main(argv: list[str] | None = None):
     print(metrics_table(retrieval.metrics, retrieval.chance))
     if args.output is not None:
         values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs `unicoder-vl index` and `unicoder-vl search`: makes an index from named files, and finds hits in it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,11 +14,12 @@ from ..data.caption_files import is_blank
 from ..data.captions import check_tokens, join, read_captions
 from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
+from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
 from ..scoring.scorer import ImageTextScorer
 from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder, open_transformers_encoder
-from .index import INDEX, SearchIndex, build_index
+from .index import INDEX, SearchIndex, build_index, remove_items
 from .two_stage import Hit, SimilarityWeight, search
 
 logger = logging.get_logger(__name__)
@@ -85,6 +86,8 @@ def make_index(
     split: str | None = None,
     images_of: str | None = None,
     faiss: str | None = None,
+    add: bool = False,
+    remove: Sequence[str] | None = None,
     restart: bool = False,
 ) -> str:
     """
@@ -95,6 +98,8 @@ def make_index(
         `ValueError`: not exactly one of `model` and `dual_encoder` is given, a dual encoder lacks `photos` of images,
         the first stage of `model` was not trained, options do not go together, or [`build_index`] raises it.
     """
+    if remove:
+        return f"{output} is complete: {len(remove_items(output, remove)):,} items, without {len(remove):,}."
     if (model is None) == (dual_encoder is None):
         raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
     if captions is not None and images_of is not None:
@@ -116,9 +121,13 @@ def make_index(
     texts = None
     if captions is not None:
         texts = _captions(captions, caption_ids, split, regions, encoder.processor.tokenizer)
-    before = not restart and Path(output, INDEX).exists()
-    index = build_index(encoder, regions, output, image_ids=image_ids, captions=texts, faiss=faiss, restart=restart)
-    again = " It was complete before; --restart begins anew." if before else ""
+    before = len(SearchIndex(output)) if not restart and Path(output, INDEX).exists() else None
+    index = build_index(
+        encoder, regions, output, image_ids=image_ids, captions=texts, faiss=faiss, add=add, restart=restart
+    )
+    again = "" if before is None else f" There were {before:,} before."
+    if before is not None and not add:
+        again = " It was complete before; --add adds what is new, --restart begins anew."
     return f"{output} is complete: {len(index):,} {index.items}, {encoder.dim} numbers each, by {encoder.name}.{again}"
 
 
@@ -141,6 +150,8 @@ def run_search(
     similarity_weight: float | None = None,
     top_k: int = 10,
     gallery: str | None = None,
+    detector: str | None = None,
+    detector_options: Mapping[str, Any] | None = None,
 ) -> SearchResult:
     """
     Finds images for a text, or captions for an image, in an index or among all there are. Arguments are those of
@@ -148,7 +159,7 @@ def run_search(
 
     Raises:
         `ValueError`: arguments do not go together; the index is of the other kind, or was made by another checkpoint or
-            from another store; or nothing shows that `image` is the stored one of its name.
+            from another store; or the regions of the photo `image` cannot be found.
         `FileNotFoundError`: `image` is no file.
     """
     by_text = text is not None
@@ -183,7 +194,7 @@ def run_search(
         names = list(store)
         if not by_text:
             names = _captions(str(captions), caption_ids, split, store, scorer.processor.tokenizer)
-        hits = _score_all(query, not by_text, scorer, names)
+        hits = _score_all(_found(query, scorer, detector, detector_options), not by_text, scorer, names)
         searched = len(names)
     else:
         opened = SearchIndex(index)
@@ -193,8 +204,9 @@ def run_search(
         store = RegionStore(regions or _place(opened, "store", "--regions"))
         query, shown = _query(text, image, image_id, store, opened_photos)
         encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos, photo_ids)
-        if isinstance(query, RegionRecord) and not isinstance(encoder, UnicoderVLDualEncoder):
-            raise ValueError(f"{encoder.name} looks at photos, and {image} holds regions alone: give --image-id.")
+        if not isinstance(query, str) and not isinstance(encoder, UnicoderVLDualEncoder):
+            raise ValueError(f"{encoder.name} embeds photos of the store alone, and {image} is none: give --image-id.")
+        query = _found(query, scorer, detector, detector_options)
         weight = SimilarityWeight.of(similarity_weight, encoder, scorer)
         (hits,) = search(
             [query], opened, encoder, scorer, top_k=top_k, candidates=candidates, similarity_weight=weight.value
@@ -206,6 +218,16 @@ def run_search(
         ordered = "the score of every pair" if weight is None else str(weight)
         path = _write_gallery(gallery, shown, hits, store, opened_photos, f"{searched:,} images, ordered by {ordered}")
     return SearchResult(shown, hits, path, weight)
+
+
+def _found(
+    query: str | RegionRecord | Path, scorer: ImageTextScorer, detector: str | None, options: Mapping[str, Any] | None
+) -> str | RegionRecord:
+    """Finds the regions of a query that is a photo, by the detector of the scorer's training if no other is named."""
+    if not isinstance(query, Path):
+        return query
+    trained_on = scorer.processor.feature_extractor.region_provenance
+    return RegionFinder(detector, trained_on=trained_on, device=scorer.model.device, **(options or {}))([query])[0]
 
 
 def _two_stages(
@@ -260,8 +282,8 @@ def _query(
     image_id: str | None,
     store: RegionStore,
     photos: Photos | None,
-) -> tuple[str | RegionRecord, str]:
-    """Makes the query of the arguments, a sentence, the id of a stored image or a saved record; and its words."""
+) -> tuple[str | RegionRecord | Path, str]:
+    """Makes the query of the arguments, a sentence, the id of a stored image, a saved record or a photo; its words."""
     if image is None and image_id is None:
         return str(text), str(text)
     if image is None:
@@ -284,69 +306,24 @@ def _query(
     if path.suffix == ".npz":
         record = RegionRecord.load(path)
         return record, f"{path}, the saved regions of {record.image_id!r}"
-    stored = _stored_image(path, store, photos)
-    return stored, f"{path}, the photo of the stored image {stored!r}"
+    return _photo(path, store, photos)
 
 
-def _stored_image(path: Path, store: RegionStore, photos: Photos | None) -> str:
+def _photo(path: Path, store: RegionStore, photos: Photos | None) -> tuple[str | Path, str]:
     """
-    Finds the id of the stored image whose photo a file is. Its name alone does not show it: the photo must have the
-    size that the store knows, and the bytes of the photo of that id, which must be another file.
-
-    Raises:
-        `ValueError`: the file is no photo, or nothing shows that it is that of a stored image.
+    Gives the id of the stored image whose photo a file is, if another file of its name in `photos` holds the same
+    bytes; else the file itself. A name alone shows nothing.
     """
-    from ..regions.photos import decode_photo
-
-    try:
-        _, size = decode_photo(path.read_bytes())
-    except Exception as error:  # of any kind, where a file is damaged
-        raise ValueError(f"--image {path} cannot be read: {error}.") from error
-    extract = (
-        "Extract its regions with the detector of the store, to a store of its own, and search by them: `unicoder-vl "
-        f"extract {path} NEW …`, in Python RegionStore('NEW')[{path.stem!r}].save('regions.npz'), then --image "
-        "regions.npz."
-    )
     parts = Path(os.path.abspath(path)).parts
     names = [*("/".join(parts[start:]) for start in range(1, len(parts))), path.stem]  # an id may be a path
     image_id = next((name for name in names if name in store), None)
     if image_id is None:
-        raise ValueError(
-            f"--image {path} is no photo of {store.path}, which has no image {path.stem!r}. {extract} If it is the "
-            f"photo of a stored image, name that: --image-id ID.{did_you_mean(path.stem, store)}"
-        )
-    named = f"If it is the photo of {image_id!r} all the same: --image-id {image_id}."
-    record = store[image_id]
-    if None not in (known := (record.image_width, record.image_height)) and known != size:
-        raise ValueError(
-            f"--image {path} is not the photo of the image {image_id!r} of {store.path}: it has {size[0]} x {size[1]} "
-            f"pixels, that has {known[0]} x {known[1]}. {extract} {named}"
-        )
-    unproved = _why_unproved(path, image_id, photos)
-    if photos is None or unproved is not None:
-        raise ValueError(
-            f"--image {path} has the name of the image {image_id!r} of {store.path}, which does not show that it is "
-            f"its photo{unproved}. Give --photos, which the store was made of, and the two are compared; or, if you "
-            f"know that it is: --image-id {image_id}. If it is another photo: {extract}"
-        )
-    if photos.read(image_id) != path.read_bytes():
-        raise ValueError(
-            f"--image {path} is not the photo of the image {image_id!r} of {store.path}: {photos.file(image_id)} holds "
-            f"other bytes. {extract} {named}"
-        )
-    return image_id
-
-
-def _why_unproved(path: Path, image_id: str, photos: Photos | None) -> str | None:
-    """Says why the bytes of a file cannot show whose photo it is; None where they can be compared with another file."""
-    if photos is None:
-        return ""
-    if image_id not in photos:
-        return f", and {photos.path} has no photo of that id to compare it with"
-    file = Path(photos.file(image_id))
-    if file.is_file() and file.samefile(path):
-        return f", and the photo of that id in {photos.path} is this very file, which would be compared with itself"
-    return None
+        return path, f"{path}, a photo"
+    if photos is not None and image_id in photos:
+        file = Path(photos.file(image_id))
+        if not (file.is_file() and file.samefile(path)) and photos.read(image_id) == path.read_bytes():
+            return image_id, f"{path}, the photo of the stored image {image_id!r}"
+    return path, f"{path}, a photo, whatever the stored image {image_id!r} of its name shows"
 
 
 def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]) -> list[Hit]:

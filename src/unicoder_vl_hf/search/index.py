@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from .. import logging
 from ..extras import optional_import
-from ..files import json_digest, write_json
+from ..files import json_digest, put_back, replace_folder, write_json
 from ..processes import start_processes
 from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 1
 INDEX, NAMES, EMBEDDINGS, FAISS = "index.json", "names.json", "embeddings.safetensors", "faiss.index"
 
+GROWN = " If it is that one and has grown, `unicoder-vl index … --add` adds what is new."
 # Items that are embedded at once; a kill loses as many.
 BLOCK_ITEMS = 1024
 # Similarities that are held at once.
@@ -97,7 +98,7 @@ class SearchIndex:
         if encoder is not None:
             _compare(f"{self.path} was made by the checkpoint", self.facts["encoder"], encoder.identity())
         if store is not None:
-            _compare(f"{self.path} was made from the store", self.facts["store"], store_identity(store))
+            _compare(f"{self.path} was made from the store", self.facts["store"], store_identity(store), GROWN)
 
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -153,6 +154,7 @@ def build_index(
     image_ids: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
     faiss: str | None = None,
+    add: bool = False,
     restart: bool = False,
 ) -> SearchIndex:
     """
@@ -167,6 +169,8 @@ def build_index(
         captions (sequence of `str`, *optional*): Captions to index instead, each text once, to be searched by an image.
         faiss (`str`, *optional*): A structure of FAISS in the words of its `index_factory`, such as `"HNSW32"`, for
             millions of images; the search is then approximate. Needs the extra `[faiss]`.
+        add (`bool`, *optional*, defaults to `False`): Whether items that a complete index lacks are added to it, and
+            images that the store has no more are left out. It stays until the new one is complete.
         restart (`bool`, *optional*, defaults to `False`): Whether to begin anew, whatever an earlier call left or
             completed. An index that is there stays until the new one is complete, and is then replaced.
 
@@ -179,30 +183,48 @@ def build_index(
     items: Items = "images" if captions is None else "captions"
     chosen = store if image_ids is None else image_ids
     names = list(dict.fromkeys(chosen if captions is None else captions))
-    if output.exists():
-        if not restart:
-            return _open_complete(output, encoder, store, items, names, faiss)
-        if not (output / INDEX).exists():
-            raise ValueError(f"{output} exists and is no index, which --restart could replace: name another folder.")
+    state = start_processes()
+    work = output.with_name(f"{output.name}.partial")
+    old = work / "old"  # an index, from when the new one is whole until it has its name
+    if (add or restart) and state.is_main_process and old.exists() and not output.exists():  # a kill came between
+        os.replace(old, output)
+    state.wait_for_everyone()
+    if output.exists() and not (output / INDEX).exists() and (add or restart):
+        raise ValueError(
+            f"{output} exists and is no index, which --restart could replace, or --add extend: name another folder."
+        )
+    before = SearchIndex(output) if add and output.exists() else None
+    kept, new = [], names
+    if before is not None:
+        faiss = faiss or before.facts["faiss"]
+        before.check(encoder)
+        if (before.items, before.facts["faiss"]) != (items, faiss):
+            raise ValueError(
+                f"{output} holds {before.items}, with faiss={before.facts['faiss']!r}, and given are {items}, with "
+                f"{faiss=}: name another folder for these."
+            )
+        kept = [place for place, name in enumerate(before.names) if captions is not None or name in store]
+        new = list(dict.fromkeys([*before.names, *names]))[len(before) :]
+        names = [before.names[place] for place in kept] + new
+        if names == before.names and before.facts["store"] == store_identity(store):
+            return before
+    elif output.exists() and not restart:
+        return _open_complete(output, encoder, store, items, names, faiss)
     if not names:
         raise ValueError(f"There are no {items} to index.")
-    library = None if faiss is None else optional_import("faiss", "faiss")
+    if faiss is not None:
+        optional_import("faiss", "faiss")  # before all are embedded
     facts: dict[str, Any] = {"items": items, "count": len(names), "dim": encoder.dim, "faiss": faiss}
     identity = encoder.identity()
     if Path(identity["name"]).exists():  # a folder, not a name of the Hub
         identity["name"] = str(Path(identity["name"]).absolute())
     facts |= {"encoder": identity, "store": store_identity(store)}
 
-    state = start_processes()
-    work = output.with_name(f"{output.name}.partial")
-    old = work / "old"  # an index, from when the new one is whole until it has its name
     state.wait_for_everyone()  # until all of them have seen what output there is
     if restart and state.is_main_process:
-        if old.exists() and not output.exists():  # a kill came between
-            os.replace(old, output)
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
-    blocks = [names[start : start + BLOCK_ITEMS] for start in range(0, len(names), BLOCK_ITEMS)]
+    blocks = [new[start : start + BLOCK_ITEMS] for start in range(0, len(new), BLOCK_ITEMS)]
     job = {**facts, "names_sha256": json_digest(names), "block_items": BLOCK_ITEMS}
     try:
         folder = BlockFolder(work / "blocks", job, state.process_index)
@@ -216,23 +238,15 @@ def build_index(
             if block not in folder.done:
                 folder.write(block, embed(blocks[block]).ravel())
     size = BLOCK_ITEMS * encoder.dim
-    shape = len(names), encoder.dim
-    embeddings = folder.result(
-        len(blocks), shape, lambda block: np.arange(block * size, min((block + 1) * size, shape[0] * shape[1]))
-    )
+    rows = np.empty((0, encoder.dim), dtype=np.float32)
+    if new:
+        end = len(new) * encoder.dim
+        shape = len(new), encoder.dim
+        rows = folder.result(len(blocks), shape, lambda block: np.arange(block * size, min((block + 1) * size, end)))
     if state.is_main_process:
         whole = work / "whole"
         shutil.rmtree(whole, ignore_errors=True)  # of a call that was killed while it wrote
-        whole.mkdir()
-        rows = np.array(embeddings)
-        save_file({"embeddings": rows}, whole / EMBEDDINGS)
-        write_json(whole / NAMES, names)
-        if library is not None:
-            structure = library.index_factory(encoder.dim, faiss, library.METRIC_INNER_PRODUCT)
-            structure.train(rows)
-            structure.add(rows)
-            library.write_index(structure, str(whole / FAISS))
-        write_json(whole / INDEX, {"format_version": FORMAT_VERSION, **facts})
+        _write(whole, rows if before is None else np.concatenate([before.embeddings[kept], rows]), names, facts)
         if output.exists():
             os.replace(output, old)
         os.replace(whole, output)
@@ -240,6 +254,43 @@ def build_index(
     if state.is_main_process:
         shutil.rmtree(work)
     return SearchIndex(output)
+
+
+def remove_items(path: str | os.PathLike[str], names: Sequence[str]) -> SearchIndex:
+    """
+    Takes items out of an index, images by their ids, or captions. It stays as it is until the new one is complete.
+
+    Raises:
+        `ValueError`: a name is not in the index, nothing would be left, or the folder is no index.
+    """
+    check_several("names", names)
+    path = Path(path)
+    put_back(path)
+    index = SearchIndex(path)
+    if unknown := set(names) - set(index.names):
+        raise ValueError(f"{path} has no {min(unknown)!r} among its {len(index):,} {index.items}.")
+    kept = [place for place, name in enumerate(index.names) if name not in set(names)]
+    if not kept:
+        raise ValueError(f"{path} would be left without {index.items}: remove the folder instead.")
+    new = path.with_name(f".{path.name}.without")
+    shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
+    _write(new, index.embeddings[kept], [index.names[place] for place in kept], index.facts | {"count": len(kept)})
+    replace_folder(path, new)
+    return SearchIndex(path)
+
+
+def _write(folder: Path, rows: np.ndarray, names: list[str], facts: dict[str, Any]) -> None:
+    """Writes an index into a new folder."""
+    folder.mkdir()
+    save_file({"embeddings": np.array(rows)}, folder / EMBEDDINGS)
+    write_json(folder / NAMES, names)
+    if facts["faiss"] is not None:
+        library = optional_import("faiss", "faiss")
+        structure = library.index_factory(rows.shape[1], facts["faiss"], library.METRIC_INNER_PRODUCT)
+        structure.train(np.array(rows))
+        structure.add(np.array(rows))
+        library.write_index(structure, str(folder / FAISS))
+    write_json(folder / INDEX, {"format_version": FORMAT_VERSION, **facts})
 
 
 def _open_complete(
@@ -262,11 +313,11 @@ def store_identity(store: RegionStore) -> dict[str, str]:
     return {"name": str(store.path), "manifest_sha256": manifest_checksum(store.manifest)}
 
 
-def _compare(what: str, before: dict[str, str], now: dict[str, str]) -> None:
+def _compare(what: str, before: dict[str, str], now: dict[str, str], more: str = "") -> None:
     if any(before.get(key) != value for key, value in now.items() if key != "name"):
         raise ValueError(
             f"{what} {_words(before)}, but given is {_words(now)}: give that one, or make an index of this one, in "
-            "another folder or by --restart."
+            f"another folder or by --restart.{more}"
         )
 
 

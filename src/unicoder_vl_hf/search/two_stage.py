@@ -97,8 +97,8 @@ def search(
     Finds the images of an index that match each caption best, or the captions that match each image best.
 
     Args:
-        queries (sequence of `str` or [`RegionRecord`]): Captions, to search an index of images; image ids or records,
-            to search an index of captions.
+        queries (sequence of `str` or [`RegionRecord`]): Captions, to search an index of images; image ids, records or
+            photos, as [`ImageTextScorer.score`] takes them, to search an index of captions.
         index ([`SearchIndex`]): An index that `encoder` made from the store of `scorer`, which is checked.
         encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): The first stage.
         scorer ([`ImageTextScorer`]): The second stage.
@@ -121,6 +121,8 @@ def search(
         raise ValueError(f"top_k={top_k}, candidates={candidates}; expected at least 1 of each.")
     weight = SimilarityWeight.of(similarity_weight, encoder, scorer).value
     index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
+    if index.items == "captions":
+        queries = scorer.processor.find_regions(queries, scorer.store)
     embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
     positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
     scores = rerank(queries, index, positions, scorer)

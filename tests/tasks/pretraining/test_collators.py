@@ -25,7 +25,7 @@ from unicoder_vl_hf.scenes.world import scene_tokenizer
 
 PAD, UNK, CLS, SEP, MASK, A, DOG, CAT, RUNS, SLEEPS, ON, THE, GRASS, DOT = range(14)
 NAMES = ["input_ids", "token_type_ids", "attention_mask"]
-NAMES += ["region_features", "region_locations", "region_attention_mask"]
+NAMES += ["region_features", "region_locations", "region_attention_mask", "masked_regions"]
 NAMES += ["labels", "region_labels", "matching_labels"]
 
 
@@ -100,6 +100,7 @@ def test_everything_masked_is_known_by_hand():
         "region_features": features,
         "region_locations": torch.tensor([[location, location, [0.0] * 5], [location] * 3]),
         "region_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "masked_regions": torch.tensor([[1, 1, 0], [1, 0, 1]]),
         "labels": torch.tensor([[-100, A, DOG, RUNS, -100]] * 2),
         "region_labels": torch.tensor([[3, 1, -100], [2, -100, 4]]),
         "matching_labels": torch.tensor([1, 0]),
@@ -114,7 +115,11 @@ def test_nothing_masked_is_what_the_processor_gives():
     inputs = made.processor(
         text=[ROW["caption"]] * 2, regions=["dogs", "cats"], store=STORE, return_tensors="pt", max_length=44
     )
-    unmasked = {"labels": torch.full((2, 5), -100), "region_labels": torch.full((2, 3), -100)}
+    unmasked = {
+        "masked_regions": torch.zeros(2, 3, dtype=torch.long),
+        "labels": torch.full((2, 5), -100),
+        "region_labels": torch.full((2, 3), -100),
+    }
     assert_equal(batch, {**inputs, **unmasked, "matching_labels": torch.tensor([1, 0])})
 
 

@@ -60,7 +60,7 @@ class MaskedInMatchesOnly(DataCollatorForUnicoderVLPreTraining):
         batch = super().__call__(rows)
         tasks = {"mlm_probability": 0.0} if self.tokens else {"moc_probability": 0.0}
         plain = dataclasses.replace(self.unwrapped(), **tasks)(rows)
-        names = ("input_ids", "labels") if self.tokens else ("region_features", "region_labels")
+        names = ("input_ids", "labels") if self.tokens else ("region_features", "masked_regions", "region_labels")
         for name in names:
             batch[name] = torch.where(
                 (batch["matching_labels"] == 1).view(-1, *[1] * (batch[name].ndim - 1)), batch[name], plain[name]
@@ -108,7 +108,7 @@ def accuracy_on_masks(world, collator_class, **options) -> float:
     train, held_out = split(0, NUM_IMAGES), split(NUM_IMAGES, None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     model.train()
-    for epoch in range(3):
+    for epoch in range(5):
         train.set_epoch(epoch)
         for batch in batches(train, batch_size=32, shuffle=True):
             model(**batch).loss.backward()

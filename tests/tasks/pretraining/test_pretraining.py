@@ -89,6 +89,49 @@ def setup(world, bert, tmp_path_factory):
     return made
 
 
+def test_gradients_of_an_epoch_in_steps_of_equal_tokens_are_those_of_equal_pairs(world, bert, tmp_path):
+    """At the same number of steps; each step in two micro-batches for each of two processes."""
+    torch.manual_seed(0)
+    made = prepare_pretraining(on_world(world, bert, tokens_per_batch=160), tmp_path, seed=3)
+    samplers_of = [
+        made.token_batches(seed=3, micro_batches=2, num_processes=2, process_index=process) for process in (0, 1)
+    ]
+    steps = samplers_of[0].steps_per_epoch
+    assert 80 % steps == 0 and steps < 80
+    by_pairs = [StepBatchSampler(80, rows_per_step=80 // steps, seed=3)]
+
+    def gradients(of_processes):
+        made.model.zero_grad()
+        total = 0.0
+        for of_process in of_processes:
+            of_process.set_epoch(2)
+            for batch, weight in made.train_batches(of_process, torch.device("cpu")):
+                (made.model(**batch).loss * weight).backward()
+                total += weight
+        assert total == pytest.approx(steps)
+        return {name: weights.grad.clone() for name, weights in made.model.named_parameters()}
+
+    found, wanted = gradients(samplers_of), gradients(by_pairs)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("cut", [{}, {"max_length": 9, "max_regions": 3}])
+def test_the_lengths_of_a_budget_are_those_of_the_batches(world, bert, tmp_path, monkeypatch, cut):
+    """Of pairs and mismatches, as the collator cuts them, and no record is read to know them."""
+    monkeypatch.setattr(RegionStore, "get_many", lambda *_: pytest.fail("records are read"))
+    monkeypatch.setattr(RegionStore, "record_at", lambda *_: pytest.fail("records are read"))
+    arguments = on_world(world, bert, tokens_per_batch=400, max_validation_pairs=0, **cut)
+    made = prepare_pretraining(arguments, tmp_path, seed=3)
+    found = made.token_batches(seed=3).lengths(np.arange(80), 4)
+    monkeypatch.undo()
+    made.train.set_epoch(4)
+    batch = made.collator(made.train.make_rows(range(80)))
+    tokens = (batch["attention_mask"].sum(1) + batch["region_attention_mask"].sum(1)).view(2, 80).T
+    assert found.tolist() == tokens.tolist()
+    assert not cut or (batch["input_ids"].shape[1], batch["region_features"].shape[1]) == (9, 3)
+
+
 def test_the_images_of_a_micro_batch_are_asked_for_while_the_one_before_is_here(setup, monkeypatch):
     asked = []
     monkeypatch.setattr(RegionStore, "will_need", lambda _, image_ids: asked.append(set(image_ids)))
@@ -822,11 +865,12 @@ def test_means_of_the_losses_by_hand():
     meter.add(outputs_of(5.0, mlm_loss=2.5, moc_loss=1.5, matching_loss=1.0), labels, 1.0)
     meter.gather()
     state = meter.state()
-    means = meter.mean(2)
+    means = meter.mean()
     assert means.pop("rows_per_second") > 0
     assert means == pytest.approx({"loss": 4.0, "mlm_loss": 4.0, "moc_loss": 2.0, "matching_loss": 1.0})
     meter.load(state)
-    assert meter.state() == state == {"loss": 8, "mlm_loss": 4, "moc_loss": 2, "matching_loss": 2, "counted": 1}
+    losses = {"loss": 8, "mlm_loss": 4, "moc_loss": 2, "matching_loss": 2}
+    assert meter.state() == state == losses | {"counted": 1, "weights": 2}
     meter.load([8.0, 4.0, 2.0, 2.0, 1.0])  # as checkpoints had it that gave no names
     assert meter.state() == state
 
@@ -835,14 +879,14 @@ def test_rows_of_unknown_matching_all_count():
     meter = LossMeter(Accelerator(cpu=True), ("mlm_loss",))
     meter.add(outputs_of(3.0, mlm_loss=3.0, moc_loss=0.0, matching_loss=0.0), torch.tensor([-100, -100]), 1.0)
     meter.gather()
-    assert {name: value for name, value in meter.mean(1).items() if "loss" in name} == {"loss": 3.0, "mlm_loss": 3.0}
+    assert {name: value for name, value in meter.mean().items() if "loss" in name} == {"loss": 3.0, "mlm_loss": 3.0}
 
 
 def test_a_loss_that_is_off_is_absent_also_in_a_checkpoint_that_knew_it():
     meter = LossMeter(Accelerator(cpu=True), ("mlm_loss", "matching_loss"))
     meter.load([8.0, 4.0, 0.0, 2.0, 1.0])
-    assert meter.state() == {"loss": 8, "mlm_loss": 4, "matching_loss": 2, "counted": 1}
-    assert "moc_loss" not in meter.mean(2)
+    assert meter.state() == {"loss": 8, "mlm_loss": 4, "matching_loss": 2, "counted": 1, "weights": 2}
+    assert "moc_loss" not in meter.mean()
 
 
 def test_what_stands_beside_the_bar():

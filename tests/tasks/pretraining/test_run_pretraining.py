@@ -316,6 +316,8 @@ def test_other_arguments_are_another_run(straight, script, command):
     named = str(error.value)
     assert "'learning_rate': (0.001, 0.01)" in named and "'mlm_probability': (0.15, 0.3)" in named
     assert "'moc': (True, False)" in named and "logging_steps" not in named and "train_batch_size" not in named
+    with pytest.raises(ValueError, match=r"'train_batch_size': \(4, None\)"):
+        run(script, by_tokens(resumed, 160))
 
 
 @pytest.fixture
@@ -468,6 +470,57 @@ def test_two_processes_equal_one(script, command, tmp_path, plain):
     halves = [examples_of(tmp_path / f"examples0-{rank}") for rank in range(2)]
     for epoch in range(2):
         assert sorted(row for half in halves for number, row in half if number == epoch) == list(range(80))
+
+
+def by_tokens(arguments, tokens_per_batch):
+    """The command line with a budget of tokens in place of a number of pairs."""
+    words = list(arguments)
+    at = next(place for place, word in enumerate(words) if word.endswith("train_batch_size"))
+    words[at : at + 2] = ["--tokens_per_batch", str(tokens_per_batch)]
+    return words
+
+
+def test_batches_of_equal_tokens(script, command, berts, lines, tmp_path):
+    """
+    Two processes equal one with twice the micro-batches, by plain descent. With dropout, two that are resumed in the
+    middle of an epoch equal two that were never stopped.
+    """
+    whole = command(script, tmp_path / "one", accumulation=4, plain=True, save_steps=8, save_total_limit=9)
+    with plain_descent(), examples_recorded(tmp_path / "one-examples"):
+        run(script, by_tokens(whole, 160))
+    (checkpoint, *_) = (tmp_path / "one").glob("checkpoint-*")
+    examples = examples_of(tmp_path / "one-examples-0")
+    assert all(sorted(row for number, row in examples if number == epoch) == list(range(80)) for epoch in range(2))
+    assert_trained(tmp_path / "one", berts[0.0])
+    wet = {"accumulation": 2, "dropout": 0.1, "save_steps": 3, "save_total_limit": 99}
+    again = {"resume_from_checkpoint": tmp_path / "wet" / "checkpoint-6"}
+    process = launch(
+        tmp_path,
+        (script, by_tokens(command(script, tmp_path / "two", accumulation=2, plain=True), 160), True),
+        (script, by_tokens(command(script, tmp_path / "wet", **wet), 160)),
+        (script, by_tokens(command(script, tmp_path / "resumed", **wet, **again), 160)),
+        processes=2,
+    )
+    output = output_of(process, tmp_path)
+    assert process.returncode == 0, output
+    assert output.count(f"{script}: world size 2") == 2 * 3, output
+    assert_same_weights(tmp_path / "two", tmp_path / "one", tolerance=2e-5)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "wet")
+    for line, other in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        parts = (line["mlm_loss"] + line["moc_loss"]) / 2 + line["matching_loss"]
+        assert line["loss"] == pytest.approx(parts, abs=1e-4) and line["loss"] == pytest.approx(other["loss"], abs=2e-4)
+    assert " of 160 tokens (over all processes)" in (tmp_path / "two" / "README.md").read_text()
+    halves = [examples_of(tmp_path / f"examples0-{rank}") for rank in range(2)]
+    assert sorted(halves[0] + halves[1]) == sorted(examples)
+    resumed = [*command(script, tmp_path / "one", plain=True), "--resume_from_checkpoint", str(checkpoint)]
+    with pytest.raises(ValueError, match=r"'tokens_per_batch': \(160, None\)|with tokens_per_batch=160, not None"):
+        run(script, resumed)
+
+
+def test_two_sizes_of_a_batch_are_refused(script, command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(script, [*command(script, tmp_path), "--tokens_per_batch", "99"])
+    assert "--tokens_per_batch and --" in capsys.readouterr().err
 
 
 def test_processes_that_do_not_know_each_other_are_refused(command, tmp_path, monkeypatch):

@@ -327,6 +327,7 @@ def test_each_caption_is_hidden_by_itself():
         ("negative_captions", {}),
         ("image_id", {}),
         ("epoch", {"mask_probability": 0.1}),
+        ("row_index", {"random_epochs": 1}),
         ("image_code", {"contrastive": True}),
         ("codes_of_caption", {"in_batch_negatives": True}),
     ],
@@ -516,7 +517,7 @@ def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_pat
     )
     optimizer = torch.optim.AdamW(setup.model.parameters(), lr=3e-3, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(setup.model.train(), optimizer, loader)
-    for epoch in range(30):
+    for epoch in range(60):
         setup.train.set_epoch(epoch)
         for batch in loader:
             accelerator.backward(setup.loss(model, batch))

@@ -192,9 +192,10 @@ PAIRS = {
 STORE = {name: tiny.record(name, n) for name, n in zip("abcd", (3, 2, 5, 4), strict=True)}
 
 
-def batch(rows=range(5), **collator):
+def batch(rows=range(5), epoch=0, **collator):
     table = datasets.Dataset.from_dict(PAIRS)
     pairs = PairsWithNegatives(table, seed=0, num_captions=1, num_images=1, duplicates=["bd"])
+    pairs.set_epoch(epoch)
     collate = DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, contrastive=True, **collator)
     return collate([pairs[row] for row in rows])
 
@@ -312,6 +313,24 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
     groups, contrastive = GroupSoftmaxLoss()(encoder, inputs | given), ContrastiveLoss(0.5)(encoder, inputs)
     torch.testing.assert_close(found, groups + contrastive)
     assert found > plain
+
+
+def test_negatives_are_drawn_at_random_in_the_first_epochs():
+    """By a hardness that the batch brings: a function of seed, epoch and rows, in place of the first stage's logits."""
+    drawn = [batch((3, 0, 2, 4), epoch=epoch, random_epochs=2, seed=seed) for seed in (0, 1) for epoch in (0, 1, 2)]
+    hardness = [inputs["hardness"] for inputs in drawn if "hardness" in inputs]
+    assert [inputs.keys() - drawn[2].keys() for inputs in drawn] == [{"hardness"}, {"hardness"}, set()] * 2
+    assert len({tensor.numpy().tobytes() for tensor in hardness}) == 4
+    again, others = (batch(rows, epoch=0, random_epochs=2)["hardness"] for rows in ((3, 0, 2, 4), (0, 3, 2, 4)))
+    assert torch.equal(hardness[0], again) and not torch.equal(again, others)
+
+    encoder, loss, inputs = model(), HardNegativeLoss(GroupSoftmaxLoss(), 0.5), drawn[2]
+    index = {"first_stage_captions": inputs["caption_index"][inputs["labels"] == 1]}
+    index["first_stage_images"] = inputs["image_index"][inputs["labels"] == 1]
+    plain = {name: tensor for name, tensor in inputs.items() if name not in ("labels", "group_ids", "mismatches")}
+    logits = encoder(**plain, **index).first_stage_logits.detach()
+    torch.testing.assert_close(loss(encoder, inputs | {"hardness": logits}), loss(encoder, inputs))
+    assert loss(encoder, inputs | {"hardness": -logits}) != loss(encoder, inputs)
 
 
 def test_without_a_loss_of_groups_the_first_stage_learns_alone():
@@ -492,16 +511,20 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     setup.loss(setup.model, batch).backward()
     trained_ones = {name for name, parameter in setup.model.named_parameters() if parameter.requires_grad}
     assert trained_ones == {name for name, parameter in setup.model.named_parameters() if parameter.grad is not None}
-    hard = RetrievalArguments(**options, contrastive_weight=1.0, num_hard_negatives=2, in_batch_negatives=True)
+    hard = RetrievalArguments(
+        **options, contrastive_weight=1.0, num_hard_negatives=2, random_negative_epochs=1, in_batch_negatives=True
+    )
     trained_by = prepare_retrieval(hard, world.parent / "run", seed=0).card["trained_by"]
     assert trained_by == (
         "fine-tuned for image-text retrieval on groups of a match and mismatches drawn at random and all mismatches of "
-        "the batch and the mismatches of the batch that its first stage likes best, along with a first stage, by a "
-        "contrastive loss"
+        "the batch and the mismatches of the batch that its first stage likes best (at random until the end of "
+        "epoch 1), along with a first stage, by a contrastive loss"
     )
     for wrong, message in (
         ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),
         ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),
+        ({"random_negative_epochs": -1}, r"random_negative_epochs=-1; expected at least 0"),
+        ({"random_negative_epochs": 1}, r"random_negative_epochs=1 says how --num_hard_negatives are drawn"),
         ({"num_hard_negatives": 1}, r"num_hard_negatives=1 need a first stage.*--contrastive_weight"),
         ({"loss": "none"}, r"loss=none.*need a first stage.*--contrastive_weight"),
         (

@@ -9,7 +9,6 @@ from unicoder_vl_hf.tasks.retrieval.metrics import (
     confidence_intervals,
     rank_queries,
     retrieval_metrics,
-    retrieval_ranks,
     summarize,
 )
 
@@ -36,10 +35,9 @@ AVERAGE_PRECISIONS = [(1 + 2 / 3 + 3 / 4) / 3, (1 / 2 + 2 / 8) / 2, (1 / 2 + 2 /
 
 
 def test_hand_worked_matrix():
-    image_ranks, text_ranks = retrieval_ranks(SCORES, IMAGE_OF_CAPTION)
-    assert image_ranks.tolist() == IMAGE_RANKS
-    assert text_ranks.tolist() == TEXT_RANKS
     ranked = rank_queries(SCORES, IMAGE_OF_CAPTION)
+    assert ranked["image_retrieval"].ranks.tolist() == IMAGE_RANKS
+    assert ranked["text_retrieval"].ranks.tolist() == TEXT_RANKS
     assert ranked["text_retrieval"].average_precisions == pytest.approx(AVERAGE_PRECISIONS, abs=1e-15)
     assert np.flatnonzero(ranked["image_retrieval"].tied).tolist() == [2, 4]
     assert np.flatnonzero(ranked["text_retrieval"].tied).tolist() == [1, 2]
@@ -169,7 +167,8 @@ def test_any_memory_layout(layout):
 
 
 def test_infinite_scores_rank_first_and_last():
-    assert retrieval_ranks([[np.inf, 0.0], [-np.inf, -np.inf]], [0, 1])[0].tolist() == [1, 2]
+    ranked = rank_queries([[np.inf, 0.0], [-np.inf, -np.inf]], [0, 1])
+    assert ranked["image_retrieval"].ranks.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.int32])
@@ -212,7 +211,7 @@ def slow_intervals(folds, k, level, num_resamples, seed) -> dict[str, tuple[floa
     resamples = {"image_retrieval": np.zeros(num_resamples), "text_retrieval": np.zeros(num_resamples)}
     for index, (scores, image_of_caption) in enumerate(folds):
         rng = np.random.default_rng([seed, index])
-        image_ranks, text_ranks = retrieval_ranks(scores, image_of_caption)
+        image_ranks, text_ranks = (queries.ranks for queries in rank_queries(scores, image_of_caption).values())
         for resample in range(num_resamples):
             drawn = rng.integers(len(text_ranks), size=len(text_ranks))
             of_captions = [image_ranks[c] for i in drawn for c in np.flatnonzero(np.equal(image_of_caption, i))]

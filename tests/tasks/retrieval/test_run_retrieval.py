@@ -249,6 +249,7 @@ def test_two_processes_equal_one(command, plain, world, berts, tmp_path):
     which then has to be the same, too.
     """
     along = {"contrastive_weight": 1, "num_hard_negatives": 1, "projection_dim": 8, "loss": "softmax"}
+    along |= {"random_negative_epochs": 1}
     along |= {"learning_rate": 0.05, "max_steps": 6, "pairs": 2, "plain": True}
     with plain_descent():
         run(SCRIPT, command(tmp_path / "along_one", accumulation=2, **along))

@@ -64,6 +64,7 @@ def test_what_is_masked_is_predicted_and_matching_is_unknown(setup):
     assert batch["matching_labels"].tolist() == [-100] * 12
     chosen = batch["region_labels"] != -100
     zeroed = (batch["region_features"] == 0).all(dim=-1) & batch["region_attention_mask"].bool()
+    torch.testing.assert_close(batch["masked_regions"] == 1, zeroed)
     assert zeroed.any() and (chosen | ~zeroed).all() and chosen.any(dim=1).all()
     for number, region in chosen.nonzero().tolist():
         objects = setup.train.rows[number]["objects"]

@@ -1,18 +1,22 @@
 """
 Detectors, which find regions in photos: one small interface, and one module a family.
 
-A detector is named `family:name`, where the name is a folder, a Hub repository or, for torchvision, a model. Nothing
-outside this room imports torchvision.
+A detector is named `family:name`, where the name is a folder, a Hub repository or, for torchvision, a model; or
+`module:Class`, a class of anybody's that has the interface. Nothing outside this room imports torchvision.
 """
 
-import importlib
+import importlib.util
 import inspect
+import json
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from ... import logging
 from ...extras import optional_import
 
 if TYPE_CHECKING:
@@ -36,7 +40,10 @@ class Detector(Protocol):
     """
 
     provenance: dict[str, Any]
-    """Keyword arguments of `RegionStoreWriter`: detector, detector_revision, box_type, thresholds, class_names, …"""
+    """
+    Keyword arguments of `RegionStoreWriter`: detector, detector_revision, box_type, thresholds, class_names, …
+    `load_detector` adds detector_options.
+    """
 
     prepare: "Callable[[Image], Any]"
     """Turns an RGB photo into CPU tensors that are small to send between processes; picklable, without the model."""
@@ -58,11 +65,24 @@ class Detector(Protocol):
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Splits a detector's name into family and model. Raises ValueError where there is no such family."""
+    """
+    Splits a detector's name into family and model, or module and class. Raises ValueError where there is no such
+    family, and no such module.
+    """
     family, _, model = name.partition(":")
-    if family not in FAMILIES or not model:
-        raise ValueError(f"The detector is {name!r}, expected FAMILY:NAME, where FAMILY is one of {list(FAMILIES)}.")
+    if not model or (family not in FAMILIES and not _is_module(family)):
+        raise ValueError(
+            f"The detector is {name!r}, expected FAMILY:NAME, where FAMILY is one of {list(FAMILIES)}, or MODULE:CLASS "
+            "with a module that Python can import (PYTHONPATH names its folder)."
+        )
     return family, model
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a package above it is missing, or the name is none of a module
+        return False
 
 
 def load_detector(
@@ -73,27 +93,37 @@ def load_detector(
 
     Args:
         name (`str`): `family:name`, such as `"torchvision:fasterrcnn_resnet50_fpn_v2"`, `"visual-genome:DIR"`,
-            `"transformers:facebook/detr-resnet-50"` or `"grid:facebook/dinov2-base"`.
+            `"transformers:facebook/detr-resnet-50"` or `"grid:facebook/dinov2-base"`; or `"module:Class"`, a class with
+            the interface of [`Detector`], which is called with `device`, `precision` and the options.
         device (`torch.device` or `str`, *optional*): Device to compute on; None takes a GPU if there is one.
         precision (`str`, defaults to `"auto"`): `"no"`, `"bf16"` or `"fp16"`; `"auto"` takes the one that the device is
             fast in.
         options: Options of the family, such as `max_regions=36` or `grid_size=14`.
 
     Raises:
-        ValueError: There is no such family or option; the message lists the known ones.
+        ValueError: There is no such family, class or option; the message lists the known ones.
         ImportError: A library is missing; the message names the extra that brings it.
     """
     from ...processes import resolve_precision
 
     family, model = split_name(name)
-    for library in ("PIL", "torchvision"):
-        optional_import(library, "detection")
-    load = importlib.import_module(f".{FAMILIES[family]}", __name__).load
-    known = sorted(set(inspect.signature(load).parameters) - {"name", "device", "precision"})
-    unknown = sorted(set(options) - set(known))
-    if unknown:
+    if family in FAMILIES:
+        for library in ("PIL", "torchvision"):
+            optional_import(library, "detection")
+        load: Any = partial(importlib.import_module(f".{FAMILIES[family]}", __name__).load, model)
+    elif (load := vars(importlib.import_module(family)).get(model)) is None:
+        raise ValueError(f"The detector is {name!r}, but the module {family} has no {model}.")
+    parameters = inspect.signature(load).parameters
+    known = sorted(set(parameters) - {"device", "precision"})
+    unknown = sorted({"device", "precision", *options} - set(parameters))
+    if unknown and inspect.Parameter.VAR_KEYWORD not in (parameter.kind for parameter in parameters.values()):
         raise ValueError(f"{family} detectors have no option {', '.join(unknown)}; their options are {known}.")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    return load(model, device=device, precision=resolve_precision(precision, device.type), **options)
+    with logging.without_warnings_of_transformers():  # of weights that a detector has no use for
+        detector = load(device=device, precision=resolve_precision(precision, device.type), **options)
+    if family not in FAMILIES:
+        detector.provenance["detector"] = name  # by which a checkpoint finds it again
+    detector.provenance["detector_options"] = json.loads(json.dumps(options, default=os.fspath))
+    return detector

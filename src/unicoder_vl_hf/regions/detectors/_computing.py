@@ -60,14 +60,12 @@ def box_tensor(image_id: str, boxes: np.ndarray, device: torch.device) -> Tensor
 
 
 def make_record(
-    image_id: str,
-    size: tuple[int, int],
-    boxes: Tensor,
-    features: Tensor,
-    object_ids: Tensor | None = None,
-    object_scores: Tensor | None = None,
+    image_id: str, size: tuple[int, int], boxes: Tensor, features: Tensor, **labels: Tensor | np.ndarray | None
 ) -> RegionRecord:
-    """Makes a record from tensors on any device; boxes are clipped to the photo, whose `size` is width and height."""
+    """
+    Makes a record from tensors on any device, with `labels` as further fields. Boxes are clipped to the photo, whose
+    `size` is width and height.
+    """
     width, height = size
     return RegionRecord(
         image_id,
@@ -75,8 +73,7 @@ def make_record(
         image_height=height,
         boxes=boxes.float().cpu().numpy().clip(0, (width, height, width, height)),
         features=features.float().cpu().numpy(),
-        object_ids=None if object_ids is None else object_ids.cpu().numpy(),
-        object_scores=None if object_scores is None else object_scores.float().cpu().numpy(),
+        **{name: x.cpu().numpy() if isinstance(x, Tensor) else x for name, x in labels.items()},
     )
 
 

@@ -76,12 +76,8 @@ class TorchvisionDetector:
         self.model.roi_heads.detections_per_img = max_regions
         thresholds = {"score": score_threshold, "min_regions": min_regions, "max_regions": max_regions}
         num_classes = model.roi_heads.box_predictor.cls_score.out_features - 1
-        self.provenance = {
-            "box_type": "regressed",
-            "thresholds": thresholds,
-            "num_classes": num_classes,
-            **provenance,
-        }
+        known = {"box_type": "regressed", "thresholds": thresholds, "num_classes": num_classes}
+        self.provenance = known | provenance
 
     @torch.inference_mode()
     def __call__(
@@ -133,7 +129,8 @@ class TorchvisionDetector:
             counts = [len(boxes) for boxes in outputs]
             found = list(zip(inputs, best.values.split(counts), (best.indices + 1).split(counts), strict=True))
         return [
-            make_record(image_id, photo.size, boxes, rows, labels - 1, scores)  # label 0 is the background
+            # Label 0 is the background.
+            make_record(image_id, photo.size, boxes, rows, object_ids=labels - 1, object_scores=scores)
             for image_id, photo, boxes, rows, (_, scores, labels) in zip(
                 image_ids, photos, outputs, features.split([len(boxes) for boxes in outputs]), found, strict=True
             )
@@ -157,11 +154,8 @@ class TorchvisionDetector:
         def kept(threshold: float, rows: slice, photos: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
             heads.score_thresh = threshold
             sizes = images.image_sizes[photos]
-            return list(
-                zip(
-                    *heads.postprocess_detections(logits[rows], regression[rows], proposals[photos], sizes), strict=True
-                )
-            )
+            columns = heads.postprocess_detections(logits[rows], regression[rows], proposals[photos], sizes)
+            return list(zip(*columns, strict=True))
 
         found = kept(self.score_threshold, slice(None), slice(None))
         ends = np.cumsum([len(boxes) for boxes in proposals])

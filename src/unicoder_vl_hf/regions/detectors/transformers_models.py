@@ -175,9 +175,8 @@ class TransformersDetector:
         for row, (image_id, photo) in enumerate(zip(image_ids, photos, strict=True)):
             kept = select(scores[row], self.score_threshold, self.min_regions, self.max_regions)
             boxes = corners[row, kept] * corners.new_tensor([*photo.size, *photo.size])
-            records.append(
-                make_record(image_id, photo.size, boxes, states[row, kept], labels[row, kept], scores[row, kept])
-            )
+            classes = {"object_ids": labels[row, kept], "object_scores": scores[row, kept]}
+            records.append(make_record(image_id, photo.size, boxes, states[row, kept], **classes))
         return records
 
 
@@ -223,19 +222,22 @@ def load(
         OSError: The model is neither here nor on the Hub; the message says where it was looked for.
     """
     with fetching("transformers", name):
-        return _load(
-            name,
-            revision,
-            text,
-            device=device,
-            precision=precision,
-            score_threshold=score_threshold,
-            min_regions=min_regions,
-            max_regions=max_regions,
-        )
+        model, parts = _load(name, revision, text)
+    return TransformersDetector(
+        model,
+        device=device,
+        precision=precision,
+        score_threshold=score_threshold,
+        min_regions=min_regions,
+        max_regions=max_regions,
+        detector=f"transformers:{name}",
+        detector_revision=model_revision(name, model.config),
+        **parts,
+    )
 
 
-def _load(name: str, revision: str | None, text: str | Sequence[str] | None, **settings: Any) -> TransformersDetector:
+def _load(name: str, revision: str | None, text: str | Sequence[str] | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Gives a model, and its image processor, prompt and classes."""
     config = AutoConfig.from_pretrained(name, revision=revision)
     grounded = config.model_type in GROUNDED
     if grounded != bool(text):
@@ -246,21 +248,11 @@ def _load(name: str, revision: str | None, text: str | Sequence[str] | None, **s
     auto_class = AutoModelForZeroShotObjectDetection if grounded else AutoModelForObjectDetection
     model, info = auto_class.from_pretrained(name, revision=revision, output_loading_info=True)
     check_loaded(name, info)
-    prompt = None
+    parts: dict[str, Any] = {"processor": AutoImageProcessor.from_pretrained(name, revision=revision)}
     if text:
         classes = [word.strip() for word in (text.split(".") if isinstance(text, str) else text) if word.strip()]
-        prompt = Prompt(classes, AutoTokenizer.from_pretrained(name, revision=revision), config.max_text_len)
-        known: dict[str, Any] = {"class_names": classes}
-    else:
-        names = [config.id2label[index] for index in range(config.num_labels)]
-        unnamed = names == [f"LABEL_{index}" for index in range(len(names))]
-        known = {"num_classes": len(names)} if unnamed else {"class_names": names}
-    return TransformersDetector(
-        model,
-        AutoImageProcessor.from_pretrained(name, revision=revision),
-        prompt=prompt,
-        detector=f"transformers:{name}",
-        detector_revision=model_revision(name, config),
-        **settings,
-        **known,
-    )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return model, parts | {"prompt": Prompt(classes, tokenizer, config.max_text_len), "class_names": classes}
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    unnamed = names == [f"LABEL_{index}" for index in range(len(names))]
+    return model, parts | ({"num_classes": len(names)} if unnamed else {"class_names": names})

@@ -25,8 +25,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ...name_lists import read_names
 from ...records_unicoder_vl import RegionRecord
+from ..shards import CLASS_FIELDS
 from . import selection
-from ._computing import DTYPES, Prepared, box_tensor, check_counts, fetching, file_revision
+from ._computing import DTYPES, Prepared, box_tensor, check_counts, fetching, file_revision, make_record
 from .visual_genome_network import STRIDE, Config, FasterRCNN, module_state
 
 CONFIG, NAMES = "config.yaml", "objects_vocab.txt"
@@ -114,12 +115,12 @@ class VisualGenomeDetector:
         else:
             thresholds |= {"nms": list(config.nms_thresholds)}
         thresholds |= {"preprocess": preprocess, "min_size": sizes[0], "max_size": sizes[1]}
-        self.provenance = {
+        settings: dict[str, Any] = {
             "box_type": RULES[rule],
             "thresholds": thresholds,
             "num_classes": config.num_classes,
-            **provenance,
         }
+        self.provenance = settings | provenance
 
     @torch.inference_mode()
     def __call__(
@@ -137,7 +138,11 @@ class VisualGenomeDetector:
             else:
                 corners = box_tensor(image_id, boxes[row], self.device)
                 pooled = self.model.pool(features, corners * scale)
-            records.append(self._record(image_id, photo.size, corners, pooled))
+            probabilities, attributes = self.model.classify(pooled)
+            labels: dict[str, Any] = dict(zip(CLASS_FIELDS, _best(probabilities, attributes), strict=True))
+            if self.class_probabilities:
+                labels["class_probabilities"] = probabilities
+            records.append(make_record(image_id, photo.size, corners, pooled, **labels))
         return records
 
     def _detect(self, features: Tensor, size: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
@@ -154,23 +159,6 @@ class VisualGenomeDetector:
             thresholds = self.model.config.nms_thresholds
             kept = selection.max_nms(self.model.with_extent(boxes), scores, nms_thresholds=thresholds, **counts)
         return boxes[kept], pooled[kept]
-
-    def _record(self, image_id: str, size: tuple[int, int], boxes: Tensor, features: Tensor) -> RegionRecord:
-        width, height = size
-        probabilities, attributes = self.model.classify(features)
-        object_ids, object_scores, attribute_ids, attribute_scores = _best(probabilities, attributes)
-        return RegionRecord(
-            image_id,
-            image_width=width,
-            image_height=height,
-            boxes=boxes.cpu().numpy(),
-            features=features.cpu().numpy(),
-            object_ids=object_ids,
-            object_scores=object_scores,
-            attribute_ids=attribute_ids,
-            attribute_scores=attribute_scores,
-            class_probabilities=probabilities.cpu().numpy() if self.class_probabilities else None,
-        )
 
     @torch.inference_mode()
     def classify(self, features: np.ndarray) -> Classes:

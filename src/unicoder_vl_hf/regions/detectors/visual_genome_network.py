@@ -14,7 +14,7 @@ import ast
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -31,35 +31,14 @@ RPN = "proposal_generator.rpn_head"
 HEADS = "roi_heads.box_predictor"
 ATTRIBUTE_HEAD = ("cls_embedding", "fc_attr", "attr_score")
 CAFFE_ATTRIBUTE_HEAD = ("cls_embed", "attr_linear1", "attr_linear2")
-# A config of Detectron2 holds only values that differ from these; the flat one of frcnn holds all.
-DETECTRON2_DEFAULTS: dict[str, Any] = {
-    "anchor_generator.aspect_ratios": [[0.5, 1.0, 2.0]],
-    "anchor_generator.offset": 0.0,
-    "bua.attribute_on": False,
-    "bua.attribute.num_classes": 401,
-    "input.format": "BGR",
-    "input.max_size_test": 1333,
-    "input.min_size_test": 800,
-    "model.max_pool": False,
-    "model.pixel_std": [1.0, 1.0, 1.0],
-    "proposal_generator.min_size": 0,
-    "resnets.num_groups": 1,
-    "resnets.res2_out_channels": 256,
-    "resnets.res5_dilation": 1,
-    "resnets.stem_out_channels": 64,
-    "resnets.stride_in_1x1": True,
-    "resnets.width_per_group": 64,
-    "roi_box_head.attr": False,
-    "roi_box_head.bbox_reg_weights": [10.0, 10.0, 5.0, 5.0],
-    "roi_box_head.num_attrs": 400,
-    "roi_box_head.pooler_resolution": 14,
-    "roi_box_head.res5halve": True,
-    "roi_heads.nms_thresh_test": 0.5,
-    "rpn.bbox_reg_weights": [1.0, 1.0, 1.0, 1.0],
-    "rpn.nms_thresh": 0.7,
-    "rpn.post_nms_topk_test": 1000,
-    "rpn.pre_nms_topk_test": 6000,
-}
+
+
+def _setting(key: str, default: Any = None) -> Any:
+    """
+    Makes a field that is a value of `config.yaml`. A config of Detectron2 holds only values that differ from `default`;
+    the flat one of frcnn holds all.
+    """
+    return field(metadata={"key": key, "default": default})
 
 
 @dataclass(frozen=True)
@@ -67,32 +46,32 @@ class Config:
     """The settings of `config.yaml`, and two that the weights tell: their layout and the width of the RPN."""
 
     caffe: bool
-    depth: int
-    num_groups: int
-    width_per_group: int
-    stem_channels: int
-    res2_channels: int
-    stride_in_1x1: bool
-    ceil_mode_pool: bool
-    halve_res5: bool
-    num_anchors: int
-    anchor_offset: float
     rpn_channels: int
-    rpn_box_weights: tuple[float, ...]
-    rpn_nms: float
-    rpn_min_size: float
-    rpn_before_nms: int
-    rpn_after_nms: int
-    pool_size: int
+    num_anchors: int
     num_classes: int  # without background
     num_attributes: int  # without "none"; 0 where there is no attribute head
-    box_weights: tuple[float, ...]
+    ceil_mode_pool: bool
+    halve_res5: bool
     nms_thresholds: tuple[float, ...]
-    channels: str
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
-    min_size: int
-    max_size: int
+    depth: int = _setting("resnets.depth")
+    num_groups: int = _setting("resnets.num_groups", 1)
+    width_per_group: int = _setting("resnets.width_per_group", 64)
+    stem_channels: int = _setting("resnets.stem_out_channels", 64)
+    res2_channels: int = _setting("resnets.res2_out_channels", 256)
+    stride_in_1x1: bool = _setting("resnets.stride_in_1x1", True)
+    anchor_offset: float = _setting("anchor_generator.offset", 0.0)
+    rpn_box_weights: tuple[float, ...] = _setting("rpn.bbox_reg_weights", (1.0, 1.0, 1.0, 1.0))
+    rpn_nms: float = _setting("rpn.nms_thresh", 0.7)
+    rpn_min_size: float = _setting("proposal_generator.min_size", 0)
+    rpn_before_nms: int = _setting("rpn.pre_nms_topk_test", 6000)
+    rpn_after_nms: int = _setting("rpn.post_nms_topk_test", 1000)
+    pool_size: int = _setting("roi_box_head.pooler_resolution", 14)
+    box_weights: tuple[float, ...] = _setting("roi_box_head.bbox_reg_weights", (10.0, 10.0, 5.0, 5.0))
+    channels: str = _setting("input.format", "BGR")
+    pixel_mean: tuple[float, ...] = _setting("model.pixel_mean")
+    pixel_std: tuple[float, ...] = _setting("model.pixel_std", (1.0, 1.0, 1.0))
+    min_size: int = _setting("input.min_size_test", 800)
+    max_size: int = _setting("input.max_size_test", 1333)
 
     @property
     def feature_dim(self) -> int:
@@ -126,59 +105,42 @@ class Config:
         sections = model | tree
         caffe = _is_caffe(weights)
 
-        def value(*names: str) -> Any:
-            """Gives the first value that is there, of several names for one setting."""
-            for name in names:
-                node: Any = sections
-                for part in name.split("."):
-                    node = node.get(part) if isinstance(node, dict) else None
-                if node is not None:
-                    # Detectron2 writes tuples, and YAML reads them as text.
-                    return ast.literal_eval(node) if isinstance(node, str) and node.startswith("(") else node
-            if nested and names[0] in DETECTRON2_DEFAULTS:
-                return DETECTRON2_DEFAULTS[names[0]]
-            raise ValueError(f"{names[0]} is missing.")
+        def value(key: str, default: Any = None) -> Any:
+            node: Any = sections
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is None and nested:
+                node = default
+            if node is None:
+                raise ValueError(f"{key} is missing.")
+            # Detectron2 writes tuples, and YAML reads them as text.
+            return ast.literal_eval(node) if isinstance(node, str) and node.startswith("(") else node
 
-        depth, channels = value("resnets.depth"), value("input.format")
-        if depth not in BLOCKS:
-            raise ValueError(f"resnets.depth is {depth!r}, expected one of {list(BLOCKS)}.")
-        if channels not in ("BGR", "RGB"):
-            raise ValueError(f"input.format is {channels!r}, expected BGR or RGB.")
+        settings = {entry.name: value(**entry.metadata) for entry in fields(cls) if entry.metadata}
+        for name in ("rpn_box_weights", "box_weights", "pixel_mean", "pixel_std"):
+            settings[name] = tuple(settings[name])
+        if settings["depth"] not in BLOCKS:
+            raise ValueError(f"resnets.depth is {settings['depth']!r}, expected one of {list(BLOCKS)}.")
+        if settings["channels"] not in ("BGR", "RGB"):
+            raise ValueError(f"input.format is {settings['channels']!r}, expected BGR or RGB.")
         if "bua" in model:
-            num_attributes = value("bua.attribute.num_classes") - 1 if value("bua.attribute_on") else 0
+            num_attributes = value("bua.attribute.num_classes", 401) - 1 if value("bua.attribute_on", False) else 0
         else:
-            num_attributes = value("roi_box_head.num_attrs") if value("roi_box_head.attr") else 0
-        res2_channels = value("resnets.res2_out_channels")
+            num_attributes = value("roi_box_head.num_attrs", 400) if value("roi_box_head.attr", False) else 0
+        pool = "model.caffe_maxpool" if model.get("max_pool") is None else "model.max_pool"
         rpn_conv = weights.get(f"{RPN}.conv.weight")
-        nms = value("roi_heads.nms_thresh_test")
+        nms = value("roi_heads.nms_thresh_test", 0.5)
+        anchors = value("anchor_generator.sizes")[0], value("anchor_generator.aspect_ratios", [[0.5, 1.0, 2.0]])[0]
         return cls(
             caffe=caffe,
-            depth=depth,
-            num_groups=value("resnets.num_groups"),
-            width_per_group=value("resnets.width_per_group"),
-            stem_channels=value("resnets.stem_out_channels"),
-            res2_channels=res2_channels,
-            stride_in_1x1=value("resnets.stride_in_1x1"),
-            ceil_mode_pool="bua" in model or value("model.max_pool", "model.caffe_maxpool"),
-            halve_res5=value("resnets.res5_dilation") == 1 and value("roi_box_head.res5halve"),
-            num_anchors=len(value("anchor_generator.sizes")[0]) * len(value("anchor_generator.aspect_ratios")[0]),
-            anchor_offset=value("anchor_generator.offset"),
-            rpn_channels=4 * res2_channels if rpn_conv is None else len(rpn_conv),
-            rpn_box_weights=tuple(value("rpn.bbox_reg_weights")),
-            rpn_nms=value("rpn.nms_thresh"),
-            rpn_min_size=value("proposal_generator.min_size"),
-            rpn_before_nms=value("rpn.pre_nms_topk_test"),
-            rpn_after_nms=value("rpn.post_nms_topk_test"),
-            pool_size=value("roi_box_head.pooler_resolution"),
+            rpn_channels=4 * settings["res2_channels"] if rpn_conv is None else len(rpn_conv),
+            num_anchors=len(anchors[0]) * len(anchors[1]),
             num_classes=value("roi_heads.num_classes") - caffe,
             num_attributes=num_attributes,
-            box_weights=tuple(value("roi_box_head.bbox_reg_weights")),
+            ceil_mode_pool="bua" in model or value(pool, False),
+            halve_res5=value("resnets.res5_dilation", 1) == 1 and value("roi_box_head.res5halve", True),
             nms_thresholds=tuple(nms) if isinstance(nms, list | tuple) else (nms,),
-            channels=channels,
-            pixel_mean=tuple(value("model.pixel_mean")),
-            pixel_std=tuple(value("model.pixel_std")),
-            min_size=value("input.min_size_test"),
-            max_size=value("input.max_size_test"),
+            **settings,
         )
 
 

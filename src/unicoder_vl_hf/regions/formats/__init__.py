@@ -7,6 +7,7 @@ record; ids are those of the source. Some modules also have `write(records, path
 fields of a record that the file cannot hold.
 """
 
+import importlib
 import inspect
 from collections.abc import Container, Generator, Iterator
 from contextlib import closing
@@ -15,45 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ...records_unicoder_vl import RegionRecord
-from . import (
-    _lmdb,
-    _npz,
-    bottom_up_tsv,
-    frcnn_arrow,
-    hdf5,
-    lxmert_tsv,
-    milvlg_npz,
-    mmf_lmdb,
-    mmf_npy,
-    scan_npy,
-    uniter_lmdb,
-    uniter_npz,
-    vinvl_tsv,
-    vlbert_json,
-    volta_hdf5,
-    volta_lmdb,
-)
+from . import _lmdb, _npz, bottom_up_tsv, hdf5, scan_npy
 from ._numbers import FEATURE_DTYPES, OtherType, check_dtype
 from .items import Item
 
+_MODULES = (
+    "bottom_up_tsv milvlg_npz lxmert_tsv vinvl_tsv hdf5 volta_hdf5 scan_npy frcnn_arrow uniter_lmdb uniter_npz "
+    "volta_lmdb mmf_npy mmf_lmdb vlbert_json"
+)
 FORMATS = {
-    module.NAME: module
-    for module in (
-        bottom_up_tsv,
-        milvlg_npz,
-        lxmert_tsv,
-        vinvl_tsv,
-        hdf5,
-        volta_hdf5,
-        scan_npy,
-        frcnn_arrow,
-        uniter_lmdb,
-        uniter_npz,
-        volta_lmdb,
-        mmf_npy,
-        mmf_lmdb,
-        vlbert_json,
-    )
+    module.NAME: module for module in (importlib.import_module(f".{name}", __name__) for name in _MODULES.split())
 }
 # These hold no object ids, so class names have no use.
 WITHOUT_CLASSES = (bottom_up_tsv, hdf5, scan_npy)
@@ -69,10 +41,6 @@ __all__ = [
     "read_items",
     "read_records",
 ]
-
-# These have `provenance(path)`.
-SELF_DESCRIBING = tuple(module for module in FORMATS.values() if "provenance" in vars(module))
-
 
 # These describe the damage of a file that is recognised as no format for that reason.
 DAMAGE = (_lmdb.damage, _npz.damage, hdf5.damage)
@@ -155,7 +123,7 @@ def _records(items: Generator[Item], skip: Container[str]) -> Iterator[RegionRec
 def known_provenance(path: str | PathLike, format: str | None = None) -> dict[str, Any]:
     """Reads the provenance that a file or folder tells of itself, as arguments of `RegionStoreWriter`."""
     module = get_format(path, format)
-    told = module.provenance(path) if module in SELF_DESCRIBING else {}
+    told = module.provenance(path) if "provenance" in vars(module) else {}  # of few formats
     return {"source_format": module.NAME} | told
 
 

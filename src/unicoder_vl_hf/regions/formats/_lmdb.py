@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from ...records_unicoder_vl import RegionRecord
+from .items import Item, broken, check_text, text_id
+
 MAX_DEPTH = 32  # of the tree, as in LMDB
 _HEADER = struct.Struct("<QHHHH")  # page number, pad, flags, ends of the pointers and of the free space behind them
 _NODE = struct.Struct("<HHHH")  # two halves of a number, flags, size of the key
@@ -51,6 +54,27 @@ def entries(path: Path) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
                 yield key, partial(_whole, path, value)
         except (ValueError, struct.error) as error:
             raise ValueError(f"{path} is damaged, cut short or no LMDB: {error}.") from error
+
+
+def lmdb_items(
+    path: str | os.PathLike, keys: bytes, load: Callable[[str, bytes], RegionRecord], suffix: str = ""
+) -> Iterator[Item]:
+    """
+    Yields an image for each key other than `keys`, whose image_id is the key without `suffix`; `load(key, value)` makes
+    its record. Where the file is damaged, a broken image comes last.
+    """
+
+    def checked(key: bytes, value: Callable[[], bytes]) -> RegionRecord:
+        check_text(key)
+        return load(key.decode(), value())
+
+    try:
+        for key, value in entries(Path(path)):
+            if key != keys:
+                name = text_id(key)
+                yield Item(str(path), f"key {name!r}", name.removesuffix(suffix), partial(checked, key, value))
+    except ValueError as error:
+        yield broken(str(path), Path(path).name, error)
 
 
 def _whole(path: Path, value: Callable[[], bytes]) -> bytes:

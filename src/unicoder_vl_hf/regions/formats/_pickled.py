@@ -4,7 +4,6 @@ Reading that the formats of pickled dicts share: LMDB of them, and fields that a
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,20 @@ from ...records_unicoder_vl import RegionRecord
 from . import _lmdb, restricted_pickle
 from ._numbers import coordinates, features, matrix, typed_features
 from ._parsing import integer
-from .items import Item, broken, check_text, text_id
+from .items import Item
 from .restricted_pickle import brief
 
 KEYS = b"keys"  # the key of the list of all ids, which is no image
 
 
-def lmdb_items(path: str | os.PathLike, record: Callable[[str, dict[str, Any]], RegionRecord]) -> Iterator[Item]:
+def pickled_items(path: str | os.PathLike, record: Callable[[str, dict[str, Any]], RegionRecord]) -> Iterator[Item]:
     """
     Yields an image for each pickled dict of an LMDB, whose key is the image_id; `record(image_id, fields)` makes its
-    record of the known fields. Where the file is damaged, a broken image comes last.
+    record of the known fields.
     """
 
-    def load(image_id: str, key: bytes, value: Callable[[], bytes]) -> RegionRecord:
-        check_text(key)
-        fields = restricted_pickle.load(value(), f"image {image_id!r}")
+    def load(image_id: str, value: bytes) -> RegionRecord:
+        fields = restricted_pickle.load(value, f"image {image_id!r}")
         if not isinstance(fields, dict):
             raise ValueError(f"Image {image_id!r} is a {type(fields).__name__}, expected a dict of fields.")
         fields = known(fields)
@@ -38,22 +36,17 @@ def lmdb_items(path: str | os.PathLike, record: Callable[[str, dict[str, Any]], 
                 raise ValueError(f"Image {image_id!r}: {name} is {brief(given)}, unlike the key.")
         return record(image_id, fields)
 
-    try:
-        for key, value in _lmdb.entries(Path(path)):
-            if key != KEYS:
-                image_id = text_id(key)
-                yield Item(str(path), f"key {image_id!r}", image_id, partial(load, image_id, key, value))
-    except ValueError as error:
-        yield broken(str(path), Path(path).name, error)
+    return _lmdb.lmdb_items(path, KEYS, load)
 
 
 def known(fields: Mapping[Any, Any]) -> dict[Any, Any]:
     """Leaves out the fields that are None, which some tools write for unknown values."""
-
-    def is_none(value: Any) -> bool:
-        return value is None or (isinstance(value, np.ndarray) and value.dtype == object and value.item(0) is None)
-
-    return {name: value for name, value in fields.items() if not is_none(value)}
+    return {
+        name: value
+        for name, value in fields.items()
+        # np.savez makes an array of it.
+        if value is not None and not (isinstance(value, np.ndarray) and value.dtype == object and value.item(0) is None)
+    }
 
 
 def first_fields(path: str | os.PathLike) -> set[str]:

@@ -31,21 +31,17 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # The errors that h5py raises on damaged files, depending on where the damage is.
 ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, MemoryError, OverflowError)
 
+Load = Callable[[], RegionRecord]
+
 logger = logging.get_logger(__name__)
 
 
 def matches(path: str | PathLike) -> bool:
     """Tells whether `path` is an HDF5 file with `image_features`, or a folder in which the first such file has them."""
-    file = next(iter(hdf5_files(path)), None)
-    if file is None or not holds_hdf5(file):
-        return False
     try:
-        with optional_import("h5py", "hdf5").File(file, "r") as arrays:
-            return "image_features" in arrays
+        return first_matches(path, lambda arrays: "image_features" in arrays)
     except ImportError:
         return True  # so that reading says what to install
-    except ERRORS:
-        return False
 
 
 def items(
@@ -64,22 +60,42 @@ def items(
         ImportError: h5py is not installed.
         ValueError: There is no file or no index, or one of them is damaged; the message names the file.
     """
-    h5py = optional_import("h5py", "hdf5")
-    found = hdf5_files(path)
-    if not found or (index is not None and len(found) > 1):
+    optional_import("h5py", "hdf5")  # or a missing index would be told first
+    found = _files(path)
+    if index is not None and len(found) > 1:
         raise ValueError(f"{path} has {len(found)} .hdf5 or .h5 files, expected one, or several without an index.")
+    ids = {file: read_index(_index_file(file) if index is None else index) for file in found}
+
+    def images(file: Path, arrays: Any) -> Iterator[tuple[str, str, Load]]:
+        for row, image_id in sorted(ids[file].items()):
+            yield f"row {row}", image_id, partial(_record, image_id, row, arrays, feature_dtype)
+
+    yield from hdf5_items(path, images)
+
+
+def hdf5_items(path: str | PathLike, images: Callable[[Path, Any], Iterator[tuple[str, str, Load]]]) -> Iterator[Item]:
+    """
+    Yields the images of an HDF5 file, or of all .hdf5 and .h5 of a folder by name. `images(file, content)` yields the
+    place, the id and the function that makes the record of each.
+
+    Raises:
+        ImportError: h5py is not installed.
+        ValueError: There is no file.
+    """
+    h5py = optional_import("h5py", "hdf5")
+    found = _files(path)
+    if not found:
+        raise ValueError(f"{path} is no .hdf5 or .h5 file, nor a folder of them.")
     for file in found:
-        ids = read_index(_index_file(file) if index is None else index)
         try:
-            with h5py.File(file, "r") as arrays:
-                for row, image_id in sorted(ids.items()):
-                    load = partial(_record, image_id, row, arrays, feature_dtype)
-                    yield Item(str(file), f"row {row}", image_id, partial(decoded, load))
+            with h5py.File(file, "r") as content:
+                for where, image_id, load in images(file, content):
+                    yield Item(str(file), where, image_id, partial(_decoded, load))
         except ERRORS as error:
             yield broken(str(file), file.name, error)
 
 
-def decoded(load: Callable[[], RegionRecord]) -> RegionRecord:
+def _decoded(load: Load) -> RegionRecord:
     """Gives the record that `load` makes. Raises ValueError in place of the errors of h5py on damaged files."""
     try:
         return load()
@@ -87,10 +103,22 @@ def decoded(load: Callable[[], RegionRecord]) -> RegionRecord:
         raise ValueError(str(error)) from error
 
 
+def first_matches(path: str | PathLike, is_ours: Callable[[Any], bool]) -> bool:
+    """Tells whether `path` is an HDF5 file whose content `is_ours`, or a folder in which the first such file is one."""
+    file = _first(path)
+    if file is None:
+        return False
+    try:
+        with optional_import("h5py", "hdf5").File(file, "r") as content:
+            return is_ours(content)
+    except ERRORS:
+        return False
+
+
 def damage(path: Path) -> str | None:
     """Describes the damage of an HDF5 file that cannot be opened; None where the file is none, or is whole."""
-    file = next(iter(hdf5_files(path)), None)
-    if file is None or not holds_hdf5(file):
+    file = _first(path)
+    if file is None:
         return None
     try:
         optional_import("h5py", "hdf5").File(file, "r").close()
@@ -99,15 +127,18 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def hdf5_files(path: str | PathLike) -> list[Path]:
+def _files(path: str | PathLike) -> list[Path]:
     """Lists the .hdf5 and .h5 files that `path` is, or that are in it, by name."""
     return [file for file in listed(path) if file.suffix in SUFFIXES and file.is_file()]
 
 
-def holds_hdf5(file: Path) -> bool:
-    """Tells whether a file begins as HDF5 does."""
-    with file.open("rb") as start:
-        return start.read(len(SIGNATURE)) == SIGNATURE
+def _first(path: str | PathLike) -> Path | None:
+    """Gives the first of these files if it begins as HDF5 does."""
+    for file in _files(path)[:1]:
+        with file.open("rb") as start:
+            if start.read(len(SIGNATURE)) == SIGNATURE:
+                return file
+    return None
 
 
 def _index_file(file: Path) -> Path:

@@ -87,26 +87,22 @@ def _record(image_id: str, fields: list[bytes], feature_dtype: str | None) -> Re
     texts = dict(zip(LAYOUTS[len(fields)], fields, strict=True))
     n = num_boxes(image_id, texts["num_boxes"])
 
-    def labels(kind: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Ids and scores, where they are known."""
-        if f"{kind}_id" not in texts:
-            return None, None
-        ids = matrix(image_id, f"{kind}_id", texts[f"{kind}_id"], n, "<i8").ravel()
-        scores = matrix(image_id, f"{kind}_conf", texts[f"{kind}_conf"], n).ravel()
-        return (ids, scores) if (ids != -1).any() else (None, None)
-
-    (object_ids, object_scores), (attribute_ids, attribute_scores) = labels("objects"), labels("attrs")
+    known: dict[str, np.ndarray] = {}
+    for name, field in (("objects", "object"), ("attrs", "attribute")):
+        if f"{name}_id" in texts:
+            ids = matrix(image_id, f"{name}_id", texts[f"{name}_id"], n, "<i8").ravel()
+            scores = matrix(image_id, f"{name}_conf", texts[f"{name}_conf"], n).ravel()
+            if (ids != -1).any():
+                known |= {f"{field}_ids": ids, f"{field}_scores": scores}
+    if "cls_prob" in texts:
+        known["class_probabilities"] = matrix(image_id, "cls_prob", texts["cls_prob"], n)[:, 1:]
     return RegionRecord(
         image_id,
         image_width=integer(image_id, "img_w", texts["img_w"]),
         image_height=integer(image_id, "img_h", texts["img_h"]),
         boxes=coordinates(image_id, "boxes", texts["boxes"], n),
         features=features(image_id, "features", texts["features"], n, feature_dtype),
-        object_ids=object_ids,
-        object_scores=object_scores,
-        attribute_ids=attribute_ids,
-        attribute_scores=attribute_scores,
-        class_probabilities=matrix(image_id, "cls_prob", texts["cls_prob"], n)[:, 1:] if "cls_prob" in texts else None,
+        **known,
     )
 
 

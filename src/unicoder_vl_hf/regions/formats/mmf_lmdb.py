@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from os import PathLike
 
-from ._pickled import first_fields, lmdb_items
+from ._pickled import first_fields, pickled_items
 from .items import Item
 from .mmf_npy import record
 
@@ -22,4 +22,4 @@ def matches(path: str | PathLike) -> bool:
 
 def items(path: str | PathLike, *, background: bool | None = None, feature_dtype: str | None = None) -> Iterator[Item]:
     """Yields the images by ascending key. Nothing of a pickle is executed. The options are those of `mmf_npy.items`."""
-    return lmdb_items(path, partial(record, background=background, feature_dtype=feature_dtype))
+    return pickled_items(path, partial(record, background=background, feature_dtype=feature_dtype))

@@ -10,12 +10,13 @@ for the same reasons: a false header costs it memory, and it raises errors of an
 
 import ast
 import functools
+import io
 import math
 import pickletools
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,18 @@ _GLOBALS = {
     **{(f"{core}.multiarray", name): name for core in _CORE for name in ("_reconstruct", "scalar")},
     **{(f"{core}.numeric", "_frombuffer"): "_frombuffer" for core in _CORE},
 }
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+# The name of each opcode, and the function that reads its argument.
+_OPCODES: dict[bytes, tuple[str, Any]] = {
+    op.code.encode("latin-1"): (op.name, op.arg and op.arg.reader) for op in pickletools.opcodes
+}
+_MADE: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+}
 _VALUES = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES "
     "SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8".split()
@@ -139,6 +151,30 @@ class _Global(str):
     """A name of `_GLOBALS`, as its last part; no string of the pickle can pass for one."""
 
 
+def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
+    """
+    Yields the name and the argument of each opcode, as `pickletools.genops` does, which copies long texts once more.
+    """
+    file, view = io.BytesIO(data), memoryview(data)
+    for _ in range(MAX_OPCODES):
+        code = file.read(1)
+        if code not in _OPCODES:
+            raise ValueError(f"it has the opcode {code!r}" if code else "it ends before its last opcode")
+        name, read = _OPCODES[code]
+        if name == "BINUNICODE":
+            size = int.from_bytes(file.read(4), "little")
+            text = view[file.tell() :][:size]
+            if len(text) < size:
+                raise ValueError(f"it ends within a text of {size} bytes")
+            file.seek(size, io.SEEK_CUR)
+            yield name, str(text, "utf-8", "surrogatepass")
+        else:
+            yield name, None if read is None else read(file)
+        if name == "STOP":
+            return
+    raise ValueError(f"it has more than {MAX_OPCODES} opcodes, expected few and large arrays")
+
+
 def _run(data: bytes) -> Any:
     stack: list[Any] = []
     marks: list[list[Any]] = []  # the stacks below each MARK
@@ -147,11 +183,9 @@ def _run(data: bytes) -> Any:
     # A cache, so that one text that is encoded a million times does not become a million byte strings.
     encode = functools.cache(lambda text: text.encode("latin-1"))
     argument: Any
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if count == MAX_OPCODES:
-            raise ValueError(f"it has more than {MAX_OPCODES} opcodes, expected few and large arrays")
-        match opcode.name:
-            case name if name in _VALUES:  # cases are tried in turn, so the usual ones come first
+    for name, argument in _opcodes(data):
+        match name:
+            case _ if name in _VALUES:  # cases are tried in turn, so the usual ones come first
                 stack.append(argument)
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
@@ -159,19 +193,13 @@ def _run(data: bytes) -> Any:
                 memo[argument] = stack[-1]
             case "PROTO" | "FRAME":
                 pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append(_CONSTANTS[opcode.name])
             case "MARK":
                 marks.append(stack)
                 stack = []
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case _ if name in _MADE:
+                stack.append(_MADE[name]())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
+                count = int(name[-1])
                 if len(stack) < count:
                     raise ValueError("it takes a tuple from an empty stack")
                 stack[-count:] = [tuple(stack[-count:])]
@@ -206,8 +234,8 @@ def _run(data: bytes) -> Any:
             case "GLOBAL":
                 stack.append(_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_global(module, name))
+                last, module = stack.pop(), stack.pop()
+                stack.append(_global(module, last))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 made = _call(function, arguments, encode)
@@ -220,7 +248,7 @@ def _run(data: bytes) -> Any:
                 stack.append(pending.value)
             case "STOP":
                 (result,) = stack
-            case name:
+            case _:
                 raise ValueError(f"it uses {name} {argument!r:.80}, expected the opcodes of plain data")
     if unbuilt:
         raise ValueError("an array is never filled")

@@ -14,8 +14,7 @@ msgpack_numpy itself unpickles arrays of objects, which would run code, so its e
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ...records_unicoder_vl import RegionRecord
 from . import _lmdb
 from ._parsing import from_json
 from ._pickled import array, known
-from .items import Item, broken, check_text, text_id
+from .items import Item
 from .restricted_pickle import array_of, dtype_of, load_npz
 from .uniter_npz import ARRAYS, arrays_of, not_written, record
 
@@ -67,19 +66,13 @@ def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator
     name = _folder_name(path)
     counts = _counts(path, name)
 
-    def load(image_id: str, key: bytes, value: Callable[[], bytes]) -> RegionRecord:
-        check_text(key)
-        arrays = known(_decode(image_id, value()))
-        num_regions = _num_regions(image_id, name, arrays, counts.get(key.decode()))
+    def load(key: str, value: bytes) -> RegionRecord:
+        image_id = key.removesuffix(".npz")
+        arrays = known(_decode(image_id, value))
+        num_regions = _num_regions(image_id, name, arrays, counts.get(key))
         return record(image_id, arrays, num_regions, feature_dtype)
 
-    try:
-        for key, value in _lmdb.entries(path):
-            if key != KEYS:
-                image_id = text_id(key).removesuffix(".npz")
-                yield Item(str(path), f"key {text_id(key)!r}", image_id, partial(load, image_id, key, value))
-    except ValueError as error:
-        yield broken(str(path), path.name, error)
+    return _lmdb.lmdb_items(path, KEYS, load, ".npz")
 
 
 def write(records: Iterable[RegionRecord], path: str | PathLike) -> None:

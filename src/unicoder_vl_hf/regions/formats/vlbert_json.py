@@ -131,21 +131,18 @@ def _record(image_id: str, fields: Any, background: bool | None, feature_dtype: 
             raise ValueError(f"Image {image_id!r}: {name} is a {type(fields[name]).__name__}, expected base64.")
         return fields[name]
 
-    def probabilities(name: str, number: int) -> np.ndarray | None:
-        if name not in fields:
-            return None
-        return foreground(image_id, name, matrix(image_id, name, text(name), n), background, number)[0]
-
-    classes, attributes = probabilities("classes", VG_CLASSES), probabilities("attrs", VG_ATTRIBUTES)
+    found: dict[str, np.ndarray] = {}
+    for kind, name, number in (("object", "classes", VG_CLASSES), ("attribute", "attrs", VG_ATTRIBUTES)):
+        if name in fields:
+            rows, _ = foreground(image_id, name, matrix(image_id, name, text(name), n), background, number)
+            found |= {f"{kind}_ids": rows.argmax(axis=1), f"{kind}_scores": rows.max(axis=1)}
+            if kind == "object":
+                found["class_probabilities"] = rows
     return RegionRecord(
         image_id,
         image_width=whole_number(image_id, "image_w", fields["image_w"]),
         image_height=whole_number(image_id, "image_h", fields["image_h"]),
         boxes=coordinates(image_id, "boxes", text("boxes"), n),
         features=features(image_id, "features", text("features"), n, feature_dtype),
-        object_ids=None if classes is None else classes.argmax(axis=1),
-        object_scores=None if classes is None else classes.max(axis=1),
-        attribute_ids=None if attributes is None else attributes.argmax(axis=1),
-        attribute_scores=None if attributes is None else attributes.max(axis=1),
-        class_probabilities=classes,
+        **found,
     )

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from ...extras import optional_import
 from ...records_unicoder_vl import RegionRecord
 from . import volta_lmdb
 from ._parsing import MAX_BYTES
-from .hdf5 import ERRORS, decoded, hdf5_files, holds_hdf5
-from .items import Item, broken
+from .hdf5 import Load, first_matches, hdf5_items
+from .items import Item
 
 NAME = "volta-hdf5"
 MAX_DEPTH = 8  # limit of the folders in an image id
@@ -28,16 +28,10 @@ def matches(path: str | PathLike) -> bool:
     """
     Tells whether `path` is an HDF5 file with a group an image, or a folder in which the first .hdf5 or .h5 is one.
     """
-    file = next(iter(hdf5_files(path)), None)
-    if file is None or not holds_hdf5(file):
-        return False
     try:
-        with optional_import("h5py", "hdf5").File(file, "r") as groups:
-            return next(_images(groups, set()), None) is not None
+        return first_matches(path, lambda groups: next(_images(groups, set()), None) is not None)
     except ImportError:
         return False  # `hdf5` says what to install
-    except ERRORS:
-        return False
 
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
@@ -52,18 +46,12 @@ def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator
         ImportError: h5py is not installed.
         ValueError: There is no file.
     """
-    h5py = optional_import("h5py", "hdf5")
-    found = hdf5_files(path)
-    if not found:
-        raise ValueError(f"{path} is no .hdf5 or .h5 file, nor a folder of them.")
-    for file in found:
-        try:
-            with h5py.File(file, "r") as groups:
-                for name, group in _images(groups, set()):
-                    load = partial(_record, name, group, feature_dtype)
-                    yield Item(str(file), f"group {name!r}", name, partial(decoded, load))
-        except ERRORS as error:
-            yield broken(str(file), file.name, error)
+
+    def images(file: Path, groups: Any) -> Iterator[tuple[str, str, Load]]:
+        for name, group in _images(groups, set()):
+            yield f"group {name!r}", name, partial(_record, name, group, feature_dtype)
+
+    return hdf5_items(path, images)
 
 
 def _images(group: Any, seen: set[Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

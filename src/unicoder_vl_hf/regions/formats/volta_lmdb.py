@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...records_unicoder_vl import RegionRecord
-from ._pickled import array, box_array, feature_array, first_fields, lmdb_items, whole_number, without_background
+from ._pickled import array, box_array, feature_array, first_fields, pickled_items, whole_number, without_background
 from .items import Item
 
 NAME = "volta-lmdb"
@@ -52,7 +52,7 @@ def matches(path: str | PathLike) -> bool:
 
 def items(path: str | PathLike, *, feature_dtype: str | None = None) -> Iterator[Item]:
     """Yields the images by ascending key. Nothing of a pickle is executed."""
-    return lmdb_items(path, partial(record, feature_dtype=feature_dtype))
+    return pickled_items(path, partial(record, feature_dtype=feature_dtype))
 
 
 def record(image_id: str, fields: dict[str, Any], feature_dtype: str | None) -> RegionRecord:

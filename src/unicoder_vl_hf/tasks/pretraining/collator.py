@@ -9,7 +9,7 @@ another micro-batch or a resume change no example. Left out: drawing mismatches,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class DataCollatorForUnicoderVLPreTraining:
 
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
-        `region_attention_mask`, `labels`, `region_labels` and `matching_labels`: the arguments of
+        `region_attention_mask`, `masked_regions`, `labels`, `region_labels` and `matching_labels`: the arguments of
         [`UnicoderVLForPreTraining`], and nothing else.
 
     Raises:
@@ -92,15 +92,7 @@ class DataCollatorForUnicoderVLPreTraining:
     num_region_classes: int | None = None
 
     def __post_init__(self):
-        self.masking = Masking(
-            seed=self.seed,
-            mlm_probability=self.mlm_probability,
-            mask_replace_prob=self.mask_replace_prob,
-            random_replace_prob=self.random_replace_prob,
-            moc_probability=self.moc_probability,
-            region_zero_prob=self.region_zero_prob,
-            num_region_classes=self.num_region_classes,
-        )
+        self.masking = Masking(**{rule.name: getattr(self, rule.name) for rule in fields(Masking)})
         if self.mlm_probability > 0 and self.processor.tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which masked language modelling needs: use BERT's.")
 
@@ -142,38 +134,34 @@ class DataCollatorForUnicoderVLPreTraining:
         regions = self.processor.feature_extractor(records, return_tensors="np", return_kept_indices=True)
 
         input_ids, features = text["input_ids"], regions["region_features"]
-        is_word = text["special_tokens_mask"] == 0
+        is_word = text.pop("special_tokens_mask") == 0
         for index in np.flatnonzero(~is_word.any(axis=1)).tolist():
             raise ValueError(
                 f"{self._whose(rows, index)} has no token besides [CLS] and [SEP], with max_length={self.max_length}; "
                 "expected at least one."
             )
-        object_ids = self.masking.object_ids(records, regions["kept_indices"])
+        object_ids = self.masking.object_ids(records, regions.pop("kept_indices"))
         labels = np.full_like(input_ids, IGNORED)
-        region_labels = np.full_like(object_ids, IGNORED)
+        region_labels, masked_regions = np.full_like(object_ids, IGNORED), np.zeros_like(object_ids)
         tokenizer = self.processor.tokenizer
         for index in range(len(pairs)):
             slot, row = divmod(index, len(rows))  # slot 0: the match, 1: the mismatch
             rng = self.masking.generator(rows[row], slot)
             word_ids = text.word_ids(index) if self.whole_word_mask else None
             self.masking.hide_tokens(rng, input_ids[index], labels[index], is_word[index], tokenizer, word_ids)
-            self.masking.hide_regions(rng, features[index], region_labels[index], object_ids[index])
+            hidden = self.masking.hide_regions(rng, features[index], region_labels[index], object_ids[index])
+            masked_regions[index, hidden] = 1
 
         matching_labels = np.full(len(pairs), IGNORED)
         if with_mismatches:
             matching_labels[: len(rows)], matching_labels[len(rows) :] = 1, 0
-        batch = {
-            "input_ids": input_ids,
-            "token_type_ids": text["token_type_ids"],
-            "attention_mask": text["attention_mask"],
-            "region_features": features,
-            "region_locations": regions["region_locations"],
-            "region_attention_mask": regions["region_attention_mask"],
+        labels_of = {
+            "masked_regions": masked_regions,
             "labels": labels,
             "region_labels": region_labels,
             "matching_labels": matching_labels,
         }
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {name: torch.from_numpy(array) for name, array in {**text, **regions, **labels_of}.items()}
 
     @staticmethod
     def _whose(rows: Sequence[Mapping[str, Any]], index: int) -> str:

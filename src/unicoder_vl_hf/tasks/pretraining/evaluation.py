@@ -1,9 +1,7 @@
 """Evaluates the three tasks of pre-training, beside the figures that guessing reaches (paper, section Pre-training)."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import ArrayLike
 
-from ...data.masking import IGNORED
 from ...data.negatives import PairsWithMismatches
-from ...runs.batches import batches_to_evaluate
+from ...runs.masked_prediction import evaluate_masked_prediction, outputs_on
 from .collator import DataCollatorForUnicoderVLPreTraining
 
 
-@torch.no_grad()
 def evaluate_pretraining(
     model: torch.nn.Module,
     pairs: PairsWithMismatches,
@@ -42,63 +38,25 @@ def evaluate_pretraining(
         num_workers (`int`, *optional*, defaults to 0): Processes that read for each process.
 
     Returns:
-        `dict[str, float]`: `mlm_loss` (mean negative log-likelihood of a masked token), `mlm_perplexity`,
-        `mlm_accuracy`, `moc_loss`, `moc_accuracy`, and for either accuracy `…_majority_accuracy`, that of always naming
-        the commonest target (a task whose probability is 0 has no entries); `matching_loss`, `matching_accuracy` and
-        `matching_auc` (chance 0.5).
+        `dict[str, float]`: the metrics of [`evaluate_masked_prediction`] (a task whose probability is 0 has none), and
+        `matching_loss`, `matching_accuracy` and `matching_auc` (chance 0.5).
     """
-    was_training = model.training
-    model.eval()
-
-    def batches(collate_fn: Any, name: str):
-        for batch in batches_to_evaluate(
-            pairs, collate_fn, accelerator.device, name=name, batch_size=batch_size, num_workers=num_workers
-        ):
-            with accelerator.autocast():
-                yield batch, model(**batch, sparse_prediction=True)
-
-    config = accelerator.unwrap_model(model).config
-    tasks = {"mlm": ("labels", config.vocab_size), "moc": ("region_labels", config.num_region_classes)}
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in tasks}  # of losses, of right predictions
-    counts = {name: torch.zeros(size, dtype=torch.float64) for name, (_, size) in tasks.items()}  # of each target
-    for batch, outputs in batches(collator.collate_matches, "Evaluating masked prediction"):
-        for name, logits in (("mlm", outputs.prediction_logits), ("moc", outputs.region_logits)):
-            labels = batch[tasks[name][0]]
-            targets = labels[labels != IGNORED]
-            if name == "moc":  # the others are of the targets alone
-                logits = logits[labels != IGNORED]
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-            sums[name] += torch.stack((losses, (logits.argmax(-1) == targets).sum())).double().cpu()
-            counts[name] += torch.bincount(targets, minlength=len(counts[name])).cpu()
-
+    options = {"batch_size": batch_size, "num_workers": num_workers}
+    metrics = evaluate_masked_prediction(model, pairs, collator.collate_matches, accelerator, **options)
     unmasked = dataclasses.replace(collator, mlm_probability=0.0, moc_probability=0.0)
     scores: list[float] = []
-    for _, outputs in batches(unmasked, "Evaluating matching"):
+    for _, outputs in outputs_on(model, pairs, unmasked, accelerator, name="Evaluating matching", **options):
         half = len(outputs.scores) // 2
         # (match, mismatch) pair by pair, so that processes may gather in any order.
         scores += torch.stack((outputs.scores[:half], outputs.scores[half:]), dim=1).flatten().tolist()
-
-    model.train(was_training)
     all_scores = np.asarray(gather_object(scores) if accelerator.num_processes > 1 else scores, dtype=np.float32)
     matches = np.tile([1, 0], len(all_scores) // 2)
-
-    metrics: dict[str, float] = {}
-    for name in tasks:
-        loss, right = accelerator.reduce(sums[name].to(accelerator.device), reduction="sum").tolist()
-        targets_of_class = accelerator.reduce(counts[name].to(accelerator.device), reduction="sum")
-        if (total := targets_of_class.sum().item()) > 0:
-            metrics[f"{name}_loss"] = loss / total
-            metrics[f"{name}_accuracy"] = right / total
-            metrics[f"{name}_majority_accuracy"] = targets_of_class.max().item() / total
-    if "mlm_loss" in metrics:
-        metrics["mlm_perplexity"] = math.exp(min(metrics["mlm_loss"], 50.0))
     signed = np.where(matches == 1, all_scores, -all_scores)  # the margin of the right answer
-    metrics |= {
+    return metrics | {
         "matching_loss": float(np.logaddexp(0, -signed.astype(np.float64)).mean()),
         "matching_accuracy": float((signed > 0).mean()),
         "matching_auc": roc_auc(all_scores, matches),
     }
-    return metrics
 
 
 def metrics_table(metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ and a run is the same run however it is split into processes and pieces. `run.py
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ... import logging
 from ...data.negatives import pairs_digest
 from ...data.samplers import StepBatchSampler
 from ...processes import Computing, StopSignal
-from ...runs.arguments import run_identity
+from ...runs.arguments import option, run_identity
 from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
 from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
 from ...runs.model_card import TrainingRun, finish_run
@@ -32,69 +32,47 @@ logger = logging.get_logger(__name__)
 # The paper's recipe, and one that learns the scenes in minutes on two cores. A batch is counted in pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 1e-4, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 3, "learning_rate": 1e-3, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+# Options that end the plateau of a new, narrow model's matching loss, see docs/matching_head.md.
+STRONG = {"initializer_range": 0.08}
 
 
 @dataclass
 class LoopArguments:
     """Says how our own loop of pre-training runs; the defaults are the paper's."""
 
-    output_dir: str = field(
-        metadata={"help": "Folder for checkpoints, the log, and in the end the model.", "may_change": True}
+    output_dir: str = option(..., "Folder for checkpoints, the log, and in the end the model.", may_change=True)
+    num_train_epochs: int = option(10, "Passes over the training pairs.", may_change=True)
+    learning_rate: float = option(1e-4, "Peak of the learning rate, after the warm-up.")
+    train_batch_size: int = option(192, "Pairs of an optimiser step over ALL processes.")
+    gradient_accumulation_steps: int = option(4, "Micro-steps of an optimiser step.", may_change=True)
+    warmup_ratio: float = option(0.1, "Share of the steps with a rising learning rate.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW, which with 0 is the paper's Adam.")
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped; 0 clips none.")
+    max_steps: int = option(
+        -1, "Steps after which the run ends, whatever the epochs; -1 takes all epochs.", may_change=True
     )
-    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the training pairs.", "may_change": True})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate, after the warm-up."})
-    train_batch_size: int = field(default=192, metadata={"help": "Pairs of an optimiser step over ALL processes."})
-    gradient_accumulation_steps: int = field(
-        default=4, metadata={"help": "Micro-steps of an optimiser step.", "may_change": True}
+    mixed_precision: str = option(
+        "auto", "Precision: auto (what the hardware is fast in), no, bf16 or fp16.", may_change=True
     )
-    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps with a rising learning rate."})
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of AdamW, which with 0 is the paper's Adam."}
+    gradient_checkpointing: bool = option(
+        False, "Computes activations twice: less memory, a third more time.", may_change=True
     )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 clips none."})
-    max_steps: int = field(
-        default=-1,
-        metadata={
-            "help": "Steps after which the run ends, whatever the epochs; -1 takes all epochs.",
-            "may_change": True,
-        },
+    seed: int = option(0, "Seed of masks, mismatches, order, dropout and new weights.")
+    dataloader_num_workers: int = option(0, "Processes that read and mask.", may_change=True)
+    logging_steps: int = option(20, "Steps between lines of the log.", may_change=True)
+    save_steps: int = option(1000, "Steps between checkpoints.", may_change=True)
+    save_total_limit: int = option(2, "Number of checkpoints to keep.", may_change=True)
+    eval_steps: int | None = option(None, "Steps between evaluations. Default: every epoch.", may_change=True)
+    eval_on_start: bool = option(False, "Evaluates before the first step, too.", may_change=True)
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Checkpoint to go on from: its folder, or latest. More steps than before make the run longer.",
+        may_change=True,
     )
-    mixed_precision: str = field(
-        default="auto",
-        metadata={"help": "Precision: auto (what the hardware is fast in), no, bf16 or fp16.", "may_change": True},
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Computes activations twice: less memory, a third more time.", "may_change": True},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of masks, mismatches, order, dropout and new weights."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that read and mask.", "may_change": True}
-    )
-    logging_steps: int = field(default=20, metadata={"help": "Steps between lines of the log.", "may_change": True})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints.", "may_change": True})
-    save_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints to keep.", "may_change": True})
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Steps between evaluations. Default: every epoch.", "may_change": True}
-    )
-    eval_on_start: bool = field(
-        default=False, metadata={"help": "Evaluates before the first step, too.", "may_change": True}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint to go on from: its folder, or latest. More steps than before make the run longer.",
-            "may_change": True,
-        },
-    )
-    report_to: str = field(
-        default="none", metadata={"help": "Tracker of accelerate, such as tensorboard, or none.", "may_change": True}
-    )
-    push_to_hub: bool = field(
-        default=False, metadata={"help": "Uploads the model, processor and card in the end.", "may_change": True}
-    )
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository of the Hub. Default: the output folder's name.", "may_change": True}
+    report_to: str = option("none", "Tracker of accelerate, such as tensorboard, or none.", may_change=True)
+    push_to_hub: bool = option(False, "Uploads the model, processor and card in the end.", may_change=True)
+    hub_model_id: str | None = option(
+        None, "Repository of the Hub. Default: the output folder's name.", may_change=True
     )
 
     def __post_init__(self):
@@ -136,14 +114,18 @@ class PretrainingLoop:
         self.accelerator, self.computing = accelerator, computing
         self.output_dir = Path(args.output_dir)
         self.checkpoints = args.checkpoints
-        self.sampler = StepBatchSampler(
-            len(setup.train),
-            rows_per_step=args.train_batch_size,
-            micro_batches=args.gradient_accumulation_steps,
-            seed=args.seed,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
+        split: dict[str, Any] = {
+            "micro_batches": args.gradient_accumulation_steps,
+            "seed": args.seed,
+            "process_index": accelerator.process_index,
+            "num_processes": accelerator.num_processes,
+        }
+        by_tokens = setup.token_batches(**split)
+        if by_tokens is None:
+            self.sampler = StepBatchSampler(len(setup.train), rows_per_step=args.train_batch_size, **split)
+            self.batch = args.train_batch_size, "pairs"
+        else:
+            self.sampler, self.batch = by_tokens, (by_tokens.tokens_per_batch, "tokens")
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.steps_per_epoch
         self.step = 0
@@ -165,7 +147,8 @@ class PretrainingLoop:
     def identity(self) -> dict[str, Any]:
         """The values by which a resumed run is this run, see [`run_identity`]."""
         pairs = {"train_pairs": len(self.setup.train), "train_pairs_sha256": pairs_digest(self.setup.train.pairs)}
-        return run_identity(self.data_args, self.args, **pairs, total_steps=self.total_steps)
+        identity = run_identity(self.data_args, self.args, **pairs, total_steps=self.total_steps)
+        return identity if self.setup.budget is None else identity | {"train_batch_size": None}
 
     def run(self, resume_from: Path | None) -> bool:
         """
@@ -184,7 +167,7 @@ class PretrainingLoop:
             accelerator.init_trackers("pretraining", {**asdict(self.data_args), **asdict(args)})
         steps = "1 step" if self.total_steps == 1 else f"{self.total_steps:,} steps"
         accelerator.print(
-            f"{steps}, {args.train_batch_size:,} pairs each, of {len(self.setup.train):,} pairs; processes: "
+            f"{steps}, {self.batch[0]:,} {self.batch[1]} each, of {len(self.setup.train):,} pairs; processes: "
             f"{accelerator.num_processes}, {self.computing}"
         )
         if args.eval_on_start and self.step == 0:
@@ -265,7 +248,7 @@ class PretrainingLoop:
             is_last = index % accumulation == 0
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
                 outputs = self.model(**batch)
-                # Rows of this micro-batch over the rows of the step; DDP divides by the processes.
+                # Rows of this micro-batch over those of the step, or of the mean step; DDP divides by the processes.
                 accelerator.backward(outputs.loss * (weight * accelerator.num_processes))
             self.meter.add(outputs, batch["matching_labels"], weight)
             if is_last:
@@ -284,7 +267,7 @@ class PretrainingLoop:
 
     def _log_losses(self) -> dict[str, float]:
         position = {"learning_rate": self.scheduler.get_last_lr()[0], "epoch": self.step / self.steps_per_epoch}
-        values = self.meter.mean(self.args.logging_steps) | position
+        values = self.meter.mean() | position
         self.log.write(self.step, values)
         return values
 
@@ -302,7 +285,8 @@ class PretrainingLoop:
             training = TrainingRun(
                 steps=self.step,
                 epochs=self.step / self.steps_per_epoch,
-                batch_size=self.args.train_batch_size,
+                batch_size=self.batch[0],
+                rows=self.batch[1],
                 learning_rate=self.args.learning_rate,
                 seed=self.args.seed,
                 mixed_precision=self.accelerator.mixed_precision,

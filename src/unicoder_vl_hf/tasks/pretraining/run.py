@@ -17,13 +17,15 @@ from ...errors import run_script
 from ...processes import Computing, new_accelerator, start_processes
 from ...runs.arguments import parse_arguments
 from ...runs.model_card import create_hub_repository
-from .loop import PAPER, SCENES, LoopArguments, PretrainingLoop
+from .loop import PAPER, SCENES, STRONG, LoopArguments, PretrainingLoop
 from .setup import PretrainingArguments, prepare_pretraining
 
 
 def main(argv: list[str] | None = None) -> bool:
     """Pre-trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    data_args, args = parse_arguments((PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES)
+    data_args, args = parse_arguments(
+        (PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES, strong=STRONG
+    )
     output_dir = Path(args.output_dir)
     resume_from = args.checkpoints.resolve(args.resume_from_checkpoint)
     if args.push_to_hub:

@@ -8,13 +8,16 @@
 defaults are the paper's for one process: 48 pairs, 4 micro-steps; on P processes divide one of the two by P.
 """
 
-from transformers import TrainingArguments, set_seed
+from functools import partial
+from typing import Any
+
+from transformers import TrainingArguments
 
 from ...errors import run_script
 from ...runs.arguments import parse_arguments
-from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from ...runs.trainer import TaskTrainer, train, training_defaults
 from .evaluation import evaluate_pretraining
-from .loop import PAPER, SCENES
+from .loop import PAPER, SCENES, STRONG
 from .setup import PretrainingArguments, PretrainingSetup, prepare_pretraining
 
 
@@ -23,17 +26,19 @@ class PretrainingTrainer(TaskTrainer):
 
     setup: PretrainingSetup
 
+    def __init__(self, setup: PretrainingSetup, args: TrainingArguments, **options: Any):
+        sampler = setup.token_batches(
+            micro_batches=args.gradient_accumulation_steps,
+            seed=args.seed,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+        )
+        super().__init__(setup, args, sampler=sampler, **options)
+
     def evaluate_task(self, rows):
         """Measures the three tasks on validation pairs, see [`evaluate_pretraining`]."""
         # Trainer's own loop keeps the logits of every token over the vocabulary: 30 GB for 5,000 pairs.
-        return evaluate_pretraining(
-            self.model_wrapped,
-            rows,
-            self.setup.collator,
-            self.accelerator,
-            batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-        )
+        return evaluate_pretraining(self.model_wrapped, rows, self.setup.collator, self.accelerator, **self.loading)
 
 
 def main(argv: list[str] | None = None) -> bool:
@@ -43,15 +48,9 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER),
         scenes=training_defaults(SCENES),
+        strong=STRONG,
     )
-    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
-    set_seed(training_args.seed)  # Trainer does so too late for the new weights
-    with training_args.main_process_first():
-        setup = prepare_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
-    if setup.validation is None:
-        training_args.eval_strategy = "no"
-    trainer = PretrainingTrainer(setup, training_args, base_model=data_args.base_model, resume_from=resume_from)
-    return trainer.run()
+    return train(PretrainingTrainer, partial(prepare_pretraining, seed=training_args.seed), data_args, training_args)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,24 @@ The arguments of data and model of the two pre-training scripts, and the setup t
 Follows the paper's pre-training tasks; the scripts are `run.py` (our loop, by Accelerate) and `run_trainer.py`.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ... import logging
 from ...data.negatives import PairsWithMismatches
 from ...data.rows import Row
-from ...data.samplers import GivenRows, ReadAhead, StepBatchSampler
+from ...data.samplers import GivenRows, ReadAhead, StepBatchSampler, TokenBatchSampler
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...regions.store import RegionStore
-from ...runs.arguments import DataArguments
+from ...runs.arguments import DataArguments, option
 from ...runs.model_card import pretrained_by
 from ...runs.setup import TrainingSetup, check_object_ids, in_words, load_model, load_processor, open_data
 from .collator import DataCollatorForUnicoderVLPreTraining
@@ -32,33 +35,51 @@ class PretrainingArguments(DataArguments):
     Names the data and the model of a pre-training run; without `captions` they are rendered scenes and a small one.
     """
 
-    max_validation_pairs: int = field(
-        default=5000,
-        metadata={"help": "Pairs of the validation split, drawn evenly; 0 evaluates none.", "may_change": True},
+    max_validation_pairs: int = option(
+        5000, "Pairs of the validation split, drawn evenly; 0 evaluates none.", may_change=True
     )
-    max_regions: int | None = field(default=100, metadata={"help": "Most regions of an image; the best by score stay."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
-    mask_replace_prob: float = field(
-        default=1.0, metadata={"help": "Share of the predicted tokens that becomes [MASK] (BERT: 0.8)."}
+    max_regions: int | None = option(100, "Most regions of an image; the best by score stay.")
+    mlm_probability: float = option(0.15, "Share of the tokens that are predicted.")
+    mask_replace_prob: float = option(1.0, "Share of the predicted tokens that becomes [MASK] (BERT: 0.8).")
+    random_replace_prob: float = option(0.0, "Share of the predicted tokens that becomes random (BERT: 0.1).")
+    whole_word_mask: bool = option(False, "Chooses whole words, with all of their tokens.")
+    moc: bool = option(True, "Trains masked object classification; --no_moc for regions without classes.")
+    moc_probability: float = option(0.15, "Share of the regions that are predicted.")
+    tokens_per_batch: int | None = option(
+        None,
+        "Words and regions of an optimiser step over ALL processes, those of mismatches too, in place of "
+        "--train_batch_size. Micro-batches then have alike lengths.",
     )
-    random_replace_prob: float = field(
-        default=0.0, metadata={"help": "Share of the predicted tokens that becomes random (BERT: 0.1)."}
-    )
-    whole_word_mask: bool = field(default=False, metadata={"help": "Chooses whole words, with all of their tokens."})
-    moc: bool = field(
-        default=True, metadata={"help": "Trains masked object classification; --no_moc for regions without classes."}
-    )
-    moc_probability: float = field(default=0.15, metadata={"help": "Share of the regions that are predicted."})
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """
+    Says how many tokens a step has, and how many the training pairs have.
+
+    Args:
+        tokens_per_batch (`int`): Tokens of a step over all processes and micro-batches.
+        words (`np.ndarray` of shape `(num_pairs,)`): The tokens of each pair's caption.
+        regions (`np.ndarray` of shape `(num_pairs,)`): The regions of each pair's image.
+    """
+
+    tokens_per_batch: int
+    words: np.ndarray
+    regions: np.ndarray
 
 
 @dataclass
 class PretrainingSetup(TrainingSetup):
-    """The setup of a pre-training run, as [`prepare_pretraining`] builds it."""
+    """
+    The setup of a pre-training run, as [`prepare_pretraining`] builds it; without a `budget` its steps have equal
+    numbers of pairs.
+    """
 
     model: UnicoderVLForPreTraining
     collator: DataCollatorForUnicoderVLPreTraining
     train: PairsWithMismatches
     validation: PairsWithMismatches | None
+    budget: TokenBudget | None = None
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
@@ -75,19 +96,41 @@ class PretrainingSetup(TrainingSetup):
         """The numbers of validation captions and images, in words; None without any."""
         return None if self.validation is None else in_words(self.validation.pairs)
 
+    def token_batches(self, **options: Any) -> TokenBatchSampler | None:
+        """Makes the sampler of a run with a budget, with the options of [`TokenBatchSampler`]; None without one."""
+        if self.budget is None:
+            return None
+        words, regions = self.budget.words, self.budget.regions
+
+        def lengths(rows: np.ndarray, epoch: int) -> np.ndarray:
+            """Gives the tokens of pairs and of their mismatches, `(len(rows), 2)`."""
+            others, replaces_image = np.array([self.train.mismatch(row, epoch) for row in rows.tolist()]).T
+            images, texts = np.where(replaces_image, others, rows), np.where(replaces_image, rows, others)
+            return np.stack((words[rows] + regions[rows], words[texts] + regions[images]), axis=1)
+
+        return TokenBatchSampler(
+            lengths,
+            len(self.train),
+            num_tokens=2 * int((words + regions).sum()),  # the parts of mismatches are drawn uniformly
+            tokens_per_batch=self.budget.tokens_per_batch,
+            **options,
+        )
+
     def train_batches(
         self, sampler: StepBatchSampler, device: torch.device, num_workers: int = 0
     ) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
         """Gives the micro-batches of the sampler's epoch from its start step on, each with its weight in its step."""
         self.train.set_epoch(sampler.epoch)
+        parts, ahead = itertools.tee(sampler.parts())  # the loader reads ahead
+        rows = (self.train.make_rows(numbers) for numbers, _ in ahead)
         loader = DataLoader(
             GivenRows(),
-            batch_sampler=ReadAhead(map(self.train.make_rows, sampler), self._announce),
+            batch_sampler=ReadAhead(rows, self._announce),
             collate_fn=self.collator,
             num_workers=num_workers,
             generator=torch.Generator(),  # or it would draw from the dropout's
         )
-        for batch, weight in zip(loader, sampler.weights(), strict=True):
+        for batch, (_, weight) in zip(loader, parts, strict=True):
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, weight
 
     def _announce(self, pairs: list[Row]) -> None:
@@ -136,6 +179,14 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         moc_probability=arguments.moc_probability if arguments.moc else 0.0,
         num_region_classes=model.config.num_region_classes,
     )
+    budget = None
+    if arguments.tokens_per_batch is not None and data.num_tokens is not None:
+        # A score threshold may leave fewer regions, which the records alone know: then steps have fewer tokens.
+        budget = TokenBudget(
+            arguments.tokens_per_batch,
+            words=data.num_tokens.clip(max=arguments.max_length),
+            regions=store.region_counts(train["image_id"]).clip(max=processor.feature_extractor.max_regions),
+        )
     return PretrainingSetup(
         model=model,
         processor=processor,
@@ -143,4 +194,5 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
         train=PairsWithMismatches(train, seed=seed),
         validation=None if validation is None else PairsWithMismatches(validation, seed=seed, fixed_epoch=0),
         data_name=data.name,
+        budget=budget,
     )

@@ -1,3 +1,4 @@
+from .calibration import calibrate as calibrate
 from .collator import DataCollatorForUnicoderVLRetrieval as DataCollatorForUnicoderVLRetrieval
 from .first_stage import train_first_stage as train_first_stage
 from .losses import (

@@ -44,16 +44,20 @@ class DataCollatorForUnicoderVLRetrieval:
             the model knows them from pre-training, so that few photos are not learned by heart. The draw is a function
             of `seed`, the epoch, and the caption's text or the image id: pairs that share a caption or an image share
             what is hidden of it, whatever the micro-batch.
+        random_epochs (`int`, *optional*, defaults to 0):
+            Number of first epochs in whose batches of `contrastive` a `hardness` is drawn at random, a function of
+            `seed`, epoch and rows, by which [`HardNegativeLoss`] takes its negatives: new weights learn nothing from
+            those that are hard.
         seed (`int`, *optional*, defaults to 0):
-            Seed of the hiding, at least 0.
+            Seed of the hiding and of the hardness, at least 0.
 
     Rows are those of [`PairsWithNegatives`].
 
     Returns:
         `dict` of `input_ids`, `token_type_ids`, `attention_mask`, `region_features`, `region_locations`,
         `region_attention_mask`, `caption_index`, `image_index`, `group_ids` and `labels`: the arguments of
-        [`UnicoderVLForImageTextRetrieval`], and nothing else, but for the `mismatches` of `contrastive`. The pairs of a
-        row follow one another, its match first.
+        [`UnicoderVLForImageTextRetrieval`], and nothing else, but for `mismatches` and `hardness` of `contrastive`. The
+        pairs of a row follow one another, its match first.
 
     Raises:
         `ValueError`: an empty caption, a row that lacks something, or an option out of range.
@@ -75,6 +79,7 @@ class DataCollatorForUnicoderVLRetrieval:
     in_batch_negatives: bool = False
     contrastive: bool = False
     mask_probability: float = 0.0
+    random_epochs: int = 0
     seed: int = 0
 
     def __post_init__(self):
@@ -118,13 +123,17 @@ class DataCollatorForUnicoderVLRetrieval:
             if self.in_batch_negatives:  # where a match counts once, as above
                 matches = list({(row["caption"], row["image_id"]): row for row in rows}.values())
             batch["mismatches"] = torch.tensor([[is_mismatch(row, other) for other in matches] for row in matches])
+            if self.random_epochs > 0 and rows[0]["epoch"] < self.random_epochs:
+                rng = np.random.default_rng([self.seed, rows[0]["epoch"], SALT, *(row["row_index"] for row in rows)])
+                batch["hardness"] = torch.from_numpy(rng.random(batch["mismatches"].shape, dtype=np.float32))
         return batch
 
     def _needed(self) -> tuple[str, ...]:
         """The names of the fields that a row must hold."""
-        epoch = ("epoch",) if self.mask_probability > 0 else ()
+        epoch = ("epoch",) if self.mask_probability > 0 or self.random_epochs > 0 else ()
+        row_index = ("row_index",) if self.random_epochs > 0 else ()
         codes = ("image_code", "codes_of_caption") if self.in_batch_negatives or self.contrastive else ()
-        return ("image_id", "caption", "negative_captions", "negative_image_ids", *epoch, *codes)
+        return ("image_id", "caption", "negative_captions", "negative_image_ids", *epoch, *row_index, *codes)
 
     def _hide(self, inputs: Mapping[str, torch.Tensor], captions: Sequence[str], images: Sequence[str], epoch: int):
         tokenizer = self.processor.tokenizer

@@ -23,7 +23,7 @@ from ...configuration_unicoder_vl import UnicoderVLConfig
 from ...modeling_unicoder_vl import hardest_negative_triplet_loss, negatives_of_matches, triplet_hinges
 
 # What a batch says about its pairs, which the losses take and scoring does without.
-_TARGETS = ("labels", "group_ids", "mismatches")
+_TARGETS = ("labels", "group_ids", "mismatches", "hardness")
 _OF_GROUPS = ("labels", "group_ids", "caption_index", "image_index")
 _OF_MATCHES = ("labels", "caption_index", "image_index", "mismatches")
 
@@ -220,7 +220,7 @@ class HardNegativeLoss(TwoStageLoss):
     """
     The loss of both stages in which the second learns from the mistakes of the first. It is [`TwoStageLoss`] with more
     negatives in the group of each match: [`hard_negatives`], the mismatches of the batch that the first stage likes
-    best (ALBEF draws them by its logits; these are the highest).
+    best (ALBEF draws them by its logits; these are the highest). Where the batch has a `hardness`, that decides.
 
     Args:
         groups, contrastive_weight: The arguments of [`TwoStageLoss`].
@@ -237,7 +237,9 @@ class HardNegativeLoss(TwoStageLoss):
         _columns(batch, _OF_GROUPS)
         matches, captions, images = _matches(batch)
         logits, _ = _first_stage_alone(model, batch, captions, images)
-        match, caption, image, label = hard_negatives(logits, batch["mismatches"], self.num_hard_negatives)
+        match, caption, image, label = hard_negatives(
+            batch.get("hardness", logits), batch["mismatches"], self.num_hard_negatives
+        )
         more = {
             "labels": label,
             "group_ids": batch["group_ids"][matches[match]],

@@ -66,20 +66,6 @@ def chance_recalls(image_of_caption: ArrayLike, ks: Sequence[int] = (1, 5, 10)) 
     return chance
 
 
-def retrieval_ranks(scores: ArrayLike, image_of_caption: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Ranks (from 1) each caption's image among the images, and each image's best caption among the captions of other
-    images.
-
-    Arguments and errors are those of `retrieval_metrics`.
-
-    Returns:
-        Two int64 arrays, of shape `(num_captions,)` and `(num_images,)`.
-    """
-    ranked = rank_queries(scores, image_of_caption)
-    return ranked["image_retrieval"].ranks, ranked["text_retrieval"].ranks
-
-
 @dataclass(frozen=True)
 class QueryRanks:
     """

@@ -12,14 +12,17 @@ counts by P. The model that scores the highest sum of recalls on a part of the v
 `--contrastive_weight` a first stage of search is trained along, and the weight of its similarity measured at the end.
 """
 
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from functools import partial
+
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from ...errors import run_script
 from ...runs.arguments import parse_arguments
-from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from ...runs.trainer import KEEP_BEST, TaskTrainer, train, training_defaults
 from .training import (
     PAPER,
     SCENES,
+    STRONG,
     RetrievalArguments,
     RetrievalSetup,
     evaluate_retrieval,
@@ -48,12 +51,8 @@ class RetrievalTrainer(TaskTrainer):
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    shared = {
-        "save_strategy": "epoch",
-        "save_total_limit": 2,  # the best and the last
-        "load_best_model_at_end": True,
+    shared = KEEP_BEST | {
         "metric_for_best_model": "recall_sum",
-        "greater_is_better": True,
         "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
     }
     data_args, training_args = parse_arguments(
@@ -61,22 +60,17 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER) | shared,
         scenes=training_defaults(SCENES) | shared,
+        strong=STRONG,
     )
-    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
-    set_seed(training_args.seed)  # Trainer does so too late for the new weights
-    with training_args.main_process_first():
-        setup = prepare_retrieval(data_args, training_args.output_dir, seed=training_args.seed)
-    if setup.validation is None:
-        training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
     patience = data_args.early_stopping_patience
-    trainer = RetrievalTrainer(
-        setup,
+    callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]
+    return train(
+        RetrievalTrainer,
+        partial(prepare_retrieval, seed=training_args.seed),
+        data_args,
         training_args,
-        base_model=data_args.base_model,
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
-        resume_from=resume_from,
+        callbacks=callbacks,
     )
-    return trainer.run()
 
 
 if __name__ == "__main__":

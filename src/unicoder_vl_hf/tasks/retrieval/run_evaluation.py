@@ -11,9 +11,8 @@ scorer says first how long it will take. `--scores_dir` keeps what is done: the 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,9 @@ import transformers
 
 from ..._version import __version__
 from ...errors import run_script
+from ...files import write_json
 from ...processes import start_processes
-from ...runs.arguments import make_parser
+from ...runs.arguments import make_parser, option
 from ...runs.evaluation import EvaluationArguments
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
@@ -34,25 +34,14 @@ from .protocols import PROTOCOLS, RetrievalTest, chance, evaluate_folds, results
 class RetrievalEvaluationArguments(EvaluationArguments):
     """Names a checkpoint and the test that it is evaluated on: a protocol, or the first images of a split."""
 
-    protocol: str | None = field(
-        default=None, metadata={"help": f"Protocol: {', '.join(PROTOCOLS)}. Default: all images of the split together."}
+    protocol: str | None = option(None, f"Protocol: {', '.join(PROTOCOLS)}. Default: all images of the split together.")
+    num_images: int | None = option(None, "Images to take, the first of the split. Default: all.")
+    captions_per_image: str | None = option(
+        None, "Captions of each image to take, from the first on, or all. Default: 5 under a protocol, else all."
     )
-    num_images: int | None = field(
-        default=None, metadata={"help": "Images to take, the first of the split. Default: all."}
-    )
-    captions_per_image: str | None = field(
-        default=None,
-        metadata={
-            "help": "Captions of each image to take, from the first on, or all. Default: 5 under a protocol, else all."
-        },
-    )
-    bf16: bool = field(default=False, metadata={"help": "Scores in bfloat16 as well, to be compared with float32."})
-    scores_dir: str | None = field(
-        default=None, metadata={"help": "Folder that keeps the scores, to go on after a kill."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file to write, with metrics, intervals and provenance."}
-    )
+    bf16: bool = option(False, "Scores in bfloat16 as well, to be compared with float32.")
+    scores_dir: str | None = option(None, "Folder that keeps the scores, to go on after a kill.")
+    output: str | None = option(None, "JSON file to write, with metrics, intervals and provenance.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             "chance": chance(test),
             "paper": dict(test.paper),
         }
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
 
 
 def fold_scores(

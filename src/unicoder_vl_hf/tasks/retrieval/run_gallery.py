@@ -12,7 +12,7 @@ weight of the similarity that was measured when the checkpoint was trained, unle
 import functools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from ...errors import run_script
 from ...pictures import GalleryItem, draw_regions, write_gallery
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser
+from ...runs.arguments import make_parser, option
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, Photos
 from ...search.index import build_index
@@ -37,21 +37,17 @@ WIDTH = 240  # of a page of regions, in pixels
 class GalleryArguments(SearchArguments):
     """Names a search in two stages, and says how much of it the gallery shows."""
 
-    output: str = field(metadata={"help": "HTML file to write."})
-    asked: int = field(default=200, metadata={"help": "Captions that are asked, drawn evenly."})
-    shown: int = field(default=20, metadata={"help": "Captions that the gallery shows, of those that are asked."})
-    candidates: int = field(default=50, metadata={"help": "Candidates of the first stage, to be scored."})
-    similarity_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
-            "one that was measured when the checkpoint was trained, else 0."
-        },
+    output: str = option(..., "HTML file to write.")
+    asked: int = option(200, "Captions that are asked, drawn evenly.")
+    shown: int = option(20, "Captions that the gallery shows, of those that are asked.")
+    candidates: int = option(50, "Candidates of the first stage, to be scored.")
+    similarity_weight: float | None = option(
+        None,
+        "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
+        "one that was measured when the checkpoint was trained, else 0.",
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the half that is drawn at random."})
-    max_regions: int = field(
-        default=8, metadata={"help": "Regions on a blank page, the best by score; without scores none are drawn."}
-    )
+    seed: int = option(0, "Seed of the half that is drawn at random.")
+    max_regions: int = option(8, "Regions on a blank page, the best by score; without scores none are drawn.")
 
 
 def main(argv: list[str] | None = None) -> None:

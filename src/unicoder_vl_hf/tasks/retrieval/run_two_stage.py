@@ -14,15 +14,15 @@ encoder of transformers. `--num_queries 1000` asks with that many captions and i
 """
 
 import dataclasses
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...errors import run_script
+from ...files import write_json
 from ...processes import start_processes
-from ...runs.arguments import make_parser
+from ...runs.arguments import make_parser, option
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
 from ...search.two_stage import SimilarityWeight
@@ -35,35 +35,24 @@ from .two_stage_report import two_stage_report
 class TwoStageArguments(SearchArguments):
     """Names a search in two stages, and says how much of it is measured."""
 
-    protocol: str | None = field(
-        default=None,
-        metadata={"help": f"Protocol of one fold: {', '.join(PROTOCOLS)}. Default: all images of the split."},
+    protocol: str | None = option(
+        None, f"Protocol of one fold: {', '.join(PROTOCOLS)}. Default: all images of the split."
     )
-    num_images: int | None = field(
-        default=None, metadata={"help": "Images to take, the first of the split. Default: all."}
+    num_images: int | None = option(None, "Images to take, the first of the split. Default: all.")
+    num_queries: int | None = option(
+        None, "Captions and images to ask with, drawn evenly, among all there are. Default: all."
     )
-    num_queries: int | None = field(
-        default=None,
-        metadata={"help": "Captions and images to ask with, drawn evenly, among all there are. Default: all."},
+    candidates: list[int] = option(
+        [10, 50, 100, 200], "Numbers K of candidates that the first stage proposes a query; a row for each."
     )
-    candidates: list[int] = field(
-        default_factory=lambda: [10, 50, 100, 200],
-        metadata={"help": "Numbers K of candidates that the first stage proposes a query; a row for each."},
+    similarity_weight: list[float] = option(
+        [],
+        "Weights of the first stage's similarity in the order, score + weight x similarity; a row for "
+        "each. Default: 0, and the one that was measured when the checkpoint was trained.",
     )
-    similarity_weight: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "Weights of the first stage's similarity in the order, score + weight x similarity; a row for "
-            "each. Default: 0, and the one that was measured when the checkpoint was trained."
-        },
-    )
-    bf16: bool = field(default=False, metadata={"help": "Scores in bfloat16."})
-    scores_dir: str | None = field(
-        default=None, metadata={"help": "Folder that keeps the scores, to go on after a kill."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file to write, with the table and its provenance."}
-    )
+    bf16: bool = option(False, "Scores in bfloat16.")
+    scores_dir: str | None = option(None, "Folder that keeps the scores, to go on after a kill.")
+    output: str | None = option(None, "JSON file to write, with the table and its provenance.")
 
 
 def main(argv: list[str] | None = None):
@@ -104,7 +93,7 @@ def main(argv: list[str] | None = None):
             "checkpoint": checkpoint_provenance(args.model, model),
             "report": report.as_dict(),
         }
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The options of scripts that search in two stages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ...modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...regions.store import RegionStore
+from ...runs.arguments import option
 from ...runs.evaluation import EvaluationArguments
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_encoder
 
@@ -13,12 +14,11 @@ from ...search.encoders import DualEncoder, UnicoderVLDualEncoder, open_dual_enc
 class SearchArguments(EvaluationArguments):
     """Names a checkpoint, the data that it searches, and the first stage of the search."""
 
-    dual_encoder: str | None = field(
-        default=None,
-        metadata={"help": "First stage: another Unicoder-VL, or CLIP or alike on --photos. Default: the model's own."},
+    dual_encoder: str | None = option(
+        None, "First stage: another Unicoder-VL, or CLIP or alike on --photos. Default: the model's own."
     )
-    photos: str | None = field(default=None, metadata={"help": "Photos: a folder, a .tar, or the folder of a dataset."})
-    photo_ids: str = field(default="stem", metadata={"help": "Source of the photos' ids, as --ids of `extract`."})
+    photos: str | None = option(None, "Photos: a folder, a .tar, or the folder of a dataset.")
+    photo_ids: str = option("stem", "Source of the photos' ids, as --ids of `extract`.")
 
     def open_first_stage(
         self, model: UnicoderVLForImageTextRetrieval, processor: UnicoderVLProcessor, store: RegionStore

@@ -19,7 +19,7 @@ from ...data.negatives import PairsWithNegatives, read_duplicate_groups
 from ...modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
-from ...runs.arguments import DataArguments
+from ...runs.arguments import DataArguments, option
 from ...runs.setup import (
     CaptionedRegions,
     TrainingSetup,
@@ -44,7 +44,7 @@ from .losses import (
     TwoStageLoss,
 )
 from .metrics import retrieval_metrics, with_recall_sum
-from .protocols import captions_of_images
+from .protocols import captions_of_images, retrieval_test
 from .two_stage_report import describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
@@ -54,53 +54,43 @@ logger = logging.get_logger(__name__)
 class RetrievalArguments(DataArguments):
     """Names the data, model, groups and loss of a fine-tuning run; without `captions` it takes rendered scenes."""
 
-    max_validation_images: int = field(
-        default=100,
-        metadata={"help": "Images of the validation split, drawn evenly, with all captions; 0 evaluates none."},
+    max_validation_images: int = option(
+        100, "Images of the validation split, drawn evenly, with all captions; 0 evaluates none."
     )
-    num_negative_captions: int = field(default=3, metadata={"help": "Mismatching captions drawn for each pair."})
-    num_negative_images: int = field(default=3, metadata={"help": "Mismatching images drawn for each pair."})
-    in_batch_negatives: bool = field(
-        default=False,
-        metadata={"help": "Pairs all captions and images of a micro-batch, too; try it with 0 of the others."},
+    num_negative_captions: int = option(3, "Mismatching captions drawn for each pair.")
+    num_negative_images: int = option(3, "Mismatching images drawn for each pair.")
+    in_batch_negatives: bool = option(
+        False, "Pairs all captions and images of a micro-batch, too; try it with 0 of the others."
     )
-    duplicates: str | None = field(
-        default=None,
-        metadata={"help": "File of images that show the same, a group a line: .jsonl of lists of image ids, or .csv."},
+    duplicates: str | None = option(
+        None, "File of images that show the same, a group a line: .jsonl of lists of image ids, or .csv."
     )
-    loss: Literal["hardest", "sum", "binary", "softmax", "none"] | None = field(
-        default=None,
-        metadata={
-            "help": "Loss: hardest is the triplet loss on the hardest negative (the paper's), sum on all, binary the "
-            "cross-entropy of each pair (Oscar), softmax over the group (ViLBERT); none scores no pairs and trains a "
-            "first stage of search alone, with its encoder. Default: hardest; for new weights sum.",
-        },
+    loss: Literal["hardest", "sum", "binary", "softmax", "none"] | None = option(
+        None,
+        "Loss: hardest is the triplet loss on the hardest negative (the paper's), sum on all, binary the "
+        "cross-entropy of each pair (Oscar), softmax over the group (ViLBERT); none scores no pairs and trains a "
+        "first stage of search alone, with its encoder. Default: hardest; for new weights sum.",
     )
-    margin: float = field(
-        default=UnicoderVLConfig.triplet_margin, metadata={"help": "Margin of the triplet losses, on sigmoid(score)."}
+    margin: float = option(UnicoderVLConfig.triplet_margin, "Margin of the triplet losses, on sigmoid(score).")
+    caption_weight: float = option(1.0, "Weight of caption negatives in the triplet losses.")
+    image_weight: float = option(1.0, "Weight of image negatives in the triplet losses.")
+    contrastive_weight: float = option(
+        0.0, "Weight of the contrastive loss of a first stage of search, trained along; 0 trains none."
     )
-    caption_weight: float = field(default=1.0, metadata={"help": "Weight of caption negatives in the triplet losses."})
-    image_weight: float = field(default=1.0, metadata={"help": "Weight of image negatives in the triplet losses."})
-    contrastive_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the contrastive loss of a first stage of search, trained along; 0 trains none."},
+    projection_dim: int = option(256, "Width of the embeddings of a new first stage.")
+    num_hard_negatives: int = option(
+        0, "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
     )
-    projection_dim: int = field(default=256, metadata={"help": "Width of the embeddings of a new first stage."})
-    num_hard_negatives: int = field(
-        default=0,
-        metadata={
-            "help": "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
-        },
+    random_negative_epochs: int = option(
+        0, "First epochs in which these are drawn at random: of hard ones a new matching head learns nothing."
     )
-    mask_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
-            "learned by heart."
-        },
+    mask_probability: float = option(
+        0.0,
+        "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
+        "learned by heart.",
     )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Evaluations without a better sum of recalls after which training stops."}
+    early_stopping_patience: int | None = option(
+        None, "Evaluations without a better sum of recalls after which training stops."
     )
 
     def __post_init__(self):
@@ -142,6 +132,18 @@ class RetrievalArguments(DataArguments):
 # counted in positive pairs.
 PAPER = {"num_train_epochs": 10, "learning_rate": 5e-5, "train_batch_size": 192, "gradient_accumulation_steps": 4}
 SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, "gradient_accumulation_steps": 1}
+
+
+# Options by which the matching head orders better than a first stage, see docs/matching_head.md.
+STRONG = {
+    "initializer_range": 0.08,
+    "loss": "softmax",
+    "contrastive_weight": 1.0,
+    "num_negative_captions": 0,
+    "num_negative_images": 0,
+    "num_hard_negatives": 1,
+    "random_negative_epochs": 1,
+}
 
 
 @dataclass
@@ -205,6 +207,8 @@ class RetrievalSetup(TrainingSetup):
             negatives.append("all mismatches of the batch")
         if isinstance(loss, HardNegativeLoss):
             negatives.append("the mismatches of the batch that its first stage likes best")
+            if self.collator.random_epochs > 0:
+                negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
@@ -251,6 +255,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
             in_batch_negatives=arguments.in_batch_negatives,
             contrastive=arguments.contrastive_weight > 0,
             mask_probability=arguments.mask_probability,
+            random_epochs=arguments.random_negative_epochs,
             seed=seed,
         ),
         train=train,
@@ -276,13 +281,18 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     """Makes the fields of a first stage that is trained, or of none: an old one would not fit the new encoder."""
-    for option in ("contrastive_weight", "num_hard_negatives"):
-        if getattr(arguments, option) < 0:
-            raise ValueError(f"{option}={getattr(arguments, option)}; expected at least 0.")
+    for each in ("contrastive_weight", "num_hard_negatives", "random_negative_epochs"):
+        if getattr(arguments, each) < 0:
+            raise ValueError(f"{each}={getattr(arguments, each)}; expected at least 0.")
     if arguments.contrastive_weight == 0 and (arguments.loss == "none" or arguments.num_hard_negatives > 0):
         raise ValueError(
             f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "
             "give --contrastive_weight, such as 1."
+        )
+    if arguments.random_negative_epochs > 0 and arguments.num_hard_negatives == 0:
+        raise ValueError(
+            f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
+            "it, such as 1."
         )
     if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
         raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")
@@ -322,15 +332,13 @@ def evaluate_retrieval(
         `dict[str, float]`: the metrics of [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Names of
         the first stage's metrics begin with `first_stage_`, but for the sum.
     """
-    image_ids = captions.unique("image_id")
-    column = {image_id: index for index, image_id in enumerate(image_ids)}
-    texts, right = captions["caption"][:], [column[image_id] for image_id in captions["image_id"]]
+    (fold,) = retrieval_test(captions).folds
     if not by_first_stage:
-        scores = ImageTextScorer(model, processor, store, verbose=False).score(texts, image_ids, max_length=max_length)
-        return with_recall_sum(retrieval_metrics(scores, right))
+        scorer = ImageTextScorer(model, processor, store, verbose=False)
+        scores = scorer.score(fold.captions, fold.image_ids, max_length=max_length)
+        return with_recall_sum(retrieval_metrics(scores, fold.image_of_caption))
     encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
-    metrics = with_recall_sum(
-        retrieval_metrics(encoder.embed_captions(texts) @ encoder.embed_images(image_ids).T, right)
-    )
+    similarities = encoder.embed_captions(fold.captions) @ encoder.embed_images(fold.image_ids).T
+    metrics = with_recall_sum(retrieval_metrics(similarities, fold.image_of_caption))
     recall_sum = metrics.pop("recall_sum")
     return {f"first_stage_{name}": value for name, value in metrics.items()} | {"recall_sum": recall_sum}

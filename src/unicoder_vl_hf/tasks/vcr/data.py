@@ -17,6 +17,7 @@ import numpy as np
 
 from ...data.masking import IGNORED
 from ...data.rows import Row, Rows
+from ...name_lists import read_jsonl
 from ...records_unicoder_vl import RegionRecord
 from ...regions.comparison import box_iou
 from ...regions.photos import stem
@@ -102,29 +103,17 @@ def read_vcr(
 def _rows(path: Path, metadata: "_Metadata | None", ids: str) -> Iterator[dict[str, Any]]:
     annot_ids: dict[str, int] = {}
     photos: dict[str, str] = {}
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}, column {error.colno}: malformed json ({error.msg}); expected an object. Is the file "
-                    "complete?"
-                ) from error
-            row = _Line(where, item).row(ids)
-            if (other := annot_ids.setdefault(row["annot_id"], number)) != number:
-                raise ValueError(
-                    f"{where}: annot_id {row['annot_id']!r} is that of line {other} too; expected one each."
-                )
-            if (photo := photos.setdefault(row["image_id"], row["img_fn"])) != row["img_fn"]:
-                raise ValueError(
-                    f"{where}: {photo} and {row['img_fn']} both have the id {row['image_id']!r}: with ids='path' "
-                    "(--ids path) the path is the id."
-                )
-            yield row if metadata is None else row | metadata.of(row)
+    for number, item in read_jsonl(path):
+        where = f"{path}, line {number}"
+        row = _Line(where, item).row(ids)
+        if (other := annot_ids.setdefault(row["annot_id"], number)) != number:
+            raise ValueError(f"{where}: annot_id {row['annot_id']!r} is that of line {other} too; expected one each.")
+        if (photo := photos.setdefault(row["image_id"], row["img_fn"])) != row["img_fn"]:
+            raise ValueError(
+                f"{where}: {photo} and {row['img_fn']} both have the id {row['image_id']!r}: with ids='path' (--ids "
+                "path) the path is the id."
+            )
+        yield row if metadata is None else row | metadata.of(row)
 
 
 class _Line:

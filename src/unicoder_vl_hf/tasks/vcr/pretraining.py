@@ -13,13 +13,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from ...data.masking import IGNORED, Masking
 from ...data.rows import Row, RowsOfEpoch
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...records_unicoder_vl import RegionRecord
-from ...runs.batches import batches_to_evaluate
+from ...runs.arguments import option
 from ...runs.model_card import pretrained_by
 from ...runs.setup import TrainingSetup
 from .collator import DataCollatorForUnicoderVLMultipleChoice
@@ -31,10 +30,8 @@ from .training import VCRDataArguments, open_and_load
 class VCRPretrainingArguments(VCRDataArguments):
     """Names data and model of a second stage of pre-training on VCR; without `annotations`, rendered scenes."""
 
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are predicted."})
-    moc_probability: float = field(
-        default=0.15, metadata={"help": "Share of the regions that are predicted; 0 for regions without classes."}
-    )
+    mlm_probability: float = option(0.15, "Share of the tokens that are predicted.")
+    moc_probability: float = option(0.15, "Share of the regions that are predicted; 0 for regions without classes.")
 
 
 class RightTexts(RowsOfEpoch):
@@ -93,13 +90,15 @@ class DataCollatorForVCRPreTraining(DataCollatorForUnicoderVLMultipleChoice):
         is_word = ~np.isin(input_ids, tokenizer.all_special_ids)
         batch["labels"] = np.full_like(input_ids, IGNORED)
         batch["region_labels"] = np.full_like(object_ids, IGNORED)
+        batch["masked_regions"] = np.zeros_like(object_ids)
         batch["matching_labels"] = np.full(len(rows), IGNORED)
         for index, row in enumerate(rows):
             rng = self.masking.generator(row)
             self.masking.hide_tokens(rng, input_ids[index], batch["labels"][index], is_word[index], tokenizer)
-            self.masking.hide_regions(
+            hidden = self.masking.hide_regions(
                 rng, batch["region_features"][index], batch["region_labels"][index], object_ids[index]
             )
+            batch["masked_regions"][index, hidden] = 1
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _tensors(self, records: Sequence[RegionRecord]) -> Mapping[str, np.ndarray]:
@@ -165,38 +164,3 @@ def prepare_vcr_pretraining(
         validation=RightTexts(data.validation, fixed_epoch=0),
         data_name=data.name,
     )
-
-
-@torch.no_grad()
-def evaluate_vcr_pretraining(
-    model: torch.nn.Module,
-    texts: RightTexts,
-    collator: DataCollatorForVCRPreTraining,
-    accelerator: Accelerator,
-    batch_size: int = 32,
-    num_workers: int = 0,
-) -> dict[str, float]:
-    """
-    Measures `mlm_accuracy` and `moc_accuracy`, the shares of masked tokens and of masked classes that are predicted
-    rightly, in `[0, 1]`, over all processes. A task whose probability is 0 has no entry.
-    """
-    was_training = model.training
-    model.eval()
-    counts = torch.zeros(2, 2, device=accelerator.device)  # of tokens and regions: right, all
-    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-    for batch in batches_to_evaluate(
-        texts, collator, accelerator.device, name="Evaluating masked prediction", **options
-    ):
-        with accelerator.autocast():
-            outputs = model(**batch)
-        tasks = ((outputs.prediction_logits, batch["labels"]), (outputs.region_logits, batch["region_labels"]))
-        for task, (logits, labels) in enumerate(tasks):
-            chosen = labels != IGNORED
-            counts[task] += torch.stack(((logits.argmax(-1) == labels)[chosen].sum(), chosen.sum()))
-    model.train(was_training)
-    totals = accelerator.reduce(counts, reduction="sum").tolist()
-    return {
-        f"{name}_accuracy": right / count
-        for name, (right, count) in zip(("mlm", "moc"), totals, strict=True)
-        if count > 0
-    }

@@ -11,11 +11,11 @@ example is a question with its four answers, or one with its right answer and fo
 process: on P, divide one of the two counts by P. The model of the highest validation accuracy (Q->AR) is kept.
 """
 
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 from ...errors import run_script
 from ...runs.arguments import parse_arguments
-from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from ...runs.trainer import KEEP_BEST, TaskTrainer, train, training_defaults
 from .training import (
     PAPER,
     SCENES,
@@ -33,50 +33,25 @@ class VCRTrainer(TaskTrainer):
 
     setup: VCRSetup
 
-    def __init__(self, tasks: list[str], *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.tasks = tasks
-
     def evaluate_task(self, rows):
         """Measures the accuracies on validation questions, see [`evaluate_vcr`]."""
         with self.accelerator.autocast():
-            return evaluate_vcr(
-                self.setup.model,
-                self.setup.collator,
-                rows,
-                self.tasks,
-                batch_size=self.args.per_device_eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
-            )
+            return evaluate_vcr(self.setup.model, self.setup.collator, rows, self.setup.tasks, **self.loading)
 
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    shared = {
-        "save_strategy": "epoch",
-        "save_total_limit": 2,  # the best and the last
-        "load_best_model_at_end": True,
-        "greater_is_better": True,
-    }
     data_args, training_args = parse_arguments(
         (VCRArguments, TrainingArguments),
         argv,
-        paper=training_defaults(PAPER) | shared,
-        scenes=training_defaults(SCENES) | SCENES_FIELDS | shared,
+        paper=training_defaults(PAPER) | KEEP_BEST,
+        scenes=training_defaults(SCENES) | SCENES_FIELDS | KEEP_BEST,
         data="--annotations",
     )
     if training_args.metric_for_best_model in (None, "loss"):
         single = TASKS[data_args.tasks[0]] if len(data_args.tasks) == 1 else None
         training_args.metric_for_best_model = single or "joint_accuracy"
-
-    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
-    set_seed(training_args.seed)  # Trainer does so too late for the new weights
-    with training_args.main_process_first():
-        setup = prepare_vcr(data_args, training_args.output_dir)
-    trainer = VCRTrainer(
-        data_args.tasks, setup, training_args, base_model=data_args.base_model, resume_from=resume_from
-    )
-    return trainer.run()
+    return train(VCRTrainer, prepare_vcr, data_args, training_args)
 
 
 if __name__ == "__main__":

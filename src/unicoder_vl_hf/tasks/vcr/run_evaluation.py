@@ -11,8 +11,7 @@ scores the rationales if each task has a model of its own.
 """
 
 import dataclasses
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,11 @@ from PIL import Image
 
 from ...data.masking import IGNORED
 from ...errors import run_script
+from ...files import write_json
 from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser
+from ...runs.arguments import make_parser, option
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import VCRExamples, read_vcr
 from .metrics import vcr_metrics, write_submission
@@ -36,24 +36,20 @@ from .training import choice_probabilities, load_for_vcr
 class VCREvaluationArguments:
     """Names a checkpoint, the questions that it is asked, and the files that its choices are written to."""
 
-    model: str = field(metadata={"help": "Checkpoint of run_vcr.py: a folder or a repository of the Hub."})
-    annotations: str = field(metadata={"help": "Questions: VCR's val.jsonl or test.jsonl."})
-    regions: str = field(metadata={"help": "RegionStore of the images."})
-    metadata: str | None = field(default=None, metadata={"help": "Folder that metadata_fn starts from."})
-    gt_features: str | None = field(
-        default=None, metadata={"help": "RegionStore of features pooled in the ground-truth boxes."}
-    )
-    ids: str = field(default="stem", metadata={"help": "Image ids: stem (of a photo's name) or path."})
-    rationale_model: str | None = field(
-        default=None, metadata={"help": "Checkpoint that scores the rationales. Default: --model."}
-    )
-    max_length: int = field(default=156, metadata={"help": "Most tokens of a choice; longer ones are cut."})
-    batch_size: int = field(default=32, metadata={"help": "Questions at a time, in each process."})
-    submission: str | None = field(default=None, metadata={"help": "CSV file to write for the leaderboard."})
-    output: str | None = field(default=None, metadata={"help": "JSON file that the metrics are written to."})
-    pictures: str | None = field(default=None, metadata={"help": "Folder for pictures of questions, with --photos."})
-    photos: str | None = field(default=None, metadata={"help": "Folder that img_fn starts from."})
-    num_pictures: int = field(default=8, metadata={"help": "Questions that are drawn, evenly over the file."})
+    model: str = option(..., "Checkpoint of run_vcr.py: a folder or a repository of the Hub.")
+    annotations: str = option(..., "Questions: VCR's val.jsonl or test.jsonl.")
+    regions: str = option(..., "RegionStore of the images.")
+    metadata: str | None = option(None, "Folder that metadata_fn starts from.")
+    gt_features: str | None = option(None, "RegionStore of features pooled in the ground-truth boxes.")
+    ids: str = option("stem", "Image ids: stem (of a photo's name) or path.")
+    rationale_model: str | None = option(None, "Checkpoint that scores the rationales. Default: --model.")
+    max_length: int = option(156, "Most tokens of a choice; longer ones are cut.")
+    batch_size: int = option(32, "Questions at a time, in each process.")
+    submission: str | None = option(None, "CSV file to write for the leaderboard.")
+    output: str | None = option(None, "JSON file that the metrics are written to.")
+    pictures: str | None = option(None, "Folder for pictures of questions, with --photos.")
+    photos: str | None = option(None, "Folder that img_fn starts from.")
+    num_pictures: int = option(8, "Questions that are drawn, evenly over the file.")
 
     def __post_init__(self):
         if (self.pictures is None) != (self.photos is None):
@@ -112,7 +108,7 @@ def report(args: VCREvaluationArguments, rows: Dataset, answers: np.ndarray, rat
         print(f"{name:20}{100 * value:6.1f} %" if name.endswith("_accuracy") else f"{name:20}{value:6,}")
     if args.output is not None:
         values = metrics | {"questions": len(rows), **dataclasses.asdict(args)}
-        Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(Path(args.output), values)
     if args.pictures is None or args.photos is None:
         return
     folder = Path(args.pictures)

@@ -9,15 +9,17 @@ It predicts masked tokens and masked object classes of each question with its ri
 references point at their regions. The defaults are those of the fine-tuning.
 """
 
-from transformers import TrainingArguments, set_seed
+from functools import partial
+
+from transformers import TrainingArguments
 
 from ...errors import run_script
 from ...runs.arguments import parse_arguments
-from ...runs.trainer import TaskTrainer, trainer_checkpoints, training_defaults
+from ...runs.masked_prediction import evaluate_masked_prediction
+from ...runs.trainer import TaskTrainer, train, training_defaults
 from .pretraining import (
     VCRPretrainingArguments,
     VCRPretrainingSetup,
-    evaluate_vcr_pretraining,
     prepare_vcr_pretraining,
 )
 from .training import PAPER, SCENES, SCENES_FIELDS
@@ -29,15 +31,8 @@ class VCRPretrainingTrainer(TaskTrainer):
     setup: VCRPretrainingSetup
 
     def evaluate_task(self, rows):
-        """Measures the masked tasks on validation questions, see [`evaluate_vcr_pretraining`]."""
-        return evaluate_vcr_pretraining(
-            self.setup.model,
-            rows,
-            self.setup.collator,
-            self.accelerator,
-            batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-        )
+        """Measures the masked tasks on validation questions, see [`evaluate_masked_prediction`]."""
+        return evaluate_masked_prediction(self.setup.model, rows, self.setup.collator, self.accelerator, **self.loading)
 
 
 def main(argv: list[str] | None = None) -> bool:
@@ -49,13 +44,9 @@ def main(argv: list[str] | None = None) -> bool:
         scenes=training_defaults(SCENES) | SCENES_FIELDS,
         data="--annotations",
     )
-
-    resume_from = trainer_checkpoints(training_args).resolve(training_args.resume_from_checkpoint)
-    set_seed(training_args.seed)  # Trainer does so too late for the new weights
-    with training_args.main_process_first():
-        setup = prepare_vcr_pretraining(data_args, training_args.output_dir, seed=training_args.seed)
-    trainer = VCRPretrainingTrainer(setup, training_args, base_model=data_args.base_model, resume_from=resume_from)
-    return trainer.run()
+    return train(
+        VCRPretrainingTrainer, partial(prepare_vcr_pretraining, seed=training_args.seed), data_args, training_args
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ silent on whether one model learns both; here one does, unless a run names a sin
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +24,10 @@ from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
-from ...runs.arguments import ModelArguments
+from ...runs.arguments import ModelArguments, option
 from ...runs.batches import batches_to_evaluate
 from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
+from ...scoring.checkpoints import load_complete
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .metrics import choice_metrics, vcr_metrics
@@ -52,22 +53,16 @@ Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 class VCRDataArguments(ModelArguments):
     """Names the data and the model of a run on VCR; without `annotations` its questions are about rendered scenes."""
 
-    annotations: str | None = field(
-        default=None, metadata={"help": "Folder with VCR's train.jsonl and val.jsonl. Default: rendered scenes."}
+    annotations: str | None = option(None, "Folder with VCR's train.jsonl and val.jsonl. Default: rendered scenes.")
+    metadata: str | None = option(None, "Folder that metadata_fn starts from, such as vcr1images.")
+    regions: str | None = option(
+        None, "RegionStore, or feature files, which are converted to one in the output folder."
     )
-    metadata: str | None = field(
-        default=None, metadata={"help": "Folder that metadata_fn starts from, such as vcr1images."}
+    gt_features: str | None = option(
+        None, "RegionStore of features pooled in the ground-truth boxes. Default: those of detections."
     )
-    regions: str | None = field(
-        default=None,
-        metadata={"help": "RegionStore, or feature files, which are converted to one in the output folder."},
-    )
-    gt_features: str | None = field(
-        default=None,
-        metadata={"help": "RegionStore of features pooled in the ground-truth boxes. Default: those of detections."},
-    )
-    ids: str = field(default="stem", metadata={"help": "Image ids: stem (of a photo's name) or path."})
-    max_length: int = field(default=156, metadata={"help": "Most tokens of a choice; longer ones are cut."})
+    ids: str = option("stem", "Image ids: stem (of a photo's name) or path.")
+    max_length: int = option(156, "Most tokens of a choice; longer ones are cut.")
 
     def __post_init__(self):
         if (self.annotations is None) != (self.regions is None):
@@ -83,13 +78,9 @@ class VCRDataArguments(ModelArguments):
 class VCRArguments(VCRDataArguments):
     """Names the data, the model and the tasks of a run on VCR."""
 
-    tasks: list[str] = field(
-        default_factory=lambda: [*TASKS],
-        metadata={"help": "Tasks to learn: qa (Q->A), qar (QA->R), or both in one model."},
-    )
-    without: Literal["nothing", "references", "regions"] = field(
-        default="nothing",
-        metadata={"help": "Inputs that every batch is left without, to see what the answers owe to them."},
+    tasks: list[str] = option([*TASKS], "Tasks to learn: qa (Q->A), qar (QA->R), or both in one model.")
+    without: Literal["nothing", "references", "regions"] = option(
+        "nothing", "Inputs that every batch is left without, to see what the answers owe to them."
     )
 
     def __post_init__(self):
@@ -233,6 +224,7 @@ class VCRSetup(TrainingSetup):
     model: UnicoderVLForMultipleChoice
     train: EpochOfExamples
     validation: datasets.Dataset
+    tasks: Sequence[str] = tuple(TASKS)
 
     task = "visual-commonsense-reasoning"
     rows = "examples"
@@ -261,6 +253,7 @@ def prepare_vcr(arguments: VCRArguments, output_dir: str | Path) -> VCRSetup:
         train=EpochOfExamples([VCRExamples(data.train, task) for task in arguments.tasks]),
         validation=data.validation,
         data_name=data.name,
+        tasks=arguments.tasks,
     )
 
 
@@ -360,15 +353,8 @@ def load_for_vcr(
         `ValueError`: the checkpoint has no head for choices, or fewer rows of word embeddings than its tokenizer has
             tokens.
     """
-    loaded: Any = UnicoderVLForMultipleChoice.from_pretrained(name, output_loading_info=True)
-    model, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{name} ({model.config.architectures}) has no {sorted(report['missing_keys'])[:3]}: its scores would be "
-            "random. Expected a checkpoint of UnicoderVLForMultipleChoice, as run_vcr.py trains one."
-        )
+    expected = "UnicoderVLForMultipleChoice, as run_vcr.py trains one"
+    model, processor = load_complete(UnicoderVLForMultipleChoice, name, ("",), expected)
     torch.nn.Module.to(model, PartialState().device)
-    processor = UnicoderVLProcessor.from_pretrained(name)
-    processor.check_model(model)
     processor.set_store(store)
-    return model.eval(), processor
+    return model, processor

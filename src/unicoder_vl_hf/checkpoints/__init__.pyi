@@ -1,0 +1,2 @@
+from .importing import import_checkpoint as import_checkpoint
+from .inspection import inspect_checkpoint as inspect_checkpoint

@@ -1,0 +1,88 @@
+"""The commands of scoring: a photo with sentences, and what scores mean."""
+
+from argparse import Namespace
+
+from .commands import Add, Commands, add_caption_ids, add_detector_option, check_paths, detector_options
+
+commands = Commands()
+
+
+def _score_arguments(add: Add) -> None:
+    add("image", help="photo, saved record (.npz), or image id of --regions")
+    add("captions", nargs="+", metavar="caption", help="sentence to score the image with")
+    add("--model", required=True, help="checkpoint with its processor")
+    add("--regions", help="folder of the store in which image ids are looked up")
+    add(
+        "--detector",
+        metavar="FAMILY:NAME",
+        help="detector of the photo (default: that of the regions that --model was trained on)",
+    )
+    add_detector_option(add, "grid_size=7")
+
+
+@commands.register("score", "Scores a photo with sentences", _score_arguments)
+def _score(args: Namespace) -> None:
+    check_paths(args, "regions")
+    from pathlib import Path
+
+    from ..scoring.scorer import ImageTextScorer
+
+    scorer = ImageTextScorer.from_pretrained(
+        args.model,
+        args.regions,
+        detector=args.detector,
+        detector_options=detector_options(args, "trained_on"),
+        verbose=False,
+    )
+    image = Path(args.image) if args.image.endswith(".npz") and Path(args.image).is_file() else args.image
+    if scorer.model.config.calibration is None:
+        for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True):
+            print(f"{score:+8.3f}  {caption}")
+        return
+    found = scorer.match(args.captions, [image])
+    for row, caption in enumerate(args.captions):
+        match = "match" if found.matches[row, 0] else "no match"
+        print(f"{found.scores[row, 0]:+8.3f}  {found.probabilities[row, 0]:6.1%}  {match:8}  {caption}")
+    print(found.calibration)
+
+
+def _calibrate_arguments(add: Add) -> None:
+    add("model", help="folder of the checkpoint, which is written to")
+    add("captions", help="caption file")
+    add("regions", help="folder of the store")
+    add("--split", default="val", help="split to measure on, not trained on (default: val)")
+    add_caption_ids(add)
+    add("--seed", type=int, default=0, help="seed of the mismatches (default: 0)")
+    add("--max-length", type=int, default=44, help="most tokens of a caption (default: 44)")
+    add("--skip-missing", action="store_true", help="leave out captions whose image has no regions")
+
+
+@commands.register("calibrate", "Measures the probability of a match by score, for a checkpoint", _calibrate_arguments)
+def _calibrate(args: Namespace) -> None:
+    check_paths(args, "captions", "regions")
+    from ..tasks.retrieval.calibration import calibrate
+
+    print(
+        calibrate(
+            args.model,
+            args.captions,
+            args.regions,
+            split=args.split,
+            caption_ids=args.caption_ids,
+            seed=args.seed,
+            max_length=args.max_length,
+            skip_missing=args.skip_missing,
+        )
+    )
+
+
+def _export_arguments(add: Add) -> None:
+    add("model", help="checkpoint with its processor")
+    add("output", help="new folder of model.onnx and the processor")
+
+
+@commands.register("export-onnx", "A checkpoint → an ONNX graph, checked against PyTorch", _export_arguments)
+def _export(args: Namespace) -> None:
+    from ..scoring.onnx_export import export_onnx
+
+    print(export_onnx(args.model, args.output))

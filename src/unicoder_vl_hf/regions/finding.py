@@ -1,0 +1,201 @@
+"""Finds the regions of photos that are at hand, as an extraction finds them, without a store."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import logging
+from ..feature_extraction_unicoder_vl import provenance_differences
+from ..records_unicoder_vl import RegionRecord
+from .detectors import FAMILIES, Detector, load_detector
+from .photos import decode_photo, upright
+from .shards import from_bfloat16, to_bfloat16
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.get_logger(__name__)
+
+# A GPU computes this many photos at a time. A CPU gains nothing by it and takes one, which makes a stop quicker.
+GPU_BATCH_SIZE = 8
+
+
+class RegionFinder:
+    """
+    A function from photos to the records of their regions. Its detector is loaded when the first photo comes.
+
+    Args:
+        detector (`str` or [`Detector`], *optional*): The name of a detector, see [`load_detector`], or a detector.
+            Defaults to the one that `trained_on` names.
+        trained_on (`dict`, *optional*): Provenance of the regions that a model was trained on, such as
+            `processor.feature_extractor.region_provenance`. Another detector than its own is warned of.
+        device (`torch.device` or `str`, *optional*): Device to compute on; None takes a GPU if there is one.
+        options: Options of a detector by name, and its `precision`. Defaults to those that `trained_on` has of it.
+
+    Example:
+
+    ```python
+    >>> finder = RegionFinder("grid:facebook/dinov2-base")
+    >>> (record,) = finder(["photo.jpg"])
+    ```
+    """
+
+    def __init__(
+        self,
+        detector: str | Detector | None = None,
+        *,
+        trained_on: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ):
+        self.detector = detector
+        self.trained_on = dict(trained_on or {})
+        self.device = device
+        self.options = options
+        self._loaded: Detector | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_loaded": None}  # another process loads its own
+
+    def __call__(self, photos: "Sequence[str | PathLike[str] | Image]") -> list[RegionRecord]:
+        """
+        Finds the regions of photos, in their order.
+
+        Args:
+            photos (sequence of `str`, `os.PathLike` or `PIL.Image.Image`): Files, or opened photos. A record is named
+                by its file, or by its place among the photos.
+
+        Raises:
+            `ValueError`: there is no detector, it is not that of the training, or a photo is damaged or gives no
+                region; the message names it.
+            `OSError`: there is no such file, or the detector's weights are not here.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        on_cpu = self.device is not None and torch.device(self.device).type == "cpu"
+        size = 1 if on_cpu or not torch.accelerator.is_available() else GPU_BATCH_SIZE
+        starts = range(0, len(photos), size)
+        records: list[RegionRecord] = []
+        for start in logging.tqdm(starts, desc="Finding regions", unit="batch", leave=False, disable=len(starts) < 2):
+            read = [self._read(place, photo) for place, photo in enumerate(photos[start : start + size], start)]
+            for photo, found in zip(read, detect(self._loaded, read), strict=True):
+                if isinstance(found, Exception):
+                    raise ValueError(f"{photo.image_id} gives no regions: {describe(found)}.") from found
+                records.append(self._as_stored(found))
+        return records
+
+    def _read(self, place: int, photo: "str | PathLike[str] | Image") -> "ReadPhoto":
+        assert self._loaded is not None
+        if isinstance(photo, (str, PathLike)):
+            name, decode = fspath(photo), partial(decode_photo, Path(photo).read_bytes())
+        else:
+            name, decode = vars(photo).get("filename") or f"photo {place + 1}", partial(_copied, photo)
+        try:
+            image, size = decode()
+        except Exception as error:  # of any kind, where a file is damaged
+            raise ValueError(f"{name} is no photo that can be read: {describe(error)}.") from error
+        return ReadPhoto(place, name, size, image.size, self._loaded.prepare(image))
+
+    def _load(self) -> Detector:
+        detector = self.detector
+        own: str | None = self.trained_on.get("detector")
+        if detector is None:
+            if str(own).partition(":")[0] not in FAMILIES:
+                kind = f"{own!r}, which is not loaded unasked" if own else "no detector"
+                raise ValueError(
+                    f"The regions that the model was trained on come from {kind}, so those of a photo cannot be found: "
+                    "name the detector (detector=, --detector), or give an image of a store."
+                )
+            detector = str(own)
+        if isinstance(detector, str):
+            options = (self._own_options() if detector == own else {}) | self.options
+            try:
+                detector = load_detector(detector, device=self.device, **options)
+            except (OSError, ValueError, ImportError) as error:
+                if self.detector is not None:
+                    raise
+                raise next(kind for kind in (OSError, ImportError, ValueError) if isinstance(error, kind))(
+                    f"{error} It is the detector of the regions that the model was trained on; if it is elsewhere, "
+                    "name it (detector=, --detector)."
+                ) from error
+        differences = provenance_differences(self.trained_on, detector.provenance)
+        if differences and self.detector is None:
+            raise ValueError(
+                f"{own} is not what it was in training: {'; '.join(differences)}. Name a detector and its options "
+                "(detector=, --detector) to find regions by it all the same."
+            )
+        if differences:
+            logger.warning(f"The detector is not that of the training: {'; '.join(differences)}.")
+        return detector
+
+    def _own_options(self) -> dict[str, Any]:
+        """Gives the options of the training's own detector, with the commit if it is of the Hub."""
+        revision = str(self.trained_on.get("detector_revision"))
+        commit = {"revision": revision} if re.fullmatch("[0-9a-f]{40}", revision) else {}
+        return commit | (self.trained_on.get("detector_options") or {})
+
+    def _as_stored(self, record: RegionRecord) -> RegionRecord:
+        """Rounds the features as the store of the training did, so that a photo scores as its stored record does."""
+        dtype = self.trained_on.get("dtype")
+        if dtype == "float16":
+            return replace(record, features=record.features.astype(np.float16))
+        return replace(record, features=from_bfloat16(to_bfloat16(record.features))) if dtype == "bfloat16" else record
+
+
+def _copied(photo: "Image") -> "tuple[Image, tuple[int, int]]":
+    return upright(photo.copy())
+
+
+@dataclass(frozen=True)
+class ReadPhoto:
+    """A photo that was read, in the form that the detector takes; `problem` says why it could not be read."""
+
+    index: int
+    image_id: str
+    size: tuple[int, int] = (1, 1)  # width and height of the upright photo
+    decoded_size: tuple[int, int] = (1, 1)
+    prepared: Any = None
+    boxes: np.ndarray | None = None  # given ones, in pixels of the upright photo
+    problem: str | None = None
+
+    @property
+    def scale(self) -> np.ndarray:
+        """The factors `(4,)` that take boxes in the decoded photo to boxes in the photo."""
+        return np.tile(np.divide(self.size, self.decoded_size), 2)
+
+
+def detect(detector: Detector, photos: Sequence[ReadPhoto]) -> list[RegionRecord | Exception]:
+    """
+    Gives the records of some photos, or for each the reason why it has none. Where the photos fail together, each is
+    tried alone, so that an odd photo, or too many for the memory, cost no other.
+    """
+    ids = [photo.image_id for photo in photos]
+    boxes = None if photos[0].boxes is None else [photo.boxes / photo.scale for photo in photos]
+    try:
+        records = detector([photo.prepared for photo in photos], ids, boxes)
+        return [_in_photo(record, photo) for record, photo in zip(records, photos, strict=True)]
+    except Exception as error:
+        return [error] if len(photos) == 1 else [detect(detector, [photo])[0] for photo in photos]
+
+
+def _in_photo(record: RegionRecord, photo: ReadPhoto) -> RegionRecord:
+    """
+    Gives a record with its boxes in the photo, where the decoded photo has another size; given boxes as they were
+    given.
+    """
+    if photo.boxes is None and photo.size == photo.decoded_size:
+        return record
+    boxes = photo.boxes if photo.boxes is not None else record.boxes * photo.scale
+    return replace(record, image_width=photo.size[0], image_height=photo.size[1], boxes=boxes)
+
+
+def describe(error: Exception) -> str:
+    """Says in words why a photo has no record."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,96 @@
+"""The benchmarks run in miniature: their figures say nothing here, but that both sides do the same work is checked."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from places import ROOT
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of benchmarks/, as a script there finds its neighbours."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+QUICK = ["scoring-float32", "search-float32", "training-float32", "share-float32"]
+
+
+def test_rows_of_the_table(benchmark, tmp_path, capsys):
+    """Measured once: the same command goes on with what is missing."""
+    table = benchmark("table")
+    output = tmp_path / "bench.json"
+    command = ["--miniature", "--output", str(output), "--rows"]
+    table.main([*command, *QUICK[:2]])
+    first = json.loads(output.read_text())
+    assert list(first["rows"]) == QUICK[:2]
+    capsys.readouterr()
+    table.main([*command, *QUICK, "search-onnx"])
+    result, out = json.loads(output.read_text()), capsys.readouterr().out
+    assert list(result["rows"]) == QUICK and result["rows"]["scoring-float32"] == first["rows"]["scoring-float32"]
+    assert "scoring-float32: " not in out.split("| row |")[0] and "training-float32: " in out
+    figures = result["rows"]["training-float32"]["figures"]
+    assert figures.keys() == {"random", "sorted"} and set(figures["random"]) == {"min", "median", "max"}
+    assert "| training-float32 | random | at least 3.5 |" in out
+    assert "Open: search-onnx" in out and "--rows search-onnx" in out
+    assert result["rates"]["float32"].keys() == {"scoring", "training"} and result["peak"]["float32"] > 0
+    with pytest.raises(ValueError, match="of another machine, version or scale"):
+        table.main(["--output", str(output), "--rows", "memory"])
+
+
+def test_both_sides_train_on_the_same_rows(benchmark):
+    work = benchmark("work")
+    job = work.TrainingJob(12)
+    batch = job.batch([3, 0, 7])
+    same = job.of_rival(batch)
+    real = batch["attention_mask"].sum() + batch["region_attention_mask"].sum()
+    assert real == same["attention_mask"].sum() + same["visual_attention_mask"].sum() == job.lengths([3, 0, 7]).sum()
+    width = batch["input_ids"].shape[1]
+    assert torch.equal(same["labels"][:, :width], batch["labels"]) and (same["labels"][:, width:] == -100).all()
+    assert torch.equal(batch["labels"][:1, :5], job.batch([3])["labels"][:, :5])  # a row is its own, in any batch
+    assert np.array_equal(np.sort(job.sorted_rows()), np.arange(12))
+
+
+def test_a_row_whose_sides_differ_is_no_row(benchmark, monkeypatch, tmp_path):
+    table = benchmark("table")
+    score = table.VisualBert.score
+    monkeypatch.setattr(table.VisualBert, "score", lambda self, pairs: score(self, pairs[1:]))
+    with pytest.raises(RuntimeError, match="do not do the same work: rival of sorted"):
+        table.main(["--miniature", "--output", str(tmp_path / "bench.json"), "--rows", "scoring-float32"])
+    assert not (tmp_path / "bench.json").exists()
+
+
+def test_the_memory_of_a_worker_is_its_own(benchmark):
+    table = benchmark("table")
+    ballast = np.ones(2**26)  # 512 MB here
+    assert len(ballast) and table.megabytes() > 512
+    found = table.worker("step-ours", table.MINIATURE)
+    assert 50 < found["megabytes"] < table.megabytes() - 256
+
+
+def test_gpu_check_in_miniature(benchmark, monkeypatch, tmp_path, capsys):
+    """All stages but the tests, which run here anyway, and the attentions that compile."""
+    check = benchmark("gpu_check")
+    monkeypatch.setitem(check.STAGES, "tests", lambda *_: {"passed": 0, "skipped": {}, "failed": {}})
+    monkeypatch.setattr(check, "flex_attention", lambda *_: sys.modules["no flex here"])
+    output = tmp_path / "gpu.json"
+    assert check.main(["--device", "cpu", "--tiny", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert result["scoring"]["bfloat16"]["share_of_peak"] > 0
+    training = result["training"]["bfloat16"]
+    assert training["packed, SDPA in groups"]["random"]["ratio"] > 0
+    assert "does not run" in training["packed, flash-attn"]
+    attention = result["attention"]
+    assert "does not run" in attention["flash-attn"] and "no flex here" in attention["flex"]["does not run"]
+    assert max(attention[way]["difference"] for way in ("grouped", "nested")) < 0.02
+    assert {found["rows"] for found in result["largest"].values()} >= {16}
+    took = result["took"]
+    capsys.readouterr()
+    assert check.main(["--device", "cpu", "--tiny", "--output", str(output)]) == 0  # nothing is left to do
+    assert json.loads(output.read_text())["took"] == took
+    if not torch.cuda.is_available():
+        assert check.main([]) == 1 and "There is no GPU here" in capsys.readouterr().err
