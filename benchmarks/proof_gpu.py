@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import BertModel, BertTokenizer
-from work import SIZES, machine, synchronize
+from work import SIZES, SPECIAL, machine, synchronize
 
 from unicoder_vl_hf import (
     ImageTextScorer,
@@ -51,7 +51,6 @@ from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_qu
 PARTS = {"1": ["regions.safetensors"], "2": ["captions.json", "bert", "foils.jsonl"]}
 MOST_BYTES = 60_000_000  # of a part
 MAX_LENGTH = 44
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Shares of the planned minutes: what is left is for the evaluation.
 SHARES = {"pre-training": 0.4, "fine-tuning": 0.35}
 LOG_EVERY = 20
