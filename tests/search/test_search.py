@@ -85,8 +85,8 @@ def write_store(path, records):
             writer.write(record)
 
 
-def parts(folder, checkpoint="model"):
-    store, processor = RegionStore(folder / "store"), tiny.processor()
+def parts(folder, checkpoint="model", store="store"):
+    store, processor = RegionStore(folder / store), tiny.processor()
     model = UnicoderVLForImageTextRetrieval.from_pretrained(folder / checkpoint).eval()
     scorer = ImageTextScorer(model, processor, store, verbose=False)
     return UnicoderVLDualEncoder(model, processor, store, folder / checkpoint), scorer, store

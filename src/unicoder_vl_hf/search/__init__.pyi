@@ -7,4 +7,5 @@ from .encoders import (
     open_dual_encoder as open_dual_encoder,
 )
 from .index import SearchIndex as SearchIndex, build_index as build_index, remove_items as remove_items
+from .lance import LanceIndex as LanceIndex, UnicoderVLReranker as UnicoderVLReranker
 from .two_stage import Hit as Hit, SimilarityWeight as SimilarityWeight, rerank as rerank, search as search

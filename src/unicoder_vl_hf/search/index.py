@@ -84,7 +84,7 @@ class SearchIndex:
     def __repr__(self) -> str:
         encoder, store = (self.facts[made]["name"] for made in ("encoder", "store"))
         return (
-            f"{type(self).__name__}({str(self.path)!r}, {self.items}={len(self)}, dim={self.embeddings.shape[1]}, "
+            f"{type(self).__name__}({str(self.path)!r}, {self.items}={len(self)}, dim={self.facts['dim']}, "
             f"{encoder=}, {store=}, faiss={self.facts['faiss']!r})"
         )
 

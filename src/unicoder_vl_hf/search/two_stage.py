@@ -30,7 +30,7 @@ class SimilarityWeight:
     origin: Literal["given", "measured", "unknown"]
 
     @classmethod
-    def of(cls, given: float | None, encoder: DualEncoder, scorer: ImageTextScorer) -> "SimilarityWeight":
+    def of(cls, given: float | None, encoder: DualEncoder | None, scorer: ImageTextScorer) -> "SimilarityWeight":
         """
         Takes the weight that is given, else the one that was measured for a model with its own first stage, else 0.
 
