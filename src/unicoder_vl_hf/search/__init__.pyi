@@ -8,4 +8,10 @@ from .encoders import (
 )
 from .index import SearchIndex as SearchIndex, build_index as build_index, remove_items as remove_items
 from .lance import LanceIndex as LanceIndex, UnicoderVLReranker as UnicoderVLReranker
-from .two_stage import Hit as Hit, SimilarityWeight as SimilarityWeight, rerank as rerank, search as search
+from .two_stage import (
+    Hit as Hit,
+    SimilarityWeight as SimilarityWeight,
+    rerank as rerank,
+    search as search,
+    search_similar as search_similar,
+)
