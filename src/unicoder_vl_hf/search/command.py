@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from .. import logging
 from ..data.caption_files import is_blank
 from ..data.captions import check_tokens, join, read_captions
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
@@ -247,7 +248,8 @@ def _stages(
     if made_by["family"] == "unicoder-vl" and dual_encoder is None:
         name = model or _place(index, "encoder", "--model")
         scorer = _open_scorer(name, store, finder)
-        ours = UnicoderVLDualEncoder(scorer.model, scorer.processor, store, name)
+        loaded = cast(UnicoderVLForImageTextRetrieval, scorer.model)  # as from_pretrained makes it
+        ours = UnicoderVLDualEncoder(loaded, scorer.processor, store, name)
         return ours, None if by_similarity else scorer
     if model is None and not by_similarity:
         raise ValueError(f"{index.path} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")

@@ -325,7 +325,7 @@ def text_states(
 def image_states(
     model: UnicoderVLForImageTextRetrieval,
     processor: UnicoderVLProcessor,
-    images: Sequence[str | RegionRecord],
+    images: Sequence[RegionInput],
     store: Mapping[str, RegionRecord] | None = None,
 ) -> torch.Tensor:
     """Encodes each image alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""

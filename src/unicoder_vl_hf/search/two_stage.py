@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from ..processing_unicoder_vl import RegionInput
 from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.store import RegionStore
 from ..scoring.scorer import ImageTextScorer
@@ -92,7 +93,7 @@ class Hit:
 
 
 def search(
-    queries: Sequence[str | RegionRecord],
+    queries: Sequence[RegionInput],
     index: SearchIndex,
     encoder: DualEncoder,
     scorer: ImageTextScorer,
@@ -185,7 +186,7 @@ def _photos(images: Sequence[Any], found: Sequence[str | RegionRecord]) -> list[
 
 
 def rerank(
-    queries: Sequence[str | RegionRecord], index: SearchIndex, positions: np.ndarray, scorer: ImageTextScorer
+    queries: Sequence[RegionInput], index: SearchIndex, positions: np.ndarray, scorer: ImageTextScorer
 ) -> np.ndarray:
     """Scores each query with its candidates, `positions` `(Q, K)` in `index`: `(Q, K)` float32, -inf for none (-1)."""
     scores = np.full(positions.shape, -np.inf, dtype=np.float32)
