@@ -267,6 +267,10 @@ class ImageTextScorer:
         """Finds the captions that match an image best, with scores, the best first (of equal ones the earlier)."""
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was read meanwhile is no part of it, so that `dataset.map` knows it again.
+        return {name: value for name, value in vars(self).items() if name != "calibration"}
+
     @cached_property
     def calibration(self) -> Calibration:
         """
