@@ -1,18 +1,22 @@
 """What docs/scoring.md shows of other people's tools, by the real libraries: the page's own lines, on tiny models."""
 
+import json
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import photo_world
 import pytest
 import test_docs
+import tiny
 from datasets.fingerprint import Hasher
 from photo_world import CAPTIONS, IDS
 from places import ROOT
 
-from unicoder_vl_hf import ImageTextScorer, RegionRecord, RegionStore
+from unicoder_vl_hf import ImageTextScorer, RegionRecord, RegionStore, UnicoderVLForImageTextRetrieval
 from unicoder_vl_hf.scoring import Calibration
+from unicoder_vl_hf.search import UnicoderVLDualEncoder
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,57 @@ def test_fingerprints_change_with_what_matters_alone(world, stored):
         for options in (None, {"grid_size": 3})
     )
     assert Hasher.hash(same) == before != Hasher.hash(finer)
+
+
+def test_mteb_in_two_stages(world, stored, monkeypatch):
+    """Its own rankings are ours: the first stage's by similarity, then of the best of these by score."""
+    mteb = pytest.importorskip("mteb", reason="mteb is not installed: pip install '.[mteb]'")
+    pytest.importorskip("sentence_transformers", reason="it is not installed: pip install '.[sentence-transformers]'")
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    fields = {"projection_dim": 6, "first_stage_trained": True, "region_feature_dim": photo_world.FEATURE_DIM}
+    tiny.model(UnicoderVLForImageTextRetrieval, **fields).save_pretrained("runs/search")
+    tiny.processor(
+        feature_dim=photo_world.FEATURE_DIM, region_provenance=RegionStore("store").provenance
+    ).save_pretrained("runs/search")
+
+    class Photos(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="Photos",
+            description="Six photos.",
+            dataset={"path": "none", "revision": "1"},
+            type="Any2AnyRetrieval",
+            category="t2i",
+            modalities=["text", "image"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+
+        def load_data(self, num_proc=None, **kwargs):
+            photos = datasets.Dataset.from_dict({"id": IDS, "image": [f"photos/{name}.png" for name in IDS]})
+            split = {
+                "corpus": photos.cast_column("image", datasets.Image()).add_column("modality", ["image"] * len(IDS)),
+                "queries": datasets.Dataset.from_dict({"id": ["0", "1", "2"], "text": CAPTIONS}),
+                "relevant_docs": {str(row): {IDS[row]: 1} for row in range(3)},
+                "top_ranked": None,
+            }
+            self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+    monkeypatch.setattr(mteb, "get_task", lambda name: Photos())
+    code, names = block("import mteb").replace("top_k=100", "top_k=3"), {}
+    exec(code.replace("top_k=3), ", 'top_k=3), prediction_folder="reranked", '), names)
+    assert len(RegionStore("found")) == len(IDS)
+    encoder, scorer = names["first"].encoder, ImageTextScorer.from_pretrained("runs/search", "store", verbose=False)
+    near = (
+        encoder.embed_captions(CAPTIONS)
+        @ UnicoderVLDualEncoder(scorer.model, scorer.processor, scorer.store, "runs/search").embed_images(IDS).T
+    )
+    scores = scorer.score(CAPTIONS, IDS)
+    for folder, values, count in (("ranked", near, 6), ("reranked", scores, 3)):
+        (file,) = Path(folder).rglob("*.json")
+        found = json.loads(file.read_text())["default"]["test"]
+        for row, of_query in enumerate(values):
+            candidates = np.argsort(-near[row])[:count]
+            assert found[str(row)] == pytest.approx({IDS[at]: float(of_query[at]) for at in candidates}, abs=1e-5)
+    assert 0 <= names["reranked"].task_results[0].get_score() <= 1
