@@ -970,9 +970,7 @@ def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, mon
     write_store(store, [STORE[name] for name in IMAGES[:4]])
     words = ["index", store, "--model", folder / "model", "--output", output]
     assert run(capsys, *words)[0] == 0
-    with RegionStoreWriter(store, resume=True) as writer:
-        for name in IMAGES[4:]:
-            writer.write(STORE[name])
+    grow(store, IMAGES[4:])
     code, says = run(capsys, *words)
     assert code == 1 and "If it is that one and has grown, `unicoder-vl index … --add` adds what is new." in says
     kill_after(monkeypatch, 1)
@@ -1009,6 +1007,44 @@ def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, mon
     code, says = run(capsys, *words, "--add", "--captions", folder / "captions.jsonl")
     assert code == 1 and "holds images, with faiss=None, and given are captions" in says
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "store", "whole"]
+
+
+@pytest.mark.parametrize("was_complete", [True, False])
+def test_an_interrupted_addition_goes_on_though_the_store_has_grown_since(
+    folder, tmp_path, capsys, caplog, monkeypatch, was_complete
+):
+    """What was embedded is not embedded again; what has come since is added by the same command."""
+    store, output = tmp_path / "store", tmp_path / "index"
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    words = ["index", store, "--model", folder / "model", "--output", output, "--add"]
+    write_store(store, [STORE[IMAGES[0]]])
+    if was_complete:
+        assert run(capsys, *words)[0] == 0
+    grow(store, IMAGES[1:6])
+    kill_after(monkeypatch, 1)
+    assert run(capsys, *words)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    grow(store, IMAGES[6:])
+    code, says = run(capsys, *words[:-1])
+    assert code == 1 and ("adds what is new" if was_complete else "--add goes on where the store has grown") in says
+    embedded, embed = [], UnicoderVLDualEncoder.embed_images
+    monkeypatch.setattr(
+        UnicoderVLDualEncoder, "embed_images", lambda self, names: embedded.extend(names) or embed(self, names)
+    )
+    code, says = run(capsys, *words)
+    assert code == 0 and says.startswith(f"{output} is complete: 7 images")
+    assert embedded == IMAGES[3 if was_complete else 2 :] and "1 of 3 blocks are embedded" in caplog.text
+    expected = build_index(parts(folder)[0], RegionStore(store), tmp_path / "whole")
+    assert SearchIndex(output).names == IMAGES and SearchIndex(output).facts["store"] == expected.facts["store"]
+    np.testing.assert_allclose(SearchIndex(output).embeddings, expected.embeddings, rtol=0, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "store", "whole"]
+
+
+def grow(store, names):
+    with RegionStoreWriter(store, resume=True) as writer:
+        for name in names:
+            writer.write(STORE[name])
 
 
 def test_captions_are_added_to_their_index(folder, tmp_path):
