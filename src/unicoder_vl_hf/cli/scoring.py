@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .commands import Add, Commands, add_caption_ids, add_detector_option, check_paths, detector_options
+from .commands import Add, Commands, add_caption_ids, add_detector, check_paths, detector_options
 
 commands = Commands()
 
@@ -12,12 +12,7 @@ def _score_arguments(add: Add) -> None:
     add("captions", nargs="+", metavar="caption", help="sentence to score the image with")
     add("--model", required=True, help="checkpoint with its processor")
     add("--regions", help="folder of the store in which image ids are looked up")
-    add(
-        "--detector",
-        metavar="FAMILY:NAME",
-        help="detector of the photo (default: that of the regions that --model was trained on)",
-    )
-    add_detector_option(add, "grid_size=7")
+    add_detector(add)
 
 
 @commands.register("score", "Scores a photo with sentences", _score_arguments)
@@ -32,6 +27,7 @@ def _score(args: Namespace) -> None:
         args.regions,
         detector=args.detector,
         detector_options=detector_options(args, "trained_on"),
+        cache=args.cache,
         verbose=False,
     )
     image = Path(args.image) if args.image.endswith(".npz") and Path(args.image).is_file() else args.image
