@@ -15,6 +15,7 @@ from .modeling_unicoder_vl import (
     UnicoderVLForImageTextRetrieval as UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice as UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining as UnicoderVLForPreTraining,
+    UnicoderVLForQuestionAnswering as UnicoderVLForQuestionAnswering,
     UnicoderVLModel as UnicoderVLModel,
     UnicoderVLPreTrainedModel as UnicoderVLPreTrainedModel,
 )
@@ -26,3 +27,6 @@ from .tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining as 
 from .tasks.retrieval.collator import DataCollatorForUnicoderVLRetrieval as DataCollatorForUnicoderVLRetrieval
 from .tasks.retrieval.metrics import retrieval_metrics as retrieval_metrics
 from .tasks.vcr.collator import DataCollatorForUnicoderVLMultipleChoice as DataCollatorForUnicoderVLMultipleChoice
+from .tasks.vqa.collator import (
+    DataCollatorForUnicoderVLQuestionAnswering as DataCollatorForUnicoderVLQuestionAnswering,
+)

@@ -41,6 +41,9 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_head (`str`, *optional*, defaults to `"unicoder_vl"`):
         Head of masked object classification: `"unicoder_vl"`, a linear layer, or `"uniter"`, two layers with a logit
         for background before those of the classes.
+    answer_head (`str`, *optional*, defaults to `"uniter"`):
+        Head of questions about images: `"uniter"`, two layers on the pooler's output, or `"visual_bert"`, a linear
+        layer on the state of the last token but one, for imported weights.
     num_region_classes (`int`, *optional*, defaults to 1600):
         Foreground object classes of the detector, without background: the vocabulary of masked object classification.
     use_image_token_embedding (`bool`, *optional*, defaults to `True`):
@@ -110,6 +113,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_location_dim: int = 5
     region_embedding: str = "unicoder_vl"
     region_head: str = "unicoder_vl"
+    answer_head: str = "uniter"
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
     triplet_margin: float | int = 0.2
@@ -145,7 +149,11 @@ class UnicoderVLConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        kinds = {"region_embedding": ("unicoder_vl", "uniter", "visual_bert"), "region_head": ("unicoder_vl", "uniter")}
+        kinds = {
+            "region_embedding": ("unicoder_vl", "uniter", "visual_bert"),
+            "region_head": ("unicoder_vl", "uniter"),
+            "answer_head": ("uniter", "visual_bert"),
+        }
         for name, known in kinds.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
@@ -180,6 +188,7 @@ class UnicoderVLConfig(PreTrainedConfig):
             "AutoModelForPreTraining": f"{modeling}.UnicoderVLForPreTraining",
             "AutoModelForSequenceClassification": f"{modeling}.UnicoderVLForImageTextRetrieval",
             "AutoModelForMultipleChoice": f"{modeling}.UnicoderVLForMultipleChoice",
+            "AutoModelForVisualQuestionAnswering": f"{modeling}.UnicoderVLForQuestionAnswering",
         }
         self.custom_pipelines = {
             "image-text-matching": {

@@ -21,7 +21,11 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MultipleChoiceModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultipleChoiceModelOutput,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert import BertConfig, BertForPreTraining
 from transformers.processing_utils import Unpack
@@ -733,6 +737,28 @@ class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
         super().__init__(config.hidden_size, 2)
 
 
+class UnicoderVLTaskHead(nn.Module):
+    """
+    Gives the logits of a task as UNITER does, `(…, num_outputs)`: a layer twice as wide as the encoder, GELU, LayerNorm
+    and a linear layer. It computes in float32, since in bfloat16 many logits would be equal.
+    """
+
+    def __init__(self, config: UnicoderVLConfig, num_outputs: int):
+        super().__init__()
+        self.dense = UnicoderVLFloat32Linear(config.hidden_size, 2 * config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = UnicoderVLFloat32Linear(2 * config.hidden_size, num_outputs)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        norm = self.LayerNorm
+        with maybe_autocast(device_type=states.device.type, enabled=False):
+            widened = nn.functional.gelu(self.dense(states))
+            normed = nn.functional.layer_norm(
+                widened, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+            )
+            return self.decoder(normed)
+
+
 class UnicoderVLFirstStage(nn.Module):
     """
     Projects the mean states of captions and of images into one space, in which a learned temperature makes logits of
@@ -784,7 +810,7 @@ class BertLoadingReport:
 # Every other key that only one side has is an error: a renamed layer must not pass as "new".
 _NEW_KEYS = re.compile(
     r"(bert\.)?(embeddings\.region_embeddings|embeddings\.image_token_embedding|pooler)"
-    r"|cls\.predictions|region_head|matching_head|classifier|first_stage"
+    r"|cls\.predictions|region_head|matching_head|classifier|answer_head|first_stage"
 )
 _UNUSED_KEYS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?embeddings\.position_ids$")
 _LAYER_KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -1692,6 +1718,86 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
         )
 
 
+IMAGE_INDEX_DOCSTRING = "".join(PAIRING_DOCSTRING.partition("    image_index")[1:])
+
+ANSWER_LABELS_DOCSTRING = r"""
+    labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
+        How right each answer is to each question, in `[0, 1]`, such as its accuracy by the official evaluation of VQA.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for questions about images, as UNITER does it: the answers are the classes of `config.id2label`, each
+    with a logit of its own, learned by the binary cross-entropy of soft labels, summed over answers and averaged over
+    questions. An image that several questions share is embedded once, see `image_index`.
+
+    The head reads BERT's pooler output, or, for VisualBERT's weights (`config.answer_head`), the state of the last
+    token but one.
+    """
+)
+class UnicoderVLForQuestionAnswering(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForVisualQuestionAnswering"
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.answer_head: nn.Module = UnicoderVLTaskHead(config, config.num_labels)
+        if config.answer_head == "visual_bert":
+            self.answer_head = UnicoderVLFloat32Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + IMAGE_INDEX_DOCSTRING + ANSWER_LABELS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        reads_pooler = self.config.answer_head == "uniter"
+        encode = self.bert.pooled if reads_pooler else self.bert
+        outputs = encode(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            image_index=image_index,
+            **kwargs,
+        )
+        num_regions = 0 if region_features is None else region_features.shape[1]
+        states: Any = outputs.pooler_output
+        if not reads_pooler:
+            states = _last_but_one(outputs.last_hidden_state, attention_mask, num_regions)
+        logits = self.answer_head(states)
+        return SequenceClassifierOutput(
+            loss=None if labels is None else self.compute_loss(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Computes the loss of `forward`. Raises ValueError where `labels` are not of the shape of `logits`."""
+        _check_shape("labels", labels, tuple(logits.shape))
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        return losses.sum() / max(1, len(losses))
+
+
 def hardest_negative_triplet_loss(
     scores: torch.Tensor,
     labels: torch.LongTensor,
@@ -1798,6 +1904,15 @@ def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTens
     return tensor if tensor is None or index is None else tensor[index]
 
 
+def _last_but_one(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, num_regions: int) -> torch.Tensor:
+    """Picks the state of the last attended token but one of each text, `(batch_size, hidden_size)`."""
+    text = hidden_states[:, : hidden_states.shape[1] - num_regions]
+    if attention_mask is None:
+        return text[:, -2]
+    last = text.shape[1] - 1 - attention_mask.long().flip(1).argmax(1)
+    return text[torch.arange(len(text), device=text.device), last - 1]
+
+
 def _flatten_choices(name: str, tensor: MaybeTensor, choices: tuple[int, ...]) -> MaybeTensor:
     """Reshapes `(batch_size, num_choices, ...)` to `(batch_size * num_choices, ...)`."""
     if tensor is None:
@@ -1816,6 +1931,7 @@ __all__ = [
     "UnicoderVLForImageTextRetrieval",
     "UnicoderVLForMultipleChoice",
     "UnicoderVLForPreTraining",
+    "UnicoderVLForQuestionAnswering",
     "UnicoderVLModel",
     "UnicoderVLPreTrainedModel",
 ]

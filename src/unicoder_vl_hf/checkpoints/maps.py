@@ -8,7 +8,8 @@ and BERT. What an architecture has beyond ours is left over where it is a head, 
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -281,6 +282,50 @@ PLAIN_BERT = Sister(
     ("base.encoder.layer.0.attention.self.query.weight",),
     "unicoder_vl",
     lambda _: (*BERT, NEXT_SENTENCE),
+)
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """
+    A head that a sister was fine-tuned with for a task.
+
+    Args:
+        task (`str`): The task, as [`import_checkpoint`] takes it.
+        family (`str`): The family of the sister.
+        told_by (`str`, *optional*): What tells of it where no task is asked for: a key, or the class that
+            `config.json` names.
+        model_class (`str`): The class of ours that has this head.
+        outputs (`str`): The parameter of ours with a number for each label.
+        rules (tuple of [`Rule`]): The rules of its tensors, which come before the sister's.
+        fields (`dict`): Fields of the configuration that the head needs.
+    """
+
+    task: str
+    family: str
+    told_by: str | None
+    model_class: str
+    outputs: str
+    rules: tuple[Rule, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+_UNITER_ANSWERS = tuple(
+    Rule(rf"vqa_output\.{number}\.{WEIGHT}", rf"answer_head.{name}.\1")
+    for number, name in ((0, "dense"), (2, "LayerNorm"), (3, "decoder"))
+)
+_ANSWERS = "UnicoderVLForQuestionAnswering"
+TASK_HEADS = (
+    TaskHead("vqa", "uniter", "vqa_output.3.bias", _ANSWERS, "answer_head.decoder.bias", _UNITER_ANSWERS),
+    TaskHead(
+        "vqa",
+        "visualbert",
+        "VisualBertForQuestionAnswering",
+        _ANSWERS,
+        "answer_head.bias",
+        (Rule(rf"cls\.{WEIGHT}", r"answer_head.\1"),),
+        {"answer_head": "visual_bert"},
+    ),
 )
 
 # Architectures that have no place in ours, by the end of a key that they have and those above do not.

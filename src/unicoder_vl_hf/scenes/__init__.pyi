@@ -1,3 +1,4 @@
+from .answers import build_vqa_scenes as build_vqa_scenes
 from .questions import build_vcr_scenes as build_vcr_scenes
 from .world import (
     Scene as Scene,

@@ -420,8 +420,12 @@ def counted_shape(scene: Scene) -> tuple[int, str]:
 
 def say_count(count: int, shape: str) -> str:
     """Says that there are so many of a shape. The words are pieces of the vocabulary: digits, and plurals with ##s."""
-    plural = f"{shape}es" if shape[-1] in "sx" else f"{shape}s"
-    return f"there is {count} {shape}" if count == 1 else f"there are {count} {plural}"
+    return f"there is {count} {shape}" if count == 1 else f"there are {count} {plural(shape)}"
+
+
+def plural(shape: str) -> str:
+    """Gives the plural of a word for a shape."""
+    return f"{shape}es" if shape[-1] in "sx" else f"{shape}s"
 
 
 def scene_tokenizer() -> BertTokenizer:

@@ -1,1 +1,1 @@
-from . import pretraining as pretraining, retrieval as retrieval, vcr as vcr
+from . import pretraining as pretraining, retrieval as retrieval, vcr as vcr, vqa as vqa
