@@ -139,7 +139,7 @@ except AttributeError as error:
 
 
 ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
-ROOMS += [".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr", ".tasks.vqa"]
+ROOMS += [".tasks.entailment", ".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr", ".tasks.vqa"]
 
 
 @pytest.mark.parametrize("name", ROOMS)

@@ -16,6 +16,7 @@ from .modeling_unicoder_vl import (
     UnicoderVLForMultipleChoice as UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining as UnicoderVLForPreTraining,
     UnicoderVLForQuestionAnswering as UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment as UnicoderVLForVisualEntailment,
     UnicoderVLModel as UnicoderVLModel,
     UnicoderVLPreTrainedModel as UnicoderVLPreTrainedModel,
 )
@@ -23,6 +24,9 @@ from .processing_unicoder_vl import UnicoderVLProcessor as UnicoderVLProcessor
 from .records_unicoder_vl import RegionRecord as RegionRecord
 from .regions.store import RegionStore as RegionStore, RegionStoreWriter as RegionStoreWriter
 from .scoring.scorer import ImageTextScorer as ImageTextScorer
+from .tasks.entailment.collator import (
+    DataCollatorForUnicoderVLVisualEntailment as DataCollatorForUnicoderVLVisualEntailment,
+)
 from .tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining as DataCollatorForUnicoderVLPreTraining
 from .tasks.retrieval.collator import DataCollatorForUnicoderVLRetrieval as DataCollatorForUnicoderVLRetrieval
 from .tasks.retrieval.metrics import retrieval_metrics as retrieval_metrics

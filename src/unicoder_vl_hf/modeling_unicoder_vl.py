@@ -1723,6 +1723,7 @@ IMAGE_INDEX_DOCSTRING = "".join(PAIRING_DOCSTRING.partition("    image_index")[1
 ANSWER_LABELS_DOCSTRING = r"""
     labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
         How right each answer is to each question, in `[0, 1]`, such as its accuracy by the official evaluation of VQA.
+        For entailment `(batch_size,)`: the right class, or -100 = ignored.
 """
 
 
@@ -1796,6 +1797,24 @@ class UnicoderVLForQuestionAnswering(UnicoderVLPreTrainedModel):
         _check_shape("labels", labels, tuple(logits.shape))
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
         return losses.sum() / max(1, len(losses))
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for visual entailment, as UNITER does it: whether an image contradicts a text, entails it, or says
+    nothing of it, the classes of `config.id2label`. It is [`UnicoderVLForQuestionAnswering`] with one right class,
+    learned by cross-entropy.
+    """
+)
+class UnicoderVLForVisualEntailment(UnicoderVLForQuestionAnswering):
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Computes the mean cross-entropy of `labels`, `(batch_size,)`: the right class, in `[0, num_labels)`, or -100 =
+        ignored. Raises ValueError where they are of another shape.
+        """
+        _check_shape("labels", labels, tuple(logits.shape[:1]))
+        row_losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return row_losses.sum() / (labels != -100).sum().clamp(min=1)
 
 
 def hardest_negative_triplet_loss(
@@ -1932,6 +1951,7 @@ __all__ = [
     "UnicoderVLForMultipleChoice",
     "UnicoderVLForPreTraining",
     "UnicoderVLForQuestionAnswering",
+    "UnicoderVLForVisualEntailment",
     "UnicoderVLModel",
     "UnicoderVLPreTrainedModel",
 ]

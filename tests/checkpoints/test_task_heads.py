@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_importing import SISTERS, TOLERANCE, weights_of, with_sisters, words  # noqa: F401
 from transformers import AutoModelForVisualQuestionAnswering
 
+from unicoder_vl_hf import UnicoderVLForVisualEntailment
 from unicoder_vl_hf.checkpoints import import_checkpoint, read_answers
 
 ANSWERS = ["yes", "no", "2", "red", "blue", "left", "dog"]
@@ -57,6 +58,20 @@ def test_answers_are_those_of_their_own_code(name, region_type, tmp_path, words)
             assert max(difference.flatten().tolist(), default=0.0) <= TOLERANCE
             compared += len(difference)
     assert compared >= 12
+
+
+@with_sisters
+def test_entailment_is_that_of_uniters_own_code_where_it_is_asked_for(tmp_path, words):  # noqa: F811
+    done = import_checkpoint(weights_of(SISTERS / "uniter_ve"), tmp_path / "model", tokenizer=words, task="entailment")
+    assert done.report["class"] == "UnicoderVLForVisualEntailment"
+    model = UnicoderVLForVisualEntailment.from_pretrained(tmp_path / "model").eval()
+    assert model.config.id2label == {0: "contradiction", 1: "entailment", 2: "neutral"}
+    for arguments, rows, outputs in golden("uniter_ve", 1):
+        with torch.no_grad():
+            difference = (model(**arguments).logits - outputs["ve_logits"]).abs()[rows]
+        assert len(difference) >= 2 and difference.max() <= TOLERANCE
+    with pytest.raises(ValueError, match="its head has 7 answers, but 3 are named"):
+        import_checkpoint(weights_of(SISTERS / "uniter_vqa"), tmp_path / "x", tokenizer=words, task="entailment")
 
 
 @with_sisters

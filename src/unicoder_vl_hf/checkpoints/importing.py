@@ -156,7 +156,7 @@ class Account:
             return {}
         (count,) = shapes.get(self.head.outputs, (0,))
         told = list(self.source.config.get("id2label", {}).values())
-        names = self.labels or told or [f"LABEL_{number}" for number in range(count)]
+        names = self.labels or list(self.head.labels) or told or [f"LABEL_{number}" for number in range(count)]
         if len(names) != count:
             raise ValueError(
                 f"{self.source.name}: its head has {count} answers, but {len(names)} are named: give the answers that "
@@ -221,8 +221,9 @@ def import_checkpoint(
         num_attention_heads (`int`, *optional*): Heads of each layer, where no `config.json` tells them.
         approximate (`bool`, *optional*, defaults to `False`): Whether what has no exact place may be approximated; the
             report says how.
-        task (`str`, *optional*): The task that the checkpoint was fine-tuned for, `"vqa"`, whose head is taken along;
-            by default its keys or its `config.json` tell.
+        task (`str`, *optional*): The task that the checkpoint was fine-tuned for, `"vqa"` or `"entailment"`, whose head
+            is taken along; by default its keys or its `config.json` tell, but for entailment, whose keys are those of
+            questions.
         answers (`str` or `os.PathLike`, *optional*): A file of the names of that head's outputs, such as
             `trainval_label2ans.pkl`, see [`read_answers`].
 

@@ -299,6 +299,7 @@ class TaskHead:
         outputs (`str`): The parameter of ours with a number for each label.
         rules (tuple of [`Rule`]): The rules of its tensors, which come before the sister's.
         fields (`dict`): Fields of the configuration that the head needs.
+        labels (tuple of `str`): The names of its outputs, where the task has the same always.
     """
 
     task: str
@@ -308,6 +309,7 @@ class TaskHead:
     outputs: str
     rules: tuple[Rule, ...]
     fields: dict[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 _UNITER_ANSWERS = tuple(
@@ -317,6 +319,15 @@ _UNITER_ANSWERS = tuple(
 _ANSWERS = "UnicoderVLForQuestionAnswering"
 TASK_HEADS = (
     TaskHead("vqa", "uniter", "vqa_output.3.bias", _ANSWERS, "answer_head.decoder.bias", _UNITER_ANSWERS),
+    TaskHead(
+        "entailment",
+        "uniter",
+        None,  # the same keys as those of questions: it has to be asked for
+        "UnicoderVLForVisualEntailment",
+        "answer_head.decoder.bias",
+        _UNITER_ANSWERS,
+        labels=("contradiction", "entailment", "neutral"),
+    ),
     TaskHead(
         "vqa",
         "visualbert",

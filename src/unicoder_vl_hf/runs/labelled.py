@@ -3,29 +3,35 @@ The training of tasks whose rows are a text and an image, or two, with a label, 
 options, their setup, and the Trainer that measures them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
+import torch
+from accelerate import PartialState
 
 from .. import logging
 from ..data.captions import join
 from ..data.rows import EpochOfExamples
 from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
+from ..scoring.checkpoints import load_complete
 from .arguments import ModelArguments, option
 from .batches import Collator, WithoutInputs, compute_logits
-from .setup import DATA_FOLDER, TrainingSetup, open_or_convert
-from .trainer import TaskTrainer
+from .setup import DATA_FOLDER, Model, TrainingSetup, open_or_convert
+from .trainer import KEEP_BEST, TaskTrainer
 
 logger = logging.get_logger(__name__)
 
 REGION_INPUTS = ("region_features", "region_locations", "region_attention_mask", "image_index")
 # Fields and options of a model that learns the scenes in minutes, see docs/matching_head.md.
 SCENES_INITIALIZER_RANGE = 0.08
+KEEP_MOST_ACCURATE = KEEP_BEST | {"metric_for_best_model": "accuracy"}
 SCENES = {"learning_rate": 1e-3, "train_batch_size": 64, "gradient_accumulation_steps": 1}
 
 
@@ -109,6 +115,48 @@ class LabelledTrainer(TaskTrainer):
         with self.accelerator.autocast():
             logits = compute_logits(self.setup.model, self.setup.collator, rows, name="Evaluating", **self.loading)
         return self.setup.measure(logits, rows)
+
+
+def named_labels(names: Sequence[str]) -> dict[str, Any]:
+    """Gives the fields of a configuration that name the outputs of a head."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def load_labelled(
+    model_class: type[Model], name: str | PathLike[str], store: Mapping[str, RegionRecord] | None, script: str
+) -> tuple[Model, UnicoderVLProcessor]:
+    """
+    Loads a checkpoint of a task onto the device of this process, with its processor, and warns if it was trained on
+    regions of another kind than the store's.
+
+    Raises:
+        `ValueError`: the checkpoint has no head of the task, which `script` trains, or fewer rows of word embeddings
+            than its tokenizer has tokens.
+    """
+    expected = f"{model_class.__name__}, as {script} trains one"
+    model, processor = load_complete(model_class, name, ("",), expected)
+    torch.nn.Module.to(model, PartialState().device)
+    processor.set_store(store)
+    return model, processor
+
+
+def class_metrics(logits: np.ndarray, labels: Sequence[int], names: Sequence[str]) -> dict[str, float]:
+    """
+    Measures the classes of the highest logits.
+
+    Args:
+        logits (`np.ndarray` of shape `(num_rows, num_classes)`): Higher = more probable.
+        labels (sequence of `int`): The right class of each row.
+        names (sequence of `str`): The names of the classes.
+
+    Returns:
+        `dict` of `accuracy`, in `[0, 1]`, and for each class that occurs of `{name}_accuracy`, the share of its rows
+        that are found.
+    """
+    right, labels = logits.argmax(axis=1) == np.asarray(labels), np.asarray(labels)
+    by_class = {name: right[labels == label] for label, name in enumerate(names)}
+    of_classes = {f"{name}_accuracy": float(rows.mean()) for name, rows in by_class.items() if len(rows)}
+    return {"accuracy": float(right.mean()), **of_classes}
 
 
 def count_cut(processor: UnicoderVLProcessor, texts: Sequence[str], max_length: int, name: str) -> None:

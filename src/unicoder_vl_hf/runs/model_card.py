@@ -118,7 +118,10 @@ def write_model_card(
     measured_on: str | None = None,
     trained_by: str = PRETRAINED,
     task: Literal[
-        "image-text-retrieval", "visual-commonsense-reasoning", "visual-question-answering"
+        "image-text-retrieval",
+        "visual-commonsense-reasoning",
+        "visual-question-answering",
+        "visual-entailment",
     ] = "image-text-retrieval",
     base_model: str | None = None,
     repo_id: str | None = None,
@@ -228,6 +231,14 @@ probabilities = model(**choices).logits.softmax(dim=-1)  # of the two answers to
         "use": """inputs = processor(text="What is on the table?", regions=regions, return_tensors="pt")
 probabilities = model(**inputs).logits[0].sigmoid()  # of each answer by itself
 answer = model.config.id2label[int(probabilities.argmax())]""",
+    },
+    "visual-entailment": {
+        "task_type": "visual-entailment",
+        # It makes the same logits; there is no Auto class of this task.
+        "auto_class": "AutoModelForVisualQuestionAnswering",
+        "use": """inputs = processor(text="Two dogs play.", regions=regions, return_tensors="pt")
+probabilities = model(**inputs).logits[0].softmax(dim=-1)  # of contradiction, entailment, neutral
+judgement = model.config.id2label[int(probabilities.argmax())]""",
     },
 }
 

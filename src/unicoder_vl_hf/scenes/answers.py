@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from .. import logging
 from ..data.preparation import SPLITS
 from .world import (
     COLOURS,
@@ -32,12 +31,10 @@ from .world import (
     Scene,
     SceneObject,
     build_once,
+    drawn_scenes,
     generator_of,
     place,
     plural,
-    render_scene,
-    scene_record,
-    scene_store_writer,
 )
 
 CHANCE = {"colour": 1 / len(COLOURS), "count": 1 / 4, "existence": 1 / 2, "number": 1 / 2}
@@ -127,23 +124,17 @@ def build_vqa_scenes(
 
 
 def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
-    (folder / "images").mkdir(parents=True)
-    with scene_store_writer(folder / "regions") as writer:
-        for split, count in counts.items():
-            questions: list[dict[str, Any]] = []
-            annotations: list[dict[str, Any]] = []
-            for index in logging.tqdm(range(count), desc=f"Drawing scenes to ask of, {split}", unit="scene"):
-                scene, asked = sample_asked_scene(index, split, seed)
-                image = render_scene(scene)
-                image.save(folder / "images" / f"{scene.image_id}.png", compress_level=1)
-                writer.write(scene_record(scene, image))
-                for form, (question, answer) in asked.items():
-                    ids = {"image_id": int(scene.image_id), "question_id": len(questions) + 1}
-                    questions.append({**ids, "question": question})
-                    annotations.append({**ids, **_annotation(form, answer)})
-            _write(folder / f"{split}_questions.json", questions=questions)
-            if split != "test":
-                _write(folder / f"{split}_annotations.json", annotations=annotations)
+    questions: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
+    annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
+    for split, scene, asked in drawn_scenes(folder, counts, seed, sample_asked_scene):
+        for form, (question, answer) in asked.items():
+            ids = {"image_id": int(scene.image_id), "question_id": len(questions[split]) + 1}
+            questions[split].append({**ids, "question": question})
+            annotations[split].append({**ids, **_annotation(form, answer)})
+    for split in counts:
+        _write(folder / f"{split}_questions.json", questions=questions[split])
+        if split != "test":
+            _write(folder / f"{split}_annotations.json", annotations=annotations[split])
 
 
 def _annotation(form: str, answer: str) -> dict[str, Any]:

@@ -1,1 +1,7 @@
-from . import pretraining as pretraining, retrieval as retrieval, vcr as vcr, vqa as vqa
+from . import (
+    entailment as entailment,
+    pretraining as pretraining,
+    retrieval as retrieval,
+    vcr as vcr,
+    vqa as vqa,
+)

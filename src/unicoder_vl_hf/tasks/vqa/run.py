@@ -16,11 +16,9 @@ from transformers import TrainingArguments
 
 from ...errors import run_script
 from ...runs.arguments import parse_arguments
-from ...runs.labelled import SCENES, LabelledTrainer
-from ...runs.trainer import KEEP_BEST, train, training_defaults
+from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
+from ...runs.trainer import train, training_defaults
 from .training import PAPER, VQAArguments, prepare_vqa
-
-KEEP_MOST_ACCURATE = KEEP_BEST | {"metric_for_best_model": "accuracy"}
 
 
 def main(argv: list[str] | None = None) -> bool:
@@ -29,7 +27,7 @@ def main(argv: list[str] | None = None) -> bool:
         (VQAArguments, TrainingArguments),
         argv,
         paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 10}) | KEEP_MOST_ACCURATE,
+        scenes=training_defaults(SCENES | {"num_train_epochs": 16}) | KEEP_MOST_ACCURATE,
         data="--questions",
     )
     return train(LabelledTrainer, prepare_vqa, data_args, training_args)

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from ... import logging
 from ...checkpoints.reading import read_answers
@@ -25,9 +23,15 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
 from ...runs.batches import Collator, compute_logits
-from ...runs.labelled import SCENES_INITIALIZER_RANGE, LabelledArguments, LabelledSetup, count_cut
+from ...runs.labelled import (
+    SCENES_INITIALIZER_RANGE,
+    LabelledArguments,
+    LabelledSetup,
+    count_cut,
+    load_labelled,
+    named_labels,
+)
 from ...runs.setup import DATA_FOLDER, is_unicoder_vl, load_model, processor_for
-from ...scoring.checkpoints import load_complete
 from .collator import DataCollatorForUnicoderVLQuestionAnswering
 from .data import MIN_OCCURRENCES, AnswerVocabulary, read_questions
 from .metrics import vqa_metrics
@@ -96,8 +100,7 @@ def prepare_vqa(arguments: VQAArguments, output_dir: str | Path) -> VQASetup:
     vocabulary = _vocabulary(arguments, _answered(train))
     _report(vocabulary, train, validation)
 
-    answers = dict(enumerate(vocabulary.answers))
-    fields: dict[str, Any] = {"id2label": answers, "label2id": {answer: label for label, answer in answers.items()}}
+    fields = named_labels(vocabulary.answers)
     if arguments.on_scenes and arguments.base_model is None:
         fields |= {"initializer_range": SCENES_INITIALIZER_RANGE}
     model = load_model(arguments, store, UnicoderVLForQuestionAnswering, **fields)
@@ -244,8 +247,4 @@ def load_for_vqa(
         `ValueError`: the checkpoint has no head for answers, or fewer rows of word embeddings than its tokenizer has
             tokens.
     """
-    expected = "UnicoderVLForQuestionAnswering, as run_vqa.py trains one"
-    model, processor = load_complete(UnicoderVLForQuestionAnswering, name, ("",), expected)
-    torch.nn.Module.to(model, PartialState().device)
-    processor.set_store(store)
-    return model, processor
+    return load_labelled(UnicoderVLForQuestionAnswering, name, store, "run_vqa.py")
