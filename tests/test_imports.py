@@ -139,7 +139,15 @@ except AttributeError as error:
 
 
 ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
-ROOMS += [".tasks.entailment", ".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr", ".tasks.vqa"]
+ROOMS += [
+    ".tasks.entailment",
+    ".tasks.foil",
+    ".tasks.nlvr2",
+    ".tasks.pretraining",
+    ".tasks.retrieval",
+    ".tasks.vcr",
+    ".tasks.vqa",
+]
 
 
 @pytest.mark.parametrize("name", ROOMS)

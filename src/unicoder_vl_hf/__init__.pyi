@@ -17,6 +17,7 @@ from .modeling_unicoder_vl import (
     UnicoderVLForPreTraining as UnicoderVLForPreTraining,
     UnicoderVLForQuestionAnswering as UnicoderVLForQuestionAnswering,
     UnicoderVLForVisualEntailment as UnicoderVLForVisualEntailment,
+    UnicoderVLForVisualReasoning as UnicoderVLForVisualReasoning,
     UnicoderVLModel as UnicoderVLModel,
     UnicoderVLPreTrainedModel as UnicoderVLPreTrainedModel,
 )
@@ -26,6 +27,9 @@ from .regions.store import RegionStore as RegionStore, RegionStoreWriter as Regi
 from .scoring.scorer import ImageTextScorer as ImageTextScorer
 from .tasks.entailment.collator import (
     DataCollatorForUnicoderVLVisualEntailment as DataCollatorForUnicoderVLVisualEntailment,
+)
+from .tasks.nlvr2.collator import (
+    DataCollatorForUnicoderVLVisualReasoning as DataCollatorForUnicoderVLVisualReasoning,
 )
 from .tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining as DataCollatorForUnicoderVLPreTraining
 from .tasks.retrieval.collator import DataCollatorForUnicoderVLRetrieval as DataCollatorForUnicoderVLRetrieval

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_importing import SISTERS, TOLERANCE, weights_of, with_sisters, words  # noqa: F401
 from transformers import AutoModelForVisualQuestionAnswering
 
-from unicoder_vl_hf import UnicoderVLForVisualEntailment
+from unicoder_vl_hf import UnicoderVLForVisualEntailment, UnicoderVLForVisualReasoning
 from unicoder_vl_hf.checkpoints import import_checkpoint, read_answers
 
 ANSWERS = ["yes", "no", "2", "red", "blue", "left", "dog"]
@@ -72,6 +72,51 @@ def test_entailment_is_that_of_uniters_own_code_where_it_is_asked_for(tmp_path, 
         assert len(difference) >= 2 and difference.max() <= TOLERANCE
     with pytest.raises(ValueError, match="its head has 7 answers, but 3 are named"):
         import_checkpoint(weights_of(SISTERS / "uniter_vqa"), tmp_path / "x", tokenizer=words, task="entailment")
+
+
+NLVR2 = {
+    "uniter_nlvr2_paired": "paired",
+    "uniter_nlvr2_paired_attn": "paired_attention",
+    "uniter_nlvr2_triplet": "single",
+    "visualbert_nlvr2": "single",
+}
+
+
+@with_sisters
+@pytest.mark.parametrize("name", NLVR2)
+def test_sentences_about_two_photos_are_judged_as_by_their_own_code(name, tmp_path, words):  # noqa: F811
+    done = import_checkpoint(weights_of(SISTERS / name), tmp_path / "model", tokenizer=words)
+    assert done.report["class"] == "UnicoderVLForVisualReasoning"
+    model = UnicoderVLForVisualReasoning.from_pretrained(tmp_path / "model").eval()
+    assert (model.config.reasoning_head, model.config.id2label) == (NLVR2[name], {0: "false", 1: "true"})
+    inputs, outputs = (load_file(SISTERS / name / f"{kind}.safetensors") for kind in ("inputs", "outputs"))
+    compared = 0
+    for batch in sorted({key.split(".")[0] for key in outputs}):
+        given = {key.partition(".")[2]: value for key, value in inputs.items() if key.startswith(f"{batch}.")}
+        types, mask = given.get("region_token_type_ids"), given["region_mask"]
+        text = {key: given[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in given}
+        area = (given["boxes"][..., 2:] - given["boxes"][..., :2]).prod(-1, keepdim=True)
+        regions = {"region_features": given["region_features"]}
+        regions["region_locations"] = torch.cat((given["boxes"], area), dim=-1)
+        first = int(name.startswith("uniter"))  # the type of the first photo's regions
+        if NLVR2[name] == "single":
+            if types is None or not (types == first + 1)[mask == 1].any():
+                continue  # all regions of one type, as of one photo
+            photos = [mask * (types == first), mask * (types == first + 1)]
+            regions = {key: torch.cat((value, value)) for key, value in regions.items()}
+            rows = len(mask)
+            regions |= {"region_attention_mask": torch.cat(photos), "image_index": torch.arange(2 * rows).view(2, -1).T}
+        else:
+            assert torch.equal(types[mask == 1], (torch.arange(len(mask)) % 2 + 1)[:, None].expand_as(mask)[mask == 1])
+            text = {key: value[::2] for key, value in text.items()}
+            regions["region_attention_mask"] = mask
+        for padding_free in (False, True):
+            model.config.padding_free = padding_free
+            with torch.no_grad():
+                found = model(**text, **regions).logits
+            torch.testing.assert_close(found, outputs[f"{batch}.joint.nlvr2_logits"], rtol=0, atol=TOLERANCE)
+            compared += len(found)
+    assert compared >= 2
 
 
 @with_sisters

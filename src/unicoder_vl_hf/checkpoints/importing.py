@@ -221,9 +221,9 @@ def import_checkpoint(
         num_attention_heads (`int`, *optional*): Heads of each layer, where no `config.json` tells them.
         approximate (`bool`, *optional*, defaults to `False`): Whether what has no exact place may be approximated; the
             report says how.
-        task (`str`, *optional*): The task that the checkpoint was fine-tuned for, `"vqa"` or `"entailment"`, whose head
-            is taken along; by default its keys or its `config.json` tell, but for entailment, whose keys are those of
-            questions.
+        task (`str`, *optional*): The task that the checkpoint was fine-tuned for, `"vqa"`, `"entailment"` or `"nlvr2"`,
+            whose head is taken along; by default its keys or its `config.json` tell, but for entailment, whose keys are
+            those of questions.
         answers (`str` or `os.PathLike`, *optional*): A file of the names of that head's outputs, such as
             `trainval_label2ans.pkl`, see [`read_answers`].
 
@@ -397,10 +397,17 @@ def _recognise(source: str, tensors: dict[str, tuple[str, torch.Tensor]], family
 def _find_head(source: Source, sister: Sister, tensors: dict[str, Any], task: str | None) -> TaskHead | None:
     """Finds the head of a task: that of `task`, or the one that a key or the configuration tells of."""
     family = "uniter" if sister.family == "villa" else sister.family
-    heads = [head for head in TASK_HEADS if head.family == family and task in (None, head.task)]
-    if task is None:
-        told = {*tensors, *(source.config.get("architectures") or ())}
-        return next((head for head in heads if head.told_by in told), None)
+    hidden_size = tensors["base.embeddings.word_embeddings.weight"][1].shape[1]
+    told = {*tensors, *(source.config.get("architectures") or ())}
+    heads = []
+    for head in TASK_HEADS:
+        key, times = head.columns or ("", 0)
+        is_wide = head.columns is None or (key in tensors and tensors[key][1].shape[-1] == times * hidden_size)
+        if head.family == family and task in (None, head.task) and is_wide:
+            heads.append(head)
+    found = next((head for head in heads if head.told_by in told), None)
+    if found is not None or task is None:
+        return found
     for head in heads:
         if any(_fit(rule, name, tensor) for rule in head.rules for name, (_, tensor) in tensors.items()):
             return head

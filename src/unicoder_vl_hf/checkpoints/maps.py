@@ -300,6 +300,7 @@ class TaskHead:
         rules (tuple of [`Rule`]): The rules of its tensors, which come before the sister's.
         fields (`dict`): Fields of the configuration that the head needs.
         labels (tuple of `str`): The names of its outputs, where the task has the same always.
+        columns (`(str, int)`, *optional*): A key, and how many times the hidden size its tensor must be wide.
     """
 
     task: str
@@ -310,13 +311,16 @@ class TaskHead:
     rules: tuple[Rule, ...]
     fields: dict[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    columns: tuple[str, int] | None = None
 
 
 _UNITER_ANSWERS = tuple(
     Rule(rf"vqa_output\.{number}\.{WEIGHT}", rf"answer_head.{name}.\1")
     for number, name in ((0, "dense"), (2, "LayerNorm"), (3, "decoder"))
 )
-_ANSWERS = "UnicoderVLForQuestionAnswering"
+_ANSWERS, _REASONING = "UnicoderVLForQuestionAnswering", "UnicoderVLForVisualReasoning"
+_TRUTH = ("false", "true")
+_JUDGE = Rule(rf"nlvr2_output\.{WEIGHT}", r"reasoning_head.\1")
 TASK_HEADS = (
     TaskHead("vqa", "uniter", "vqa_output.3.bias", _ANSWERS, "answer_head.decoder.bias", _UNITER_ANSWERS),
     TaskHead(
@@ -327,6 +331,60 @@ TASK_HEADS = (
         "answer_head.decoder.bias",
         _UNITER_ANSWERS,
         labels=("contradiction", "entailment", "neutral"),
+    ),
+    TaskHead(
+        "nlvr2",
+        "uniter",
+        "attn_pool.fc.0.bias",
+        _REASONING,
+        "reasoning_head.bias",
+        (
+            _JUDGE,
+            Rule(r"attn1\.(.+)", r"pair_attention.first_asks.\1"),
+            Rule(r"attn2\.(.+)", r"pair_attention.second_asks.\1"),
+            Rule(rf"fc\.0\.{WEIGHT}", r"pair_attention.join.\1"),
+            Rule(rf"attn_pool\.fc\.0\.{WEIGHT}", r"pair_attention.weigh.\1"),
+        ),
+        {"reasoning_head": "paired_attention"},
+        _TRUTH,
+    ),
+    TaskHead(
+        "nlvr2",
+        "uniter",
+        "nlvr2_output.bias",
+        _REASONING,
+        "reasoning_head.bias",
+        (_JUDGE,),
+        labels=_TRUTH,
+        columns=("nlvr2_output.weight", 2),
+    ),
+    TaskHead(
+        "nlvr2",
+        "uniter",
+        "nlvr2_output.bias",
+        _REASONING,
+        "reasoning_head.bias",
+        (_JUDGE,),
+        {"reasoning_head": "single"},
+        _TRUTH,
+        columns=("nlvr2_output.weight", 1),
+    ),
+    TaskHead(
+        "nlvr2",
+        "visualbert",
+        "VisualBertForVisualReasoning",
+        _REASONING,
+        "reasoning_head.bias",
+        (
+            Rule(rf"cls\.{WEIGHT}", r"reasoning_head.\1"),
+            # The two photos are of two types, which then are no part of the bias.
+            Rule(
+                r"base\.embeddings\.visual_token_type_embeddings\.weight",
+                "bert.embeddings.region_type_embeddings.weight",
+            ),
+        ),
+        {"reasoning_head": "single", "num_region_types": 2},
+        _TRUTH,
     ),
     TaskHead(
         "vqa",

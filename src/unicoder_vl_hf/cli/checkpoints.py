@@ -34,7 +34,11 @@ def _import_arguments(add: Add) -> None:
         type=int,
         help="attention heads of a layer, where no config.json tells them",
     )
-    add("--task", choices=("vqa", "entailment"), help="task of its head (default: as it tells; entailment tells not)")
+    add(
+        "--task",
+        choices=("vqa", "entailment", "nlvr2"),
+        help="task of its head (default: as it tells; entailment tells not)",
+    )
     add("--answers", help="file of the names of that head's outputs, such as trainval_label2ans.pkl")
     add("--approximate", action="store_true", help="take what is near where nothing is exact, and say so")
 

@@ -66,10 +66,15 @@ class LabelledArguments(ModelArguments):
         Raises:
             `ValueError`: an image has no regions.
         """
+        rows = self.joined(rows, store, texts)
+        return elsewhere(rows) if self.without == "photo" else rows
+
+    def joined(self, rows: datasets.Dataset, store: RegionStore, texts: str) -> datasets.Dataset:
+        """Keeps the rows whose image has regions; errors are those of [`~LabelledArguments.with_regions`]."""
         options: Any = {"skip_missing": self.skip_missing, "skip_option": "--skip_missing"}
         rows, report = join(rows, store, texts=texts, renamed_by="--image_ids", **options)
         logger.warning(f"{store}:\n{report}")
-        return elsewhere(rows) if self.without == "photo" else rows
+        return rows
 
     def left_out(self, collator: Collator) -> Collator:
         """Leaves out of the batches what the run is without."""

@@ -122,6 +122,7 @@ def write_model_card(
         "visual-commonsense-reasoning",
         "visual-question-answering",
         "visual-entailment",
+        "visual-reasoning",
     ] = "image-text-retrieval",
     base_model: str | None = None,
     repo_id: str | None = None,
@@ -239,6 +240,14 @@ answer = model.config.id2label[int(probabilities.argmax())]""",
         "use": """inputs = processor(text="Two dogs play.", regions=regions, return_tensors="pt")
 probabilities = model(**inputs).logits[0].softmax(dim=-1)  # of contradiction, entailment, neutral
 judgement = model.config.id2label[int(probabilities.argmax())]""",
+    },
+    "visual-reasoning": {
+        "task_type": "visual-reasoning",
+        "auto_class": "AutoModel",
+        "use": """# The encoder alone: there is no Auto class of this task. With the package unicoder-vl-hf:
+# model = unicoder_vl_hf.UnicoderVLForVisualReasoning.from_pretrained(name)
+inputs = processor(text="There is a dog in both.", regions=regions, return_tensors="pt")
+states = model(**inputs).last_hidden_state  # of the sentence with one photo""",
     },
 }
 

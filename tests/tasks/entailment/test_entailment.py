@@ -9,6 +9,7 @@ import places
 import pytest
 import tiny
 import torch
+from transformers import AutoProcessor
 from two_processes import run
 
 from unicoder_vl_hf import RegionStore, UnicoderVLForQuestionAnswering, UnicoderVLForVisualEntailment
@@ -182,6 +183,22 @@ def test_a_run_on_ones_own_file_needs_all_of_it(trained, world, tmp_path):
     arguments.validation_annotations = str(tmp_path / "own.jsonl")
     with pytest.raises(ValueError, match=r"1 of 1 images with hypotheses \(1 hypotheses\) have no regions"):
         prepare_entailment(arguments, tmp_path)
+
+
+def test_a_model_of_questions_goes_on_with_a_new_output_for_each_class(trained, world, tmp_path, caplog):
+    tiny.model(UnicoderVLForQuestionAnswering, region_feature_dim=256, num_labels=7, vocab_size=200).save_pretrained(
+        tmp_path / "vqa"
+    )
+    AutoProcessor.from_pretrained(trained).save_pretrained(tmp_path / "vqa")
+    files = {"annotations": str(world / "train.jsonl"), "validation_annotations": str(world / "val.jsonl")}
+    regions = str(world / "regions")
+    setup = prepare_entailment(
+        EntailmentArguments(**files, regions=regions, model_name_or_path=str(tmp_path / "vqa")), tmp_path
+    )
+    before = UnicoderVLForQuestionAnswering.from_pretrained(tmp_path / "vqa")
+    assert setup.model.answer_head.decoder.weight.shape == (3, 32)
+    assert torch.equal(setup.model.answer_head.dense.weight, before.answer_head.dense.weight)
+    assert "new parameters ['answer_head.decoder.bias', 'answer_head.decoder.weight']" in caplog.text
 
 
 def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
