@@ -281,6 +281,8 @@ def account_for(
         raise ValueError(f"region_type is {region_type}: only a VisualBERT has it, 0 or 1; this is {sister.name}.")
     rules = sister.rules((sister.region_type or 0) if region_type is None else region_type)
     head = _find_head(source, sister, tensors, task)
+    if region_type is not None and head is not None and "num_region_types" in head.fields:
+        raise ValueError(f"region_type is {region_type}: the two photos of {source.name} are of both types.")
     account = Account(source, sister, tensors, head, labels)
     unknown = []
     for name, (key, tensor) in tensors.items():

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> bool:
         (EntailmentArguments, TrainingArguments),
         argv,
         paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE,
+        scenes=training_defaults(SCENES | {"num_train_epochs": 4}) | KEEP_MOST_ACCURATE,
         data="--annotations",
     )
     return train(LabelledTrainer, prepare_entailment, data_args, training_args)

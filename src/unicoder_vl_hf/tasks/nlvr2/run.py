@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> bool:
         (NLVR2Arguments, TrainingArguments),
         argv,
         paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 20}) | KEEP_MOST_ACCURATE,
+        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE,
         data="--annotations",
     )
     return train(LabelledTrainer, prepare_nlvr2, data_args, training_args)
