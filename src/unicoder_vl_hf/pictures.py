@@ -351,6 +351,58 @@ def explanation_html(
     )
 
 
+def draw_hidden(image: Image.Image, record: RegionRecord, index: int, min_width: int = 320) -> Image.Image:
+    """Draws a photo, enlarged to `min_width`, on which a region is covered. Raises ValueError if it has no box."""
+    canvas, boxes = _enlarged(image, record, min_width)
+    draw, box = ImageDraw.Draw(canvas), _inside(boxes[index], canvas.size)
+    draw.rectangle(box, fill="#c8cdd6", outline=PALETTE[1], width=max(2, canvas.width // 150))
+    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    size = max(8.0, min(box[2] - box[0], box[3] - box[1]) / 2)
+    draw.text(middle, "?", fill="white", font=ImageFont.load_default(size=size), anchor="mm")
+    return canvas
+
+
+def write_hidden_regions(
+    path: str | os.PathLike,
+    items: Iterable[tuple[str, Image.Image, RegionRecord, Sequence[int], np.ndarray]],
+    class_names: Sequence[str] | None = None,
+    *,
+    title: str = "Hidden regions",
+    intro: str = "",
+) -> Path:
+    """
+    Writes an HTML file of regions that were hidden from a model, each covered on its photo, with the class that it was
+    taken for, framed if that is the detector's.
+
+    Args:
+        path (`str` or `os.PathLike`): The HTML file to write.
+        items (iterable of tuples): Caption, photo, record, the indices of R regions with a class, and the probabilities
+            `(R, num_classes)` of their classes.
+        class_names (sequence of `str`, *optional*): Name of each class; without them, its number is shown.
+        title, intro (`str`): Heading of the page, and a sentence or two beneath it; plain text.
+
+    Returns:
+        `Path`: `path`.
+
+    Raises:
+        ValueError: A record has no boxes.
+    """
+
+    def region(image: Image.Image, record: RegionRecord, index: int, of_classes: np.ndarray) -> dict[str, Any]:
+        assert record.object_ids is not None
+        classes = int(of_classes.argmax()), int(record.object_ids[index])
+        guess, truth = (class_names[at] if class_names else f"class {at}" for at in classes)
+        picture = _data_url(draw_hidden(image, record, index), 320)
+        return {"index": index, "picture": picture, "guess": guess, "truth": truth, "probability": of_classes.max()}
+
+    sections = (
+        (caption, [region(image, record, *each) for each in zip(indices, probabilities, strict=True)])
+        for caption, image, record, indices, probabilities in items
+    )
+    Path(path).write_text(_fill("hidden_regions.html", title=title, intro=intro, items=sections), encoding="utf-8")
+    return Path(path)
+
+
 def _region_name(record: RegionRecord, index: int, class_names: Sequence[str] | None) -> str:
     """Names a region by its class if it has one, else by its number."""
     object_id = -1 if record.object_ids is None else int(record.object_ids[index])
