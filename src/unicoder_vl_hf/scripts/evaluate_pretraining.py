@@ -130,12 +130,12 @@ def draw_gallery(
         `KeyError`: an image has no photo.
     """
     photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
-    first = {image_id: row for row, image_id in reversed(list(enumerate(captions["image_id"])))}
-    image_ids = list(first)[:: max(1, len(first) // IMAGES_SHOWN)][:IMAGES_SHOWN]
+    caption_of = dict(zip(captions["image_id"], captions["caption"], strict=True))
+    image_ids = list(caption_of)[:: max(1, len(caption_of) // IMAGES_SHOWN)][:IMAGES_SHOWN]
 
     def items() -> Iterator[tuple[str, Image.Image, RegionRecord, Sequence[int], np.ndarray]]:
         for image_id in image_ids:
-            record, caption = store[image_id], captions[first[image_id]]["caption"]
+            record, caption = store[image_id], caption_of[image_id]
             if record.object_ids is None:
                 raise ValueError(f"--gallery: the regions of {image_id!r} have no classes that could be predicted.")
             seen, probabilities = predict_hidden_regions(model, processor, record, caption)
