@@ -362,7 +362,7 @@ def _write_gallery(
     """Writes a gallery: each found image whole, then with its surest regions, on a blank page if there is no photo."""
     from PIL import Image
 
-    from ..pictures import GalleryItem, draw_regions, write_gallery
+    from ..pictures import GalleryItem, blank_page, draw_regions, write_gallery
 
     class_names = store.provenance.get("class_names") or None
     problems: list[str] = []
@@ -374,7 +374,7 @@ def _write_gallery(
                 photo = photos.of(record)
             except (KeyError, ValueError) as error:
                 problems.append(error.args[0])
-        page = photo or Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
+        page = photo or blank_page(record)
         if not _have_scores(record):
             return [page]
         drawn = draw_regions(page, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)
