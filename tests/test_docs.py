@@ -21,7 +21,7 @@ from unicoder_vl_hf import UnicoderVLForPreTraining
 from unicoder_vl_hf.cli import build_parser
 from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: path.name)
@@ -152,6 +152,14 @@ def options_of(name: str) -> set[str]:
     return fields | {"recipe"} if "STRONG" in module else fields
 
 
+def test_nothing_points_at_an_index_that_lacks_the_package():
+    files = [*ROOT.glob("*.md"), ROOT / "setup.cfg"]
+    for folder in ("docs", "examples", "metrics", "src"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".html")]
+    for path in files:
+        assert not re.search(r"pip install ['\"]?unicoder|pypi\.org/project/unicoder", path.read_text("utf-8")), path
+
+
 def test_what_is_sought_in_the_demo_is_there():
     """The demo's index holds the test scenes of seed 0, of which one has this very caption."""
     (sought,) = re.findall(r'unicoder-vl search "(.*)" --index demo/test-scenes', (ROOT / "README.md").read_text())
@@ -163,3 +171,32 @@ def test_make_targets_exist(page):
     for block in blocks(page, "bash"):
         for target in re.findall(r"^make ([\w-]+)", block, re.MULTILINE):
             assert target in targets
+
+
+def test_the_paper_is_where_its_page_says():
+    """Each row names a file and a symbol that it defines, perhaps with its value."""
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\| `(\S+\.py)` \| `(.+)` \|$", text, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\|.*\.py", text, re.MULTILINE)) > 40
+    for file, symbol in rows:
+        name, _, value = symbol.partition(" = ")
+        *owner, last = name.split(".")
+        body = ast.parse((ROOT / "src" / "unicoder_vl_hf" / file).read_text(encoding="utf-8")).body
+        for class_name in owner:
+            (body,) = [node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name]
+        (found,) = [node for node in body if last in names_of(node)]
+        if value:
+            assert ast.dump(default_of(found)) == ast.dump(ast.parse(value, mode="eval").body), symbol
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def default_of(node: ast.stmt) -> ast.expr:
+    """What is assigned, or the default of an option of the command line."""
+    value = node.value
+    return value.args[0] if isinstance(value, ast.Call) and value.func.id == "option" else value
