@@ -1151,7 +1151,8 @@ def test_flex_attention_equals_sdpa():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_class
 def test_half_precision_runs_forward_and_backward(model_class, dtype):
-    model, inputs = build(model_class, dtype=dtype), inputs_for(model_class)
+    # Drawn in float32: what is drawn in another dtype is no rounding of the same in every version of PyTorch.
+    model, inputs = build(model_class).to(dtype), inputs_for(model_class)
     for features in (torch.float16, torch.bfloat16, torch.float64):
         outputs = model(**inputs | {"region_features": inputs["region_features"].to(features)})
         loss = loss_of(outputs)
@@ -1246,7 +1247,8 @@ def test_an_untied_decoder_stays_untied(vocab_size, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = UnicoderVLForPreTraining.from_pretrained(tmp_path)
     inputs = inputs_for(UnicoderVLForPreTraining, labelled=False)
-    assert torch.equal(loaded(**inputs).prediction_logits, model(**inputs).prediction_logits)
+    # transformers 5.17 puts a plain linear layer in place of the one that grows, which rounds otherwise.
+    close(loaded(**inputs).prediction_logits, model(**inputs).prediction_logits)
     assert loaded.cls.predictions.decoder.weight is not loaded.bert.embeddings.word_embeddings.weight
 
 
