@@ -139,15 +139,7 @@ except AttributeError as error:
 
 
 ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
-ROOMS += [
-    ".tasks.entailment",
-    ".tasks.foil",
-    ".tasks.nlvr2",
-    ".tasks.pretraining",
-    ".tasks.retrieval",
-    ".tasks.vcr",
-    ".tasks.vqa",
-]
+ROOMS += [f".tasks.{task}" for task in "entailment foil grounding nlvr2 pretraining retrieval vcr vqa".split()]
 
 
 @pytest.mark.parametrize("name", ROOMS)
