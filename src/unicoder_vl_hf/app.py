@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from .pictures import blank_page, draw_regions
@@ -34,6 +35,7 @@ ON_A_PAGE = 24  # photos of a store
 THUMBNAIL = 480  # pixels of the longer side of a photo among others
 CSS = """
 .gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
+.captions { margin: 0; padding-left: 2rem; line-height: 1.9; }
 .grid-wrap { max-height: none !important; }
 @media (max-width: 600px) { .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
 """
@@ -190,12 +192,17 @@ def _search_tab(app: PhotoApp) -> None:
 def _captions_tab(app: PhotoApp) -> None:
     photo, image_id = _image_inputs()
     button = gr.Button("Find captions", variant="primary")
-    found = gr.Dataframe(headers=["score", "caption"], label="Found, the best first", interactive=False, wrap=True)
+    found = gr.HTML()
 
-    def searched(photo: Image.Image | None, image_id: str) -> list[list[str]]:
-        return [[f"{hit.score:+.2f}", hit.name] for hit in app.find_captions(_image(photo, image_id))]
+    def searched(photo: Image.Image | None, image_id: str) -> str:
+        lines = [
+            Markup("<li><b>{:+.2f}</b> {}</li>").format(hit.score, hit.name)
+            for hit in app.find_captions(_image(photo, image_id))
+        ]
+        return Markup("<ol class='captions'>{}</ol>").format(Markup("").join(lines))
 
-    button.click(_mendable(searched), [photo, image_id], found)
+    for start in (image_id.submit, button.click):
+        start(_mendable(searched), [photo, image_id], found, scroll_to_output=True)
 
 
 def _pair_tab(app: PhotoApp) -> None:
