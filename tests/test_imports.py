@@ -49,7 +49,7 @@ LIGHT = {
         f"{command} --help": "usage: unicoder-vl "
         for command in (
             "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check "
-            "foil foil-accuracy score explain calibrate plan ask vqa-check"
+            "foil foil-accuracy score explain app calibrate plan ask vqa-check"
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
