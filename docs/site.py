@@ -20,6 +20,7 @@ PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.
 PAGES |= {"SECURITY.md": "security.md"}
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
 IN_DOCSTRING = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
+TYPE = re.compile(r"^( *[\w, *]+ \()(.+?)(?=\):)", re.MULTILINE)  # of an argument: shown as code, default beside it
 MODELS = "unicoder_vl_hf.modeling_unicoder_vl"  # transformers writes their docstrings when they are imported
 
 
@@ -94,7 +95,10 @@ class Docstrings(griffe.Extension):
             written = functools.reduce(getattr, obj.path[len(MODELS) + 1 :].split("."), models()).__doc__
             obj.docstring = griffe.Docstring(inspect.cleandoc(written or ""), parent=obj)
         if obj.docstring is not None:
-            obj.docstring.value = IN_DOCSTRING.sub(self._link, obj.docstring.value)
+            text = TYPE.sub(
+                lambda found: found[1] + re.sub(r"[`*]|, defaults? to.*", "", found[2]), obj.docstring.value
+            )
+            obj.docstring.value = IN_DOCSTRING.sub(self._link, text)
 
     def _link(self, match: re.Match) -> str:
         name, _, member = match[1].partition(".")

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from unicoder_vl_hf import UnicoderVLForPreTraining
 from unicoder_vl_hf.cli import build_parser
 from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
+from unicoder_vl_hf.scoring.onnx_export import export_onnx
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -66,6 +67,8 @@ def test_imports_are_from_rooms(page):
 
 # What a page makes itself, and what is in the way of that.
 MADE = {"extraction": ["regions", "vcr-regions"], "regions": ["my-regions"]}
+NEEDED = {"pretrained": {"peft": None}}
+NEEDED["scoring"] = {"sentence_transformers": None, "onnxruntime": None, "onnxscript": None, "transformers": "5.24"}
 # Why a block of Python is not run, as the page says in a comment before it that no reader sees.
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n+```python\n")
 
@@ -79,10 +82,14 @@ def run_page(tmp_path_factory):
 
     @functools.cache
     def run(page: Path) -> tuple[Path, dict]:
+        for library, version in NEEDED.get(page.stem, {}).items():
+            pytest.importorskip(library, minversion=version)
         folder, names = tmp_path_factory.mktemp(page.stem) / "world", {"__name__": page.stem}
         shutil.copytree(world, folder, ignore=shutil.ignore_patterns(*MADE.get(page.stem, [])))
         with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(folder)
+            if page.stem == "scoring":
+                export_onnx("runs/mine-retrieval", "mine.onnx")
             for code in code_of(NOT_RUN.sub("```\n", page.read_text(encoding="utf-8")), "python"):
                 exec(compile(code, str(page), "exec"), names)
         return folder, names
