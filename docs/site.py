@@ -21,6 +21,7 @@ PAGES |= {"SECURITY.md": "security.md"}
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
 IN_DOCSTRING = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 TYPE = re.compile(r"^( *[\w, *]+ \()(.+?)(?=\):)", re.MULTILINE)  # of an argument: shown as code, default beside it
+NOT_OF_TYPE = re.compile(r"[`*]|, defaults? to.*")
 MODELS = "unicoder_vl_hf.modeling_unicoder_vl"  # transformers writes their docstrings when they are imported
 
 
@@ -46,6 +47,12 @@ def in_site(path: str) -> str:
 def in_repository(page: File) -> str:
     """Gives the file of the repository that a page of the site is made of."""
     return {place: path for path, place in PAGES.items()}.get(page.src_uri, f"docs/{page.src_uri}")
+
+
+def on_config(config):
+    """Names the pages of the API, which no list has to be kept of."""
+    (reference,) = [entry for entry in config.nav[-1]["Reference"] if isinstance(entry, dict)]
+    reference["API"] = [f"api/{room}.md" for room in rooms()]
 
 
 def on_files(files, config):
@@ -101,8 +108,7 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = IN_DOCSTRING.sub(self._link, text)
 
     def _link(self, match: re.Match) -> str:
-        name, _, member = match[1].partition(".")
-        room = public().get(name)
+        room = public().get(match[1].partition(".")[0])
         return f"[`{match[1]}`][{room}.{match[1]}]" if room else f"`{match[1]}`"
 
 

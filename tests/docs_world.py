@@ -15,9 +15,15 @@ import small_world
 import tiny
 import vcr_miniature
 import visual_genome_files as visual_genome
+import vqa_miniature
 from photos import photo
 
-from unicoder_vl_hf import RegionRecord, UnicoderVLForImageTextRetrieval, UnicoderVLForMultipleChoice
+from unicoder_vl_hf import (
+    RegionRecord,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForMultipleChoice,
+    UnicoderVLForQuestionAnswering,
+)
 from unicoder_vl_hf.checkpoints import import_checkpoint
 from unicoder_vl_hf.data import read_captions
 from unicoder_vl_hf.regions import extract
@@ -58,6 +64,9 @@ def build() -> None:
     tiny.processor(**provenance).save_pretrained("runs/mine-retrieval")
     calibrate("runs/mine-retrieval", "captions.jsonl", "my-regions")
     _write_vcr()
+    _write_vqa(provenance)
+    line = {"pairID": "1", "Flickr30K_ID": "36979", "sentence2": "A dog runs.", "gold_label": "entailment"}
+    Path("snli_ve_dev.jsonl").write_text(json.dumps(line))
 
 
 def _write_captions() -> None:
@@ -106,3 +115,19 @@ def _write_vcr() -> None:
     dimensions = {"region_feature_dim": vcr_miniature.FEATURE_DIM, "vocab_size": len(vcr_miniature.VOCABULARY)}
     tiny.model(UnicoderVLForMultipleChoice, **dimensions).save_pretrained("my-model")
     vcr_miniature.processor(feature_dim=vcr_miniature.FEATURE_DIM).save_pretrained("my-model")
+
+
+def _write_vqa(provenance: dict) -> None:
+    """As many questions of two answers as make each a class."""
+    questions, annotations = vqa_miniature.vqa_questions(), vqa_miniature.vqa_annotations()
+    numbers = [{"question_id": number} for number in range(18)]
+    questions["questions"] = [questions["questions"][0] | number for number in numbers]
+    items = [item | {"image_id": 458752} for item in annotations["annotations"]]
+    annotations["annotations"] = [items[-1] | number for number in numbers[:9]]
+    annotations["annotations"] += [items[1] | number for number in numbers[9:]]
+    Path("v2_OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps(questions))
+    Path("v2_mscoco_train2014_annotations.json").write_text(json.dumps(annotations))
+    answers = {"id2label": dict(enumerate("012345")), "label2id": {str(number): number for number in range(6)}}
+    width = provenance["feature_dim"]
+    tiny.model(UnicoderVLForQuestionAnswering, region_feature_dim=width, **answers).save_pretrained("runs/vqa")
+    tiny.processor(**provenance).save_pretrained("runs/vqa")

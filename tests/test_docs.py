@@ -103,7 +103,10 @@ def test_python_runs(page, run_page):
 
 def test_few_blocks_are_not_run():
     reasons = [(page.name, why) for page in PAGES for why in NOT_RUN.findall(page.read_text(encoding="utf-8"))]
-    assert reasons == [("regions.md", "it needs an account of the Hub")]
+    assert reasons == [
+        ("regions.md", "it needs an account of the Hub"),
+        ("scoring.md", "it fetches a data set of the Hub"),
+    ]
 
 
 def test_new_weights_without_a_network(run_page):
@@ -165,6 +168,13 @@ def test_nothing_points_at_an_index_that_lacks_the_package():
         files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".html")]
     for path in files:
         assert not re.search(r"pip install ['\"]?unicoder|pypi\.org/project/unicoder", path.read_text("utf-8")), path
+
+
+def test_every_page_is_in_the_list_of_the_readme_and_of_the_site():
+    readme, site = (ROOT / "README.md").read_text("utf-8"), (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in readme.partition("## Documentation")[2], page.name
+        assert f"- {page.name}\n" in site, page.name
 
 
 def test_what_is_sought_in_the_demo_is_there():

@@ -118,7 +118,7 @@ def test_sentences_about_two_photos_are_judged_as_by_their_own_code(name, tmp_pa
             compared += len(found)
     assert compared >= 2
     if name == "visualbert_nlvr2":
-        with pytest.raises(ValueError, match="region_type is 1: the two photos of .* are of both types"):
+        with pytest.raises(ValueError, match=r"region_type is 1: the two photos of .* are of both types"):
             import_checkpoint(weights_of(SISTERS / name), tmp_path / "x", tokenizer=words, region_type=1)
 
 
