@@ -17,6 +17,7 @@ FLOORS = [
     ["cli"],
     ["scripts"],
     ["tasks"],
+    ["serving"],
     ["search"],
     ["runs"],
     ["scenes"],

@@ -49,7 +49,7 @@ LIGHT = {
         f"{command} --help": "usage: unicoder-vl "
         for command in (
             "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check "
-            "foil foil-accuracy score calibrate plan"
+            "foil foil-accuracy score calibrate serve plan"
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
@@ -138,7 +138,7 @@ except AttributeError as error:
     assert done.stdout == "No unicoder_vl_hf attribute nothing\n", done.stderr
 
 
-ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
+ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".serving", ".tasks"]
 ROOMS += [".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
 
 

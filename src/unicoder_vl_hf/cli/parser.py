@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import USER_ERRORS, end_with, stopped
 from ..name_lists import did_you_mean
-from . import checkpoints, foil, photos, plan, retrieval, scoring, search, stores, vcr
+from . import checkpoints, foil, photos, plan, retrieval, scoring, search, serving, stores, vcr
 
-FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, foil, vcr, plan)
+FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, serving, foil, vcr, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

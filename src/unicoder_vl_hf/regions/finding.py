@@ -77,8 +77,7 @@ class RegionFinder:
                 region; the message names it.
             `OSError`: there is no such file, or the detector's weights are not here.
         """
-        if self._loaded is None:
-            self._loaded = self._load()
+        self.load()
         on_cpu = self.device is not None and torch.device(self.device).type == "cpu"
         size = 1 if on_cpu or not torch.accelerator.is_available() else GPU_BATCH_SIZE
         starts = range(0, len(photos), size)
@@ -90,6 +89,14 @@ class RegionFinder:
                     raise ValueError(f"{photo.image_id} gives no regions: {describe(found)}.") from found
                 records.append(self._as_stored(found))
         return records
+
+    def load(self) -> None:
+        """
+        Loads the detector now, before the first photo comes. Raises ValueError where there is none or it is not that of
+        the training, and OSError where its weights are not here.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
 
     def _read(self, place: int, photo: "str | PathLike[str] | Image") -> "ReadPhoto":
         assert self._loaded is not None
