@@ -63,9 +63,9 @@ LIGHT = {
     "inspect FOLDER/store --image-id photo_1ü": "record: 'photo_1ü'",
     "inspect FOLDER/features.tsv": "format    lxmert-tsv",
     "compare FOLDER/store FOLDER/store": "10 in both",
-    "merge FOLDER/store FOLDER/other --output FOLDER/merged": "images=13",
-    "convert FOLDER/features.tsv FOLDER/converted --ids stem": "images=10",
-    "convert FOLDER/features.tsv FOLDER/shared --workers 2": "images=10",
+    "merge FOLDER/store FOLDER/other --output FOLDER/merged": "images       13",
+    "convert FOLDER/features.tsv FOLDER/converted --ids stem": "images       10",
+    "convert FOLDER/features.tsv FOLDER/shared --workers 2": "images       10",
     "export FOLDER/sized FOLDER/again.tsv --format lxmert-tsv": "again.tsv written.",
     "export FOLDER/store FOLDER/parquet --format parquet": "parquet written.",
 }

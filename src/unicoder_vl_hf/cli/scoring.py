@@ -1,8 +1,9 @@
 """The commands of scoring: a photo with sentences, and what scores mean."""
 
 from argparse import Namespace
+from pathlib import Path
 
-from .commands import Add, Commands, add_caption_ids, add_detector_option, check_paths, detector_options
+from .commands import Add, Commands, Result, add_caption_ids, add_detector_option, check_paths, detector_options
 
 commands = Commands()
 
@@ -21,10 +22,10 @@ def _score_arguments(add: Add) -> None:
 
 
 @commands.register("score", "Scores a photo with sentences", _score_arguments)
-def _score(args: Namespace) -> None:
+def _score(args: Namespace) -> object:
     check_paths(args, "regions")
-    from pathlib import Path
-
+    if args.regions is None and not Path(args.image).is_file():
+        raise FileNotFoundError(f"{args.image} is no file; if it is an image id, name its store: --regions FOLDER.")
     from ..scoring.scorer import ImageTextScorer
 
     scorer = ImageTextScorer.from_pretrained(
@@ -36,14 +37,21 @@ def _score(args: Namespace) -> None:
     )
     image = Path(args.image) if args.image.endswith(".npz") and Path(args.image).is_file() else args.image
     if scorer.model.config.calibration is None:
-        for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True):
-            print(f"{score:+8.3f}  {caption}")
-        return
+        rows = [
+            {"caption": caption, "score": score}
+            for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True)
+        ]
+        return Result("\n".join("{score:+8.3f}  {caption}".format(**row) for row in rows), {"captions": rows})
     found = scorer.match(args.captions, [image])
-    for row, caption in enumerate(args.captions):
-        match = "match" if found.matches[row, 0] else "no match"
-        print(f"{found.scores[row, 0]:+8.3f}  {found.probabilities[row, 0]:6.1%}  {match:8}  {caption}")
-    print(found.calibration)
+    columns = (args.captions, found.scores[:, 0], found.probabilities[:, 0], found.matches[:, 0])
+    rows = [
+        dict(zip(("caption", "score", "probability", "match"), row, strict=True)) for row in zip(*columns, strict=True)
+    ]
+    lines = [
+        f"{score:+8.3f}  {probability:6.1%}  {'match' if match else 'no match':8}  {caption}"
+        for caption, score, probability, match in zip(*columns, strict=True)
+    ]
+    return Result("\n".join([*lines, str(found.calibration)]), {"captions": rows, "calibration": found.calibration})
 
 
 def _calibrate_arguments(add: Add) -> None:
@@ -58,21 +66,19 @@ def _calibrate_arguments(add: Add) -> None:
 
 
 @commands.register("calibrate", "Measures the probability of a match by score, for a checkpoint", _calibrate_arguments)
-def _calibrate(args: Namespace) -> None:
+def _calibrate(args: Namespace) -> object:
     check_paths(args, "captions", "regions")
     from ..tasks.retrieval.calibration import calibrate
 
-    print(
-        calibrate(
-            args.model,
-            args.captions,
-            args.regions,
-            split=args.split,
-            caption_ids=args.caption_ids,
-            seed=args.seed,
-            max_length=args.max_length,
-            skip_missing=args.skip_missing,
-        )
+    return calibrate(
+        args.model,
+        args.captions,
+        args.regions,
+        split=args.split,
+        caption_ids=args.caption_ids,
+        seed=args.seed,
+        max_length=args.max_length,
+        skip_missing=args.skip_missing,
     )
 
 
@@ -82,7 +88,7 @@ def _export_arguments(add: Add) -> None:
 
 
 @commands.register("export-onnx", "A checkpoint → an ONNX graph, checked against PyTorch", _export_arguments)
-def _export(args: Namespace) -> None:
+def _export(args: Namespace) -> object:
     from ..scoring.onnx_export import export_onnx
 
-    print(export_onnx(args.model, args.output))
+    return export_onnx(args.model, args.output)
