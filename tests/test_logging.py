@@ -34,6 +34,16 @@ for options in ({{}}, {{"disable": False}}, {{"disable": True}}):
     assert shown == (["{}:", "{'disable': False}:"] if variable == "NOTHING" else [])
 
 
+def test_one_bar_at_a_time(capsys):
+    """One within another stands in its place, and leaves it to it: no line is ever below the first."""
+    with logging.tqdm(range(2), desc="Training") as around:
+        list(logging.tqdm(range(3), desc="Evaluating", leave=False))
+        around.update()
+    shown = capsys.readouterr().err
+    assert "Evaluating:" in shown and shown.index("Evaluating") < shown.rindex("Training: ")
+    assert shown.count("\n") == 1 and "\x1b[A" not in shown
+
+
 def test_there_is_no_other_bar():
     """`tqdm(…)` by itself lets `disable=False` overrule TQDM_DISABLE."""
     bars = [

@@ -36,11 +36,18 @@ def coloured(text: str, code: int, stream: TextIO) -> str:
 
 
 def tqdm(*args: Any, disable: bool = False, **kwargs: Any) -> Any:
-    """Makes a progress bar with tqdm's arguments; `disable` says that this process shows none."""
+    """
+    Makes a progress bar with tqdm's arguments, in the place of those around it; `disable` says that this process shows
+    none.
+    """
     from tqdm import auto
 
     if disable or _are_bars_disabled():
         kwargs["disable"] = True  # passing False on would overrule TQDM_DISABLE
+    elif around := list(auto.tqdm._instances):  # one at a time: it stands where they stood, until it ends
+        for bar in around:
+            bar.clear()
+        kwargs.setdefault("position", 0)
     return auto.tqdm(*args, **kwargs)
 
 

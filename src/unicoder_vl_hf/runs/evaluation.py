@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import datasets
+import torch
+from transformers import PreTrainedModel
 
 from ..data.captions import check_tokens, join, read_captions
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processes import resolve_precision
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
@@ -23,6 +26,7 @@ class EvaluationArguments:
     caption_ids: str | None = option(
         None, "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."
     )
+    mixed_precision: str = option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
 
     def open_data(self) -> tuple[RegionStore, datasets.Dataset]:
         """
@@ -49,3 +53,15 @@ class EvaluationArguments:
         model, processor = load_for_store(self.model, store)
         check_tokens(captions, processor.tokenizer, self.captions)
         return model, processor
+
+
+def evaluation_dtype(mixed_precision: str, model: PreTrainedModel) -> torch.dtype | None:
+    """
+    Gives the dtype in which a model is evaluated, None for its own.
+
+    Args:
+        mixed_precision (`str`): `"auto"`, `"no"`, `"bf16"` or `"fp16"`, see [`resolve_precision`].
+        model ([`PreTrainedModel`]): The model, on its device.
+    """
+    precision = resolve_precision(mixed_precision, model.device.type, model.config.hidden_size)
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -11,7 +11,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 from ..data.captions import check_tokens
@@ -21,7 +20,7 @@ from ..files import write_json
 from ..processes import Computing, new_accelerator, start_processes
 from ..regions.shuffled import ShuffledStore
 from ..runs.arguments import make_parser, option
-from ..runs.evaluation import EvaluationArguments
+from ..runs.evaluation import EvaluationArguments, evaluation_dtype
 from ..runs.setup import in_words, is_unicoder_vl
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
 from ..tasks.pretraining.evaluation import (
@@ -44,7 +43,6 @@ class PretrainingEvaluationArguments(EvaluationArguments):
     )
     shuffle_regions: bool = option(False, "Gives every image the regions of another.")
     moc: bool = option(True, "Measures masked object classification, too; --no_moc for regions without classes.")
-    mixed_precision: str = option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
     seed: int = option(0, "Seed of the masks, the mismatches and the shuffling.")
     output: str | None = option(None, "JSON file that the metrics are written to.")
 
@@ -83,7 +81,7 @@ def main(argv: list[str] | None = None):
     print(f"The tasks of pre-training, {in_words(captions)}")
     print(metrics_table(metrics, pretraining_chance(metrics)))
 
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    dtype = evaluation_dtype(args.mixed_precision, accelerator.unwrap_model(model))
     retrieval = zero_shot_retrieval(
         accelerator.unwrap_model(model), processor, regions, captions, args.num_retrieval_images, dtype
     )
