@@ -20,13 +20,15 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.regions.store import RegionStore
 from unicoder_vl_hf.runs import arguments as arguments_module, setup
 from unicoder_vl_hf.runs.arguments import parse_arguments
-from unicoder_vl_hf.runs.evaluation import evaluation_dtype
+from unicoder_vl_hf.runs.evaluation import evaluation_dtype, evaluation_precision
 from unicoder_vl_hf.runs.log import in_a_table
 from unicoder_vl_hf.runs.model_card import TrainingRun
 from unicoder_vl_hf.runs.trainer import training_defaults
 from unicoder_vl_hf.scenes import questions as scenes_vcr
 from unicoder_vl_hf.scoring.checkpoints import load_for_scoring
 from unicoder_vl_hf.scripts.evaluate_pretraining import PretrainingEvaluationArguments
+from unicoder_vl_hf.tasks.entailment.run_evaluation import EntailmentEvaluationArguments
+from unicoder_vl_hf.tasks.nlvr2.run_evaluation import NLVR2EvaluationArguments
 from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
 from unicoder_vl_hf.tasks.retrieval import training as finetuning
@@ -38,6 +40,7 @@ from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, prepare_
 from unicoder_vl_hf.tasks.vcr.pretraining import VCRPretrainingArguments, prepare_vcr_pretraining
 from unicoder_vl_hf.tasks.vcr.run_evaluation import VCREvaluationArguments
 from unicoder_vl_hf.tasks.vcr.training import VCRArguments, load_for_vcr, prepare_vcr
+from unicoder_vl_hf.tasks.vqa.run_evaluation import VQAEvaluationArguments
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,9 @@ EVALUATIONS = {
     TwoStageArguments: "--captions c",
     GalleryArguments: "--captions c --output o --photos p",
     VCREvaluationArguments: "--annotations a",
+    EntailmentEvaluationArguments: "--annotations a",
+    NLVR2EvaluationArguments: "--annotations a",
+    VQAEvaluationArguments: "--questions q",
 }
 
 
@@ -134,6 +140,17 @@ def test_the_dtype_of_an_evaluation():
     assert dtypes == {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     with pytest.raises(ValueError, match="'fp8', expected auto, no, bf16 or fp16"):
         evaluation_dtype("fp8", model)
+
+
+def test_an_evaluation_in_bf16():
+    model, inputs = tiny.model(UnicoderVLForImageTextRetrieval), tiny.padded_batch()
+    model.config.padding_free = True
+    with torch.no_grad(), evaluation_precision("no", model):
+        full = model(**inputs).scores
+    with torch.no_grad(), evaluation_precision("bf16", model):
+        rounded = model(**inputs).scores
+    difference = (full - rounded).abs().max()
+    assert 0 < difference < 0.1
 
 
 def test_the_table_that_ends_a_training():

@@ -2,40 +2,52 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .commands import Add, Commands, Result, add_caption_ids, add_detector_option, check_paths, detector_options
+from .commands import Add, Commands, Result, add_caption_ids, add_detector, check_paths, detector_options
+
+if TYPE_CHECKING:
+    from ..scoring.scorer import ImageTextScorer
 
 commands = Commands()
 
 
-def _score_arguments(add: Add) -> None:
+def _add_scorer(add: Add) -> None:
+    """Adds the image and the options of [`_open_scorer`]."""
     add("image", help="photo, saved record (.npz), or image id of --regions")
-    add("captions", nargs="+", metavar="caption", help="sentence to score the image with")
     add("--model", required=True, help="checkpoint with its processor")
     add("--regions", help="folder of the store in which image ids are looked up")
-    add(
-        "--detector",
-        metavar="FAMILY:NAME",
-        help="detector of the photo (default: that of the regions that --model was trained on)",
+    add_detector(add)
+
+
+def _open_scorer(args: Namespace) -> "tuple[ImageTextScorer, str | Path]":
+    """Opens the scorer, and gives the image: the file of a saved record as a path, any other by its name."""
+    if args.regions is None and not Path(args.image).is_file():
+        raise FileNotFoundError(f"{args.image} is no file; if it is an image id, name its store: --regions FOLDER.")
+    from ..scoring.scorer import ImageTextScorer
+
+    options = detector_options(args, "trained_on")
+    scorer = ImageTextScorer.from_pretrained(
+        args.model,
+        args.regions,
+        detector=args.detector,
+        detector_options=options,
+        cache=args.cache,
+        verbose=False,
     )
-    add_detector_option(add, "grid_size=7")
+    is_record = args.image.endswith(".npz") and Path(args.image).is_file()
+    return scorer, Path(args.image) if is_record else args.image
+
+
+def _score_arguments(add: Add) -> None:
+    _add_scorer(add)
+    add("captions", nargs="+", metavar="caption", help="sentence to score the image with")
 
 
 @commands.register("score", "Scores a photo with sentences", _score_arguments)
 def _score(args: Namespace) -> object:
     check_paths(args, "regions")
-    if args.regions is None and not Path(args.image).is_file():
-        raise FileNotFoundError(f"{args.image} is no file; if it is an image id, name its store: --regions FOLDER.")
-    from ..scoring.scorer import ImageTextScorer
-
-    scorer = ImageTextScorer.from_pretrained(
-        args.model,
-        args.regions,
-        detector=args.detector,
-        detector_options=detector_options(args, "trained_on"),
-        verbose=False,
-    )
-    image = Path(args.image) if args.image.endswith(".npz") and Path(args.image).is_file() else args.image
+    scorer, image = _open_scorer(args)
     if scorer.model.config.calibration is None:
         rows = [
             {"caption": caption, "score": score}
@@ -52,6 +64,31 @@ def _score(args: Namespace) -> object:
         for caption, score, probability, match in zip(*columns, strict=True)
     ]
     return Result("\n".join([*lines, str(found.calibration)]), {"captions": rows, "calibration": found.calibration})
+
+
+def _explain_arguments(add: Add) -> None:
+    _add_scorer(add)
+    add("caption", help="sentence whose score is explained")
+    add(
+        "--photos", help="photos of the store, to draw on: folder, .tar, or folder of a dataset (default: a blank page)"
+    )
+    add("--photo-ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)")
+    add("--output", required=True, help="HTML file to write")
+
+
+@commands.register(
+    "explain", "Shows which regions mattered for each word of a sentence and its score", _explain_arguments
+)
+def _explain(args: Namespace) -> object:
+    check_paths(args, "regions", "photos")
+    from ..search.encoders import Photos
+    from ..search.explaining import explain_on_photo
+
+    photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
+    explanation, page = explain_on_photo(*_open_scorer(args), args.caption, photos, title="Why this score")
+    Path(args.output).write_text(page, encoding="utf-8")
+    text = f"{explanation.score:+8.3f}  {args.caption}\nExplained in {args.output}"
+    return Result(text, {"caption": args.caption, "score": explanation.score, "path": args.output})
 
 
 def _calibrate_arguments(add: Add) -> None:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .commands import Add, Commands, add_detector_option, check_paths, detector_options
+from .commands import Add, Commands, add_detector, check_paths, detector_options
 
 commands = Commands()
 
@@ -10,12 +10,7 @@ commands = Commands()
 def _serve_arguments(add: Add) -> None:
     add("model", help="checkpoint with its processor")
     add("--regions", help="folder of the store in which image ids are looked up")
-    add(
-        "--detector",
-        metavar="FAMILY:NAME",
-        help="detector of photos (default: that of the regions that the model was trained on)",
-    )
-    add_detector_option(add, "grid_size=7")
+    add_detector(add)
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=8000, help="port to listen on, 0 for any that is free (default: 8000)")
     add("--max-length", type=int, default=44, help="most tokens of a sentence (default: 44)")
@@ -49,6 +44,7 @@ def _serve(args: Namespace) -> None:
             args.regions,
             detector=args.detector,
             detector_options=detector_options(args, "trained_on"),
+            cache=args.cache,
             limits=limits,
             max_length=args.max_length,
         )

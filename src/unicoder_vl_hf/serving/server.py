@@ -54,6 +54,7 @@ def open_app(
     *,
     detector: str | None = None,
     detector_options: Mapping[str, Any] | None = None,
+    cache: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     max_length: int = 44,
 ) -> FastAPI:
@@ -61,7 +62,7 @@ def open_app(
     Loads a checkpoint, with its detector where there is one, and makes the application that serves it.
 
     Args:
-        model, regions, detector, detector_options: See [`ImageTextScorer.from_pretrained`].
+        model, regions, detector, detector_options, cache: See [`ImageTextScorer.from_pretrained`].
         limits ([`Limits`], *optional*): The most that is taken.
         max_length (`int`, *optional*, defaults to 44): Most tokens of a sentence; longer ones are cut.
 
@@ -72,7 +73,7 @@ def open_app(
     scorer = ImageTextScorer.from_pretrained(model, regions, verbose=False)
     trained_on = scorer.processor.feature_extractor.region_provenance
     finder: RegionFinder | None = RegionFinder(
-        detector, trained_on=trained_on, device=scorer.model.device, **(detector_options or {})
+        detector, trained_on=trained_on, device=scorer.model.device, cache=cache, **(detector_options or {})
     )
     try:
         finder.load()

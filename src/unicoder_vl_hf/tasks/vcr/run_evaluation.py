@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -26,7 +25,7 @@ from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import evaluation_dtype
+from ...runs.evaluation import evaluation_precision, precision_option
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import VCRExamples, read_vcr
 from .metrics import vcr_metrics, write_submission
@@ -45,7 +44,7 @@ class VCREvaluationArguments:
     gt_features: str | None = option(None, "RegionStore of features pooled in the ground-truth boxes.")
     ids: str = option("stem", "Image ids: stem (of a photo's name) or path.")
     rationale_model: str | None = option(None, "Checkpoint that scores the rationales. Default: --model.")
-    mixed_precision: str = option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
+    mixed_precision: str = precision_option()
     max_length: int = option(156, "Most tokens of a choice; longer ones are cut.")
     batch_size: int = option(32, "Questions at a time, in each process.")
     submission: str | None = option(None, "CSV file to write for the leaderboard.")
@@ -77,8 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     answering = load_with_collator(args.model, store, args)
     reasoning = answering if args.rationale_model is None else load_with_collator(args.rationale_model, store, args)
     premises = VCRExamples(rows, "qar", every_answer=every_answer)
-    dtype = evaluation_dtype(args.mixed_precision, answering[0])
-    with torch.autocast(state.device.type, dtype, enabled=dtype is not None):
+    with evaluation_precision(args.mixed_precision, answering[0]):
         answers = choice_probabilities(*answering, VCRExamples(rows, "qa"), batch_size=args.batch_size)
         rationales = choice_probabilities(*reasoning, premises, batch_size=args.batch_size)
     if not state.is_main_process:
