@@ -954,9 +954,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         model.load_state_dict({key: value for key, value in source.items() if key in target - tied}, strict=False)
         model.tie_weights()
         model.eval()  # As from_pretrained leaves it.
-        logger.warning(
-            f"{cls.__name__} from BERT {name}: new parameters {new}; left unused in the checkpoint {unused}."
-        )
+        told = f"{cls.__name__} from BERT {name}: new are {_parts_of(new)}"
+        logger.warning(f"{told}; unused in the checkpoint {_parts_of(unused)}." if unused else f"{told}.")
         return (model, BertLoadingReport(new=new, unused=unused)) if output_loading_info else model
 
     @classmethod
@@ -2140,6 +2139,12 @@ def triplet_hinges(
     probabilities = scores.sigmoid()
     hinges = (margin - probabilities[:, None] + probabilities).clamp(min=0)
     return hinges * captions, hinges * images
+
+
+def _parts_of(keys: list[str]) -> str:
+    """Names the parts of a model that parameters belong to."""
+    parts = [key.removesuffix(".weight").removesuffix(".bias").split(".")[:3] for key in keys]
+    return ", ".join(dict.fromkeys(map(".".join, parts)))
 
 
 def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:

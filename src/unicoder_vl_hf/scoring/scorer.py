@@ -150,6 +150,7 @@ class ImageTextScorer:
         self.max_tokens = max_tokens or MAX_TOKENS.get(model.device.type, MAX_TOKENS_ELSEWHERE)
         self.block_pairs = block_pairs
         self.verbose = verbose
+        self._frozen: PairEncoder | None = None
 
     @classmethod
     def from_pretrained(
@@ -303,8 +304,17 @@ class ImageTextScorer:
         with evaluating(self.model):
             return self._plan(blocks, self._encoder(), set(), start_processes().num_processes)
 
+    def freeze(self) -> Self:
+        """
+        Keeps the form of the weights that scoring computes with, instead of making it anew in every call: for a model
+        that is trained no further.
+        """
+        with evaluating(self.model):
+            self._frozen = self._encoder()
+        return self
+
     def _encoder(self) -> PairEncoder:
-        return PairEncoder(self.model, self.dtype, self.max_tokens)
+        return self._frozen or PairEncoder(self.model, self.dtype, self.max_tokens)
 
     def _run(self, blocks: "_Blocks", output_dir: str | os.PathLike | None) -> np.ndarray:
         state = start_processes()
