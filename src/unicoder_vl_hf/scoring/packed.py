@@ -29,6 +29,25 @@ from ..records_unicoder_vl import RegionRecord
 RECORDS_AT_ONCE = 32
 
 
+def fingerprint(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> tuple | None:
+    """
+    Gives what a [`PairEncoder`] of this model follows from: any change of a weight changes it, however it was made. It
+    costs a quarter of the encoder, which copies the weights. None for a model whose encoder must be made anew each
+    time: on another device than the CPU, with modules of other libraries, whose state may be in no weight, or with
+    hooks.
+    """
+    ours = (type(model).__module__, "torch.nn.", "transformers.")
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or not type(module).__module__.startswith(ours):
+            return None
+    if model.device.type != "cpu":
+        return None
+    names, weights = zip(*model.named_parameters(), strict=True)
+    rows = [torch.hash_tensor(weight.detach(), dim=-1).view(torch.int64).reshape(-1) for weight in weights]
+    config = model.config
+    return names, config.to_json_string(), config._attn_implementation, model.dtype, torch.cat(rows).numpy().tobytes()
+
+
 @dataclass
 class Rows:
     """The embeddings of several items, one behind the other: item i is `states[starts[i] : starts[i] + lengths[i]]`."""
