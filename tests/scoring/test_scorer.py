@@ -285,6 +285,29 @@ def test_a_model_whose_state_is_not_all_in_its_weights_has_no_encoder_kept(model
     assert other._encoder() is not other._encoder()
 
 
+@pytest.mark.parametrize("num_hidden_layers", [1, 2, 3])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("pairs", [1, 30])  # of the same captions and images: shared, their rows are projected once
+def test_first_and_last_layer_are_computed_once_and_for_cls_alone(num_hidden_layers, implementation, pairs):
+    model = tiny.model(UnicoderVLForImageTextRetrieval, num_hidden_layers=num_hidden_layers)
+    model.set_attn_implementation(implementation)
+    for weight in model.bert.encoder.parameters():  # biases, too, which are new, and zero
+        weight.data += 0.1 * torch.randn(weight.shape)
+    kept = scorer(model)
+    *layers, last = kept._encoder().bert.encoder.layer
+    assert type(last.attention.self) is packed.FirstTokenAttention
+    keys, calls = [layer.attention.self.key for layer in layers[:1]], []
+    for key in keys:
+        key.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    index = np.zeros(pairs, dtype=int)
+    found = kept.score_pairs(CAPTIONS[:1], IMAGES[:1], index, index)
+    with torch.no_grad():
+        inputs = tiny.processor()(text=CAPTIONS[:1], regions=STORE[IMAGES[0]], return_tensors="pt")
+        assert_close(found, np.full(pairs, model(**inputs).scores.item(), dtype=np.float32))
+    length = inputs["input_ids"].shape[1] + inputs["region_features"].shape[1]
+    assert calls == [length if pairs > 1 else 1] * len(keys)  # rows, or one batch of a single sequence
+
+
 def test_order_of_captions_and_images(model, expected):
     rng = np.random.default_rng(1)
     rows, columns = rng.permutation(len(CAPTIONS)), rng.permutation(len(IMAGES))
