@@ -105,7 +105,6 @@ def test_the_command(in_photos, stored, tmp_path, capsys):
     assert "cut has a damaged file of weights" in capsys.readouterr().err
 
 
-
 def test_the_command_for_machines_and_without_bars_of_libraries(in_photos, stored, capfd):
     assert main(["score", "photo_0.png", *CAPTIONS, "--model", str(in_photos / "model"), "--json"]) == 0
     output, error = capfd.readouterr()
