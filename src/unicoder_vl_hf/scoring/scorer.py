@@ -152,9 +152,6 @@ class ImageTextScorer:
         self.verbose = verbose
         self._made: tuple[Any, PairEncoder] | None = None  # the last encoder, and what it follows from
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_made": None}  # its weights are in oneDNN's layout, which cannot be copied
-
     @classmethod
     def from_pretrained(
         cls,
@@ -273,7 +270,8 @@ class ImageTextScorer:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was read meanwhile is no part of it, so that `dataset.map` knows it again.
-        return {name: value for name, value in vars(self).items() if name != "calibration"}
+        # And an encoder's weights are in oneDNN's layout, which cannot be copied.
+        return {name: value for name, value in vars(self).items() if name != "calibration"} | {"_made": None}
 
     @cached_property
     def calibration(self) -> Calibration:
