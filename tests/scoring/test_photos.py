@@ -92,7 +92,7 @@ def test_the_command(in_photos, stored, tmp_path, capsys):
         assert main(["score", *words[:1], *CAPTIONS, "--model", model, *words[1:]]) == 0
         assert capsys.readouterr().out == wanted
     assert main(["score", "dog.png", "a dog", "--model", model]) == 1
-    assert "'dog.png' is no file, and as an image id it needs a store: pass store=… (--reg" in capsys.readouterr().err
+    assert "dog.png is no file; if it is an image id, name its store: --regions" in capsys.readouterr().err
     found, cache = [], ["--cache", str(tmp_path / "cache")]
     for _ in range(2):
         assert main(["score", "photo_0.png", *CAPTIONS, "--model", model, *cache]) == 0
@@ -103,6 +103,14 @@ def test_the_command(in_photos, stored, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:1000])
     assert main(["score", "photo_0.png", "a dog", "--model", str(tmp_path / "cut")]) == 1
     assert "cut has a damaged file of weights" in capsys.readouterr().err
+
+
+def test_the_command_for_machines_and_without_bars_of_libraries(in_photos, stored, capfd):
+    assert main(["score", "photo_0.png", *CAPTIONS, "--model", str(in_photos / "model"), "--json"]) == 0
+    output, error = capfd.readouterr()
+    rows = json.loads(output)["captions"]
+    assert [row["caption"] for row in rows] == CAPTIONS and error == ""
+    np.testing.assert_allclose([row["score"] for row in rows], stored[:, 0], atol=1e-5)
 
 
 # Yes or no
@@ -155,6 +163,9 @@ def test_a_calibrated_checkpoint_says_yes_or_no(in_photos, stored, tmp_path, cap
     assert found.calibration == known
     assert main(["score", "photo_0.png", CAPTIONS[0], "--model", model]) == 0
     assert capsys.readouterr().out.endswith(f"{CAPTIONS[0]}\n{known}\n")
+    assert main(["score", "photo_0.png", CAPTIONS[0], "--model", model, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert Calibration(**told["calibration"]) == known and told["captions"][0]["match"] == bool(found.matches[0, 0])
     scorer.model.bert.pooler.dense.bias.data += 1
     del scorer.calibration
     with pytest.raises(ValueError, match="was calibrated with other weights"):

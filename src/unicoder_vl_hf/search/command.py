@@ -55,14 +55,16 @@ class SearchResult:
     def __str__(self) -> str:
         # Where the similarity adds nothing, what orders is the score itself; where there is no score, the similarity.
         alike = any(hit.is_alike for hit in self.hits)
-        columns = ["similarity"] if alike else ["score", "similarity"]
+        proposed = any(hit.similarity is not None for hit in self.hits)
+        shown = {"score": not alike, "similarity": proposed}
+        columns = [name for name, is_shown in shown.items() if is_shown]
         if self.weight is not None and self.weight.value > 0:
             columns.insert(0, self.weight.formula)
         rows = [["rank", *columns, ""]]
         for rank, hit in enumerate(self.hits, start=1):
-            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - 1]
-            similarity = "" if hit.similarity is None else f"{hit.similarity:.3f}"
-            rows.append([str(rank), *scores, similarity, hit.name])
+            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - proposed]
+            similarity = [] if hit.similarity is None else [f"{hit.similarity:.3f}"]
+            rows.append([str(rank), *scores, *similarity, hit.name])
         widths = [4, *(max(8, len(column)) for column in columns), 0]
         lines = [self.query]
         lines += [
@@ -362,7 +364,7 @@ def _write_gallery(
     """Writes a gallery: each found image whole, then with its surest regions, on a blank page if there is no photo."""
     from PIL import Image
 
-    from ..pictures import GalleryItem, draw_regions, write_gallery
+    from ..pictures import GalleryItem, blank_page, draw_regions, write_gallery
 
     class_names = store.provenance.get("class_names") or None
     problems: list[str] = []
@@ -374,7 +376,7 @@ def _write_gallery(
                 photo = photos.of(record)
             except (KeyError, ValueError) as error:
                 problems.append(error.args[0])
-        page = photo or Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
+        page = photo or blank_page(record)
         if not _have_scores(record):
             return [page]
         drawn = draw_regions(page, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)
