@@ -6,8 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from places import ROOT
+
+from unicoder_vl_hf import UnicoderVLForImageTextRetrieval
 
 
 @pytest.fixture
@@ -94,3 +97,18 @@ def test_gpu_check_in_miniature(benchmark, monkeypatch, tmp_path, capsys):
     assert json.loads(output.read_text())["took"] == took
     if not torch.cuda.is_available():
         assert check.main([]) == 1 and "There is no GPU here" in capsys.readouterr().err
+
+
+def test_the_time_from_a_photo_to_its_scores(benchmark, capsys, monkeypatch):
+    """Of one row, with a tiny model in place of the BERT-base."""
+    latency = benchmark("photo_latency")
+
+    def small(feature_dim):
+        return tiny.model(UnicoderVLForImageTextRetrieval, region_feature_dim=feature_dim), tiny.processor()
+
+    monkeypatch.setattr(latency, "checkpoint", small)
+    latency.main("ResNet-50, 448")
+    *_, row = capsys.readouterr().out.splitlines()
+    title, regions, found, rate, scored = [cell.strip() for cell in row.strip("|").split("|")]
+    assert title == "`grid`, ResNet-50, 448 pixels" and regions == "50"
+    assert all(float(cell) > 0 for cell in (found, rate, scored))
