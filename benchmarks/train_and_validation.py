@@ -1,4 +1,4 @@
-"""What a retrieval model has learned by heart: its losses and choices on the training split, beside the validation split.
+"""What a retrieval model learned by heart: its losses and choices on the training split, beside the validation split.
 
     python benchmarks/train_and_validation.py MODEL CAPTIONS REGIONS
 
