@@ -4,18 +4,22 @@ the Hub (`google-bert/bert-base-uncased`) tiny folders, which transformers takes
 """
 
 import json
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import photo_world
 import region_stores
 import sister_files
 import small_world
+import test_entailment
+import test_grounding
+import test_nlvr2
 import tiny
 import vcr_miniature
 import visual_genome_files as visual_genome
-import vqa_miniature
 from photos import photo
 
 from unicoder_vl_hf import (
@@ -64,9 +68,42 @@ def build() -> None:
     tiny.processor(**provenance).save_pretrained("runs/mine-retrieval")
     calibrate("runs/mine-retrieval", "captions.jsonl", "my-regions")
     _write_vcr()
-    _write_vqa(provenance)
-    line = {"pairID": "1", "Flickr30K_ID": "36979", "sentence2": "A dog runs.", "gold_label": "entailment"}
-    Path("snli_ve_dev.jsonl").write_text(json.dumps(line))
+    _write_tasks(provenance)
+
+
+def _write_tasks(provenance: dict) -> None:
+    """Writes files of VQA, SNLI-VE, NLVR2, RefCOCO and Flickr30k Entities, and a model that answers questions."""
+    model = tiny.model(
+        UnicoderVLForQuestionAnswering, id2label={0: "2", 1: "3"}, region_feature_dim=provenance["feature_dim"]
+    )
+    model.save_pretrained("runs/vqa")
+    tiny.processor(**provenance).save_pretrained("runs/vqa")
+    ids = [{"question_id": number, "image_id": 1} for number in range(18)]
+    questions = [{**of_question, "question": "how many dogs ?"} for of_question in ids]
+    annotations = [
+        {
+            **of_question,
+            "multiple_choice_answer": str(2 + number % 2),
+            "answers": [{"answer": str(2 + number % 2)}] * 10,
+        }
+        for number, of_question in enumerate(ids)
+    ]
+    _write_json("v2_OpenEnded_mscoco_train2014_questions.json", {"questions": questions})
+    _write_json("v2_mscoco_train2014_annotations.json", {"annotations": annotations})
+    _write_json("snli_ve_dev.jsonl", test_entailment.LINE)
+    _write_json("dev.json", test_nlvr2.LINE)
+    for folder in ("refcoco", "Flickr30kEntities/Sentences", "Flickr30kEntities/Annotations"):
+        Path(folder).mkdir(parents=True)
+    refs = [of_ref | {"split": "val"} for of_ref in test_grounding.REFS]
+    Path("refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    _write_json("refcoco/instances.json", test_grounding.INSTANCES)
+    Path("Flickr30kEntities/Sentences/36979.txt").write_text("[/EN#12/people Two men] wave .\n")
+    Path("Flickr30kEntities/Annotations/36979.xml").write_text(test_grounding.XML)
+    Path("test.txt").write_text("36979\n")
+
+
+def _write_json(path: str, content: Any) -> None:
+    Path(path).write_text(json.dumps(content) + "\n")
 
 
 def _write_captions() -> None:
@@ -115,19 +152,3 @@ def _write_vcr() -> None:
     dimensions = {"region_feature_dim": vcr_miniature.FEATURE_DIM, "vocab_size": len(vcr_miniature.VOCABULARY)}
     tiny.model(UnicoderVLForMultipleChoice, **dimensions).save_pretrained("my-model")
     vcr_miniature.processor(feature_dim=vcr_miniature.FEATURE_DIM).save_pretrained("my-model")
-
-
-def _write_vqa(provenance: dict) -> None:
-    """As many questions of two answers as make each a class."""
-    questions, annotations = vqa_miniature.vqa_questions(), vqa_miniature.vqa_annotations()
-    numbers = [{"question_id": number} for number in range(18)]
-    questions["questions"] = [questions["questions"][0] | number for number in numbers]
-    items = [item | {"image_id": 458752} for item in annotations["annotations"]]
-    annotations["annotations"] = [items[-1] | number for number in numbers[:9]]
-    annotations["annotations"] += [items[1] | number for number in numbers[9:]]
-    Path("v2_OpenEnded_mscoco_train2014_questions.json").write_text(json.dumps(questions))
-    Path("v2_mscoco_train2014_annotations.json").write_text(json.dumps(annotations))
-    answers = {"id2label": dict(enumerate("012345")), "label2id": {str(number): number for number in range(6)}}
-    width = provenance["feature_dim"]
-    tiny.model(UnicoderVLForQuestionAnswering, region_feature_dim=width, **answers).save_pretrained("runs/vqa")
-    tiny.processor(**provenance).save_pretrained("runs/vqa")
