@@ -225,14 +225,17 @@ class UnicoderVLFloat32Linear(nn.Linear):
             return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 
 
+class UnicoderVLLocationProjection(UnicoderVLFloat32Linear):
+    """Projects locations in float32: bfloat16 has 8 bits, a box of a 1000-pixel photo would move by 4 pixels."""
+
+
 class UnicoderVLRegionEmbeddings(nn.Module):
     """Embeds regions as LayerNorm(FC(feature) + FC(location)): one LayerNorm of the sum (paper, Image Embeddings)."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
-        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
-        self.location_projection = UnicoderVLFloat32Linear(config.region_location_dim, config.hidden_size)
+        self.location_projection = UnicoderVLLocationProjection(config.region_location_dim, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
@@ -868,6 +871,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             init.normal_(module.image_token_embedding, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, UnicoderVLUniterRegionEmbeddings):
             init.normal_(module.hidden_feature, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, UnicoderVLLocationProjection) and self.config.location_initializer_range is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.location_initializer_range)
         elif isinstance(module, UnicoderVLFirstStage):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 

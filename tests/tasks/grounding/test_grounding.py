@@ -295,7 +295,7 @@ def evaluate(trained, world, **options):
 
 def test_what_a_run_leaves_and_its_evaluation(trained, world, tmp_path, capsys):
     model, _ = load_for_grounding(trained, RegionStore(world / "regions"))
-    assert type(model) is UnicoderVLForGrounding
+    assert type(model) is UnicoderVLForGrounding and model.config.location_initializer_range == 1
     said = json.loads((trained / "eval_results.json").read_text())
     evaluate(
         trained, world, refs=world / "refs.json", instances=world / "instances.json", output=tmp_path / "val.json",
