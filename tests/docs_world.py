@@ -32,7 +32,6 @@ from unicoder_vl_hf.checkpoints import import_checkpoint
 from unicoder_vl_hf.data import read_captions
 from unicoder_vl_hf.regions import extract
 from unicoder_vl_hf.scenes import build_scenes
-from unicoder_vl_hf.scoring.onnx_export import export_onnx
 from unicoder_vl_hf.tasks.retrieval import calibrate, train_first_stage
 
 IDS = ["1000268201_693b08cb0e", "1001773457_577c3a7d70", "COCO_val2014_000000391895", "1002674143_1b742ab4b8"]
@@ -68,7 +67,6 @@ def build() -> None:
     model.save_pretrained("runs/mine-retrieval")
     tiny.processor(**provenance).save_pretrained("runs/mine-retrieval")
     calibrate("runs/mine-retrieval", "captions.jsonl", "my-regions")
-    export_onnx("runs/mine-retrieval", "mine.onnx")
     _write_vcr()
     _write_tasks(provenance)
 

@@ -6,6 +6,7 @@ from . import (
     scenes as scenes,
     scoring as scoring,
     search as search,
+    serving as serving,
     tasks as tasks,
 )
 from ._version import __version__ as __version__

@@ -9,7 +9,7 @@ makes BERT a decoder.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -583,15 +583,15 @@ class UnicoderVLSelfAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         query_states: torch.Tensor | None = None,
         groups: list[tuple[int, int]] | None = None,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The arguments after the second are for packed sequences, see [`UnicoderVLModel.encode_packed`]."""
         query_states = hidden_states if query_states is None else query_states
         input_shape = query_states.shape[:-1]
-        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.query(query_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        key = self.key(hidden_states).view(hidden_shape).transpose(1, 2)
-        value = self.value(hidden_states).view(hidden_shape).transpose(1, 2)
+        if projected is None:
+            projected = self.query(query_states), self.key(hidden_states), self.value(hidden_states)
+        query, key, value = (states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2) for states in projected)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -959,9 +959,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         model.load_state_dict({key: value for key, value in source.items() if key in target - tied}, strict=False)
         model.tie_weights()
         model.eval()  # As from_pretrained leaves it.
-        logger.warning(
-            f"{cls.__name__} from BERT {name}: new parameters {new}; left unused in the checkpoint {unused}."
-        )
+        told = f"{cls.__name__} from BERT {name}: new are {_parts_of(new)}"
+        logger.warning(f"{told}; unused in the checkpoint {_parts_of(unused)}." if unused else f"{told}.")
         return (model, BertLoadingReport(new=new, unused=unused)) if output_loading_info else model
 
     @classmethod
@@ -1204,7 +1203,12 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             joint_mask = torch.cat((text_part.bool(), region_part.bool()), dim=1)
         return hidden_states, joint_mask, text_mask
 
-    def encode_packed(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
+    def encode_packed(
+        self,
+        hidden_states: torch.Tensor,
+        groups: list[tuple[int, int]],
+        projected: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         r"""
         Encodes sequences without padding for a head that reads `[CLS]` alone: there is no attention mask, and the last
         layer computes the first token of each sequence alone. The values are those of `forward`, but for rounding.
@@ -1214,6 +1218,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 The embeddings of all sequences, one behind the other, those of equal length side by side.
             groups (`list[tuple[int, int]]`):
                 Number and length of the sequences of each length, in the order in which they lie.
+            projected (three `torch.Tensor` of shape `(num_tokens, hidden_size)`, *optional*):
+                Queries, keys and values of these states in the first of several layers, where they are known.
 
         Returns:
             `torch.Tensor` of shape `(num_sequences, hidden_size)`: the first row of each sequence's last hidden state.
@@ -1222,8 +1228,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         hidden_states = hidden_states[None]
         *layers, last_layer = self.encoder.layer
         kwargs = packed.attention_kwargs()
+        known = None if projected is None else tuple(states[None] for states in projected)
         for layer in layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states, known = layer(hidden_states, projected=known, **kwargs), None
         first = hidden_states[:, packed.starts]
         kwargs = packed.attention_kwargs(first_only=True)
         # By position: reentrant checkpoints cut the graph at positional arguments alone.
@@ -2146,6 +2153,12 @@ def triplet_hinges(
     probabilities = scores.sigmoid()
     hinges = (margin - probabilities[:, None] + probabilities).clamp(min=0)
     return hinges * captions, hinges * images
+
+
+def _parts_of(keys: list[str]) -> str:
+    """Names the parts of a model that parameters belong to."""
+    parts = [key.removesuffix(".weight").removesuffix(".bias").split(".")[:3] for key in keys]
+    return ", ".join(dict.fromkeys(map(".".join, parts)))
 
 
 def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:
