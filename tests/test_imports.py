@@ -49,7 +49,7 @@ LIGHT = {
         f"{command} --help": "usage: unicoder-vl "
         for command in (
             "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check "
-            "foil foil-accuracy score explain app calibrate plan"
+            "foil foil-accuracy score explain app calibrate plan ask vqa-check"
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
@@ -139,7 +139,15 @@ except AttributeError as error:
 
 
 ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
-ROOMS += [".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
+ROOMS += [
+    ".tasks.entailment",
+    ".tasks.foil",
+    ".tasks.nlvr2",
+    ".tasks.pretraining",
+    ".tasks.retrieval",
+    ".tasks.vcr",
+    ".tasks.vqa",
+]
 
 
 @pytest.mark.parametrize("name", ROOMS)

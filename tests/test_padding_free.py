@@ -11,6 +11,7 @@ from unicoder_vl_hf import (
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
+    UnicoderVLForQuestionAnswering,
     UnicoderVLModel,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLEncoder, UnicoderVLLayer
@@ -37,6 +38,14 @@ def multiple_choice_batch():
     batch["token_region_ids"] = torch.where(torch.arange(7) == 1, 0, -1).expand(2, 2, -1)
     return {name: tensor[:2] if "region_" in name and name != "token_region_ids" else tensor
             for name, tensor in batch.items()} | {"labels": torch.tensor([1, 0])}  # fmt: skip
+
+
+def questions_batch():
+    """Five questions about four images, of which two share one."""
+    batch = padded_batch()
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = batch[name][[0, 1, 2, 3, 0]]
+    return batch | {"image_index": torch.tensor([0, 1, 2, 3, 3]), "labels": (torch.arange(10) % 4 / 3).view(5, 2)}
 
 
 def retrieval_model(model_class):
@@ -99,6 +108,7 @@ def computed(monkeypatch):
         (UnicoderVLForPreTraining, tiny.model, pretraining_batch),
         (UnicoderVLForImageTextRetrieval, retrieval_model, retrieval_batch),
         (UnicoderVLForMultipleChoice, tiny.model, multiple_choice_batch),
+        (UnicoderVLForQuestionAnswering, tiny.model, questions_batch),
     ],
 )
 def test_same_loss_and_gradients(model_class, build, batch, implementation, computed):

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,46 @@ def dot_chart(rows: Mapping[str, Sequence[float]], path: str | os.PathLike, *, l
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+def draw_answers(
+    path: str | os.PathLike,
+    photo: Image.Image,
+    text: str,
+    answers: Sequence[tuple[str, float]],
+    right: str | None = None,
+) -> Path:
+    """
+    Draws a text about a photo, such as a question, beside the photo, and a bar for each answer to it.
+
+    Args:
+        path (`str` or `os.PathLike`): The PNG file to write.
+        photo (`PIL.Image.Image`): The photo in any size.
+        text (`str`): The text.
+        answers (sequence of `(str, float)`): Answers with their probabilities, in `[0, 1]`, from the top down.
+        right (`str`, *optional*): The right answer, whose bar is green; below the bars it is named where none is it.
+
+    Returns:
+        `Path`: `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _new_figure(9.0, 3.6)
+    figure.suptitle("\n".join(textwrap.wrap(text, 80)), fontweight="bold")
+    shown, axes = figure.subplots(1, 2)
+    shown.imshow(np.asarray(photo))
+    shown.set_axis_off()
+    names, values = zip(*answers, strict=True)
+    colours = [PALETTE[2] if name == right else PALETTE[0] for name in names]
+    bars = axes.barh(range(len(names)), values, color=colours)
+    axes.bar_label(bars, [f"{100 * value:.1f} %" for value in values], padding=3, fontsize=9)
+    axes.set(xlim=(0, 1.2), xticks=[], yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    if right is not None and right not in names:
+        axes.set_xlabel(f"right: {right}", loc="left")
+    figure.savefig(path, dpi=110)
     return Path(path)
 
 

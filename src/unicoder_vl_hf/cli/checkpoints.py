@@ -34,6 +34,12 @@ def _import_arguments(add: Add) -> None:
         type=int,
         help="attention heads of a layer, where no config.json tells them",
     )
+    add(
+        "--task",
+        choices=("vqa", "entailment", "nlvr2"),
+        help="task of its head (default: as it tells; entailment tells not)",
+    )
+    add("--answers", help="file of the names of that head's outputs, such as trainval_label2ans.pkl")
     add("--approximate", action="store_true", help="take what is near where nothing is exact, and say so")
 
 
@@ -50,6 +56,8 @@ def _import(args: Namespace) -> None:
         region_type=args.region_type,
         num_attention_heads=args.num_attention_heads,
         approximate=args.approximate,
+        task=args.task,
+        answers=args.answers,
     )
     print(done)
 

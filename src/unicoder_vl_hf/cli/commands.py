@@ -77,6 +77,17 @@ def add_caption_ids(add: Add) -> None:
     )
 
 
+def add_detector(add: Add) -> None:
+    """Adds the options of what finds the regions of a photo that is given in place of an image of the store."""
+    add(
+        "--detector",
+        metavar="FAMILY:NAME",
+        help="detector of the photo (default: that of the regions that --model was trained on)",
+    )
+    add_detector_option(add, "grid_size=7")
+    add("--cache", metavar="FOLDER", help="folder of a store that keeps the regions of photos for the next time")
+
+
 def add_detector_option(add: Add, example: str) -> None:
     """Adds the option `--option`, see [`detector_options`]."""
     add(

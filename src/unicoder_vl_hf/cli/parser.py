@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import USER_ERRORS, end_with, stopped
 from ..name_lists import did_you_mean
-from . import app, checkpoints, foil, photos, plan, retrieval, scoring, search, stores, vcr
+from . import app, checkpoints, foil, photos, plan, retrieval, scoring, search, stores, vcr, vqa
 
-FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, foil, vcr, app, plan)
+FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, foil, vcr, vqa, app, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ JOBS: list[tuple[str, str, int]] = [
     ("COCO 5K, the test split scored: 5,000 x 25,000", "scoring", 5_000 * 25_000),
     ("Flickr30k, an epoch of fine-tuning: 145,000 pairs with 6 negatives", "training", 145_000 * 7),
     ("COCO, an epoch of fine-tuning: 566,435 pairs with 6 negatives", "training", 566_435 * 7),
+    ("VQA v2, an epoch of fine-tuning: 443,757 questions", "training", 443_757),
     ("Conceptual Captions, an epoch of pre-training: 3.0M pairs, each with a mismatch", "training", 3_000_000 * 2),
     ("Conceptual Captions, the paper's 10 epochs", "training", 10 * 3_000_000 * 2),
 ]

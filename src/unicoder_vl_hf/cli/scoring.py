@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import Add, Commands, add_caption_ids, add_detector_option, check_paths, detector_options
+from .commands import Add, Commands, add_caption_ids, add_detector, check_paths, detector_options
 
 if TYPE_CHECKING:
     from ..scoring.scorer import ImageTextScorer
@@ -17,12 +17,7 @@ def _add_scorer(add: Add) -> None:
     add("image", help="photo, saved record (.npz), or image id of --regions")
     add("--model", required=True, help="checkpoint with its processor")
     add("--regions", help="folder of the store in which image ids are looked up")
-    add(
-        "--detector",
-        metavar="FAMILY:NAME",
-        help="detector of the photo (default: that of the regions that --model was trained on)",
-    )
-    add_detector_option(add, "grid_size=7")
+    add_detector(add)
 
 
 def _open_scorer(args: Namespace) -> "tuple[ImageTextScorer, str | Path]":
@@ -31,7 +26,12 @@ def _open_scorer(args: Namespace) -> "tuple[ImageTextScorer, str | Path]":
 
     options = detector_options(args, "trained_on")
     scorer = ImageTextScorer.from_pretrained(
-        args.model, args.regions, detector=args.detector, detector_options=options, verbose=False
+        args.model,
+        args.regions,
+        detector=args.detector,
+        detector_options=options,
+        cache=args.cache,
+        verbose=False,
     )
     is_record = args.image.endswith(".npz") and Path(args.image).is_file()
     return scorer, Path(args.image) if is_record else args.image

@@ -7,7 +7,7 @@ from .commands import (
     Add,
     Commands,
     add_caption_ids,
-    add_detector_option,
+    add_detector,
     add_growth,
     check_paths,
     detector_options,
@@ -54,18 +54,9 @@ def _index(args: Namespace) -> None:
 
 def _search_arguments(add: Add) -> None:
     add("text", nargs="?", help="sentence to search images by")
-    add(
-        "--image",
-        metavar="FILE",
-        help="search captions instead, by a photo, or a saved record (.npz)",
-    )
-    add("--image-id", metavar="ID", help="search captions instead, by an image of the store")
-    add(
-        "--detector",
-        metavar="FAMILY:NAME",
-        help="detector of the photo (default: that of the regions that --model was trained on)",
-    )
-    add_detector_option(add, "grid_size=7")
+    add("--image", metavar="FILE", help="photo, or saved record (.npz), to search captions by, or images like it")
+    add("--image-id", metavar="ID", help="image of the store, to search captions by, or images like it")
+    add_detector(add)
     add("--index", help="index of images, or of captions for --image and --image-id")
     add("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
     add("--regions", help="folder of the store (default: that of the index)")
@@ -88,7 +79,7 @@ def _search_arguments(add: Add) -> None:
 
 
 @commands.register(
-    "search", "Finds the images that match a sentence best, or the captions that match an image", _search_arguments
+    "search", "Finds the images that match a sentence or are like an image, or an image's captions", _search_arguments
 )
 def _search(args: Namespace) -> None:
     check_paths(args, "index", "regions", "photos", "captions")
@@ -115,7 +106,8 @@ def _search(args: Namespace) -> None:
         top_k=args.top_k,
         gallery=args.gallery,
         detector=args.detector,
-        detector_options=detector_options(args),
+        detector_options=detector_options(args, "trained_on"),
+        cache=args.cache,
     )
     print(found)
 

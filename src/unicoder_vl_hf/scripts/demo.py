@@ -4,15 +4,23 @@
 
 Writes a pre-trained model, in `retrieval/` one for retrieval with a first stage of search, `curves.png`, `gallery.html`
 (caption -> best five scenes, found in two stages) and `metrics.json`. Both trainings take the strong recipe, and both
-begin with new weights: within minutes pre-training costs retrieval more than it gives (docs/matching_head.md). It fails
-below 5 times chance, or where the matching head orders what the first stage proposes clearly worse than that did.
-Ctrl-C stops it, and the same command goes on; what is trained already is not trained again.
+begin with new weights: within minutes pre-training costs retrieval more than it gives (docs/matching_head.md). So they
+run at the same time, pre-training in a process of its own, which writes `pretraining.txt`. It fails below 5 times
+chance, or where the matching head orders what the first stage proposes clearly worse than that did. Ctrl-C stops it,
+and the same command goes on; what is trained already is not trained again.
 """
 
+import _thread
+import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,12 +29,14 @@ from PIL import Image
 
 from ..data.captions import read_captions
 from ..errors import run_script
+from ..files import write_json
 from ..pictures import GalleryItem, training_curves, write_gallery
 from ..processes import Computing, start_processes
 from ..regions.store import RegionStore
 from ..runs.arguments import make_parser
 from ..runs.checkpoints import CheckpointFolder
 from ..runs.setup import DATA_FOLDER, SCENES_MODEL
+from ..scenes import world
 from ..scoring.checkpoints import load_for_store
 from ..scoring.scorer import ImageTextScorer
 from ..search.encoders import UnicoderVLDualEncoder
@@ -39,6 +49,10 @@ from ..tasks.retrieval import run as run_retrieval
 from ..tasks.retrieval.metrics import retrieval_metrics
 from ..tasks.retrieval.protocols import DIRECTIONS, KS, RetrievalTest, chance, retrieval_test
 from ..tasks.retrieval.two_stage_report import two_stage_report
+
+# The process that pre-trains runs this, with the options of the demo, and says by these exit codes that it was stopped.
+PRETRAINING = [sys.executable, "-m", "unicoder_vl_hf.scripts.demo", "--pretraining_alone"]
+STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)
 
 # Rows of the table: the first stage's order, that of the matching head among its best, and that of both.
 FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best, both added"
@@ -60,6 +74,18 @@ class DemoArguments:
         },
     )
     num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of both trainings. Default: each has its own."})
+    max_steps: int = field(default=-1, metadata={"help": "Steps of each training; -1 takes all of its epochs."})
+    mixed_precision: str = field(
+        default="auto",
+        metadata={"help": "Precision of both: auto (what the hardware is fast in), no or bf16."},
+    )
+    pretraining_alone: bool = field(default=False, metadata={"help": "Only pre-trains, and measures that model."})
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options that go to both trainings by the same name."""
+        return {"recipe": "strong", "max_steps": self.max_steps} | ({} if self.seed is None else {"seed": self.seed})
 
 
 @dataclass
@@ -77,6 +103,16 @@ class DemoFolders:
     def scenes(self) -> Path:
         """The folder of the rendered scenes: their captions, photos and regions."""
         return self.output / DATA_FOLDER / "scenes"
+
+    @property
+    def log(self) -> Path:
+        """The file of what the process that pre-trains says."""
+        return self.output / "pretraining.txt"
+
+    @property
+    def zero_shot(self) -> Path:
+        """The file of the metrics that the pre-trained model has in retrieval."""
+        return self.output / "zero-shot.json"
 
     @property
     def index(self) -> Path:
@@ -97,13 +133,13 @@ class SceneSearch:
 
     @classmethod
     def open(cls, args: DemoArguments, folders: DemoFolders) -> "SceneSearch":
-        """Opens the scenes and loads the retrieval model; both must have been made by [`train_both`]."""
+        """Opens the scenes and loads the retrieval model; which [`train_for_retrieval`] made."""
         store = RegionStore(folders.scenes / "regions")
         model, processor = load_for_store(folders.retrieval, store)
         encoder = UnicoderVLDualEncoder(model, processor, store, folders.retrieval)
         scorer = ImageTextScorer(model, processor, store)
         return cls(
-            test=retrieval_test(read_captions(folders.scenes / "captions.jsonl", split="test")),
+            test=test_scenes(folders),
             store=store,
             encoder=encoder,
             scorer=scorer,
@@ -117,17 +153,26 @@ def main(argv: list[str] | None = None) -> None:
     Runs the demo with the options of `argv`, by default those of the command line.
 
     Raises:
-        `ValueError`: the model finds hardly more than chance does, see [`check_learned`].
+        `ValueError`: the model finds hardly more than chance does, see [`check_learned`]; or pre-training failed.
     """
+    argv = sys.argv[1:] if argv is None else argv
     (args,) = make_parser(DemoArguments).parse_args_into_dataclasses(argv)
     started, folders = time.perf_counter(), DemoFolders(Path(args.output_dir))
-    train_both(folders)
-    with Computing.choose("no", start_processes().device.type, SCENES_MODEL["hidden_size"]).threads():
-        scenes = SceneSearch.open(args, folders)
-        results = measure(scenes, folders)
+    if args.pretraining_alone:
+        pretrain(args, folders)
+        return
+    world.build_scenes(folders.scenes)  # before both trainings look for them
+    print(f"Pre-training runs beside the training for retrieval: {folders.log}", flush=True)
+    with beside([*PRETRAINING, *argv], folders.log):
+        train_for_retrieval(args, folders)
+        with computing().threads():
+            scenes = SceneSearch.open(args, folders)
+            found = measure(scenes)
+    results = {"zero-shot": json.loads(folders.zero_shot.read_text()), **found}
+    with computing().threads():
         captions = draw_gallery(scenes, folders, args.num_queries, results)
     pretraining = draw_curves(folders)
-    (folders.output / "metrics.json").write_text(json.dumps({"pretraining": pretraining, **results}, indent=2) + "\n")
+    write_json(folders.output / "metrics.json", {"pretraining": pretraining, **results})
 
     print(f"\nPre-training, validation scenes\n{metrics_table(pretraining, pretraining_chance(pretraining))}")
     print(f"\n{scenes.test.title} (percent)\n{recall_table(results)}\n{BOTH_STAGES}: {scenes.weight}")
@@ -140,18 +185,74 @@ def main(argv: list[str] | None = None) -> None:
     check_learned(results)
 
 
-def train_both(folders: DemoFolders) -> None:
-    """Pre-trains, then trains for retrieval with a first stage; what is trained already is not trained again."""
-    train(run_pretraining.main, CheckpointFolder(folders.output), recipe="strong", num_train_epochs=1)
+@contextlib.contextmanager
+def beside(command: Sequence[str], log: Path) -> Iterator[None]:
+    """
+    Runs a block while `command` runs in a process of its own, whose output goes to `log`, and then waits for it. Where
+    the block ends early, by Ctrl-C or an error, the process gets SIGTERM; where the process fails, the block gets what
+    Ctrl-C sends.
+
+    Raises:
+        `ValueError`: the process failed; the message has the last line of its output.
+    """
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"TQDM_DISABLE": "1"},
+            start_new_session=True,  # Ctrl-C would reach it twice, which is "at once, without a checkpoint"
+        )
+
+    def interrupt_if_failed() -> None:
+        if process.wait() not in (0, *STOPPED):
+            _thread.interrupt_main()
+
+    watch = threading.Thread(target=interrupt_if_failed, daemon=True)
+    watch.start()
+    try:
+        yield
+        watch.join()
+        if process.returncode:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if process.poll() in (None, 0, *STOPPED):
+            raise
+        said = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit code {process.returncode}"]
+        raise ValueError(f"Pre-training failed, see {log}: {said[-1]}") from None
+    finally:
+        process.terminate()
+        watch.join()
+
+
+def computing() -> Computing:
+    """Chooses how the models score."""
+    return Computing.choose("no", start_processes().device.type, SCENES_MODEL["hidden_size"])
+
+
+def pretrain(args: DemoArguments, folders: DemoFolders) -> None:
+    """Pre-trains, unless it was done before, and measures what the model finds without training for retrieval."""
+    options = args.options | {"num_train_epochs": 1, "mixed_precision": args.mixed_precision}
+    train(run_pretraining.main, CheckpointFolder(folders.output), **options)
+    store = RegionStore(folders.scenes / "regions")
+    (fold,) = test_scenes(folders).folds
+    with computing().threads():
+        scorer = ImageTextScorer(*load_for_store(folders.output, store), store)
+        scores = scorer.score(fold.captions, fold.image_ids)
+    write_json(folders.zero_shot, retrieval_metrics(scores, fold.image_of_caption))
+
+
+def train_for_retrieval(args: DemoArguments, folders: DemoFolders) -> None:
+    """Trains for retrieval with a first stage, unless it was done before."""
     shutil.copytree(folders.scenes, folders.retrieval / folders.scenes.relative_to(folders.output), dirs_exist_ok=True)
-    train(
-        run_retrieval.main,
-        CheckpointFolder(folders.retrieval, state_file="trainer_state.json"),
-        recipe="strong",
-        num_train_epochs=3,
-        max_validation_images=0,
-        learning_rate=SCENES["learning_rate"],
-    )
+    options = args.options | {
+        "num_train_epochs": 3,
+        "max_validation_images": 0,
+        "learning_rate": SCENES["learning_rate"],
+    }
+    if args.mixed_precision != "auto":
+        options["bf16"] = args.mixed_precision == "bf16"
+    train(run_retrieval.main, CheckpointFolder(folders.retrieval, state_file="trainer_state.json"), **options)
 
 
 def train(run: Callable[[list[str]], object], checkpoints: CheckpointFolder, **options: object) -> None:
@@ -167,19 +268,20 @@ def train(run: Callable[[list[str]], object], checkpoints: CheckpointFolder, **o
         raise KeyboardInterrupt
 
 
-def measure(scenes: SceneSearch, folders: DemoFolders) -> dict[str, dict[str, float]]:
-    """Measures the rows of the table on the test scenes: the metrics of each, in `[0, 1]`, chance among them."""
+def test_scenes(folders: DemoFolders) -> RetrievalTest:
+    """Opens the retrieval test of the test scenes."""
+    return retrieval_test(read_captions(folders.scenes / "captions.jsonl", split="test"))
+
+
+def measure(scenes: SceneSearch) -> dict[str, dict[str, float]]:
+    """Measures the search in two stages on the test scenes: the metrics of each row, in `[0, 1]`, chance among them."""
     (fold,) = scenes.test.folds
-    zero_shot = ImageTextScorer(*load_for_store(folders.output, scenes.store), scenes.store)
-    scores = zero_shot.score(fold.captions, fold.image_ids)
-    results = {"zero-shot": retrieval_metrics(scores, fold.image_of_caption)}
     report = two_stage_report(
         scenes.encoder, scenes.scorer, fold, [scenes.candidates], similarity_weights=(0.0, scenes.weight.value)
     )
-    for name, row in zip((FIRST_STAGE, SCORED, BOTH_STAGES), report.rows, strict=True):
-        results[name] = row.metrics
-    results["chance"] = chance(scenes.test)
-    return results
+    names = (FIRST_STAGE, SCORED, BOTH_STAGES)
+    results = {name: row.metrics for name, row in zip(names, report.rows, strict=True)}
+    return results | {"chance": chance(scenes.test)}
 
 
 def draw_gallery(

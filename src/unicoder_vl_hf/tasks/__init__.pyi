@@ -1,1 +1,8 @@
-from . import pretraining as pretraining, retrieval as retrieval, vcr as vcr
+from . import (
+    entailment as entailment,
+    nlvr2 as nlvr2,
+    pretraining as pretraining,
+    retrieval as retrieval,
+    vcr as vcr,
+    vqa as vqa,
+)
