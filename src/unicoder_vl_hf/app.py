@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from markupsafe import Markup
 from PIL import Image
 
 from . import logging
+from .modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from .pictures import blank_page, draw_regions
 from .regions.store import RegionStore
 from .scoring.scorer import ImageTextScorer
@@ -82,7 +83,8 @@ class PhotoApp:
         self.scorer = ImageTextScorer.from_pretrained(
             model, self.store, detector=detector, detector_options=detector_options, verbose=False
         )
-        self.encoder = UnicoderVLDualEncoder(self.scorer.model, self.scorer.processor, self.store, model)
+        loaded = cast(UnicoderVLForImageTextRetrieval, self.scorer.model)
+        self.encoder = UnicoderVLDualEncoder(loaded, self.scorer.processor, self.store, model)
         if index is None:
             with tempfile.TemporaryDirectory() as folder:  # embeddings stay in memory
                 self.index = build_index(self.encoder, self.store, Path(folder) / "index")
@@ -109,7 +111,7 @@ class PhotoApp:
         """Finds the captions that match an image best, which is the id of a stored one or a photo."""
         assert self.captions_index is not None
         with self._lock:
-            return search([image], self.captions_index, self.encoder, self.scorer, top_k=FOUND)[0]  # type: ignore[list-item]
+            return search([image], self.captions_index, self.encoder, self.scorer, top_k=FOUND)[0]
 
     def explain(self, image: str | Image.Image, sentence: str) -> str:
         """Explains the score of an image with a sentence, as HTML."""
