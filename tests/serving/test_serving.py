@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -233,8 +233,9 @@ def test_photos_of_a_host_that_is_named(world, expected):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site:
-        threading.Thread(target=site.serve_forever, daemon=True).start()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site, ExitStack() as stack:
+        threading.Thread(target=site.serve_forever).start()
+        stack.callback(site.shutdown)
         host = f"127.0.0.1:{site.server_port}"
         limits = Limits(photo_hosts=[host], max_bytes=100_000)
         with running(open_app(str(world / "model"), limits=limits)) as port:
