@@ -1,7 +1,7 @@
 """The commands of scoring: a photo with sentences, and what scores mean."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def _score(args: Namespace) -> object:
     return Result("\n".join([*lines, str(found.calibration)]), {"captions": rows, "calibration": found.calibration})
 
 
-def _rows(**columns: Sequence[Any]) -> list[dict[str, Any]]:
+def _rows(**columns: Iterable[Any]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
