@@ -18,6 +18,7 @@ FLOORS = [
     ["app"],
     ["scripts"],
     ["tasks"],
+    ["serving"],
     ["search"],
     ["runs"],
     ["scenes"],

@@ -36,7 +36,7 @@ def _import_arguments(add: Add) -> None:
     )
     add(
         "--task",
-        choices=("vqa", "entailment", "nlvr2"),
+        choices=("vqa", "entailment", "nlvr2", "grounding"),
         help="task of its head (default: as it tells; entailment tells not)",
     )
     add("--answers", help="file of the names of that head's outputs, such as trainval_label2ans.pkl")
@@ -44,10 +44,10 @@ def _import_arguments(add: Add) -> None:
 
 
 @commands.register("import-checkpoint", "The weights of a sister of Unicoder-VL, as a model of ours", _import_arguments)
-def _import(args: Namespace) -> None:
+def _import(args: Namespace) -> object:
     from ..checkpoints.importing import import_checkpoint
 
-    done = import_checkpoint(
+    return import_checkpoint(
         args.source,
         args.output,
         family=args.family,
@@ -59,11 +59,10 @@ def _import(args: Namespace) -> None:
         task=args.task,
         answers=args.answers,
     )
-    print(done)
 
 
 @commands.register("inspect-checkpoint", "Tells what a folder of weights holds, of ours or of others", _add_source)
-def _inspect(args: Namespace) -> None:
+def _inspect(args: Namespace) -> object:
     from ..checkpoints.inspection import inspect_checkpoint
 
-    print(inspect_checkpoint(args.source, args.revision))
+    return inspect_checkpoint(args.source, args.revision)

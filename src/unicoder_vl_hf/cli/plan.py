@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from .commands import Add, Commands
+from .commands import Add, Commands, Result
 
 commands = Commands()
 
@@ -29,19 +29,23 @@ def _plan_arguments(add: Add) -> None:
 
 
 @commands.register("plan", "Measured rates → hours for Flickr30k, COCO and Conceptual Captions", _plan_arguments)
-def _plan(args: Namespace) -> None:
+def _plan(args: Namespace) -> object:
     if args.processes < 1:
         raise ValueError(f"--processes is {args.processes}, expected at least 1.")
+    lines, data = [], []
     for path in args.measured:
         measured = _read(path)
         told = measured["machine"]
         unit = f"{told['gpu']}, a GPU" if "gpu" in told else f"{told['cpu']}, a core"
         for dtype, rates in measured["rates"].items():
             each = ", ".join(f"{rate:,.4g} {UNITS[work]} a second" for work, rate in rates.items() if rate)
-            print(f"{unit}, {dtype}: {each}")
+            lines.append(f"{unit}, {dtype}: {each}")
             for job, work, count in JOBS:
                 if rates.get(work):
-                    print(f"{count / rates[work] / args.processes / 3600:>12,.1f} h  {job}")
+                    hours = count / rates[work] / args.processes / 3600
+                    lines.append(f"{hours:>12,.1f} h  {job}")
+                    data.append({"measured": path, "on": unit, "dtype": dtype, "job": job, "hours": hours})
+    return Result("\n".join(lines), data)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import Add, Commands, add_caption_ids, add_detector, check_paths, detector_options
+from .commands import Add, Commands, Result, add_caption_ids, add_detector, check_paths, detector_options
 
 if TYPE_CHECKING:
     from ..scoring.scorer import ImageTextScorer
@@ -22,6 +22,8 @@ def _add_scorer(add: Add) -> None:
 
 def _open_scorer(args: Namespace) -> "tuple[ImageTextScorer, str | Path]":
     """Opens the scorer, and gives the image: the file of a saved record as a path, any other by its name."""
+    if args.regions is None and not Path(args.image).is_file():
+        raise FileNotFoundError(f"{args.image} is no file; if it is an image id, name its store: --regions FOLDER.")
     from ..scoring.scorer import ImageTextScorer
 
     options = detector_options(args, "trained_on")
@@ -43,18 +45,25 @@ def _score_arguments(add: Add) -> None:
 
 
 @commands.register("score", "Scores a photo with sentences", _score_arguments)
-def _score(args: Namespace) -> None:
+def _score(args: Namespace) -> object:
     check_paths(args, "regions")
     scorer, image = _open_scorer(args)
     if scorer.model.config.calibration is None:
-        for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True):
-            print(f"{score:+8.3f}  {caption}")
-        return
+        rows = [
+            {"caption": caption, "score": score}
+            for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True)
+        ]
+        return Result("\n".join("{score:+8.3f}  {caption}".format(**row) for row in rows), {"captions": rows})
     found = scorer.match(args.captions, [image])
-    for row, caption in enumerate(args.captions):
-        match = "match" if found.matches[row, 0] else "no match"
-        print(f"{found.scores[row, 0]:+8.3f}  {found.probabilities[row, 0]:6.1%}  {match:8}  {caption}")
-    print(found.calibration)
+    columns = (args.captions, found.scores[:, 0], found.probabilities[:, 0], found.matches[:, 0])
+    rows = [
+        dict(zip(("caption", "score", "probability", "match"), row, strict=True)) for row in zip(*columns, strict=True)
+    ]
+    lines = [
+        f"{score:+8.3f}  {probability:6.1%}  {'match' if match else 'no match':8}  {caption}"
+        for caption, score, probability, match in zip(*columns, strict=True)
+    ]
+    return Result("\n".join([*lines, str(found.calibration)]), {"captions": rows, "calibration": found.calibration})
 
 
 def _explain_arguments(add: Add) -> None:
@@ -70,7 +79,7 @@ def _explain_arguments(add: Add) -> None:
 @commands.register(
     "explain", "Shows which regions mattered for each word of a sentence and its score", _explain_arguments
 )
-def _explain(args: Namespace) -> None:
+def _explain(args: Namespace) -> object:
     check_paths(args, "regions", "photos")
     from ..search.encoders import Photos
     from ..search.explaining import explain_on_photo
@@ -78,7 +87,8 @@ def _explain(args: Namespace) -> None:
     photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
     explanation, page = explain_on_photo(*_open_scorer(args), args.caption, photos, title="Why this score")
     Path(args.output).write_text(page, encoding="utf-8")
-    print(f"{explanation.score:+8.3f}  {args.caption}\nExplained in {args.output}")
+    text = f"{explanation.score:+8.3f}  {args.caption}\nExplained in {args.output}"
+    return Result(text, {"caption": args.caption, "score": explanation.score, "path": args.output})
 
 
 def _calibrate_arguments(add: Add) -> None:
@@ -93,21 +103,19 @@ def _calibrate_arguments(add: Add) -> None:
 
 
 @commands.register("calibrate", "Measures the probability of a match by score, for a checkpoint", _calibrate_arguments)
-def _calibrate(args: Namespace) -> None:
+def _calibrate(args: Namespace) -> object:
     check_paths(args, "captions", "regions")
     from ..tasks.retrieval.calibration import calibrate
 
-    print(
-        calibrate(
-            args.model,
-            args.captions,
-            args.regions,
-            split=args.split,
-            caption_ids=args.caption_ids,
-            seed=args.seed,
-            max_length=args.max_length,
-            skip_missing=args.skip_missing,
-        )
+    return calibrate(
+        args.model,
+        args.captions,
+        args.regions,
+        split=args.split,
+        caption_ids=args.caption_ids,
+        seed=args.seed,
+        max_length=args.max_length,
+        skip_missing=args.skip_missing,
     )
 
 
@@ -117,7 +125,7 @@ def _export_arguments(add: Add) -> None:
 
 
 @commands.register("export-onnx", "A checkpoint → an ONNX graph, checked against PyTorch", _export_arguments)
-def _export(args: Namespace) -> None:
+def _export(args: Namespace) -> object:
     from ..scoring.onnx_export import export_onnx
 
-    print(export_onnx(args.model, args.output))
+    return export_onnx(args.model, args.output)

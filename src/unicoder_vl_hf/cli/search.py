@@ -30,10 +30,10 @@ def _index_arguments(add: Add) -> None:
 
 
 @commands.register("index", "Embeds the images of a store, or captions, for search", _index_arguments, GO_ON)
-def _index(args: Namespace) -> None:
+def _index(args: Namespace) -> object:
     from ..search.command import make_index
 
-    done = make_index(
+    return make_index(
         args.store,
         args.output,
         model=args.model,
@@ -49,7 +49,6 @@ def _index(args: Namespace) -> None:
         remove=removed(args),
         restart=args.restart,
     )
-    print(done)
 
 
 def _search_arguments(add: Add) -> None:
@@ -81,13 +80,13 @@ def _search_arguments(add: Add) -> None:
 @commands.register(
     "search", "Finds the images that match a sentence or are like an image, or an image's captions", _search_arguments
 )
-def _search(args: Namespace) -> None:
+def _search(args: Namespace) -> object:
     check_paths(args, "index", "regions", "photos", "captions")
     if args.text == "":
         raise ValueError("The sentence is empty: say what the images should show.")
     from ..search.command import run_search
 
-    found = run_search(
+    return run_search(
         args.text,
         image=args.image,
         image_id=args.image_id,
@@ -109,7 +108,6 @@ def _search(args: Namespace) -> None:
         detector_options=detector_options(args, "trained_on"),
         cache=args.cache,
     )
-    print(found)
 
 
 def _add_encoder(add: Add) -> None:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .commands import Add, Commands, add_detector_option, check_paths, detector_options, print_problems
+from .commands import Add, Commands, Result, add_detector_option, check_paths, detector_options, problems
 
 commands = Commands()
 
@@ -19,7 +19,7 @@ def _ask_arguments(add: Add) -> None:
 
 
 @commands.register("ask", "Answers questions about a photo", _ask_arguments)
-def _ask(args: Namespace) -> None:
+def _ask(args: Namespace) -> object:
     check_paths(args, "regions")
     from pathlib import Path
 
@@ -35,16 +35,24 @@ def _ask(args: Namespace) -> None:
     )
     image = Path(args.image) if args.image.endswith(".npz") and Path(args.image).is_file() else args.image
     found = answerer(image, args.questions, args.top)
+    lines, data = [], []
     for question, answers in zip(args.questions, found, strict=True):
-        print(question)
-        for answer, probability in answers:
-            print(f"{probability:8.1%}  {answer}")
+        lines += [question, *(f"{probability:8.1%}  {answer}" for answer, probability in answers)]
+        data.append(
+            {
+                "question": question,
+                "answers": [dict(zip(("answer", "probability"), each, strict=True)) for each in answers],
+            }
+        )
     if args.picture is not None:
         from PIL import Image
 
         from ..pictures import draw_answers
 
-        print(draw_answers(args.picture, Image.open(args.image).convert("RGB"), args.questions[0], found[0]))
+        lines.append(
+            str(draw_answers(args.picture, Image.open(args.image).convert("RGB"), args.questions[0], found[0]))
+        )
+    return Result("\n".join(lines), {"questions": data, "picture": args.picture})
 
 
 def _check_arguments(add: Add) -> None:
@@ -53,7 +61,7 @@ def _check_arguments(add: Add) -> None:
 
 
 @commands.register("vqa-check", "Would the server of VQA or GQA take this submission?", _check_arguments)
-def _check(args: Namespace) -> int:
+def _check(args: Namespace) -> object:
     from ..tasks.vqa.submission import check_submission
 
-    return print_problems(check_submission(args.submission, args.questions))
+    return problems(check_submission(args.submission, args.questions))

@@ -185,7 +185,7 @@ def extract(
             desc=f"Extracting {folder.name}",
             unit="photo",
             total=len(reader),
-            disable=not state.is_main_process,
+            disable=not state.is_main_process or not left,
         )
         rank = f"{state.process_index:05d}"
         part = parts / f"part-{len(before):05d}-{rank}"

@@ -108,13 +108,15 @@ class RegionFinder:
         store = RegionStore(cache)
         # What the detector of the training found is known by its revision, and nothing needs to be loaded.
         is_known = self.detector is None and self.trained_on.get("detector_revision") is not None
-        wanted = self.trained_on if is_known else self._ready().provenance
-        differences = provenance_differences(wanted, store.provenance)
+        wanted = self.trained_on if is_known else self.load().provenance
+        differences = provenance_differences(wanted, store.provenance, ("here", "there"))
         if self._dtype != store.provenance["dtype"]:
-            differences.append(f"dtype {self._dtype!r} in training, {store.provenance['dtype']!r} here")
+            differences.append(f"dtype {self._dtype!r} here, {store.provenance['dtype']!r} there")
+        if not re.fullmatch("[0-9a-f]{64}", image_id := next(iter(store))):
+            differences.append(f"it has the image {image_id!r}, and so is a store of another use")
         if differences:
             raise ValueError(
-                f"{cache} keeps what another detector found: {'; '.join(differences)}. Name another folder (cache=, "
+                f"{cache} is no cache of this detector: {'; '.join(differences)}. Name another folder (cache=, "
                 "--cache)."
             )
         return store
@@ -123,7 +125,7 @@ class RegionFinder:
         """Adds records to the cache, by which the detector may have another name, that of its folder then."""
         if not found:
             return
-        provenance = self._ready().provenance | {"dtype": self._dtype} if store is None else store.provenance
+        provenance = self.load().provenance | {"dtype": self._dtype} if store is None else store.provenance
         options = {name: value for name, value in provenance.items() if name not in ("feature_dim", "package_version")}
         with RegionStoreWriter(cache, resume=True, **options) as writer:
             for key, record in found.items():
@@ -134,7 +136,11 @@ class RegionFinder:
     def _dtype(self) -> str:
         return self.trained_on.get("dtype") or "float32"
 
-    def _ready(self) -> Detector:
+    def load(self) -> Detector:
+        """
+        Loads the detector now, before the first photo comes. Raises ValueError where there is none or it is not that of
+        the training, and OSError where its weights are not here.
+        """
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
@@ -142,7 +148,7 @@ class RegionFinder:
     def _find(self, names: Sequence[str], photos: "Sequence[str | PathLike[str] | Image]") -> Iterator[RegionRecord]:
         if not photos:
             return
-        detector = self._ready()
+        detector = self.load()
         on_cpu = self.device is not None and torch.device(self.device).type == "cpu"
         size = 1 if on_cpu or not torch.accelerator.is_available() else GPU_BATCH_SIZE
         starts = range(0, len(photos), size)

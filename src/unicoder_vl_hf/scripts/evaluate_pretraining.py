@@ -14,7 +14,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from PIL import Image
 from transformers import AutoModelForPreTraining, AutoProcessor
 
@@ -30,7 +29,7 @@ from ..records_unicoder_vl import RegionRecord
 from ..regions.shuffled import ShuffledStore
 from ..regions.store import RegionStore
 from ..runs.arguments import make_parser, option
-from ..runs.evaluation import EvaluationArguments
+from ..runs.evaluation import EvaluationArguments, evaluation_dtype
 from ..runs.setup import in_words, is_unicoder_vl
 from ..search.encoders import Photos
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
@@ -57,7 +56,6 @@ class PretrainingEvaluationArguments(EvaluationArguments):
     )
     shuffle_regions: bool = option(False, "Gives every image the regions of another.")
     moc: bool = option(True, "Measures masked object classification, too; --no_moc for regions without classes.")
-    mixed_precision: str = option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
     seed: int = option(0, "Seed of the masks, the mismatches and the shuffling.")
     output: str | None = option(None, "JSON file that the metrics are written to.")
     gallery: str | None = option(
@@ -104,7 +102,7 @@ def main(argv: list[str] | None = None):
         draw_gallery(args, accelerator.unwrap_model(model), processor, store, captions)
         print(f"Hidden regions: {args.gallery}")
 
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    dtype = evaluation_dtype(args.mixed_precision, accelerator.unwrap_model(model))
     retrieval = zero_shot_retrieval(
         accelerator.unwrap_model(model), processor, regions, captions, args.num_retrieval_images, dtype
     )

@@ -15,6 +15,7 @@ from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
 from ...runs.batches import compute_logits
+from ...runs.evaluation import evaluation_precision, precision_option
 from .collator import DataCollatorForUnicoderVLVisualEntailment
 from .data import read_entailment
 from .training import load_for_entailment, measure
@@ -28,6 +29,7 @@ class EntailmentEvaluationArguments:
     annotations: str = option(..., "Hypotheses: snli_ve_dev.jsonl or snli_ve_test.jsonl.")
     regions: str = option(..., "RegionStore of the images.")
     image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
+    mixed_precision: str = precision_option()
     max_length: int = option(44, "Most tokens of a hypothesis; longer ones are cut.")
     batch_size: int = option(64, "Hypotheses at a time, in each process.")
     output: str | None = option(None, "JSON file that the metrics are written to.")
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_for_entailment(args.model, store)
     length = min(args.max_length, model.config.max_position_embeddings)
     collator = DataCollatorForUnicoderVLVisualEntailment(processor, store, max_length=length)
-    metrics = measure(compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size), rows)
+    with evaluation_precision(args.mixed_precision, model):
+        metrics = measure(compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size), rows)
     if not state.is_main_process:
         return
     for name, value in metrics.items():

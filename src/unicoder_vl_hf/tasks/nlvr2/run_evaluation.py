@@ -15,6 +15,7 @@ from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
 from ...runs.batches import compute_logits
+from ...runs.evaluation import evaluation_precision, precision_option
 from .collator import DataCollatorForUnicoderVLVisualReasoning
 from .data import read_nlvr2
 from .metrics import nlvr2_metrics, write_predictions
@@ -29,6 +30,7 @@ class NLVR2EvaluationArguments:
     annotations: str = option(..., "Sentences: NLVR2's dev.json or test1.json.")
     regions: str = option(..., "RegionStore of the photos.")
     image_ids: str | None = option(None, "Other ids for the photos: stem, coco, a .csv, or CAPTIONS:COLUMN.")
+    mixed_precision: str = precision_option()
     max_length: int = option(44, "Most tokens of a sentence; longer ones are cut.")
     batch_size: int = option(64, "Sentences at a time, in each process.")
     predictions: str | None = option(None, "CSV file of identifiers and judgements to write.")
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_for_nlvr2(args.model, store)
     length = min(args.max_length, model.config.max_position_embeddings)
     collator = DataCollatorForUnicoderVLVisualReasoning(processor, store, max_length=length)
-    judged = compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size).argmax(axis=1)
+    with evaluation_precision(args.mixed_precision, model):
+        judged = compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size).argmax(axis=1)
     if not state.is_main_process:
         return
     if args.predictions is not None:

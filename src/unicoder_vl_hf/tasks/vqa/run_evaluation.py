@@ -24,6 +24,7 @@ from ...pictures import draw_answers
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
+from ...runs.evaluation import evaluation_precision, precision_option
 from ...search.encoders import Photos
 from .data import read_questions
 from .metrics import vqa_metrics
@@ -40,6 +41,7 @@ class VQAEvaluationArguments:
     regions: str = option(..., "RegionStore of the images.")
     annotations: str | None = option(None, "File of their answers; none for GQA, or for a test split.")
     image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
+    mixed_precision: str = precision_option()
     max_length: int = option(44, "Most tokens of a question; longer ones are cut.")
     batch_size: int = option(64, "Questions at a time, in each process.")
     submission: str | None = option(None, "JSON file to write for the server.")
@@ -71,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.questions} has no answers: give --annotations, or --submission for the server's file.")
     model, processor = load_for_vqa(args.model, store)
     collator = make_collator(model, processor, store, min(args.max_length, model.config.max_position_embeddings))
-    answers, probabilities = answer_questions(model, collator, rows, batch_size=args.batch_size)
+    with evaluation_precision(args.mixed_precision, model):
+        answers, probabilities = answer_questions(model, collator, rows, batch_size=args.batch_size)
     if not state.is_main_process:
         return
     if args.submission is not None:
