@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-WITHOUT = {"nothing": "all of it", "regions": "`--without regions`", "photo": "`--without photo`"}
+BLIND = {"grounding": "expression"}  # what a task is left without, by default its regions
 # What a task starts from: new weights learn these from yes and no alone too slowly.
 START = {"entailment": "vqa", "nlvr2": "vqa"}
 LAST_STEP = ["--load_best_model_at_end", "False", "--save_strategy", "no", "--disable_tqdm", "true"]
@@ -50,14 +50,15 @@ def run(task: str, seed: int, without: str, folder: Path, options: list[str]) ->
 def main(argv: list[str] | None = None) -> None:
     """Runs the proofs of `argv`, by default those of the command line; further options go to the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", nargs="+", help="tasks, as the scripts of examples/ name them: vqa")
+    parser.add_argument("tasks", nargs="+", help="vqa, entailment, nlvr2 or grounding")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     args, options = parser.parse_known_args(argv)
     for task in args.tasks:
         print(f"| {task} | metric |", " | ".join(f"seed {seed}" for seed in args.seeds), "|")
         print("|---|---|" + "--:|" * len(args.seeds))
-        for without, words in WITHOUT.items():
+        for without in ("nothing", BLIND.get(task, "regions"), "photo"):
+            words = f"`--without {without}`"
             found = [run(task, seed, without, args.output, options) for seed in args.seeds]
             for name in found[0]:
                 scale = 1 if name == "seconds" else 100

@@ -20,6 +20,8 @@ PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.
 PAGES |= {"SECURITY.md": "security.md"}
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
 IN_DOCSTRING = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
+TYPE = re.compile(r"^( *[\w, *]+ \()(.+?)(?=\):)", re.MULTILINE)  # of an argument: shown as code, default beside it
+NOT_OF_TYPE = re.compile(r"[`*]|, defaults? to.*")
 MODELS = "unicoder_vl_hf.modeling_unicoder_vl"  # transformers writes their docstrings when they are imported
 
 
@@ -45,6 +47,12 @@ def in_site(path: str) -> str:
 def in_repository(page: File) -> str:
     """Gives the file of the repository that a page of the site is made of."""
     return {place: path for path, place in PAGES.items()}.get(page.src_uri, f"docs/{page.src_uri}")
+
+
+def on_config(config):
+    """Names the pages of the API, which no list has to be kept of."""
+    (reference,) = [entry for entry in config.nav[-1]["Reference"] if isinstance(entry, dict)]
+    reference["API"] = [f"api/{room}.md" for room in rooms()]
 
 
 def on_files(files, config):
@@ -94,11 +102,13 @@ class Docstrings(griffe.Extension):
             written = functools.reduce(getattr, obj.path[len(MODELS) + 1 :].split("."), models()).__doc__
             obj.docstring = griffe.Docstring(inspect.cleandoc(written or ""), parent=obj)
         if obj.docstring is not None:
-            obj.docstring.value = IN_DOCSTRING.sub(self._link, obj.docstring.value)
+            text = TYPE.sub(
+                lambda found: found[1] + re.sub(r"[`*]|, defaults? to.*", "", found[2]), obj.docstring.value
+            )
+            obj.docstring.value = IN_DOCSTRING.sub(self._link, text)
 
     def _link(self, match: re.Match) -> str:
-        name, _, member = match[1].partition(".")
-        room = public().get(name)
+        room = public().get(match[1].partition(".")[0])
         return f"[`{match[1]}`][{room}.{match[1]}]" if room else f"`{match[1]}`"
 
 

@@ -4,25 +4,34 @@ the Hub (`google-bert/bert-base-uncased`) tiny folders, which transformers takes
 """
 
 import json
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import photo_world
 import region_stores
 import sister_files
 import small_world
+import test_entailment
+import test_grounding
+import test_nlvr2
 import tiny
 import vcr_miniature
 import visual_genome_files as visual_genome
 from photos import photo
 
-from unicoder_vl_hf import RegionRecord, UnicoderVLForImageTextRetrieval, UnicoderVLForMultipleChoice
+from unicoder_vl_hf import (
+    RegionRecord,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForMultipleChoice,
+    UnicoderVLForQuestionAnswering,
+)
 from unicoder_vl_hf.checkpoints import import_checkpoint
 from unicoder_vl_hf.data import read_captions
 from unicoder_vl_hf.regions import extract
 from unicoder_vl_hf.scenes import build_scenes
-from unicoder_vl_hf.scoring.onnx_export import export_onnx
 from unicoder_vl_hf.tasks.retrieval import calibrate, train_first_stage
 
 IDS = ["1000268201_693b08cb0e", "1001773457_577c3a7d70", "COCO_val2014_000000391895", "1002674143_1b742ab4b8"]
@@ -58,8 +67,43 @@ def build() -> None:
     model.save_pretrained("runs/mine-retrieval")
     tiny.processor(**provenance).save_pretrained("runs/mine-retrieval")
     calibrate("runs/mine-retrieval", "captions.jsonl", "my-regions")
-    export_onnx("runs/mine-retrieval", "mine.onnx")
     _write_vcr()
+    _write_tasks(provenance)
+
+
+def _write_tasks(provenance: dict) -> None:
+    """Writes files of VQA, SNLI-VE, NLVR2, RefCOCO and Flickr30k Entities, and a model that answers questions."""
+    model = tiny.model(
+        UnicoderVLForQuestionAnswering, id2label={0: "2", 1: "3"}, region_feature_dim=provenance["feature_dim"]
+    )
+    model.save_pretrained("runs/vqa")
+    tiny.processor(**provenance).save_pretrained("runs/vqa")
+    ids = [{"question_id": number, "image_id": 1} for number in range(18)]
+    questions = [{**of_question, "question": "how many dogs ?"} for of_question in ids]
+    annotations = [
+        {
+            **of_question,
+            "multiple_choice_answer": str(2 + number % 2),
+            "answers": [{"answer": str(2 + number % 2)}] * 10,
+        }
+        for number, of_question in enumerate(ids)
+    ]
+    _write_json("v2_OpenEnded_mscoco_train2014_questions.json", {"questions": questions})
+    _write_json("v2_mscoco_train2014_annotations.json", {"annotations": annotations})
+    _write_json("snli_ve_dev.jsonl", test_entailment.LINE)
+    _write_json("dev.json", test_nlvr2.LINE)
+    for folder in ("refcoco", "Flickr30kEntities/Sentences", "Flickr30kEntities/Annotations"):
+        Path(folder).mkdir(parents=True)
+    refs = [of_ref | {"split": "val"} for of_ref in test_grounding.REFS]
+    Path("refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    _write_json("refcoco/instances.json", test_grounding.INSTANCES)
+    Path("Flickr30kEntities/Sentences/36979.txt").write_text("[/EN#12/people Two men] wave .\n")
+    Path("Flickr30kEntities/Annotations/36979.xml").write_text(test_grounding.XML)
+    Path("test.txt").write_text("36979\n")
+
+
+def _write_json(path: str, content: Any) -> None:
+    Path(path).write_text(json.dumps(content) + "\n")
 
 
 def _write_captions() -> None:

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from unicoder_vl_hf import UnicoderVLForPreTraining
 from unicoder_vl_hf.cli import build_parser
 from unicoder_vl_hf.scenes.world import sample_scene, scene_captions
+from unicoder_vl_hf.scoring.onnx_export import export_onnx
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -66,6 +67,8 @@ def test_imports_are_from_rooms(page):
 
 # What a page makes itself, and what is in the way of that.
 MADE = {"extraction": ["regions", "vcr-regions"], "regions": ["my-regions"]}
+NEEDED = {"pretrained": {"peft": None}}
+NEEDED["scoring"] = {"sentence_transformers": None, "onnxruntime": None, "onnxscript": None, "transformers": "5.24"}
 # Why a block of Python is not run, as the page says in a comment before it that no reader sees.
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n+```python\n")
 
@@ -79,10 +82,14 @@ def run_page(tmp_path_factory):
 
     @functools.cache
     def run(page: Path) -> tuple[Path, dict]:
+        for library, version in NEEDED.get(page.stem, {}).items():
+            pytest.importorskip(library, minversion=version)
         folder, names = tmp_path_factory.mktemp(page.stem) / "world", {"__name__": page.stem}
         shutil.copytree(world, folder, ignore=shutil.ignore_patterns(*MADE.get(page.stem, [])))
         with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(folder)
+            if page.stem == "scoring":
+                export_onnx("runs/mine-retrieval", "mine.onnx")
             for code in code_of(NOT_RUN.sub("```\n", page.read_text(encoding="utf-8")), "python"):
                 exec(compile(code, str(page), "exec"), names)
         return folder, names
@@ -96,7 +103,10 @@ def test_python_runs(page, run_page):
 
 def test_few_blocks_are_not_run():
     reasons = [(page.name, why) for page in PAGES for why in NOT_RUN.findall(page.read_text(encoding="utf-8"))]
-    assert reasons == [("regions.md", "it needs an account of the Hub")]
+    assert reasons == [
+        ("regions.md", "it needs an account of the Hub"),
+        ("scoring.md", "it fetches a data set of the Hub"),
+    ]
 
 
 def test_new_weights_without_a_network(run_page):
@@ -158,6 +168,13 @@ def test_nothing_points_at_an_index_that_lacks_the_package():
         files += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".html")]
     for path in files:
         assert not re.search(r"pip install ['\"]?unicoder|pypi\.org/project/unicoder", path.read_text("utf-8")), path
+
+
+def test_every_page_is_in_the_list_of_the_readme_and_of_the_site():
+    readme, site = (ROOT / "README.md").read_text("utf-8"), (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in readme.partition("## Documentation")[2], page.name
+        assert f"- {page.name}\n" in site, page.name
 
 
 def test_what_is_sought_in_the_demo_is_there():

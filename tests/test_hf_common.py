@@ -17,10 +17,13 @@ from unicoder_vl_hf import (
     RegionRecord,
     UnicoderVLConfig,
     UnicoderVLFeatureExtractor,
+    UnicoderVLForGrounding,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
     UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment,
+    UnicoderVLForVisualReasoning,
     UnicoderVLModel,
     UnicoderVLProcessor,
 )
@@ -175,6 +178,43 @@ class UnicoderVLForQuestionAnsweringTest(CommonTests, unittest.TestCase):
         inputs = copy.deepcopy(inputs_dict)
         if return_labels:
             inputs["labels"] = torch.full((self.model_tester.batch_size, 2), 0.3)
+        return inputs
+
+
+class UnicoderVLForVisualEntailmentTest(CommonTests, unittest.TestCase):
+    all_model_classes = (UnicoderVLForVisualEntailment,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
+        if return_labels:
+            inputs["labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long)
+        return inputs
+
+
+class UnicoderVLForVisualReasoningTest(CommonTests, unittest.TestCase):
+    """Each row has two photos."""
+
+    all_model_classes = (UnicoderVLForVisualReasoning,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
+        inputs.pop("token_region_ids", None)
+        for name in set(inputs) & {*REGION_INPUTS}:
+            inputs[name] = inputs[name].repeat_interleave(2, dim=0)
+        if return_labels:
+            inputs["labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long)
+        return inputs
+
+
+class UnicoderVLForGroundingTest(CommonTests, unittest.TestCase):
+    """Each row chooses a region."""
+
+    all_model_classes = (UnicoderVLForGrounding,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
+        if return_labels:
+            inputs["labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long)
         return inputs
 
 

@@ -49,7 +49,7 @@ LIGHT = {
         f"{command} --help": "usage: unicoder-vl "
         for command in (
             "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check "
-            "foil foil-accuracy score explain calibrate serve plan ask vqa-check"
+            "foil foil-accuracy score explain app calibrate serve plan ask vqa-check"
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
@@ -139,15 +139,7 @@ except AttributeError as error:
 
 
 ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".serving", ".tasks"]
-ROOMS += [
-    ".tasks.entailment",
-    ".tasks.foil",
-    ".tasks.nlvr2",
-    ".tasks.pretraining",
-    ".tasks.retrieval",
-    ".tasks.vcr",
-    ".tasks.vqa",
-]
+ROOMS += [f".tasks.{task}" for task in "entailment foil grounding nlvr2 pretraining retrieval vcr vqa".split()]
 
 
 @pytest.mark.parametrize("name", ROOMS)

@@ -29,10 +29,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from unicoder_vl_hf import (
     UnicoderVLConfig,
+    UnicoderVLForGrounding,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
     UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment,
     UnicoderVLModel,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import hardest_negative_triplet_loss
@@ -54,6 +56,8 @@ MODEL_CLASSES = [
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment,
+    UnicoderVLForGrounding,
 ]
 
 every_class = pytest.mark.parametrize("model_class", MODEL_CLASSES)
@@ -819,6 +823,9 @@ def test_labels_of_another_number_of_answers_are_refused():
 
 # From BERT
 
+ANSWER_HEAD = [
+    f"answer_head.{part}.{kind}" for part in ("LayerNorm", "decoder", "dense") for kind in ("bias", "weight")
+]
 NEW_REGIONS = [
     "embeddings.image_token_embedding",
     "embeddings.region_embeddings.LayerNorm.bias",
@@ -842,9 +849,9 @@ NEW_HEADS = {
     UnicoderVLForPreTraining: ["matching_head.bias", "matching_head.weight", "region_head.bias", "region_head.weight"],
     UnicoderVLForImageTextRetrieval: ["matching_head.bias", "matching_head.weight"],
     UnicoderVLForMultipleChoice: ["classifier.bias", "classifier.weight"],
-    UnicoderVLForQuestionAnswering: [
-        f"answer_head.{part}.{kind}" for part in ("LayerNorm", "decoder", "dense") for kind in ("bias", "weight")
-    ],
+    UnicoderVLForQuestionAnswering: ANSWER_HEAD,
+    UnicoderVLForVisualEntailment: ANSWER_HEAD,
+    UnicoderVLForGrounding: ["grounding_head.bias", "grounding_head.weight"],
 }
 # What each kind of checkpoint has beyond the encoder: pooler, MLM head, and heads that nobody takes.
 BERT_KINDS = {

@@ -13,6 +13,7 @@ from ._version import __version__ as __version__
 from .configuration_unicoder_vl import UnicoderVLConfig as UnicoderVLConfig
 from .feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor as UnicoderVLFeatureExtractor
 from .modeling_unicoder_vl import (
+    UnicoderVLForGrounding as UnicoderVLForGrounding,
     UnicoderVLForImageTextRetrieval as UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice as UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining as UnicoderVLForPreTraining,
@@ -29,6 +30,7 @@ from .scoring.scorer import ImageTextScorer as ImageTextScorer
 from .tasks.entailment.collator import (
     DataCollatorForUnicoderVLVisualEntailment as DataCollatorForUnicoderVLVisualEntailment,
 )
+from .tasks.grounding.collator import DataCollatorForUnicoderVLGrounding as DataCollatorForUnicoderVLGrounding
 from .tasks.nlvr2.collator import (
     DataCollatorForUnicoderVLVisualReasoning as DataCollatorForUnicoderVLVisualReasoning,
 )

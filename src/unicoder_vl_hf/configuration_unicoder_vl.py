@@ -47,6 +47,8 @@ class UnicoderVLConfig(PreTrainedConfig):
     reasoning_head (`str`, *optional*, defaults to `"paired"`):
         Head of sentences about two photos: `"paired"`, two passes and a linear layer on both outputs of the pooler;
         `"paired_attention"`, in which the two passes ask each other; or `"single"`, one pass with both photos.
+    grounding_layers (`int`, *optional*, defaults to 1):
+        Layers, 1 or 2, of the head that scores the regions that a text may refer to.
     num_region_types (`int`, *optional*, defaults to 0):
         Number of types that regions may have, each a learned vector beside their feature, such as 2 for the two photos
         of a pair; 0 for none, as in the paper. With `region_embedding="uniter"` they are token types instead.
@@ -121,6 +123,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_head: str = "unicoder_vl"
     answer_head: str = "uniter"
     reasoning_head: str = "paired"
+    grounding_layers: int = 1
     num_region_types: int = 0
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
@@ -162,10 +165,11 @@ class UnicoderVLConfig(PreTrainedConfig):
             "region_head": ("unicoder_vl", "uniter"),
             "answer_head": ("uniter", "visual_bert"),
             "reasoning_head": ("paired", "paired_attention", "single"),
+            "grounding_layers": (1, 2),
         }
         for name, known in kinds.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, known))}.")
         if self.region_embedding == "uniter" and (self.region_location_dim != 5 or self.type_vocab_size < 2):
             raise ValueError(
                 "region_embedding='uniter' needs region_location_dim=5 and type_vocab_size=2 or more, as the second "

@@ -9,7 +9,7 @@ makes BERT a decoder.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -580,15 +580,15 @@ class UnicoderVLSelfAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         query_states: torch.Tensor | None = None,
         groups: list[tuple[int, int]] | None = None,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The arguments after the second are for packed sequences, see [`UnicoderVLModel.encode_packed`]."""
         query_states = hidden_states if query_states is None else query_states
         input_shape = query_states.shape[:-1]
-        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.query(query_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        key = self.key(hidden_states).view(hidden_shape).transpose(1, 2)
-        value = self.value(hidden_states).view(hidden_shape).transpose(1, 2)
+        if projected is None:
+            projected = self.query(query_states), self.key(hidden_states), self.value(hidden_states)
+        query, key, value = (states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2) for states in projected)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -765,15 +765,16 @@ class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
 
 class UnicoderVLTaskHead(nn.Module):
     """
-    Gives the logits of a task as UNITER does, `(…, num_outputs)`: a layer twice as wide as the encoder, GELU, LayerNorm
-    and a linear layer. It computes in float32, since in bfloat16 many logits would be equal.
+    Gives the logits of a task as UNITER does, `(…, num_outputs)`: a layer, by default twice as wide as the encoder,
+    GELU, LayerNorm and a linear layer. It computes in float32, since in bfloat16 many logits would be equal.
     """
 
-    def __init__(self, config: UnicoderVLConfig, num_outputs: int):
+    def __init__(self, config: UnicoderVLConfig, num_outputs: int, width: int | None = None):
         super().__init__()
-        self.dense = UnicoderVLFloat32Linear(config.hidden_size, 2 * config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = UnicoderVLFloat32Linear(2 * config.hidden_size, num_outputs)
+        width = 2 * config.hidden_size if width is None else width
+        self.dense = UnicoderVLFloat32Linear(config.hidden_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder = UnicoderVLFloat32Linear(width, num_outputs)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         norm = self.LayerNorm
@@ -836,7 +837,7 @@ class BertLoadingReport:
 # Every other key that only one side has is an error: a renamed layer must not pass as "new".
 _NEW_KEYS = re.compile(
     r"(bert\.)?(embeddings\.region_(type_)?embeddings|embeddings\.image_token_embedding|pooler)"
-    r"|cls\.predictions|region_head|matching_head|classifier|answer_head|reasoning_head|pair_attention|first_stage"
+    r"|cls\.predictions|(region|matching|answer|reasoning|grounding)_head|classifier|pair_attention|first_stage"
 )
 _UNUSED_KEYS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?embeddings\.position_ids$")
 _LAYER_KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -1197,7 +1198,12 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             joint_mask = torch.cat((text_part.bool(), region_part.bool()), dim=1)
         return hidden_states, joint_mask, text_mask
 
-    def encode_packed(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
+    def encode_packed(
+        self,
+        hidden_states: torch.Tensor,
+        groups: list[tuple[int, int]],
+        projected: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         r"""
         Encodes sequences without padding for a head that reads `[CLS]` alone: there is no attention mask, and the last
         layer computes the first token of each sequence alone. The values are those of `forward`, but for rounding.
@@ -1207,6 +1213,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 The embeddings of all sequences, one behind the other, those of equal length side by side.
             groups (`list[tuple[int, int]]`):
                 Number and length of the sequences of each length, in the order in which they lie.
+            projected (three `torch.Tensor` of shape `(num_tokens, hidden_size)`, *optional*):
+                Queries, keys and values of these states in the first of several layers, where they are known.
 
         Returns:
             `torch.Tensor` of shape `(num_sequences, hidden_size)`: the first row of each sequence's last hidden state.
@@ -1215,8 +1223,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         hidden_states = hidden_states[None]
         *layers, last_layer = self.encoder.layer
         kwargs = packed.attention_kwargs()
+        known = None if projected is None else tuple(states[None] for states in projected)
         for layer in layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states, known = layer(hidden_states, projected=known, **kwargs), None
         first = hidden_states[:, packed.starts]
         kwargs = packed.attention_kwargs(first_only=True)
         # By position: reentrant checkpoints cut the graph at positional arguments alone.
@@ -2002,6 +2011,78 @@ class UnicoderVLForVisualReasoning(UnicoderVLPreTrainedModel):
         return torch.cat((text, inputs["region_attention_mask"].bool()[inputs["image_index"]]), dim=1)
 
 
+GROUNDING_DOCSTRING = r"""
+    labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        The region that the text refers to, in `[0, num_regions)`, or -100 = ignored, such as where no region meets it.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for texts that refer to a region of an image, as UNITER does it on RefCOCO: the last state of each
+    region gets a score, softmax over the regions. An image that several texts refer to is embedded once, see
+    `image_index`. The score of padding is -10,000.
+    """
+)
+class UnicoderVLForGrounding(UnicoderVLPreTrainedModel):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.grounding_head: nn.Module = UnicoderVLFloat32Linear(config.hidden_size, 1)
+        if config.grounding_layers == 2:
+            self.grounding_head = UnicoderVLTaskHead(config, 1, config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + IMAGE_INDEX_DOCSTRING + GROUNDING_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        if region_features is None:
+            raise ValueError("Grounding needs region_features: it chooses among them.")
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            image_index=image_index,
+            **kwargs,
+        )
+        states = outputs.last_hidden_state
+        logits = self.grounding_head(states[:, states.shape[1] - region_features.shape[1] :])[..., 0]
+        mask = _pick_rows(region_attention_mask, image_index)
+        if mask is not None:
+            logits = logits.masked_fill(mask == 0, -10_000.0)
+        _check_shape("labels", labels, tuple(logits.shape[:1]))
+
+        loss = None
+        if labels is not None:
+            row_losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+            # Several processes want a gradient of all parameters; this head does not read the pooler.
+            loss = loss + 0 * outputs.pooler_output.sum()
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 def hardest_negative_triplet_loss(
     scores: torch.Tensor,
     labels: torch.LongTensor,
@@ -2138,6 +2219,7 @@ def _check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ..
 
 
 __all__ = [
+    "UnicoderVLForGrounding",
     "UnicoderVLForImageTextRetrieval",
     "UnicoderVLForMultipleChoice",
     "UnicoderVLForPreTraining",

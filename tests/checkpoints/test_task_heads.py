@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_importing import SISTERS, TOLERANCE, weights_of, with_sisters, words  # noqa: F401
 from transformers import AutoModelForVisualQuestionAnswering
 
-from unicoder_vl_hf import UnicoderVLForVisualEntailment, UnicoderVLForVisualReasoning
+from unicoder_vl_hf import UnicoderVLForGrounding, UnicoderVLForVisualEntailment, UnicoderVLForVisualReasoning
 from unicoder_vl_hf.checkpoints import import_checkpoint, read_answers
 
 ANSWERS = ["yes", "no", "2", "red", "blue", "left", "dog"]
@@ -118,8 +118,25 @@ def test_sentences_about_two_photos_are_judged_as_by_their_own_code(name, tmp_pa
             compared += len(found)
     assert compared >= 2
     if name == "visualbert_nlvr2":
-        with pytest.raises(ValueError, match="region_type is 1: the two photos of .* are of both types"):
+        with pytest.raises(ValueError, match=r"region_type is 1: the two photos of .* are of both types"):
             import_checkpoint(weights_of(SISTERS / name), tmp_path / "x", tokenizer=words, region_type=1)
+
+
+@with_sisters
+@pytest.mark.parametrize("name, layers", [("uniter_re", 1), ("uniter_re_mlp2", 2)])
+def test_regions_are_scored_as_by_uniters_own_code(name, layers, tmp_path, words):  # noqa: F811
+    done = import_checkpoint(weights_of(SISTERS / name), tmp_path / "model", tokenizer=words)
+    assert done.report["class"] == "UnicoderVLForGrounding"
+    model = UnicoderVLForGrounding.from_pretrained(tmp_path / "model").eval()
+    assert model.config.grounding_layers == layers
+    for padding_free in (False, True):
+        model.config.padding_free = padding_free
+        for arguments, rows, outputs in golden(name, 1):
+            if "region_features" in arguments:
+                with torch.no_grad():
+                    found = model(**arguments).logits
+                assert rows.all() and (outputs["re_scores"] == -10_000).any()
+                torch.testing.assert_close(found, outputs["re_scores"], rtol=0, atol=TOLERANCE)
 
 
 @with_sisters

@@ -116,7 +116,26 @@ def test_another_detector_is_warned_of_and_the_same_elsewhere_is_not(world, stor
     assert "The detector is not that of the training: detector 'grid:" in caplog.text
 
 
-def test_bad_photos_are_named(world, store, tmp_path):
+def test_detectors_without_their_weights_or_of_another_kind_are_named(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bare", "cut"):
+        shutil.copytree(world / "encoder", name)
+    whole = Path("cut", "model.safetensors").read_bytes()
+    Path("cut", "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    Path("bare", "model.safetensors").unlink()
+    for detector, options, message in (
+        ("grid:bare", {}, "grid:bare cannot be loaded from this folder: .*no file named model.safetensors"),
+        ("grid:cut", {}, "grid:cut cannot be loaded: Error while deserializing"),
+        (f"transformers:{world / 'encoder'}", {}, "encoder cannot be loaded: Unrecognized configuration class"),
+        (f"visual-genome:{world / 'encoder'}", {}, r"encoder must hold config\.yaml"),
+        (f"grid:{world / 'encoder'}", {"grid_size": "x"}, "with the options {'grid_size': 'x'}: '<' not supported"),
+        ("torchvision:fasterrcnn_resnet50_fpn", {"weights": "none.pth"}, r"weights is 'none\.pth', neither a file nor"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            RegionFinder(detector, device="cpu", **options)(files(world)[:1])
+
+
+def test_bad_photos_are_named(world, store, tmp_path, recwarn):
     finder = RegionFinder(trained_on=store.provenance, device="cpu")
     (tmp_path / "text.jpg").write_text("no photo")
     with pytest.raises(ValueError, match=r"text\.jpg is no photo that can be read: its 8 bytes"):
@@ -128,6 +147,14 @@ def test_bad_photos_are_named(world, store, tmp_path):
     Image.new("1", (1 << 16, 8192)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"huge\.png .*65536 x 8192 pixels, more than 500000000"):
         finder([tmp_path / "huge.png"])
+    assert not [each for each in recwarn if "DecompressionBomb" in each.category.__name__]
+    for name, data, message in (
+        ("empty.jpg", b"", "its 0 bytes are no image"),
+        ("cut.png", files(world)[0].read_bytes()[:300], "truncated"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} is no photo that can be read: .*{message}"):
+            finder([tmp_path / name])
 
 
 def test_what_was_found_is_kept_by_its_content(world, store, tmp_path, monkeypatch):
@@ -161,8 +188,12 @@ def test_what_was_found_is_kept_by_its_content(world, store, tmp_path, monkeypat
     assert len(RegionStore(tmp_path / "cache")) == 6
     other = photo_world.save_encoder(tmp_path / "other", seed=1)
     for finder, message in (
-        (RegionFinder(other, **named), r"cache keeps what another detector found: detector 'grid:.*--cache"),
-        (RegionFinder(**options | {"trained_on": store.provenance | {"dtype": "float32"}}), "dtype 'float32' in train"),
+        (RegionFinder(**options | {"cache": world / "store"}), "store is no cache .* it has the image 'photo_0'"),
+        (RegionFinder(other, **named), r"cache is no cache of this detector: detector 'grid:.* here.* there.*--cache"),
+        (
+            RegionFinder(**options | {"trained_on": store.provenance | {"dtype": "float32"}}),
+            "dtype 'float32' here, 'float16' there",
+        ),
         (RegionFinder(**options | {"trained_on": None}), "come from no detector"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -221,6 +252,13 @@ def test_a_class_of_anybodys_is_a_detector(world, tmp_path):
     np.testing.assert_array_equal(found[0].features, store[IDS[0]].features)
     with pytest.raises(ValueError, match="have no option size"):
         load_detector(name, size=1)
+    for other, message in (
+        ("os:system", "is no detector: it takes no device and no precision, see docs/own_detector"),
+        ("json:dumps", "json:dumps cannot be loaded with the options {}: dumps.. missing"),
+        ("collections:Counter", "is no detector: it lacks __call__ and prepare and provenance"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_detector(other)
     with pytest.raises(ValueError, match="the module test_finding has no Grey"):
         load_detector("test_finding:Grey")
     with pytest.raises(ValueError, match=r"MODULE:CLASS with a module that Python can import"):

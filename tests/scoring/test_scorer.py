@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import socket
@@ -216,6 +217,95 @@ def test_linear_layers_by_onednn_or_not(model_class, onednn, expected, model, mo
     assert (packed.OneDNNLinear in kinds) == onednn
     assert any(issubclass(kind, torch.nn.Linear) for kind in kinds) == (not onednn)
     assert_close(scorer(other).score(CAPTIONS, IMAGES), expected)
+
+
+def changed_in_place(model):
+    model.bert.encoder.layer[0].output.dense.weight.mul_(2)
+
+
+def changed_by_data(model):
+    weight = model.bert.encoder.layer[1].attention.self.query.weight
+    weight.data = weight.data.flip(0)
+
+
+def changed_in_place_by_data(model):
+    model.bert.encoder.layer[1].attention.self.value.bias.data[3] += 1
+
+
+def loaded(model):
+    model.load_state_dict(tiny.model(type(model), seed=5).state_dict())
+
+
+def assigned(model):
+    model.load_state_dict(tiny.model(type(model), seed=5).state_dict(), assign=True)
+
+
+def trained(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with torch.enable_grad():
+        model(
+            **tiny.processor()(text=CAPTIONS[:1], regions=STORE[IMAGES[0]], return_tensors="pt")
+        ).scores.sum().backward()
+    optimizer.step()
+
+
+def cast(model):
+    model.bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change", [changed_in_place, changed_by_data, changed_in_place_by_data, loaded, assigned, trained, cast]
+)
+def test_the_encoder_is_made_anew_when_a_weight_has_changed(change, dtype):
+    model = tiny.model(UnicoderVLForImageTextRetrieval)
+    kept = scorer(model, dtype=dtype)
+    before = kept.score(CAPTIONS, IMAGES)
+    encoder = kept._encoder()
+    np.testing.assert_array_equal(kept.score(CAPTIONS, IMAGES), before)
+    assert kept._encoder() is encoder
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(kept)).score(CAPTIONS, IMAGES), before)
+    with torch.no_grad():
+        change(model)
+    after = kept.score(CAPTIONS, IMAGES)
+    assert np.abs(after - before).max() > 1e-3
+    np.testing.assert_array_equal(after, scorer(model, dtype=dtype).score(CAPTIONS, IMAGES))
+
+
+def test_a_model_whose_state_is_not_all_in_its_weights_has_no_encoder_kept(model):
+    class Switched(torch.nn.LayerNorm):
+        """Stands for a module of another library, such as an adapter that can be turned off."""
+
+    other = scorer(tiny.model(UnicoderVLForImageTextRetrieval))
+    assert other._encoder() is other._encoder()
+    hook = other.model.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+    assert other._encoder() is not other._encoder()
+    hook.remove()
+    other.model.bert.encoder.layer[0].output.LayerNorm = Switched(other.model.config.hidden_size)
+    assert other._encoder() is not other._encoder()
+
+
+@pytest.mark.parametrize("num_hidden_layers", [1, 2, 3])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("pairs", [1, 30])  # of the same captions and images: shared, their rows are projected once
+def test_first_and_last_layer_are_computed_once_and_for_cls_alone(num_hidden_layers, implementation, pairs):
+    model = tiny.model(UnicoderVLForImageTextRetrieval, num_hidden_layers=num_hidden_layers)
+    model.set_attn_implementation(implementation)
+    for weight in model.bert.encoder.parameters():  # biases, too, which are new, and zero
+        weight.data += 0.1 * torch.randn(weight.shape)
+    kept = scorer(model)
+    *layers, last = kept._encoder().bert.encoder.layer
+    assert type(last.attention.self) is packed.FirstTokenAttention
+    keys, calls = [layer.attention.self.key for layer in layers[:1]], []
+    for key in keys:
+        key.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    index = np.zeros(pairs, dtype=int)
+    found = kept.score_pairs(CAPTIONS[:1], IMAGES[:1], index, index)
+    with torch.no_grad():
+        inputs = tiny.processor()(text=CAPTIONS[:1], regions=STORE[IMAGES[0]], return_tensors="pt")
+        assert_close(found, np.full(pairs, model(**inputs).scores.item(), dtype=np.float32))
+    length = inputs["input_ids"].shape[1] + inputs["region_features"].shape[1]
+    assert calls == [length if pairs > 1 else 1] * len(keys)  # rows, or one batch of a single sequence
 
 
 def test_order_of_captions_and_images(model, expected):

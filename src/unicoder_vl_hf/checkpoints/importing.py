@@ -154,6 +154,8 @@ class Account:
         """Gives the fields of the configuration that the head of a task needs, the names of its outputs among them."""
         if self.head is None:
             return {}
+        if self.head.outputs is None:
+            return self.head.fields
         (count,) = shapes.get(self.head.outputs, (0,))
         told = list(self.source.config.get("id2label", {}).values())
         names = self.labels or list(self.head.labels) or told or [f"LABEL_{number}" for number in range(count)]
@@ -221,9 +223,9 @@ def import_checkpoint(
         num_attention_heads (`int`, *optional*): Heads of each layer, where no `config.json` tells them.
         approximate (`bool`, *optional*, defaults to `False`): Whether what has no exact place may be approximated; the
             report says how.
-        task (`str`, *optional*): The task that the checkpoint was fine-tuned for, `"vqa"`, `"entailment"` or `"nlvr2"`,
-            whose head is taken along; by default its keys or its `config.json` tell, but for entailment, whose keys are
-            those of questions.
+        task (`str`, *optional*): The task that the checkpoint was fine-tuned for, whose head is taken along: `"vqa"`,
+            `"entailment"`, `"nlvr2"` or `"grounding"`; by default its keys or its `config.json` tell, but for
+            entailment, whose keys are those of questions.
         answers (`str` or `os.PathLike`, *optional*): A file of the names of that head's outputs, such as
             `trainval_label2ans.pkl`, see [`read_answers`].
 

@@ -296,7 +296,7 @@ class TaskHead:
         told_by (`str`, *optional*): What tells of it where no task is asked for: a key, or the class that
             `config.json` names.
         model_class (`str`): The class of ours that has this head.
-        outputs (`str`): The parameter of ours with a number for each label.
+        outputs (`str`, *optional*): The parameter of ours with a number for each label, if the task has labels.
         rules (tuple of [`Rule`]): The rules of its tensors, which come before the sister's.
         fields (`dict`): Fields of the configuration that the head needs.
         labels (tuple of `str`): The names of its outputs, where the task has the same always.
@@ -307,7 +307,7 @@ class TaskHead:
     family: str
     told_by: str | None
     model_class: str
-    outputs: str
+    outputs: str | None
     rules: tuple[Rule, ...]
     fields: dict[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
@@ -385,6 +385,26 @@ TASK_HEADS = (
         ),
         {"reasoning_head": "single", "num_region_types": 2},
         _TRUTH,
+    ),
+    TaskHead(
+        "grounding",
+        "uniter",
+        "re_output.bias",
+        "UnicoderVLForGrounding",
+        None,
+        (Rule(rf"re_output\.{WEIGHT}", r"grounding_head.\1"),),
+    ),
+    TaskHead(
+        "grounding",
+        "uniter",
+        "re_output.3.bias",
+        "UnicoderVLForGrounding",
+        None,
+        tuple(
+            Rule(rf"re_output\.{number}\.{WEIGHT}", rf"grounding_head.{name}.\1")
+            for number, name in ((0, "dense"), (2, "LayerNorm"), (3, "decoder"))
+        ),
+        {"grounding_layers": 2},
     ),
     TaskHead(
         "vqa",

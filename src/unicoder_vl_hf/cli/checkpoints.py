@@ -36,7 +36,7 @@ def _import_arguments(add: Add) -> None:
     )
     add(
         "--task",
-        choices=("vqa", "entailment", "nlvr2"),
+        choices=("vqa", "entailment", "nlvr2", "grounding"),
         help="task of its head (default: as it tells; entailment tells not)",
     )
     add("--answers", help="file of the names of that head's outputs, such as trainval_label2ans.pkl")

@@ -8,10 +8,10 @@ from .. import logging
 from .._version import __version__
 from ..errors import USER_ERRORS, end_with, stopped
 from ..name_lists import did_you_mean
-from . import checkpoints, foil, photos, plan, retrieval, scoring, search, serving, stores, vcr, vqa
+from . import app, checkpoints, foil, photos, plan, retrieval, scoring, search, serving, stores, vcr, vqa
 from .commands import show
 
-FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, serving, foil, vcr, vqa, plan)
+FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, serving, foil, vcr, vqa, app, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

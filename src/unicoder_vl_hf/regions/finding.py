@@ -109,12 +109,14 @@ class RegionFinder:
         # What the detector of the training found is known by its revision, and nothing needs to be loaded.
         is_known = self.detector is None and self.trained_on.get("detector_revision") is not None
         wanted = self.trained_on if is_known else self.load().provenance
-        differences = provenance_differences(wanted, store.provenance)
+        differences = provenance_differences(wanted, store.provenance, ("here", "there"))
         if self._dtype != store.provenance["dtype"]:
-            differences.append(f"dtype {self._dtype!r} in training, {store.provenance['dtype']!r} here")
+            differences.append(f"dtype {self._dtype!r} here, {store.provenance['dtype']!r} there")
+        if not re.fullmatch("[0-9a-f]{64}", image_id := next(iter(store))):
+            differences.append(f"it has the image {image_id!r}, and so is a store of another use")
         if differences:
             raise ValueError(
-                f"{cache} keeps what another detector found: {'; '.join(differences)}. Name another folder (cache=, "
+                f"{cache} is no cache of this detector: {'; '.join(differences)}. Name another folder (cache=, "
                 "--cache)."
             )
         return store

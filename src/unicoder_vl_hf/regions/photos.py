@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -404,7 +405,9 @@ def _pixel_limit() -> Iterator[None]:
 
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
     try:
-        yield
+        with warnings.catch_warnings():  # up to twice as many Pillow warns alone, where decode_photo refuses
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
 

@@ -84,7 +84,7 @@ def compute_logits(
         rows, name, batch_size, num_workers: The arguments of [`batches_to_evaluate`].
 
     Returns:
-        `np.ndarray` of shape `(num_rows, …)`, float32.
+        `np.ndarray` of shape `(num_rows, num_logits)`, float32; -inf behind those of a row that has fewer.
     """
     was_training = model.training
     model.eval()
@@ -97,4 +97,8 @@ def compute_logits(
     found = {state.process_index + number * state.num_processes: row for number, row in enumerate(logits)}
     if state.num_processes > 1:
         found = dict(gather_object(list(found.items())))
-    return np.stack([found[number].numpy() for number in sorted(found)])
+    width = max(map(len, found.values()))
+    padded = np.full((len(found), width), -np.inf, dtype=np.float32)
+    for number, row in found.items():
+        padded[number, : len(row)] = row
+    return padded

@@ -123,6 +123,7 @@ def write_model_card(
         "visual-question-answering",
         "visual-entailment",
         "visual-reasoning",
+        "visual-grounding",
     ] = "image-text-retrieval",
     base_model: str | None = None,
     repo_id: str | None = None,
@@ -248,6 +249,14 @@ judgement = model.config.id2label[int(probabilities.argmax())]""",
 # model = unicoder_vl_hf.UnicoderVLForVisualReasoning.from_pretrained(name)
 inputs = processor(text="There is a dog in both.", regions=regions, return_tensors="pt")
 states = model(**inputs).last_hidden_state  # of the sentence with one photo""",
+    },
+    "visual-grounding": {
+        "task_type": "visual-grounding",
+        "auto_class": "AutoModel",
+        "use": """# The encoder alone: there is no Auto class of this task. With the package unicoder-vl-hf:
+# model = unicoder_vl_hf.UnicoderVLForGrounding.from_pretrained(name)
+inputs = processor(text="the dog on the left", regions=regions, return_tensors="pt")
+states = model(**inputs).last_hidden_state  # of the words, then of the regions""",
     },
 }
 

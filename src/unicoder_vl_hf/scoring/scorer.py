@@ -33,7 +33,7 @@ from ..regions.store import RegionStore, manifest_checksum
 from .blocks import BlockFolder, job_of
 from .calibration import Calibration, Matching
 from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
-from .packed import PairEncoder, Rows, pair_flops
+from .packed import PairEncoder, Rows, fingerprint, pair_flops
 
 # Measured on a CPU: 8 % slower at 1024, 3 % at 1536, no faster at 3072. On a GPU it is a guess.
 MAX_TOKENS = {"cpu": 2048}
@@ -150,7 +150,7 @@ class ImageTextScorer:
         self.max_tokens = max_tokens or MAX_TOKENS.get(model.device.type, MAX_TOKENS_ELSEWHERE)
         self.block_pairs = block_pairs
         self.verbose = verbose
-        self._frozen: PairEncoder | None = None
+        self._made: tuple[Any, PairEncoder] | None = None  # the last encoder, and what it follows from
 
     @classmethod
     def from_pretrained(
@@ -270,7 +270,8 @@ class ImageTextScorer:
 
     def __getstate__(self) -> dict[str, Any]:
         # What was read meanwhile is no part of it, so that `dataset.map` knows it again.
-        return {name: value for name, value in vars(self).items() if name != "calibration"}
+        # And an encoder's weights are in oneDNN's layout, which cannot be copied.
+        return {name: value for name, value in vars(self).items() if name != "calibration"} | {"_made": None}
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -304,17 +305,13 @@ class ImageTextScorer:
         with evaluating(self.model):
             return self._plan(blocks, self._encoder(), set(), start_processes().num_processes)
 
-    def freeze(self) -> Self:
-        """
-        Keeps the form of the weights that scoring computes with, instead of making it anew in every call: for a model
-        that is trained no further.
-        """
-        with evaluating(self.model):
-            self._frozen = self._encoder()
-        return self
-
     def _encoder(self) -> PairEncoder:
-        return self._frozen or PairEncoder(self.model, self.dtype, self.max_tokens)
+        """Makes an encoder, or takes the last one, if it would be the same."""
+        state = fingerprint(self.model)
+        key = (state, self.dtype, self.max_tokens)
+        if state is None or self._made is None or self._made[0] != key:
+            self._made = key, PairEncoder(self.model, self.dtype, self.max_tokens)
+        return self._made[1]
 
     def _run(self, blocks: "_Blocks", output_dir: str | os.PathLike | None) -> np.ndarray:
         state = start_processes()

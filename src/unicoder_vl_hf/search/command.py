@@ -56,7 +56,8 @@ class SearchResult:
         # Where the similarity adds nothing, what orders is the score itself; where there is no score, the similarity.
         alike = any(hit.is_alike for hit in self.hits)
         proposed = any(hit.similarity is not None for hit in self.hits)
-        columns = [name for name, is_shown in (("score", not alike), ("similarity", proposed)) if is_shown]
+        shown = {"score": not alike, "similarity": proposed}
+        columns = [name for name, is_shown in shown.items() if is_shown]
         if self.weight is not None and self.weight.value > 0:
             columns.insert(0, self.weight.formula)
         rows = [["rank", *columns, ""]]

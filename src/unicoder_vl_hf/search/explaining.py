@@ -8,7 +8,7 @@ import numpy as np
 
 from ..processing_unicoder_vl import RegionInput
 from ..records_unicoder_vl import RegionRecord
-from ..regions.photos import decode_photo
+from ..regions.photos import decode_photo, upright
 from ..scoring.explanation import Explanation, explain
 from ..scoring.scorer import ImageTextScorer
 from .encoders import Photos
@@ -48,7 +48,7 @@ def explain_on_photo(
     elif isinstance(image, str | os.PathLike) and not os.fspath(image).endswith(".npz"):
         photo = decode_photo(Path(image).read_bytes())[0]
     elif not isinstance(image, str | os.PathLike | RegionRecord):
-        photo = image
+        photo = upright(image.copy())[0]
     explanation = explain(scorer.model, scorer.processor, found, caption)
     probability = None
     if scorer.model.config.calibration is not None:
