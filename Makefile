@@ -12,7 +12,7 @@ TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check demo bench gpu-check proof-gpu clean
+.PHONY: help install test check docs wheel demo bench gpu-check proof-gpu clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -40,6 +40,14 @@ check: $(INSTALLED)  ## Check style, formatting and types
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
+docs: $(INSTALLED)  ## Build the site into site/; a link or a name that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+wheel: $(INSTALLED)  ## Build a wheel into dist/ and try it in an environment of its own; LIBRARIES=FOLDER downloads nothing for that
+	rm -rf dist build
+	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	TORCH=$(TORCH) LIBRARIES=$(LIBRARIES) .ci/try_wheel $(RUN)
+
 demo: $(INSTALLED)  ## Pre-train a small model on rendered scenes and write demo/
 	$(RUN) examples/run_demo.py
 
@@ -53,4 +61,4 @@ proof-gpu:  ## Train and test on a GPU with what python3 holds, into proof/; ARG
 	PYTHONPATH=src $(PYTHON) benchmarks/proof_gpu.py $(ARGS)
 
 clean:  ## Remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) demo build dist site .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -1,10 +1,13 @@
 """
-CPU time from a photo to its regions, and to its scores, for each family of detectors with random weights.
-`OMP_NUM_THREADS=1 python benchmarks/photo_latency.py`
+Time from a photo to its regions, and to two scores by a BERT-base, for each family of detectors with random weights, in
+CPU time, which a busy machine lengthens less than the clock's. `OMP_NUM_THREADS=1 python benchmarks/photo_latency.py`
+prints the table of docs/detectors.md; names that follow choose rows, `onnx` among them, a graph of the BERT-base.
 """
 
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,13 @@ from transformers import (
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
     ResNetConfig,
     ResNetForImageClassification,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
     ViTImageProcessor,
 )
 
@@ -30,50 +38,113 @@ from unicoder_vl_hf import (
 )
 from unicoder_vl_hf.regions import RegionFinder
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from visual_genome_files import Reference, frcnn_weights, full_yaml, write_files
+
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a dog runs on the grass".split()
 SIZE = (640, 480)
+ROUNDS = 3
+# The name of a detector, and its options.
+Made = tuple[str, dict]
 
 
-def detectors(folder: Path):
-    """Yields each detector by name with its options, weights in the folder."""
-    ResNetForImageClassification(ResNetConfig()).save_pretrained(folder / "resnet")
-    ViTImageProcessor().save_pretrained(folder / "resnet")
-    yield "grid, ResNet-50, 448", f"grid:{folder}/resnet", {"image_size": 448}
-    model = get_model("fasterrcnn_resnet50_fpn_v2", weights=None, weights_backbone=None)
-    torch.save(model.state_dict(), folder / "faster.pth")
-    yield "torchvision, v2", "torchvision:fasterrcnn_resnet50_fpn_v2", {"weights": str(folder / "faster.pth")}
-    config = DetrConfig(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
-        backbone_config=ResNetConfig(out_features=["stage4"]),
-    )
-    DetrForObjectDetection(config).save_pretrained(folder / "detr")
-    DetrImageProcessor().save_pretrained(folder / "detr")
-    yield "transformers, DETR", f"transformers:{folder}/detr", {}
+def visual_genome(folder: Path) -> Made:
+    write_files(folder, full_yaml(), frcnn_weights(Reference(full_yaml())))
+    return f"visual-genome:{folder}", {"preprocess": "caffe"}
 
 
-def main():
+def of_torchvision(name: str) -> Callable[[Path], Made]:
+    def make(folder: Path) -> Made:
+        torch.save(get_model(name, weights=None, weights_backbone=None).state_dict(), folder / "weights.pth")
+        return f"torchvision:{name}", {"weights": str(folder / "weights.pth")}
+
+    return make
+
+
+def saved(family: str, model: Callable, processor: Callable, **options) -> Callable[[Path], Made]:
+    def make(folder: Path) -> Made:
+        model().save_pretrained(folder)
+        processor().save_pretrained(folder)
+        return f"{family}:{folder}", options
+
+    return make
+
+
+def detr() -> DetrForObjectDetection:
+    backbone = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    return DetrForObjectDetection(DetrConfig(**backbone, backbone_config=ResNetConfig(out_features=["stage4"])))
+
+
+DETECTORS: dict[str, Callable[[Path], Made]] = {
+    "`visual-genome`, 600 pixels": visual_genome,
+    "`torchvision:fasterrcnn_resnet50_fpn_v2`": of_torchvision("fasterrcnn_resnet50_fpn_v2"),
+    "`torchvision:fasterrcnn_mobilenet_v3_large_fpn`": of_torchvision("fasterrcnn_mobilenet_v3_large_fpn"),
+    "`transformers`, DETR of ResNet-50": saved("transformers", detr, DetrImageProcessor),
+    "`transformers`, RT-DETR of ResNet-50": saved(
+        "transformers", lambda: RTDetrForObjectDetection(RTDetrConfig()), RTDetrImageProcessor
+    ),
+    "`grid`, DINOv2 base, 224 pixels": saved(
+        "grid", lambda: Dinov2Model(Dinov2Config(image_size=224)), ViTImageProcessor, image_size=224
+    ),
+    "`grid`, ResNet-50, 448 pixels": saved(
+        "grid", lambda: ResNetForImageClassification(ResNetConfig()), ViTImageProcessor, image_size=448
+    ),
+}
+
+
+def cpu_time(compute: Callable[[], object]) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        started = time.process_time()
+        compute()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+def checkpoint(feature_dim: int) -> tuple[UnicoderVLForImageTextRetrieval, UnicoderVLProcessor]:
+    """A BERT-base of random weights, with a tokenizer of few words."""
+    model = UnicoderVLForImageTextRetrieval(UnicoderVLConfig(region_feature_dim=feature_dim)).eval()
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    return model, UnicoderVLProcessor(UnicoderVLFeatureExtractor(), tokenizer)
+
+
+def measure(title: str, folder: Path, photo: Path) -> None:
+    name, options = DETECTORS[title](folder)
+    finder = RegionFinder(name, device="cpu", **options)
+    (record,) = finder([photo])  # loads it
+    model, processor = checkpoint(record.features.shape[1])
+    scorer = ImageTextScorer(model, processor, verbose=False)
+    found = cpu_time(lambda: finder([photo]))
+    scored = cpu_time(lambda: scorer.score(["a dog runs on the grass", "a dog"], finder([photo])))
+    print(f"| {title} | {len(record)} | {found:.2f} | {1 / found:.2f} | {scored:.2f} |", flush=True)
+
+
+def onnx(folder: Path) -> None:
+    from unicoder_vl_hf.scoring.onnx_export import export_onnx
+
+    model, processor = checkpoint(2048)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+    print(f"{export_onnx(folder / 'model', folder / 'onnx')} The checkpoint's weights: {size / 2**20:.1f} MiB.")
+
+
+def main(*chosen: str) -> None:
     torch.manual_seed(0)
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    print("| detector | regions | CPU seconds a photo | photos a second | CPU seconds to two scores |")
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         photo = Path(name, "photo.jpg")
         Image.fromarray(pixels).resize(SIZE).save(photo)
-        for title, detector, options in detectors(Path(name)):
-            finder = RegionFinder(detector, device="cpu", **options)
-            (record,) = finder([photo])  # loads it
-            config = UnicoderVLConfig(vocab_size=len(WORDS), region_feature_dim=record.features.shape[1])
-            tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
-            processor = UnicoderVLProcessor(UnicoderVLFeatureExtractor(), tokenizer)
-            processor.set_detector(finder)
-            scorer = ImageTextScorer(UnicoderVLForImageTextRetrieval(config).eval(), processor, verbose=False)
-            started = time.process_time()
-            finder([photo])
-            found = time.process_time()
-            scorer.score(["a dog runs on the grass", "a dog"], [photo])
-            ended = time.process_time()
-            print(f"{title:24} {found - started:5.1f} s to {len(record)} regions, {ended - found:5.1f} s to two scores")
+        for place, title in enumerate(DETECTORS):
+            if not chosen or any(word in title for word in chosen):
+                folder = Path(name, str(place))
+                folder.mkdir()
+                measure(title, folder, photo)
+        if "onnx" in chosen or not chosen:
+            onnx(Path(name))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ MODELS = {
     "AutoModelForPreTraining": ("UnicoderVLForPreTraining", "region_logits"),
     "AutoModelForSequenceClassification": ("UnicoderVLForImageTextRetrieval", "scores"),
     "AutoModelForMultipleChoice": ("UnicoderVLForMultipleChoice", "logits"),
+    "AutoModelForVisualQuestionAnswering": ("UnicoderVLForQuestionAnswering", "logits"),
 }
 OTHERS = {
     "AutoConfig": "UnicoderVLConfig",
@@ -38,7 +39,7 @@ def model_output(model, processor) -> list:
     """One output of `model`, as nested lists of floats, of a caption with regions."""
     inputs = dict(processor(text=["a dog runs ."], regions=[regions()], return_tensors="pt"))
     name = dict(MODELS.values())[type(model).__name__]
-    if name == "logits":  # two choices that share the image
+    if "MultipleChoice" in type(model).__name__:  # two choices that share the image
         inputs = {key: value if "region" in key else value.repeat(2, 1)[None] for key, value in inputs.items()}
         inputs["input_ids"][0, 1, 1] = 7
     return getattr(model(**inputs), name).tolist()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 OURS, AUTO = "unicoder_vl_hf", "transformers.models.auto.modeling_auto"
 AUTO_CLASSES = (
     "AutoConfig AutoModel AutoModelForPreTraining AutoModelForSequenceClassification AutoModelForMultipleChoice "
-    "AutoFeatureExtractor AutoProcessor"
+    "AutoModelForVisualQuestionAnswering AutoFeatureExtractor AutoProcessor"
 ).split()
 
 

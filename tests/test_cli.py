@@ -1,12 +1,14 @@
 """`unicoder-vl` as a user types it. What the commands do is tested with their rooms."""
 
 import argparse
+import ast
 import importlib
 import inspect
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def source(tmp_path):
 @pytest.fixture
 def store(source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "store"), "--source-detector", "vg@abc", "--ids", "coco"]) == 0
-    assert f"images={len(IMAGES)}" in capsys.readouterr().out
+    assert f"  images       {len(IMAGES)}\n" in capsys.readouterr().out
     return tmp_path / "store"
 
 
@@ -128,6 +130,9 @@ def test_validate_tells_damage_by_its_exit(store, capsys):
     shard.write_bytes(data)
     assert main(["validate", str(store)]) == 1
     assert "\n1 problem.\n" in capsys.readouterr().out
+    assert main(["validate", str(store), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["file"] == shard.name and problem["image_ids"]
 
 
 def test_what_is_no_store_is_said(store, source, tmp_path, capsys):
@@ -322,18 +327,18 @@ def test_a_command_hands_every_option_to_its_function(command, monkeypatch, tmp_
 
     def called(*arguments, **options):
         calls.append(signature.bind(*arguments, **options).arguments)
-        return {}
+        raise ValueError("That is all.")  # what is shown of a result is tested with it
 
     monkeypatch.setattr(f"{module}.{name}", called)
     bare = [command, *words.split()]
     typed, names = [], []
     for action in build_parser().parse_args(bare).parser._actions:
-        if action.option_strings and not action.required and action.dest != "help":
+        if action.option_strings and not action.required and action.dest not in ("help", "json"):
             value = next((each for each in action.choices or () if each != action.default), None)
             value = value or VALUES.get(action.dest) or VALUES.get(action.type)
             typed += [action.option_strings[-1]] if action.nargs == 0 else [action.option_strings[-1], value]
             names.append(action.dest)
-    assert main(bare) == 0 and main([*bare, *typed]) == 0
+    assert main(bare) == 1 and main([*bare, *typed]) == 1
     short, full = calls
     expected = build_parser().parse_args([*bare, *typed])
     for name in set(names) - other:
@@ -386,10 +391,43 @@ def test_plan_turns_rates_into_hours(tmp_path, capsys):
     of_bench, of_gpu = capsys.readouterr().out.split("H100, a GPU, bfloat16: 2e+04 pairs a second")
     assert "EPYC, a core, float32: 10 pairs a second, 5 rows a second" in of_bench
     hours = {line.split(" h  ")[1]: line.split(" h  ")[0].strip() for line in of_bench.splitlines() if " h  " in line}
-    assert len(hours) == 7
+    assert len(hours) == 8
     assert hours["COCO 5K, the test split scored: 5,000 x 25,000"] == "868.1"  # 125M / 10 / 4 / 3600
     assert hours["Conceptual Captions, the paper's 10 epochs"] == "833.3"  # 60M / 5 / 4 / 3600
     assert "0.4 h  COCO 5K" in of_gpu and "Conceptual" not in of_gpu
+
+
+def test_results_for_machines(store, tmp_path, capsys):
+    def told(*words):
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    images, regions = len(IMAGES), RegionStore(store).num_regions
+    merged = told("merge", store, "--output", tmp_path / "merged")
+    assert (merged["path"], merged["images"], merged["regions"]) == (str(tmp_path / "merged"), images, regions)
+    assert merged["provenance"]["detector"] == "vg"
+    inspected = told("inspect", store, "--image-id", IMAGES[0].number)
+    assert inspected["images"] == images and inspected["image"]["image_id"] == str(IMAGES[0].number)
+    assert inspected["features"] == [{"dim": 16, "dtype": "float16", "images": images}]
+    compared = told("compare", store, store)
+    assert compared["images"] == images and compared["matched"] == regions
+    assert told("export", store, tmp_path / "out", "--format", "parquet")["path"] == str(tmp_path / "out")
+    bench = measured(tmp_path / "bench.json", {"cpu": "EPYC"}, rates={"float32": {"scoring": 10.0, "training": 5.0}})
+    assert told("plan", bench)[0] | {"job": ""} == {
+        "measured": bench, "on": "EPYC, a core", "dtype": "float32", "job": "", "hours": 5e6 / 10 / 3600
+    }  # fmt: skip
+
+
+def test_commands_print_in_one_place():
+    """Else `--json` would be none: they return what they found. The server alone says at once where it is."""
+    folder = Path(importlib.import_module("unicoder_vl_hf.cli").__file__).parent
+    printing = {
+        path.name
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    }
+    assert printing == {"commands.py", "serving.py"}
 
 
 def test_plan_refuses_what_was_not_measured(tmp_path, capsys):

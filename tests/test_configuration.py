@@ -14,6 +14,7 @@ AUTO_MAP = {
     "AutoModelForPreTraining": "modeling_unicoder_vl.UnicoderVLForPreTraining",
     "AutoModelForSequenceClassification": "modeling_unicoder_vl.UnicoderVLForImageTextRetrieval",
     "AutoModelForMultipleChoice": "modeling_unicoder_vl.UnicoderVLForMultipleChoice",
+    "AutoModelForVisualQuestionAnswering": "modeling_unicoder_vl.UnicoderVLForQuestionAnswering",
 }
 
 

@@ -95,6 +95,6 @@ def test_vcr_equals_the_pure_function(found):
 
 
 def test_errors_say_what_to_do(found):
-    assert found["without package"].endswith("pip install unicoder-vl-hf")
+    assert found["without package"].endswith("pip install . in a checkout of unicoder-vl-hf")
     assert found["ragged"].startswith("predictions have rows of [1, 2] scores; expected one score for each image")
     assert found["nan"] == "scores[0, 1] is NaN; expected a number for every pair."

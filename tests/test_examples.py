@@ -20,6 +20,7 @@ from two_processes import examples_recorded
 from unicoder_vl_hf import RegionStore
 from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.negatives import PairsWithMismatches
+from unicoder_vl_hf.scenes.answers import build_vqa_scenes
 from unicoder_vl_hf.scenes.questions import build_vcr_scenes
 from unicoder_vl_hf.scoring.checkpoints import load_for_store
 from unicoder_vl_hf.tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
@@ -28,6 +29,8 @@ from unicoder_vl_hf.tasks.retrieval.training import evaluate_retrieval
 from unicoder_vl_hf.tasks.vcr.collator import DataCollatorForUnicoderVLMultipleChoice
 from unicoder_vl_hf.tasks.vcr.data import read_vcr
 from unicoder_vl_hf.tasks.vcr.training import evaluate_vcr, load_for_vcr
+from unicoder_vl_hf.tasks.vqa import answer_questions, load_for_vqa, read_questions, vqa_metrics
+from unicoder_vl_hf.tasks.vqa.training import make_collator
 
 CALLERS = sorted(path for path in places.EXAMPLES.glob("*.py") if not path.stem.endswith("_loop"))
 
@@ -144,6 +147,20 @@ def test_the_loop_of_retrieval(pretrained, data, tmp_path, capsys):
     expected = evaluate_retrieval(model, processor, store, read_captions(data["captions"], split="val"))
     expected.pop("recall_sum")
     assert said(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_loop_of_questions(pretrained, tmp_path, capsys):
+    world = build_vqa_scenes(tmp_path / "world", num_train=12, num_val=4, num_test=1)
+    files = {name: world / f"train_{name}.json" for name in ("questions", "annotations")}
+    files |= {f"validation_{name}": world / f"val_{name}.json" for name in ("questions", "annotations")}
+    options = {"regions": world / "regions", "min_occurrences": 1, "batch_size": 8}
+    loop("vqa", **files, **options, model=pretrained, output_dir=tmp_path / "run")
+    printed = said(capsys.readouterr().out)
+    store = RegionStore(world / "regions")
+    model, processor = load_for_vqa(tmp_path / "run", store)
+    rows = read_questions(files["validation_questions"], files["validation_annotations"])
+    answers, _ = answer_questions(model, make_collator(model, processor, store), rows)
+    assert printed == pytest.approx({"accuracy": vqa_metrics(answers, rows["answers"])["accuracy"]}, abs=1e-3)
 
 
 def test_the_loop_of_vcr(pretrained, tmp_path, capsys):

@@ -144,5 +144,6 @@ def test_an_unfinished_conversion(disk):
 def test_an_unfinished_extraction(disk):
     detector = test_extraction.ColourDetector(disk / "computed")
     store = test_extraction.run(Path("photos"), Path("unfinished_extraction"), detector, batch_size=1)
-    test_extraction.assert_same(store, test_extraction.run(Path("photos"), Path("anew")))
+    # Another Pillow or NumPy rounds otherwise, by one place of float16.
+    test_extraction.assert_same(store, test_extraction.run(Path("photos"), Path("anew")), tolerance=1e-3)
     assert len((disk / "computed").read_text().splitlines()) == 12 - 9

@@ -1,4 +1,4 @@
-"""Hugging Face's own common tests, run on our four model classes, our configuration and our processor.
+"""Hugging Face's own common tests, run on our model classes, our configuration and our processor.
 
 A test that cannot apply is named, with its reason. Each class has a test case of its own, so that what one
 skips still runs for the others.
@@ -17,9 +17,13 @@ from unicoder_vl_hf import (
     RegionRecord,
     UnicoderVLConfig,
     UnicoderVLFeatureExtractor,
+    UnicoderVLForGrounding,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
+    UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment,
+    UnicoderVLForVisualReasoning,
     UnicoderVLModel,
     UnicoderVLProcessor,
 )
@@ -103,7 +107,7 @@ class ModelTester:
 
 
 class CommonTests(modeling_common.ModelTesterMixin):
-    """What the four test cases share."""
+    """What the test cases share."""
 
     additional_model_inputs = (*TEXT_INPUTS[2:], *REGION_INPUTS)
 
@@ -160,6 +164,55 @@ class UnicoderVLForMultipleChoiceTest(CommonTests, unittest.TestCase):
         for name in set(inputs) & {*TEXT_INPUTS, "inputs_embeds"}:
             if inputs[name] is not None:
                 inputs[name] = torch.stack([inputs[name]] * self.model_tester.num_choices, dim=1)
+        if return_labels:
+            inputs["labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long)
+        return inputs
+
+
+class UnicoderVLForQuestionAnsweringTest(CommonTests, unittest.TestCase):
+    """Each answer has a soft label of its own."""
+
+    all_model_classes = (UnicoderVLForQuestionAnswering,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
+        if return_labels:
+            inputs["labels"] = torch.full((self.model_tester.batch_size, 2), 0.3)
+        return inputs
+
+
+class UnicoderVLForVisualEntailmentTest(CommonTests, unittest.TestCase):
+    all_model_classes = (UnicoderVLForVisualEntailment,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
+        if return_labels:
+            inputs["labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long)
+        return inputs
+
+
+class UnicoderVLForVisualReasoningTest(CommonTests, unittest.TestCase):
+    """Each row has two photos."""
+
+    all_model_classes = (UnicoderVLForVisualReasoning,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
+        inputs.pop("token_region_ids", None)
+        for name in set(inputs) & {*REGION_INPUTS}:
+            inputs[name] = inputs[name].repeat_interleave(2, dim=0)
+        if return_labels:
+            inputs["labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long)
+        return inputs
+
+
+class UnicoderVLForGroundingTest(CommonTests, unittest.TestCase):
+    """Each row chooses a region."""
+
+    all_model_classes = (UnicoderVLForGrounding,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
         if return_labels:
             inputs["labels"] = torch.ones(self.model_tester.batch_size, dtype=torch.long)
         return inputs

@@ -15,8 +15,10 @@ SOURCE, PACKAGE = ROOT / "src", "unicoder_vl_hf"
 # From the top down. A room may import those below it, and rooms of one floor nothing of one another.
 FLOORS = [
     ["cli"],
+    ["app"],
     ["scripts"],
     ["tasks"],
+    ["serving"],
     ["search"],
     ["runs"],
     ["scenes"],

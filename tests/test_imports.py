@@ -49,7 +49,7 @@ LIGHT = {
         f"{command} --help": "usage: unicoder-vl "
         for command in (
             "extract convert export inspect validate compare label merge import-checkpoint mine index search vcr-check "
-            "foil foil-accuracy score calibrate plan"
+            "foil foil-accuracy score explain app calibrate serve plan ask vqa-check"
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
@@ -63,9 +63,9 @@ LIGHT = {
     "inspect FOLDER/store --image-id photo_1ü": "record: 'photo_1ü'",
     "inspect FOLDER/features.tsv": "format    lxmert-tsv",
     "compare FOLDER/store FOLDER/store": "10 in both",
-    "merge FOLDER/store FOLDER/other --output FOLDER/merged": "images=13",
-    "convert FOLDER/features.tsv FOLDER/converted --ids stem": "images=10",
-    "convert FOLDER/features.tsv FOLDER/shared --workers 2": "images=10",
+    "merge FOLDER/store FOLDER/other --output FOLDER/merged": "images       13",
+    "convert FOLDER/features.tsv FOLDER/converted --ids stem": "images       10",
+    "convert FOLDER/features.tsv FOLDER/shared --workers 2": "images       10",
     "export FOLDER/sized FOLDER/again.tsv --format lxmert-tsv": "again.tsv written.",
     "export FOLDER/store FOLDER/parquet --format parquet": "parquet written.",
 }
@@ -138,8 +138,8 @@ except AttributeError as error:
     assert done.stdout == "No unicoder_vl_hf attribute nothing\n", done.stderr
 
 
-ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".tasks"]
-ROOMS += [".tasks.foil", ".tasks.pretraining", ".tasks.retrieval", ".tasks.vcr"]
+ROOMS = ["", ".data", ".regions", ".runs", ".scenes", ".scoring", ".search", ".serving", ".tasks"]
+ROOMS += [f".tasks.{task}" for task in "entailment foil grounding nlvr2 pretraining retrieval vcr vqa".split()]
 
 
 @pytest.mark.parametrize("name", ROOMS)

@@ -29,9 +29,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from unicoder_vl_hf import (
     UnicoderVLConfig,
+    UnicoderVLForGrounding,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
+    UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment,
     UnicoderVLModel,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import hardest_negative_triplet_loss
@@ -52,6 +55,9 @@ MODEL_CLASSES = [
     UnicoderVLForPreTraining,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
+    UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment,
+    UnicoderVLForGrounding,
 ]
 
 every_class = pytest.mark.parametrize("model_class", MODEL_CLASSES)
@@ -109,6 +115,8 @@ def inputs_for(model_class, rows=3, labelled=True):
     elif model_class is UnicoderVLForImageTextRetrieval:
         one_group = {"group_ids": torch.zeros(rows, dtype=torch.long), "caption_index": torch.zeros(rows).long()}
         labels = {"labels": (torch.arange(rows) == 0).long(), "image_index": torch.arange(rows), **one_group}
+    elif model_class is UnicoderVLForQuestionAnswering:
+        labels = {"labels": torch.tensor([[0.3, 0.9], [0.0, 1.0], [0.6, 0.0]])[torch.arange(rows) % 3]}
     elif model_class is UnicoderVLModel:
         labels = {}
     return {**inputs, **(labels if labelled else {})}
@@ -766,8 +774,58 @@ def test_multiple_choice_errors(changed, message):
         model(**inputs_for(UnicoderVLForMultipleChoice) | changed)
 
 
+# Questions about images
+
+
+def test_the_loss_of_answers_is_summed_over_answers_and_averaged_over_questions():
+    model, labels = (
+        build(UnicoderVLForQuestionAnswering, num_labels=3),
+        torch.tensor([[0.3, 1.0, 0.0], [0.0, 0.0, 0.0]]),
+    )
+    found = model(**text_inputs(2), **region_inputs(2), labels=labels)
+    by_hand = [
+        -(label * logit.sigmoid().log() + (1 - label) * (1 - logit.sigmoid()).log())
+        for logits, of_question in zip(found.logits, labels, strict=True)
+        for logit, label in zip(logits, of_question, strict=True)
+    ]
+    close(found.loss, sum(by_hand) / 2)
+
+
+@pytest.mark.parametrize("answer_head", ["uniter", "visual_bert"])
+def test_questions_that_share_an_image_equal_questions_with_images_of_their_own(answer_head):
+    model = build(UnicoderVLForQuestionAnswering, answer_head=answer_head)
+    text, regions, index = text_inputs(4), region_inputs(2), torch.tensor([0, 1, 1, 0])
+    shared = model(**text, **regions, image_index=index).logits
+    close(shared, model(**text, **{name: value[index] for name, value in regions.items()}).logits)
+    assert (shared - model(**text, **regions, image_index=1 - index).logits).abs().min() > 1e-4
+
+
+def test_uniters_head_of_answers_by_hand():
+    model = build(UnicoderVLForQuestionAnswering)
+    pooled = model.bert(**text_inputs(3)).pooler_output
+    head = model.answer_head
+    by_hand = head.decoder(head.LayerNorm(torch.nn.functional.gelu(head.dense(pooled))))
+    assert head.dense.weight.shape == (64, 32)
+    close(model(**text_inputs(3)).logits, by_hand)
+
+
+def test_answers_in_bfloat16_are_not_rounded():
+    model = build(UnicoderVLForQuestionAnswering, dtype=torch.bfloat16)
+    logits = model(**text_inputs(3)).logits
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_labels_of_another_number_of_answers_are_refused():
+    model = build(UnicoderVLForQuestionAnswering)
+    with pytest.raises(ValueError, match=r"labels has shape \(3, 4\), expected \(3, 2\)"):
+        model(**text_inputs(3), labels=torch.zeros(3, 4))
+
+
 # From BERT
 
+ANSWER_HEAD = [
+    f"answer_head.{part}.{kind}" for part in ("LayerNorm", "decoder", "dense") for kind in ("bias", "weight")
+]
 NEW_REGIONS = [
     "embeddings.image_token_embedding",
     "embeddings.region_embeddings.LayerNorm.bias",
@@ -791,6 +849,9 @@ NEW_HEADS = {
     UnicoderVLForPreTraining: ["matching_head.bias", "matching_head.weight", "region_head.bias", "region_head.weight"],
     UnicoderVLForImageTextRetrieval: ["matching_head.bias", "matching_head.weight"],
     UnicoderVLForMultipleChoice: ["classifier.bias", "classifier.weight"],
+    UnicoderVLForQuestionAnswering: ANSWER_HEAD,
+    UnicoderVLForVisualEntailment: ANSWER_HEAD,
+    UnicoderVLForGrounding: ["grounding_head.bias", "grounding_head.weight"],
 }
 # What each kind of checkpoint has beyond the encoder: pooler, MLM head, and heads that nobody takes.
 BERT_KINDS = {
@@ -1090,7 +1151,8 @@ def test_flex_attention_equals_sdpa():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_class
 def test_half_precision_runs_forward_and_backward(model_class, dtype):
-    model, inputs = build(model_class, dtype=dtype), inputs_for(model_class)
+    # Drawn in float32: what is drawn in another dtype is no rounding of the same in every version of PyTorch.
+    model, inputs = build(model_class).to(dtype), inputs_for(model_class)
     for features in (torch.float16, torch.bfloat16, torch.float64):
         outputs = model(**inputs | {"region_features": inputs["region_features"].to(features)})
         loss = loss_of(outputs)
@@ -1185,7 +1247,8 @@ def test_an_untied_decoder_stays_untied(vocab_size, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = UnicoderVLForPreTraining.from_pretrained(tmp_path)
     inputs = inputs_for(UnicoderVLForPreTraining, labelled=False)
-    assert torch.equal(loaded(**inputs).prediction_logits, model(**inputs).prediction_logits)
+    # transformers 5.17 puts a plain linear layer in place of the one that grows, which rounds otherwise.
+    close(loaded(**inputs).prediction_logits, model(**inputs).prediction_logits)
     assert loaded.cls.predictions.decoder.weight is not loaded.bert.embeddings.word_embeddings.weight
 
 

@@ -8,9 +8,13 @@ from tiny import NUM_REGIONS, TEXT_LENGTHS, padded_batch, pretraining_batch
 
 from unicoder_vl_hf import (
     RegionStore,
+    UnicoderVLForGrounding,
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
+    UnicoderVLForQuestionAnswering,
+    UnicoderVLForVisualEntailment,
+    UnicoderVLForVisualReasoning,
     UnicoderVLModel,
 )
 from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLEncoder, UnicoderVLLayer
@@ -37,6 +41,27 @@ def multiple_choice_batch():
     batch["token_region_ids"] = torch.where(torch.arange(7) == 1, 0, -1).expand(2, 2, -1)
     return {name: tensor[:2] if "region_" in name and name != "token_region_ids" else tensor
             for name, tensor in batch.items()} | {"labels": torch.tensor([1, 0])}  # fmt: skip
+
+
+def questions_batch():
+    """Five questions about four images, of which two share one."""
+    batch = padded_batch()
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = batch[name][[0, 1, 2, 3, 0]]
+    return batch | {"image_index": torch.tensor([0, 1, 2, 3, 3]), "labels": (torch.arange(10) % 4 / 3).view(5, 2)}
+
+
+def entailment_batch():
+    return questions_batch() | {"labels": torch.tensor([0, 1, -100, 1, 0])}
+
+
+def two_photos_batch():
+    index = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 2]])
+    return padded_batch() | {"image_index": index, "labels": torch.tensor([0, 1, 1, -100])}
+
+
+def grounding_batch():
+    return questions_batch() | {"labels": torch.tensor([3, 0, 1, -100, 2])}
 
 
 def retrieval_model(model_class):
@@ -99,6 +124,10 @@ def computed(monkeypatch):
         (UnicoderVLForPreTraining, tiny.model, pretraining_batch),
         (UnicoderVLForImageTextRetrieval, retrieval_model, retrieval_batch),
         (UnicoderVLForMultipleChoice, tiny.model, multiple_choice_batch),
+        (UnicoderVLForQuestionAnswering, tiny.model, questions_batch),
+        (UnicoderVLForVisualEntailment, tiny.model, entailment_batch),
+        (UnicoderVLForVisualReasoning, tiny.model, two_photos_batch),
+        (UnicoderVLForGrounding, tiny.model, grounding_batch),
     ],
 )
 def test_same_loss_and_gradients(model_class, build, batch, implementation, computed):

@@ -214,11 +214,15 @@ def test_the_best_images_of_a_caption_with_ties_against_it():
 
 
 class Page(HTMLParser):
-    """Sections of a gallery: caption, verdict, and (classes, picture, text) of each figure; cells of the table."""
+    """
+    Sections of a gallery: caption, verdict, and (classes, picture, text) of each figure; cells of the table. Of an
+    explanation, which has no sections: its pictures, and what is bold beneath them.
+    """
 
     def __init__(self, path):
         super().__init__()
         self.sections, self.cells, self.links, self.path = [], [], [], []
+        self.pictures, self.captions = [], []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -226,13 +230,15 @@ class Page(HTMLParser):
         self.links += [value for name, value in attributes.items() if name in ("src", "href")]
         if tag == "section":
             self.sections.append({"caption": "", "verdict": "", "figures": []})
-        elif tag == "figure":
+        elif tag == "figure" and self.sections:
             self.sections[-1]["figures"].append({"class": attributes["class"].split(), "text": "", "pictures": []})
         elif tag == "img":
             data = attributes["src"].partition(";base64,")[2]
-            figure, picture = self.sections[-1]["figures"][-1], Image.open(io.BytesIO(base64.b64decode(data)))
-            figure["pictures"].append(picture)
-            figure.setdefault("picture", picture)
+            self.pictures.append(Image.open(io.BytesIO(base64.b64decode(data))))
+            if self.sections:
+                figure = self.sections[-1]["figures"][-1]
+                figure["pictures"].append(self.pictures[-1])
+                figure.setdefault("picture", self.pictures[-1])
         if tag not in ("img", "meta"):
             self.path.append(tag)
 
@@ -240,7 +246,9 @@ class Page(HTMLParser):
         assert self.path.pop() == tag
 
     def handle_data(self, data):
-        if "figcaption" in self.path:
+        if "figcaption" in self.path and not self.sections:
+            self.captions += [data] if self.path[-1] == "b" else []
+        elif "figcaption" in self.path:
             self.sections[-1]["figures"][-1]["text"] += data
         elif "section" in self.path and self.path[-1] in ("h2", "p"):
             self.sections[-1]["caption" if self.path[-1] == "h2" else "verdict"] += data

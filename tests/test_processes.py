@@ -12,6 +12,7 @@ from test_padding_free import (
     loss_of,
     multiple_choice_batch,
     pretraining_batch,
+    questions_batch,
     retrieval_batch,
     retrieval_model as new_retrieval_model,
 )
@@ -21,6 +22,7 @@ from unicoder_vl_hf import (
     UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
+    UnicoderVLForQuestionAnswering,
     modeling_unicoder_vl,
     processes as training_module,
 )
@@ -323,6 +325,7 @@ def test_attention_of_bfloat16(packed, by_products, attended, monkeypatch):
         (UnicoderVLForPreTraining, tiny.model, pretraining_batch),
         (UnicoderVLForImageTextRetrieval, new_retrieval_model, retrieval_batch),
         (UnicoderVLForMultipleChoice, tiny.model, multiple_choice_batch),
+        (UnicoderVLForQuestionAnswering, tiny.model, questions_batch),
     ],
 )
 @pytest.mark.parametrize("by_products", [False, True])

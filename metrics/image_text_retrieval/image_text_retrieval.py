@@ -10,7 +10,7 @@ import numpy as np
 try:
     from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, summarize
 except ImportError as error:
-    raise ImportError("This metric computes with the package unicoder_vl_hf: pip install unicoder-vl-hf") from error
+    raise ImportError("This metric needs unicoder_vl_hf: pip install . in a checkout of unicoder-vl-hf") from error
 
 _DESCRIPTION = """\
 Recall@K, median and mean rank, mean average precision and tied ranks, from captions to images and back. Images may have

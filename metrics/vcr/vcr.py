@@ -9,7 +9,7 @@ import evaluate
 try:
     from unicoder_vl_hf.tasks.vcr.metrics import vcr_metrics
 except ImportError as error:
-    raise ImportError("This metric computes with the package unicoder_vl_hf: pip install unicoder-vl-hf") from error
+    raise ImportError("This metric needs unicoder_vl_hf: pip install . in a checkout of unicoder-vl-hf") from error
 
 _DESCRIPTION = """\
 Accuracies of VCR's Q->A, QA->R and Q->AR, which counts a question when both of its choices are right. Ties count

@@ -41,6 +41,17 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_head (`str`, *optional*, defaults to `"unicoder_vl"`):
         Head of masked object classification: `"unicoder_vl"`, a linear layer, or `"uniter"`, two layers with a logit
         for background before those of the classes.
+    answer_head (`str`, *optional*, defaults to `"uniter"`):
+        Head of questions about images: `"uniter"`, two layers on the pooler's output, or `"visual_bert"`, a linear
+        layer on the state of the last token but one, for imported weights.
+    reasoning_head (`str`, *optional*, defaults to `"paired"`):
+        Head of sentences about two photos: `"paired"`, two passes and a linear layer on both outputs of the pooler;
+        `"paired_attention"`, in which the two passes ask each other; or `"single"`, one pass with both photos.
+    grounding_layers (`int`, *optional*, defaults to 1):
+        Layers, 1 or 2, of the head that scores the regions that a text may refer to.
+    num_region_types (`int`, *optional*, defaults to 0):
+        Number of types that regions may have, each a learned vector beside their feature, such as 2 for the two photos
+        of a pair; 0 for none, as in the paper. With `region_embedding="uniter"` they are token types instead.
     num_region_classes (`int`, *optional*, defaults to 1600):
         Foreground object classes of the detector, without background: the vocabulary of masked object classification.
     use_image_token_embedding (`bool`, *optional*, defaults to `True`):
@@ -110,6 +121,10 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_location_dim: int = 5
     region_embedding: str = "unicoder_vl"
     region_head: str = "unicoder_vl"
+    answer_head: str = "uniter"
+    reasoning_head: str = "paired"
+    grounding_layers: int = 1
+    num_region_types: int = 0
     num_region_classes: int = 1600
     use_image_token_embedding: bool = True
     triplet_margin: float | int = 0.2
@@ -145,14 +160,24 @@ class UnicoderVLConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        kinds = {"region_embedding": ("unicoder_vl", "uniter", "visual_bert"), "region_head": ("unicoder_vl", "uniter")}
+        kinds = {
+            "region_embedding": ("unicoder_vl", "uniter", "visual_bert"),
+            "region_head": ("unicoder_vl", "uniter"),
+            "answer_head": ("uniter", "visual_bert"),
+            "reasoning_head": ("paired", "paired_attention", "single"),
+            "grounding_layers": (1, 2),
+        }
         for name, known in kinds.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, known))}.")
         if self.region_embedding == "uniter" and (self.region_location_dim != 5 or self.type_vocab_size < 2):
             raise ValueError(
                 "region_embedding='uniter' needs region_location_dim=5 and type_vocab_size=2 or more, as the second "
                 f"token type is that of regions, got {self.region_location_dim} and {self.type_vocab_size}."
+            )
+        if self.num_region_types < 0 or (self.num_region_types and self.region_embedding == "uniter"):
+            raise ValueError(
+                f"num_region_types={self.num_region_types} must be at least 0, and 0 with region_embedding='uniter'."
             )
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(f"projection_dim={self.projection_dim} must be at least 1, or None for no first stage.")
@@ -180,6 +205,7 @@ class UnicoderVLConfig(PreTrainedConfig):
             "AutoModelForPreTraining": f"{modeling}.UnicoderVLForPreTraining",
             "AutoModelForSequenceClassification": f"{modeling}.UnicoderVLForImageTextRetrieval",
             "AutoModelForMultipleChoice": f"{modeling}.UnicoderVLForMultipleChoice",
+            "AutoModelForVisualQuestionAnswering": f"{modeling}.UnicoderVLForQuestionAnswering",
         }
         self.custom_pipelines = {
             "image-text-matching": {

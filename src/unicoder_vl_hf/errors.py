@@ -24,7 +24,7 @@ def end_with(error: Exception, program: str) -> int:
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # else it were quoted
     if os.environ.get(TRACEBACK, "0") != "0" or (isinstance(error, KeyError) and " " not in message):
         raise error
-    sys.stderr.write(f"{program}: {message or type(error).__name__}\n")
+    sys.stderr.write(f"{logging.coloured(program, 31, sys.stderr)}: {message or type(error).__name__}\n")
     return 1
 
 

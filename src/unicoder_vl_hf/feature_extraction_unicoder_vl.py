@@ -199,7 +199,9 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         return expected
 
 
-def provenance_differences(trained: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+def provenance_differences(
+    trained: Mapping[str, Any], provenance: Mapping[str, Any], words: tuple[str, str] = ("in training", "here")
+) -> list[str]:
     """
     Says in words how the provenance of regions differs from that of the training, see `check_provenance`. The name of a
     detector is that of its folder, for one, and counts for nothing where the revision is the same.
@@ -208,7 +210,7 @@ def provenance_differences(trained: Mapping[str, Any], provenance: Mapping[str, 
     if trained.get("detector_revision") == provenance.get("detector_revision") is not None:
         ignored.add("detector")
     return [
-        f"{name} {_shorten(trained[name])} in training, {_shorten(provenance[name])} here"
+        f"{name} {_shorten(trained[name])} {words[0]}, {_shorten(provenance[name])} {words[1]}"
         for name in sorted((trained.keys() & provenance.keys()) - ignored)
         if None not in (trained[name], provenance[name]) and trained[name] != provenance[name]
     ]

@@ -13,7 +13,9 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any, TextIO
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -27,29 +29,77 @@ def warn_once(logger: logging.Logger, message: str) -> None:
     logger.warning(message)
 
 
+def coloured(text: str, code: int, stream: TextIO) -> str:
+    """Colours a text by an ANSI code such as 31 for red, where the stream is a terminal and NO_COLOR is not set."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[{code}m{text}\033[0m"
+
+
 def tqdm(*args: Any, disable: bool = False, **kwargs: Any) -> Any:
-    """Makes a progress bar with tqdm's arguments; `disable` says that this process shows none."""
+    """
+    Makes a progress bar with tqdm's arguments, in the place of those around it; `disable` says that this process shows
+    none.
+    """
     from tqdm import auto
 
     if disable or _are_bars_disabled():
         kwargs["disable"] = True  # passing False on would overrule TQDM_DISABLE
+    elif around := list(auto.tqdm._instances):  # one at a time: it stands where they stood, until it ends
+        for bar in around:
+            bar.clear()
+        kwargs.setdefault("position", 0)
     return auto.tqdm(*args, **kwargs)
+
+
+class _Hider:
+    """A finder of modules that hides the bars of datasets and transformers as soon as these are imported."""
+
+    def __init__(self) -> None:
+        self.undo = contextlib.ExitStack()
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Finds the modules that make bars as the usual finder does, with a loader that hides these afterwards."""
+        spec = PathFinder.find_spec(name, path, target) if name in _WITH_BARS else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def executed(module: ModuleType) -> None:
+                execute(module)
+                self.hide(module)
+
+            spec.loader.exec_module = executed  # type: ignore[method-assign]
+        return spec
+
+    def hide(self, module: Any) -> None:
+        """Hides the bars of a module of `_WITH_BARS`."""
+        if module.__name__.startswith("transformers"):
+            before = module.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
+            self.undo.callback(module.set_tqdm_hook, before)
+        elif not module.are_progress_bars_disabled():
+            module.disable_progress_bars()
+            self.undo.callback(module.enable_progress_bars)
+
+
+_WITH_BARS = ("transformers.utils.logging", "datasets.utils.tqdm")
 
 
 @contextlib.contextmanager
 def without_bars_of_libraries() -> Iterator[None]:
     """
     Runs a block without the progress bars of datasets and transformers, which a run would show for every selection of
-    rows, load and save. Ours, Trainer's and those of downloads stay, and so do all warnings.
+    rows, load and save; neither is imported for it. Ours, Trainer's and those of downloads stay, and so do all
+    warnings.
     """
-    from transformers.utils import logging as of_transformers
-
-    before = of_transformers.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
+    hider = _Hider()
+    sys.meta_path.insert(0, hider)
     try:
-        with without_bars_of_datasets():
+        with hider.undo:
+            for name in _WITH_BARS:
+                if name in sys.modules:
+                    hider.hide(sys.modules[name])
             yield
     finally:
-        of_transformers.set_tqdm_hook(before)
+        sys.meta_path.remove(hider)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,11 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MultipleChoiceModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultipleChoiceModelOutput,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert import BertConfig, BertForPreTraining
 from transformers.processing_utils import Unpack
@@ -60,6 +64,12 @@ MASKED_REGIONS_DOCSTRING = r"""
         1 for a region whose feature is hidden from the model, which still knows its location; 0 for others, the
         default. Zeros take its place (paper, Pre-training Tasks), or a vector that was learned, see
         `config.region_embedding`.
+"""
+
+REGION_TYPES_DOCSTRING = r"""
+    region_token_type_ids (`torch.LongTensor` of shape `(batch_size, num_regions)`, *optional*):
+        Type of each region, which tells the photos of a pair apart: of UNITER's token types, by default 1, or below
+        `config.num_region_types`, by default 0.
 """
 
 PAIRING_DOCSTRING = r"""
@@ -225,10 +235,13 @@ class UnicoderVLRegionEmbeddings(nn.Module):
         self.location_projection = UnicoderVLFloat32Linear(config.region_location_dim, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, region_features: torch.Tensor, region_locations: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, region_features: torch.Tensor, region_locations: torch.Tensor, types: torch.Tensor | None = None
+    ) -> torch.Tensor:
         features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
-        locations = self.location_projection(region_locations)
-        return self.LayerNorm((features + locations).to(self.LayerNorm.weight.dtype))
+        embeddings = features + self.location_projection(region_locations)
+        embeddings = embeddings if types is None else embeddings + types
+        return self.LayerNorm(embeddings.to(self.LayerNorm.weight.dtype))
 
 
 class UnicoderVLUniterRegionEmbeddings(nn.Module):
@@ -276,8 +289,11 @@ class UnicoderVLVisualBertRegionEmbeddings(nn.Module):
         super().__init__()
         self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
 
-    def forward(self, region_features: torch.Tensor, text_LayerNorm: nn.LayerNorm) -> torch.Tensor:
+    def forward(
+        self, region_features: torch.Tensor, text_LayerNorm: nn.LayerNorm, types: torch.Tensor | None = None
+    ) -> torch.Tensor:
         features = self.feature_projection(region_features.to(self.feature_projection.weight.dtype))
+        features = features if types is None else features + types
         return text_LayerNorm(features.to(text_LayerNorm.weight.dtype))
 
 
@@ -298,6 +314,9 @@ class UnicoderVLEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.region_embeddings = REGION_EMBEDDINGS[config.region_embedding](config)
+        self.region_type_embeddings = (
+            nn.Embedding(config.num_region_types, config.hidden_size) if config.num_region_types else None
+        )
         self.image_token_embedding = (
             nn.Parameter(torch.zeros(config.hidden_size)) if config.use_image_token_embedding else None
         )
@@ -339,13 +358,15 @@ class UnicoderVLEmbeddings(nn.Module):
         token_region_ids: torch.LongTensor | None = None,
         caption_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
+        region_token_type_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         text = self.embed_text(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         text = _pick_rows(text, caption_index)
         if region_features is None:
             return self.dropout(text)
 
-        regions = _pick_rows(self.embed_regions(region_features, region_locations, masked_regions), image_index)
+        regions = self.embed_regions(region_features, region_locations, masked_regions, region_token_type_ids)
+        regions = _pick_rows(regions, image_index)
         if token_region_ids is not None:
             region_ids = _pick_rows(token_region_ids, caption_index)[..., None]  # (batch_size, sequence_length, 1)
             referenced = regions.gather(1, region_ids.clamp(min=0).expand(-1, -1, regions.shape[-1]))
@@ -357,6 +378,7 @@ class UnicoderVLEmbeddings(nn.Module):
         region_features: torch.Tensor,
         region_locations: torch.Tensor | None,
         masked_regions: torch.Tensor | None = None,
+        region_token_type_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
         Embeds regions by `config.region_embedding`, without the image token: `(…, num_regions, hidden_size)`. The
@@ -364,12 +386,20 @@ class UnicoderVLEmbeddings(nn.Module):
         """
         embed: Any = self.region_embeddings
         if isinstance(embed, UnicoderVLUniterRegionEmbeddings):
-            return embed(region_features, region_locations, self.token_type_embeddings.weight[1], masked_regions)
+            types = self.token_type_embeddings.weight[1]
+            if region_token_type_ids is not None:
+                types = self.token_type_embeddings(region_token_type_ids)
+            return embed(region_features, region_locations, types, masked_regions)
+        types = None
+        if self.region_type_embeddings is not None:
+            types = self.region_type_embeddings.weight[0]
+            if region_token_type_ids is not None:
+                types = self.region_type_embeddings(region_token_type_ids)
         if masked_regions is not None:
             region_features = region_features.masked_fill(masked_regions[..., None] == 1, 0)
         if isinstance(embed, UnicoderVLVisualBertRegionEmbeddings):
-            return embed(region_features, self.LayerNorm)
-        return embed(region_features, region_locations)
+            return embed(region_features, self.LayerNorm, types)
+        return embed(region_features, region_locations, types)
 
     def add_image_token(self, regions: torch.Tensor) -> torch.Tensor:
         """Adds the vector of the paper's `[IMG]` token, if the model has it, to `(…, num_regions, hidden_size)`."""
@@ -733,6 +763,29 @@ class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
         super().__init__(config.hidden_size, 2)
 
 
+class UnicoderVLTaskHead(nn.Module):
+    """
+    Gives the logits of a task as UNITER does, `(…, num_outputs)`: a layer, by default twice as wide as the encoder,
+    GELU, LayerNorm and a linear layer. It computes in float32, since in bfloat16 many logits would be equal.
+    """
+
+    def __init__(self, config: UnicoderVLConfig, num_outputs: int, width: int | None = None):
+        super().__init__()
+        width = 2 * config.hidden_size if width is None else width
+        self.dense = UnicoderVLFloat32Linear(config.hidden_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder = UnicoderVLFloat32Linear(width, num_outputs)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        norm = self.LayerNorm
+        with maybe_autocast(device_type=states.device.type, enabled=False):
+            widened = nn.functional.gelu(self.dense(states))
+            normed = nn.functional.layer_norm(
+                widened, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+            )
+            return self.decoder(normed)
+
+
 class UnicoderVLFirstStage(nn.Module):
     """
     Projects the mean states of captions and of images into one space, in which a learned temperature makes logits of
@@ -783,8 +836,8 @@ class BertLoadingReport:
 
 # Every other key that only one side has is an error: a renamed layer must not pass as "new".
 _NEW_KEYS = re.compile(
-    r"(bert\.)?(embeddings\.region_embeddings|embeddings\.image_token_embedding|pooler)"
-    r"|cls\.predictions|region_head|matching_head|classifier|first_stage"
+    r"(bert\.)?(embeddings\.region_(type_)?embeddings|embeddings\.image_token_embedding|pooler)"
+    r"|cls\.predictions|(region|matching|answer|reasoning|grounding)_head|classifier|pair_attention|first_stage"
 )
 _UNUSED_KEYS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?embeddings\.position_ids$")
 _LAYER_KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.")
@@ -901,9 +954,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         model.load_state_dict({key: value for key, value in source.items() if key in target - tied}, strict=False)
         model.tie_weights()
         model.eval()  # As from_pretrained leaves it.
-        logger.warning(
-            f"{cls.__name__} from BERT {name}: new parameters {new}; left unused in the checkpoint {unused}."
-        )
+        told = f"{cls.__name__} from BERT {name}: new are {_parts_of(new)}"
+        logger.warning(f"{told}; unused in the checkpoint {_parts_of(unused)}." if unused else f"{told}.")
         return (model, BertLoadingReport(new=new, unused=unused)) if output_loading_info else model
 
     @classmethod
@@ -954,7 +1006,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self.embeddings.word_embeddings = value
 
     @capture_outputs
-    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + MASKED_REGIONS_DOCSTRING)
+    @auto_docstring(
+        custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + MASKED_REGIONS_DOCSTRING + REGION_TYPES_DOCSTRING
+    )
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -969,6 +1023,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         caption_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
         masked_regions: torch.Tensor | None = None,
+        region_token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         hidden_states, joint_mask, text_mask = self._embed(
@@ -984,6 +1039,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             caption_index=caption_index,
             image_index=image_index,
             masked_regions=masked_regions,
+            region_token_type_ids=region_token_type_ids,
         )
         if joint_mask is not None and self.packs(**kwargs):
             hidden_states = self._encode_without_padding(hidden_states, joint_mask)
@@ -1019,6 +1075,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         token_region_ids: torch.Tensor | None = None,
         caption_index: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
+        region_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -1038,6 +1095,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             "token_region_ids": token_region_ids,
             "caption_index": caption_index,
             "image_index": image_index,
+            "region_token_type_ids": region_token_type_ids,
         }
         if caption_index is not None and image_index is not None and not (len(caption_index) or len(image_index)):
             first = self.pooler.dense.weight.new_zeros(0, self.config.hidden_size)
@@ -1104,12 +1162,12 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
     def _embed(
         self, *, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
         region_features=None, region_locations=None, region_attention_mask=None, token_region_ids=None,
-        caption_index=None, image_index=None, masked_regions=None,
+        caption_index=None, image_index=None, masked_regions=None, region_token_type_ids=None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
         """Embeds text and regions, and returns the states, their mask and the text's; None where no mask was given."""
         self._check_shapes(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-            region_attention_mask, token_region_ids, caption_index, image_index, masked_regions,
+            region_attention_mask, token_region_ids, caption_index, image_index, masked_regions, region_token_type_ids,
         )  # fmt: skip
         hidden_states = self.embeddings(
             input_ids=input_ids,
@@ -1123,6 +1181,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
+            region_token_type_ids=region_token_type_ids,
         )
         text_mask, region_mask = (
             _pick_rows(attention_mask, caption_index),
@@ -1174,7 +1233,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
 
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
-        region_attention_mask, token_region_ids, caption_index, image_index, masked_regions,
+        region_attention_mask, token_region_ids, caption_index, image_index, masked_regions, region_token_type_ids,
     ):  # fmt: skip
         """Checks shapes only: a look at a value would wait for the GPU and break a compiled graph."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -1213,6 +1272,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 ("token_region_ids", token_region_ids),
                 ("image_index", image_index),
                 ("masked_regions", masked_regions),
+                ("region_token_type_ids", region_token_type_ids),
             ):
                 if value is not None:
                     raise ValueError(f"{name} was given without region_features.")
@@ -1229,6 +1289,13 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         _check_shape("region_locations", region_locations, (*region_shape, self.config.region_location_dim))
         _check_shape("region_attention_mask", region_attention_mask, region_shape)
         _check_shape("masked_regions", masked_regions, region_shape)
+        _check_shape("region_token_type_ids", region_token_type_ids, region_shape)
+        if region_token_type_ids is not None and not (
+            self.config.num_region_types or self.config.region_embedding == "uniter"
+        ):
+            raise ValueError(
+                "region_token_type_ids were given, but this model has no types of regions: set num_region_types."
+            )
         rows = (
             num_captions if caption_index is None else caption_index.shape[0],
             region_shape[0] if image_index is None else image_index.shape[0],
@@ -1700,6 +1767,322 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
         )
 
 
+IMAGE_INDEX_DOCSTRING = "".join(PAIRING_DOCSTRING.partition("    image_index")[1:])
+
+ANSWER_LABELS_DOCSTRING = r"""
+    labels (`torch.Tensor` of shape `(batch_size, num_labels)`, *optional*):
+        How right each answer is to each question, in `[0, 1]`, such as its accuracy by the official evaluation of VQA.
+        For entailment `(batch_size,)`: the right class, or -100 = ignored.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for questions about images, as UNITER does it: the answers are the classes of `config.id2label`, each
+    with a logit of its own, learned by the binary cross-entropy of soft labels, summed over answers and averaged over
+    questions. An image that several questions share is embedded once, see `image_index`.
+
+    The head reads BERT's pooler output, or, for VisualBERT's weights (`config.answer_head`), the state of the last
+    token but one.
+    """
+)
+class UnicoderVLForQuestionAnswering(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModelForVisualQuestionAnswering"
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.answer_head: nn.Module = UnicoderVLTaskHead(config, config.num_labels)
+        if config.answer_head == "visual_bert":
+            self.answer_head = UnicoderVLFloat32Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + IMAGE_INDEX_DOCSTRING + ANSWER_LABELS_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        reads_pooler = self.config.answer_head == "uniter"
+        encode = self.bert.pooled if reads_pooler else self.bert
+        outputs = encode(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            image_index=image_index,
+            **kwargs,
+        )
+        num_regions = 0 if region_features is None else region_features.shape[1]
+        states: Any = outputs.pooler_output
+        if not reads_pooler:
+            states = _last_but_one(outputs.last_hidden_state, attention_mask, num_regions)
+        logits = self.answer_head(states)
+        loss = None
+        if labels is not None:
+            # Several processes want a gradient of all parameters; not every head reads the pooler.
+            loss = self.compute_loss(logits, labels) + 0 * outputs.pooler_output.sum()
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Computes the loss of `forward`. Raises ValueError where `labels` are not of the shape of `logits`."""
+        _check_shape("labels", labels, tuple(logits.shape))
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        return losses.sum() / max(1, len(losses))
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for visual entailment, as UNITER does it: whether an image contradicts a text, entails it, or says
+    nothing of it, the classes of `config.id2label`. It is [`UnicoderVLForQuestionAnswering`] with one right class,
+    learned by cross-entropy.
+    """
+)
+class UnicoderVLForVisualEntailment(UnicoderVLForQuestionAnswering):
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Computes the mean cross-entropy of `labels`, `(batch_size,)`: the right class, in `[0, num_labels)`, or -100 =
+        ignored. Raises ValueError where they are of another shape.
+        """
+        _check_shape("labels", labels, tuple(logits.shape[:1]))
+        row_losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return row_losses.sum() / (labels != -100).sum().clamp(min=1)
+
+
+PAIR_DOCSTRING = r"""
+    region_features (`torch.Tensor` of shape `(num_images, num_regions, region_feature_dim)`, *optional*):
+        The photos; likewise every region argument.
+    image_index (`torch.LongTensor` of shape `(batch_size, 2)`, *optional*):
+        The first and the second photo of each row, of the `num_images` rows of `region_features`. Defaults to photos 2b
+        and 2b + 1 for row b.
+    labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        1 = the sentence is true of the two photos, 0 = false, -100 = ignored.
+"""
+
+
+class UnicoderVLPairAttention(nn.Module):
+    """
+    Joins the states of a sentence with either of two photos as UNITER does: each side asks the other by attention, and
+    is averaged by weights that it learns. Returns `(batch_size, 2 * hidden_size)`.
+    """
+
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__()
+        options = {"dropout": config.attention_probs_dropout_prob, "batch_first": True}
+        self.first_asks = nn.MultiheadAttention(config.hidden_size, config.num_attention_heads, **options)
+        self.second_asks = nn.MultiheadAttention(config.hidden_size, config.num_attention_heads, **options)
+        self.join = UnicoderVLLinear(2 * config.hidden_size, config.hidden_size)
+        self.weigh = UnicoderVLLinear(config.hidden_size, 1)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`states` and the mask of its attended positions have the two photos of a row one after the other."""
+        sides, is_real = states.unflatten(0, (-1, 2)).unbind(1), mask.unflatten(0, (-1, 2)).unbind(1)
+        pooled = []
+        for own, other, ask in ((0, 1, self.first_asks), (1, 0, self.second_asks)):
+            answer, _ = ask(
+                sides[own], sides[other], sides[other], key_padding_mask=~is_real[other], need_weights=False
+            )
+            joined = self.dropout(self.join(torch.cat((answer, sides[own]), dim=-1)).relu())
+            weights = self.weigh(joined).relu().masked_fill(~is_real[own][..., None], float("-inf")).softmax(dim=1)
+            pooled.append((weights * joined).sum(1))
+        return torch.cat(pooled, dim=-1)
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for sentences about two photos, as UNITER does it on NLVR2: the sentence is encoded with either photo,
+    and a linear layer judges both outputs of BERT's pooler (`config.reasoning_head = "paired"`), or both sides after
+    they asked each other (`"paired_attention"`); or it is encoded once with the regions of both (`"single"`). Photos
+    that rows share are embedded once. Where the model has types of regions, they tell the first photo from the second.
+    """
+)
+class UnicoderVLForVisualReasoning(UnicoderVLPreTrainedModel):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.pair_attention = UnicoderVLPairAttention(config) if config.reasoning_head == "paired_attention" else None
+        width = config.hidden_size * (1 if config.reasoning_head == "single" else 2)
+        self.reasoning_head = UnicoderVLFloat32Linear(width, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIR_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        source: Any = input_ids if inputs_embeds is None else inputs_embeds
+        regions = {}
+        if region_features is not None:
+            regions = self._photos(len(source), region_features, region_locations, region_attention_mask, image_index)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **regions,
+        }
+        if self.config.reasoning_head != "single":
+            inputs["caption_index"] = torch.arange(len(source), device=source.device).repeat_interleave(2)
+        if self.pair_attention is None:
+            outputs = self.bert.pooled(**inputs, **kwargs)
+            states: Any = outputs.pooler_output
+        else:
+            outputs = self.bert(**inputs, **kwargs)
+            states = self.pair_attention(outputs.last_hidden_state, self._mask_of(outputs.last_hidden_state, inputs))
+        logits = self.reasoning_head(states.reshape(len(source), -1))
+        _check_shape("labels", labels, (len(source),))
+
+        loss = None
+        if labels is not None:
+            row_losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+            # Several processes want a gradient of all parameters; not every head reads the pooler.
+            loss = loss + 0 * outputs.pooler_output.sum()
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _photos(
+        self, num_rows: int, features: torch.Tensor, locations: Any, mask: Any, index: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Makes the region arguments of the encoder: the photos in either place, if their types differ there."""
+        num_images = len(features)
+        if index is None:
+            if num_images != 2 * num_rows:
+                raise ValueError(f"{num_rows} sentences need {2 * num_rows} photos or image_index, got {num_images}.")
+            index = torch.arange(num_images, device=features.device).view(-1, 2)
+        _check_shape("image_index", index, (num_rows, 2))
+        if mask is None:
+            mask = features.new_ones(features.shape[:2], dtype=torch.long)
+        given: Any = {"region_features": features, "region_locations": locations, "region_attention_mask": mask}
+        of_uniter = self.config.region_embedding == "uniter"
+        if self.config.num_region_types or (of_uniter and self.config.type_vocab_size > 2):
+            given = {name: torch.cat((tensor, tensor)) for name, tensor in given.items()}
+            types = torch.full_like(given["region_attention_mask"], int(of_uniter), dtype=torch.long)
+            types[num_images:] += 1
+            given["region_token_type_ids"] = types
+            index = index + torch.tensor([0, num_images], device=index.device)
+        if self.config.reasoning_head == "single":
+            return {name: tensor[index].flatten(1, 2) for name, tensor in given.items()}
+        return {**given, "image_index": index.flatten()}
+
+    def _mask_of(self, states: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Gives the mask of the attended positions of text and regions, `(2 * batch_size, length)`."""
+        num_regions = 0 if "image_index" not in inputs else inputs["region_features"].shape[1]
+        text = states.new_ones((len(states), states.shape[1] - num_regions), dtype=torch.bool)
+        if inputs["attention_mask"] is not None:
+            text = inputs["attention_mask"].bool()[inputs["caption_index"]]
+        if not num_regions:
+            return text
+        return torch.cat((text, inputs["region_attention_mask"].bool()[inputs["image_index"]]), dim=1)
+
+
+GROUNDING_DOCSTRING = r"""
+    labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+        The region that the text refers to, in `[0, num_regions)`, or -100 = ignored, such as where no region meets it.
+"""
+
+
+@auto_docstring(
+    custom_intro="""
+    Unicoder-VL for texts that refer to a region of an image, as UNITER does it on RefCOCO: the last state of each
+    region gets a score, softmax over the regions. An image that several texts refer to is embedded once, see
+    `image_index`. The score of padding is -10,000.
+    """
+)
+class UnicoderVLForGrounding(UnicoderVLPreTrainedModel):
+    def __init__(self, config: UnicoderVLConfig):
+        super().__init__(config)
+        self.bert = UnicoderVLModel(config)
+        self.grounding_head: nn.Module = UnicoderVLFloat32Linear(config.hidden_size, 1)
+        if config.grounding_layers == 2:
+            self.grounding_head = UnicoderVLTaskHead(config, 1, config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_args=INPUTS_DOCSTRING + IMAGE_INDEX_DOCSTRING + GROUNDING_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_locations: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        token_region_ids: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        if region_features is None:
+            raise ValueError("Grounding needs region_features: it chooses among them.")
+        outputs = self.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            region_features=region_features,
+            region_locations=region_locations,
+            region_attention_mask=region_attention_mask,
+            token_region_ids=token_region_ids,
+            image_index=image_index,
+            **kwargs,
+        )
+        states = outputs.last_hidden_state
+        logits = self.grounding_head(states[:, states.shape[1] - region_features.shape[1] :])[..., 0]
+        mask = _pick_rows(region_attention_mask, image_index)
+        if mask is not None:
+            logits = logits.masked_fill(mask == 0, -10_000.0)
+        _check_shape("labels", labels, tuple(logits.shape[:1]))
+
+        loss = None
+        if labels is not None:
+            row_losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = row_losses.sum() / (labels != -100).sum().clamp(min=1)
+            # Several processes want a gradient of all parameters; this head does not read the pooler.
+            loss = loss + 0 * outputs.pooler_output.sum()
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 def hardest_negative_triplet_loss(
     scores: torch.Tensor,
     labels: torch.LongTensor,
@@ -1766,6 +2149,12 @@ def triplet_hinges(
     return hinges * captions, hinges * images
 
 
+def _parts_of(keys: list[str]) -> str:
+    """Names the parts of a model that parameters belong to."""
+    parts = [key.removesuffix(".weight").removesuffix(".bias").split(".")[:3] for key in keys]
+    return ", ".join(dict.fromkeys(map(".".join, parts)))
+
+
 def _target_weights(labels: torch.LongTensor, counted: torch.Tensor | None) -> torch.Tensor:
     """Weighs each target, `(batch_size, length)`: 1 / (targets of its row * rows of the batch), 0 for what is none."""
     is_target = labels != -100
@@ -1806,6 +2195,15 @@ def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTens
     return tensor if tensor is None or index is None else tensor[index]
 
 
+def _last_but_one(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, num_regions: int) -> torch.Tensor:
+    """Picks the state of the last attended token but one of each text, `(batch_size, hidden_size)`."""
+    text = hidden_states[:, : hidden_states.shape[1] - num_regions]
+    if attention_mask is None:
+        return text[:, -2]
+    last = text.shape[1] - 1 - attention_mask.long().flip(1).argmax(1)
+    return text[torch.arange(len(text), device=text.device), last - 1]
+
+
 def _flatten_choices(name: str, tensor: MaybeTensor, choices: tuple[int, ...]) -> MaybeTensor:
     """Reshapes `(batch_size, num_choices, ...)` to `(batch_size * num_choices, ...)`."""
     if tensor is None:
@@ -1821,9 +2219,13 @@ def _check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int, ..
 
 
 __all__ = [
+    "UnicoderVLForGrounding",
     "UnicoderVLForImageTextRetrieval",
     "UnicoderVLForMultipleChoice",
     "UnicoderVLForPreTraining",
+    "UnicoderVLForQuestionAnswering",
+    "UnicoderVLForVisualEntailment",
+    "UnicoderVLForVisualReasoning",
     "UnicoderVLModel",
     "UnicoderVLPreTrainedModel",
 ]

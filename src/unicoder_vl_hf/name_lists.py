@@ -58,6 +58,23 @@ def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[int, Any]]:
             ) from error
 
 
+def read_json(path: str | PathLike[str]) -> Any:
+    """
+    Reads a json file; a byte-order mark is left out.
+
+    Raises:
+        ValueError: The file is not UTF-8, or not JSON; the message names the line and the column.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}, column {error.colno}: malformed json ({error.msg}). Is it complete?"
+        ) from error
+
+
 def read_names(path: str | PathLike[str]) -> list[str]:
     """
     Reads a list of one name a line. A byte-order mark, blanks behind a name and empty lines are left out. A warning

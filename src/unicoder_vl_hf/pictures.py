@@ -6,28 +6,31 @@ Pillow and matplotlib are the extra `unicoder-vl-hf[demo]`. Left out: anything t
 """
 
 import base64
-import html
 import io
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any, Self
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .extras import optional_import
 from .records_unicoder_vl import RegionRecord
 
 try:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageColor, ImageDraw, ImageFont
 except ImportError as error:
     raise ImportError("Pictures need Pillow: pip install '.[demo]' in a checkout of unicoder-vl-hf.") from error
 
 # Colours of Okabe and Ito, which most kinds of colour vision tell apart; dark enough for white text and thin lines.
 PALETTE = ("#0072b2", "#d55e00", "#007a5a", "#a8437f", "#5b4ea3", "#8a6100", "#00748c", "#b3262e")
+LABELLED = 3  # regions that are named as those that raised a score
+_LEAST = 1e-12  # relevance that is none
+_SMALL = 240  # width of the picture of a word, in pixels
 _EVAL = "eval_"
 _MAJORITY = "_majority_accuracy"
 _MEAN_LOSS = "train_loss"  # of the whole run, in the last row of the log
@@ -121,6 +124,46 @@ def dot_chart(rows: Mapping[str, Sequence[float]], path: str | os.PathLike, *, l
     return Path(path)
 
 
+def draw_answers(
+    path: str | os.PathLike,
+    photo: Image.Image,
+    text: str,
+    answers: Sequence[tuple[str, float]],
+    right: str | None = None,
+) -> Path:
+    """
+    Draws a text about a photo, such as a question, beside the photo, and a bar for each answer to it.
+
+    Args:
+        path (`str` or `os.PathLike`): The PNG file to write.
+        photo (`PIL.Image.Image`): The photo in any size.
+        text (`str`): The text.
+        answers (sequence of `(str, float)`): Answers with their probabilities, in `[0, 1]`, from the top down.
+        right (`str`, *optional*): The right answer, whose bar is green; below the bars it is named where none is it.
+
+    Returns:
+        `Path`: `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = _new_figure(9.0, 3.6)
+    figure.suptitle("\n".join(textwrap.wrap(text, 80)), fontweight="bold")
+    shown, axes = figure.subplots(1, 2)
+    shown.imshow(np.asarray(photo))
+    shown.set_axis_off()
+    names, values = zip(*answers, strict=True)
+    colours = [PALETTE[2] if name == right else PALETTE[0] for name in names]
+    bars = axes.barh(range(len(names)), values, color=colours)
+    axes.bar_label(bars, [f"{100 * value:.1f} %" for value in values], padding=3, fontsize=9)
+    axes.set(xlim=(0, 1.2), xticks=[], yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    if right is not None and right not in names:
+        axes.set_xlabel(f"right: {right}", loc="left")
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
 def _new_figure(width: float, height: float) -> Any:
     """Makes an empty figure of so many inches. Raises ImportError if matplotlib is missing."""
     optional_import("matplotlib", "demo")
@@ -201,16 +244,8 @@ def draw_regions(
     Raises:
         ValueError: The record has no boxes.
     """
-    if record.boxes is None:
-        raise ValueError(
-            f"Image {record.image_id!r}: boxes is None, so there is nothing to draw: give a record with boxes."
-        )
-    scale = max(1.0, min_width / image.width)
-    canvas = image.convert("RGB").resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
-    )
+    canvas, boxes = _enlarged(image, record, min_width)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=max(12, canvas.width / 45))
-    boxes = record.locations()[:, :4] * ([canvas.width, canvas.height] * 2)
     order = np.arange(len(boxes))
     if record.object_scores is not None:
         order = np.argsort(-record.object_scores, kind="stable")
@@ -232,6 +267,187 @@ def draw_regions(
         draw.rectangle(place, fill=PALETTE[index % len(PALETTE)])
         draw.text((place[0] + 3, (place[1] + place[3]) / 2), label, fill="white", font=font, anchor="lm")
     return canvas
+
+
+def _enlarged(image: Image.Image, record: RegionRecord, min_width: int) -> tuple[Image.Image, np.ndarray]:
+    """Gives a copy of a photo, at least so wide, and the boxes in it. Raises ValueError if the record has none."""
+    if record.boxes is None:
+        raise ValueError(
+            f"Image {record.image_id!r}: boxes is None, so there is nothing to draw: give a record with boxes."
+        )
+    scale = max(1.0, min_width / image.width)
+    size = round(image.width * scale), round(image.height * scale)
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS), record.locations()[:, :4] * (size * 2)
+
+
+def blank_page(record: RegionRecord) -> Image.Image:
+    """Makes a white picture in the size of a record's image, or 640 x 480 where that is unknown."""
+    return Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
+
+
+def draw_relevance(
+    image: Image.Image, record: RegionRecord, relevance: np.ndarray, *, most: float | None = None, min_width: int = 640
+) -> Image.Image:
+    """
+    Draws how relevant the regions of a photo are: what no relevant one covers is faded to grey, what one covers keeps
+    the more of its colours, and the more of an outline, the more relevant it is.
+
+    Args:
+        image (`PIL.Image.Image`): The photo, of any size: boxes are scaled to it.
+        record (`RegionRecord`): Regions of the photo.
+        relevance (`np.ndarray` of shape `(n,)`): Relevance of each region, at least 0.
+        most (`float`, *optional*): The relevance that is drawn in full; defaults to the largest of `relevance`. Colours
+            go by the square root of the relevance over `most`, so that weak ones show.
+        min_width (`int`, defaults to 640): Narrower photos are enlarged to it.
+
+    Returns:
+        `PIL.Image.Image`: A new RGB picture.
+
+    Raises:
+        ValueError: The record has no boxes.
+    """
+    canvas, boxes = _enlarged(image, record, min_width)
+    strengths = _strengths(relevance, most)
+    heat = np.zeros((canvas.height, canvas.width), dtype=np.float32)
+    outlines = Image.new("RGBA", canvas.size)
+    draw, line = ImageDraw.Draw(outlines), max(2, canvas.width // 200)
+    for index in np.argsort(strengths).tolist():  # the strongest last, on top
+        x1, y1, x2, y2 = map(int, _inside(boxes[index], canvas.size))
+        heat[y1 : y2 + 1, x1 : x2 + 1] = strengths[index]
+        colour = (*ImageColor.getrgb(PALETTE[1]), round(255 * strengths[index]))
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
+    faded = Image.blend(canvas.convert("L").convert("RGB"), Image.new("RGB", canvas.size, "white"), 0.72)
+    drawn = Image.composite(canvas, faded, Image.fromarray(np.rint(255 * heat).astype(np.uint8)))
+    drawn.paste(outlines, mask=outlines)
+    return drawn
+
+
+def _strengths(relevance: np.ndarray, most: float | None = None) -> np.ndarray:
+    """Gives the strengths, 0 to 1, in which relevances are drawn."""
+    most = max(float(np.max(relevance)) if most is None else most, _LEAST)
+    return np.sqrt(np.clip(np.asarray(relevance, dtype=np.float32) / most, 0, 1))
+
+
+def explanation_html(
+    image: Image.Image,
+    record: RegionRecord,
+    caption: str,
+    words: Sequence[str],
+    word_relevance: np.ndarray,
+    region_relevance: np.ndarray,
+    relevance_to_words: np.ndarray,
+    *,
+    score: str,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> str:
+    """
+    Shows which regions mattered for each word and for the score, as HTML that needs no other file.
+
+    Args:
+        image (`PIL.Image.Image`): The photo, of any size: boxes are scaled to it.
+        record (`RegionRecord`): Its R regions.
+        caption (`str`): The caption.
+        words (sequence of `str`): Its W words, in their order.
+        word_relevance (`np.ndarray` of shape `(W,)`), region_relevance (`np.ndarray` of shape `(R,)`): Relevance for
+            the score.
+        relevance_to_words (`np.ndarray` of shape `(W, R)`): Relevance of each region for each word.
+        score (`str`): The score, in words.
+        class_names (sequence of `str`, *optional*): Name of each object id.
+        title (`str`, *optional*): Heading. With it the HTML is a page, else a fragment for a page.
+
+    Returns:
+        `str`: The HTML.
+
+    Raises:
+        ValueError: The record has no boxes.
+    """
+    names = [_region_name(record, index, class_names) for index in range(len(record))]
+    strongest = np.argsort(-region_relevance, kind="stable")[:LABELLED]
+    strongest = strongest[region_relevance[strongest] > 0]
+    shares = region_relevance / max(float(region_relevance.sum()), _LEAST)
+    most = max(float(relevance_to_words.max(initial=0.0)), _LEAST)
+    shown, end = [], 0
+    for word, strength, row in zip(words, _strengths(word_relevance), relevance_to_words, strict=True):
+        start, best = caption.index(word, end), int(row.argmax())
+        picture = draw_relevance(image, record, row, most=most, min_width=_SMALL)
+        facts = {"text": word, "before": caption[end:start], "strength": strength}
+        link = f"{names[best]} {row[best] / most:.0%}" if row[best] >= most / 100 else "–"
+        facts |= {"picture": _data_url(picture, _SMALL), "strongest": link}
+        shown.append(facts)
+        end = start + len(word)
+    return _fill(
+        "explanation.html" if title is None else "explanation_page.html",
+        title=title,
+        intro="",
+        words=shown,
+        score=score,
+        whole=_data_url(draw_relevance(image, record, region_relevance), 640),
+        strongest=", ".join(f"{names[index]} {shares[index]:.0%}" for index in strongest),
+        note=(
+            "Gradient x attention (Chefer et al., 2021): what raised this score, never what lowered it. Words are "
+            "shaded, and regions keep their colours, as far as they did. Beneath the first picture: shares of all "
+            "regions. Beneath a word: its strongest region, in percent of the strongest link of a word and a region."
+        ),
+    )
+
+
+def draw_hidden(image: Image.Image, record: RegionRecord, index: int, min_width: int = 320) -> Image.Image:
+    """Draws a photo, enlarged to `min_width`, on which a region is covered. Raises ValueError if it has no box."""
+    canvas, boxes = _enlarged(image, record, min_width)
+    draw, box = ImageDraw.Draw(canvas), _inside(boxes[index], canvas.size)
+    draw.rectangle(box, fill="#c8cdd6", outline=PALETTE[1], width=max(2, canvas.width // 150))
+    middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    size = max(8.0, min(box[2] - box[0], box[3] - box[1]) / 2)
+    draw.text(middle, "?", fill="white", font=ImageFont.load_default(size=size), anchor="mm")
+    return canvas
+
+
+def write_hidden_regions(
+    path: str | os.PathLike,
+    items: Iterable[tuple[str, Image.Image, RegionRecord, Sequence[int], np.ndarray]],
+    class_names: Sequence[str] | None = None,
+    *,
+    title: str = "Hidden regions",
+    intro: str = "",
+) -> Path:
+    """
+    Writes an HTML file of regions that were hidden from a model, each covered on its photo, with the class that it was
+    taken for, framed if that is the detector's.
+
+    Args:
+        path (`str` or `os.PathLike`): The HTML file to write.
+        items (iterable of tuples): Caption, photo, record, the indices of R regions with a class, and the probabilities
+            `(R, num_classes)` of their classes.
+        class_names (sequence of `str`, *optional*): Name of each class; without them, its number is shown.
+        title, intro (`str`): Heading of the page, and a sentence or two beneath it; plain text.
+
+    Returns:
+        `Path`: `path`.
+
+    Raises:
+        ValueError: A record has no boxes.
+    """
+
+    def region(image: Image.Image, record: RegionRecord, index: int, of_classes: np.ndarray) -> dict[str, Any]:
+        assert record.object_ids is not None
+        classes = int(of_classes.argmax()), int(record.object_ids[index])
+        guess, truth = (class_names[at] if class_names else f"class {at}" for at in classes)
+        picture = _data_url(draw_hidden(image, record, index), 320)
+        return {"index": index, "picture": picture, "guess": guess, "truth": truth, "probability": of_classes.max()}
+
+    sections = (
+        (caption, [region(image, record, *each) for each in zip(indices, probabilities, strict=True)])
+        for caption, image, record, indices, probabilities in items
+    )
+    Path(path).write_text(_fill("hidden_regions.html", title=title, intro=intro, items=sections), encoding="utf-8")
+    return Path(path)
+
+
+def _region_name(record: RegionRecord, index: int, class_names: Sequence[str] | None) -> str:
+    """Names a region by its class if it has one, else by its number."""
+    object_id = -1 if record.object_ids is None else int(record.object_ids[index])
+    return class_names[object_id] if class_names and object_id >= 0 else f"region {index}"
 
 
 def _grid_cells(boxes: np.ndarray) -> list[int]:
@@ -337,6 +553,28 @@ class GalleryItem:
         score, rank = found.get(image_id, (float("nan"), 0))
         return cls(caption, image_id, score, rank, tuple(hits[:top_k]), notes or {})
 
+    @property
+    def verdict(self) -> str:
+        """The place of the right image, in words."""
+        words = {0: "right image not among the candidates", 1: "found first"}
+        return words.get(self.rank, f"right image at rank {self.rank}")
+
+    @property
+    def shown(self) -> list[tuple[int, str, float]]:
+        """Rank, image_id and score of each picture: of the best, then of the right one; rank 0 if never scored."""
+        shown = [(rank, image_id, score) for rank, (image_id, score) in enumerate(self.best, start=1)]
+        if self.image_id is not None and all(image_id != self.image_id for image_id, _ in self.best):
+            shown.append((self.rank, self.image_id, self.score))
+        return shown
+
+    def figure_class(self, image_id: str, rank: int) -> str:
+        """Names how a picture is marked: found, wrong, right, or right but beyond the best."""
+        if self.image_id is None:
+            return "found"
+        if image_id != self.image_id:
+            return "wrong"
+        return "right" if 0 < rank <= len(self.best) else "right beyond"
+
 
 def write_gallery(
     path: str | os.PathLike,
@@ -373,15 +611,20 @@ def write_gallery(
             encoded[image_id] = [_data_url(each, picture_width) for each in pictures]
         return encoded[image_id]
 
-    template = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
-    page = Template(template).substitute(
-        title=html.escape(title),
-        intro=f"<p>{html.escape(intro)}</p>" if intro else "",
-        table=_results_table(results or {}),
-        items="\n".join(_item_html(item, sources) for item in items),
-    )
-    Path(path).write_text(page, encoding="utf-8")
+    shares = results or {}
+    recalls = dict.fromkeys(name for metrics in shares.values() for name in metrics if "recall@" in name)
+    facts = {"title": title, "intro": intro, "results": shares, "recalls": recalls}
+    Path(path).write_text(_fill("gallery.html", **facts, items=items, sources=sources), encoding="utf-8")
     return Path(path)
+
+
+def _fill(template: str, **values: Any) -> str:
+    """Fills a template of this folder; values are escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(values)
 
 
 def _data_url(image: Image.Image, width: int) -> str:
@@ -396,51 +639,3 @@ def _data_url(image: Image.Image, width: int) -> str:
         image.save(buffer, "JPEG", quality=85)
         kind = "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Gives the HTML of a table with a row for each result and a column for each recall, in percent."""
-    recalls = list(dict.fromkeys(name for metrics in results.values() for name in metrics if "recall@" in name))
-    if not recalls:
-        return ""
-    head = "".join(f"<th>{html.escape(name.replace('_', ' ').replace('recall@', 'R@'))}</th>" for name in recalls)
-    rows = "\n".join(
-        f"<tr><th>{html.escape(label)}</th>"
-        + "".join(f"<td>{100 * metrics[name]:.1f} %</td>" if name in metrics else "<td></td>" for name in recalls)
-        + "</tr>"
-        for label, metrics in results.items()
-    )
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
-
-
-def _item_html(item: GalleryItem, sources: Callable[[str], list[str]]) -> str:
-    shown = [(rank, image_id, score) for rank, (image_id, score) in enumerate(item.best, start=1)]
-    if item.image_id is not None and all(image_id != item.image_id for image_id, _ in item.best):
-        shown.append((item.rank, item.image_id, item.score))  # rank 0: never scored
-    figures = []
-    for rank, image_id, score in shown:
-        pictures = "".join(f'<img src="{source}" alt="{html.escape(image_id)}">' for source in sources(image_id))
-        ranked = f"<b>{rank}</b> <span>{score:+.2f}</span> " if rank else ""
-        name = "right image" if image_id == item.image_id else html.escape(image_id)
-        note = f" <em>{html.escape(item.notes[image_id])}</em>" if image_id in item.notes else ""
-        figures.append(
-            f'<figure class="{_figure_class(item, image_id, rank)}">{pictures}'
-            f"<figcaption>{ranked}<small>{name}</small>{note}</figcaption></figure>"
-        )
-    verdict, row = "", "row found"
-    if item.image_id is not None:
-        row = "row"
-        words = {0: "right image not among the candidates", 1: "found first"}.get(
-            item.rank, f"right image at rank {item.rank}"
-        )
-        verdict = f'<p class="{"hit" if item.rank == 1 else "miss"}">{words}</p>'
-    lines = "\n".join(figures)
-    return f'<section><h2>{html.escape(item.caption)}</h2>{verdict}\n<div class="{row}">\n{lines}\n</div></section>'
-
-
-def _figure_class(item: GalleryItem, image_id: str, rank: int) -> str:
-    if item.image_id is None:
-        return "found"
-    if image_id != item.image_id:
-        return "wrong"
-    return "right" if 0 < rank <= len(item.best) else "right beyond"

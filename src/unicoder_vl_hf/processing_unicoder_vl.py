@@ -280,14 +280,15 @@ class UnicoderVLProcessor(ProcessorMixin):
         is_id, is_file = store is not None and name in store, os.path.isfile(name)
         if is_id and is_file and takes_photos:
             raise ValueError(
-                f"{name!r} is an image id of {_name(store)}, and a file, {os.path.abspath(name)}: give a Path for the "
-                "file, or store[id] for the image of the store; or work in another folder."
+                f"{name!r} is an image id of {_name(store)}, and a file, {os.path.abspath(name)}: give a Path, or "
+                f"./{name}, for the file; for the image store[id], or work in another folder."
             )
         if is_file and not is_id:
             return Path(name)
         if store is None:
             raise ValueError(
-                f"{name!r} is no file, and as an image id it needs a store: pass store=… or call set_store first."
+                f"{name!r} is no file, and as an image id it needs a store: pass store=… (--regions) or call "
+                "set_store first."
             )
         if not is_id:
             try:

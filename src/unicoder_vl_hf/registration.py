@@ -34,6 +34,7 @@ AUTO_CLASSES = {
         "AutoModelForPreTraining": "UnicoderVLForPreTraining",
         "AutoModelForSequenceClassification": "UnicoderVLForImageTextRetrieval",
         "AutoModelForMultipleChoice": "UnicoderVLForMultipleChoice",
+        "AutoModelForVisualQuestionAnswering": "UnicoderVLForQuestionAnswering",
     },
     "feature_extraction_auto": {"AutoFeatureExtractor": "UnicoderVLFeatureExtractor"},
     "processing_auto": {"AutoProcessor": "UnicoderVLProcessor"},

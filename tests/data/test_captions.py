@@ -381,7 +381,7 @@ def test_join_stops_on_a_missing_image():
     with pytest.raises(ValueError) as error:
         join(ROWS, Store("a", "COCO_val2014_000000391895"))
     message = str(error.value)
-    assert message.startswith("2 of 3 captioned images (3 captions) have no regions in the store.")
+    assert message.startswith("2 of 3 images with captions (3 captions) have no regions in the store.")
     for part in (
         "b, c",
         "COCO_val2014_000000391895",
@@ -399,7 +399,7 @@ def test_join_skips_missing_images(caplog):
         {"image_id": "a", "caption": "5"},
     ]
     assert report == JoinReport(2, 1, 1, 2, ("a", "c"), ("b",), ("x",))
-    assert "1 of 3 captioned images (2 captions) have no regions" in caplog.text
+    assert "1 of 3 images with captions (2 captions) have no regions" in caplog.text
 
 
 def test_join_of_strangers_stops_even_when_skipping():

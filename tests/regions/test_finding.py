@@ -1,5 +1,6 @@
 """Regions of photos at hand: those that an extraction stores, by the detector that the provenance names."""
 
+import hashlib
 import pickle
 import shutil
 from pathlib import Path
@@ -115,7 +116,26 @@ def test_another_detector_is_warned_of_and_the_same_elsewhere_is_not(world, stor
     assert "The detector is not that of the training: detector 'grid:" in caplog.text
 
 
-def test_bad_photos_are_named(world, store, tmp_path):
+def test_detectors_without_their_weights_or_of_another_kind_are_named(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bare", "cut"):
+        shutil.copytree(world / "encoder", name)
+    whole = Path("cut", "model.safetensors").read_bytes()
+    Path("cut", "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    Path("bare", "model.safetensors").unlink()
+    for detector, options, message in (
+        ("grid:bare", {}, "grid:bare cannot be loaded from this folder: .*no file named model.safetensors"),
+        ("grid:cut", {}, "grid:cut cannot be loaded: Error while deserializing"),
+        (f"transformers:{world / 'encoder'}", {}, "encoder cannot be loaded: Unrecognized configuration class"),
+        (f"visual-genome:{world / 'encoder'}", {}, r"encoder must hold config\.yaml"),
+        (f"grid:{world / 'encoder'}", {"grid_size": "x"}, "with the options {'grid_size': 'x'}: '<' not supported"),
+        ("torchvision:fasterrcnn_resnet50_fpn", {"weights": "none.pth"}, r"weights is 'none\.pth', neither a file nor"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            RegionFinder(detector, device="cpu", **options)(files(world)[:1])
+
+
+def test_bad_photos_are_named(world, store, tmp_path, recwarn):
     finder = RegionFinder(trained_on=store.provenance, device="cpu")
     (tmp_path / "text.jpg").write_text("no photo")
     with pytest.raises(ValueError, match=r"text\.jpg is no photo that can be read: its 8 bytes"):
@@ -127,6 +147,78 @@ def test_bad_photos_are_named(world, store, tmp_path):
     Image.new("1", (1 << 16, 8192)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"huge\.png .*65536 x 8192 pixels, more than 500000000"):
         finder([tmp_path / "huge.png"])
+    assert not [each for each in recwarn if "DecompressionBomb" in each.category.__name__]
+    for name, data, message in (
+        ("empty.jpg", b"", "its 0 bytes are no image"),
+        ("cut.png", files(world)[0].read_bytes()[:300], "truncated"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} is no photo that can be read: .*{message}"):
+            finder([tmp_path / name])
+
+
+def test_what_was_found_is_kept_by_its_content(world, store, tmp_path, monkeypatch):
+    """The same photo under another name is not detected in twice, and needs no detector; the cache is a store."""
+    options = {"trained_on": store.provenance, "device": "cpu", "cache": tmp_path / "cache"}
+    photos, stored = files(world), [store[name] for name in IDS]
+    shutil.copy(photos[0], tmp_path / "copy.png")
+    assert_same(RegionFinder(**options)([photos[0], photos[0], tmp_path / "copy.png"]), [stored[0]] * 3)
+    cached = RegionStore(tmp_path / "cache")
+    digest = hashlib.sha256(photos[0].read_bytes()).hexdigest()
+    assert list(cached) == [digest] and cached.provenance == store.provenance
+    loaded = []
+    monkeypatch.setattr(
+        "unicoder_vl_hf.regions.finding.load_detector",
+        lambda name, **more: loaded.append(name) or load_detector(name, **more),
+    )
+    (found,) = RegionFinder(**options)([tmp_path / "copy.png"])
+    assert_same([found], stored[:1])
+    assert found.image_id == str(tmp_path / "copy.png") and not loaded
+    assert_same(RegionFinder(**options)([photos[1], photos[0], photos[2]]), [stored[1], stored[0], stored[2]])
+    opened = [Image.open(path) for path in photos[:2]]
+    for _ in range(2):
+        found = RegionFinder(**options)([opened[0], opened[1].copy()])
+        assert_same(found, stored[:2])
+        assert [record.image_id for record in found] == [str(photos[0]), "photo 2"]
+    assert len(RegionStore(tmp_path / "cache")) == 5 and len(loaded) == 2  # three files and two opened photos
+    # A detector that is named is loaded, since its weights may have changed; its folder may have moved.
+    shutil.copytree(world / "encoder", tmp_path / "moved")
+    named = options | {"grid_size": 2, "image_size": 32}
+    assert_same(RegionFinder(f"grid:{tmp_path / 'moved'}", **named)(photos[2:4]), stored[2:4])
+    assert len(RegionStore(tmp_path / "cache")) == 6
+    other = photo_world.save_encoder(tmp_path / "other", seed=1)
+    for finder, message in (
+        (RegionFinder(**options | {"cache": world / "store"}), "store is no cache .* it has the image 'photo_0'"),
+        (RegionFinder(other, **named), r"cache is no cache of this detector: detector 'grid:.* here.* there.*--cache"),
+        (
+            RegionFinder(**options | {"trained_on": store.provenance | {"dtype": "float32"}}),
+            "dtype 'float32' here, 'float16' there",
+        ),
+        (RegionFinder(**options | {"trained_on": None}), "come from no detector"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finder(photos[:1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_is_exact(world, store, tmp_path, dtype):
+    trained_on = store.provenance | {"dtype": dtype}
+    found, kept = (RegionFinder(trained_on=trained_on, device="cpu", cache=tmp_path)(files(world)[:2]) for _ in "12")
+    assert_same(kept, found)
+    assert_same(RegionFinder(trained_on=trained_on, device="cpu")(files(world)[:2]), found)
+
+
+def test_a_bad_photo_costs_none_before_it(world, store, tmp_path):
+    (tmp_path / "text.jpg").write_text("no photo")
+    finder = RegionFinder(trained_on=store.provenance, device="cpu", cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"text\.jpg is no photo that can be read"):
+        finder([tmp_path / "text.jpg"])
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=r"text\.jpg is no photo that can be read"):
+        finder([*files(world)[:2], tmp_path / "text.jpg", files(world)[3]])
+    assert len(RegionStore(tmp_path / "cache")) == 2
+    with pytest.raises(ValueError, match="photo 1 is no photo that can be read: its pixels are fractions"):
+        finder([Image.new("F", (8, 8))])
 
 
 class Colours:
@@ -160,6 +252,13 @@ def test_a_class_of_anybodys_is_a_detector(world, tmp_path):
     np.testing.assert_array_equal(found[0].features, store[IDS[0]].features)
     with pytest.raises(ValueError, match="have no option size"):
         load_detector(name, size=1)
+    for other, message in (
+        ("os:system", "is no detector: it takes no device and no precision, see docs/own_detector"),
+        ("json:dumps", "json:dumps cannot be loaded with the options {}: dumps.. missing"),
+        ("collections:Counter", "is no detector: it lacks __call__ and prepare and provenance"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_detector(other)
     with pytest.raises(ValueError, match="the module test_finding has no Grey"):
         load_detector("test_finding:Grey")
     with pytest.raises(ValueError, match=r"MODULE:CLASS with a module that Python can import"):

@@ -20,16 +20,27 @@ from unicoder_vl_hf import (
 from unicoder_vl_hf.regions.store import RegionStore
 from unicoder_vl_hf.runs import arguments as arguments_module, setup
 from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.evaluation import evaluation_dtype, evaluation_precision
+from unicoder_vl_hf.runs.log import in_a_table
+from unicoder_vl_hf.runs.model_card import TrainingRun
 from unicoder_vl_hf.runs.trainer import training_defaults
 from unicoder_vl_hf.scenes import questions as scenes_vcr
 from unicoder_vl_hf.scoring.checkpoints import load_for_scoring
+from unicoder_vl_hf.scripts.evaluate_pretraining import PretrainingEvaluationArguments
+from unicoder_vl_hf.tasks.entailment.run_evaluation import EntailmentEvaluationArguments
+from unicoder_vl_hf.tasks.nlvr2.run_evaluation import NLVR2EvaluationArguments
 from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
 from unicoder_vl_hf.tasks.retrieval import training as finetuning
 from unicoder_vl_hf.tasks.retrieval.losses import HardNegativeLoss
+from unicoder_vl_hf.tasks.retrieval.run_evaluation import RetrievalEvaluationArguments
+from unicoder_vl_hf.tasks.retrieval.run_gallery import GalleryArguments
+from unicoder_vl_hf.tasks.retrieval.run_two_stage import TwoStageArguments
 from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, prepare_retrieval
 from unicoder_vl_hf.tasks.vcr.pretraining import VCRPretrainingArguments, prepare_vcr_pretraining
+from unicoder_vl_hf.tasks.vcr.run_evaluation import VCREvaluationArguments
 from unicoder_vl_hf.tasks.vcr.training import VCRArguments, load_for_vcr, prepare_vcr
+from unicoder_vl_hf.tasks.vqa.run_evaluation import VQAEvaluationArguments
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,69 @@ def test_precision_of_trainer(given, expected):
 
 def test_auto_is_the_default_of_trainer():
     assert trainer("--mixed_precision", "auto").bf16 == trainer().bf16
+
+
+EVALUATIONS = {
+    PretrainingEvaluationArguments: "--captions c",
+    RetrievalEvaluationArguments: "--captions c",
+    TwoStageArguments: "--captions c",
+    GalleryArguments: "--captions c --output o --photos p",
+    VCREvaluationArguments: "--annotations a",
+    EntailmentEvaluationArguments: "--annotations a",
+    NLVR2EvaluationArguments: "--annotations a",
+    VQAEvaluationArguments: "--questions q",
+}
+
+
+@pytest.mark.parametrize("arguments", EVALUATIONS)
+def test_precision_of_evaluations(arguments, capsys):
+    words = ["--model", "m", "--regions", "r", *EVALUATIONS[arguments].split()]
+
+    def precision(*given):
+        (args,) = arguments_module.make_parser(arguments).parse_args_into_dataclasses([*words, *given])
+        return args.mixed_precision
+
+    assert precision() == precision("--bf16", "False") == "no"
+    assert (
+        precision("--bf16") == precision("--mixed_precision", "bf16") == precision("--mixed-precision=bf16") == "bf16"
+    )
+    assert precision("--fp16") == "fp16"
+    with pytest.raises(SystemExit):
+        precision("--bf16", "--mixed_precision", "bf16")
+    assert "give --mixed_precision alone" in capsys.readouterr().err
+
+
+def test_the_dtype_of_an_evaluation():
+    model = tiny.model(UnicoderVLForImageTextRetrieval)
+    dtypes = {name: evaluation_dtype(name, model) for name in ("no", "bf16", "fp16")}
+    assert dtypes == {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    with pytest.raises(ValueError, match="'fp8', expected auto, no, bf16 or fp16"):
+        evaluation_dtype("fp8", model)
+
+
+def test_an_evaluation_in_bf16():
+    model, inputs = tiny.model(UnicoderVLForImageTextRetrieval), tiny.padded_batch()
+    model.config.padding_free = True
+    with torch.no_grad(), evaluation_precision("no", model):
+        full = model(**inputs).scores
+    with torch.no_grad(), evaluation_precision("bf16", model):
+        rounded = model(**inputs).scores
+    difference = (full - rounded).abs().max()
+    assert 0 < difference < 0.1
+
+
+def test_the_table_that_ends_a_training():
+    training = TrainingRun(steps=6, epochs=0.6, batch_size=8, learning_rate=1e-4, seed=0, mixed_precision="no")
+    assert in_a_table("runs/mine", training, {"eval_recall_sum": 2.9, "eval_loss": 0.12345}).splitlines() == [
+        "runs/mine is complete.",
+        "  Steps          6 of 8 pairs (over all processes)",
+        "  Epochs         0.6",
+        "  Learning rate  0.0001 at its peak",
+        "  Seed           0",
+        "  Precision      float32",
+        "  recall_sum     2.9",
+        "  loss           0.1235",
+    ]
 
 
 def test_pairs_of_a_step_and_of_a_micro_batch(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytest.importorskip("transformers", minversion="5.24")
 
 import onnxruntime
 from transformers import AutoProcessor

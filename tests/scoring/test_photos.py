@@ -56,8 +56,10 @@ def test_a_name_that_is_an_id_and_a_file_is_refused_naming_both(in_photos, tmp_p
     shutil.copy(in_photos / "photos" / "photo_0.png", IDS[1])
     scorer = ImageTextScorer.from_pretrained(in_photos / "model", in_photos / "store", verbose=False)
     for images in ([IDS[1]], [IDS[0], IDS[1]]):
-        with pytest.raises(ValueError, match=rf"'photo_1' is an image id of .*store, and a file, {tmp_path}/photo_1"):
+        both = rf"'photo_1' is an image id of .*store, and a file, {tmp_path}/photo_1: give a Path, or ./photo_1, for"
+        with pytest.raises(ValueError, match=both):
             scorer.score(CAPTIONS, images)
+    np.testing.assert_array_equal(scorer.score(CAPTIONS, ["./photo_1"]), scorer.score(CAPTIONS, [Path(IDS[1])]))
     of_file, of_store = scorer.score(CAPTIONS, [Path(IDS[1])]), scorer.score(CAPTIONS, [scorer.store[IDS[1]]])
     np.testing.assert_array_equal(of_file, scorer.score(CAPTIONS, [IDS[0]]))
     assert np.abs(of_file - of_store).max() > 1e-3
@@ -81,7 +83,7 @@ def test_a_checkpoint_without_a_detector_says_so(world, tmp_path):
     assert scorer.score(CAPTIONS, [photo]).shape == (3, 1)
 
 
-def test_the_command(in_photos, stored, capsys):
+def test_the_command(in_photos, stored, tmp_path, capsys):
     model, regions = str(in_photos / "model"), str(in_photos / "store")
     Path("saved.npz").unlink(missing_ok=True)
     RegionStore(regions)[IDS[0]].save("saved.npz")
@@ -90,7 +92,25 @@ def test_the_command(in_photos, stored, capsys):
         assert main(["score", *words[:1], *CAPTIONS, "--model", model, *words[1:]]) == 0
         assert capsys.readouterr().out == wanted
     assert main(["score", "dog.png", "a dog", "--model", model]) == 1
-    assert "'dog.png' is no file, and as an image id it needs a store" in capsys.readouterr().err
+    assert "dog.png is no file; if it is an image id, name its store: --regions" in capsys.readouterr().err
+    found, cache = [], ["--cache", str(tmp_path / "cache")]
+    for _ in range(2):
+        assert main(["score", "photo_0.png", *CAPTIONS, "--model", model, *cache]) == 0
+        found.append(capsys.readouterr().out)
+    assert found == [wanted] * 2 and len(RegionStore(tmp_path / "cache")) == 1
+    shutil.copytree(model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(["score", "photo_0.png", "a dog", "--model", str(tmp_path / "cut")]) == 1
+    assert "cut has a damaged file of weights" in capsys.readouterr().err
+
+
+def test_the_command_for_machines_and_without_bars_of_libraries(in_photos, stored, capfd):
+    assert main(["score", "photo_0.png", *CAPTIONS, "--model", str(in_photos / "model"), "--json"]) == 0
+    output, error = capfd.readouterr()
+    rows = json.loads(output)["captions"]
+    assert [row["caption"] for row in rows] == CAPTIONS and error == ""
+    np.testing.assert_allclose([row["score"] for row in rows], stored[:, 0], atol=1e-5)
 
 
 # Yes or no
@@ -143,6 +163,9 @@ def test_a_calibrated_checkpoint_says_yes_or_no(in_photos, stored, tmp_path, cap
     assert found.calibration == known
     assert main(["score", "photo_0.png", CAPTIONS[0], "--model", model]) == 0
     assert capsys.readouterr().out.endswith(f"{CAPTIONS[0]}\n{known}\n")
+    assert main(["score", "photo_0.png", CAPTIONS[0], "--model", model, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert Calibration(**told["calibration"]) == known and told["captions"][0]["match"] == bool(found.matches[0, 0])
     scorer.model.bert.pooler.dense.bias.data += 1
     del scorer.calibration
     with pytest.raises(ValueError, match="was calibrated with other weights"):

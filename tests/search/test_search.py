@@ -42,7 +42,7 @@ from unicoder_vl_hf.search.encoders import (
     open_transformers_encoder,
 )
 from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest
-from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search
+from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search, search_similar
 from unicoder_vl_hf.tasks.retrieval import metrics as metrics_module, two_stage_report as report_module
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
 from unicoder_vl_hf.tasks.retrieval.protocols import RetrievalFold
@@ -85,8 +85,8 @@ def write_store(path, records):
             writer.write(record)
 
 
-def parts(folder, checkpoint="model"):
-    store, processor = RegionStore(folder / "store"), tiny.processor()
+def parts(folder, checkpoint="model", store="store"):
+    store, processor = RegionStore(folder / store), tiny.processor()
     model = UnicoderVLForImageTextRetrieval.from_pretrained(folder / checkpoint).eval()
     scorer = ImageTextScorer(model, processor, store, verbose=False)
     return UnicoderVLDualEncoder(model, processor, store, folder / checkpoint), scorer, store
@@ -636,6 +636,10 @@ def test_report_of_a_model_at_full_depth_is_exhaustive(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(folder):
+    return TransformersDualEncoder(save_clip(folder), Photos(folder / "photos"))
+
+
+def save_clip(folder):
     words = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in tiny.WORDS[5:]), *string.ascii_lowercase]
     torch.manual_seed(0)
     text = CLIPTextConfig(
@@ -650,7 +654,7 @@ def clip(folder):
     tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
-    return TransformersDualEncoder(folder / "clip", Photos(folder / "photos"))
+    return folder / "clip"
 
 
 def test_a_dual_encoder_of_transformers_as_first_stage(folder, clip):
@@ -745,8 +749,8 @@ def test_commands(folder, clip, tmp_path, capsys, caplog, monkeypatch):
         code, output = run(capsys, "search", *image, "--index", captions, "--top-k", 2)
         assert code == 0 and ranks(output) == [(name, f"{score:+.3f}") for name, score in expected]
         assert output.startswith(f"{shown}\n")
-    code, output = run(capsys, "search", "--image-id", IMAGES[2], "--index", index)
-    assert code == 1 and "holds images, but what is sought are captions" in output
+    code, output = run(capsys, "search", CAPTIONS[2], "--index", captions)
+    assert code == 1 and "holds captions, but what is sought are images" in output
     code, output = run(capsys, *words, "--model", folder / "untrained")
     assert code == 1 and "was not trained" in output
 
@@ -966,9 +970,7 @@ def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, mon
     write_store(store, [STORE[name] for name in IMAGES[:4]])
     words = ["index", store, "--model", folder / "model", "--output", output]
     assert run(capsys, *words)[0] == 0
-    with RegionStoreWriter(store, resume=True) as writer:
-        for name in IMAGES[4:]:
-            writer.write(STORE[name])
+    grow(store, IMAGES[4:])
     code, says = run(capsys, *words)
     assert code == 1 and "If it is that one and has grown, `unicoder-vl index … --add` adds what is new." in says
     kill_after(monkeypatch, 1)
@@ -1005,6 +1007,44 @@ def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, mon
     code, says = run(capsys, *words, "--add", "--captions", folder / "captions.jsonl")
     assert code == 1 and "holds images, with faiss=None, and given are captions" in says
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "store", "whole"]
+
+
+@pytest.mark.parametrize("was_complete", [True, False])
+def test_an_interrupted_addition_goes_on_though_the_store_has_grown_since(
+    folder, tmp_path, capsys, caplog, monkeypatch, was_complete
+):
+    """What was embedded is not embedded again; what has come since is added by the same command."""
+    store, output = tmp_path / "store", tmp_path / "index"
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    words = ["index", store, "--model", folder / "model", "--output", output, "--add"]
+    write_store(store, [STORE[IMAGES[0]]])
+    if was_complete:
+        assert run(capsys, *words)[0] == 0
+    grow(store, IMAGES[1:6])
+    kill_after(monkeypatch, 1)
+    assert run(capsys, *words)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    grow(store, IMAGES[6:])
+    code, says = run(capsys, *words[:-1])
+    assert code == 1 and ("adds what is new" if was_complete else "--add goes on where the store has grown") in says
+    embedded, embed = [], UnicoderVLDualEncoder.embed_images
+    monkeypatch.setattr(
+        UnicoderVLDualEncoder, "embed_images", lambda self, names: embedded.extend(names) or embed(self, names)
+    )
+    code, says = run(capsys, *words)
+    assert code == 0 and says.startswith(f"{output} is complete: 7 images")
+    assert embedded == IMAGES[3 if was_complete else 2 :] and "1 of 3 blocks are embedded" in caplog.text
+    expected = build_index(parts(folder)[0], RegionStore(store), tmp_path / "whole")
+    assert SearchIndex(output).names == IMAGES and SearchIndex(output).facts["store"] == expected.facts["store"]
+    np.testing.assert_allclose(SearchIndex(output).embeddings, expected.embeddings, rtol=0, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "store", "whole"]
+
+
+def grow(store, names):
+    with RegionStoreWriter(store, resume=True) as writer:
+        for name in names:
+            writer.write(STORE[name])
 
 
 def test_captions_are_added_to_their_index(folder, tmp_path):
@@ -1046,7 +1086,7 @@ def corners(picture):
 
 def ranks(output):
     rows = [line.split(maxsplit=3) for line in output.splitlines() if line[:4].strip().isdigit()]
-    return [(row[3], row[1]) for row in rows]
+    return [(row[-1], row[1]) for row in rows]
 
 
 def test_exhaustive_search_says_first_how_long(folder, capsys, monkeypatch):
@@ -1097,7 +1137,7 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
         ({"text": "a"}, "either --index"),
         ({"text": "a", "index": "i", "exhaustive": True}, "either --index"),
         ({"text": "a", "exhaustive": True}, "--exhaustive needs --model and --regions"),
-        ({"image": "a", "index": "i", "gallery": "g", "photos": "p"}, "--gallery shows the images"),
+        ({"image": "a", "exhaustive": True, "gallery": "g", "photos": "p"}, "--gallery shows images that are found"),
         ({"text": " ", "index": "i"}, "The sentence is empty"),
         ({"text": "a", "index": "i", "top_k": 0}, "--top-k is 0, expected at least 1"),
         ({"image": "a", "exhaustive": True, "top_k": -1}, "--top-k is -1, expected at least 1"),
@@ -1175,6 +1215,94 @@ def test_any_photo_is_a_query(tmp_path, capsys, monkeypatch):
     words = ["--model", world / "model", "--captions", world / "captions.jsonl", "--output", world / "index"]
     code, output = run(capsys, "index", world / "store", *words)
     assert code == 0, output
-    code, found = run(capsys, "search", "--index", world / "index", "--image", "photo_0.png")
-    code, stored = run(capsys, "search", "--index", world / "index", "--image-id", photo_world.IDS[2])
-    assert code == 0 and ranks(found) == ranks(stored)
+    cache = ["--cache", world / "cache"]
+    for index, options in (("index", []), ("images", []), ("images", cache), ("index", cache)):
+        if not (world / index).exists():
+            assert run(capsys, "index", world / "store", *words[:2], "--output", world / index)[0] == 0
+        code, found = run(capsys, "search", "--index", world / index, "--image", "photo_0.png", *options)
+        code, stored = run(capsys, "search", "--index", world / index, "--image-id", photo_world.IDS[2])
+        assert code == 0 and ranks(found) == ranks(stored)
+    assert len(RegionStore(world / "cache")) == 1
+    # A first stage that sees the photo itself proposes, and the detector finds the regions that are scored.
+    clip = save_clip(world)
+    store, captions = RegionStore(world / "store"), photo_world.CAPTIONS
+    opened = open_transformers_encoder(str(clip), store, str(world / "photos"))
+    build_index(opened, store, world / "by_clip", captions=captions)
+    words = ["search", "--index", world / "by_clip", "--model", world / "model", "--candidates", 2, "--top-k", 2]
+    code, found = run(capsys, *words, "--image", "photo_0.png")
+    code, stored = run(capsys, *words, "--image-id", photo_world.IDS[2], "--photos", world / "photos")
+    assert code == 0 and ranks(found) == ranks(stored) and len(ranks(found)) == 2
+    scorer = ImageTextScorer.from_pretrained(world / "model", store, verbose=False)
+    for image in ("./photo_0.png", Path("photo_0.png"), Image.open("photo_0.png")):
+        (hits,) = search([image], SearchIndex(world / "by_clip"), opened, scorer, top_k=2, candidates=2)
+        assert [hit.name for hit in hits] == [name for name, _ in ranks(stored)]
+
+
+def test_ids_that_are_files_too_are_ids_in_a_search(tmp_path, capsys, monkeypatch):
+    """In the folder of the photos, where ids are paths; a name that could be both is refused for `--image` alone."""
+    world = photo_world.build(tmp_path)
+    shutil.rmtree(world / "store")
+    monkeypatch.chdir(world / "photos")
+    detector = ["--detector", f"grid:{world / 'encoder'}", "-o", "grid_size=2", "-o", "image_size=32"]
+    assert run(capsys, "extract", ".", world / "store", *detector, "--ids", "path", "--num-workers", 0)[0] == 0
+    exhaustive = ["search", "--exhaustive", "--regions", world / "store", "--model", world / "model"]
+    code, output = run(capsys, *exhaustive, photo_world.CAPTIONS[0])
+    assert code == 0 and {name for name, _ in ranks(output)} == {f"{name}.png" for name in photo_world.IDS}
+    (world / "c.jsonl").write_text(
+        "\n".join(json.dumps({"image_id": "photo_0.png", "caption": text}) for text in photo_world.CAPTIONS)
+    )
+    exhaustive += ["--captions", world / "c.jsonl"]
+    code, by_id = run(capsys, *exhaustive, "--image-id", "photo_1.png")
+    code, by_file = run(capsys, *exhaustive, "--image", "./photo_1.png")
+    assert code == 0 and ranks(by_id) == ranks(by_file)
+    code, output = run(capsys, *exhaustive, "--image", "photo_1.png")
+    assert code == 1 and "give --image ./photo_1.png for the file, or --image-id photo_1.png" in output
+
+
+def test_an_image_finds_images_like_it(folder, indices, clip, tmp_path, capsys, monkeypatch):
+    """By the similarity of their embeddings, from Python and by the command, whatever the form of the image."""
+    encoder, _, store = parts(folder)
+    near = indices["images"].embeddings @ indices["images"].embeddings[2]
+    wanted = [IMAGES[place] for place in np.argsort(-near, kind="stable")[:3]]
+    for image in (IMAGES[2], store[IMAGES[2]]):
+        (hits,) = search_similar([image], indices["images"], encoder, top_k=3)
+        assert [hit.name for hit in hits] == wanted and wanted[0] == IMAGES[2]
+        np.testing.assert_allclose([hit.similarity for hit in hits], np.sort(near)[::-1][:3], atol=1e-6)
+        assert all(hit.score == hit.similarity and hit.is_alike for hit in hits)
+    words = ["search", "--image-id", IMAGES[2], "--top-k", 3]
+    gallery = ["--photos", folder / "photos", "--gallery", tmp_path / "gallery.html"]
+    code, output = run(capsys, *words, "--index", folder / "images", *gallery)
+    table = [f"{rank:>4}  {similarity:>10.3f}  {name}" for rank, (name, similarity) in enumerate(
+        zip(wanted, np.sort(near)[::-1], strict=False), start=1)]  # fmt: skip
+    assert code == 0 and output.splitlines()[1:-1] == [
+        "rank  similarity",
+        *table,
+        "Ordered by the similarity of two images in the first stage.",
+    ]
+    page = (tmp_path / "gallery.html").read_text()
+    assert "The best 3 of 7 images, ordered by the similarity of two images in the first stage." in page
+    assert f"similarity {near.max():.3f}" in page and "score" not in page.partition("<figure")[2].lower()
+    code, output = run(capsys, *words, "--index", folder / "images", "--similarity-weight", 1)
+    assert code == 1 and "leave --similarity-weight out" in output
+    code, output = run(capsys, *words, "--index", folder / "captions", *gallery)
+    assert code == 1 and "an image finds captions here" in output
+    with pytest.raises(ValueError, match="captions holds captions: give an index of images"):
+        search_similar([IMAGES[2]], indices["captions"], encoder)
+    with pytest.raises(ValueError, match="was made by the checkpoint"):
+        search_similar([IMAGES[2]], indices["images"], clip)
+    # CLIP sees photos: those of the store by their ids, and any other as it is.
+    build_index(clip, store, tmp_path / "clip")
+    photos = ["--photos", folder / "photos"]
+    stored = run(capsys, *words, "--index", tmp_path / "clip", *photos)
+    assert stored[0] == 0 and IMAGES[2] in stored[1].splitlines()[2]
+    new = shutil.copy(folder / "photos" / f"{IMAGES[2]}.png", tmp_path / "new.png")
+    found = run(capsys, "search", "--image", new, "--top-k", 3, "--index", tmp_path / "clip")
+    assert found == (0, stored[1].replace(IMAGES[2], f"{new}, a photo", 1))
+    code, output = run(capsys, *words, "--index", tmp_path / "clip")
+    assert code == 1 and "clip looks at photos: give --photos" in output
+    store[IMAGES[2]].save(tmp_path / "record.npz")
+    code, output = run(capsys, "search", "--image", tmp_path / "record.npz", "--index", tmp_path / "clip")
+    assert code == 1 and "clip embeds photos, and the regions of 'image 2' are none: give the photo" in output
+    (tmp_path / "text.png").write_text("text")
+    code, output = run(capsys, "search", "--image", tmp_path / "text.png", "--index", tmp_path / "clip")
+    assert code == 1 and "text.png is no photo that can be read: its 4 bytes" in output

@@ -21,8 +21,8 @@ from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
 from ..files import new_folder, write_json
 from ..processing_unicoder_vl import UnicoderVLProcessor
-from .maps import PLAIN_BERT, REFUSED, REGIONS, SISTERS, Rule, Sister
-from .reading import Source, find_source, load_tokenizer
+from .maps import PLAIN_BERT, REFUSED, REGIONS, SISTERS, TASK_HEADS, Rule, Sister, TaskHead
+from .reading import Source, find_source, load_tokenizer, read_answers
 
 REPORT = "import_report.json"
 WORDS = "embeddings.word_embeddings.weight"
@@ -46,14 +46,25 @@ class Account:
         source ([`Source`]): The checkpoint.
         sister ([`Sister`]): Its architecture.
         tensors (`dict`): Its tensors, each with its original key, by the keys that the rules know.
+        head ([`TaskHead`], *optional*): The head of a task that it was fine-tuned with.
+        labels (list of `str`, *optional*): The names of the outputs of that head.
     """
 
     config: UnicoderVLConfig
 
-    def __init__(self, source: Source, sister: Sister, tensors: dict[str, tuple[str, torch.Tensor]]):
+    def __init__(
+        self,
+        source: Source,
+        sister: Sister,
+        tensors: dict[str, tuple[str, torch.Tensor]],
+        head: TaskHead | None = None,
+        labels: list[str] | None = None,
+    ):
         self.source = source
         self.sister = sister
         self.tensors = tensors
+        self.head = head
+        self.labels = labels
         self.weights: dict[str, torch.Tensor] = {}  # our parameters, float32
         self.origins: dict[str, list[str]] = {}  # the keys that each is made of
         self.said: dict[str, str] = {}  # what became of each key
@@ -119,6 +130,7 @@ class Account:
         if "region_head.1.bias" in shapes:
             fields |= {"region_head": "uniter", "num_region_classes": shapes["region_head.1.bias"][0] - 1}
         fields |= {name: source.config[name] for name in KEPT_FIELDS if name in source.config}
+        fields |= self._fields_of_head(shapes)
         fields |= {"region_embedding": self.sister.region_embedding, "use_image_token_embedding": False}
         try:
             self.config = UnicoderVLConfig(**fields)
@@ -126,7 +138,9 @@ class Account:
             raise ValueError(f"{source.name}: its settings make no model. {error.__cause__ or error}") from error
         with torch.device("meta"):
             ours = modeling.UnicoderVLForPreTraining(self.config).state_dict()
-        expected = {name: tuple(weight.shape) for name, weight in ours.items() if ".decoder." not in name}
+            if self.head is not None:
+                ours |= getattr(modeling, self.head.model_class)(self.config).state_dict()
+        expected = {name: tuple(weight.shape) for name, weight in ours.items() if "predictions.decoder." not in name}
         for name, shape in shapes.items():
             if expected.get(name) != shape:
                 keys = ", ".join(self.origins[name])
@@ -136,9 +150,28 @@ class Account:
         if lacking := [name for name in self.new if not name.startswith(may_be_new)]:
             raise ValueError(f"{source.name} has nothing for {', '.join(lacking[:5])}: is it whole?")
 
+    def _fields_of_head(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Gives the fields of the configuration that the head of a task needs, the names of its outputs among them."""
+        if self.head is None:
+            return {}
+        if self.head.outputs is None:
+            return self.head.fields
+        (count,) = shapes.get(self.head.outputs, (0,))
+        told = list(self.source.config.get("id2label", {}).values())
+        names = self.labels or list(self.head.labels) or told or [f"LABEL_{number}" for number in range(count)]
+        if len(names) != count:
+            raise ValueError(
+                f"{self.source.name}: its head has {count} answers, but {len(names)} are named: give the answers that "
+                "it was trained with."
+            )
+        names_of = dict(enumerate(names))
+        return {**self.head.fields, "id2label": names_of, "label2id": {name: label for label, name in names_of.items()}}
+
     @property
     def model_class(self) -> str:
-        """The name of our class that holds all that the checkpoint brought."""
+        """The name of our class that holds all that the checkpoint brought, or all of it that its task needs."""
+        if self.head is not None:
+            return self.head.model_class
         if "cls.predictions.bias" in self.weights or "region_head.1.bias" in self.weights:
             return "UnicoderVLForPreTraining"
         return "UnicoderVLForImageTextRetrieval" if "matching_head.bias" in self.weights else "UnicoderVLModel"
@@ -171,6 +204,8 @@ def import_checkpoint(
     region_type: int | None = None,
     num_attention_heads: int | None = None,
     approximate: bool = False,
+    task: str | None = None,
+    answers: str | PathLike[str] | None = None,
 ) -> Imported:
     """
     Makes a checkpoint of ours of a sister's, with its processor, a report of every tensor, and a model card.
@@ -188,6 +223,11 @@ def import_checkpoint(
         num_attention_heads (`int`, *optional*): Heads of each layer, where no `config.json` tells them.
         approximate (`bool`, *optional*, defaults to `False`): Whether what has no exact place may be approximated; the
             report says how.
+        task (`str`, *optional*): The task that the checkpoint was fine-tuned for, whose head is taken along: `"vqa"`,
+            `"entailment"`, `"nlvr2"` or `"grounding"`; by default its keys or its `config.json` tell, but for
+            entailment, whose keys are those of questions.
+        answers (`str` or `os.PathLike`, *optional*): A file of the names of that head's outputs, such as
+            `trainval_label2ans.pkl`, see [`read_answers`].
 
     Raises:
         `ValueError`: the source is none, an unknown architecture, or holds a key or a shape that is unknown, or lacks
@@ -198,7 +238,13 @@ def import_checkpoint(
         raise ValueError(f"{output} exists already: remove it, or choose another name.")
     found = find_source(source, revision)
     account = account_for(
-        found, family=family, region_type=region_type, num_attention_heads=num_attention_heads, approximate=approximate
+        found,
+        family=family,
+        region_type=region_type,
+        num_attention_heads=num_attention_heads,
+        approximate=approximate,
+        task=task,
+        labels=None if answers is None else read_answers(answers),
     )
     words, origin = load_tokenizer(found, account.config.vocab_size, tokenizer)
     report = make_report(account) | {"tokenizer": origin}
@@ -221,9 +267,12 @@ def account_for(
     region_type: int | None = None,
     num_attention_heads: int | None = None,
     approximate: bool = False,
+    task: str | None = None,
+    labels: list[str] | None = None,
 ) -> Account:
     """
-    Finds out what becomes of each tensor of a checkpoint. The arguments are those of [`import_checkpoint`].
+    Finds out what becomes of each tensor of a checkpoint. The arguments are those of [`import_checkpoint`]; `labels` is
+    what its file `answers` holds.
 
     Raises:
         `ValueError`: see [`import_checkpoint`].
@@ -233,10 +282,14 @@ def account_for(
     if region_type is not None and (sister.region_type is None or region_type not in (0, 1)):
         raise ValueError(f"region_type is {region_type}: only a VisualBERT has it, 0 or 1; this is {sister.name}.")
     rules = sister.rules((sister.region_type or 0) if region_type is None else region_type)
-    account = Account(source, sister, tensors)
+    head = _find_head(source, sister, tensors, task)
+    if region_type is not None and head is not None and "num_region_types" in head.fields:
+        raise ValueError(f"region_type is {region_type}: the two photos of {source.name} are of both types.")
+    account = Account(source, sister, tensors, head, labels)
     unknown = []
     for name, (key, tensor) in tensors.items():
-        fits = [(rule, match) for rule in rules if (match := _fit(rule, name, tensor))]
+        of_head = [(rule, match) for rule in (head.rules if head else ()) if (match := _fit(rule, name, tensor))]
+        fits = of_head or [(rule, match) for rule in rules if (match := _fit(rule, name, tensor))]
         for rule, match in fits:
             if rule.approximate and not approximate:
                 raise ValueError(
@@ -266,6 +319,7 @@ def make_report(account: Account) -> dict[str, Any]:
         "family": sister.family,
         "architecture": sister.name,
         "class": account.model_class,
+        "task": None if account.head is None else account.head.task,
         "regions": {
             "feature_dim": config.region_feature_dim,
             "num_classes": config.num_region_classes if "region_head.1.bias" in account.weights else None,
@@ -296,7 +350,7 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"  {became}: {', '.join(keys[:3])}{more}")
     if new := [part for part in (*MAY_BE_NEW, REGIONS) if any(name.startswith(part) for name in report["new"])]:
         lines.append(f"  new, and not written: {', '.join(f'{name}*' for name in new)}")
-    if "matching_head." in new:
+    if "matching_head." in new and report["task"] is None:
         lines.append("  It has no head that tells whether a caption fits an image: fine-tune it before you score.")
     for name, told in report["contradictions"].items():
         lines.append(
@@ -342,6 +396,26 @@ def _recognise(source: str, tensors: dict[str, tuple[str, torch.Tensor]], family
         mark = tensors[sister.marks[0]][0]
         raise ValueError(f"{source} is {sister.name} by its keys ({mark}), not {family}: leave out --from.")
     return sister
+
+
+def _find_head(source: Source, sister: Sister, tensors: dict[str, Any], task: str | None) -> TaskHead | None:
+    """Finds the head of a task: that of `task`, or the one that a key or the configuration tells of."""
+    family = "uniter" if sister.family == "villa" else sister.family
+    hidden_size = tensors["base.embeddings.word_embeddings.weight"][1].shape[1]
+    told = {*tensors, *(source.config.get("architectures") or ())}
+    heads = []
+    for head in TASK_HEADS:
+        key, times = head.columns or ("", 0)
+        is_wide = head.columns is None or (key in tensors and tensors[key][1].shape[-1] == times * hidden_size)
+        if head.family == family and task in (None, head.task) and is_wide:
+            heads.append(head)
+    found = next((head for head in heads if head.told_by in told), None)
+    if found is not None or task is None:
+        return found
+    for head in heads:
+        if any(_fit(rule, name, tensor) for rule in head.rules for name, (_, tensor) in tensors.items()):
+            return head
+    raise ValueError(f"{source.name} has no head of the task {task!r} that {sister.name} has: leave out --task.")
 
 
 def _fit(rule: Rule, name: str, tensor: torch.Tensor) -> re.Match | None:

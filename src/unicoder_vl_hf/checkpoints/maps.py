@@ -8,7 +8,8 @@ and BERT. What an architecture has beyond ours is left over where it is a head, 
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -281,6 +282,139 @@ PLAIN_BERT = Sister(
     ("base.encoder.layer.0.attention.self.query.weight",),
     "unicoder_vl",
     lambda _: (*BERT, NEXT_SENTENCE),
+)
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """
+    A head that a sister was fine-tuned with for a task.
+
+    Args:
+        task (`str`): The task, as [`import_checkpoint`] takes it.
+        family (`str`): The family of the sister.
+        told_by (`str`, *optional*): What tells of it where no task is asked for: a key, or the class that
+            `config.json` names.
+        model_class (`str`): The class of ours that has this head.
+        outputs (`str`, *optional*): The parameter of ours with a number for each label, if the task has labels.
+        rules (tuple of [`Rule`]): The rules of its tensors, which come before the sister's.
+        fields (`dict`): Fields of the configuration that the head needs.
+        labels (tuple of `str`): The names of its outputs, where the task has the same always.
+        columns (`(str, int)`, *optional*): A key, and how many times the hidden size its tensor must be wide.
+    """
+
+    task: str
+    family: str
+    told_by: str | None
+    model_class: str
+    outputs: str | None
+    rules: tuple[Rule, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    columns: tuple[str, int] | None = None
+
+
+_UNITER_ANSWERS = tuple(
+    Rule(rf"vqa_output\.{number}\.{WEIGHT}", rf"answer_head.{name}.\1")
+    for number, name in ((0, "dense"), (2, "LayerNorm"), (3, "decoder"))
+)
+_ANSWERS, _REASONING = "UnicoderVLForQuestionAnswering", "UnicoderVLForVisualReasoning"
+_TRUTH = ("false", "true")
+_JUDGE = Rule(rf"nlvr2_output\.{WEIGHT}", r"reasoning_head.\1")
+TASK_HEADS = (
+    TaskHead("vqa", "uniter", "vqa_output.3.bias", _ANSWERS, "answer_head.decoder.bias", _UNITER_ANSWERS),
+    TaskHead(
+        "entailment",
+        "uniter",
+        None,  # the same keys as those of questions: it has to be asked for
+        "UnicoderVLForVisualEntailment",
+        "answer_head.decoder.bias",
+        _UNITER_ANSWERS,
+        labels=("contradiction", "entailment", "neutral"),
+    ),
+    TaskHead(
+        "nlvr2",
+        "uniter",
+        "attn_pool.fc.0.bias",
+        _REASONING,
+        "reasoning_head.bias",
+        (
+            _JUDGE,
+            Rule(r"attn1\.(.+)", r"pair_attention.first_asks.\1"),
+            Rule(r"attn2\.(.+)", r"pair_attention.second_asks.\1"),
+            Rule(rf"fc\.0\.{WEIGHT}", r"pair_attention.join.\1"),
+            Rule(rf"attn_pool\.fc\.0\.{WEIGHT}", r"pair_attention.weigh.\1"),
+        ),
+        {"reasoning_head": "paired_attention"},
+        _TRUTH,
+    ),
+    TaskHead(
+        "nlvr2",
+        "uniter",
+        "nlvr2_output.bias",
+        _REASONING,
+        "reasoning_head.bias",
+        (_JUDGE,),
+        labels=_TRUTH,
+        columns=("nlvr2_output.weight", 2),
+    ),
+    TaskHead(
+        "nlvr2",
+        "uniter",
+        "nlvr2_output.bias",
+        _REASONING,
+        "reasoning_head.bias",
+        (_JUDGE,),
+        {"reasoning_head": "single"},
+        _TRUTH,
+        columns=("nlvr2_output.weight", 1),
+    ),
+    TaskHead(
+        "nlvr2",
+        "visualbert",
+        "VisualBertForVisualReasoning",
+        _REASONING,
+        "reasoning_head.bias",
+        (
+            Rule(rf"cls\.{WEIGHT}", r"reasoning_head.\1"),
+            # The two photos are of two types, which then are no part of the bias.
+            Rule(
+                r"base\.embeddings\.visual_token_type_embeddings\.weight",
+                "bert.embeddings.region_type_embeddings.weight",
+            ),
+        ),
+        {"reasoning_head": "single", "num_region_types": 2},
+        _TRUTH,
+    ),
+    TaskHead(
+        "grounding",
+        "uniter",
+        "re_output.bias",
+        "UnicoderVLForGrounding",
+        None,
+        (Rule(rf"re_output\.{WEIGHT}", r"grounding_head.\1"),),
+    ),
+    TaskHead(
+        "grounding",
+        "uniter",
+        "re_output.3.bias",
+        "UnicoderVLForGrounding",
+        None,
+        tuple(
+            Rule(rf"re_output\.{number}\.{WEIGHT}", rf"grounding_head.{name}.\1")
+            for number, name in ((0, "dense"), (2, "LayerNorm"), (3, "decoder"))
+        ),
+        {"grounding_layers": 2},
+    ),
+    TaskHead(
+        "vqa",
+        "visualbert",
+        "VisualBertForQuestionAnswering",
+        _ANSWERS,
+        "answer_head.bias",
+        (Rule(rf"cls\.{WEIGHT}", r"answer_head.\1"),),
+        {"answer_head": "visual_bert"},
+    ),
 )
 
 # Architectures that have no place in ours, by the end of a key that they have and those above do not.

@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertTokenizer
 
+from ..name_lists import read_json, read_names
+from ..regions.formats import restricted_pickle
+
 # Kinds of files with weights, the preferred first, and files that a training leaves beside them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.th")
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|scaler).*")
@@ -21,6 +24,34 @@ OTHER_FILES = ["*.json", "vocab.txt", "README.md"]
 NESTED = ("state_dict", "model_state_dict", "model")  # under which some files keep the weights
 # Tokenizers of BERT by their number of words, for checkpoints that come without one.
 TOKENIZERS = {28996: "google-bert/bert-base-cased", 30522: "google-bert/bert-base-uncased"}
+
+
+def read_answers(path: str | PathLike[str]) -> list[str]:
+    """
+    Reads a file of answers, in the order of the logits of a model that chooses among them.
+
+    Args:
+        path (`str` or `os.PathLike`): A json or pickle of {answer: label} or of a list, such as the common
+            `trainval_ans2label.pkl` and `trainval_label2ans.pkl`, of which nothing is executed; or a .txt of one a
+            line.
+
+    Raises:
+        `ValueError`: the file holds something else, or labels that are not 0, 1, 2 and so on.
+    """
+    path = Path(path)
+    if path.suffix == ".txt":
+        return read_names(path)
+    is_pickle = path.suffix in (".pkl", ".pickle", ".p")
+    content = restricted_pickle.load(path.read_bytes(), str(path)) if is_pickle else read_json(path)
+    if isinstance(content, dict):
+        by_label = {label: answer for answer, label in content.items()}
+        if len(by_label) < len(content) or by_label.keys() != set(range(len(content))):
+            raise ValueError(f"{path}: labels {list(by_label)[:5]} …; expected 0 to {len(content) - 1}, each once.")
+        content = [by_label[label] for label in range(len(by_label))]
+    if not isinstance(content, list) or not all(isinstance(answer, str) for answer in content):
+        found = restricted_pickle.brief(content)
+        raise ValueError(f"{path} holds {found}; expected {{answer: label}} or a list of answers.")
+    return content
 
 
 @dataclass

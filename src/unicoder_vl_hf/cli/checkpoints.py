@@ -34,14 +34,20 @@ def _import_arguments(add: Add) -> None:
         type=int,
         help="attention heads of a layer, where no config.json tells them",
     )
+    add(
+        "--task",
+        choices=("vqa", "entailment", "nlvr2", "grounding"),
+        help="task of its head (default: as it tells; entailment tells not)",
+    )
+    add("--answers", help="file of the names of that head's outputs, such as trainval_label2ans.pkl")
     add("--approximate", action="store_true", help="take what is near where nothing is exact, and say so")
 
 
 @commands.register("import-checkpoint", "The weights of a sister of Unicoder-VL, as a model of ours", _import_arguments)
-def _import(args: Namespace) -> None:
+def _import(args: Namespace) -> object:
     from ..checkpoints.importing import import_checkpoint
 
-    done = import_checkpoint(
+    return import_checkpoint(
         args.source,
         args.output,
         family=args.family,
@@ -50,12 +56,13 @@ def _import(args: Namespace) -> None:
         region_type=args.region_type,
         num_attention_heads=args.num_attention_heads,
         approximate=args.approximate,
+        task=args.task,
+        answers=args.answers,
     )
-    print(done)
 
 
 @commands.register("inspect-checkpoint", "Tells what a folder of weights holds, of ours or of others", _add_source)
-def _inspect(args: Namespace) -> None:
+def _inspect(args: Namespace) -> object:
     from ..checkpoints.inspection import inspect_checkpoint
 
-    print(inspect_checkpoint(args.source, args.revision))
+    return inspect_checkpoint(args.source, args.revision)

@@ -1,17 +1,36 @@
-"""The registration of commands, and the options that several commands share."""
+"""The registration of commands, the options that several commands share, and what a command shows in the end."""
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..regions.store import RegionStore
 
 # Words after Ctrl-C of a command that takes `--restart`.
 GO_ON = "Run again, it goes on; --restart begins anew."
 
 Add = Callable[..., object]  # `add_argument` of a parser
-Run = Callable[[Namespace], int | None]
+Run = Callable[[Namespace], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    The outcome of a command, for people and for machines.
+
+    Args:
+        text (`str`): A table or a line.
+        data: The same for `--json`: dataclasses, mappings, sequences, arrays, paths and plain values.
+        code (`int`, *optional*, defaults to 0): The exit code.
+    """
+
+    text: str
+    data: Any
+    code: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,8 +42,9 @@ class Command:
         name (`str`): The word that the user types.
         help (`str`): A line about the command.
         add_arguments (`callable`): Adds its arguments by `add_argument` of a parser.
-        run (`callable`): Runs it on the parsed arguments, and returns its exit code, None for 0. It imports the modules
-            that it needs itself, so that other commands need not wait for them.
+        run (`callable`): Runs it on the parsed arguments, and returns what is shown in the end: a [`Result`], another
+            object for both its text and its data, or None for nothing. It imports the modules that it needs itself, so
+            that other commands need not wait for them.
         go_on (`str`, *optional*): Words after Ctrl-C, which say how the command goes on.
     """
 
@@ -77,6 +97,17 @@ def add_caption_ids(add: Add) -> None:
     )
 
 
+def add_detector(add: Add) -> None:
+    """Adds the options of what finds the regions of a photo that is given in place of an image of the store."""
+    add(
+        "--detector",
+        metavar="FAMILY:NAME",
+        help="detector of the photo (default: that of the regions that --model was trained on)",
+    )
+    add_detector_option(add, "grid_size=7")
+    add("--cache", metavar="FOLDER", help="folder of a store that keeps the regions of photos for the next time")
+
+
 def add_detector_option(add: Add, example: str) -> None:
     """Adds the option `--option`, see [`detector_options`]."""
     add(
@@ -126,11 +157,38 @@ def check_paths(args: Namespace, *names: str) -> None:
             raise FileNotFoundError(f"{name}: {path} does not exist.")
 
 
-def print_problems(problems: Iterable[object]) -> int:
-    """Prints each problem and their number, and returns the exit code: 1 if there are any, else 0."""
-    count = 0
-    for problem in problems:
-        count += 1
-        print(problem)
-    print(f"{count} problem{'s' if count > 1 else ''}." if count else "No problem found.")
-    return int(count > 0)
+def problems(found: Iterable[object]) -> Result:
+    """Makes the result of a check: each problem and their number, and the exit code 1 if there are any."""
+    listed = list(found)
+    count = f"{len(listed)} problem{'s' if len(listed) > 1 else ''}." if listed else "No problem found."
+    return Result("\n".join([*map(str, listed), count]), {"problems": listed}, int(bool(listed)))
+
+
+def stored(store: "RegionStore") -> Result:
+    """Makes the result of a command that wrote a store: its size, and where its regions come from."""
+    known = {name: value for name, value in store.provenance.items() if value not in (None, [], {})}
+    facts = {"images": len(store), "regions": store.num_regions, "feature_dim": store.feature_dim}
+    rows = facts | {name: known[name] for name in ("dtype", "detector", "num_classes") if name in known}
+    lines = [f"  {name:12} {f'{value:,}' if isinstance(value, int) else value}" for name, value in rows.items()]
+    return Result("\n".join([str(store.path), *lines]), {"path": store.path, **facts, "provenance": known})
+
+
+def show(result: object, as_json: bool) -> int:
+    """Prints what a command found, as text or as JSON, and returns its exit code."""
+    if result is None:
+        return 0
+    if not isinstance(result, Result):
+        result = Result(str(result), result)
+    print(json.dumps(result.data, default=_plain, ensure_ascii=False, indent=2) if as_json else result.text)
+    return result.code
+
+
+def _plain(value: Any) -> Any:
+    """Makes of an object what JSON knows."""
+    import numpy as np
+
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if is_dataclass(value):
+        return {each.name: vars(value)[each.name] for each in fields(value)}
+    return dict(value) if isinstance(value, Mapping) else str(value)

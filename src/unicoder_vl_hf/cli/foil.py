@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .commands import Add, Commands, add_caption_ids
+from .commands import Add, Commands, Result, add_caption_ids
 
 commands = Commands()
 
@@ -18,7 +18,7 @@ def _make_arguments(add: Add) -> None:
 
 
 @commands.register("foil", "Captions made false by a word, which cannot be told without the image", _make_arguments)
-def _make(args: Namespace) -> None:
+def _make(args: Namespace) -> object:
     import numpy as np
 
     from ..tasks.foil.making import make_foils
@@ -34,11 +34,14 @@ def _make(args: Namespace) -> None:
         seed=args.seed,
     )
     margins = np.array([foil.text_only for foil in foils])
-    print(f"{len(foils):,} foils. Scorers without images, of other seeds than chose them, tell (percent; chance 50):")
+    lines = [
+        f"{len(foils):,} foils. Scorers without images, of other seeds than chose them, tell (percent; chance 50):"
+    ]
     kinds, image_ids = [foil.kind for foil in foils], [foil.image_id for foil in foils]
-    for kind, accuracy in accuracies_by_kind(margins, kinds, image_ids).items():
-        print(f"{kind:12}{accuracy.num_foils:>7,}  {accuracy}")
-    print("each of them: " + ", ".join(f"{100 * share:.1f}" for share in (margins > 0).mean(axis=0)))
+    accuracies, each = accuracies_by_kind(margins, kinds, image_ids), (margins > 0).mean(axis=0)
+    lines += [f"{kind:12}{accuracy.num_foils:>7,}  {accuracy}" for kind, accuracy in accuracies.items()]
+    lines.append("each of them: " + ", ".join(f"{100 * share:.1f}" for share in each))
+    return Result("\n".join(lines), {"path": args.output, "foils": len(foils), "text_only": accuracies, "each": each})
 
 
 def _accuracy_arguments(add: Add) -> None:
@@ -51,8 +54,9 @@ def _accuracy_arguments(add: Add) -> None:
 
 
 @commands.register("foil-accuracy", "How often does a model prefer captions to their foils?", _accuracy_arguments)
-def _accuracy(args: Namespace) -> None:
+def _accuracy(args: Namespace) -> object:
     from ..tasks.foil.evaluation import evaluate_foils, foil_table
 
     results = evaluate_foils(args.model, args.foils, args.regions, split=args.split, output=args.output)
-    print(f"Pairs whose caption scores above its foil (percent, 95 % interval; chance 50)\n{foil_table(results)}")
+    title = "Pairs whose caption scores above its foil (percent, 95 % interval; chance 50)"
+    return Result(f"{title}\n{foil_table(results)}", results)

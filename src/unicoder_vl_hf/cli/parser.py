@@ -4,12 +4,14 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
+from .. import logging
 from .._version import __version__
 from ..errors import USER_ERRORS, end_with, stopped
 from ..name_lists import did_you_mean
-from . import checkpoints, foil, photos, plan, retrieval, scoring, search, stores, vcr
+from . import app, checkpoints, foil, photos, plan, retrieval, scoring, search, serving, stores, vcr, vqa
+from .commands import show
 
-FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, foil, vcr, plan)
+FAMILIES = (photos, stores, checkpoints, scoring, retrieval, search, serving, foil, vcr, vqa, app, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and not words[0].startswith("-"):
             _check_command(words[0], parser)
         args, unknown = parser.parse_known_args(words)
-        command, its_parser = (vars(args).pop(name) for name in ("command", "parser"))
+        command, its_parser, as_json = (vars(args).pop(name) for name in ("command", "parser", "json"))
         if unknown:
             its_parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         program, go_on = f"{program} {command.name}", command.go_on
-        return command.run(args) or 0
+        with logging.without_bars_of_libraries():
+            return show(command.run(args), as_json)
     except USER_ERRORS as error:
         return end_with(error, program)
     except KeyboardInterrupt:
@@ -56,4 +59,5 @@ def build_parser() -> ArgumentParser:
             added = parsers.add_parser(command.name, help=command.help, description=description, allow_abbrev=False)
             added.set_defaults(command=command, parser=added)
             command.add_arguments(added.add_argument)
+            added.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

@@ -13,6 +13,7 @@ from .commands import (
     check_paths,
     detector_options,
     removed,
+    stored,
 )
 
 commands = Commands()
@@ -49,7 +50,7 @@ def _extract_arguments(add: Add) -> None:
 
 
 @commands.register("extract", "Photos → a store, by a detector; run again, it goes on", _extract_arguments, GO_ON)
-def _extract(args: Namespace) -> None:
+def _extract(args: Namespace) -> object:
     check_paths(args, "photos", "boxes")
     from ..data.image_ids import photo_ids
     from ..regions.extraction import extract
@@ -75,7 +76,7 @@ def _extract(args: Namespace) -> None:
         **photo_ids(args.ids),
         **options,
     )
-    print(store)
+    return stored(store)
 
 
 def _prepare_arguments(add: Add) -> None:
@@ -101,14 +102,14 @@ def _prepare_arguments(add: Add) -> None:
     _prepare_arguments,
     "Run again.",
 )
-def _prepare(args: Namespace) -> None:
+def _prepare(args: Namespace) -> object:
     check_paths(args, "photos", "captions")
     from ..data.preparation import prepare
 
     lists = dict(text.partition("=")[::2] for text in args.split_list)
     if not all(lists) or not all(lists.values()) or len(lists) < len(args.split_list):
         raise ValueError(f"--split-list is {args.split_list}, expected NAME=FILE, each name once.")
-    prepared = prepare(
+    return prepare(
         args.photos,
         args.captions,
         args.output,
@@ -119,7 +120,6 @@ def _prepare(args: Namespace) -> None:
         seed=args.seed,
         restart=args.restart,
     )
-    print(prepared)
 
 
 def _shares(text: str) -> tuple[float, ...]:

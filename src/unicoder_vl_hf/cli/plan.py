@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from .commands import Add, Commands
+from .commands import Add, Commands, Result
 
 commands = Commands()
 
@@ -16,6 +16,7 @@ JOBS: list[tuple[str, str, int]] = [
     ("COCO 5K, the test split scored: 5,000 x 25,000", "scoring", 5_000 * 25_000),
     ("Flickr30k, an epoch of fine-tuning: 145,000 pairs with 6 negatives", "training", 145_000 * 7),
     ("COCO, an epoch of fine-tuning: 566,435 pairs with 6 negatives", "training", 566_435 * 7),
+    ("VQA v2, an epoch of fine-tuning: 443,757 questions", "training", 443_757),
     ("Conceptual Captions, an epoch of pre-training: 3.0M pairs, each with a mismatch", "training", 3_000_000 * 2),
     ("Conceptual Captions, the paper's 10 epochs", "training", 10 * 3_000_000 * 2),
 ]
@@ -28,19 +29,23 @@ def _plan_arguments(add: Add) -> None:
 
 
 @commands.register("plan", "Measured rates → hours for Flickr30k, COCO and Conceptual Captions", _plan_arguments)
-def _plan(args: Namespace) -> None:
+def _plan(args: Namespace) -> object:
     if args.processes < 1:
         raise ValueError(f"--processes is {args.processes}, expected at least 1.")
+    lines, data = [], []
     for path in args.measured:
         measured = _read(path)
         told = measured["machine"]
         unit = f"{told['gpu']}, a GPU" if "gpu" in told else f"{told['cpu']}, a core"
         for dtype, rates in measured["rates"].items():
             each = ", ".join(f"{rate:,.4g} {UNITS[work]} a second" for work, rate in rates.items() if rate)
-            print(f"{unit}, {dtype}: {each}")
+            lines.append(f"{unit}, {dtype}: {each}")
             for job, work, count in JOBS:
                 if rates.get(work):
-                    print(f"{count / rates[work] / args.processes / 3600:>12,.1f} h  {job}")
+                    hours = count / rates[work] / args.processes / 3600
+                    lines.append(f"{hours:>12,.1f} h  {job}")
+                    data.append({"measured": path, "on": unit, "dtype": dtype, "job": job, "hours": hours})
+    return Result("\n".join(lines), data)
 
 
 def _read(path: Path) -> dict[str, Any]:

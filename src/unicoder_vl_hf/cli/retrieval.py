@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .commands import GO_ON, Add, Commands, add_caption_ids, add_restart
+from .commands import GO_ON, Add, Commands, Result, add_caption_ids, add_restart
 
 commands = Commands()
 
@@ -42,7 +42,7 @@ def _mine_arguments(add: Add) -> None:
 
 
 @commands.register("mine", "Hard negatives for fine-tuning, by the current model", _mine_arguments, GO_ON)
-def _mine(args: Namespace) -> None:
+def _mine(args: Namespace) -> object:
     from ..tasks.retrieval.mining import mine
 
     mined = mine(
@@ -68,7 +68,11 @@ def _mine(args: Namespace) -> None:
         skip_missing=args.skip_missing,
         restart=args.restart,
     )
-    print(mined)
+    negatives = {name: sum(map(len, mined[f"negative_{name}"])) for name in ("captions", "image_ids")}
+    lines = [args.output, f"  pairs              {len(mined):,}"]
+    for name, count in zip(("captions", "images"), negatives.values(), strict=True):
+        lines.append(f"  negative {name:9} {count:,}, {count / len(mined):.1f} a pair")
+    return Result("\n".join(lines), {"path": args.output, "pairs": len(mined), "negatives": negatives})
 
 
 def _first_stage_arguments(add: Add) -> None:
@@ -90,7 +94,7 @@ def _first_stage_arguments(add: Add) -> None:
     "A first stage of search for a checkpoint, by training its projection alone",
     _first_stage_arguments,
 )
-def _train_first_stage(args: Namespace) -> None:
+def _train_first_stage(args: Namespace) -> object:
     from ..tasks.retrieval.first_stage import train_first_stage
 
     metrics = train_first_stage(
@@ -110,7 +114,8 @@ def _train_first_stage(args: Namespace) -> None:
         max_length=args.max_length,
         skip_missing=args.skip_missing,
     )
-    print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items() if "recall" in name))
+    table = "\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items() if "recall" in name)
+    return Result(table, {"path": args.output, **metrics})
 
 
 def _add_training_data(add: Add, captions: str) -> None:

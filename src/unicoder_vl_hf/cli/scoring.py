@@ -1,49 +1,94 @@
 """The commands of scoring: a photo with sentences, and what scores mean."""
 
 from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .commands import Add, Commands, add_caption_ids, add_detector_option, check_paths, detector_options
+from .commands import Add, Commands, Result, add_caption_ids, add_detector, check_paths, detector_options
+
+if TYPE_CHECKING:
+    from ..scoring.scorer import ImageTextScorer
 
 commands = Commands()
 
 
-def _score_arguments(add: Add) -> None:
+def _add_scorer(add: Add) -> None:
+    """Adds the image and the options of [`_open_scorer`]."""
     add("image", help="photo, saved record (.npz), or image id of --regions")
-    add("captions", nargs="+", metavar="caption", help="sentence to score the image with")
     add("--model", required=True, help="checkpoint with its processor")
     add("--regions", help="folder of the store in which image ids are looked up")
-    add(
-        "--detector",
-        metavar="FAMILY:NAME",
-        help="detector of the photo (default: that of the regions that --model was trained on)",
-    )
-    add_detector_option(add, "grid_size=7")
+    add_detector(add)
 
 
-@commands.register("score", "Scores a photo with sentences", _score_arguments)
-def _score(args: Namespace) -> None:
-    check_paths(args, "regions")
-    from pathlib import Path
-
+def _open_scorer(args: Namespace) -> "tuple[ImageTextScorer, str | Path]":
+    """Opens the scorer, and gives the image: the file of a saved record as a path, any other by its name."""
+    if args.regions is None and not Path(args.image).is_file():
+        raise FileNotFoundError(f"{args.image} is no file; if it is an image id, name its store: --regions FOLDER.")
     from ..scoring.scorer import ImageTextScorer
 
+    options = detector_options(args, "trained_on")
     scorer = ImageTextScorer.from_pretrained(
         args.model,
         args.regions,
         detector=args.detector,
-        detector_options=detector_options(args, "trained_on"),
+        detector_options=options,
+        cache=args.cache,
         verbose=False,
     )
-    image = Path(args.image) if args.image.endswith(".npz") and Path(args.image).is_file() else args.image
+    is_record = args.image.endswith(".npz") and Path(args.image).is_file()
+    return scorer, Path(args.image) if is_record else args.image
+
+
+def _score_arguments(add: Add) -> None:
+    _add_scorer(add)
+    add("captions", nargs="+", metavar="caption", help="sentence to score the image with")
+
+
+@commands.register("score", "Scores a photo with sentences", _score_arguments)
+def _score(args: Namespace) -> object:
+    check_paths(args, "regions")
+    scorer, image = _open_scorer(args)
     if scorer.model.config.calibration is None:
-        for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True):
-            print(f"{score:+8.3f}  {caption}")
-        return
+        rows = [
+            {"caption": caption, "score": score}
+            for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True)
+        ]
+        return Result("\n".join("{score:+8.3f}  {caption}".format(**row) for row in rows), {"captions": rows})
     found = scorer.match(args.captions, [image])
-    for row, caption in enumerate(args.captions):
-        match = "match" if found.matches[row, 0] else "no match"
-        print(f"{found.scores[row, 0]:+8.3f}  {found.probabilities[row, 0]:6.1%}  {match:8}  {caption}")
-    print(found.calibration)
+    columns = (args.captions, found.scores[:, 0], found.probabilities[:, 0], found.matches[:, 0])
+    rows = [
+        dict(zip(("caption", "score", "probability", "match"), row, strict=True)) for row in zip(*columns, strict=True)
+    ]
+    lines = [
+        f"{score:+8.3f}  {probability:6.1%}  {'match' if match else 'no match':8}  {caption}"
+        for caption, score, probability, match in zip(*columns, strict=True)
+    ]
+    return Result("\n".join([*lines, str(found.calibration)]), {"captions": rows, "calibration": found.calibration})
+
+
+def _explain_arguments(add: Add) -> None:
+    _add_scorer(add)
+    add("caption", help="sentence whose score is explained")
+    add(
+        "--photos", help="photos of the store, to draw on: folder, .tar, or folder of a dataset (default: a blank page)"
+    )
+    add("--photo-ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)")
+    add("--output", required=True, help="HTML file to write")
+
+
+@commands.register(
+    "explain", "Shows which regions mattered for each word of a sentence and its score", _explain_arguments
+)
+def _explain(args: Namespace) -> object:
+    check_paths(args, "regions", "photos")
+    from ..search.encoders import Photos
+    from ..search.explaining import explain_on_photo
+
+    photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
+    explanation, page = explain_on_photo(*_open_scorer(args), args.caption, photos, title="Why this score")
+    Path(args.output).write_text(page, encoding="utf-8")
+    text = f"{explanation.score:+8.3f}  {args.caption}\nExplained in {args.output}"
+    return Result(text, {"caption": args.caption, "score": explanation.score, "path": args.output})
 
 
 def _calibrate_arguments(add: Add) -> None:
@@ -58,21 +103,19 @@ def _calibrate_arguments(add: Add) -> None:
 
 
 @commands.register("calibrate", "Measures the probability of a match by score, for a checkpoint", _calibrate_arguments)
-def _calibrate(args: Namespace) -> None:
+def _calibrate(args: Namespace) -> object:
     check_paths(args, "captions", "regions")
     from ..tasks.retrieval.calibration import calibrate
 
-    print(
-        calibrate(
-            args.model,
-            args.captions,
-            args.regions,
-            split=args.split,
-            caption_ids=args.caption_ids,
-            seed=args.seed,
-            max_length=args.max_length,
-            skip_missing=args.skip_missing,
-        )
+    return calibrate(
+        args.model,
+        args.captions,
+        args.regions,
+        split=args.split,
+        caption_ids=args.caption_ids,
+        seed=args.seed,
+        max_length=args.max_length,
+        skip_missing=args.skip_missing,
     )
 
 
@@ -82,7 +125,7 @@ def _export_arguments(add: Add) -> None:
 
 
 @commands.register("export-onnx", "A checkpoint → an ONNX graph, checked against PyTorch", _export_arguments)
-def _export(args: Namespace) -> None:
+def _export(args: Namespace) -> object:
     from ..scoring.onnx_export import export_onnx
 
-    print(export_onnx(args.model, args.output))
+    return export_onnx(args.model, args.output)

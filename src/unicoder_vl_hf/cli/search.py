@@ -7,7 +7,7 @@ from .commands import (
     Add,
     Commands,
     add_caption_ids,
-    add_detector_option,
+    add_detector,
     add_growth,
     check_paths,
     detector_options,
@@ -30,10 +30,10 @@ def _index_arguments(add: Add) -> None:
 
 
 @commands.register("index", "Embeds the images of a store, or captions, for search", _index_arguments, GO_ON)
-def _index(args: Namespace) -> None:
+def _index(args: Namespace) -> object:
     from ..search.command import make_index
 
-    done = make_index(
+    return make_index(
         args.store,
         args.output,
         model=args.model,
@@ -49,23 +49,13 @@ def _index(args: Namespace) -> None:
         remove=removed(args),
         restart=args.restart,
     )
-    print(done)
 
 
 def _search_arguments(add: Add) -> None:
     add("text", nargs="?", help="sentence to search images by")
-    add(
-        "--image",
-        metavar="FILE",
-        help="search captions instead, by a photo, or a saved record (.npz)",
-    )
-    add("--image-id", metavar="ID", help="search captions instead, by an image of the store")
-    add(
-        "--detector",
-        metavar="FAMILY:NAME",
-        help="detector of the photo (default: that of the regions that --model was trained on)",
-    )
-    add_detector_option(add, "grid_size=7")
+    add("--image", metavar="FILE", help="photo, or saved record (.npz), to search captions by, or images like it")
+    add("--image-id", metavar="ID", help="image of the store, to search captions by, or images like it")
+    add_detector(add)
     add("--index", help="index of images, or of captions for --image and --image-id")
     add("--exhaustive", action="store_true", help="score every image of --regions instead, or caption")
     add("--regions", help="folder of the store (default: that of the index)")
@@ -88,15 +78,15 @@ def _search_arguments(add: Add) -> None:
 
 
 @commands.register(
-    "search", "Finds the images that match a sentence best, or the captions that match an image", _search_arguments
+    "search", "Finds the images that match a sentence or are like an image, or an image's captions", _search_arguments
 )
-def _search(args: Namespace) -> None:
+def _search(args: Namespace) -> object:
     check_paths(args, "index", "regions", "photos", "captions")
     if args.text == "":
         raise ValueError("The sentence is empty: say what the images should show.")
     from ..search.command import run_search
 
-    found = run_search(
+    return run_search(
         args.text,
         image=args.image,
         image_id=args.image_id,
@@ -115,9 +105,9 @@ def _search(args: Namespace) -> None:
         top_k=args.top_k,
         gallery=args.gallery,
         detector=args.detector,
-        detector_options=detector_options(args),
+        detector_options=detector_options(args, "trained_on"),
+        cache=args.cache,
     )
-    print(found)
 
 
 def _add_encoder(add: Add) -> None:

@@ -10,10 +10,12 @@ from .commands import (
     GO_ON,
     Add,
     Commands,
+    Result,
     add_detector_option,
     add_restart,
     detector_options,
-    print_problems,
+    problems,
+    stored,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def _convert_arguments(add: Add) -> None:
 
 
 @commands.register("convert", "Feature files of another tool → a store", _convert_arguments, GO_ON)
-def _convert(args: Namespace) -> None:
+def _convert(args: Namespace) -> object:
     from ..data.image_ids import id_mapping
     from ..regions.conversion import convert
 
@@ -63,7 +65,7 @@ def _convert(args: Namespace) -> None:
         format_options=_format_options(args),
         **options,
     )
-    print(store)
+    return stored(store)
 
 
 def _export_arguments(add: Add) -> None:
@@ -75,12 +77,12 @@ def _export_arguments(add: Add) -> None:
 
 
 @commands.register("export", "A store → files that other tools read", _export_arguments)
-def _export(args: Namespace) -> None:
+def _export(args: Namespace) -> object:
     from ..regions.conversion import export
     from ..regions.store import RegionStore
 
     export(RegionStore(args.store), args.path, args.format)
-    print(f"{args.path} written.")
+    return Result(f"{args.path} written.", {"path": args.path, "format": args.format})
 
 
 def _inspect_arguments(add: Add) -> None:
@@ -93,7 +95,7 @@ def _inspect_arguments(add: Add) -> None:
 
 
 @commands.register("inspect", "The contents of a store or a feature file", _inspect_arguments)
-def _inspect(args: Namespace) -> None:
+def _inspect(args: Namespace) -> object:
     from ..name_lists import NAMES_LOOKED_AT, did_you_mean
     from ..regions.formats import detect_format, read_items, read_records
     from ..regions.inspection import check_photo_size, describe, inspect_records
@@ -123,25 +125,26 @@ def _inspect(args: Namespace) -> None:
         check_photo_size(record, args.photo, opened[1])
     if store is None:
         found = inspect_records(read_records(args.source, format, **options), args.max_images or 1000)
-        print(f"format    {format}\n{found}")
+        told, known = [f"format    {format}\n{found}"], {}
     else:
         found = inspect_records(store.values(), args.max_images, total=args.max_images or len(store))
         known = {name: value for name, value in store.provenance.items() if value not in (None, [], {})}
-        print(
-            f"{store}\n{found}\n\nprovenance\n"
-            + "\n".join(f"  {name:20} {value}"[:160] for name, value in known.items())
-        )
-    if record is None:
-        return
-    print(f"\n{describe(record)}")
-    if opened is not None:
+        told = [f"{store}\n{found}\n\nprovenance"]
+        told += [f"  {name:20} {value}"[:160] for name, value in known.items()]
+    if record is not None:
+        told.append(f"\n{describe(record)}")
+    if record is not None and opened is not None:
         from ..pictures import draw_regions
 
         draw_regions(opened[0], record).save(args.output)
         checked = "only its size could be compared"
         if record.image_width is None or record.image_height is None:
             checked = "the record does not know its size, so nothing could be compared"
-        print(f"\nBoxes of {record.image_id!r} drawn on {args.photo} ({checked}): {args.output}")
+        told.append(f"\nBoxes of {record.image_id!r} drawn on {args.photo} ({checked}): {args.output}")
+    features = [{"dim": dim, "dtype": dtype, "images": count} for (dim, dtype), count in found.features.items()]
+    counts = {name: vars(found)[name] for name in ("images", "complete", "repeated", "regions", "known")}
+    data = {"source": args.source, "format": format, "provenance": known, **counts, "features": features}
+    return Result("\n".join(told), data if record is None else data | {"image": record.to_dict() | {"features": None}})
 
 
 def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":
@@ -159,10 +162,10 @@ def _validate_arguments(add: Add) -> None:
 
 
 @commands.register("validate", "Look for damage in a store, and name the images", _validate_arguments)
-def _validate(args: Namespace) -> int:
+def _validate(args: Namespace) -> object:
     from ..regions.validation import validate
 
-    return print_problems(validate(args.store))
+    return problems(validate(args.store))
 
 
 def _compare_arguments(add: Add) -> None:
@@ -173,11 +176,19 @@ def _compare_arguments(add: Add) -> None:
 
 
 @commands.register("compare", "Do the features of two stores agree?", _compare_arguments)
-def _compare(args: Namespace) -> None:
+def _compare(args: Namespace) -> object:
+    import numpy as np
+
     from ..regions.comparison import compare_stores
     from ..regions.store import RegionStore
 
-    print(compare_stores(RegionStore(args.a), RegionStore(args.b), min_iou=args.min_iou, max_images=args.max_images))
+    found = compare_stores(RegionStore(args.a), RegionStore(args.b), min_iou=args.min_iou, max_images=args.max_images)
+    data = vars(found) | {
+        "ious": np.quantile(found.ious, (0, 0.05, 0.5)) if len(found.ious) else None,
+        "cosines": np.quantile(found.cosines, (0, 0.05, 0.5)) if len(found.cosines) else None,
+        "same_class": found.same_class.mean() if len(found.same_class) else None,
+    }
+    return Result(str(found), data)
 
 
 def _label_arguments(add: Add) -> None:
@@ -196,13 +207,13 @@ def _label_arguments(add: Add) -> None:
     _label_arguments,
     GO_ON,
 )
-def _label(args: Namespace) -> None:
+def _label(args: Namespace) -> object:
     from ..regions.labelling import label, load_classifier
     from ..regions.store import RegionStore
 
     store = RegionStore(args.store)
     classifier = load_classifier(store, args.detector, **detector_options(args, "name"))
-    print(label(store, args.output, classifier, restart=args.restart))
+    return stored(label(store, args.output, classifier, restart=args.restart))
 
 
 def _merge_arguments(add: Add) -> None:
@@ -213,10 +224,10 @@ def _merge_arguments(add: Add) -> None:
 
 
 @commands.register("merge", "Several stores → one, or one that is told its number of classes", _merge_arguments, GO_ON)
-def _merge(args: Namespace) -> None:
+def _merge(args: Namespace) -> object:
     from ..regions.editing import merge_stores
 
-    print(merge_stores(args.stores, args.output, num_classes=args.num_classes, restart=args.restart))
+    return stored(merge_stores(args.stores, args.output, num_classes=args.num_classes, restart=args.restart))
 
 
 def _add_format(add: Add) -> None:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .commands import Add, Commands, print_problems
+from .commands import Add, Commands, problems
 
 commands = Commands()
 
@@ -13,7 +13,7 @@ def _check_arguments(add: Add) -> None:
 
 
 @commands.register("vcr-check", "Would VCR's leaderboard take this submission?", _check_arguments)
-def _check(args: Namespace) -> int:
+def _check(args: Namespace) -> object:
     from ..tasks.vcr.metrics import check_submission
 
-    return print_problems(check_submission(args.submission, args.annotations))
+    return problems(check_submission(args.submission, args.annotations))

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .. import logging
-from ..name_lists import not_utf8, numbered_lines, read_jsonl
+from ..name_lists import not_utf8, numbered_lines, read_json, read_jsonl
 from ..regions.photos import stem
 
 logger = logging.get_logger(__name__)
@@ -127,13 +127,7 @@ def _is_row(line: str) -> bool:
 
 
 def _read_json(path: Path, format: str) -> Iterator[Entry]:
-    with _open(path) as file:
-        try:
-            content = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {error.lineno}, column {error.colno}: malformed json ({error.msg}). Is it complete?"
-            ) from error
+    content = read_json(path)
     layout = _json_layout(content)
     if layout is None or format not in ("json", layout):
         shape = f"keys {list(content)[:8]}" if isinstance(content, dict) else f"a {type(content).__name__}"

@@ -79,7 +79,7 @@ def read_captions(
             value, and what was expected.
     """
     rows = read_caption_file(path, format, split, skip_empty)
-    return rows if ids is None else _rename(rows, path, ids)
+    return rows if ids is None else rename_images(rows, path, ids)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class JoinReport:
         unused (`int`): images that have regions but no captions.
         missing_captions (`int`): captions of the missing images, which training has to leave out.
         things (`str`): the word for what captions are joined with: regions, or photos.
+        texts (`str`): the word for what is joined: captions, or questions and others.
     """
 
     matched: int
@@ -103,13 +104,14 @@ class JoinReport:
     missing_examples: tuple[str, ...] = ()
     unused_examples: tuple[str, ...] = ()
     things: str = "regions"
+    texts: str = "captions"
 
     def __str__(self) -> str:
         lines = [f"{'images':<32}{'count':>10}  examples"]
         for name, count, examples in (
-            (f"matched (captions and {self.things})", self.matched, self.matched_examples),
-            (f"missing (captions, no {self.things})", self.missing, self.missing_examples),
-            (f"unused ({self.things}, no captions)", self.unused, self.unused_examples),
+            (f"matched ({self.texts} and {self.things})", self.matched, self.matched_examples),
+            (f"missing ({self.texts}, no {self.things})", self.missing, self.missing_examples),
+            (f"unused ({self.things}, no {self.texts})", self.unused, self.unused_examples),
         ):
             more = ", …" if count > len(examples) else ""
             # An id that is no text, such as a key of a dict by number, matches nothing: show that it is none.
@@ -124,6 +126,8 @@ def join(
     *,
     skip_missing: bool = False,
     skip_option: str | None = "skip_missing=True (--skip-missing)",
+    texts: str = "captions",
+    renamed_by: str = "`unicoder-vl prepare` or --caption_ids",
 ) -> tuple[datasets.Dataset, JoinReport]:
     """
     Keeps the captions whose image is in `store`, and reports ids that do not match. No record of the store is read.
@@ -135,14 +139,16 @@ def join(
             warning, instead of raising.
         skip_option (`str`, *optional*): the option that skips missing images, as the error names it to the user; None
             if there is none.
+        texts (`str`, *optional*, defaults to `"captions"`): the word for the rows.
+        renamed_by (`str`, *optional*): the options that give images other ids.
 
     Raises:
         `ValueError`: an image is missing from `store` and `skip_missing` is not set, or all images are missing.
     """
     if "image_id" not in captions.column_names:
-        raise ValueError(f"The captions have no column 'image_id'; their columns are {captions.column_names}.")
+        raise ValueError(f"The {texts} have no column 'image_id'; their columns are {captions.column_names}.")
     if (dtype := captions.features["image_id"].dtype) not in ("string", "large_string"):
-        raise ValueError(f"The captions' column 'image_id' holds {dtype}; expected text, as read_captions gives.")
+        raise ValueError(f"The {texts}' column 'image_id' holds {dtype}; expected text, as read_captions gives.")
     distinct, codes = encode_column(captions, "image_id")
     ids = distinct.to_pylist()
     found = np.fromiter((image_id in store for image_id in ids), dtype=bool, count=len(ids))
@@ -158,29 +164,41 @@ def join(
         matched_examples=tuple(ids[i] for i in np.flatnonzero(found)[:EXAMPLES]),
         missing_examples=tuple(ids[i] for i in np.flatnonzero(~found)[:EXAMPLES]),
         unused_examples=tuple(islice(unused, EXAMPLES)) if len(store) > matched else (),
+        texts=texts,
     )
     if report.missing == 0:
         return captions, report
     summary = (
-        f"{report.missing:,} of {len(ids):,} captioned images ({report.missing_captions:,} captions) have no regions "
+        f"{report.missing:,} of {len(ids):,} images with {texts} ({report.missing_captions:,} {texts}) have no regions "
         f"in the store.\n{report}"
     )
     if matched == 0:
         raise ValueError(
             f"{summary}\nNothing would be left: bring the ids of both sides to one spelling (compare the examples; "
-            "`unicoder-vl prepare` or --caption_ids does it), or extract regions for these images."
+            f"{renamed_by} does it), or extract regions for these images."
         )
     if not skip_missing:
-        leave_out = "take these captions out of the file" if skip_option is None else f"leave them out: {skip_option}"
+        leave_out = f"take these {texts} out of the file" if skip_option is None else f"leave them out: {skip_option}"
         raise ValueError(
-            f"{summary}\nBring the ids of both sides to one spelling (compare the examples; `unicoder-vl prepare` or "
-            f"--caption_ids does it), extract the missing regions, or {leave_out}."
+            f"{summary}\nBring the ids of both sides to one spelling (compare the examples; {renamed_by} does it), "
+            f"extract the missing regions, or {leave_out}."
         )
-    logger.warning(f"Leaving captions out: {summary}")
+    logger.warning(f"Leaving {texts} out: {summary}")
     return captions.select(np.flatnonzero(keep)), report
 
 
-def _rename(rows: datasets.Dataset, path: str | PathLike[str], rule: str) -> datasets.Dataset:
+def rename_images(rows: datasets.Dataset, path: str | PathLike[str], rule: str) -> datasets.Dataset:
+    """
+    Gives the images of rows other ids.
+
+    Args:
+        rows (`datasets.Dataset`): Rows with a column `image_id`.
+        path (`str` or `os.PathLike`): Their file, for the message.
+        rule (`str`): The rule, see `image_ids.id_mapping`.
+
+    Raises:
+        `ValueError`: the rule does not cover an image, or gives two images one id.
+    """
     from .image_ids import UnmappedId, id_mapping
 
     rename = id_mapping(rule)

@@ -83,6 +83,28 @@ class RowsOfEpoch(Rows):
             )
 
 
+class EpochOfExamples(RowsOfEpoch):
+    """
+    Gives the examples of several parts one after another, each with its number and the epoch.
+
+    Args:
+        parts (sequence): Datasets whose items are mappings, such as those of `datasets`.
+    """
+
+    def __init__(self, parts: "Sequence[Dataset[Any]]"):
+        from torch.utils.data import ConcatDataset
+
+        super().__init__()
+        self.examples: ConcatDataset[Any] = ConcatDataset(parts)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Gives the examples of these numbers, with the epoch."""
+        return [Row(self.examples[number], row_index=number, epoch=self.epoch) for number in numbers]
+
+
 def natural(name: str, value: int) -> int:
     """Gives `value` as an int. Raises ValueError, naming `name`, where it is no integer or below 0."""
     if value < 0 or value != int(value):

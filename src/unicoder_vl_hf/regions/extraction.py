@@ -31,8 +31,8 @@ from ..records_unicoder_vl import RegionRecord, check_several
 from .conversion import Rename, read_rows, write_skipped, write_store
 from .detectors import Detector, load_detector, split_name
 from .editing import merge_stores, merged_stores, remove_images
-from .finding import GPU_BATCH_SIZE, ReadPhoto, describe, detect
-from .photos import PhotoSource, decode_photo, in_words, list_photos
+from .finding import GPU_BATCH_SIZE, ReadPhoto, detect
+from .photos import PhotoSource, decode_photo, describe, in_words, list_photos
 from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
 from .store import NoRecordWritten, OtherSettings, RegionStore, RegionStoreWriter
 
@@ -185,7 +185,7 @@ def extract(
             desc=f"Extracting {folder.name}",
             unit="photo",
             total=len(reader),
-            disable=not state.is_main_process,
+            disable=not state.is_main_process or not left,
         )
         rank = f"{state.process_index:05d}"
         part = parts / f"part-{len(before):05d}-{rank}"

@@ -1,9 +1,9 @@
 """Finds the regions of photos that are at hand, as an extraction finds them, without a store."""
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from .. import logging
 from ..feature_extraction_unicoder_vl import provenance_differences
 from ..records_unicoder_vl import RegionRecord
 from .detectors import FAMILIES, Detector, load_detector
-from .photos import decode_photo, upright
-from .shards import from_bfloat16, to_bfloat16
+from .photos import describe, read_photo
+from .shards import MANIFEST, from_bfloat16, to_bfloat16
+from .store import RegionStore, RegionStoreWriter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,6 +38,8 @@ class RegionFinder:
         trained_on (`dict`, *optional*): Provenance of the regions that a model was trained on, such as
             `processor.feature_extractor.region_provenance`. Another detector than its own is warned of.
         device (`torch.device` or `str`, *optional*): Device to compute on; None takes a GPU if there is one.
+        cache (`str` or `os.PathLike`, *optional*): The folder of a [`RegionStore`], made if need be, that keeps what is
+            found under the SHA-256 of a photo's content, so that the same photo is not detected in twice.
         options: Options of a detector by name, and its `precision`. Defaults to those that `trained_on` has of it.
 
     Example:
@@ -53,11 +56,13 @@ class RegionFinder:
         *,
         trained_on: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
+        cache: str | PathLike[str] | None = None,
         **options: Any,
     ):
         self.detector = detector
         self.trained_on = dict(trained_on or {})
         self.device = device
+        self.cache = None if cache is None else Path(cache)
         self.options = options
         self._loaded: Detector | None = None
 
@@ -73,35 +78,89 @@ class RegionFinder:
                 by its file, or by its place among the photos.
 
         Raises:
-            `ValueError`: there is no detector, it is not that of the training, or a photo is damaged or gives no
-                region; the message names it.
+            `ValueError`: there is no detector, it is not that of the training or of the cache, or a photo is damaged or
+                gives no region; the message names it.
             `OSError`: there is no such file, or the detector's weights are not here.
+        """
+        names = [_name(place, photo) for place, photo in enumerate(photos)]
+        if self.cache is None:
+            return list(self._find(names, photos))
+        keys = [_content_id(*pair) for pair in zip(names, photos, strict=True)]
+        store = self._open(self.cache)
+        known: Mapping[str, RegionRecord] = {} if store is None else store
+        new = {key: place for place, key in enumerate(keys) if key not in known}
+        found: dict[str, RegionRecord] = {}
+        try:  # an error, or Ctrl-C, costs no photo that was before it
+            places = new.values()
+            records = self._find([names[place] for place in places], [photos[place] for place in places])
+            found.update(zip(new, records, strict=True))
+        finally:
+            self._keep(self.cache, store, found)
+        return [
+            replace(found[key] if key in found else known[key], image_id=name)
+            for key, name in zip(keys, names, strict=True)
+        ]
+
+    def _open(self, cache: Path) -> RegionStore | None:
+        """Opens what was found before. Raises ValueError where it is by another detector."""
+        if not (cache / MANIFEST).exists():
+            return None
+        store = RegionStore(cache)
+        # What the detector of the training found is known by its revision, and nothing needs to be loaded.
+        is_known = self.detector is None and self.trained_on.get("detector_revision") is not None
+        wanted = self.trained_on if is_known else self.load().provenance
+        differences = provenance_differences(wanted, store.provenance, ("here", "there"))
+        if self._dtype != store.provenance["dtype"]:
+            differences.append(f"dtype {self._dtype!r} here, {store.provenance['dtype']!r} there")
+        if not re.fullmatch("[0-9a-f]{64}", image_id := next(iter(store))):
+            differences.append(f"it has the image {image_id!r}, and so is a store of another use")
+        if differences:
+            raise ValueError(
+                f"{cache} is no cache of this detector: {'; '.join(differences)}. Name another folder (cache=, "
+                "--cache)."
+            )
+        return store
+
+    def _keep(self, cache: Path, store: RegionStore | None, found: Mapping[str, RegionRecord]) -> None:
+        """Adds records to the cache, by which the detector may have another name, that of its folder then."""
+        if not found:
+            return
+        provenance = self.load().provenance | {"dtype": self._dtype} if store is None else store.provenance
+        options = {name: value for name, value in provenance.items() if name not in ("feature_dim", "package_version")}
+        with RegionStoreWriter(cache, resume=True, **options) as writer:
+            for key, record in found.items():
+                if key not in writer:  # another process may have found it, too
+                    writer.write(replace(record, image_id=key))
+
+    @property
+    def _dtype(self) -> str:
+        return self.trained_on.get("dtype") or "float32"
+
+    def load(self) -> Detector:
+        """
+        Loads the detector now, before the first photo comes. Raises ValueError where there is none or it is not that of
+        the training, and OSError where its weights are not here.
         """
         if self._loaded is None:
             self._loaded = self._load()
+        return self._loaded
+
+    def _find(self, names: Sequence[str], photos: "Sequence[str | PathLike[str] | Image]") -> Iterator[RegionRecord]:
+        if not photos:
+            return
+        detector = self.load()
         on_cpu = self.device is not None and torch.device(self.device).type == "cpu"
         size = 1 if on_cpu or not torch.accelerator.is_available() else GPU_BATCH_SIZE
         starts = range(0, len(photos), size)
-        records: list[RegionRecord] = []
         for start in logging.tqdm(starts, desc="Finding regions", unit="batch", leave=False, disable=len(starts) < 2):
-            read = [self._read(place, photo) for place, photo in enumerate(photos[start : start + size], start)]
-            for photo, found in zip(read, detect(self._loaded, read), strict=True):
+            read = []
+            for place in range(start, min(start + size, len(photos))):
+                image, shape = read_photo(photos[place], names[place])
+                read.append(ReadPhoto(place, names[place], shape, image.size, detector.prepare(image)))
+            for photo, found in zip(read, detect(detector, read), strict=True):
                 if isinstance(found, Exception):
                     raise ValueError(f"{photo.image_id} gives no regions: {describe(found)}.") from found
-                records.append(self._as_stored(found))
-        return records
-
-    def _read(self, place: int, photo: "str | PathLike[str] | Image") -> "ReadPhoto":
-        assert self._loaded is not None
-        if isinstance(photo, (str, PathLike)):
-            name, decode = fspath(photo), partial(decode_photo, Path(photo).read_bytes())
-        else:
-            name, decode = vars(photo).get("filename") or f"photo {place + 1}", partial(_copied, photo)
-        try:
-            image, size = decode()
-        except Exception as error:  # of any kind, where a file is damaged
-            raise ValueError(f"{name} is no photo that can be read: {describe(error)}.") from error
-        return ReadPhoto(place, name, size, image.size, self._loaded.prepare(image))
+                yield self._as_stored(found)
 
     def _load(self) -> Detector:
         detector = self.detector
@@ -149,8 +208,19 @@ class RegionFinder:
         return replace(record, features=from_bfloat16(to_bfloat16(record.features))) if dtype == "bfloat16" else record
 
 
-def _copied(photo: "Image") -> "tuple[Image, tuple[int, int]]":
-    return upright(photo.copy())
+def _name(place: int, photo: "str | PathLike[str] | Image") -> str:
+    """Names a photo by its file, or by its place among the photos."""
+    if isinstance(photo, (str, PathLike)):
+        return fspath(photo)
+    return vars(photo).get("filename") or f"photo {place + 1}"
+
+
+def _content_id(name: str, photo: "str | PathLike[str] | Image") -> str:
+    """Names a photo by its content: the bytes of a file, or the pixels of an opened one."""
+    if isinstance(photo, (str, PathLike)):
+        return hashlib.sha256(Path(photo).read_bytes()).hexdigest()
+    image, size = read_photo(photo, name)
+    return hashlib.sha256(repr((size, image.size)).encode() + image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -194,8 +264,3 @@ def _in_photo(record: RegionRecord, photo: ReadPhoto) -> RegionRecord:
         return record
     boxes = photo.boxes if photo.boxes is not None else record.boxes * photo.scale
     return replace(record, image_width=photo.size[0], image_height=photo.size[1], boxes=boxes)
-
-
-def describe(error: Exception) -> str:
-    """Says in words why a photo has no record."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

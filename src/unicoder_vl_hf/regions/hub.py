@@ -120,7 +120,7 @@ _CARD = """---
 # {repo_id}
 
 Region features of images: for each image the boxes that a detector found, the feature of each, and its class where
-known. A store of [unicoder-vl-hf](https://pypi.org/project/unicoder-vl-hf/).
+known. A store of unicoder-vl-hf.
 
 | | |
 |---|---|

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -364,6 +365,26 @@ def decode_photo(data: bytes) -> "tuple[Image.Image, tuple[int, int]]":
     return _small_rgb(image), size
 
 
+def read_photo(photo: "str | PathLike[str] | Image.Image", name: str) -> "tuple[Image.Image, tuple[int, int]]":
+    """
+    Reads a photo, a file or opened, as [`decode_photo`] does; an opened one stays as it is.
+
+    Raises:
+        ValueError: The photo cannot be read; the message has its `name`.
+        OSError: There is no such file.
+    """
+    data = Path(photo).read_bytes() if isinstance(photo, (str, PathLike)) else None
+    try:
+        return upright(photo.copy()) if data is None else decode_photo(data)  # type: ignore[union-attr]
+    except Exception as error:  # of any kind, where a file is damaged
+        raise ValueError(f"{name} is no photo that can be read: {describe(error)}.") from error
+
+
+def describe(error: Exception) -> str:
+    """Says in words why a photo has no record."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
 def upright(image: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
     """Makes of an opened photo what `decode_photo` makes of its file. The photo itself may be changed."""
     from PIL import ImageOps
@@ -384,7 +405,9 @@ def _pixel_limit() -> Iterator[None]:
 
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
     try:
-        yield
+        with warnings.catch_warnings():  # up to twice as many Pillow warns alone, where decode_photo refuses
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
 

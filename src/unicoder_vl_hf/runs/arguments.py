@@ -28,8 +28,9 @@ class _Parser(HfArgumentParser):
 
     def parse_args_into_dataclasses(self, args: Any = None, *_: Any, **options: Any) -> tuple[Any, ...]:
         try:
+            args = in_our_spelling(sys.argv[1:] if args is None else args, self)
             *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **options)
-        except ValueError as error:
+        except (ValueError, argparse.ArgumentTypeError) as error:
             self.error(str(error))
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
@@ -109,8 +110,8 @@ def parse_arguments(
 
 def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """
-    Spells a command line in the options that a training script has. Our loop and Trainer differ in a few options, and
-    either kind of script takes those of the other. `--eval_steps` and `--save_steps` count for Trainer whatever its
+    Spells a command line in the options that a script has. Our loop, Trainer and evaluations differ in a few options,
+    and each kind of script takes those of the others. `--eval_steps` and `--save_steps` count for Trainer whatever its
     default strategy is.
 
     Raises:
@@ -144,7 +145,7 @@ def in_our_spelling(argv: Sequence[str], parser: argparse.ArgumentParser) -> lis
             words += as_given
             continue
         try:
-            spelt = _SPELLINGS[name](given[name], int(accumulation) * int(os.environ.get("WORLD_SIZE", 1)))
+            spelt = _SPELLINGS[name](given[name], int(accumulation or 1) * int(os.environ.get("WORLD_SIZE", 1)))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"--{name} {given[name]}: {error}") from error
         words += [word for ours, value in spelt.items() for word in (f"--{ours}", str(value))]

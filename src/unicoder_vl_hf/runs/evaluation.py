@@ -1,15 +1,26 @@
 """The beginning of every evaluation on captions: loading a checkpoint, and captions joined with their regions."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
+import torch
+from transformers import PreTrainedModel
 
 from ..data.captions import check_tokens, join, read_captions
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
+from ..processes import resolve_precision
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
 from .arguments import option
+
+
+def precision_option() -> Any:
+    """Makes the field of an evaluation's precision, see [`evaluation_dtype`]."""
+    return option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
 
 
 @dataclass(kw_only=True)
@@ -23,6 +34,7 @@ class EvaluationArguments:
     caption_ids: str | None = option(
         None, "Other ids for the captions' images: stem, coco, a .csv, or CAPTIONS:COLUMN."
     )
+    mixed_precision: str = precision_option()
 
     def open_data(self) -> tuple[RegionStore, datasets.Dataset]:
         """
@@ -49,3 +61,23 @@ class EvaluationArguments:
         model, processor = load_for_store(self.model, store)
         check_tokens(captions, processor.tokenizer, self.captions)
         return model, processor
+
+
+def evaluation_dtype(mixed_precision: str, model: PreTrainedModel) -> torch.dtype | None:
+    """
+    Gives the dtype in which a model is evaluated, None for its own.
+
+    Args:
+        mixed_precision (`str`): `"auto"`, `"no"`, `"bf16"` or `"fp16"`, see [`resolve_precision`].
+        model ([`PreTrainedModel`]): The model, on its device.
+    """
+    precision = resolve_precision(mixed_precision, model.device.type, model.config.hidden_size)
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+@contextmanager
+def evaluation_precision(mixed_precision: str, model: PreTrainedModel) -> Iterator[None]:
+    """Runs a block in a precision, for models that compute under autocast. Arguments are of [`evaluation_dtype`]."""
+    dtype = evaluation_dtype(mixed_precision, model)
+    with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+        yield

@@ -127,3 +127,18 @@ def beside_the_bar(values: Mapping[str, float]) -> dict[str, str]:
 def in_a_line(step: int, metrics: Mapping[str, float]) -> str:
     """Writes the metrics of an evaluation in a line for the terminal."""
     return f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def in_a_table(folder: object, training: object, metrics: Mapping[str, float]) -> str:
+    """
+    Makes the table that ends a training.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder of the run.
+        training ([`TrainingRun`]): How it ran, of which `str` makes a list for the card.
+        metrics (`Mapping[str, float]`): What the kept model reached.
+    """
+    rows = [line.removeprefix("- ").split(": ", 1) for line in str(training).splitlines()]
+    rows += [[name.removeprefix("eval_"), f"{value:.4g}"] for name, value in metrics.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"{folder} is complete.", *(f"  {name:{width}}  {value}" for name, value in rows)])

@@ -117,7 +117,14 @@ def write_model_card(
     provenance: dict[str, Any] | None,
     measured_on: str | None = None,
     trained_by: str = PRETRAINED,
-    task: Literal["image-text-retrieval", "visual-commonsense-reasoning"] = "image-text-retrieval",
+    task: Literal[
+        "image-text-retrieval",
+        "visual-commonsense-reasoning",
+        "visual-question-answering",
+        "visual-entailment",
+        "visual-reasoning",
+        "visual-grounding",
+    ] = "image-text-retrieval",
     base_model: str | None = None,
     repo_id: str | None = None,
     training: TrainingRun | None = None,
@@ -219,6 +226,37 @@ inputs["token_region_ids"] = inputs["input_ids"] * 0 - 1
 inputs["token_region_ids"][:, 4] = 1
 choices = {name: tensor[None] for name, tensor in inputs.items()}
 probabilities = model(**choices).logits.softmax(dim=-1)  # of the two answers to one question""",
+    },
+    "visual-question-answering": {
+        "task_type": "visual-question-answering",
+        "auto_class": "AutoModelForVisualQuestionAnswering",
+        "use": """inputs = processor(text="What is on the table?", regions=regions, return_tensors="pt")
+probabilities = model(**inputs).logits[0].sigmoid()  # of each answer by itself
+answer = model.config.id2label[int(probabilities.argmax())]""",
+    },
+    "visual-entailment": {
+        "task_type": "visual-entailment",
+        # It makes the same logits; there is no Auto class of this task.
+        "auto_class": "AutoModelForVisualQuestionAnswering",
+        "use": """inputs = processor(text="Two dogs play.", regions=regions, return_tensors="pt")
+probabilities = model(**inputs).logits[0].softmax(dim=-1)  # of contradiction, entailment, neutral
+judgement = model.config.id2label[int(probabilities.argmax())]""",
+    },
+    "visual-reasoning": {
+        "task_type": "visual-reasoning",
+        "auto_class": "AutoModel",
+        "use": """# The encoder alone: there is no Auto class of this task. With the package unicoder-vl-hf:
+# model = unicoder_vl_hf.UnicoderVLForVisualReasoning.from_pretrained(name)
+inputs = processor(text="There is a dog in both.", regions=regions, return_tensors="pt")
+states = model(**inputs).last_hidden_state  # of the sentence with one photo""",
+    },
+    "visual-grounding": {
+        "task_type": "visual-grounding",
+        "auto_class": "AutoModel",
+        "use": """# The encoder alone: there is no Auto class of this task. With the package unicoder-vl-hf:
+# model = unicoder_vl_hf.UnicoderVLForGrounding.from_pretrained(name)
+inputs = processor(text="the dog on the left", regions=regions, return_tensors="pt")
+states = model(**inputs).last_hidden_state  # of the words, then of the regions""",
     },
 }
 

@@ -67,6 +67,9 @@ Model = TypeVar("Model", bound=UnicoderVLPreTrainedModel)
 # Folder of rendered or converted data in the output folder. A push leaves names with "_" out, ours and Trainer's.
 DATA_FOLDER = "_data"
 
+# Heads with an output for each label, which a further task may need anew.
+_TASK_HEADS = ("answer_head.", "reasoning_head.", "grounding_head.")
+
 # Fields of a model that learns the scenes in minutes on two cores.
 SCENES_MODEL: dict[str, Any] = {
     "hidden_size": 128,
@@ -297,12 +300,20 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
 def _load_quietly(model_class: type[Model], name: str, fields: dict[str, Any]) -> Model:
     """
     Loads a Unicoder-VL, and warns in one line of what the checkpoint lacks, where transformers reports a table. A first
-    stage that is new was asked for.
+    stage that is new was asked for, and so are the outputs of a head of a task for which `fields` name others.
+
+    Raises:
+        `ValueError`: the checkpoint has anything else in another shape.
     """
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": "id2label" in fields}
     with logging.without_warnings_of_transformers():
-        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **fields)
+        loaded: Any = model_class.from_pretrained(name, **options, **fields)
     model, report = loaded
-    if new := sorted(key for key in report["missing_keys"] if not key.startswith("first_stage.")):
+    reshaped = {key for key, *_ in report["mismatched_keys"]}
+    if wrong := sorted(key for key in reshaped if not key.startswith(_TASK_HEADS)):
+        raise ValueError(f"{name} has other shapes than {model_class.__name__}: {wrong}.")
+    new_keys = {*report["missing_keys"], *reshaped}
+    if new := sorted(key for key in new_keys if not key.startswith("first_stage.")):
         logger.warning(f"{model_class.__name__} from {name}: new parameters {new}.")
     if unused := sorted(report["unexpected_keys"]):
         logger.warning(f"{model_class.__name__} from {name}: left unused in the checkpoint {unused}.")

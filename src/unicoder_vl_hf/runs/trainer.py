@@ -17,7 +17,7 @@ from ..data.samplers import TokenBatchSampler
 from ..processes import Computing, StopSignal
 from .arguments import ModelArguments
 from .checkpoints import CheckpointFolder, follow_schedule
-from .log import LossMeter, beside_the_bar, in_a_line
+from .log import LossMeter, beside_the_bar, in_a_line, in_a_table
 from .model_card import TrainingRun, write_model_card
 from .setup import TrainingSetup
 
@@ -286,6 +286,7 @@ class TaskTrainer(Trainer):
         self.create_model_card()
         if self.args.push_to_hub:
             self.push_to_hub()
+        self.accelerator.print(in_a_table(self.args.output_dir, self.training_run(), self.last_metrics))
         return True
 
 
@@ -360,6 +361,11 @@ class _LossesBesideTheBar(ProgressCallback):
     """Shows the latest losses beside one bar, where transformers prints a dict for every line of the log."""
 
     training_bar: tqdm | None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None:

@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -377,10 +377,15 @@ def _relation(rng: np.random.Generator, thing: SceneObject, other: SceneObject) 
 
 def _position(rng: np.random.Generator, thing: SceneObject, scene: Scene) -> str:
     """Names a third of the picture that holds the centre of `thing`."""
-    x, y = (thing.box[0] + thing.box[2]) / 2 / scene.width, (thing.box[1] + thing.box[3]) / 2 / scene.height
-    true = {"left": x < 1 / 3, "right": x > 2 / 3, "top": y < 1 / 3, "bottom": y > 2 / 3}
-    places = [name for name, holds in true.items() if holds] or ["middle"]
+    places = [name for name in PLACE_WORDS if name in places_of(thing, scene.width, scene.height)]
     return _say(rng, PLACE_WORDS[places[int(rng.integers(len(places)))]])
+
+
+def places_of(thing: SceneObject, width: int = WIDTH, height: int = HEIGHT) -> set[str]:
+    """Gives the thirds of a picture that hold the centre of `thing`: left, right, top and bottom, or else middle."""
+    x, y = (thing.box[0] + thing.box[2]) / 2 / width, (thing.box[1] + thing.box[3]) / 2 / height
+    true = {"left": x < 1 / 3, "right": x > 2 / 3, "top": y < 1 / 3, "bottom": y > 2 / 3}
+    return {name for name, holds in true.items() if holds} or {"middle"}
 
 
 def _listing(rng: np.random.Generator, things: Sequence[SceneObject], scene: Scene) -> str:
@@ -420,8 +425,12 @@ def counted_shape(scene: Scene) -> tuple[int, str]:
 
 def say_count(count: int, shape: str) -> str:
     """Says that there are so many of a shape. The words are pieces of the vocabulary: digits, and plurals with ##s."""
-    plural = f"{shape}es" if shape[-1] in "sx" else f"{shape}s"
-    return f"there is {count} {shape}" if count == 1 else f"there are {count} {plural}"
+    return f"there is {count} {shape}" if count == 1 else f"there are {count} {plural(shape)}"
+
+
+def plural(shape: str) -> str:
+    """Gives the plural of a word for a shape."""
+    return f"{shape}es" if shape[-1] in "sx" else f"{shape}s"
 
 
 def scene_tokenizer() -> BertTokenizer:
@@ -521,6 +530,24 @@ def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, 
             counted = [say_count(*counted_shape(scene))] if counting and split == "train" else []
             for caption in scene_captions(scene, captions_per_image) + counted:
                 captions.write(json.dumps({"image_id": scene.image_id, "caption": caption, "split": split}) + "\n")
+
+
+def drawn_scenes(
+    folder: Path, counts: Mapping[str, int], seed: int, sample: Callable[[int, str, int], tuple[Scene, Any]]
+) -> Iterator[tuple[str, Scene, Any]]:
+    """
+    Draws scenes of each split to disk, `images/{image_id}.png` and a `RegionStore` `regions/` of all, and yields each
+    with its split and what `sample(index, split, seed)` gave beside it.
+    """
+    (folder / "images").mkdir(parents=True)
+    with scene_store_writer(folder / "regions") as writer:
+        for split, count in counts.items():
+            for index in logging.tqdm(range(count), desc=f"Drawing scenes, {split}", unit="scene"):
+                scene, beside = sample(index, split, seed)
+                image = render_scene(scene)
+                image.save(folder / "images" / f"{scene.image_id}.png", compress_level=1)
+                writer.write(scene_record(scene, image))
+                yield split, scene, beside
 
 
 def scene_store_writer(path: Path) -> RegionStoreWriter:

@@ -4,4 +4,5 @@ from .checkpoints import (
     load_for_scoring as load_for_scoring,
     load_for_store as load_for_store,
 )
+from .explanation import Explanation as Explanation, explain as explain
 from .scorer import ImageTextScorer as ImageTextScorer, ScoringPlan as ScoringPlan

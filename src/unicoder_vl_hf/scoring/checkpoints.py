@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
@@ -63,7 +64,10 @@ def load_complete(
     config = AutoConfig.from_pretrained(name, **options)
     if not isinstance(config, UnicoderVLConfig):
         raise ValueError(f"{name} is a {config.model_type}; expected a checkpoint of Unicoder-VL.")
-    loaded: Any = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
+    try:
+        loaded: Any = model_class.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{name} has a damaged file of weights, {error}: copy it again.") from error
     model, report = loaded
     if missing := sorted(key for key in report["missing_keys"] if key.startswith(needed)):
         raise ValueError(

@@ -32,6 +32,7 @@ class UnicoderVLModule(InputModule):
         detector (`str` or [`Detector`], *optional*): The detector that finds the regions of photos. Defaults to that of
             the regions that the model was trained on.
         max_seq_length (`int`, *optional*, defaults to 44): Most tokens of a sentence; longer ones are cut.
+        cache (`str` or `os.PathLike`, *optional*): The folder that keeps the regions of photos, see [`RegionFinder`].
 
     Example:
 
@@ -48,11 +49,13 @@ class UnicoderVLModule(InputModule):
         processor: UnicoderVLProcessor,
         detector: str | Detector | None = None,
         max_seq_length: int = 44,
+        cache: str | PathLike[str] | None = None,
     ):
         super().__init__()
         self.model, self.processor, self.max_seq_length = model, processor, max_seq_length
         self.tokenizer = processor.tokenizer
-        self.detector = RegionFinder(detector, trained_on=processor.feature_extractor.region_provenance)
+        trained_on = processor.feature_extractor.region_provenance
+        self.detector = RegionFinder(detector, trained_on=trained_on, cache=cache)
         processor.set_detector(self.detector)
         self._encoder: PairEncoder | None = None  # copies of the weights for inference, until they may have changed
 
@@ -75,7 +78,7 @@ class UnicoderVLModule(InputModule):
 
         Args:
             inputs (sequence of pairs): Each a sentence and an image, in any form that the processor takes; or an image
-                that is no `str`, and a sentence.
+                that is no `str`, and a sentence. Either may be named, `{"text": …}` and `{"image": …}`.
             prompt (`str`, *optional*): Text that is put before every sentence.
 
         Raises:
@@ -141,7 +144,7 @@ class UnicoderVLModule(InputModule):
             token, cache_folder, revision, local_files_only: See [`InputModule`].
             model_kwargs (`dict`, *optional*): `dtype`, by default float32.
             processor_kwargs (`dict`, *optional*): `store`, a [`RegionStore`], its folder or any mapping of records;
-                `detector`, see the class; and `model_max_length`, `max_seq_length` in the class.
+                `detector` and `cache`, see the class; and `model_max_length`, `max_seq_length` in the class.
 
         Raises:
             `ValueError`: see [`load_for_scoring`].
@@ -163,22 +166,30 @@ def _options(
     store: Mapping[str, Any] | str | PathLike[str] | None = None,
     detector: str | Detector | None = None,
     model_max_length: int = 44,
+    cache: str | PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Sets the store of a processor, and gives the other options by the names that the class has for them."""
     processor.set_store(store if store is None or isinstance(store, Mapping) else RegionStore(store))
-    return {"detector": detector, "max_seq_length": model_max_length}
+    return {"detector": detector, "max_seq_length": model_max_length, "cache": cache}
 
 
 def _sentence_first(pair: Any) -> tuple[str, Any]:
     """Gives the sentence and the image of a pair. Raises ValueError where it is none."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise ValueError(f"{pair!r} is no pair; expected a sentence and an image.")
-    first, second = pair
+    first, second = map(_unnamed, pair)
     if not isinstance(first, str):
         first, second = second, first
     if not isinstance(first, str):
         raise ValueError(f"The pair {pair!r} has no sentence; expected a sentence (str) and an image.")
     return first, second
+
+
+def _unnamed(item: Any) -> Any:
+    """Gives what an item of a pair holds, if it is named by its modality, as libraries on top of this one name it."""
+    if isinstance(item, Mapping) and len(item) == 1 and next(iter(item)) in ("text", "image"):
+        return next(iter(item.values()))
+    return item
 
 
 def _distinct(items: Sequence[Any]) -> tuple[list[Any], list[int]]:

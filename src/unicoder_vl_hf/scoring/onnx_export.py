@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from .. import logging
 from ..extras import optional_import
@@ -64,11 +65,15 @@ def export_onnx(model: str | os.PathLike[str], output: str | os.PathLike[str]) -
     Raises:
         `ValueError`: `output` exists, the checkpoint has no trained matching head, or the graph gives other scores
             than PyTorch at a shape of `CHECKED`.
-        `ImportError`: a library is missing.
+        `ImportError`: a library is missing, or transformers is too old.
     """
     for library in ("onnx", "onnxscript", "onnxruntime"):
         optional_import(library, "onnx")
+    from transformers.exporters import base
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    if not hasattr(base, "ExportedModel"):
+        raise ImportError(f"The export needs transformers 5.24 or newer, not {transformers.__version__}.")
 
     loaded, processor = load_for_scoring(model)
     sample: Any = _batch(loaded, *SAMPLE)

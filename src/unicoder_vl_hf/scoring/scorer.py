@@ -152,9 +152,6 @@ class ImageTextScorer:
         self.verbose = verbose
         self._made: tuple[Any, PairEncoder] | None = None  # the last encoder, and what it follows from
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_made": None}  # its weights are in oneDNN's layout, which cannot be copied
-
     @classmethod
     def from_pretrained(
         cls,
@@ -163,6 +160,7 @@ class ImageTextScorer:
         *,
         detector: str | Detector | None = None,
         detector_options: Mapping[str, Any] | None = None,
+        cache: str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_tokens: int | None = None,
@@ -180,6 +178,8 @@ class ImageTextScorer:
             detector (`str` or [`Detector`], *optional*): The detector that finds the regions of photos. Defaults to
                 that of the regions that the model was trained on. It is loaded when the first photo comes.
             detector_options (`dict`, *optional*): Options of a detector by name.
+            cache (`str` or `os.PathLike`, *optional*): The folder of a store that keeps the regions of photos, so that
+                none is detected in twice; see [`RegionFinder`].
             device (`torch.device` or `str`, *optional*): The device that computes; None takes a GPU if there is one.
             dtype, max_tokens, block_pairs, verbose: See the class.
 
@@ -192,7 +192,8 @@ class ImageTextScorer:
             store = RegionStore(store)
         model, processor = load_for_store(name_or_path, store, device)
         trained_on, options = processor.feature_extractor.region_provenance, detector_options or {}
-        processor.set_detector(RegionFinder(detector, trained_on=trained_on, device=model.device, **options))
+        find = RegionFinder(detector, trained_on=trained_on, device=model.device, cache=cache, **options)
+        processor.set_detector(find)
         return cls(
             model, processor, store, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose
         )
@@ -266,6 +267,11 @@ class ImageTextScorer:
     def rank_captions(self, image: Image, captions: Sequence[str], top_k: int = 10) -> list[tuple[str, float]]:
         """Finds the captions that match an image best, with scores, the best first (of equal ones the earlier)."""
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was read meanwhile is no part of it, so that `dataset.map` knows it again.
+        # And an encoder's weights are in oneDNN's layout, which cannot be copied.
+        return {name: value for name, value in vars(self).items() if name != "calibration"} | {"_made": None}
 
     @cached_property
     def calibration(self) -> Calibration:

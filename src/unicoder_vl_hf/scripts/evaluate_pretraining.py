@@ -8,28 +8,40 @@ matching and retrieval; one that stays above chance took its answers from the ca
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import datasets
+import numpy as np
+from PIL import Image
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 from ..data.captions import check_tokens
 from ..data.negatives import PairsWithMismatches
 from ..errors import run_script
 from ..files import write_json
+from ..modeling_unicoder_vl import UnicoderVLForPreTraining
+from ..pictures import blank_page, write_hidden_regions
 from ..processes import Computing, new_accelerator, start_processes
+from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..records_unicoder_vl import RegionRecord
 from ..regions.shuffled import ShuffledStore
+from ..regions.store import RegionStore
 from ..runs.arguments import make_parser, option
-from ..runs.evaluation import EvaluationArguments
+from ..runs.evaluation import EvaluationArguments, evaluation_dtype
 from ..runs.setup import in_words, is_unicoder_vl
+from ..search.encoders import Photos
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
 from ..tasks.pretraining.evaluation import (
     evaluate_pretraining,
     metrics_table,
     pretraining_chance,
 )
+from ..tasks.pretraining.hidden_regions import predict_hidden_regions
 from ..tasks.retrieval.zero_shot import zero_shot_retrieval
+
+IMAGES_SHOWN, REGIONS_SHOWN = 10, 6  # of the gallery; of each of its images
 
 
 @dataclass(kw_only=True)
@@ -44,9 +56,13 @@ class PretrainingEvaluationArguments(EvaluationArguments):
     )
     shuffle_regions: bool = option(False, "Gives every image the regions of another.")
     moc: bool = option(True, "Measures masked object classification, too; --no_moc for regions without classes.")
-    mixed_precision: str = option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
     seed: int = option(0, "Seed of the masks, the mismatches and the shuffling.")
     output: str | None = option(None, "JSON file that the metrics are written to.")
+    gallery: str | None = option(
+        None, "HTML file of regions of some images, each hidden in turn, and the classes that the model takes them for."
+    )
+    photos: str | None = option(None, "Photos for the gallery: folder, .tar, or dataset. Default: blank pages.")
+    photo_ids: str = option("stem", "Source of the photos' ids, as --ids of `extract`.")
 
 
 def main(argv: list[str] | None = None):
@@ -82,8 +98,11 @@ def main(argv: list[str] | None = None):
     metrics = evaluate_pretraining(model, pairs, collator, accelerator)
     print(f"The tasks of pre-training, {in_words(captions)}")
     print(metrics_table(metrics, pretraining_chance(metrics)))
+    if args.gallery is not None:
+        draw_gallery(args, accelerator.unwrap_model(model), processor, store, captions)
+        print(f"Hidden regions: {args.gallery}")
 
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    dtype = evaluation_dtype(args.mixed_precision, accelerator.unwrap_model(model))
     retrieval = zero_shot_retrieval(
         accelerator.unwrap_model(model), processor, regions, captions, args.num_retrieval_images, dtype
     )
@@ -92,6 +111,45 @@ def main(argv: list[str] | None = None):
     if args.output is not None:
         values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}
         write_json(Path(args.output), values)
+
+
+def draw_gallery(
+    args: PretrainingEvaluationArguments,
+    model: UnicoderVLForPreTraining,
+    processor: UnicoderVLProcessor,
+    store: RegionStore,
+    captions: datasets.Dataset,
+) -> None:
+    """
+    Writes a gallery of the surest regions of a few images, drawn evenly, each hidden from the model in turn.
+
+    Raises:
+        `ValueError`: the regions have no classes or no boxes, or a photo is not that of its record.
+        `KeyError`: an image has no photo.
+    """
+    photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
+    caption_of = dict(zip(captions["image_id"], captions["caption"], strict=True))
+    image_ids = list(caption_of)[:: max(1, len(caption_of) // IMAGES_SHOWN)][:IMAGES_SHOWN]
+
+    def items() -> Iterator[tuple[str, Image.Image, RegionRecord, Sequence[int], np.ndarray]]:
+        for image_id in image_ids:
+            record, caption = store[image_id], caption_of[image_id]
+            if record.object_ids is None:
+                raise ValueError(f"--gallery: the regions of {image_id!r} have no classes that could be predicted.")
+            seen, probabilities = predict_hidden_regions(model, processor, record, caption)
+            scores = np.zeros(len(seen)) if record.object_scores is None else record.object_scores[seen]
+            known = [place for place in np.argsort(-scores, kind="stable") if record.object_ids[seen[place]] >= 0]
+            known = known[:REGIONS_SHOWN]
+            page = blank_page(record) if photos is None else photos.of(record)
+            yield caption, page, record, seen[known].tolist(), probabilities[known]
+
+    write_hidden_regions(
+        args.gallery,
+        items(),
+        store.provenance.get("class_names") or None,
+        intro="Each covered region was hidden from the model alone, which knew its place, the other regions and the "
+        "caption. Beneath it is the class that the model took it for, in a frame where the detector says the same.",
+    )
 
 
 if __name__ == "__main__":

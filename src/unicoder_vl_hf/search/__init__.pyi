@@ -6,5 +6,13 @@ from .encoders import (
     UnicoderVLDualEncoder as UnicoderVLDualEncoder,
     open_dual_encoder as open_dual_encoder,
 )
+from .explaining import explain_on_photo as explain_on_photo
 from .index import SearchIndex as SearchIndex, build_index as build_index, remove_items as remove_items
-from .two_stage import Hit as Hit, SimilarityWeight as SimilarityWeight, rerank as rerank, search as search
+from .lance import LanceIndex as LanceIndex, UnicoderVLReranker as UnicoderVLReranker
+from .two_stage import (
+    Hit as Hit,
+    SimilarityWeight as SimilarityWeight,
+    rerank as rerank,
+    search as search,
+    search_similar as search_similar,
+)

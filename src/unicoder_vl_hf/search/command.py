@@ -5,27 +5,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from .. import logging
 from ..data.caption_files import is_blank
 from ..data.captions import check_tokens, join, read_captions
+from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
-from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
 from ..scoring.scorer import ImageTextScorer
 from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder, open_transformers_encoder
 from .index import INDEX, SearchIndex, build_index, remove_items
-from .two_stage import Hit, SimilarityWeight, search
+from .two_stage import Hit, SimilarityWeight, search, search_similar
 
 logger = logging.get_logger(__name__)
 
 # Regions drawn on a photo of the gallery: more would hide it.
 REGIONS_DRAWN = 10
+ALIKE = "the similarity of two images in the first stage"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SearchResult:
         hits (`list[Hit]`): The hits, the best first.
         gallery (`Path`, *optional*): The HTML file that shows them.
         weight ([`SimilarityWeight`], *optional*): The weight by which two stages ordered them; None if every pair was
-            scored.
+            scored, or none.
     """
 
     query: str
@@ -52,22 +53,25 @@ class SearchResult:
         return 0.0 if self.weight is None else self.weight.value
 
     def __str__(self) -> str:
-        # Where the similarity adds nothing, what orders is the score itself.
-        columns = ["score", "similarity"]
+        # Where the similarity adds nothing, what orders is the score itself; where there is no score, the similarity.
+        alike = any(hit.is_alike for hit in self.hits)
+        proposed = any(hit.similarity is not None for hit in self.hits)
+        shown = {"score": not alike, "similarity": proposed}
+        columns = [name for name, is_shown in shown.items() if is_shown]
         if self.weight is not None and self.weight.value > 0:
             columns.insert(0, self.weight.formula)
         rows = [["rank", *columns, ""]]
         for rank, hit in enumerate(self.hits, start=1):
-            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - 1]
-            similarity = "" if hit.similarity is None else f"{hit.similarity:.3f}"
-            rows.append([str(rank), *scores, similarity, hit.name])
+            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - proposed]
+            similarity = [] if hit.similarity is None else [f"{hit.similarity:.3f}"]
+            rows.append([str(rank), *scores, *similarity, hit.name])
         widths = [4, *(max(8, len(column)) for column in columns), 0]
         lines = [self.query]
         lines += [
             "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
-        if self.weight is not None:
-            lines.append(f"Ordered by {self.weight}.")
+        if self.weight is not None or alike:
+            lines.append(f"Ordered by {ALIKE if alike else self.weight}.")
         if self.gallery is not None:
             lines.append(f"Gallery: {self.gallery}")
         return "\n".join(lines)
@@ -152,10 +156,11 @@ def run_search(
     gallery: str | None = None,
     detector: str | None = None,
     detector_options: Mapping[str, Any] | None = None,
+    cache: str | None = None,
 ) -> SearchResult:
     """
-    Finds images for a text, or captions for an image, in an index or among all there are. Arguments are those of
-    `unicoder-vl search`.
+    Finds images for a text, or captions or images for an image, in an index or among all there are. Arguments are those
+    of `unicoder-vl search`.
 
     Raises:
         `ValueError`: arguments do not go together; the index is of the other kind, or was made by another checkpoint or
@@ -165,12 +170,11 @@ def run_search(
     by_text = text is not None
     if [text, image, image_id].count(None) != 2:
         raise ValueError(
-            "Give either a sentence, to search images, or an image, to search captions: --image FILE or --image-id ID."
+            "Give either a sentence, to search images, or an image, to search captions or images: --image FILE or "
+            "--image-id ID."
         )
     if (index is None) != exhaustive:
         raise ValueError("Give either --index, to search it in two stages, or --exhaustive, to score every pair.")
-    if gallery is not None and not by_text:
-        raise ValueError("--gallery shows the images that a sentence finds: give a sentence, not an image.")
     if text is not None and is_blank(text):
         raise ValueError("The sentence is empty: say what the images should show.")
     for option, value in (("--top-k", top_k), ("--candidates", candidates)):
@@ -182,75 +186,90 @@ def run_search(
         )
     if (captions or split) and (by_text or not exhaustive):
         raise ValueError("--captions and --split say what --exhaustive searches by an image: leave them out.")
+    opened = None if index is None else SearchIndex(index)
+    if opened is not None and by_text and opened.items != "images":
+        raise ValueError(f"{index} holds captions, but what is sought are images: give an index of these.")
+    by_similarity = opened is not None and opened.items == "images" and not by_text
+    if gallery is not None and not (by_text or by_similarity):
+        raise ValueError("--gallery shows images that are found, and an image finds captions here: leave it out.")
+    if by_similarity and similarity_weight is not None:
+        raise ValueError("An image finds images by their similarity alone: leave --similarity-weight out.")
     # Where there are none, it is said before the search.
     opened_photos = None if photos is None or (gallery is None and image is None) else Photos(photos, photo_ids)
+    finder: dict[str, Any] = {"detector": detector, "detector_options": detector_options, "cache": cache}
     weight = None
-    if index is None:
+    if opened is None:
         if model is None or regions is None or not (by_text or captions):
             raise ValueError("--exhaustive needs --model and --regions, and to search captions --captions.")
         store = RegionStore(regions)
         query, shown = _query(text, image, image_id, store, opened_photos)
-        scorer = ImageTextScorer.from_pretrained(model, store)
+        scorer = _open_scorer(model, store, finder if isinstance(query, Path) else None, verbose=True)
         names = list(store)
         if not by_text:
             names = _captions(str(captions), caption_ids, split, store, scorer.processor.tokenizer)
-        hits = _score_all(_found(query, scorer, detector, detector_options), not by_text, scorer, names)
+        hits = _score_all(query, not by_text, scorer, names)
         searched = len(names)
     else:
-        opened = SearchIndex(index)
-        wanted = "images" if by_text else "captions"
-        if opened.items != wanted:
-            raise ValueError(f"{index} holds {opened.items}, but what is sought are {wanted}: give an index of these.")
         store = RegionStore(regions or _place(opened, "store", "--regions"))
         query, shown = _query(text, image, image_id, store, opened_photos)
-        encoder, scorer = _two_stages(opened, store, model, dual_encoder, photos, photo_ids)
-        if not isinstance(query, str) and not isinstance(encoder, UnicoderVLDualEncoder):
-            raise ValueError(f"{encoder.name} embeds photos of the store alone, and {image} is none: give --image-id.")
-        query = _found(query, scorer, detector, detector_options)
-        weight = SimilarityWeight.of(similarity_weight, encoder, scorer)
-        (hits,) = search(
-            [query], opened, encoder, scorer, top_k=top_k, candidates=candidates, similarity_weight=weight.value
-        )
+        first_stage = dual_encoder, photos, photo_ids, image_id is not None
+        of_photo = finder if isinstance(query, Path) else None
+        encoder, two_stages = _stages(opened, store, model, *first_stage, of_photo, by_similarity)
+        if two_stages is None:
+            (hits,) = search_similar([query], opened, encoder, top_k=top_k)
+        else:
+            weight = SimilarityWeight.of(similarity_weight, encoder, two_stages)
+            (hits,) = search(
+                [query], opened, encoder, two_stages, top_k=top_k, candidates=candidates, similarity_weight=weight.value
+            )
         searched = len(opened)
     hits = hits[:top_k]
     path = None
     if gallery is not None:
-        ordered = "the score of every pair" if weight is None else str(weight)
+        ordered = ALIKE if by_similarity else "the score of every pair" if weight is None else str(weight)
         path = _write_gallery(gallery, shown, hits, store, opened_photos, f"{searched:,} images, ordered by {ordered}")
     return SearchResult(shown, hits, path, weight)
 
 
-def _found(
-    query: str | RegionRecord | Path, scorer: ImageTextScorer, detector: str | None, options: Mapping[str, Any] | None
-) -> str | RegionRecord:
-    """Finds the regions of a query that is a photo, by the detector of the scorer's training if no other is named."""
-    if not isinstance(query, Path):
-        return query
-    trained_on = scorer.processor.feature_extractor.region_provenance
-    return RegionFinder(detector, trained_on=trained_on, device=scorer.model.device, **(options or {}))([query])[0]
-
-
-def _two_stages(
+def _stages(
     index: SearchIndex,
     store: RegionStore,
     model: str | None,
     dual_encoder: str | None,
     photos: str | None,
     photo_ids: str,
-) -> tuple[DualEncoder, ImageTextScorer]:
-    """Opens the encoder that made the index, unless another is named, which `search` checks; and the scorer."""
+    needs_photos: bool,
+    finder: Mapping[str, Any] | None,
+    by_similarity: bool,
+) -> tuple[DualEncoder, ImageTextScorer | None]:
+    """
+    Opens the encoder that made the index, unless another is named, which `search` checks; and the scorer, where the
+    similarity does not do alone.
+    """
     made_by = index.facts["encoder"]
-    ours = made_by["family"] == "unicoder-vl" and dual_encoder is None
-    name = _place(index, "encoder", "--model") if ours and model is None else model
-    if name is None:
+    if made_by["family"] == "unicoder-vl" and dual_encoder is None:
+        name = model or _place(index, "encoder", "--model")
+        scorer = _open_scorer(name, store, finder)
+        loaded = cast(UnicoderVLForImageTextRetrieval, scorer.model)  # as from_pretrained makes it
+        ours = UnicoderVLDualEncoder(loaded, scorer.processor, store, name)
+        return ours, None if by_similarity else scorer
+    if model is None and not by_similarity:
         raise ValueError(f"{index.path} was made by {made_by['name']}: give --model, a checkpoint of ours that scores.")
-    loaded, processor = load_for_store(name, store)
-    scorer = ImageTextScorer(loaded, processor, store, verbose=False)
-    if ours:
-        return UnicoderVLDualEncoder(loaded, processor, store, name), scorer
-    needs_photos = index.items == "captions"  # which are searched by an image
     first = dual_encoder or _place(index, "encoder", "--dual-encoder")
-    return open_transformers_encoder(first, store, photos, photo_ids=photo_ids, needs_photos=needs_photos), scorer
+    encoder = open_transformers_encoder(first, store, photos, photo_ids=photo_ids, needs_photos=needs_photos)
+    if model is None or by_similarity:
+        return encoder, None
+    return encoder, _open_scorer(model, store, finder)
+
+
+def _open_scorer(
+    model: str, store: RegionStore, finder: Mapping[str, Any] | None, verbose: bool = False
+) -> ImageTextScorer:
+    """Opens a scorer with the detector of a photo; without one names are ids of the store, whatever files there are."""
+    scorer = ImageTextScorer.from_pretrained(model, store, verbose=verbose, **(finder or {}))
+    if finder is None:
+        scorer.processor.set_detector(None)
+    return scorer
 
 
 def _place(index: SearchIndex, made: str, option: str) -> str:
@@ -326,7 +345,9 @@ def _photo(path: Path, store: RegionStore, photos: Photos | None) -> tuple[str |
     return path, f"{path}, a photo, whatever the stored image {image_id!r} of its name shows"
 
 
-def _score_all(query: str | RegionRecord, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]) -> list[Hit]:
+def _score_all(
+    query: str | RegionRecord | Path, by_image: bool, scorer: ImageTextScorer, names: Sequence[str]
+) -> list[Hit]:
     """Scores every name with the query, the best first; the scorer says before how long it takes."""
     scores = scorer.score(names, [query])[:, 0] if by_image else scorer.score([str(query)], names)[0]
     return [Hit(names[at], float(scores[at]), None, float(scores[at])) for at in np.argsort(-scores, kind="stable")]
@@ -343,7 +364,7 @@ def _write_gallery(
     """Writes a gallery: each found image whole, then with its surest regions, on a blank page if there is no photo."""
     from PIL import Image
 
-    from ..pictures import GalleryItem, draw_regions, write_gallery
+    from ..pictures import GalleryItem, blank_page, draw_regions, write_gallery
 
     class_names = store.provenance.get("class_names") or None
     problems: list[str] = []
@@ -355,7 +376,7 @@ def _write_gallery(
                 photo = photos.of(record)
             except (KeyError, ValueError) as error:
                 problems.append(error.args[0])
-        page = photo or Image.new("RGB", (record.image_width or 640, record.image_height or 480), "white")
+        page = photo or blank_page(record)
         if not _have_scores(record):
             return [page]
         drawn = draw_regions(page, record, class_names=class_names, max_regions=REGIONS_DRAWN, min_width=500)

@@ -14,8 +14,9 @@ import torch
 from .. import logging
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processes import start_processes
-from ..processing_unicoder_vl import UnicoderVLProcessor
+from ..processing_unicoder_vl import RegionInput, UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord, check_several
+from ..regions.photos import read_photo
 from ..regions.store import RegionStore
 from ..runs.setup import is_unicoder_vl
 from ..scoring.checkpoints import load_for_store, weights_digest
@@ -41,8 +42,8 @@ class DualEncoder(Protocol):
         """Embeds captions, `(n, dim)`, in their order."""
         ...
 
-    def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Embeds images by their ids, `(n, dim)`, in their order."""
+    def embed_images(self, images: Sequence[Any]) -> np.ndarray:
+        """Embeds images by their ids, or in another form that the encoder takes, `(n, dim)`, in their order."""
         ...
 
     def identity(self) -> dict[str, str]:
@@ -97,9 +98,9 @@ class UnicoderVLDualEncoder:
         states = text_states(self.model, self.processor, captions, self.max_length)
         return self._embed(self.first_stage.embed_text, states)
 
-    def embed_images(self, image_ids: Sequence[str | RegionRecord]) -> np.ndarray:
-        """Embeds images by their ids, or their records, see [`DualEncoder`]."""
-        states = image_states(self.model, self.processor, image_ids, self.store)
+    def embed_images(self, images: Sequence[RegionInput]) -> np.ndarray:
+        """Embeds images by their ids, or in another form that the processor takes, see [`DualEncoder`]."""
+        states = image_states(self.model, self.processor, images, self.store)
         return self._embed(self.first_stage.embed_image, states)
 
     def identity(self) -> dict[str, str]:
@@ -153,21 +154,33 @@ class TransformersDualEncoder:
         lengths = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
         return self._embed(captions, lambda some: {"text": list(some), **lengths}, self.model.get_text_features)
 
-    def embed_images(self, image_ids: Sequence[str]) -> np.ndarray:
-        """Embeds photos by their ids, see [`DualEncoder`]. Raises ValueError if no photos were given."""
-        check_several("image_ids", image_ids)
-        if self.photo is None:
-            raise ValueError(f"{self.name} embeds photos, and none were given.")
-        photo = self.photo
-        return self._embed(image_ids, lambda some: {"images": list(map(photo, some))}, self.model.get_image_features)
+    def embed_images(self, images: "Sequence[str | os.PathLike[str] | Image.Image]") -> np.ndarray:
+        """
+        Embeds photos by their ids, as files (`os.PathLike`) or opened, see [`DualEncoder`]. Raises ValueError for an id
+        where no photos were given, and for regions.
+        """
+        check_several("images", images)
+        return self._embed(images, lambda some: {"images": list(map(self._open, some))}, self.model.get_image_features)
 
     def identity(self) -> dict[str, str]:
         """The name of the checkpoint, and the digest of the weights that embed."""
         digest = weights_digest(self.model.state_dict())
         return {"family": self.model.config.model_type, "name": self.name, "weights_sha256": digest}
 
+    def _open(self, image: "str | os.PathLike[str] | Image.Image") -> "Image.Image":
+        if isinstance(image, str):
+            if self.photo is None:
+                raise ValueError(f"{self.name} embeds photos, and none were given.")
+            return self.photo(image)
+        if isinstance(image, RegionRecord):
+            raise ValueError(
+                f"{self.name} embeds photos, and the regions of {image.image_id!r} are none: give the photo."
+            )
+        name = os.fspath(image) if isinstance(image, os.PathLike) else "the photo"
+        return read_photo(image, name)[0]
+
     @torch.inference_mode()
-    def _embed(self, items: Sequence[str], inputs: Callable[[Sequence[str]], dict], features: Callable) -> np.ndarray:
+    def _embed(self, items: Sequence[Any], inputs: Callable[[Sequence[str]], dict], features: Callable) -> np.ndarray:
         batches = []
         for start in range(0, len(items), BATCH_SIZE):
             batch = self.processor(**inputs(items[start : start + BATCH_SIZE]), return_tensors="pt")
@@ -312,7 +325,7 @@ def text_states(
 def image_states(
     model: UnicoderVLForImageTextRetrieval,
     processor: UnicoderVLProcessor,
-    images: Sequence[str | RegionRecord],
+    images: Sequence[RegionInput],
     store: Mapping[str, RegionRecord] | None = None,
 ) -> torch.Tensor:
     """Encodes each image alone, before the projection: `(n, hidden_size)`, float32, on the CPU."""

@@ -27,7 +27,7 @@ from ..processes import start_processes
 from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile
-from ..scoring.blocks import BlockFolder
+from ..scoring.blocks import BlockFolder, job_of
 from .encoders import DualEncoder
 
 logger = logging.get_logger(__name__)
@@ -84,7 +84,7 @@ class SearchIndex:
     def __repr__(self) -> str:
         encoder, store = (self.facts[made]["name"] for made in ("encoder", "store"))
         return (
-            f"{type(self).__name__}({str(self.path)!r}, {self.items}={len(self)}, dim={self.embeddings.shape[1]}, "
+            f"{type(self).__name__}({str(self.path)!r}, {self.items}={len(self)}, dim={self.facts['dim']}, "
             f"{encoder=}, {store=}, faiss={self.facts['faiss']!r})"
         )
 
@@ -219,6 +219,13 @@ def build_index(
     if Path(identity["name"]).exists():  # a folder, not a name of the Hub
         identity["name"] = str(Path(identity["name"]).absolute())
     facts |= {"encoder": identity, "store": store_identity(store)}
+    # What an interrupted `add` began before the store grew is finished first, and then what has come since is added.
+    begun = job_of(work / "blocks") if add and not restart else {}
+    count = begun.get("count", len(names))
+    has_grown = count < len(names) and json_digest(names[:count]) == begun["names_sha256"]
+    if has_grown:
+        names, new = names[:count], new[: count - len(kept)]
+        facts |= {"count": count, "store": begun["store"]}
 
     state.wait_for_everyone()  # until all of them have seen what output there is
     if restart and state.is_main_process:
@@ -229,7 +236,7 @@ def build_index(
     try:
         folder = BlockFolder(work / "blocks", job, state.process_index)
     except ValueError as error:
-        raise ValueError(f"{error} --restart begins anew.") from error
+        raise ValueError(f"{error} --add goes on where the store has grown, --restart begins anew.") from error
     if folder.done and state.is_main_process:
         logger.warning(f"{output} was begun before: {len(folder.done):,} of {len(blocks):,} blocks are embedded.")
     if not folder.is_complete:
@@ -253,6 +260,9 @@ def build_index(
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(work)
+    state.wait_for_everyone()
+    if has_grown:
+        return build_index(encoder, store, output, image_ids=image_ids, captions=captions, faiss=faiss, add=True)
     return SearchIndex(output)
 
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 
+from ..processing_unicoder_vl import RegionInput
 from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.store import RegionStore
 from ..scoring.scorer import ImageTextScorer
@@ -30,7 +32,7 @@ class SimilarityWeight:
     origin: Literal["given", "measured", "unknown"]
 
     @classmethod
-    def of(cls, given: float | None, encoder: DualEncoder, scorer: ImageTextScorer) -> "SimilarityWeight":
+    def of(cls, given: float | None, encoder: DualEncoder | None, scorer: ImageTextScorer) -> "SimilarityWeight":
         """
         Takes the weight that is given, else the one that was measured for a model with its own first stage, else 0.
 
@@ -68,7 +70,7 @@ class Hit:
         name (`str`): The image id, or the caption.
         score (`float`): The value that orders hits, `matching_score` + weight x `similarity`; higher is better.
         similarity (`float`, *optional*): The similarity of the first stage, in `[-1, 1]`; None without one.
-        matching_score (`float`): The score of the cross-encoder.
+        matching_score (`float`): The score of the cross-encoder; NaN where an image was sought by an image.
     """
 
     name: str
@@ -77,14 +79,21 @@ class Hit:
     matching_score: float = math.nan
 
     @property
+    def is_alike(self) -> bool:
+        """Whether an image was found for an image, by the similarity alone."""
+        return math.isnan(self.matching_score)
+
+    @property
     def summands(self) -> str:
         """The summands of `score` in words."""
+        if self.is_alike:
+            return f"similarity {self.similarity:.3f}"
         similarity = "" if self.similarity is None else f", similarity {self.similarity:.3f}"
         return f"score {self.matching_score:+.2f}{similarity}"
 
 
 def search(
-    queries: Sequence[str | RegionRecord],
+    queries: Sequence[RegionInput],
     index: SearchIndex,
     encoder: DualEncoder,
     scorer: ImageTextScorer,
@@ -122,9 +131,12 @@ def search(
     weight = SimilarityWeight.of(similarity_weight, encoder, scorer).value
     index.check(encoder, scorer.store if isinstance(scorer.store, RegionStore) else None)
     if index.items == "captions":
-        queries = scorer.processor.find_regions(queries, scorer.store)
-    embed = encoder.embed_captions if index.items == "images" else encoder.embed_images
-    positions, similarities = index.search(embed(cast(Sequence[str], queries)), max(top_k, candidates))
+        asked, queries = queries, scorer.processor.find_regions(queries, scorer.store)
+        ours = isinstance(encoder, UnicoderVLDualEncoder)  # others embed the photo, where it is none of the store
+        embedded = encoder.embed_images(queries if ours else _photos(asked, queries))
+    else:
+        embedded = encoder.embed_captions(cast(Sequence[str], queries))
+    positions, similarities = index.search(embedded, max(top_k, candidates))
     scores = rerank(queries, index, positions, scorer)
     sums = scores + weight * np.where(positions >= 0, similarities, 0)
     found = []
@@ -136,8 +148,45 @@ def search(
     return found
 
 
+def search_similar(
+    images: Sequence[Any], index: SearchIndex, encoder: DualEncoder, *, top_k: int = 10
+) -> list[list[Hit]]:
+    """
+    Finds the images of an index that are most like each image, by the similarity of their embeddings in the first
+    stage: the matching head scores a caption with an image, and no two images.
+
+    Args:
+        images (sequence of `str`, `os.PathLike`, `PIL.Image.Image` or [`RegionRecord`]): Image ids, or what else
+            the encoder embeds: ours all that [`ImageTextScorer.score`] takes, those of transformers photos.
+        index ([`SearchIndex`]): An index of images that `encoder` made, which is checked.
+        encoder ([`UnicoderVLDualEncoder`] or [`TransformersDualEncoder`]): The first stage.
+        top_k (`int`, *optional*, defaults to 10): The number of hits of an image.
+
+    Returns:
+        `list[list[Hit]]`: the most similar images of each image, the best first; itself, if the index holds it.
+
+    Raises:
+        `ValueError`: `top_k` is below 1, or the index is of captions or another checkpoint.
+    """
+    check_several("images", images)
+    if index.items != "images":
+        raise ValueError(f"{index.path} holds {index.items}: give an index of images.")
+    index.check(encoder)
+    found = index.search(encoder.embed_images(images), top_k)
+    return [
+        [Hit(index.names[place], float(near), float(near)) for place, near in zip(*row, strict=True) if place >= 0]
+        for row in zip(*found, strict=True)
+    ]
+
+
+def _photos(images: Sequence[Any], found: Sequence[str | RegionRecord]) -> list[Any]:
+    """Gives images with the names of files as paths, told from ids by the records that were found for them."""
+    pairs = zip(images, found, strict=True)
+    return [Path(image) if isinstance(image, str) and not isinstance(known, str) else image for image, known in pairs]
+
+
 def rerank(
-    queries: Sequence[str | RegionRecord], index: SearchIndex, positions: np.ndarray, scorer: ImageTextScorer
+    queries: Sequence[RegionInput], index: SearchIndex, positions: np.ndarray, scorer: ImageTextScorer
 ) -> np.ndarray:
     """Scores each query with its candidates, `positions` `(Q, K)` in `index`: `(Q, K)` float32, -inf for none (-1)."""
     scores = np.full(positions.shape, -np.inf, dtype=np.float32)

@@ -104,7 +104,7 @@ def test_an_image_without_regions_is_never_skipped(run, world, tmp_path):
     more.write_text(
         (world / "captions.jsonl").read_text() + '{"image_id": "four", "caption": "dog", "split": "test"}\n'
     )
-    with pytest.raises(ValueError, match="1 of 4 captioned images") as refused:
+    with pytest.raises(ValueError, match="1 of 4 images with captions") as refused:
         run("pretrained", "--captions", str(more))
     assert "skip" not in str(refused.value)  # which this script cannot
 

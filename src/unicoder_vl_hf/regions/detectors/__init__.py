@@ -117,13 +117,24 @@ def load_detector(
     known = sorted(set(parameters) - {"device", "precision"})
     unknown = sorted({"device", "precision", *options} - set(parameters))
     if unknown and inspect.Parameter.VAR_KEYWORD not in (parameter.kind for parameter in parameters.values()):
+        if family not in FAMILIES and {"device", "precision"} & set(unknown):
+            raise ValueError(
+                f"{name} is no detector: it takes no {' and no '.join(unknown)}, see docs/own_detector.md."
+            )
         raise ValueError(f"{family} detectors have no option {', '.join(unknown)}; their options are {known}.")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     with logging.without_warnings_of_transformers():  # of weights that a detector has no use for
-        detector = load(device=device, precision=resolve_precision(precision, device.type), **options)
+        try:
+            detector = load(device=device, precision=resolve_precision(precision, device.type), **options)
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be loaded with the options {options}: {error}.") from error
     if family not in FAMILIES:
+        if lacking := {"provenance", "prepare", "__call__"} - set(dir(detector)):
+            raise ValueError(
+                f"{name} is no detector: it lacks {' and '.join(sorted(lacking))}, see docs/own_detector.md."
+            )
         detector.provenance["detector"] = name  # by which a checkpoint finds it again
     detector.provenance["detector_options"] = json.loads(json.dumps(options, default=os.fspath))
     return detector

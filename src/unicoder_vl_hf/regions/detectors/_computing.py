@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -101,9 +102,13 @@ def fetching(family: str, name: str) -> Iterator[None]:
 
     Raises:
         OSError: The block raised OSError; this one replaces it.
+        ValueError: The block raised ValueError, such as that of transformers for a model of another kind, or
+            SafetensorError for a damaged file, which name no model.
     """
     try:
         yield
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{family}:{name} cannot be loaded: {str(error).splitlines()[0]}") from error
     except OSError as error:
         reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0].rstrip(".")
         if Path(name).is_dir():

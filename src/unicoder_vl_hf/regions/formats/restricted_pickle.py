@@ -56,20 +56,21 @@ _NPY_HEADER = re.compile(
 )
 
 
-def load(data: bytes, source: str) -> Any:
+def load(data: bytes, source: str, max_opcodes: int = MAX_OPCODES) -> Any:
     """
     Reads the value of a pickle of any protocol: numbers, text, lists, tuples, dicts, and arrays and scalars of NumPy.
 
     Args:
         data (`bytes`): The pickle. Arrays may be read-only views of it.
         source (`str`): The file and the place in it, for errors.
+        max_opcodes (`int`, *optional*): Limit of its opcodes.
 
     Raises:
         ValueError: The pickle is damaged, or names any other type or function; the message tells `source` and that
             name.
     """
     try:
-        return _run(bytes(data))
+        return _run(bytes(data), max_opcodes)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{source}: the pickle cannot be read: {error}.") from error
 
@@ -151,12 +152,12 @@ class _Global(str):
     """A name of `_GLOBALS`, as its last part; no string of the pickle can pass for one."""
 
 
-def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
+def _opcodes(data: bytes, max_opcodes: int) -> Iterator[tuple[str, Any]]:
     """
     Yields the name and the argument of each opcode, as `pickletools.genops` does, which copies long texts once more.
     """
     file, view = io.BytesIO(data), memoryview(data)
-    for _ in range(MAX_OPCODES):
+    for _ in range(max_opcodes):
         code = file.read(1)
         if code not in _OPCODES:
             raise ValueError(f"it has the opcode {code!r}" if code else "it ends before its last opcode")
@@ -172,10 +173,10 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
             yield name, None if read is None else read(file)
         if name == "STOP":
             return
-    raise ValueError(f"it has more than {MAX_OPCODES} opcodes, expected few and large arrays")
+    raise ValueError(f"it has more than {max_opcodes} opcodes, expected few and large arrays")
 
 
-def _run(data: bytes) -> Any:
+def _run(data: bytes, max_opcodes: int) -> Any:
     stack: list[Any] = []
     marks: list[list[Any]] = []  # the stacks below each MARK
     memo: dict[int, Any] = {}
@@ -183,7 +184,7 @@ def _run(data: bytes) -> Any:
     # A cache, so that one text that is encoded a million times does not become a million byte strings.
     encode = functools.cache(lambda text: text.encode("latin-1"))
     argument: Any
-    for name, argument in _opcodes(data):
+    for name, argument in _opcodes(data, max_opcodes):
         match name:
             case _ if name in _VALUES:  # cases are tried in turn, so the usual ones come first
                 stack.append(argument)

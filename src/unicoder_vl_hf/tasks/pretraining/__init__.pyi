@@ -4,6 +4,7 @@ from .evaluation import (
     metrics_table as metrics_table,
     pretraining_chance as pretraining_chance,
 )
+from .hidden_regions import predict_hidden_regions as predict_hidden_regions
 from .loop import LoopArguments as LoopArguments
 from .setup import (
     PretrainingArguments as PretrainingArguments,

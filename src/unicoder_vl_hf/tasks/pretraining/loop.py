@@ -22,7 +22,7 @@ from ...data.samplers import StepBatchSampler
 from ...processes import Computing, StopSignal
 from ...runs.arguments import option, run_identity
 from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
-from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line
+from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line, in_a_table
 from ...runs.model_card import TrainingRun, finish_run
 from .evaluation import evaluate_pretraining
 from .setup import PretrainingArguments, PretrainingSetup
@@ -195,7 +195,7 @@ class PretrainingLoop:
                 num_workers=self.args.dataloader_num_workers,
             )
         self.log.write(self.step, {f"eval_{name}": value for name, value in metrics.items()})
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.step < self.total_steps:
             tqdm.write(in_a_line(self.step, metrics))
         return metrics
 
@@ -300,3 +300,4 @@ class PretrainingLoop:
                 training=training,
                 **self.setup.card,
             )
+            tqdm.write(in_a_table(self.output_dir, training, metrics))

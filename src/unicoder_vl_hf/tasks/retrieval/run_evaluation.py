@@ -1,7 +1,7 @@
 """Evaluates the retrieval of any checkpoint, zero-shot if it is a pre-trained one, beside the paper's figures.
 
     python -m unicoder_vl_hf.tasks.retrieval.run_evaluation --model runs/flickr30k --captions dataset_flickr30k.json \
-        --regions flickr30k-regions --protocol flickr30k --bf16 --output flickr30k_test.json
+        --regions flickr30k-regions --protocol flickr30k --mixed_precision bf16 --output flickr30k_test.json
     accelerate launch -m unicoder_vl_hf.tasks.retrieval.run_evaluation --model runs/coco --captions dataset_coco.json \
         --regions coco-regions --protocol coco-1k --scores_dir runs/coco/scores
 
@@ -24,7 +24,7 @@ from ...errors import run_script
 from ...files import write_json
 from ...processes import start_processes
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import EvaluationArguments
+from ...runs.evaluation import EvaluationArguments, evaluation_dtype
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
 from .protocols import PROTOCOLS, RetrievalTest, chance, evaluate_folds, results_table, retrieval_test
@@ -39,7 +39,9 @@ class RetrievalEvaluationArguments(EvaluationArguments):
     captions_per_image: str | None = option(
         None, "Captions of each image to take, from the first on, or all. Default: 5 under a protocol, else all."
     )
-    bf16: bool = option(False, "Scores in bfloat16 as well, to be compared with float32.")
+    mixed_precision: str = option(
+        "no", "Precision to score in as well, to be compared with float32: auto, bf16 or fp16."
+    )
     scores_dir: str | None = option(None, "Folder that keeps the scores, to go on after a kill.")
     output: str | None = option(None, "JSON file to write, with metrics, intervals and provenance.")
 
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     # One of retrieval may be fine-tuned, or a pre-trained one that was given a first stage of search.
     use = "zero-shot" if checkpoint["saved_by"] == "UnicoderVLForPreTraining" else "retrieval checkpoint"
     results = {}
-    for dtype in [torch.float32, torch.bfloat16] if args.bf16 else [torch.float32]:
+    for dtype in dict.fromkeys([torch.float32, evaluation_dtype(args.mixed_precision, model) or torch.float32]):
         name = str(dtype).removeprefix("torch.")
         scorer = ImageTextScorer(model, processor, store, dtype=dtype)
         results[f"{use}, {name}"] = evaluate_folds(test, fold_scores(scorer, test, args.scores_dir, name))

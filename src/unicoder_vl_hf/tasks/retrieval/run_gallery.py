@@ -23,6 +23,7 @@ from ...pictures import GalleryItem, draw_regions, write_gallery
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
+from ...runs.evaluation import evaluation_dtype
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, Photos
 from ...search.index import build_index
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     store, captions = args.open_data()
     (fold,) = retrieval_test(captions).folds
     model, processor = args.load_scoring(store, captions)
-    scorer = ImageTextScorer(model, processor, store)
+    scorer = ImageTextScorer(model, processor, store, dtype=evaluation_dtype(args.mixed_precision, model))
     encoder = args.open_first_stage(model, processor, store)
     weight = SimilarityWeight.of(args.similarity_weight, encoder, scorer)
     items = ask(fold, store, encoder, scorer, args.asked, args.candidates, weight.value)

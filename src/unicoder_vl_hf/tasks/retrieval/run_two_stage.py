@@ -17,12 +17,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ...errors import run_script
 from ...files import write_json
 from ...processes import start_processes
 from ...runs.arguments import make_parser, option
+from ...runs.evaluation import evaluation_dtype
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
 from ...search.two_stage import SimilarityWeight
@@ -50,7 +49,6 @@ class TwoStageArguments(SearchArguments):
         "Weights of the first stage's similarity in the order, score + weight x similarity; a row for "
         "each. Default: 0, and the one that was measured when the checkpoint was trained.",
     )
-    bf16: bool = option(False, "Scores in bfloat16.")
     scores_dir: str | None = option(None, "Folder that keeps the scores, to go on after a kill.")
     output: str | None = option(None, "JSON file to write, with the table and its provenance.")
 
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None):
     if len(test.folds) > 1:
         raise ValueError(f"{test.title}: the report is of one fold; give another protocol, or none.")
     model, processor = args.load_scoring(store, captions)
-    scorer = ImageTextScorer(model, processor, store, dtype=torch.bfloat16 if args.bf16 else None)
+    scorer = ImageTextScorer(model, processor, store, dtype=evaluation_dtype(args.mixed_precision, model))
     encoder = args.open_first_stage(model, processor, store)
     weight = SimilarityWeight.of(None, encoder, scorer)
     weights = args.similarity_weight or sorted({0.0, weight.value})

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ...data.masking import IGNORED
-from ...pictures import PALETTE, draw_regions
+from ...pictures import PALETTE, Image, draw_regions
 from ...records_unicoder_vl import RegionRecord
 from .data import Segment, referenced_objects
 

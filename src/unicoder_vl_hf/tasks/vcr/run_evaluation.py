@@ -25,6 +25,7 @@ from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
+from ...runs.evaluation import evaluation_precision, precision_option
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import VCRExamples, read_vcr
 from .metrics import vcr_metrics, write_submission
@@ -43,6 +44,7 @@ class VCREvaluationArguments:
     gt_features: str | None = option(None, "RegionStore of features pooled in the ground-truth boxes.")
     ids: str = option("stem", "Image ids: stem (of a photo's name) or path.")
     rationale_model: str | None = option(None, "Checkpoint that scores the rationales. Default: --model.")
+    mixed_precision: str = precision_option()
     max_length: int = option(156, "Most tokens of a choice; longer ones are cut.")
     batch_size: int = option(32, "Questions at a time, in each process.")
     submission: str | None = option(None, "CSV file to write for the leaderboard.")
@@ -73,9 +75,10 @@ def main(argv: list[str] | None = None) -> None:
 
     answering = load_with_collator(args.model, store, args)
     reasoning = answering if args.rationale_model is None else load_with_collator(args.rationale_model, store, args)
-    answers = choice_probabilities(*answering, VCRExamples(rows, "qa"), batch_size=args.batch_size)
     premises = VCRExamples(rows, "qar", every_answer=every_answer)
-    rationales = choice_probabilities(*reasoning, premises, batch_size=args.batch_size)
+    with evaluation_precision(args.mixed_precision, answering[0]):
+        answers = choice_probabilities(*answering, VCRExamples(rows, "qa"), batch_size=args.batch_size)
+        rationales = choice_probabilities(*reasoning, premises, batch_size=args.batch_size)
     if not state.is_main_process:
         return
     if every_answer:

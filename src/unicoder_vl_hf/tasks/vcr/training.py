@@ -5,7 +5,7 @@ silent on whether one model learns both; here one does, unless a run names a sin
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,17 +15,16 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 
 from ... import logging
-from ...data.rows import Row, RowsOfEpoch
+from ...data.rows import EpochOfExamples, Row
 from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import ModelArguments, option
-from ...runs.batches import batches_to_evaluate
+from ...runs.batches import Collator, WithoutInputs, compute_logits
 from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
 from ...scoring.checkpoints import load_complete
 from .collator import DataCollatorForUnicoderVLMultipleChoice
@@ -44,9 +43,6 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
 }
 # The number of questions, drawn evenly, of which a run says before it begins how many texts are cut.
 _LOOKED_AT = 2000
-
-Batch = dict[str, torch.Tensor]
-Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 
 
 @dataclass
@@ -186,37 +182,6 @@ def open_and_load(
     return data, model, processor_for(arguments, data.store, data.train.unique("image_id"))
 
 
-class EpochOfExamples(RowsOfEpoch):
-    """Gives the examples of several parts one after another, each with its number and the epoch."""
-
-    def __init__(self, parts: Sequence[VCRExamples]):
-        super().__init__()
-        self.examples: ConcatDataset[Row] = ConcatDataset(parts)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def make_rows(self, numbers: Sequence[int]) -> list[Row]:
-        """Gives the examples of these numbers, with the epoch."""
-        return [self.examples[number] | {"row_index": number, "epoch": self.epoch} for number in numbers]
-
-
-@dataclass
-class WithoutInputs:
-    """Leaves some tensors out of the batches of a collator.
-
-    Args:
-        collator (callable): Makes the batches.
-        names (sequence of `str`): The tensors that are left out.
-    """
-
-    collator: Collator
-    names: Sequence[str]
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        return {name: value for name, value in self.collator(rows).items() if name not in self.names}
-
-
 @dataclass
 class VCRSetup(TrainingSetup):
     """The setup of a run on VCR, as [`prepare_vcr`] builds it."""
@@ -271,7 +236,6 @@ def _report(collator: DataCollatorForUnicoderVLMultipleChoice, rows: datasets.Da
         logger.warning(f"{low:,} of {total:,} ground-truth boxes overlap no detection by an IoU of 0.1.")
 
 
-@torch.no_grad()
 def score_choices(
     model: UnicoderVLForMultipleChoice,
     collator: Collator,
@@ -292,17 +256,8 @@ def score_choices(
     Returns:
         `np.ndarray` of shape `(num_examples, num_choices)`, float32; higher = better.
     """
-    was_training = model.training
-    model.eval()
-    scores: list[list[float]] = []
-    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-    for batch in batches_to_evaluate(examples, collator, model.device, name="Scoring choices", **options):
-        scores += model(**{name: value for name, value in batch.items() if name != "labels"}).logits.tolist()
-    model.train(was_training)
-    state = PartialState()
-    found = [(state.process_index + number * state.num_processes, row) for number, row in enumerate(scores)]
-    found = gather_object(found) if state.num_processes > 1 else found
-    return np.array([row for _, row in sorted(found)], dtype=np.float32)
+    options = {"batch_size": batch_size, "num_workers": num_workers}
+    return compute_logits(model, collator, examples, name="Scoring choices", **options)
 
 
 def evaluate_vcr(

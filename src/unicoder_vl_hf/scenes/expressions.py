@@ -1,0 +1,119 @@
+"""
+Expressions that name one object of a rendered scene, in the files of RefCOCO: up to four a scene, one of each form.
+
+    alone       the cross                     there is one
+    colour      the red star                  there is another star, and something else is red
+    size        the large star                there is a small star, and something else is large
+    place       the ring on the left          in the left third; there is another ring elsewhere
+
+A scene has two stars, two rings and a cross, say, so that who does not read, or reads another expression, is right
+about as often as who takes one of the five objects at random.
+
+Left out on purpose: how things lie to each other, which a model of the size that learns these in minutes does not learn
+in that time.
+
+As in `world.py` everything is a pure function of (seed, split, index).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..data.preparation import SPLITS
+from .world import (
+    COLOURS,
+    GROUNDS,
+    PLACE_WORDS,
+    SHAPE_WORDS,
+    Scene,
+    SceneObject,
+    build_once,
+    drawn_scenes,
+    generator_of,
+    place,
+    places_of,
+)
+
+FORMS = ("alone", "colour", "size", "place")
+# A finished folder must have this version: raise it with every change of the pictures or expressions.
+_WORLD = 1
+
+
+def sample_referred_scene(
+    index: int, split: str = "train", seed: int = 0
+) -> tuple[Scene, dict[str, tuple[str, SceneObject]]]:
+    """
+    Draws scene number `index` of a split, independent of all others, and names objects of it. Raises ValueError on an
+    unknown split.
+
+    Returns:
+        The scene, whose image id is a number, as in COCO, and an expression with the object that it names by form.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+    image_id = str(1_000_000 * (1 + SPLITS.index(split)) + index)
+    rng = generator_of(seed, image_id, "referred scene")
+    first, second, single = rng.permutation(list(SHAPE_WORDS))[:3].tolist()
+    one, other, third = rng.permutation(list(COLOURS))[:3].tolist()
+    sizes = [*rng.permutation(["small", "large"]), *rng.permutation(["small", "large"]), "small"]
+    kinds = [(first, one), (first, other), (second, one), (second, other), (single, third)]
+    boxes = place(rng, sizes)
+    things = [
+        SceneObject(shape, colour, str(size), box)
+        for (shape, colour), size, box in zip(kinds, sizes, boxes, strict=True)
+    ]
+    twins = [things[:2], things[2:4]]
+    rng.shuffle(twins)
+    named = {"alone": (f"the {single}", things[4])}
+    for form, (target, _) in zip(("colour", "size"), twins, strict=True):
+        named[form] = (f"the {getattr(target, form)} {target.shape}", target)
+    placed = [
+        (f"the {target.shape} {PLACE_WORDS[where][0]}", target)
+        for target, twin in (pair[::side] for pair in twins for side in (1, -1))
+        for where in places_of(target) - places_of(twin) - {"middle"}
+    ]
+    if placed:
+        named["place"] = sorted(placed, key=lambda each: each[0])[int(rng.integers(len(placed)))]
+    order = rng.permutation(len(things)).tolist()
+    return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(things[i] for i in order), seed), named
+
+
+def build_grounding_scenes(
+    folder: str | os.PathLike, num_train: int = 4000, num_val: int = 400, num_test: int = 50, seed: int = 0
+) -> Path:
+    """
+    Draws a world of expressions to disk, in the layout of RefCOCO, but for its pickle, which is a json.
+
+        refs.json                   the expressions, up to four a scene, of the splits train, val and test
+        instances.json              the sizes of the pictures, and the boxes of the objects
+        images/{image_id}.png       the pictures
+        regions/                    a `RegionStore` of what a detector would find, of all splits
+        scenes.json                 the arguments of this function
+
+    The folder appears whole, is kept, replaced or refused as that of [`build_scenes`] is. Arguments and errors are
+    those of [`build_vqa_scenes`].
+    """
+    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
+    arguments = {"grounding_world": _WORLD, "seed": seed, "scenes": counts}
+    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+
+
+def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
+    refs: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for split, scene, named in drawn_scenes(folder, counts, seed, sample_referred_scene):
+        number = int(scene.image_id)
+        images.append({"id": number, "width": scene.width, "height": scene.height, "file_name": f"{number}.png"})
+        ids = {}
+        for thing in scene.objects:
+            x1, y1, x2, y2 = thing.box
+            ids[thing.box] = len(annotations)
+            annotations.append({"id": len(annotations), "image_id": number, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+        for form, (text, thing) in named.items():
+            sentences = [{"sent_id": len(refs), "sent": text, "raw": text, "tokens": text.split()}]
+            of_ref = {"ref_id": len(refs), "ann_id": ids[thing.box], "image_id": number, "form": form}
+            refs.append({**of_ref, "split": split, "sentences": sentences})
+    (folder / "refs.json").write_text(json.dumps(refs), encoding="utf-8")
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}), encoding="utf-8")

@@ -1,0 +1,69 @@
+"""Measures visual entailment on SNLI-VE: accuracy, and of each class.
+
+    python -m unicoder_vl_hf.tasks.entailment.run_evaluation --model runs/snli-ve --annotations snli_ve_test.jsonl \
+        --regions flickr30k-regions --output test.json
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...data.captions import join
+from ...errors import run_script
+from ...files import write_json
+from ...processes import start_processes
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser, option
+from ...runs.batches import compute_logits
+from ...runs.evaluation import evaluation_precision, precision_option
+from .collator import DataCollatorForUnicoderVLVisualEntailment
+from .data import read_entailment
+from .training import load_for_entailment, measure
+
+
+@dataclass
+class EntailmentEvaluationArguments:
+    """Names a checkpoint, and the hypotheses that it judges."""
+
+    model: str = option(..., "Checkpoint of run_entailment.py: a folder or a repository of the Hub.")
+    annotations: str = option(..., "Hypotheses: snli_ve_dev.jsonl or snli_ve_test.jsonl.")
+    regions: str = option(..., "RegionStore of the images.")
+    image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
+    mixed_precision: str = precision_option()
+    max_length: int = option(44, "Most tokens of a hypothesis; longer ones are cut.")
+    batch_size: int = option(64, "Hypotheses at a time, in each process.")
+    output: str | None = option(None, "JSON file that the metrics are written to.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Measures with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the checkpoint or the regions do not fit, or a file has a fault.
+    """
+    (args,) = make_parser(EntailmentEvaluationArguments).parse_args_into_dataclasses(argv)
+    state = start_processes()
+    store = RegionStore(args.regions)
+    rows, _ = join(
+        read_entailment(args.annotations, ids=args.image_ids),
+        store,
+        skip_option=None,
+        texts="hypotheses",
+        renamed_by="--image_ids",
+    )
+    model, processor = load_for_entailment(args.model, store)
+    length = min(args.max_length, model.config.max_position_embeddings)
+    collator = DataCollatorForUnicoderVLVisualEntailment(processor, store, max_length=length)
+    with evaluation_precision(args.mixed_precision, model):
+        metrics = measure(compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size), rows)
+    if not state.is_main_process:
+        return
+    for name, value in metrics.items():
+        print(f"{name:24}{100 * value:6.2f} %")
+    if args.output is not None:
+        write_json(Path(args.output), metrics | {"hypotheses": len(rows), **dataclasses.asdict(args)})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,33 @@
+"""Trains Unicoder-VL for expressions that refer to a region, with transformers' Trainer and all its options.
+
+    accelerate launch -m unicoder_vl_hf.tasks.grounding.run --output_dir runs/grounding-scenes
+    accelerate launch -m unicoder_vl_hf.tasks.grounding.run --output_dir runs/refcoco --refs 'refcoco/refs(unc).p' \
+        --instances refcoco/instances.json --regions coco-regions --model_name_or_path runs/pretrained
+
+Without --refs it trains a small model on expressions about objects of rendered scenes; with it, the defaults are near
+UNITER's for RefCOCO. The model of the highest validation accuracy is kept.
+"""
+
+from transformers import TrainingArguments
+
+from ...errors import run_script
+from ...runs.arguments import parse_arguments
+from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
+from ...runs.trainer import train, training_defaults
+from .training import PAPER, GroundingArguments, prepare_grounding
+
+
+def main(argv: list[str] | None = None) -> bool:
+    """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
+    data_args, training_args = parse_arguments(
+        (GroundingArguments, TrainingArguments),
+        argv,
+        paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
+        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE,
+        data="--refs",
+    )
+    return train(LabelledTrainer, prepare_grounding, data_args, training_args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,33 @@
+"""Trains Unicoder-VL for sentences about two photos, with transformers' Trainer and every option of TrainingArguments.
+
+    accelerate launch -m unicoder_vl_hf.tasks.nlvr2.run --output_dir runs/nlvr2-scenes
+    accelerate launch -m unicoder_vl_hf.tasks.nlvr2.run --output_dir runs/nlvr2 --annotations train.json \
+        --validation_annotations dev.json --regions nlvr2-regions --model_name_or_path runs/pretrained
+
+Without --annotations it trains a small model on sentences about pairs of rendered scenes; with it, the defaults are
+near UNITER's for NLVR2. The model of the highest validation accuracy is kept.
+"""
+
+from transformers import TrainingArguments
+
+from ...errors import run_script
+from ...runs.arguments import parse_arguments
+from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
+from ...runs.trainer import train, training_defaults
+from .training import PAPER, NLVR2Arguments, prepare_nlvr2
+
+
+def main(argv: list[str] | None = None) -> bool:
+    """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
+    data_args, training_args = parse_arguments(
+        (NLVR2Arguments, TrainingArguments),
+        argv,
+        paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
+        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE,
+        data="--annotations",
+    )
+    return train(LabelledTrainer, prepare_nlvr2, data_args, training_args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,74 @@
+"""Measures judgements of sentences about two photos on NLVR2, and writes the file of its official evaluation.
+
+    python -m unicoder_vl_hf.tasks.nlvr2.run_evaluation --model runs/nlvr2 --annotations dev.json \
+        --regions nlvr2-regions --output dev_metrics.json --predictions dev.csv
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...data.masking import IGNORED
+from ...errors import run_script
+from ...files import write_json
+from ...processes import start_processes
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser, option
+from ...runs.batches import compute_logits
+from ...runs.evaluation import evaluation_precision, precision_option
+from .collator import DataCollatorForUnicoderVLVisualReasoning
+from .data import read_nlvr2
+from .metrics import nlvr2_metrics, write_predictions
+from .training import load_for_nlvr2
+
+
+@dataclass
+class NLVR2EvaluationArguments:
+    """Names a checkpoint, the sentences that it judges, and the files that its judgements are written to."""
+
+    model: str = option(..., "Checkpoint of run_nlvr2.py: a folder or a repository of the Hub.")
+    annotations: str = option(..., "Sentences: NLVR2's dev.json or test1.json.")
+    regions: str = option(..., "RegionStore of the photos.")
+    image_ids: str | None = option(None, "Other ids for the photos: stem, coco, a .csv, or CAPTIONS:COLUMN.")
+    mixed_precision: str = precision_option()
+    max_length: int = option(44, "Most tokens of a sentence; longer ones are cut.")
+    batch_size: int = option(64, "Sentences at a time, in each process.")
+    predictions: str | None = option(None, "CSV file of identifiers and judgements to write.")
+    output: str | None = option(None, "JSON file that the metrics are written to.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Measures with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the checkpoint or the regions do not fit, or there are neither labels nor `--predictions`.
+        `KeyError`: a photo has no regions.
+    """
+    (args,) = make_parser(NLVR2EvaluationArguments).parse_args_into_dataclasses(argv)
+    state = start_processes()
+    store = RegionStore(args.regions)
+    rows = read_nlvr2(args.annotations, ids=args.image_ids)
+    labelled = IGNORED not in rows["label"]
+    if not labelled and args.predictions is None:
+        raise ValueError(f"{args.annotations} has no labels: give --predictions for the file of the evaluation.")
+    model, processor = load_for_nlvr2(args.model, store)
+    length = min(args.max_length, model.config.max_position_embeddings)
+    collator = DataCollatorForUnicoderVLVisualReasoning(processor, store, max_length=length)
+    with evaluation_precision(args.mixed_precision, model):
+        judged = compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size).argmax(axis=1)
+    if not state.is_main_process:
+        return
+    if args.predictions is not None:
+        write_predictions(args.predictions, rows["identifier"][:], judged)
+        print(f"{args.predictions}: {len(rows):,} sentences")
+    if labelled:
+        metrics = nlvr2_metrics(judged, rows["label"][:], rows["identifier"][:])
+        for name, value in metrics.items():
+            print(f"{name:12}{100 * value:6.2f} %")
+        if args.output is not None:
+            write_json(Path(args.output), metrics | {"sentences": len(rows), **dataclasses.asdict(args)})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,119 @@
+"""Evaluates answers to questions about images, and writes the file that the servers of VQA and GQA take.
+
+    python -m unicoder_vl_hf.tasks.vqa.run_evaluation --model runs/vqa --regions coco-regions --output val.json \
+        --questions v2_OpenEnded_mscoco_val2014_questions.json --annotations v2_mscoco_val2014_annotations.json
+    accelerate launch -m unicoder_vl_hf.tasks.vqa.run_evaluation --model runs/vqa --regions coco-regions \
+        --questions v2_OpenEnded_mscoco_test2015_questions.json --submission submission.json
+
+With answers of annotators it measures the official accuracy, by the types of the answers and of the questions.
+`unicoder-vl vqa-check` looks a submission through.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ...data.captions import join
+from ...errors import run_script
+from ...files import write_json
+from ...pictures import draw_answers
+from ...processes import start_processes
+from ...regions.store import RegionStore
+from ...runs.arguments import make_parser, option
+from ...runs.evaluation import evaluation_precision, precision_option
+from ...search.encoders import Photos
+from .data import read_questions
+from .metrics import vqa_metrics
+from .submission import write_submission
+from .training import answer_questions, answers_of, load_for_vqa, make_collator
+
+
+@dataclass
+class VQAEvaluationArguments:
+    """Names a checkpoint, the questions that it is asked, and the files that its answers are written to."""
+
+    model: str = option(..., "Checkpoint of run_vqa.py: a folder or a repository of the Hub.")
+    questions: str = option(..., "File of questions: VQA's, OK-VQA's or GQA's.")
+    regions: str = option(..., "RegionStore of the images.")
+    annotations: str | None = option(None, "File of their answers; none for GQA, or for a test split.")
+    image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
+    mixed_precision: str = precision_option()
+    max_length: int = option(44, "Most tokens of a question; longer ones are cut.")
+    batch_size: int = option(64, "Questions at a time, in each process.")
+    submission: str | None = option(None, "JSON file to write for the server.")
+    output: str | None = option(None, "JSON file that the metrics are written to.")
+    pictures: str | None = option(None, "Folder for pictures of questions, with --photos.")
+    photos: str | None = option(None, "Folder of the photos.")
+    photo_ids: str = option("stem", "Ids of the photos, as --ids of `unicoder-vl extract`.")
+    num_pictures: int = option(8, "Questions that are drawn, evenly over the file.")
+
+    def __post_init__(self):
+        if (self.pictures is None) != (self.photos is None):
+            raise ValueError("Give both --pictures and --photos, or neither.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Evaluates with the options of `argv`, by default those of the command line.
+
+    Raises:
+        `ValueError`: the checkpoint or the regions do not fit, or there are neither answers nor `--submission`.
+    """
+    (args,) = make_parser(VQAEvaluationArguments).parse_args_into_dataclasses(argv)
+    state = start_processes()
+    store = RegionStore(args.regions)
+    rows = read_questions(args.questions, args.annotations, ids=args.image_ids)
+    rows, _ = join(rows, store, skip_option=None, texts="questions", renamed_by="--image_ids")
+    answered = all(rows["answers"])
+    if not answered and args.submission is None:
+        raise ValueError(f"{args.questions} has no answers: give --annotations, or --submission for the server's file.")
+    model, processor = load_for_vqa(args.model, store)
+    collator = make_collator(model, processor, store, min(args.max_length, model.config.max_position_embeddings))
+    with evaluation_precision(args.mixed_precision, model):
+        answers, probabilities = answer_questions(model, collator, rows, batch_size=args.batch_size)
+    if not state.is_main_process:
+        return
+    if args.submission is not None:
+        write_submission(args.submission, rows, answers)
+        print(f"{args.submission}: {len(rows):,} questions")
+    if answered:
+        report(args, rows, answers)
+    if args.pictures is not None:
+        draw(args, store, rows, answers_of(model), probabilities)
+
+
+def report(args: VQAEvaluationArguments, rows: datasets.Dataset, answers: list[str]) -> None:
+    """Prints the accuracies, by the types of answers and of questions, and writes them if it is asked for."""
+    metrics = vqa_metrics(answers, rows["answers"][:], rows["answer_type"][:])
+    by_question = vqa_metrics(answers, rows["answers"][:], rows["question_type"][:])
+    for name, value in {**metrics, **by_question}.items():
+        print(f"{name:32}{100 * value:6.2f} %")
+    if args.output is not None:
+        by_question.pop("accuracy")
+        about: dict[str, Any] = {"question_types": by_question, "questions_asked": len(rows)}
+        write_json(Path(args.output), metrics | about | dataclasses.asdict(args))
+
+
+def draw(
+    args: VQAEvaluationArguments,
+    store: RegionStore,
+    rows: datasets.Dataset,
+    answers: list[str],
+    probabilities: np.ndarray,
+) -> None:
+    """Draws questions, evenly over the file, each with its five most probable answers."""
+    folder, photos = Path(str(args.pictures)), Photos(str(args.photos), args.photo_ids)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(0, len(rows), max(1, len(rows) // args.num_pictures))[: args.num_pictures]:
+        row, of_question = rows[number], probabilities[number]
+        best = [(answers[label], float(of_question[label])) for label in np.argsort(-of_question)[:5]]
+        photo = photos.of(store[row["image_id"]])
+        draw_answers(folder / f"{row['question_id']}.png", photo, row["question"], best, row["answer"])
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,242 @@
+"""
+The app in a real browser, from the folder that is a Space: what is typed and clicked finds the right photo first, by
+mouse, by keys and on a phone. Skipped without Gradio, Selenium, or Chromium and its driver; `make test-app`
+brings them.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trained_world
+from places import EXAMPLES, ROOT
+
+pytest.importorskip("gradio", reason="the app needs Gradio: make test-app")
+pytest.importorskip("selenium", reason="a browser is driven by Selenium: make test-app")
+if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver", allow_module_level=True)
+
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+from unicoder_vl_hf import cli
+from unicoder_vl_hf.app import FOUND, PhotoApp
+
+PATIENCE = 60  # seconds, of a busy machine
+SHOTS = os.environ.get("SCREENSHOTS")  # a folder, for those who want to look
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory) -> Path:
+    """The folder of the example with what it searches: a small model that knows ten scenes."""
+    folder = trained_world.build(tmp_path_factory.mktemp("trained"))
+    space = shutil.copytree(EXAMPLES / "app", tmp_path_factory.mktemp("app") / "space")
+    (space / "model").symlink_to(folder / "model")
+    for name in ("regions", "photos"):
+        (space / name).symlink_to(folder / "world" / name)
+    words = ["index", space / "regions", "--model", space / "model", "--output", space / "captions.index"]
+    words += ["--captions", folder / "world" / "captions.jsonl", "--split", "train"]
+    assert cli.main(list(map(str, words))) == 0
+    return space
+
+
+@pytest.fixture(scope="module")
+def captions(space) -> dict[str, set[str]]:
+    """The captions of each image that the model knows."""
+    found: dict[str, set[str]] = {}
+    for image_id, caption in trained_world.captions((space / "regions").resolve().parent):
+        found.setdefault(image_id, set()).add(caption)
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(space):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = os.environ | {"PYTHONPATH": str(ROOT / "src"), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    with open(space / "log.txt", "w") as log:
+        process = subprocess.Popen([sys.executable, space / "app.py"], env=variables, stdout=log, stderr=log)
+    try:
+        for _ in range(4 * PATIENCE):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (space / "log.txt").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.fixture(params=[1200, 390], ids=["desktop", "phone"])
+def width(request) -> int:
+    return request.param
+
+
+@pytest.fixture
+def browser(address, width, request):
+    options = ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    phone = {"deviceMetrics": {"width": width, "height": 844, "pixelRatio": 1.0}, "userAgent": "phone"}
+    if width < 600:
+        options.add_experimental_option("mobileEmulation", phone)
+    else:
+        options.add_argument(f"--window-size={width},1000")
+    driver = Chrome(options=options, service=ChromeService(shutil.which("chromedriver")))
+    try:
+        driver.get(address)
+        yield driver
+        if SHOTS is not None:
+            driver.save_screenshot(f"{SHOTS}/{request.node.name}.png")
+    finally:
+        driver.quit()
+
+
+def wait(browser, condition):
+    """Waits until a condition of the page holds, and gives it."""
+    return WebDriverWait(browser, PATIENCE, ignored_exceptions=(Exception,)).until(lambda _: condition())
+
+
+def shown(browser, selector: str, text: str = ""):
+    """The elements on the page that are visible and hold a text."""
+    found = browser.find_elements(By.CSS_SELECTOR, selector)
+    return [element for element in found if element.is_displayed() and text in element.text]
+
+
+def one(browser, selector: str, text: str = ""):
+    return wait(browser, lambda: shown(browser, selector, text)[0])
+
+
+def field(browser, label: str):
+    """The text field beneath a label."""
+    return one(browser, "label", label).find_element(By.CSS_SELECTOR, "textarea, input")
+
+
+def press(browser, selector: str, text: str):
+    """Clicks as a person does: what is clicked must be in view, with nothing on top."""
+    element = one(browser, selector, text)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    wait(browser, lambda: element.click() or True)
+
+
+def open_tab(browser, name: str):
+    """Opens a tab; on a phone the last ones are in a menu."""
+    menu = ".overflow-menu > button"
+    wait(browser, lambda: shown(browser, "button[role=tab]", name) or shown(browser, menu))
+    if not shown(browser, "button[role=tab]", name):
+        press(browser, menu, "")
+    press(browser, "button[role=tab], .overflow-dropdown button", name)
+
+
+def first_found(browser, image_id: str):
+    """The first photo that was found, once it is this one."""
+    first = shown(browser, "button.thumbnail-item")[0]
+    return first if first.text.endswith(image_id) else None
+
+
+def fits(browser) -> bool:
+    """Whether nothing has to be scrolled sideways."""
+    return browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_sentence_finds_its_photo_first_and_a_click_says_why(browser, captions, width):
+    for image_id in list(captions)[:2]:
+        typed = field(browser, "What should the photos show?")
+        typed.clear()
+        caption = min(captions[image_id])
+        typed.send_keys(caption)
+        press(browser, "button.primary", "Search")
+        first = wait(browser, partial(first_found, browser, image_id))
+        assert first.text.startswith("1. +")
+        assert len(shown(browser, "button.thumbnail-item")) == FOUND
+        assert one(browser, "p", "Ordered by score")
+        picture = first.find_element(By.TAG_NAME, "img")
+        assert wait(browser, partial(browser.execute_script, "return arguments[0].naturalWidth", picture)) == 192
+    press(browser, "button.thumbnail-item", "1. +")
+    figures = wait(browser, lambda: shown(browser, ".explanation figure"))
+    words = [figure.text.split("\n")[0] for figure in figures[1:]]
+    assert one(browser, ".explanation .caption").text.split() == caption.split()
+    assert "".join(words) == caption.replace(" ", "")
+    assert one(browser, ".explanation", "score +") and fits(browser)
+
+
+def test_keys_are_enough(browser, captions):
+    caption = min(list(captions.values())[3])
+    field(browser, "What should the photos show?").send_keys(caption + Keys.ENTER)
+    first = one(browser, "button.thumbnail-item", "1. +")
+    for _ in range(12):
+        if browser.switch_to.active_element == first:
+            break
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+    assert browser.switch_to.active_element == first
+    first.send_keys(Keys.ENTER)
+    assert one(browser, ".explanation", "score +")
+
+
+def test_a_photo_finds_its_captions(browser, captions):
+    open_tab(browser, "Search by photo")
+    image_id = list(captions)[4]
+    field(browser, "or the id of a stored one").send_keys(image_id)
+    press(browser, "button.primary", "Find captions")
+    found = wait(browser, lambda: shown(browser, ".captions li"))
+    texts = [line.text.split(" ", 1)[1] for line in found]
+    assert len(found) == FOUND and set(texts[:2]) == captions[image_id] and fits(browser)
+
+
+def test_a_pair_is_scored_and_what_is_wrong_is_said(browser, captions):
+    open_tab(browser, "Score a pair")
+    image_id = next(iter(captions))
+    field(browser, "Sentence").send_keys("a red circle")
+    press(browser, "button.primary", "Score")
+    assert one(browser, ".toast-body", "Give either a photo or the id of a stored one.")
+    field(browser, "or the id of a stored one").send_keys(image_id)
+    field(browser, "Sentence").send_keys(Keys.ENTER)
+    assert one(browser, ".explanation", "score ") and fits(browser)
+
+
+def test_a_store_is_browsed_with_its_boxes(browser, captions):
+    open_tab(browser, "Browse")
+    name = list(captions)[5]
+    press(browser, "button.thumbnail-item", name)
+    label = one(browser, "label", f"Regions of {name}")
+    picture = label.find_element(By.XPATH, "..").find_element(By.TAG_NAME, "img")
+    assert wait(browser, lambda: browser.execute_script("return arguments[0].naturalWidth", picture)) == 640
+    assert fits(browser)
+
+
+def test_nothing_is_fetched_from_elsewhere(browser, address):
+    one(browser, "button", "Search")
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert asked and all(name.startswith((address, "data:", "blob:")) for name in asked), asked
+
+
+def test_without_photos_pages_are_blank_but_for_boxes(space, tmp_path):
+    app = PhotoApp(space / "model", space / "regions")
+    photo = app.photo(app.names[0])
+    assert photo.size == (640, 480) and photo.tobytes() == app.boxes(app.names[0]).tobytes()
+    with pytest.raises(ValueError, match=r"captions.index holds captions, but what is sought are images"):
+        PhotoApp(space / "model", space / "regions", index=space / "captions.index")
+    with pytest.raises(ValueError, match="The sentence is empty"):
+        app.find(" ")
+
+
+def test_the_space_names_what_the_package_needs():
+    """Its requirements are those of setup.cfg, and its Gradio one that the extra allows."""
+    import configparser
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    needed = setup["options"]["install_requires"] + setup["options.extras_require"]["detection"]
+    written = [line for line in (EXAMPLES / "app" / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    assert written == [line for line in needed.splitlines() if line and not line.startswith("#")]
