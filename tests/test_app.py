@@ -4,9 +4,7 @@ mouse, by keys and on a phone. Skipped without Gradio, Selenium, or Chromium and
 brings them.
 """
 
-import configparser
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -242,14 +240,3 @@ def test_without_photos_pages_are_blank_but_for_boxes(space, tmp_path):
         PhotoApp(space / "model", space / "regions", index=space / "captions.index")
     with pytest.raises(ValueError, match="The sentence is empty"):
         app.find(" ")
-
-
-def test_the_space_names_what_the_package_needs():
-    """Its requirements are those of setup.cfg, and its Gradio one that the extra allows."""
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    needed = setup["options"]["install_requires"] + setup["options.extras_require"]["detection"]
-    written = [line for line in (EXAMPLES / "app" / "requirements.txt").read_text().splitlines() if line[0] != "#"]
-    assert written == [line for line in needed.splitlines() if line and not line.startswith("#")]
-    version = re.search(r"^sdk_version: (\S+)$", (EXAMPLES / "app" / "README.md").read_text(), re.MULTILINE)[1]
-    assert f"gradio>={version.rpartition('.')[0]},<7" in setup["options.extras_require"]["app"]
