@@ -133,7 +133,7 @@ class SceneSearch:
 
     @classmethod
     def open(cls, args: DemoArguments, folders: DemoFolders) -> "SceneSearch":
-        """Opens the scenes and loads the retrieval model; which [`train_for_retrieval`] made."""
+        """Opens the scenes and loads the retrieval model that [`train_for_retrieval`] made."""
         store = RegionStore(folders.scenes / "regions")
         model, processor = load_for_store(folders.retrieval, store)
         encoder = UnicoderVLDualEncoder(model, processor, store, folders.retrieval)
