@@ -8,7 +8,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # A process for each GPU, unless PROCESSES_PER_NODE says another number.
 exec srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${PROCESSES_PER_NODE:-gpu}" \
-    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head:${MASTER_PORT:-29500}" "$@"
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="${nodes[0]}:${MASTER_PORT:-29500}" "$@"
