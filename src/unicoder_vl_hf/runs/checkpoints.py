@@ -252,6 +252,6 @@ def save_whole(accelerator: Accelerator, model: torch.nn.Module, folder: Path):
     if accelerator.is_main_process:
         plain = accelerator.unwrap_model(model)
         if accelerator.is_fsdp2:  # whose class is FSDP's, and so would be the code that is saved along
-            own = next(each for each in type(plain).__mro__ if not issubclass(each, FSDPModule))
+            own: Any = next(each for each in type(plain).__mro__ if not issubclass(each, FSDPModule))
             plain = own.from_pretrained(None, config=plain.config, state_dict=weights)
         plain.save_pretrained(folder)

@@ -140,7 +140,9 @@ def run_shares(parts: Iterable[Callable[[], Any]], path: object) -> None:
         `FinishedShare`: a share of each part is computed.
         `MissingShares`: a part lacks shares; those of all parts are named.
     """
-    finished, missing, count = None, set(), 0
+    finished: FinishedShare | None = None
+    missing: set[int] = set()
+    count = 0
     for part in parts:
         try:
             part()
@@ -221,12 +223,14 @@ class BlockFolder:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self.share is not None and self.share.index is not None:
-            self._wait_until(lambda: self._has(self.share.blocks(num_blocks)), "the other processes of the share")
-            raise FinishedShare(self.share, self.path)
-        if self.share is not None and not self._has(range(num_blocks)):
-            missing = {block % self.share.count for block in range(num_blocks) if block not in self.done}
-            raise MissingShares(missing, self.share.count, self.path)
+        share = self.share
+        if share is not None and share.index is not None:
+            own = share.blocks(num_blocks)
+            self._wait_until(lambda: self._has(own), "the other processes of the share")
+            raise FinishedShare(share, self.path)
+        if share is not None and not self._has(range(num_blocks)):
+            missing = {block % share.count for block in range(num_blocks) if block not in self.done}
+            raise MissingShares(missing, share.count, self.path)
         if self.process == 0 and not self.is_complete:
             self._assemble(num_blocks, shape, positions)
         self._wait_until(lambda: self.is_complete, "process 0 to put the blocks together")
