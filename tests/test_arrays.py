@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 
 import numpy as np
@@ -18,7 +19,7 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore, UnicoderVLForImageTextR
 from unicoder_vl_hf.cli import main as command
 from unicoder_vl_hf.errors import run_script
 from unicoder_vl_hf.scoring import FinishedShare, MissingShares, Share
-from unicoder_vl_hf.scoring.blocks import in_ranges, run_shares
+from unicoder_vl_hf.scoring.blocks import BlockFolder, in_ranges, run_shares
 from unicoder_vl_hf.search import index as index_module
 from unicoder_vl_hf.tasks.retrieval import mining, run_evaluation, run_two_stage
 
@@ -93,14 +94,23 @@ def test_without_a_share_the_same_call_computes_what_is_missing(tmp_path, monkey
     for part in (Share(0, 3), Share(1, 4)):  # whose blocks overlap
         with pytest.raises(FinishedShare):
             scorer(part).score(CAPTIONS, IMAGES, output_dir=tmp_path)
-    written, write = [], scoring_process.BlockFolder.write
+    written, write = [], BlockFolder.write
     monkeypatch.setattr(
-        scoring_process.BlockFolder,
+        BlockFolder,
         "write",
         lambda self, block, values: (written.append(block), write(self, block, values)),
     )
     assert np.array_equal(scorer().score(CAPTIONS, IMAGES, output_dir=tmp_path), whole)
     assert written == [block for block in range(36) if block % 3 != 0 and block % 4 != 1]
+
+
+def test_a_share_ends_though_all_was_gathered_and_removed_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(BlockFolder, "_wait_until", lambda self, condition, what: condition() or pytest.fail(what))
+    folder = BlockFolder(tmp_path / "scores", {"pairs": 2}, share=Share(0, 2))
+    folder.write(0, np.zeros(1, dtype=np.float32))
+    shutil.rmtree(tmp_path / "scores")
+    with pytest.raises(FinishedShare):
+        folder.result(2, (2,), np.atleast_1d)
 
 
 def test_a_share_needs_a_folder():
