@@ -4,6 +4,7 @@ VENV := .venv
 # Written last, so that an interrupted install is done again.
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
+APP := .venv-app
 # `make install TORCH=cpu` takes PyTorch's own build for CPUs, where PyPI's brings CUDA along on Linux.
 TORCH ?= default
 TORCH_CPU := torch torchvision --index-url https://download.pytorch.org/whl/cpu
@@ -12,7 +13,7 @@ TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check docs wheel demo bench gpu-check proof-gpu clean
+.PHONY: help install test test-app check docs wheel demo bench gpu-check proof-gpu clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -34,6 +35,17 @@ $(INSTALLED): setup.cfg pyproject.toml
 
 test: $(INSTALLED)  ## Run the tests; ARGS='-k name' goes to pytest
 	OMP_NUM_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-app: $(APP)/.installed  ## Test the app in Chromium, where that is installed
+	OMP_NUM_THREADS=$(TEST_THREADS) $(APP)/bin/python -m pytest -p no:xdist tests/test_app.py $(ARGS)
+
+# Gradio wants an older Pillow than the rest is tested with: it lies before that of .venv.
+$(APP)/.installed: $(INSTALLED)
+	$(RUN) -m venv --clear $(APP)
+	$(RUN) -c 'import site; print(*site.getsitepackages(), sep="\n")' > \
+		"$$($(APP)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	$(APP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[app]' 'selenium>=4.30,<5'
+	@touch $@
 
 check: $(INSTALLED)  ## Check style, formatting and types
 	$(RUN) -m ruff check
@@ -61,4 +73,4 @@ proof-gpu:  ## Train and test on a GPU with what python3 holds, into proof/; ARG
 	PYTHONPATH=src $(PYTHON) benchmarks/proof_gpu.py $(ARGS)
 
 clean:  ## Remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) demo build dist site .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) $(APP) demo build dist site .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -37,6 +37,7 @@ from work import (
     SIZES,
     VOCABULARY,
     Job,
+    OnnxVisualBert,
     Training,
     TrainingJob,
     VisualBert,
@@ -207,16 +208,22 @@ def scoring_bfloat16(scale: Scale) -> Measured:
     return scoring(scale, torch.bfloat16)
 
 
+@contextlib.contextmanager
+def stored(job: Job) -> Iterator[RegionStore]:
+    """Holds the images of a job in a store, in float16."""
+    with tempfile.TemporaryDirectory() as folder:
+        with RegionStoreWriter(folder, dtype="float16") as writer:
+            for one in job.records:
+                writer.write(one)
+        yield RegionStore(folder)
+
+
 def search(scale: Scale, dtype: torch.dtype) -> Measured:
     """One caption with 100 photos, from strings and a store, model loaded: over its products at the measured peak."""
     job = Job(1, min(100, scale.images))
     scorer = our_scorer(dtype, scale.size)
     ratios, all_seconds = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        with RegionStoreWriter(folder, dtype="float16") as writer:
-            for one in job.records:
-                writer.write(one)
-        store = RegionStore(folder)
+    with stored(job) as store:
         scorer.store, ids = store, list(store)
         for number in range(scale.rounds + 1):
             scores: list[np.ndarray] = []
@@ -255,10 +262,40 @@ def search_bfloat16(scale: Scale) -> Measured:
 
 
 @row(
-    "search-onnx", "the same beside VisualBERT exported to ONNX", "code: it is not written yet", sorted=1.1, padded=1.4
-)
+    "search-onnx", "the same: time of VisualBERT exported to ONNX, its inputs ready, over ours", "onnxruntime",
+    "onnxscript", sorted=1.1, padded=1.4,
+)  # fmt: skip
 def search_onnx(scale: Scale) -> Measured:
-    raise NotImplementedError
+    """The rival takes the photos sorted, in batches, and all in one batch."""
+    job, scorer = Job(1, min(100, scale.images)), our_scorer(torch.float32, scale.size)
+    figures: dict[str, list[float]] = {"sorted": [], "padded": []}
+    with stored(job) as store, tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        scorer.store, ids = store, list(store)
+        peer = OnnxVisualBert(job, scale.batch_size, scale.size, folder)
+        pairs = peer.sorted(job.pairs())
+        inputs = peer.inputs(pairs[-3:])
+        exported, wanted = peer.pooled(inputs), VisualBert.pooled(peer, inputs)
+        expect(torch.allclose(exported, wanted, atol=1e-4), "the export gives other states")
+        for number in range(scale.rounds + 1):
+            for name, size in (("sorted", scale.batch_size), ("padded", len(pairs))):
+                peer.batch_size, results = size, {}
+
+                def ours(results=results):
+                    results["ours"] = scorer.score(job.captions, ids)[0]
+
+                def rival(results=results):
+                    results["rival"] = peer.score(pairs)
+
+                seconds = in_turn({"ours": ours, "rival": rival})
+                for side, scores in results.items():
+                    expect(scores.shape == (len(ids),) and bool(np.isfinite(scores).all()), f"{side} of {name}")
+                if number:  # the first finds nothing ready
+                    figures[name].append(seconds["rival"] / seconds["ours"])
+    return {
+        "job": f"1 caption x {len(ids)} photos, size {scale.size}; the rival sorted in batches of {scale.batch_size}, "
+        "and all in one",
+        "figures": {name: spread(values) for name, values in figures.items()},
+    }
 
 
 # Training

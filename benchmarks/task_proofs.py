@@ -39,6 +39,7 @@ def run(task: str, seed: int, without: str, folder: Path, options: list[str]) ->
         subprocess.run(
             [sys.executable, EXAMPLES / f"run_{task}.py", *words],
             check=True,
+            stdout=sys.stderr,  # the table alone goes to the output
             env={"OMP_NUM_THREADS": "1", **os.environ},
         )
         metrics = json.loads((output / "eval_results.json").read_text())

@@ -3,6 +3,9 @@ The work that benchmarks share: captions and images of real sizes, our models be
 of the same rows for both, the peak of the machine, and turns of the systems within a round.
 """
 
+import contextlib
+import io
+import logging as python_logging
 import os
 import platform
 import statistics
@@ -119,20 +122,49 @@ class VisualBert:
 
     def score(self, pairs: list[tuple[int, int]]) -> np.ndarray:
         """The scores of the pairs, in batches of consecutive ones, each padded to its longest."""
-        pad, scores = torch.nn.utils.rnn.pad_sequence, []
+        scores = []
         for batch in self.batches(pairs):
-            input_ids = pad([self.tokens[c] for c, _ in batch], batch_first=True)
-            features = pad([self.features[i] for _, i in batch], batch_first=True)
-            regions = [torch.ones(len(self.features[i]), device=self.device) for _, i in batch]
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=(input_ids != 0).float(),
-                visual_embeds=features,
-                visual_attention_mask=pad(regions, batch_first=True),
-            )
-            logits = self.head(outputs.pooler_output)
+            logits = self.head(self.pooled(self.inputs(batch)))
             scores.append((logits[:, 1] - logits[:, 0]).float().cpu().numpy())
         return np.concatenate(scores)
+
+    def inputs(self, batch: list[tuple[int, int]]) -> Batch:
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids = pad([self.tokens[c] for c, _ in batch], batch_first=True)
+        regions = [torch.ones(len(self.features[i]), device=self.device) for _, i in batch]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": (input_ids != 0).float(),
+            "visual_embeds": pad([self.features[i] for _, i in batch], batch_first=True),
+            "visual_attention_mask": pad(regions, batch_first=True),
+        }
+
+    def pooled(self, inputs: Batch) -> torch.Tensor:
+        return self.model(**inputs).pooler_output
+
+
+class OnnxVisualBert(VisualBert):
+    """The same under ONNX Runtime, on one thread, exported by transformers; in float32."""
+
+    def __init__(self, job: Job, batch_size: int, size: str, folder: str):
+        import onnxruntime
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+        super().__init__(job, torch.float32, batch_size, size)
+        sample = self.inputs([(0, image) for image in range(3)])
+        pairs, regions = torch.export.Dim("pairs", min=1), torch.export.Dim("regions", min=1)
+        tokens = torch.export.Dim("tokens", min=2, max=self.model.config.max_position_embeddings)
+        axes = {name: {0: pairs, 1: regions if name.startswith("visual") else tokens} for name in sample}
+        python_logging.getLogger("torch.onnx").setLevel("ERROR")  # which warns of every operator that it has twice
+        with contextlib.redirect_stdout(io.StringIO()):  # its steps
+            OnnxExporter().export(self.model, sample, OnnxConfig(dynamic_shapes=axes)).save_pretrained(folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def pooled(self, inputs: Batch) -> torch.Tensor:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return torch.from_numpy(self.session.run(["pooler_output"], arrays)[0])
 
 
 class TrainingJob:

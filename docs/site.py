@@ -22,7 +22,12 @@ LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
 IN_DOCSTRING = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 TYPE = re.compile(r"^( *[\w, *]+ \()(.+?)(?=\):)", re.MULTILINE)  # of an argument: shown as code, default beside it
 NOT_OF_TYPE = re.compile(r"[`*]|, defaults? to.*")
-MODELS = "unicoder_vl_hf.modeling_unicoder_vl"  # transformers writes their docstrings when they are imported
+RAISED = re.compile(r"^( +)`(\w+)`(?=: )", re.MULTILINE)
+# transformers completes these docstrings when they are imported, with a line or two that say nothing here.
+WRITTEN = re.compile(r"(unicoder_vl_hf\.(?:configuration|modeling)_unicoder_vl)\.(UnicoderVL\w+(?:\.forward)?)")
+NOT_OURS = re.compile(
+    r"^This is the configuration class.*?\n\n|^The \[.*?special method\.\s*<Tip>.*?</Tip>\s*", re.DOTALL
+)
 
 
 def rooms() -> dict[str, list[str]]:
@@ -95,26 +100,22 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Docstrings(griffe.Extension):
-    """Takes docstrings as transformers has them: links in its manner, and those that it writes at import."""
+    """Takes docstrings in the manner of transformers, and those of models and configuration as it completes them."""
 
     def on_object(self, *, obj, **_):
-        if obj.path.startswith(MODELS) and (obj.is_class or obj.name == "forward") and "._" not in obj.path:
-            written = functools.reduce(getattr, obj.path[len(MODELS) + 1 :].split("."), models()).__doc__
-            obj.docstring = griffe.Docstring(inspect.cleandoc(written or ""), parent=obj)
+        if found := WRITTEN.fullmatch(obj.path):
+            whole = functools.reduce(getattr, found[2].split("."), importlib.import_module(found[1]))
+            text = NOT_OURS.sub("", inspect.cleandoc(whole.__doc__ or ""))
+            options = {"warnings": False}
+            obj.docstring = griffe.Docstring(text, parent=obj, parser="google", parser_options=options)
         if obj.docstring is not None:
-            text = TYPE.sub(
-                lambda found: found[1] + re.sub(r"[`*]|, defaults? to.*", "", found[2]), obj.docstring.value
-            )
+            text = TYPE.sub(lambda match: match[1] + NOT_OF_TYPE.sub("", match[2]), obj.docstring.value)
+            text = RAISED.sub(r"\1\2", text).replace("](../", "](https://huggingface.co/docs/transformers/")
             obj.docstring.value = IN_DOCSTRING.sub(self._link, text)
 
     def _link(self, match: re.Match) -> str:
         room = public().get(match[1].partition(".")[0])
         return f"[`{match[1]}`][{room}.{match[1]}]" if room else f"`{match[1]}`"
-
-
-@functools.cache
-def models():
-    return importlib.import_module(MODELS)
 
 
 @functools.cache

@@ -42,7 +42,9 @@ CAPTIONS = {name: np.roll(photo_world.CAPTIONS, number)[:2].tolist() for number,
 
 def build() -> None:
     """Makes the world in the current directory: checkpoints name their detectors by relative paths."""
-    small_world.save_retrieval(Path("demo"), build_scenes("demo/_data/scenes", num_train=2, num_val=1, num_test=2))
+    scenes = build_scenes("demo/_data/scenes", num_train=2, num_val=1, num_test=4)
+    for name in ("demo", "demo/retrieval"):
+        small_world.save_retrieval(Path(name), scenes)
     _write_captions()
     # Regions with classes, as of a detector, and what is trained on them.
     region_stores.write_store(map(_record, IDS), Path("regions"), detector="d", num_classes=5)

@@ -145,6 +145,12 @@ def first_found(browser, image_id: str):
     return first if first.text.endswith(image_id) else None
 
 
+def in_view(browser, selector: str) -> bool:
+    """Whether the top of an element comes into view."""
+    top = "const box = arguments[0].getBoundingClientRect(); return box.top > -20 && box.top < window.innerHeight / 2"
+    return wait(browser, partial(browser.execute_script, top, one(browser, selector)))
+
+
 def fits(browser) -> bool:
     """Whether nothing has to be scrolled sideways."""
     return browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
@@ -168,7 +174,7 @@ def test_a_sentence_finds_its_photo_first_and_a_click_says_why(browser, captions
     words = [figure.text.split("\n")[0] for figure in figures[1:]]
     assert one(browser, ".explanation .caption").text.split() == caption.split()
     assert "".join(words) == caption.replace(" ", "")
-    assert one(browser, ".explanation", "score +") and fits(browser)
+    assert one(browser, ".explanation", "score +") and in_view(browser, ".explanation") and fits(browser)
 
 
 def test_keys_are_enough(browser, captions):
@@ -223,20 +229,14 @@ def test_nothing_is_fetched_from_elsewhere(browser, address):
 
 def test_without_photos_pages_are_blank_but_for_boxes(space, tmp_path):
     app = PhotoApp(space / "model", space / "regions")
+    assert app.names == list(app.store)
     photo = app.photo(app.names[0])
     assert photo.size == (640, 480) and photo.tobytes() == app.boxes(app.names[0]).tobytes()
+    (tmp_path / "few").mkdir()
+    shutil.copy(space / "photos" / f"{app.names[1]}.png", tmp_path / "few")
+    few = PhotoApp(space / "model", space / "regions", tmp_path / "few")
+    assert few.photo(app.names[0]).tobytes() == photo.tobytes() and few.photo(app.names[1]).size == (192, 144)
     with pytest.raises(ValueError, match=r"captions.index holds captions, but what is sought are images"):
         PhotoApp(space / "model", space / "regions", index=space / "captions.index")
     with pytest.raises(ValueError, match="The sentence is empty"):
         app.find(" ")
-
-
-def test_the_space_names_what_the_package_needs():
-    """Its requirements are those of setup.cfg, and its Gradio one that the extra allows."""
-    import configparser
-
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    needed = setup["options"]["install_requires"] + setup["options.extras_require"]["detection"]
-    written = [line for line in (EXAMPLES / "app" / "requirements.txt").read_text().splitlines() if line[0] != "#"]
-    assert written == [line for line in needed.splitlines() if line and not line.startswith("#")]

@@ -6,8 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from places import ROOT
+
+from unicoder_vl_hf import UnicoderVLForImageTextRetrieval
 
 
 @pytest.fixture
@@ -20,26 +23,37 @@ def benchmark(monkeypatch):
 QUICK = ["scoring-float32", "search-float32", "training-float32", "share-float32"]
 
 
-def test_rows_of_the_table(benchmark, tmp_path, capsys):
+def test_rows_of_the_table(benchmark, monkeypatch, tmp_path, capsys):
     """Measured once: the same command goes on with what is missing."""
     table = benchmark("table")
+    has = table.has
+    monkeypatch.setattr(table, "has", lambda need: need != "amx_bf16" and has(need))
     output = tmp_path / "bench.json"
     command = ["--miniature", "--output", str(output), "--rows"]
     table.main([*command, *QUICK[:2]])
     first = json.loads(output.read_text())
     assert list(first["rows"]) == QUICK[:2]
     capsys.readouterr()
-    table.main([*command, *QUICK, "search-onnx"])
+    table.main([*command, *QUICK, "minilm-bfloat16"])
     result, out = json.loads(output.read_text()), capsys.readouterr().out
     assert list(result["rows"]) == QUICK and result["rows"]["scoring-float32"] == first["rows"]["scoring-float32"]
     assert "scoring-float32: " not in out.split("| row |")[0] and "training-float32: " in out
     figures = result["rows"]["training-float32"]["figures"]
     assert figures.keys() == {"random", "sorted"} and set(figures["random"]) == {"min", "median", "max"}
     assert "| training-float32 | random | at least 3.5 |" in out
-    assert "Open: search-onnx" in out and "--rows search-onnx" in out
+    assert "Open: minilm-bfloat16" in out and "needs amx_bf16. python benchmarks/table.py --rows minilm-bfloat16" in out
     assert result["rates"]["float32"].keys() == {"scoring", "training"} and result["peak"]["float32"] > 0
     with pytest.raises(ValueError, match="of another machine, version or scale"):
         table.main(["--output", str(output), "--rows", "memory"])
+
+
+def test_the_row_of_onnx(benchmark, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    table, output = benchmark("table"), tmp_path / "bench.json"
+    table.main(["--miniature", "--output", str(output), "--rows", "search-onnx"])
+    figures = json.loads(output.read_text())["rows"]["search-onnx"]["figures"]
+    assert figures.keys() == {"sorted", "padded"} and figures["padded"]["min"] > 0
 
 
 def test_both_sides_train_on_the_same_rows(benchmark):
@@ -94,3 +108,18 @@ def test_gpu_check_in_miniature(benchmark, monkeypatch, tmp_path, capsys):
     assert json.loads(output.read_text())["took"] == took
     if not torch.cuda.is_available():
         assert check.main([]) == 1 and "There is no GPU here" in capsys.readouterr().err
+
+
+def test_the_time_from_a_photo_to_its_scores(benchmark, capsys, monkeypatch):
+    """Of one row, with a tiny model in place of the BERT-base."""
+    latency = benchmark("photo_latency")
+
+    def small(feature_dim):
+        return tiny.model(UnicoderVLForImageTextRetrieval, region_feature_dim=feature_dim), tiny.processor()
+
+    monkeypatch.setattr(latency, "checkpoint", small)
+    latency.main("ResNet-50, 448")
+    *_, row = capsys.readouterr().out.splitlines()
+    title, regions, found, rate, scored = [cell.strip() for cell in row.strip("|").split("|")]
+    assert title == "`grid`, ResNet-50, 448 pixels" and regions == "50"
+    assert all(float(cell) > 0 for cell in (found, rate, scored))

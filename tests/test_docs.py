@@ -67,7 +67,7 @@ def test_imports_are_from_rooms(page):
 
 # What a page makes itself, and what is in the way of that.
 MADE = {"extraction": ["regions", "vcr-regions"], "regions": ["my-regions"]}
-NEEDED = {"pretrained": {"peft": None}}
+NEEDED: dict = {"pretrained": {"peft": None}, "retrieval": {"lancedb": None, "qdrant_client": None}}
 NEEDED["scoring"] = {"sentence_transformers": None, "onnxruntime": None, "onnxscript": None, "transformers": "5.24"}
 # Why a block of Python is not run, as the page says in a comment before it that no reader sees.
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n+```python\n")

@@ -328,3 +328,13 @@ def test_photos_are_embedded_at_the_width_asked_for(tmp_path):
     data = re.findall(r"data:image/jpeg;base64,([^\"]+)", path.read_text())
     assert {Image.open(io.BytesIO(base64.b64decode(each))).size for each in data} == {(200, 100)}
     assert sorted(asked) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("right", [None, "2", "7"])
+def test_answers_are_drawn_beside_the_photo(right, tmp_path):
+    answers = [("2", 0.8), ("3", 0.15), ("many", 0.001)]
+    path = pictures.draw_answers(tmp_path / "x.png", Image.new("RGB", (60, 40)), "how many dogs ?", answers, right)
+    drawn = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    green, blue = (tuple(bytes.fromhex(pictures.PALETTE[place][1:])) for place in (2, 0))
+    counts = [(drawn == colour).all(axis=1).sum() for colour in (green, blue)]
+    assert (counts[0] > 1000) == (right == "2") and counts[1] > 100

@@ -154,3 +154,13 @@ def test_masked_regions_have_the_shape_of_the_regions(model_class):
         made(**given, masked_regions=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="masked_regions was given without region_features"):
         made(input_ids=given["input_ids"], masked_regions=torch.zeros(2, 3))
+
+
+def test_new_weights_of_locations_may_be_larger():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "initializer_range": 0.02, "region_feature_dim": 64}
+    for wanted, expected in ((None, 0.02), (1.0, 1.0)):
+        model = tiny.model(UnicoderVLModel, **sizes, location_initializer_range=wanted)
+        embed = model.embeddings.region_embeddings
+        assert embed.location_projection.weight.std().item() == pytest.approx(expected, rel=0.2)
+        assert embed.feature_projection.weight.std().item() == pytest.approx(0.02, rel=0.2)

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from markupsafe import Markup
 from PIL import Image
 
+from . import logging
+from .modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from .pictures import blank_page, draw_regions
 from .regions.store import RegionStore
 from .scoring.scorer import ImageTextScorer
@@ -29,6 +31,8 @@ try:
     import gradio as gr
 except ImportError as error:
     raise ImportError("The app needs Gradio: pip install '.[app]' in a checkout of unicoder-vl-hf.") from error
+
+logger = logging.get_logger(__name__)
 
 FOUND = 12  # photos, or captions, that a search shows
 ON_A_PAGE = 24  # photos of a store
@@ -79,7 +83,8 @@ class PhotoApp:
         self.scorer = ImageTextScorer.from_pretrained(
             model, self.store, detector=detector, detector_options=detector_options, verbose=False
         )
-        self.encoder = UnicoderVLDualEncoder(self.scorer.model, self.scorer.processor, self.store, model)
+        loaded = cast(UnicoderVLForImageTextRetrieval, self.scorer.model)
+        self.encoder = UnicoderVLDualEncoder(loaded, self.scorer.processor, self.store, model)
         if index is None:
             with tempfile.TemporaryDirectory() as folder:  # embeddings stay in memory
                 self.index = build_index(self.encoder, self.store, Path(folder) / "index")
@@ -92,7 +97,7 @@ class PhotoApp:
                 if opened.items != items:
                     raise ValueError(f"{opened.path} holds {opened.items}, but what is sought are {items}.")
         self.weight = SimilarityWeight.of(None, self.encoder, self.scorer)
-        self.names = list(self.store)
+        self.names = self.index.names
         self._lock = threading.Lock()  # one model, which an explanation sets to another attention
 
     def find(self, sentence: str) -> list[Hit]:
@@ -106,7 +111,7 @@ class PhotoApp:
         """Finds the captions that match an image best, which is the id of a stored one or a photo."""
         assert self.captions_index is not None
         with self._lock:
-            return search([image], self.captions_index, self.encoder, self.scorer, top_k=FOUND)[0]  # type: ignore[list-item]
+            return search([image], self.captions_index, self.encoder, self.scorer, top_k=FOUND)[0]
 
     def explain(self, image: str | Image.Image, sentence: str) -> str:
         """Explains the score of an image with a sentence, as HTML."""
@@ -114,14 +119,21 @@ class PhotoApp:
             return explain_on_photo(self.scorer, image, sentence, self.photos)[1]
 
     def photo(self, image_id: str) -> Image.Image:
-        """Opens the photo of a stored image, or a blank page with its boxes where there are no photos."""
-        return self.boxes(image_id) if self.photos is None else self.photos.of(self.store[image_id])
+        """Opens the photo of a stored image, or draws its boxes where there is none."""
+        return self._photo(image_id) or self.boxes(image_id)
 
     def boxes(self, image_id: str) -> Image.Image:
-        """Draws the regions of a stored image on its photo."""
+        """Draws the regions of a stored image on its photo, or on a blank page where there is none."""
         record = self.store[image_id]
-        page = blank_page(record) if self.photos is None else self.photos.of(record)
+        page = self._photo(image_id) or blank_page(record)
         return draw_regions(page, record, class_names=self.store.provenance.get("class_names") or None)
+
+    def _photo(self, image_id: str) -> Image.Image | None:
+        try:
+            return None if self.photos is None else self.photos.of(self.store[image_id])
+        except (KeyError, ValueError) as error:
+            logging.warn_once(logger, error.args[0])
+            return None
 
     def thumbnails(self, image_ids: Sequence[str]) -> list[Image.Image]:
         """Opens photos of stored images, small."""
@@ -172,7 +184,7 @@ def _search_tab(app: PhotoApp) -> None:
     order = gr.Markdown()
     found = _photo_gallery("Found, the best first")
     hits = gr.State([])
-    why = gr.HTML()
+    why = gr.HTML(elem_id="why-found")
 
     def searched(text: str) -> tuple[list, str, list, str]:
         best = app.find(text)
@@ -186,13 +198,13 @@ def _search_tab(app: PhotoApp) -> None:
 
     for start in (sentence.submit, button.click):
         start(_mendable(searched), sentence, [found, order, hits, why])
-    found.select(_mendable(explained), hits, why, scroll_to_output=True)
+    _scroll(found.select(_mendable(explained), hits, why), why)
 
 
 def _captions_tab(app: PhotoApp) -> None:
     photo, image_id = _image_inputs()
     button = gr.Button("Find captions", variant="primary")
-    found = gr.HTML()
+    found = gr.HTML(elem_id="captions-found")
 
     def searched(photo: Image.Image | None, image_id: str) -> str:
         lines = [
@@ -202,34 +214,34 @@ def _captions_tab(app: PhotoApp) -> None:
         return Markup("<ol class='captions'>{}</ol>").format(Markup("").join(lines))
 
     for start in (image_id.submit, button.click):
-        start(_mendable(searched), [photo, image_id], found, scroll_to_output=True)
+        _scroll(start(_mendable(searched), [photo, image_id], found), found)
 
 
 def _pair_tab(app: PhotoApp) -> None:
     photo, image_id = _image_inputs()
     sentence = gr.Textbox(label="Sentence", placeholder="a red dog")
     button = gr.Button("Score", variant="primary")
-    why = gr.HTML()
+    why = gr.HTML(elem_id="why-pair")
 
     def explained(photo: Image.Image | None, image_id: str, text: str) -> str:
         return app.explain(_image(photo, image_id), text)
 
     for start in (sentence.submit, button.click):
-        start(_mendable(explained), [photo, image_id, sentence], why, scroll_to_output=True)
+        _scroll(start(_mendable(explained), [photo, image_id, sentence], why), why)
 
 
 def _browse_tab(app: PhotoApp) -> None:
     pages = -(-len(app.names) // ON_A_PAGE)
     number = gr.Slider(1, max(2, pages), value=1, step=1, label=f"Page, of {pages}", visible=pages > 1)
     shown = _photo_gallery("Photos of the store", value=_named(app, 1))
-    boxes = gr.Image(label="Regions", interactive=False, visible=False)
+    boxes = gr.Image(label="Regions", interactive=False, visible=False, buttons=[], elem_id="boxes")
 
     def chosen(event: gr.SelectData, number: int) -> Any:
         image_id = app.names[(number - 1) * ON_A_PAGE + event.index]
         return gr.Image(app.boxes(image_id), label=f"Regions of {image_id}", visible=True)
 
     number.release(_mendable(lambda number: _named(app, number)), number, shown)
-    shown.select(_mendable(chosen), number, boxes, scroll_to_output=True)
+    _scroll(shown.select(_mendable(chosen), number, boxes), boxes)
 
 
 def _named(app: PhotoApp, number: int) -> list[tuple[Image.Image, str]]:
@@ -243,6 +255,12 @@ def _photo_gallery(label: str, **options: Any) -> gr.Gallery:
         label=label, columns=4, height="auto", object_fit="contain", allow_preview=False, buttons=[],
         interactive=False, **options,
     )  # fmt: skip
+
+
+def _scroll(event: Any, answer: gr.HTML | gr.Image) -> None:
+    """Brings an answer into view, which may lie below what was clicked."""
+    show = f"() => setTimeout(() => document.getElementById('{answer.elem_id}').scrollIntoView(), 300)"
+    event.success(None, js=show)
 
 
 def _image_inputs() -> tuple[gr.Image, gr.Textbox]:

@@ -47,6 +47,10 @@ class UnicoderVLConfig(PreTrainedConfig):
     reasoning_head (`str`, *optional*, defaults to `"paired"`):
         Head of sentences about two photos: `"paired"`, two passes and a linear layer on both outputs of the pooler;
         `"paired_attention"`, in which the two passes ask each other; or `"single"`, one pass with both photos.
+    location_initializer_range (`float`, *optional*):
+        Standard deviation of new weights of the location's projection; by default `initializer_range`. Five numbers
+        from 0 to 1 beside hundreds of features make little of a region's embedding with that, so that where things
+        lie is learned late.
     grounding_layers (`int`, *optional*, defaults to 1):
         Layers, 1 or 2, of the head that scores the regions that a text may refer to.
     num_region_types (`int`, *optional*, defaults to 0):
@@ -123,6 +127,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_head: str = "unicoder_vl"
     answer_head: str = "uniter"
     reasoning_head: str = "paired"
+    location_initializer_range: float | int | None = None
     grounding_layers: int = 1
     num_region_types: int = 0
     num_region_classes: int = 1600

@@ -225,14 +225,17 @@ class UnicoderVLFloat32Linear(nn.Linear):
             return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 
 
+class UnicoderVLLocationProjection(UnicoderVLFloat32Linear):
+    """Projects locations in float32: bfloat16 has 8 bits, a box of a 1000-pixel photo would move by 4 pixels."""
+
+
 class UnicoderVLRegionEmbeddings(nn.Module):
     """Embeds regions as LayerNorm(FC(feature) + FC(location)): one LayerNorm of the sum (paper, Image Embeddings)."""
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__()
         self.feature_projection = UnicoderVLLinear(config.region_feature_dim, config.hidden_size)
-        # bfloat16 has 8 bits: a box of a 1000-pixel photo would move by 4 pixels.
-        self.location_projection = UnicoderVLFloat32Linear(config.region_location_dim, config.hidden_size)
+        self.location_projection = UnicoderVLLocationProjection(config.region_location_dim, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
@@ -868,6 +871,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             init.normal_(module.image_token_embedding, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, UnicoderVLUniterRegionEmbeddings):
             init.normal_(module.hidden_feature, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, UnicoderVLLocationProjection) and self.config.location_initializer_range is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.location_initializer_range)
         elif isinstance(module, UnicoderVLFirstStage):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 
@@ -1792,9 +1797,10 @@ class UnicoderVLForQuestionAnswering(UnicoderVLPreTrainedModel):
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config)
         self.bert = UnicoderVLModel(config)
-        self.answer_head: nn.Module = UnicoderVLTaskHead(config, config.num_labels)
+        num_answers = len(config.id2label or ())
+        self.answer_head: nn.Module = UnicoderVLTaskHead(config, num_answers)
         if config.answer_head == "visual_bert":
-            self.answer_head = UnicoderVLFloat32Linear(config.hidden_size, config.num_labels)
+            self.answer_head = UnicoderVLFloat32Linear(config.hidden_size, num_answers)
         self.post_init()
 
     @can_return_tuple
@@ -1816,7 +1822,7 @@ class UnicoderVLForQuestionAnswering(UnicoderVLPreTrainedModel):
     ) -> SequenceClassifierOutput:
         reads_pooler = self.config.answer_head == "uniter"
         encode = self.bert.pooled if reads_pooler else self.bert
-        outputs = encode(
+        outputs: Any = encode(
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -1830,7 +1836,7 @@ class UnicoderVLForQuestionAnswering(UnicoderVLPreTrainedModel):
             **kwargs,
         )
         num_regions = 0 if region_features is None else region_features.shape[1]
-        states: Any = outputs.pooler_output
+        states = outputs.pooler_output
         if not reads_pooler:
             states = _last_but_one(outputs.last_hidden_state, attention_mask, num_regions)
         logits = self.answer_head(states)
@@ -1924,7 +1930,7 @@ class UnicoderVLForVisualReasoning(UnicoderVLPreTrainedModel):
         self.bert = UnicoderVLModel(config)
         self.pair_attention = UnicoderVLPairAttention(config) if config.reasoning_head == "paired_attention" else None
         width = config.hidden_size * (1 if config.reasoning_head == "single" else 2)
-        self.reasoning_head = UnicoderVLFloat32Linear(width, config.num_labels)
+        self.reasoning_head = UnicoderVLFloat32Linear(width, len(config.id2label or ()))
         self.post_init()
 
     @can_return_tuple
@@ -1958,8 +1964,8 @@ class UnicoderVLForVisualReasoning(UnicoderVLPreTrainedModel):
         if self.config.reasoning_head != "single":
             inputs["caption_index"] = torch.arange(len(source), device=source.device).repeat_interleave(2)
         if self.pair_attention is None:
-            outputs = self.bert.pooled(**inputs, **kwargs)
-            states: Any = outputs.pooler_output
+            outputs: Any = self.bert.pooled(**inputs, **kwargs)
+            states = outputs.pooler_output
         else:
             outputs = self.bert(**inputs, **kwargs)
             states = self.pair_attention(outputs.last_hidden_state, self._mask_of(outputs.last_hidden_state, inputs))

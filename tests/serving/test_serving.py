@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -177,7 +177,7 @@ def test_the_relevance_of_a_calibrated_checkpoint_is_its_probability(world, expe
         ({"documents": ["data:image/png;base64,####"]}, 422, "documents[0] is no data URI of the form"),
         ({"documents": ["data:image/png,abc"]}, 422, "documents[0] is no data URI of the form"),
         ({"documents": [uri(b"nothing")]}, 422, "documents[0] is no photo: expected JPEG, PNG, WEBP, GIF, BMP"),
-        ({"documents": [uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")]}, 422, "documents[0] is no photo"),
+        ({"documents": [uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")]}, 422, "is no photo: expected"),
         ({"documents": [uri(encoded(photo(121, 80)))]}, 413, "documents[0] has 121 x 80 pixels; at most 9,600"),
         ({"documents": [uri(encoded(photo(90, 90))[:-60])]}, 422, "documents[0] is no photo that can be read"),
         ({"documents": ["http://127.0.0.1/a.png"]}, 422, "this server fetches no photos of 127.0.0.1: send a data URI"),
@@ -233,8 +233,9 @@ def test_photos_of_a_host_that_is_named(world, expected):
         def log_message(self, *args):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site, ExitStack() as stack:
         threading.Thread(target=site.serve_forever).start()
+        stack.callback(site.shutdown)
         host = f"127.0.0.1:{site.server_port}"
         limits = Limits(photo_hosts=[host], max_bytes=100_000)
         with running(open_app(str(world / "model"), limits=limits)) as port:
@@ -247,7 +248,6 @@ def test_photos_of_a_host_that_is_named(world, expected):
             assert "302" in score(f"http://{host}/away")[1]["error"]["message"]
             for other in (f"localhost:{site.server_port}", f"{host}@localhost", f"a@{host}", "169.254.169.254"):
                 assert "fetches no photos" in score(f"http://{other}/photo")[1]["error"]["message"], other
-        site.shutdown()
 
 
 @contextmanager

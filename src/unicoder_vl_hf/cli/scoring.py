@@ -1,8 +1,9 @@
 """The commands of scoring: a photo with sentences, and what scores mean."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .commands import Add, Commands, Result, add_caption_ids, add_detector, check_paths, detector_options
 
@@ -49,21 +50,21 @@ def _score(args: Namespace) -> object:
     check_paths(args, "regions")
     scorer, image = _open_scorer(args)
     if scorer.model.config.calibration is None:
-        rows = [
-            {"caption": caption, "score": score}
-            for caption, score in zip(args.captions, scorer.score(args.captions, [image])[:, 0], strict=True)
-        ]
-        return Result("\n".join("{score:+8.3f}  {caption}".format(**row) for row in rows), {"captions": rows})
+        scores = scorer.score(args.captions, [image])[:, 0]
+        lines = [f"{score:+8.3f}  {caption}" for caption, score in zip(args.captions, scores, strict=True)]
+        return Result("\n".join(lines), {"captions": _rows(caption=args.captions, score=scores)})
     found = scorer.match(args.captions, [image])
     columns = (args.captions, found.scores[:, 0], found.probabilities[:, 0], found.matches[:, 0])
-    rows = [
-        dict(zip(("caption", "score", "probability", "match"), row, strict=True)) for row in zip(*columns, strict=True)
-    ]
     lines = [
         f"{score:+8.3f}  {probability:6.1%}  {'match' if match else 'no match':8}  {caption}"
         for caption, score, probability, match in zip(*columns, strict=True)
     ]
+    rows = _rows(**dict(zip(("caption", "score", "probability", "match"), columns, strict=True)))
     return Result("\n".join([*lines, str(found.calibration)]), {"captions": rows, "calibration": found.calibration})
+
+
+def _rows(**columns: Iterable[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _explain_arguments(add: Add) -> None:

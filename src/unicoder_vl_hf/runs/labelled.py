@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 
 from .. import logging
+from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..data.captions import join
 from ..data.rows import EpochOfExamples
 from ..processing_unicoder_vl import UnicoderVLProcessor
@@ -45,12 +46,25 @@ class LabelledArguments(ModelArguments):
     image_ids: str | None = option(
         None, "Other ids for the images of the files: stem, coco, a .csv, or CAPTIONS:COLUMN."
     )
+    location_initializer_range: float | None = option(
+        None, "Standard deviation of new weights of the location's projection. Default: as of all others."
+    )
     skip_missing: bool = option(False, "Leaves out rows whose image has no regions.", may_change=True)
     without: Literal["nothing", "regions", "photo"] = option(
         "nothing",
         "Inputs that every row is left without, to see what the answers owe to them: regions, or the photo, in whose "
         "place comes that of another row.",
     )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the configuration of a model with new weights, where the run asks for them or is on scenes."""
+        found: dict[str, Any] = {}
+        if self.base_model is None:
+            found["initializer_range"] = SCENES_INITIALIZER_RANGE
+        if self.location_initializer_range is not None:
+            found["location_initializer_range"] = self.location_initializer_range
+        return found
 
     def open_store(self, output_dir: str | Path) -> RegionStore:
         """Opens the regions, converted into the output folder if need be; errors are those of [`open_or_convert`]."""
@@ -86,7 +100,7 @@ def elsewhere(rows: datasets.Dataset) -> datasets.Dataset:
     images = rows.unique("image_id")
     moved = dict(zip(images, np.roll(images, len(images) // 2).tolist(), strict=True))
     others = [moved[image_id] for image_id in rows["image_id"]]
-    return rows.remove_columns("image_id").add_column("image_id", others)  # type: ignore[call-arg]
+    return rows.remove_columns("image_id").add_column("image_id", others)
 
 
 @dataclass
@@ -127,6 +141,12 @@ def named_labels(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
+def label_names(config: UnicoderVLConfig) -> list[str]:
+    """Gives the names of the outputs of a head, in their order."""
+    names: Any = config.id2label
+    return [names[label] for label in range(len(names))]
+
+
 def load_labelled(
     model_class: type[Model], name: str | PathLike[str], store: Mapping[str, RegionRecord] | None, script: str
 ) -> tuple[Model, UnicoderVLProcessor]:
@@ -158,8 +178,9 @@ def class_metrics(logits: np.ndarray, labels: Sequence[int], names: Sequence[str
         `dict` of `accuracy`, in `[0, 1]`, and for each class that occurs of `{name}_accuracy`, the share of its rows
         that are found.
     """
-    right, labels = logits.argmax(axis=1) == np.asarray(labels), np.asarray(labels)
-    by_class = {name: right[labels == label] for label, name in enumerate(names)}
+    wanted = np.asarray(labels)
+    right = logits.argmax(axis=1) == wanted
+    by_class = {name: right[wanted == label] for label, name in enumerate(names)}
     of_classes = {f"{name}_accuracy": float(rows.mean()) for name, rows in by_class.items() if len(rows)}
     return {"accuracy": float(right.mean()), **of_classes}
 

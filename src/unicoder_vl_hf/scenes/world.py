@@ -377,15 +377,10 @@ def _relation(rng: np.random.Generator, thing: SceneObject, other: SceneObject) 
 
 def _position(rng: np.random.Generator, thing: SceneObject, scene: Scene) -> str:
     """Names a third of the picture that holds the centre of `thing`."""
-    places = [name for name in PLACE_WORDS if name in places_of(thing, scene.width, scene.height)]
-    return _say(rng, PLACE_WORDS[places[int(rng.integers(len(places)))]])
-
-
-def places_of(thing: SceneObject, width: int = WIDTH, height: int = HEIGHT) -> set[str]:
-    """Gives the thirds of a picture that hold the centre of `thing`: left, right, top and bottom, or else middle."""
-    x, y = (thing.box[0] + thing.box[2]) / 2 / width, (thing.box[1] + thing.box[3]) / 2 / height
+    x, y = (thing.box[0] + thing.box[2]) / 2 / scene.width, (thing.box[1] + thing.box[3]) / 2 / scene.height
     true = {"left": x < 1 / 3, "right": x > 2 / 3, "top": y < 1 / 3, "bottom": y > 2 / 3}
-    return {name for name, holds in true.items() if holds} or {"middle"}
+    places = [name for name, holds in true.items() if holds] or ["middle"]
+    return _say(rng, PLACE_WORDS[places[int(rng.integers(len(places)))]])
 
 
 def _listing(rng: np.random.Generator, things: Sequence[SceneObject], scene: Scene) -> str:

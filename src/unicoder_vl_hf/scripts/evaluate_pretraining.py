@@ -127,6 +127,7 @@ def draw_gallery(
         `ValueError`: the regions have no classes or no boxes, or a photo is not that of its record.
         `KeyError`: an image has no photo.
     """
+    assert args.gallery is not None
     photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
     caption_of = dict(zip(captions["image_id"], captions["caption"], strict=True))
     image_ids = list(caption_of)[:: max(1, len(caption_of) // IMAGES_SHOWN)][:IMAGES_SHOWN]

@@ -57,13 +57,12 @@ class SearchResult:
         # Where the similarity adds nothing, what orders is the score itself; where there is no score, the similarity.
         alike = any(hit.is_alike for hit in self.hits)
         proposed = any(hit.similarity is not None for hit in self.hits)
-        shown = {"score": not alike, "similarity": proposed}
-        columns = [name for name, is_shown in shown.items() if is_shown]
+        columns = [name for name, is_shown in (("score", not alike), ("similarity", proposed)) if is_shown]
         if self.weight is not None and self.weight.value > 0:
             columns.insert(0, self.weight.formula)
         rows = [["rank", *columns, ""]]
         for rank, hit in enumerate(self.hits, start=1):
-            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - proposed]
+            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - columns.count("similarity")]
             similarity = [] if hit.similarity is None else [f"{hit.similarity:.3f}"]
             rows.append([str(rank), *scores, *similarity, hit.name])
         widths = [4, *(max(8, len(column)) for column in columns), 0]

@@ -1,6 +1,7 @@
 """Explains the score of an image and a caption on the photo itself, for `unicoder-vl explain` and the app."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,12 @@ def explain_on_photo(
     class_names = (scorer.processor.feature_extractor.region_provenance or {}).get("class_names")
     if isinstance(found, str):
         assert scorer.store is not None
-        found, photo = scorer.store[found], None if photos is None else photos.of(scorer.store[found])
+        found = scorer.store[found]
+        photo = None if photos is None else photos.of(found)
         class_names = getattr(scorer.store, "provenance", {}).get("class_names")
     elif isinstance(image, str | os.PathLike) and not os.fspath(image).endswith(".npz"):
         photo = decode_photo(Path(image).read_bytes())[0]
-    elif not isinstance(image, str | os.PathLike | RegionRecord):
+    elif not isinstance(image, str | os.PathLike | RegionRecord | Mapping):
         photo = upright(image.copy())[0]
     explanation = explain(scorer.model, scorer.processor, found, caption)
     probability = None

@@ -72,18 +72,19 @@ def open_app(
     """
     scorer = ImageTextScorer.from_pretrained(model, regions, verbose=False)
     trained_on = scorer.processor.feature_extractor.region_provenance
-    finder: RegionFinder | None = RegionFinder(
+    finder = RegionFinder(
         detector, trained_on=trained_on, device=scorer.model.device, cache=cache, **(detector_options or {})
     )
+    takes_photos = True
     try:
         finder.load()
     except (ValueError, OSError, ImportError) as error:
         if detector is not None:
             raise
-        finder = None
+        takes_photos = False
         logger.warning(f"Photos will be refused, and images served by their ids alone. {error}")
     name = os.path.basename(os.path.abspath(model)) if Path(model).exists() else model
-    return create_app(scorer, name, finder, limits=limits, max_length=max_length)
+    return create_app(scorer, name, finder if takes_photos else None, limits=limits, max_length=max_length)
 
 
 def create_app(

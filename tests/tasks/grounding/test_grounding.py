@@ -250,12 +250,15 @@ def test_each_expression_names_one_object():
                 fits = [thing for thing in alike if thing.size == words[1]]
                 assert sum(thing.size == words[1] for thing in scene.objects) >= 2
             elif form == "place":
-                edge, size = (0, scene.width) if words[-1] in ("left", "right") else (1, scene.height)
-                centres = [(thing.box[edge] + thing.box[edge + 2]) / 2 / size for thing in alike]
-                first_third = words[-1] in ("left", "top")
-                there = [at < 1 / 3 if first_third else at > 2 / 3 for at in centres]
-                fits = [thing for thing, is_there in zip(alike, there, strict=True) if is_there]
+                sides = {"left": (0, 1), "right": (2, -1), "top": (1, 1), "bottom": (3, -1)}
+                edge, sign = sides[words[-1]]
+                fits = [min(alike, key=lambda thing, edge=edge, sign=sign: sign * thing.box[edge])]
                 assert len(alike) == 2
+            elif form == "relation":
+                (of,) = [thing for thing in scene.objects if thing.shape == words[-1]]
+                said = scenes_grounding.RELATION_WORDS
+                relations = [said[scenes_grounding._separation(thing.box, of.box)[0]][0] for thing in alike]
+                fits = [thing for thing, relation in zip(alike, relations, strict=True) if relation in text]
             else:
                 fits = alike
             assert fits == [target], text
@@ -295,7 +298,7 @@ def evaluate(trained, world, **options):
 
 def test_what_a_run_leaves_and_its_evaluation(trained, world, tmp_path, capsys):
     model, _ = load_for_grounding(trained, RegionStore(world / "regions"))
-    assert type(model) is UnicoderVLForGrounding
+    assert type(model) is UnicoderVLForGrounding and model.config.location_initializer_range == 1
     said = json.loads((trained / "eval_results.json").read_text())
     evaluate(
         trained, world, refs=world / "refs.json", instances=world / "instances.json", output=tmp_path / "val.json",

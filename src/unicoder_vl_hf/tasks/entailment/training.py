@@ -16,7 +16,6 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
 from ...runs.labelled import (
-    SCENES_INITIALIZER_RANGE,
     LabelledArguments,
     LabelledSetup,
     class_metrics,
@@ -81,9 +80,7 @@ def prepare_entailment(arguments: EntailmentArguments, output_dir: str | Path) -
     train, validation = (
         arguments.with_regions(read_entailment(path, ids=arguments.image_ids), store, "hypotheses") for path in files
     )
-    fields: dict[str, Any] = named_labels(LABELS)
-    if arguments.base_model is None:
-        fields |= {"initializer_range": SCENES_INITIALIZER_RANGE}
+    fields = arguments.fields | named_labels(LABELS)
     model = load_model(arguments, store, UnicoderVLForVisualEntailment, **fields)
     processor = processor_for(arguments, store, train.unique("image_id"))
     count_cut(processor, train["hypothesis"][:], arguments.max_length, "hypotheses")

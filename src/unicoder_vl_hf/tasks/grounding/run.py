@@ -16,6 +16,9 @@ from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
 from ...runs.trainer import train, training_defaults
 from .training import PAPER, GroundingArguments, prepare_grounding
 
+# New weights of the usual size do not learn in minutes where things lie.
+PLACES = {"location_initializer_range": 1.0}
+
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
@@ -23,7 +26,7 @@ def main(argv: list[str] | None = None) -> bool:
         (GroundingArguments, TrainingArguments),
         argv,
         paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE,
+        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE | PLACES,
         data="--refs",
     )
     return train(LabelledTrainer, prepare_grounding, data_args, training_args)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -18,7 +18,6 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
 from ...runs.labelled import (
-    SCENES_INITIALIZER_RANGE,
     LabelledArguments,
     LabelledSetup,
     count_cut,
@@ -96,9 +95,7 @@ def prepare_grounding(arguments: GroundingArguments, output_dir: str | Path) -> 
             for split in (arguments.train_split, arguments.validation_split)
         )
     )
-    fields: dict[str, Any] = {"grounding_layers": arguments.layers}
-    if arguments.base_model is None:
-        fields |= {"initializer_range": SCENES_INITIALIZER_RANGE}
+    fields = arguments.fields | {"grounding_layers": arguments.layers}
     model = load_model(arguments, store, UnicoderVLForGrounding, **fields)
     processor = processor_for(arguments, store, train.unique("image_id"))
     count_cut(processor, train["expression"][:], arguments.max_length, "expressions")
@@ -122,7 +119,7 @@ def _other_expressions(arguments: GroundingArguments, rows: datasets.Dataset) ->
     if arguments.without != "photo":
         return rows
     others = np.roll(np.array(rows["expression"][:], dtype=object), len(rows) // 2).tolist()
-    return rows.remove_columns("expression").add_column("expression", others)  # type: ignore[call-arg]
+    return rows.remove_columns("expression").add_column("expression", others)
 
 
 def _report(processor: UnicoderVLProcessor, store: Mapping[str, RegionRecord], train: datasets.Dataset) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -18,7 +18,6 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
 from ...runs.labelled import (
-    SCENES_INITIALIZER_RANGE,
     LabelledArguments,
     LabelledSetup,
     count_cut,
@@ -109,9 +108,7 @@ def prepare_nlvr2(arguments: NLVR2Arguments, output_dir: str | Path) -> NLVR2Set
         files = [Path(str(arguments.annotations)), Path(str(arguments.validation_annotations))]
         store, name = arguments.open_store(output_dir), f"NLVR2, {files[0].stem}"
     train, validation = (arguments.with_both(_labelled(path, arguments.image_ids), store) for path in files)
-    fields: dict[str, Any] = {**named_labels(LABELS), "reasoning_head": arguments.head}
-    if arguments.base_model is None:
-        fields |= {"initializer_range": SCENES_INITIALIZER_RANGE}
+    fields = arguments.fields | named_labels(LABELS) | {"reasoning_head": arguments.head}
     model = load_model(arguments, store, UnicoderVLForVisualReasoning, **fields)
     processor = processor_for(arguments, store, train.unique("image_id"))
     count_cut(processor, train["sentence"][:], arguments.max_length, "sentences")

@@ -13,7 +13,7 @@ from ...processing_unicoder_vl import RegionInput, UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.finding import RegionFinder
 from ...regions.store import RegionStore
-from .training import load_for_vqa, make_collator
+from .training import answers_of, load_for_vqa, make_collator
 
 
 @dataclass
@@ -87,9 +87,9 @@ class QuestionAnswerer:
         batch = make_collator(self.model, self.processor, store)(rows)
         del batch["labels"]
         logits = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}).logits
-        probabilities, answers = logits.sigmoid().cpu().numpy(), self.model.config.id2label
+        probabilities, answers = logits.sigmoid().cpu().numpy(), answers_of(self.model)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         return [
-            [(answers[int(label)], float(of_question[label])) for label in labels]
+            [(answers[label], float(of_question[label])) for label in labels]
             for of_question, labels in zip(probabilities, best, strict=True)
         ]

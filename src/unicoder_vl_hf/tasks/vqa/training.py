@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,10 +25,10 @@ from ...regions.store import RegionStore
 from ...runs.arguments import option
 from ...runs.batches import Collator, compute_logits
 from ...runs.labelled import (
-    SCENES_INITIALIZER_RANGE,
     LabelledArguments,
     LabelledSetup,
     count_cut,
+    label_names,
     load_labelled,
     named_labels,
 )
@@ -100,9 +101,7 @@ def prepare_vqa(arguments: VQAArguments, output_dir: str | Path) -> VQASetup:
     vocabulary = _vocabulary(arguments, _answered(train))
     _report(vocabulary, train, validation)
 
-    fields = named_labels(vocabulary.answers)
-    if arguments.on_scenes and arguments.base_model is None:
-        fields |= {"initializer_range": SCENES_INITIALIZER_RANGE}
+    fields = arguments.fields | named_labels(vocabulary.answers)
     model = load_model(arguments, store, UnicoderVLForQuestionAnswering, **fields)
     processor = processor_for(arguments, store, train.unique("image_id"))
     count_cut(processor, train["question"][:], arguments.max_length, "questions")
@@ -130,7 +129,8 @@ def _open(
             for split in ("train", "val")
         )
         return [train], validation, RegionStore(folder / "regions"), "questions about rendered scenes"
-    files = zip(arguments.questions, arguments.annotations or [None] * len(arguments.questions), strict=True)
+    annotations: list[Any] = [*arguments.annotations] or [None] * len(arguments.questions)
+    files = zip(arguments.questions, annotations, strict=True)
     parts = [read_questions(questions, annotations, ids=arguments.image_ids) for questions, annotations in files]
     validation = read_questions(
         str(arguments.validation_questions), arguments.validation_annotations, ids=arguments.image_ids
@@ -161,7 +161,7 @@ def _vocabulary(arguments: VQAArguments, train: datasets.Dataset) -> AnswerVocab
     if name is not None and is_unicoder_vl(name):
         config = UnicoderVLConfig.from_pretrained(name)
         if UnicoderVLForQuestionAnswering.__name__ in (config.architectures or ()):
-            known = [config.id2label[label] for label in range(config.num_labels)]
+            known = label_names(config)
             if given not in (None, known):
                 raise ValueError(f"{name} chooses among answers of its own, which stay: leave out --answers.")
             return AnswerVocabulary(known)
@@ -207,7 +207,7 @@ def make_collator(
 
 def answers_of(model: UnicoderVLForQuestionAnswering) -> list[str]:
     """Gives the answers that a model chooses among, in the order of its logits."""
-    return [model.config.id2label[label] for label in range(model.config.num_labels)]
+    return label_names(model.config)
 
 
 def measure(answers: Sequence[str], logits: np.ndarray, rows: datasets.Dataset) -> dict[str, float]:
