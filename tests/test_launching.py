@@ -15,6 +15,8 @@ from two_processes import free_port
 
 from unicoder_vl_hf import UnicoderVLForPreTraining
 
+pytest.importorskip("accelerate", minversion="1.15")  # the first in which FSDP2 was tried
+
 CONFIGS = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
 CLIENT = launch_client.__file__
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of torchrun and accelerate

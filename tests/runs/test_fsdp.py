@@ -11,6 +11,8 @@ from two_processes import Processes, plain_descent, run
 
 from unicoder_vl_hf import UnicoderVLForPreTraining, UnicoderVLProcessor
 
+pytest.importorskip("accelerate", minversion="1.15")  # the first in which FSDP2 was tried
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
@@ -139,7 +139,7 @@ class PretrainingLoop:
         self.scheduler = get_linear_schedule_with_warmup(
             optimizer, round(args.warmup_ratio * self.total_steps), self.total_steps
         )
-        if accelerator.is_fsdp2:
+        if accelerator.distributed_type == DistributedType.FSDP:
             # A second name of the decoder's bias: FSDP2 takes a weight in one group, and the decoder is in another one.
             del setup.model.cls.predictions.bias
         self.model, self.optimizer = accelerator.prepare(setup.model, optimizer)
