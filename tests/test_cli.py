@@ -303,20 +303,20 @@ FUNCTIONS = {
     "prepare": ("data.preparation.prepare", "photos captions output", {"split_list"}),
     "merge": ("regions.editing.merge_stores", "a --output b", set()),
     "import-checkpoint": ("checkpoints.importing.import_checkpoint", "source output", set()),
-    "mine": ("tasks.retrieval.mining.mine", "model captions regions output", set()),
+    "mine": ("tasks.retrieval.mining.mine", "model captions regions output", {"share"}),
     "train-first-stage": ("tasks.retrieval.first_stage.train_first_stage", "model captions regions output", set()),
-    "index": ("search.command.make_index", "store --output output", set()),
+    "index": ("search.command.make_index", "store --output output", {"share"}),
     "search": ("search.command.run_search", "", {"option"}),
     "calibrate": ("tasks.retrieval.calibration.calibrate", "model captions seven", set()),
 }
 # A value of an option that is not its default, by its type; and of some by their names.
 VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7", "split_list": "a=7", "splits": "1,1,1"}
-VALUES["region_type"] = "1"
+VALUES |= {"region_type": "1", "share": "0/7"}
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_a_command_hands_every_option_to_its_function(command, monkeypatch, tmp_path):
-    """Without options, the function's own defaults; with all of them, each where it belongs."""
+    """Without options, the function's own defaults; with all but --gather, which excludes --share, each in place."""
     monkeypatch.chdir(tmp_path)
     for path in ("photos", "captions", "seven"):  # some commands look whether they exist
         (tmp_path / path).touch()
@@ -333,7 +333,7 @@ def test_a_command_hands_every_option_to_its_function(command, monkeypatch, tmp_
     bare = [command, *words.split()]
     typed, names = [], []
     for action in build_parser().parse_args(bare).parser._actions:
-        if action.option_strings and not action.required and action.dest not in ("help", "json"):
+        if action.option_strings and not action.required and action.dest not in ("help", "json", "gather"):
             value = next((each for each in action.choices or () if each != action.default), None)
             value = value or VALUES.get(action.dest) or VALUES.get(action.type)
             typed += [action.option_strings[-1]] if action.nargs == 0 else [action.option_strings[-1], value]

@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 
 class FinishedRun(ValueError):
-    """An error that says that nothing is left to train."""
+    """An error that says that nothing is left to do here: a command says so, and ends with 0."""
 
 
 def run_script(main: Callable[[], bool | None] | str, go_on: str = ""):
@@ -61,18 +61,18 @@ def run_script(main: Callable[[], bool | None] | str, go_on: str = ""):
         with logging.without_bars_of_libraries():
             trained = resolve_name(main)() if isinstance(main, str) else main()
     except FinishedRun as finished:
-        _warn_once(str(finished))
+        warn_in_one_process(str(finished))
         return
     except USER_ERRORS as error:
         sys.exit(end_with(error, program))
     except KeyboardInterrupt:
         sys.exit(stopped(program, go_on))
     if trained is False:
-        _warn_once("Go on with the same command and --resume_from_checkpoint latest.")
+        warn_in_one_process("Go on with the same command and --resume_from_checkpoint latest.")
         sys.exit(130)
 
 
-def _warn_once(text: str):
+def warn_in_one_process(text: str):
     """Warns in one of the processes of the launcher."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning(text)

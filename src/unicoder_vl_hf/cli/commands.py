@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..regions.store import RegionStore
+    from ..scoring.blocks import Share
 
 # Words after Ctrl-C of a command that takes `--restart`.
 GO_ON = "Run again, it goes on; --restart begins anew."
@@ -73,6 +74,19 @@ class Commands(list[Command]):
 def add_restart(add: Add) -> None:
     """Adds the option `--restart`."""
     add("--restart", action="store_true", help="begin anew; what was complete stays until this is")
+
+
+def add_shares(add: Add) -> None:
+    """Adds the options `--share` and `--gather` by which the tasks of an array compute a job."""
+    add("--share", metavar="I/N", help="compute share I of N alone, from 0/N on, as a task of an array")
+    add("--gather", type=int, metavar="N", help="put together what N shares computed; those that are missing are named")
+
+
+def share_of(args: Namespace) -> "Share | None":
+    """Reads the options of [`add_shares`]."""
+    from ..scoring.blocks import Share
+
+    return Share.of_options(args.share, args.gather)
 
 
 def add_growth(add: Add, items: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .. import logging
 from .._version import __version__
-from ..errors import USER_ERRORS, end_with, stopped
+from ..errors import USER_ERRORS, FinishedRun, end_with, stopped, warn_in_one_process
 from ..name_lists import did_you_mean
 from . import app, checkpoints, foil, photos, plan, retrieval, scoring, search, serving, stores, vcr, vqa
 from .commands import show
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         program, go_on = f"{program} {command.name}", command.go_on
         with logging.without_bars_of_libraries():
             return show(command.run(args), as_json)
+    except FinishedRun as finished:
+        warn_in_one_process(str(finished))
+        return 0
     except USER_ERRORS as error:
         return end_with(error, program)
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from .commands import GO_ON, Add, Commands, Result, add_caption_ids, add_restart
+from .commands import GO_ON, Add, Commands, Result, add_caption_ids, add_restart, add_shares, share_of
 
 commands = Commands()
 
@@ -39,6 +39,7 @@ def _mine_arguments(add: Add) -> None:
     add("--seed", type=int, default=0, help="seed of sets and draws (default: 0)")
     _add_pairs(add)
     add_restart(add)
+    add_shares(add)
 
 
 @commands.register("mine", "Hard negatives for fine-tuning, by the current model", _mine_arguments, GO_ON)
@@ -67,6 +68,7 @@ def _mine(args: Namespace) -> object:
         max_length=args.max_length,
         skip_missing=args.skip_missing,
         restart=args.restart,
+        share=share_of(args),
     )
     negatives = {name: sum(map(len, mined[f"negative_{name}"])) for name in ("captions", "image_ids")}
     lines = [args.output, f"  pairs              {len(mined):,}"]

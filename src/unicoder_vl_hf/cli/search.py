@@ -9,9 +9,11 @@ from .commands import (
     add_caption_ids,
     add_detector,
     add_growth,
+    add_shares,
     check_paths,
     detector_options,
     removed,
+    share_of,
 )
 
 commands = Commands()
@@ -26,6 +28,7 @@ def _index_arguments(add: Add) -> None:
     add("--images-of", metavar="CAPTIONS[:SPLIT]", help="index the images of a caption file alone, or those of a split")
     add_growth(add, "items")
     add("--restart", action="store_true", help="begin anew; an index that is there stays until the new one is complete")
+    add_shares(add)
     add("--faiss", help="approximate structure in FAISS's words, such as HNSW32 (default: none, exact)")
 
 
@@ -48,6 +51,7 @@ def _index(args: Namespace) -> object:
         add=args.add,
         remove=removed(args),
         restart=args.restart,
+        share=share_of(args),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProcessorMixin
 
@@ -227,14 +228,30 @@ def follow_schedule(scheduler: LRScheduler):
 
 
 def save_weights_as_pretrained(accelerator: Accelerator):
-    """Makes the weights of accelerate's checkpoints the model's own files, so that `from_pretrained` reads them too."""
+    """
+    Makes the weights of accelerate's checkpoints the model's own files, so that `from_pretrained` reads them too. Those
+    of FSDP stay as accelerate writes them: each process its part.
+    """
 
     def save(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str):
-        accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=weights.pop())
+        if weights:  # none of FSDP
+            accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=weights.pop())
 
     def load(models: list[torch.nn.Module], folder: str):
-        model = accelerator.unwrap_model(models.pop())
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        if models:
+            model = accelerator.unwrap_model(models.pop())
+            model.load_state_dict(type(model).from_pretrained(folder).state_dict())
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def save_whole(accelerator: Accelerator, model: torch.nn.Module, folder: Path):
+    """Saves a prepared model as `from_pretrained` reads it. Every process calls it: FSDP gathers what each has."""
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        plain: Any = accelerator.unwrap_model(model)
+        if isinstance(plain, FSDPModule):  # whose class is FSDP's, and so would be the code that is saved along
+            own: Any = next(each for each in type(plain).__mro__ if not issubclass(each, FSDPModule))
+            plain = own.from_pretrained(None, config=plain.config, state_dict=weights)
+        plain.save_pretrained(folder)

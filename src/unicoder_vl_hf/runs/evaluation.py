@@ -14,6 +14,7 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processes import resolve_precision
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
+from ..scoring.blocks import Share
 from ..scoring.checkpoints import load_for_store
 from .arguments import option
 
@@ -61,6 +62,31 @@ class EvaluationArguments:
         model, processor = load_for_store(self.model, store)
         check_tokens(captions, processor.tokenizer, self.captions)
         return model, processor
+
+
+@dataclass(kw_only=True)
+class KeptScoresArguments:
+    """Says where an evaluation keeps its scores, and which share of them it computes."""
+
+    scores_dir: str | None = option(None, "Folder that keeps the scores, to go on after a kill.")
+    share: str | None = option(
+        None, "Share I/N of the scores, from 0/N on, that is computed alone into --scores_dir, as a task of an array."
+    )
+    gather: int | None = option(
+        None, "Number N of the shares whose scores are put together and evaluated; those that are missing are named."
+    )
+
+    def share_of_scores(self) -> Share | None:
+        """
+        Reads the share; None where all that is left is scored.
+
+        Raises:
+            `ValueError`: it is none, or there is no folder in which shares meet.
+        """
+        share = Share.of_options(self.share, self.gather)
+        if share is not None and self.scores_dir is None:
+            raise ValueError(f"--{share}: shares meet in a folder; give --scores_dir.")
+        return share
 
 
 def evaluation_dtype(mixed_precision: str, model: PreTrainedModel) -> torch.dtype | None:

@@ -1,3 +1,4 @@
+from .blocks import FinishedShare as FinishedShare, MissingShares as MissingShares, Share as Share
 from .calibration import Calibration as Calibration, Matching as Matching
 from .checkpoints import (
     checkpoint_provenance as checkpoint_provenance,

@@ -7,7 +7,8 @@
     scores.npy              all of it, once every block is there; the .blocks are then removed
 
 Each run of each process writes a file of its own, so that nobody waits, and a record that a kill cut short is the last
-of its file. Processes meet in the folder alone: it must be on a disk that all of them see.
+of its file. Processes meet in the folder alone: it must be on a disk that all of them see. They are those of a
+launcher, or each is a [`Share`], such as a task of a scheduler's array, which knows of no other.
 """
 
 import json
@@ -16,13 +17,16 @@ import struct
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from .. import logging
+from ..errors import FinishedRun
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +41,121 @@ def job_of(path: str | os.PathLike) -> dict[str, Any]:
     return json.loads(known.read_text()) if known.exists() else {}
 
 
+@dataclass(frozen=True)
+class Share:
+    """
+    A share of a job, such as a task of a scheduler's array: every `count`-th block, from block `index` on.
+
+    Args:
+        index (`int`, *optional*): The number of the share, from 0 and below `count`. None computes nothing: it gathers
+            what the shares have computed.
+        count (`int`): The number of shares, at least 1.
+
+    Raises:
+        `ValueError`: a number is out of its range.
+    """
+
+    index: int | None
+    count: int
+
+    def __post_init__(self):
+        if self.count < 1 or not 0 <= (self.index or 0) < self.count:
+            raise ValueError(f"{self} is no share; expected --share I/N, with I from 0 to N - 1, or --gather N.")
+
+    @classmethod
+    def of_options(cls, share: str | None, gather: int | None) -> Self | None:
+        """
+        Reads the options `--share I/N` and `--gather N`, of which at most one is given; None without either.
+
+        Raises:
+            `ValueError`: both are given, or a value is none of a share.
+        """
+        if share is None:
+            return None if gather is None else cls(None, gather)
+        index, slash, count = share.partition("/")
+        if gather is not None or not (slash and index.isdecimal() and count.isdecimal()):
+            raise ValueError(
+                f"--share is {share!r}, with --gather {gather}; expected I/N, such as 0/8, and --gather 8 when all "
+                "shares have run."
+            )
+        return cls(int(index), int(count))
+
+    def of_process(self, process: int, num_processes: int) -> "Share":
+        """Gives the part of one of the launcher's processes, which compute the share together."""
+        if self.index is None:
+            return self
+        return Share(self.index + self.count * process, self.count * num_processes)
+
+    def blocks(self, num_blocks: int) -> range:
+        """Lists the blocks of this share."""
+        return range(0) if self.index is None else range(self.index, num_blocks, self.count)
+
+    def __str__(self) -> str:
+        return f"gather {self.count}" if self.index is None else f"share {self.index}/{self.count}"
+
+
+class FinishedShare(FinishedRun):
+    """An error that says that a share is computed, so that there is nothing to show before all are."""
+
+    def __init__(self, share: Share, path: object):
+        super().__init__(
+            f"{path}: {share} is computed. When all are, the same command with --gather {share.count} in place of "
+            "--share puts them together."
+        )
+
+
+class MissingShares(ValueError):
+    """An error that names the shares that are to run before the job can be gathered, as numbers in `indices`."""
+
+    def __init__(self, indices: Collection[int], count: int, path: object):
+        self.indices, self.count, self.path = sorted(indices), count, path
+        listed = in_ranges(self.indices)
+        super().__init__(
+            f"{path} lacks blocks of {len(self.indices)} of {count} shares: {listed}. Run the same command with "
+            f"--share {self.indices[0]}/{count} in place of --gather, and so on for each of them (Slurm: "
+            f"sbatch --array={listed}), then gather again."
+        )
+
+
+def in_ranges(numbers: Iterable[int]) -> str:
+    """Writes rising numbers as Slurm's `--array` takes them, such as `"0-3,7"`."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)
+
+
+def run_shares(parts: Iterable[Callable[[], Any]], path: object) -> None:
+    """
+    Runs the parts of a job that has a folder for each, before it says which shares are finished, or missing.
+
+    Args:
+        parts (iterable of callables): Calls that compute a share of a folder, or gather it.
+        path: The place of all the folders, for the message.
+
+    Raises:
+        `FinishedShare`: a share of each part is computed.
+        `MissingShares`: a part lacks shares; those of all parts are named.
+    """
+    finished: FinishedShare | None = None
+    missing: set[int] = set()
+    count = 0
+    for part in parts:
+        try:
+            part()
+        except FinishedShare as error:
+            finished = error
+        except MissingShares as error:
+            missing, count = missing | {*error.indices}, error.count
+    if missing:
+        raise MissingShares(missing, count, path)
+    if finished is not None:
+        raise finished
+
+
 class BlockFolder:
     """
     A folder of blocks that processes fill together, each with the blocks that it computes.
@@ -45,14 +164,17 @@ class BlockFolder:
         path (`str` or `os.PathLike`): The folder, made if need be.
         job (`dict`): Names and values, as JSON, of all that the blocks follow from.
         process (`int`): Rank of this process; process 0 puts the blocks together.
+        share ([`Share`], *optional*): The share that the launcher's processes compute, or that they gather. By default
+            they compute all blocks that are missing.
 
     Raises:
         `ValueError`: the folder holds another job, and the message names what differs; or other files and no job.
     """
 
-    def __init__(self, path: str | os.PathLike, job: dict[str, Any], process: int = 0):
+    def __init__(self, path: str | os.PathLike, job: dict[str, Any], process: int = 0, share: Share | None = None):
         self.path = Path(path)
         self.process = process
+        self.share = share
         self._offsets: dict[Path, int] = {}
         self._file: Any = None
         self.path.mkdir(parents=True, exist_ok=True)
@@ -85,6 +207,7 @@ class BlockFolder:
         header = HEADER.pack(block, len(values))
         self._file.write(header + CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(header))) + payload)
         self._file.flush()
+        self.done.add(block)
 
     def result(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> np.ndarray:
         """
@@ -92,10 +215,22 @@ class BlockFolder:
 
         Returns:
             `np.ndarray` of `shape`, float32, a read-only memory map.
+
+        Raises:
+            `FinishedShare`: the blocks are those of a share, and it is computed.
+            `MissingShares`: shares are gathered, and blocks of some are missing.
         """
         if self._file is not None:
             self._file.close()
             self._file = None
+        share = self.share
+        if share is not None and share.index is not None:
+            own = share.blocks(num_blocks)
+            self._wait_until(lambda: self._has(own), "the other processes of the share")
+            raise FinishedShare(share, self.path)
+        if share is not None and not self._has(range(num_blocks)):
+            missing = {block % share.count for block in range(num_blocks) if block not in self.done}
+            raise MissingShares(missing, share.count, self.path)
         if self.process == 0 and not self.is_complete:
             self._assemble(num_blocks, shape, positions)
         self._wait_until(lambda: self.is_complete, "process 0 to put the blocks together")
@@ -103,6 +238,12 @@ class BlockFolder:
             for file in filter(_is_ours, self.path.iterdir()):
                 file.unlink(missing_ok=True)
         return np.load(self.path / RESULT, mmap_mode="r")
+
+    def _has(self, blocks: Iterable[int]) -> bool:
+        """Tells whether these blocks are written, by whatever process."""
+        if not self.is_complete:
+            self.done.update(block for block, _ in self._read_new())
+        return self.is_complete or self.done.issuperset(blocks)
 
     def _assemble(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> None:
         partial = self.path / f"{uuid.uuid4().hex}.partial"
@@ -124,9 +265,10 @@ class BlockFolder:
     def _read_new(self) -> Iterator[tuple[int, np.ndarray]]:
         """Reads the blocks that were written since the last call."""
         for path in sorted(self.path.glob("*.blocks")):
-            for end, block, values in read_blocks(path, self._offsets.get(path, 0)):
-                self._offsets[path] = end
-                yield block, values
+            with suppress(FileNotFoundError):  # removed meanwhile by process 0, which has put all together
+                for end, block, values in read_blocks(path, self._offsets.get(path, 0)):
+                    self._offsets[path] = end
+                    yield block, values
 
     def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
         started = time.monotonic()

@@ -17,7 +17,6 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from tqdm.auto import tqdm
 
@@ -30,7 +29,7 @@ from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.detectors import Detector
 from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore, manifest_checksum
-from .blocks import BlockFolder, job_of
+from .blocks import BlockFolder, Share, job_of
 from .calibration import Calibration, Matching
 from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
 from .packed import PairEncoder, Rows, fingerprint, pair_flops
@@ -115,6 +114,9 @@ class ImageTextScorer:
             Pairs that are computed, and with `output_dir` written, at once: a kill loses as many.
         verbose (`bool`, *optional*, defaults to `True`):
             Whether a progress bar is shown, and before a long job its plan.
+        share ([`Share`], *optional*):
+            The share of each job that is computed here, into an `output_dir`; or the one that gathers there what shares
+            computed. By default each job is whole.
 
     Raises:
         `ValueError`: `block_pairs` or `max_tokens` is below 1, or the tokenizer does not fit the model.
@@ -139,6 +141,7 @@ class ImageTextScorer:
         max_tokens: int | None = None,
         block_pairs: int = 1024,
         verbose: bool = True,
+        share: Share | None = None,
     ):
         if block_pairs < 1 or (max_tokens is not None and max_tokens < 1):
             raise ValueError(f"block_pairs={block_pairs}, max_tokens={max_tokens}; expected at least 1 of each.")
@@ -150,6 +153,7 @@ class ImageTextScorer:
         self.max_tokens = max_tokens or MAX_TOKENS.get(model.device.type, MAX_TOKENS_ELSEWHERE)
         self.block_pairs = block_pairs
         self.verbose = verbose
+        self.share = share
         self._made: tuple[Any, PairEncoder] | None = None  # the last encoder, and what it follows from
 
     @classmethod
@@ -224,7 +228,8 @@ class ImageTextScorer:
         Raises:
             `ValueError`: an empty caption or list, one caption or image that is in no list, a caption longer than the
             model's positions, a name that is both an image id and a file, a photo whose regions cannot be found, or an
-            `output_dir` of another job, naming what differs.
+            `output_dir` of another job, naming what differs, or of none where the scorer has a share.
+            `FinishedShare`, `MissingShares`: the scorer's share is computed; or some that it gathers are not.
             `KeyError`: a name that is neither an image id of the store nor a file.
         """
         items = _Items(self.processor, self.store, captions, images, max_length)
@@ -317,22 +322,27 @@ class ImageTextScorer:
         state = start_processes()
         target: BlockFolder | _Memory
         if output_dir is None:
+            if self.share is not None:
+                raise ValueError(f"The scorer is {self.share} of a job, which meet in a folder: give output_dir.")
             target = _Memory(blocks)
         else:
             # Weights and regions are hashed by one process for all.
             job = self._job(blocks, job_of(output_dir)) if state.is_main_process else None
-            target = BlockFolder(output_dir, broadcast_object_list([job])[0], state.process_index)
-        share = [] if target.is_complete else _share(len(blocks), target.done, state)
+            target = BlockFolder(output_dir, broadcast_object_list([job])[0], state.process_index, self.share)
+        own = (self.share or Share(0, 1)).of_process(state.process_index, state.num_processes)
+        share = [] if target.is_complete else _share(len(blocks), target.done, own)
         if share:
             with evaluating(self.model):
-                self._compute(blocks, target, share, state)
+                self._compute(blocks, target, share, own.count)
         return target.result(len(blocks), blocks.shape, blocks.positions)
 
-    def _compute(self, blocks: "_Blocks", target: "BlockFolder | _Memory", share: list[int], state: PartialState):
+    def _compute(
+        self, blocks: "_Blocks", target: "BlockFolder | _Memory", share: list[int], num_processes: int
+    ) -> None:
         encoder = self._encoder()
-        show = self.verbose and state.is_main_process
+        show = self.verbose and start_processes().is_main_process
         if show and sum(blocks.lengths(block).sum() for block in share) >= PLAN_FROM_PASSES * self.max_tokens:
-            tqdm.write(str(self._plan(blocks, encoder, target.done, state.num_processes)), file=sys.stderr)
+            tqdm.write(str(self._plan(blocks, encoder, target.done, num_processes)), file=sys.stderr)
         flops = [pair_flops(encoder.config, blocks.lengths(block)).sum() for block in share]
         embedded = _Embedded(blocks.items, encoder)
         # Counted in operations: pairs come in the order of their length, and the last would take longer than the first.
@@ -576,9 +586,9 @@ def evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining
         model.train(was_training)
 
 
-def _share(num_blocks: int, done: set[int], state: PartialState) -> list[int]:
+def _share(num_blocks: int, done: set[int], own: Share) -> list[int]:
     """The blocks of this process. They need no agreement between processes, which may start at different moments."""
-    return [block for block in range(state.process_index, num_blocks, state.num_processes) if block not in done]
+    return [block for block in own.blocks(num_blocks) if block not in done]
 
 
 def _digest(parts: Iterable[bytes]) -> str:

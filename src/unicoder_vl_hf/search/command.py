@@ -16,6 +16,7 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
+from ..scoring.blocks import Share
 from ..scoring.checkpoints import load_for_store
 from ..scoring.scorer import ImageTextScorer
 from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder, open_transformers_encoder
@@ -92,6 +93,7 @@ def make_index(
     add: bool = False,
     remove: Sequence[str] | None = None,
     restart: bool = False,
+    share: Share | None = None,
 ) -> str:
     """
     Indexes the images of a store, or captions of these, by a checkpoint of ours or by a dual encoder of transformers.
@@ -126,7 +128,15 @@ def make_index(
         texts = _captions(captions, caption_ids, split, regions, encoder.processor.tokenizer)
     before = len(SearchIndex(output)) if not restart and Path(output, INDEX).exists() else None
     index = build_index(
-        encoder, regions, output, image_ids=image_ids, captions=texts, faiss=faiss, add=add, restart=restart
+        encoder,
+        regions,
+        output,
+        image_ids=image_ids,
+        captions=texts,
+        faiss=faiss,
+        add=add,
+        restart=restart,
+        share=share,
     )
     again = "" if before is None else f" There were {before:,} before."
     if before is not None and not add:

@@ -27,7 +27,7 @@ from ..processes import start_processes
 from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile
-from ..scoring.blocks import BlockFolder, job_of
+from ..scoring.blocks import BlockFolder, Share, job_of
 from .encoders import DualEncoder
 
 logger = logging.get_logger(__name__)
@@ -156,6 +156,7 @@ def build_index(
     faiss: str | None = None,
     add: bool = False,
     restart: bool = False,
+    share: Share | None = None,
 ) -> SearchIndex:
     """
     Embeds the images of a store, or captions, and writes the index. Under `accelerate launch` processes share the
@@ -173,10 +174,16 @@ def build_index(
             images that the store has no more are left out. It stays until the new one is complete.
         restart (`bool`, *optional*, defaults to `False`): Whether to begin anew, whatever an earlier call left or
             completed. An index that is there stays until the new one is complete, and is then replaced.
+        share ([`Share`], *optional*): The share of the items that is embedded here, or the one that gathers what
+            shares embedded and writes the index. By default all that is left is embedded.
 
     Raises:
-        `ValueError`: `output` holds something else, there is nothing to index, or an earlier call began another job.
+        `ValueError`: `output` holds something else, there is nothing to index, an earlier call began another job, or a
+            share is to begin anew.
+        `FinishedShare`, `MissingShares`: the share is embedded, or shares that are to be gathered are not.
     """
+    if share is not None and restart:
+        raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
     check_several("image_ids", image_ids)
     check_several("captions", captions)
     output = Path(output)
@@ -234,19 +241,20 @@ def build_index(
     blocks = [new[start : start + BLOCK_ITEMS] for start in range(0, len(new), BLOCK_ITEMS)]
     job = {**facts, "names_sha256": json_digest(names), "block_items": BLOCK_ITEMS}
     try:
-        folder = BlockFolder(work / "blocks", job, state.process_index)
+        folder = BlockFolder(work / "blocks", job, state.process_index, share)
     except ValueError as error:
         raise ValueError(f"{error} --add goes on where the store has grown, --restart begins anew.") from error
     if folder.done and state.is_main_process:
         logger.warning(f"{output} was begun before: {len(folder.done):,} of {len(blocks):,} blocks are embedded.")
     if not folder.is_complete:
         embed = encoder.embed_images if captions is None else encoder.embed_captions
-        for block in range(state.process_index, len(blocks), state.num_processes):
+        own = (share or Share(0, 1)).of_process(state.process_index, state.num_processes)
+        for block in own.blocks(len(blocks)):
             if block not in folder.done:
                 folder.write(block, embed(blocks[block]).ravel())
     size = BLOCK_ITEMS * encoder.dim
     rows = np.empty((0, encoder.dim), dtype=np.float32)
-    if new:
+    if new or share is not None:
         end = len(new) * encoder.dim
         shape = len(new), encoder.dim
         rows = folder.result(len(blocks), shape, lambda block: np.arange(block * size, min((block + 1) * size, end)))
@@ -262,7 +270,9 @@ def build_index(
         shutil.rmtree(work)
     state.wait_for_everyone()
     if has_grown:
-        return build_index(encoder, store, output, image_ids=image_ids, captions=captions, faiss=faiss, add=True)
+        return build_index(
+            encoder, store, output, image_ids=image_ids, captions=captions, faiss=faiss, add=True, share=share
+        )
     return SearchIndex(output)
 
 

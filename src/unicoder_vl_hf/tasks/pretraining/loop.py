@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
@@ -21,7 +21,7 @@ from ...data.negatives import pairs_digest
 from ...data.samplers import StepBatchSampler
 from ...processes import Computing, StopSignal
 from ...runs.arguments import option, run_identity
-from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained
+from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained, save_whole
 from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line, in_a_table
 from ...runs.model_card import TrainingRun, finish_run
 from .evaluation import evaluate_pretraining
@@ -139,6 +139,9 @@ class PretrainingLoop:
         self.scheduler = get_linear_schedule_with_warmup(
             optimizer, round(args.warmup_ratio * self.total_steps), self.total_steps
         )
+        if accelerator.distributed_type == DistributedType.FSDP:
+            # A second name of the decoder's bias: FSDP2 takes a weight in one group, and the decoder is in another one.
+            del setup.model.cls.predictions.bias
         self.model, self.optimizer = accelerator.prepare(setup.model, optimizer)
         accelerator.register_for_checkpointing(self.scheduler)
         save_weights_as_pretrained(accelerator)
@@ -277,8 +280,9 @@ class PretrainingLoop:
 
     def _finish(self) -> None:
         """Saves the model, evaluates it, and writes its metrics and card."""
-        if self.accelerator.is_main_process:  # before the last evaluation: whatever happens there, the model is saved
-            self.accelerator.unwrap_model(self.model).save_pretrained(self.output_dir)
+        # Before the last evaluation: whatever happens there, the model is saved.
+        save_whole(self.accelerator, self.model, self.output_dir)
+        if self.accelerator.is_main_process:
             self.setup.processor.save_pretrained(self.output_dir)
         metrics = self.evaluate()
         if self.accelerator.is_main_process:

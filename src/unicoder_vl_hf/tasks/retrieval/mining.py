@@ -27,7 +27,7 @@ from ...data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex,
 from ...files import OutputKind, begun_anew, json_digest, new_folder, say_finished, write_json
 from ...processes import start_processes
 from ...regions.store import RegionStore
-from ...scoring.blocks import JOB, RESULT
+from ...scoring.blocks import JOB, RESULT, Share
 from ...scoring.checkpoints import checkpoint_provenance, load_for_store
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
@@ -302,6 +302,7 @@ def mine(
     max_length: int = 44,
     skip_missing: bool = False,
     restart: bool = False,
+    share: Share | None = None,
 ) -> datasets.Dataset:
     """
     Mines one split of a caption file, and writes ALL its splits as a dataset folder that `read_captions` and
@@ -317,11 +318,16 @@ def mine(
         output (`str`): the folder, a new one or that of the same call.
         caption_ids (`str`, *optional*): other ids for the captions' images, see `ids` of [`read_captions`].
         restart (`bool`, *optional*, defaults to `False`): whether an earlier call's output is replaced.
+        share ([`Share`], *optional*): the share of the pairs that is scored here, or the one that gathers what shares
+            scored and mines. By default all that is left is scored.
 
     Raises:
-        `ValueError`: `output` holds something else, a value is out of range, or captions have no regions (unless
-            `skip_missing`).
+        `ValueError`: `output` holds something else, a value is out of range, captions have no regions (unless
+            `skip_missing`), or a share is to begin anew.
+        `FinishedShare`, `MissingShares`: the share is scored, or shares that are to be gathered are not.
     """
+    if share is not None and restart:
+        raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
     rule = MiningRule(
         num_negatives=num_negatives,
         range_min=range_min,
@@ -377,7 +383,7 @@ def mine(
         state.wait_for_everyone()  # until all of them have seen that there is no output
         mined = mine_hard_negatives(
             pairs,
-            ImageTextScorer(loaded, processor, store),
+            ImageTextScorer(loaded, processor, store, share=share),
             rule,
             images_per_set=images_per_set,
             encoder=encoder,

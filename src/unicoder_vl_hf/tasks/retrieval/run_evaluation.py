@@ -6,13 +6,15 @@
         --regions coco-regions --protocol coco-1k --scores_dir runs/coco/scores
 
 Every caption is scored with every image of its fold: 5M pairs for Flickr30k, 25M for COCO 1K, 125M for COCO 5K; the
-scorer says first how long it will take. `--scores_dir` keeps what is done: the same command goes on after a kill.
-`--num_images 200` is a quick look, and named so.
+scorer says first how long it will take. `--scores_dir` keeps what is done: the same command goes on after a kill, or
+computes a `--share` of it as a task of an array, see docs/scale.md. `--num_images 200` is a quick look, and named so.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +26,15 @@ from ...errors import run_script
 from ...files import write_json
 from ...processes import start_processes
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import EvaluationArguments, evaluation_dtype
+from ...runs.evaluation import EvaluationArguments, KeptScoresArguments, evaluation_dtype
+from ...scoring.blocks import run_shares
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
 from .protocols import PROTOCOLS, RetrievalTest, chance, evaluate_folds, results_table, retrieval_test
 
 
 @dataclass(kw_only=True)
-class RetrievalEvaluationArguments(EvaluationArguments):
+class RetrievalEvaluationArguments(KeptScoresArguments, EvaluationArguments):
     """Names a checkpoint and the test that it is evaluated on: a protocol, or the first images of a split."""
 
     protocol: str | None = option(None, f"Protocol: {', '.join(PROTOCOLS)}. Default: all images of the split together.")
@@ -42,7 +45,6 @@ class RetrievalEvaluationArguments(EvaluationArguments):
     mixed_precision: str = option(
         "no", "Precision to score in as well, to be compared with float32: auto, bf16 or fp16."
     )
-    scores_dir: str | None = option(None, "Folder that keeps the scores, to go on after a kill.")
     output: str | None = option(None, "JSON file to write, with metrics, intervals and provenance.")
 
 
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         `ValueError`: the checkpoint or the regions do not fit, or the captions are not those of the protocol.
     """
     (args,) = make_parser(RetrievalEvaluationArguments).parse_args_into_dataclasses(argv)
+    share = args.share_of_scores()
     state = start_processes()
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.
     store, captions = args.open_data()
@@ -68,11 +71,14 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = checkpoint_provenance(args.model, model)
     # One of retrieval may be fine-tuned, or a pre-trained one that was given a first stage of search.
     use = "zero-shot" if checkpoint["saved_by"] == "UnicoderVLForPreTraining" else "retrieval checkpoint"
-    results = {}
+    jobs = {}
     for dtype in dict.fromkeys([torch.float32, evaluation_dtype(args.mixed_precision, model) or torch.float32]):
         name = str(dtype).removeprefix("torch.")
-        scorer = ImageTextScorer(model, processor, store, dtype=dtype)
-        results[f"{use}, {name}"] = evaluate_folds(test, fold_scores(scorer, test, args.scores_dir, name))
+        scorer = ImageTextScorer(model, processor, store, dtype=dtype, share=share)
+        jobs[f"{use}, {name}"] = fold_jobs(scorer, test, args.scores_dir, name)
+    if share is not None:
+        run_shares(chain.from_iterable(jobs.values()), args.scores_dir)
+    results = {name: evaluate_folds(test, (score() for score in folds)) for name, folds in jobs.items()}
     if not state.is_main_process:
         return
     print(results_table(test, results))
@@ -95,13 +101,15 @@ def main(argv: list[str] | None = None) -> None:
         write_json(Path(args.output), values)
 
 
-def fold_scores(
+def fold_jobs(
     scorer: ImageTextScorer, test: RetrievalTest, scores_dir: str | None, name: str
-) -> Iterator[np.ndarray]:
-    """Scores the folds of a test one after another, and keeps the scores in `{scores_dir}/{name}-{fold}` if asked."""
-    for index, fold in enumerate(test.folds):
-        folder = None if scores_dir is None else Path(scores_dir) / f"{name}-{index}"
-        yield scorer.score(fold.captions, fold.image_ids, output_dir=folder)
+) -> list[Callable[[], np.ndarray]]:
+    """Lists for each fold of a test a call that scores it, and keeps the scores in `{scores_dir}/{name}-{fold}`."""
+    folders = [None if scores_dir is None else Path(scores_dir) / f"{name}-{index}" for index in range(len(test.folds))]
+    return [
+        partial(scorer.score, fold.captions, fold.image_ids, output_dir=folder)
+        for fold, folder in zip(test.folds, folders, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ once: the table has a row for each of `--candidates` and of `--similarity_weight
 that was measured when the checkpoint was trained. The first stage is the model's own, which must have been trained
 (`unicoder-vl train-first-stage`, or `run_retrieval.py --contrastive_weight`), that of another Unicoder-VL, or a dual
 encoder of transformers. `--num_queries 1000` asks with that many captions and images only, among all there are, if
-200 pairs for each caption take too long. `--scores_dir` keeps what is done: the same command goes on after a kill.
+200 pairs for each caption take too long. `--scores_dir` keeps what is done: the same command goes on after a kill,
+or computes a `--share` of it as a task of an array, see docs/scale.md.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from ...errors import run_script
 from ...files import write_json
 from ...processes import start_processes
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import evaluation_dtype
+from ...runs.evaluation import KeptScoresArguments, evaluation_dtype
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
 from ...search.two_stage import SimilarityWeight
@@ -31,7 +32,7 @@ from .two_stage_report import two_stage_report
 
 
 @dataclass(kw_only=True)
-class TwoStageArguments(SearchArguments):
+class TwoStageArguments(KeptScoresArguments, SearchArguments):
     """Names a search in two stages, and says how much of it is measured."""
 
     protocol: str | None = option(
@@ -49,7 +50,6 @@ class TwoStageArguments(SearchArguments):
         "Weights of the first stage's similarity in the order, score + weight x similarity; a row for "
         "each. Default: 0, and the one that was measured when the checkpoint was trained.",
     )
-    scores_dir: str | None = option(None, "Folder that keeps the scores, to go on after a kill.")
     output: str | None = option(None, "JSON file to write, with the table and its provenance.")
 
 
@@ -62,13 +62,15 @@ def main(argv: list[str] | None = None):
             trained.
     """
     (args,) = make_parser(TwoStageArguments).parse_args_into_dataclasses(argv)
+    share = args.share_of_scores()
     state = start_processes()
     store, captions = args.open_data()
     test = retrieval_test(captions, args.protocol, num_images=args.num_images)
     if len(test.folds) > 1:
         raise ValueError(f"{test.title}: the report is of one fold; give another protocol, or none.")
     model, processor = args.load_scoring(store, captions)
-    scorer = ImageTextScorer(model, processor, store, dtype=evaluation_dtype(args.mixed_precision, model))
+    dtype = evaluation_dtype(args.mixed_precision, model)
+    scorer = ImageTextScorer(model, processor, store, dtype=dtype, share=share)
     encoder = args.open_first_stage(model, processor, store)
     weight = SimilarityWeight.of(None, encoder, scorer)
     weights = args.similarity_weight or sorted({0.0, weight.value})

@@ -1,0 +1,86 @@
+"""The files of examples/accelerate and examples/slurm start what they are for, on CPUs in place of GPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import launch_client
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from places import EXAMPLES
+from two_processes import free_port
+
+from unicoder_vl_hf import UnicoderVLForPreTraining
+
+pytest.importorskip("accelerate", minversion="1.15")  # the first in which FSDP2 was tried
+
+CONFIGS = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
+CLIENT = launch_client.__file__
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of torchrun and accelerate
+SRUN = """\
+#!/bin/bash
+# Starts a command once for each node, at the same time, and fails where one of them does.
+nodes=()
+for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & nodes+=($!); done
+for node in "${nodes[@]}"; do wait "$node" || exit 1; done
+"""
+
+
+def started(words: list, **environment: str) -> list[str]:
+    """What the two processes of a launch say, in their order."""
+    variables = {**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
+    ran = subprocess.run(list(map(str, words)), env=variables, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr
+    return sorted(line for line in ran.stdout.splitlines() if line.startswith("process "))
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    """Variables of a job of Slurm on two nodes of one process each, which are both this machine."""
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho 127.0.0.1\necho 127.0.0.1\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "1"}
+    return {"PATH": f"{tmp_path}{os.pathsep}{PATH}", "PROCESSES_PER_NODE": "1", "MASTER_PORT": str(free_port()), **job}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_knows_each_setting(path):
+    """It raises on an unknown one itself, but for those within, which it passes on as options of `launch`."""
+    config = load_config_from_file(str(path))
+    options = {action.dest for action in launch_command_parser()._actions}
+    for name, values in (("fsdp_config", config.fsdp_config), ("deepspeed_config", config.deepspeed_config)):
+        assert set(values) <= options, name
+        assert bool(values) == (config.distributed_type == name.partition("_")[0].upper())
+
+
+def test_there_is_one_of_each_kind():
+    assert [path.stem for path in CONFIGS] == ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
+
+
+def test_the_layer_that_is_sharded_is_the_models():
+    settings = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    assert settings["fsdp_transformer_layer_cls_to_wrap"] in UnicoderVLForPreTraining._no_split_modules
+
+
+@pytest.mark.slow
+def test_accelerate_starts_fsdp():
+    """Its settings reach the processes. On CPUs accelerate then does without FSDP: see tests/runs/test_fsdp.py."""
+    words = ["accelerate", "launch", "--config_file", EXAMPLES / "accelerate" / "fsdp2.yaml", "--num_processes", "2"]
+    said = started([*words, "--main_process_port", free_port(), CLIENT])
+    assert said == [f"process {rank} of 2 on cpu, UnicoderVLLayer" for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_slurm_starts_accelerate_on_two_nodes(two_nodes):
+    words = [EXAMPLES / "slurm" / "train_accelerate.sh", EXAMPLES / "accelerate" / "ddp.yaml", CLIENT]
+    assert started(words, **two_nodes) == [f"process {rank} of 2 on cpu, plain" for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_slurm_starts_torchrun_on_two_nodes(two_nodes):
+    words = [EXAMPLES / "slurm" / "train.sh", CLIENT]
+    assert started(words, **two_nodes) == [f"process {rank} of 2 on cpu, plain" for rank in range(2)]
