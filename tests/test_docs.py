@@ -141,7 +141,7 @@ def test_commands_name_scripts_and_options_that_exist(page):
     for block in blocks(page, "bash"):
         for command in block.replace("\\\n", " ").splitlines():
             named = re.search(
-                r"(?:examples/(?!slurm/|accelerate/)|-m unicoder_vl_hf\.(?=tasks|scripts))([\w.]+)(.*)", command
+                r"(?:examples/(?!slurm/|launching/)|-m unicoder_vl_hf\.(?=tasks|scripts))([\w.]+)(.*)", command
             )
             if named is None:
                 continue

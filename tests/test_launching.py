@@ -1,4 +1,4 @@
-"""The files of examples/accelerate and examples/slurm start what they are for, on CPUs in place of GPUs."""
+"""The files of examples/launching and examples/slurm start what they are for, on CPUs in place of GPUs."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from unicoder_vl_hf import UnicoderVLForPreTraining
 
 pytest.importorskip("accelerate", minversion="1.15")  # the first in which FSDP2 was tried
 
-CONFIGS = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
+CONFIGS = sorted((EXAMPLES / "launching").glob("*.yaml"))
 CLIENT = launch_client.__file__
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of torchrun and accelerate
 SRUN = """\
@@ -62,21 +62,21 @@ def test_there_is_one_of_each_kind():
 
 
 def test_the_layer_that_is_sharded_is_the_models():
-    settings = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    settings = yaml.safe_load((EXAMPLES / "launching" / "fsdp2.yaml").read_text())["fsdp_config"]
     assert settings["fsdp_transformer_layer_cls_to_wrap"] in UnicoderVLForPreTraining._no_split_modules
 
 
 @pytest.mark.slow
 def test_accelerate_starts_fsdp():
     """Its settings reach the processes. On CPUs accelerate then does without FSDP: see tests/runs/test_fsdp.py."""
-    words = ["accelerate", "launch", "--config_file", EXAMPLES / "accelerate" / "fsdp2.yaml", "--num_processes", "2"]
+    words = ["accelerate", "launch", "--config_file", EXAMPLES / "launching" / "fsdp2.yaml", "--num_processes", "2"]
     said = started([*words, "--main_process_port", free_port(), CLIENT])
     assert said == [f"process {rank} of 2 on cpu, UnicoderVLLayer" for rank in range(2)]
 
 
 @pytest.mark.slow
 def test_slurm_starts_accelerate_on_two_nodes(two_nodes):
-    words = [EXAMPLES / "slurm" / "train_accelerate.sh", EXAMPLES / "accelerate" / "ddp.yaml", CLIENT]
+    words = [EXAMPLES / "slurm" / "train_accelerate.sh", EXAMPLES / "launching" / "ddp.yaml", CLIENT]
     assert started(words, **two_nodes) == [f"process {rank} of 2 on cpu, plain" for rank in range(2)]
 
 

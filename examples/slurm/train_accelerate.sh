@@ -1,6 +1,6 @@
 #!/bin/bash
-# Trains on several nodes by accelerate, as a file of examples/accelerate/ says:
-#   sbatch --nodes=4 examples/slurm/train_accelerate.sh examples/accelerate/fsdp2.yaml examples/run_pretraining.py …
+# Trains on several nodes by accelerate, as a file of examples/launching/ says:
+#   sbatch --nodes=4 examples/slurm/train_accelerate.sh examples/launching/fsdp2.yaml examples/run_pretraining.py …
 #SBATCH --job-name=train
 #SBATCH --output=%x-%j.log
 #SBATCH --nodes=2

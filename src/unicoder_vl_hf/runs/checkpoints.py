@@ -251,7 +251,8 @@ def save_whole(accelerator: Accelerator, model: torch.nn.Module, folder: Path):
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         plain: Any = accelerator.unwrap_model(model)
-        if isinstance(plain, FSDPModule):  # whose class is FSDP's, and so would be the code that is saved along
+        is_sharded = isinstance(plain, FSDPModule)
+        if is_sharded:  # its class is FSDP's, and so would be the code that is saved along
             own: Any = next(each for each in type(plain).__mro__ if not issubclass(each, FSDPModule))
             plain = own.from_pretrained(None, config=plain.config, state_dict=weights)
         plain.save_pretrained(folder)
