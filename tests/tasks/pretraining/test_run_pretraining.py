@@ -151,8 +151,12 @@ def test_log_of_the_loop(straight, script):
     assert [line["learning_rate"] for line in losses] == pytest.approx(
         [1e-3 * (40 - step) / 36 for step in (7, 14, 21, 28, 35)], abs=1e-6
     )
-    # In the table at the end; a Trainer's evaluation is a line before.
-    assert out.count("matching_accuracy") == (1 if script == "run_pretraining" else 2)
+    evaluations = [line for line in log if "eval_matching_accuracy" in line]
+    assert [line["step"] for line in evaluations] == [20, 40]
+    metrics = json.loads((straight / "metrics.json").read_text())
+    assert {f"eval_{name}": round(value, 6) for name, value in metrics.items()} == {
+        name: value for name, value in evaluations[-1].items() if name != "step"
+    }
 
 
 @pytest.fixture
@@ -188,9 +192,8 @@ def test_the_losses_of_what_is_trained_stand_beside_the_bar(script, command, lin
         for file in tmp_path.glob("*.json"):
             assert f"{name}_accuracy" not in file.read_text() and f'"eval_{name}' not in file.read_text()
     assert "{'loss'" not in out + bar  # which transformers prints beside its bar
-    evaluations = [line for line in out.splitlines() if "matching_accuracy" in line and "matching_loss" in line]
-    print(out)
-    assert len(evaluations) == 1  # in a line; a table ends the run of a Trainer
+    # In the table at the end; a Trainer's evaluation is a line before.
+    assert out.count("matching_accuracy") == (1 if script == "run_pretraining" else 2)
 
 
 # Stopped and resumed
