@@ -28,9 +28,11 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@$(VENV)/bin/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "'$(PYTHON) -m venv' failed: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing the package and what it needs into $(VENV): some minutes the first time"
-	@case "$(TORCH)-$$(uname -s)" in default-Linux) echo "About 6 GB, most of it CUDA; without a GPU: make install TORCH=cpu";; esac
+	@case "$(TORCH)-$$(uname -s)" in default-Linux) echo "About 7 GB, most of it CUDA; without a GPU: make install TORCH=cpu";; esac
 	$(if $(filter cpu,$(TORCH)),$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH_CPU))
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	@$(RUN) -c 'import torchvision' || \
+		{ echo "torch and torchvision in $(VENV) are of different builds: rm -rf $(VENV), and install with another TORCH" >&2; exit 1; }
 	@touch $@
 
 test: $(INSTALLED)  ## Run the tests; ARGS='-k name' goes to pytest

@@ -119,6 +119,9 @@ def test_the_command_for_machines_and_without_bars_of_libraries(in_photos, store
 def test_a_calibration_by_hand():
     found = Calibration.fit(np.array([3.0, 1.0, 0.5, -1.0]), np.array([True, True, False, False]))
     assert (found.precision, found.recall, found.threshold, found.num_pairs) == (1.0, 1.0, 0.75, 4)
+    assert str(found).endswith("100.0% and recall 100.0% on 4 pairs.")
+    alike = np.array([0.2, *[0.0] * 9, 0.1, *[0.0] * 9])
+    assert str(Calibration.fit(alike, np.arange(20) < 10)).endswith("20 pairs. That is hardly more than guessing.")
     found = Calibration.fit(np.array([3.0, 1.0, 2.0, 2.0, -1.0]), np.array([True, True, False, False, False]))
     assert (found.precision, found.recall, found.threshold) == (1.0, 0.5, 2.5)  # F1 2/3, and of both matches 2/3 too
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ commands = Commands()
 def _app_arguments(add: Add) -> None:
     add("--model", required=True, help="checkpoint with its processor, whose first stage was trained")
     add("--regions", required=True, help="folder of the store that is searched")
-    add("--photos", help="photos of the store: folder, .tar, or folder of a dataset (default: blank pages)")
+    add("--photos", help="photos of the store: folder, .txt of files, .tar, or dataset (default: blank pages)")
     add("--photo-ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)")
     add("--index", help="index of images to search (default: one of the whole store, made at the start)")
     add("--captions-index", help="index of captions, to be found by a photo (default: none)")

@@ -71,7 +71,8 @@ def _explain_arguments(add: Add) -> None:
     _add_scorer(add)
     add("caption", help="sentence whose score is explained")
     add(
-        "--photos", help="photos of the store, to draw on: folder, .tar, or folder of a dataset (default: a blank page)"
+        "--photos",
+        help="photos of the store, to draw on: folder, .txt, .tar, or dataset (default: a blank page)",
     )
     add("--photo-ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)")
     add("--output", required=True, help="HTML file to write")

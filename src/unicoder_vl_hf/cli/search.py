@@ -117,6 +117,6 @@ def _search(args: Namespace) -> object:
 def _add_encoder(add: Add) -> None:
     add("--model", help="checkpoint of ours; to search, the one that scores (default: as in the index)")
     add("--dual-encoder", help="first stage instead: CLIP, SigLIP or alike, on --photos")
-    add("--photos", help="photos of the store: folder, .tar, or folder of a dataset")
+    add("--photos", help="photos of the store: folder, .txt of files, .tar, or dataset")
     add("--photo-ids", default="stem", help="source of the photos' ids, as --ids of `extract` (default: stem)")
     add_caption_ids(add)

@@ -7,6 +7,8 @@ import numpy as np
 
 # The inverse of a temperature is sought in this range.
 LOWEST, HIGHEST = 1e-4, 1e4
+# Half of the pairs are matches, so that this precision is that of guessing, or nearly.
+HARDLY_MORE_THAN_GUESSING = 0.55
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Calibration:
         return (
             f"Temperature {self.temperature:.4g}; a match from score {self.threshold:+.3f}, with precision "
             f"{self.precision:.1%} and recall {self.recall:.1%} on {self.num_pairs:,} pairs."
+            + (" That is hardly more than guessing." if self.precision < HARDLY_MORE_THAN_GUESSING else "")
         )
 
 
