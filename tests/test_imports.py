@@ -178,9 +178,8 @@ assert not sys.modules.keys() & {set(HEAVY)}, sys.modules.keys() & {set(HEAVY)}
 
 @pytest.mark.parametrize("during", ["numpy", "torch", "transformers"])
 def test_ctrl_c_while_a_command_imports_is_one_line(during):
-    """The signal comes when the module is looked for, by a command that has seen its store."""
-    store = Path(__file__).parent / "golden" / "9bccc44" / "world" / "regions"
-    arguments = ["unicoder-vl", "train-first-stage", "model", "captions", str(store), "output"]
+    """The signal comes when the module is looked for; what runs in the background would ignore it."""
+    arguments = ["unicoder-vl", "train-first-stage", "model", "captions", "regions", "output"]
     code = f"""
 import os, signal, sys
 from unicoder_vl_hf.cli import main
@@ -190,6 +189,7 @@ class Stop:
         if name == {during!r}:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Stop())
 sys.argv = {arguments}
 sys.exit(main())
