@@ -272,6 +272,14 @@ def test_the_encoder_is_made_anew_when_a_weight_has_changed(change, dtype):
     np.testing.assert_array_equal(after, scorer(model, dtype=dtype).score(CAPTIONS, IMAGES))
 
 
+def test_a_frozen_scorer_looks_at_its_weights_no_more(model, expected, monkeypatch):
+    frozen = scorer(model).freeze()
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "fingerprint", lambda model: pytest.fail("the weights were looked at"))
+        assert_close(frozen.score(CAPTIONS, IMAGES), expected)
+    assert_close(pickle.loads(pickle.dumps(frozen)).score(CAPTIONS, IMAGES), expected)
+
+
 def test_a_model_whose_state_is_not_all_in_its_weights_has_no_encoder_kept(model):
     class Switched(torch.nn.LayerNorm):
         """Stands for a module of another library, such as an adapter that can be turned off."""

@@ -24,6 +24,11 @@ def precision_option() -> Any:
     return option("no", "Precision of the computation: auto, no (float32), bf16 or fp16.")
 
 
+def evenly(total: int, most: int) -> range:
+    """Gives at most `most` of the numbers below `total`, at even steps from the first."""
+    return range(0, total, max(1, total // most))[:most]
+
+
 @dataclass(kw_only=True)
 class EvaluationArguments:
     """Names a checkpoint, and the captions and regions that it is evaluated on."""

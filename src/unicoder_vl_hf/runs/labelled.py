@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 from .. import logging
 from ..configuration_unicoder_vl import UnicoderVLConfig
@@ -22,10 +23,10 @@ from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_complete
-from .arguments import ModelArguments, option
+from .arguments import ModelArguments, option, parse_arguments
 from .batches import Collator, WithoutInputs, compute_logits
 from .setup import DATA_FOLDER, Model, TrainingSetup, open_or_convert
-from .trainer import KEEP_BEST, TaskTrainer
+from .trainer import KEEP_BEST, TaskTrainer, train, training_defaults
 
 logger = logging.get_logger(__name__)
 
@@ -33,12 +34,20 @@ REGION_INPUTS = ("region_features", "region_locations", "region_attention_mask",
 # Fields and options of a model that learns the scenes in minutes, see docs/matching_head.md.
 SCENES_INITIALIZER_RANGE = 0.08
 KEEP_MOST_ACCURATE = KEEP_BEST | {"metric_for_best_model": "accuracy"}
-SCENES = {"learning_rate": 1e-3, "train_batch_size": 64, "gradient_accumulation_steps": 1}
+SCENES = {"num_train_epochs": 8, "learning_rate": 1e-3, "train_batch_size": 64, "gradient_accumulation_steps": 1}
 
 
 @dataclass
 class LabelledArguments(ModelArguments):
-    """Names the regions of a run on labelled rows, and the inputs that it is left without."""
+    """
+    Names the regions of a run on labelled rows, and the inputs that it is left without.
+
+    Attributes:
+        given_together (`tuple[str, ...]`): The options that name the data of a run, all or none of them: without them
+            it is on rendered scenes.
+    """
+
+    given_together: ClassVar[tuple[str, ...]] = ("annotations", "validation_annotations", "regions")
 
     regions: str | None = option(
         None, "RegionStore, or feature files, which are converted to one in the output folder.", may_change=True
@@ -55,6 +64,19 @@ class LabelledArguments(ModelArguments):
         "Inputs that every row is left without, to see what the answers owe to them: regions, or the photo, in whose "
         "place comes that of another row.",
     )
+
+    def __post_init__(self):
+        if len({self._is_given(name) for name in self.given_together}) > 1:
+            *others, last = (f"--{name}" for name in self.given_together)
+            raise ValueError(f"Give {', '.join(others)} and {last} together, or none of them for the rendered scenes.")
+
+    @property
+    def on_scenes(self) -> bool:
+        """Whether the run has no rows of its own, and so takes those about rendered scenes."""
+        return not self._is_given(self.given_together[0])
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) not in (None, [])
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -134,6 +156,37 @@ class LabelledTrainer(TaskTrainer):
         with self.accelerator.autocast():
             logits = compute_logits(self.setup.model, self.setup.collator, rows, name="Evaluating", **self.loading)
         return self.setup.measure(logits, rows)
+
+
+def train_labelled(
+    arguments: type[LabelledArguments],
+    prepare: Callable[[Any, str | Path], LabelledSetup],
+    argv: list[str] | None,
+    *,
+    paper: dict[str, Any],
+    scenes: dict[str, Any],
+) -> bool:
+    """
+    Trains with the options of `argv`, and keeps the model of the highest validation accuracy.
+
+    Args:
+        arguments (`type`): The options of the task, beside those of `TrainingArguments`.
+        prepare (callable): Builds the setup of these options in an output folder.
+        argv (`list[str]`, *optional*): The options, by default those of the command line.
+        paper (`dict`): A recipe as [`training_defaults`] takes it, for data of one's own.
+        scenes (`dict`): Other defaults than those of [`SCENES`] on rendered scenes.
+
+    Returns:
+        `bool`: Whether it trained to the end; `False` if Ctrl-C stopped it.
+    """
+    data_args, training_args = parse_arguments(
+        (arguments, TrainingArguments),
+        argv,
+        paper=training_defaults(paper) | KEEP_MOST_ACCURATE,
+        scenes=training_defaults(SCENES) | KEEP_MOST_ACCURATE | scenes,
+        data=f"--{arguments.given_together[0]}",
+    )
+    return train(LabelledTrainer, prepare, data_args, training_args)
 
 
 def named_labels(names: Sequence[str]) -> dict[str, Any]:

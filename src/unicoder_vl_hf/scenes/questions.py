@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from .. import logging
 from ..data.preparation import SPLITS
 from .world import (
     COLOURS,
@@ -35,11 +34,9 @@ from .world import (
     Scene,
     SceneObject,
     build_once,
+    drawn_scenes,
     generator_of,
     place,
-    render_scene,
-    scene_record,
-    scene_store_writer,
 )
 
 FORMS = ("colour", "colours")
@@ -136,18 +133,12 @@ def build_vcr_scenes(
 
 
 def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
-    (folder / "images").mkdir(parents=True)
-    with scene_store_writer(folder / "regions") as writer:
-        for split, count in counts.items():
-            lines: list[str] = []
-            for index in logging.tqdm(range(count), desc=f"Drawing scenes to ask of, {split}", unit="scene"):
-                scene = sample_vcr_scene(index, split, seed)
-                image = render_scene(scene)
-                image.save(folder / "images" / f"{scene.image_id}.png", compress_level=1)
-                (folder / "images" / f"{scene.image_id}.json").write_text(json.dumps(_metadata(scene)))
-                writer.write(scene_record(scene, image))
-                lines += [json.dumps(item) + "\n" for item in _annotations(scene, split, first=len(lines))]
-            (folder / f"{split}.jsonl").write_text("".join(lines))
+    lines: dict[str, list[str]] = {split: [] for split in counts}
+    for split, scene, _ in drawn_scenes(folder, counts, seed, lambda *place: (sample_vcr_scene(*place), None)):
+        (folder / "images" / f"{scene.image_id}.json").write_text(json.dumps(_metadata(scene)))
+        lines[split] += [json.dumps(item) + "\n" for item in _annotations(scene, split, first=len(lines[split]))]
+    for split, of_split in lines.items():
+        (folder / f"{split}.jsonl").write_text("".join(of_split))
 
 
 def _metadata(scene: Scene) -> dict[str, Any]:

@@ -155,6 +155,7 @@ class ImageTextScorer:
         self.verbose = verbose
         self.share = share
         self._made: tuple[Any, PairEncoder] | None = None  # the last encoder, and what it follows from
+        self._is_frozen = False
 
     @classmethod
     def from_pretrained(
@@ -310,8 +311,17 @@ class ImageTextScorer:
         with evaluating(self.model):
             return self._plan(blocks, self._encoder(), set(), start_processes().num_processes)
 
+    def freeze(self) -> Self:
+        """Takes the weights for final: no later call looks whether one has changed, which costs a hash of all."""
+        with evaluating(self.model):
+            self._encoder()
+        self._is_frozen = True
+        return self
+
     def _encoder(self) -> PairEncoder:
         """Makes an encoder, or takes the last one, if it would be the same."""
+        if self._is_frozen and self._made is not None:
+            return self._made[1]
         state = fingerprint(self.model)
         key = (state, self.dtype, self.max_tokens)
         if state is None or self._made is None or self._made[0] != key:

@@ -29,7 +29,7 @@ from ..records_unicoder_vl import RegionRecord
 from ..regions.shuffled import ShuffledStore
 from ..regions.store import RegionStore
 from ..runs.arguments import make_parser, option
-from ..runs.evaluation import EvaluationArguments, evaluation_dtype
+from ..runs.evaluation import EvaluationArguments, evaluation_dtype, evenly
 from ..runs.setup import in_words, is_unicoder_vl
 from ..search.encoders import Photos
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
@@ -130,7 +130,8 @@ def draw_gallery(
     assert args.gallery is not None
     photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
     caption_of = dict(zip(captions["image_id"], captions["caption"], strict=True))
-    image_ids = list(caption_of)[:: max(1, len(caption_of) // IMAGES_SHOWN)][:IMAGES_SHOWN]
+    known_ids = list(caption_of)
+    image_ids = [known_ids[place] for place in evenly(len(known_ids), IMAGES_SHOWN)]
 
     def items() -> Iterator[tuple[str, Image.Image, RegionRecord, Sequence[int], np.ndarray]]:
         for image_id in image_ids:

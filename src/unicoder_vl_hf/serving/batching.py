@@ -50,7 +50,7 @@ class Batcher:
         note: Callable[[int, int], object] = lambda requests, pairs: None,
     ):
         scorer.processor.set_detector(None)  # with one, the scorer would take a name for that of a file, too
-        self.scorer = scorer
+        self.scorer = scorer.freeze()
         self.finder = finder
         self.max_length = max_length
         self._note = note

@@ -9,25 +9,14 @@ Without --annotations it trains a small model on hypotheses about rendered scene
 The model of the highest validation accuracy is kept.
 """
 
-from transformers import TrainingArguments
-
 from ...errors import run_script
-from ...runs.arguments import parse_arguments
-from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
-from ...runs.trainer import train, training_defaults
+from ...runs.labelled import train_labelled
 from .training import PAPER, EntailmentArguments, prepare_entailment
 
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    data_args, training_args = parse_arguments(
-        (EntailmentArguments, TrainingArguments),
-        argv,
-        paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 4}) | KEEP_MOST_ACCURATE,
-        data="--annotations",
-    )
-    return train(LabelledTrainer, prepare_entailment, data_args, training_args)
+    return train_labelled(EntailmentArguments, prepare_entailment, argv, paper=PAPER, scenes={"num_train_epochs": 4})
 
 
 if __name__ == "__main__":

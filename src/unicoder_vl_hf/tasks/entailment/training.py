@@ -38,18 +38,6 @@ class EntailmentArguments(LabelledArguments):
     annotations: str | None = option(None, "Training hypotheses: snli_ve_train.jsonl. Default: rendered scenes.")
     validation_annotations: str | None = option(None, "Validation hypotheses: snli_ve_dev.jsonl.")
 
-    def __post_init__(self):
-        if len({given is None for given in (self.annotations, self.validation_annotations, self.regions)}) > 1:
-            raise ValueError(
-                "Give --annotations, --validation_annotations and --regions together, or none of them for the rendered "
-                "scenes."
-            )
-
-    @property
-    def on_scenes(self) -> bool:
-        """Whether the run has no hypotheses of its own, and so takes those about rendered scenes."""
-        return self.annotations is None
-
 
 @dataclass
 class EntailmentSetup(LabelledSetup):

@@ -8,12 +8,8 @@ Without --refs it trains a small model on expressions about objects of rendered 
 UNITER's for RefCOCO. The model of the highest validation accuracy is kept.
 """
 
-from transformers import TrainingArguments
-
 from ...errors import run_script
-from ...runs.arguments import parse_arguments
-from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
-from ...runs.trainer import train, training_defaults
+from ...runs.labelled import train_labelled
 from .training import PAPER, GroundingArguments, prepare_grounding
 
 # New weights of the usual size do not learn in minutes where things lie.
@@ -22,14 +18,7 @@ PLACES = {"location_initializer_range": 1.0}
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    data_args, training_args = parse_arguments(
-        (GroundingArguments, TrainingArguments),
-        argv,
-        paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE | PLACES,
-        data="--refs",
-    )
-    return train(LabelledTrainer, prepare_grounding, data_args, training_args)
+    return train_labelled(GroundingArguments, prepare_grounding, argv, paper=PAPER, scenes=PLACES)
 
 
 if __name__ == "__main__":

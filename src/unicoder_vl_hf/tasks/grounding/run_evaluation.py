@@ -27,6 +27,7 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
 from ...runs.batches import compute_logits
+from ...runs.evaluation import evenly
 from ...search.encoders import Photos
 from .collator import DataCollatorForUnicoderVLGrounding
 from .data import read_entities, read_references
@@ -111,7 +112,7 @@ def draw(
     """Draws the region that is chosen, with its expression, and the box that is meant."""
     folder, photos = Path(str(args.pictures)), Photos(str(args.photos), args.photo_ids)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(0, len(rows), max(1, len(rows) // args.num_pictures))[: args.num_pictures]:
+    for number in evenly(len(rows), args.num_pictures):
         row, record = rows[number], store[rows[number]["image_id"]]
         width, height = row["image_width"], row["image_height"]
         kept = processor.feature_extractor.select(record)

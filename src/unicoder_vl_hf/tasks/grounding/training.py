@@ -38,6 +38,8 @@ PAPER = {"num_train_epochs": 10, "learning_rate": 5e-5, "train_batch_size": 128,
 class GroundingArguments(LabelledArguments):
     """Names the expressions and the model of a run; without `refs` they refer to objects of rendered scenes."""
 
+    given_together = ("refs", "instances", "regions")
+
     refs: str | None = option(None, "RefCOCO's refs(unc).p, or the same as json. Default: rendered scenes.")
     instances: str | None = option(None, "RefCOCO's instances.json, with the boxes.")
     train_split: str = option("train", "Split to train on.")
@@ -48,17 +50,6 @@ class GroundingArguments(LabelledArguments):
         "What every row is left without, to see what the choice owes to it: its expression, or the photo that its "
         "expression is about, in whose place it has another and the box that is meant there.",
     )
-
-    def __post_init__(self):
-        if len({given is None for given in (self.refs, self.instances, self.regions)}) > 1:
-            raise ValueError(
-                "Give --refs, --instances and --regions together, or none of them for the rendered scenes."
-            )
-
-    @property
-    def on_scenes(self) -> bool:
-        """Whether the run has no expressions of its own, and so takes those of rendered scenes."""
-        return self.refs is None
 
 
 @dataclass

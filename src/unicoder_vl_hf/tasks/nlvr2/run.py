@@ -8,25 +8,14 @@ Without --annotations it trains a small model on sentences about pairs of render
 near UNITER's for NLVR2. The model of the highest validation accuracy is kept.
 """
 
-from transformers import TrainingArguments
-
 from ...errors import run_script
-from ...runs.arguments import parse_arguments
-from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
-from ...runs.trainer import train, training_defaults
+from ...runs.labelled import train_labelled
 from .training import PAPER, NLVR2Arguments, prepare_nlvr2
 
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    data_args, training_args = parse_arguments(
-        (NLVR2Arguments, TrainingArguments),
-        argv,
-        paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 8}) | KEEP_MOST_ACCURATE,
-        data="--annotations",
-    )
-    return train(LabelledTrainer, prepare_nlvr2, data_args, training_args)
+    return train_labelled(NLVR2Arguments, prepare_nlvr2, argv, paper=PAPER, scenes={})
 
 
 if __name__ == "__main__":

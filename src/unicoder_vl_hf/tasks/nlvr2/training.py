@@ -43,18 +43,6 @@ class NLVR2Arguments(LabelledArguments):
         "paired", "Head of the two passes: on both outputs of the pooler, or after the passes asked each other."
     )
 
-    def __post_init__(self):
-        if len({given is None for given in (self.annotations, self.validation_annotations, self.regions)}) > 1:
-            raise ValueError(
-                "Give --annotations, --validation_annotations and --regions together, or none of them for the rendered "
-                "scenes."
-            )
-
-    @property
-    def on_scenes(self) -> bool:
-        """Whether the run has no sentences of its own, and so takes those about rendered scenes."""
-        return self.annotations is None
-
     def with_both(self, rows: datasets.Dataset, store: RegionStore) -> datasets.Dataset:
         """
         Keeps the sentences both of whose photos have regions, as [`~LabelledArguments.with_regions`] keeps rows, and
@@ -63,8 +51,8 @@ class NLVR2Arguments(LabelledArguments):
         Raises:
             `ValueError`: a photo has no regions.
         """
-        sides = [rows.select_columns(name).rename_column(name, "image_id") for name in ("image_id", "second_id")[1:]]
-        photos = datasets.concatenate_datasets([rows.select_columns("image_id"), *sides])
+        second = rows.select_columns("second_id").rename_column("second_id", "image_id")
+        photos = datasets.concatenate_datasets([rows.select_columns("image_id"), second])
         kept = set(self.joined(photos, store, "sentences")["image_id"])
         pairs = zip(rows["image_id"], rows["second_id"], strict=True)
         rows = rows.select([number for number, pair in enumerate(pairs) if kept.issuperset(pair)])

@@ -25,7 +25,7 @@ from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import evaluation_precision, precision_option
+from ...runs.evaluation import evaluation_precision, evenly, precision_option
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import VCRExamples, read_vcr
 from .metrics import vcr_metrics, write_submission
@@ -116,7 +116,7 @@ def report(args: VCREvaluationArguments, rows: Dataset, answers: np.ndarray, rat
         return
     folder = Path(args.pictures)
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(0, len(rows), max(1, len(rows) // args.num_pictures))[: args.num_pictures]:
+    for index in evenly(len(rows), args.num_pictures):
         row, photo = rows[index], Image.open(Path(args.photos, rows[index]["img_fn"]))
         draw_question(folder / f"{row['annot_id']}.png", photo, row, answers[index], rationales[index])
 

@@ -12,25 +12,14 @@ VQA. `--per_device_train_batch_size` counts questions of one process. The model 
 kept; its answers are in the config.
 """
 
-from transformers import TrainingArguments
-
 from ...errors import run_script
-from ...runs.arguments import parse_arguments
-from ...runs.labelled import KEEP_MOST_ACCURATE, SCENES, LabelledTrainer
-from ...runs.trainer import train, training_defaults
+from ...runs.labelled import train_labelled
 from .training import PAPER, VQAArguments, prepare_vqa
 
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    data_args, training_args = parse_arguments(
-        (VQAArguments, TrainingArguments),
-        argv,
-        paper=training_defaults(PAPER) | KEEP_MOST_ACCURATE,
-        scenes=training_defaults(SCENES | {"num_train_epochs": 16}) | KEEP_MOST_ACCURATE,
-        data="--questions",
-    )
-    return train(LabelledTrainer, prepare_vqa, data_args, training_args)
+    return train_labelled(VQAArguments, prepare_vqa, argv, paper=PAPER, scenes={"num_train_epochs": 16})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ...pictures import draw_answers
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import evaluation_precision, precision_option
+from ...runs.evaluation import evaluation_precision, evenly, precision_option
 from ...search.encoders import Photos
 from .data import read_questions
 from .metrics import vqa_metrics
@@ -108,7 +108,7 @@ def draw(
     """Draws questions, evenly over the file, each with its five most probable answers."""
     folder, photos = Path(str(args.pictures)), Photos(str(args.photos), args.photo_ids)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(0, len(rows), max(1, len(rows) // args.num_pictures))[: args.num_pictures]:
+    for number in evenly(len(rows), args.num_pictures):
         row, of_question = rows[number], probabilities[number]
         best = [(answers[label], float(of_question[label])) for label in np.argsort(-of_question)[:5]]
         photo = photos.of(store[row["image_id"]])

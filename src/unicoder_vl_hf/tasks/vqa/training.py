@@ -47,6 +47,8 @@ PAPER = {"num_train_epochs": 7, "learning_rate": 8e-5, "train_batch_size": 96, "
 class VQAArguments(LabelledArguments):
     """Names the questions and the model of a run; without `questions` they are about rendered scenes."""
 
+    given_together = ("questions", "validation_questions", "regions")
+
     questions: list[str] = option([], "Files of questions: VQA's, OK-VQA's or GQA's. Default: rendered scenes.")
     annotations: list[str] = option([], "Files of their answers, in the same order; none for GQA.")
     validation_questions: str | None = option(None, "File of validation questions.")
@@ -60,23 +62,12 @@ class VQAArguments(LabelledArguments):
     )
 
     def __post_init__(self):
-        if bool(self.questions) != (self.regions is not None) or bool(self.questions) != bool(
-            self.validation_questions
-        ):
-            raise ValueError(
-                "Give --questions, --validation_questions and --regions together, or none of them for the rendered "
-                "scenes."
-            )
+        super().__post_init__()
         if self.annotations and len(self.annotations) != len(self.questions):
             raise ValueError(
                 f"{len(self.questions)} files of --questions, but {len(self.annotations)} of --annotations: give as "
                 "many, in the same order."
             )
-
-    @property
-    def on_scenes(self) -> bool:
-        """Whether the run has no questions of its own, and so asks about rendered scenes."""
-        return not self.questions
 
 
 @dataclass
