@@ -159,7 +159,7 @@ class LabelledTrainer(TaskTrainer):
 
 
 def train_labelled(
-    arguments: type[LabelledArguments],
+    arguments: tuple[type[LabelledArguments], type[TrainingArguments]],
     prepare: Callable[[Any, str | Path], LabelledSetup],
     argv: list[str] | None,
     *,
@@ -170,7 +170,7 @@ def train_labelled(
     Trains with the options of `argv`, and keeps the model of the highest validation accuracy.
 
     Args:
-        arguments (`type`): The options of the task, beside those of `TrainingArguments`.
+        arguments (`tuple[type, type]`): The options of the task, and those of the Trainer.
         prepare (callable): Builds the setup of these options in an output folder.
         argv (`list[str]`, *optional*): The options, by default those of the command line.
         paper (`dict`): A recipe as [`training_defaults`] takes it, for data of one's own.
@@ -180,11 +180,11 @@ def train_labelled(
         `bool`: Whether it trained to the end; `False` if Ctrl-C stopped it.
     """
     data_args, training_args = parse_arguments(
-        (arguments, TrainingArguments),
+        arguments,
         argv,
         paper=training_defaults(paper) | KEEP_MOST_ACCURATE,
         scenes=training_defaults(SCENES) | KEEP_MOST_ACCURATE | scenes,
-        data=f"--{arguments.given_together[0]}",
+        data=f"--{arguments[0].given_together[0]}",
     )
     return train(LabelledTrainer, prepare, data_args, training_args)
 

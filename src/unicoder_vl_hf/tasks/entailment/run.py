@@ -9,6 +9,8 @@ Without --annotations it trains a small model on hypotheses about rendered scene
 The model of the highest validation accuracy is kept.
 """
 
+from transformers import TrainingArguments
+
 from ...errors import run_script
 from ...runs.labelled import train_labelled
 from .training import PAPER, EntailmentArguments, prepare_entailment
@@ -16,7 +18,9 @@ from .training import PAPER, EntailmentArguments, prepare_entailment
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    return train_labelled(EntailmentArguments, prepare_entailment, argv, paper=PAPER, scenes={"num_train_epochs": 4})
+    return train_labelled(
+        (EntailmentArguments, TrainingArguments), prepare_entailment, argv, paper=PAPER, scenes={"num_train_epochs": 4}
+    )
 
 
 if __name__ == "__main__":

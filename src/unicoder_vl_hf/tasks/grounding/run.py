@@ -8,6 +8,8 @@ Without --refs it trains a small model on expressions about objects of rendered 
 UNITER's for RefCOCO. The model of the highest validation accuracy is kept.
 """
 
+from transformers import TrainingArguments
+
 from ...errors import run_script
 from ...runs.labelled import train_labelled
 from .training import PAPER, GroundingArguments, prepare_grounding
@@ -18,7 +20,7 @@ PLACES = {"location_initializer_range": 1.0}
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    return train_labelled(GroundingArguments, prepare_grounding, argv, paper=PAPER, scenes=PLACES)
+    return train_labelled((GroundingArguments, TrainingArguments), prepare_grounding, argv, paper=PAPER, scenes=PLACES)
 
 
 if __name__ == "__main__":

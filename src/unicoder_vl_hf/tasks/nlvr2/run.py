@@ -8,6 +8,8 @@ Without --annotations it trains a small model on sentences about pairs of render
 near UNITER's for NLVR2. The model of the highest validation accuracy is kept.
 """
 
+from transformers import TrainingArguments
+
 from ...errors import run_script
 from ...runs.labelled import train_labelled
 from .training import PAPER, NLVR2Arguments, prepare_nlvr2
@@ -15,7 +17,7 @@ from .training import PAPER, NLVR2Arguments, prepare_nlvr2
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    return train_labelled(NLVR2Arguments, prepare_nlvr2, argv, paper=PAPER, scenes={})
+    return train_labelled((NLVR2Arguments, TrainingArguments), prepare_nlvr2, argv, paper=PAPER, scenes={})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ VQA. `--per_device_train_batch_size` counts questions of one process. The model 
 kept; its answers are in the config.
 """
 
+from transformers import TrainingArguments
+
 from ...errors import run_script
 from ...runs.labelled import train_labelled
 from .training import PAPER, VQAArguments, prepare_vqa
@@ -19,7 +21,9 @@ from .training import PAPER, VQAArguments, prepare_vqa
 
 def main(argv: list[str] | None = None) -> bool:
     """Trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
-    return train_labelled(VQAArguments, prepare_vqa, argv, paper=PAPER, scenes={"num_train_epochs": 16})
+    return train_labelled(
+        (VQAArguments, TrainingArguments), prepare_vqa, argv, paper=PAPER, scenes={"num_train_epochs": 16}
+    )
 
 
 if __name__ == "__main__":
