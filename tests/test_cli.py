@@ -180,12 +180,13 @@ def test_images_without_an_id_may_be_skipped(source, tmp_path, capsys):
     assert list(RegionStore(tmp_path / "store")) == ["dog"]
 
 
-def test_an_unknown_option_shows_the_usage_of_its_command(capsys):
+@pytest.mark.parametrize("command", ["search", "explain photo"])  # the second cannot do without
+def test_an_unknown_option_shows_the_usage_of_its_command(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["search", "a dog", "--modle", "m"])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("usage: unicoder-vl search ")
-    assert error.endswith("unicoder-vl search: error: unrecognized arguments: --modle m\n")
+        main([*command.split(), "a dog", "--modle", "m"])
+    error, name = capsys.readouterr().err, command.split()[0]
+    assert ended.value.code == 2 and error.startswith(f"usage: unicoder-vl {name} ")
+    assert error.endswith(f"unicoder-vl {name}: error: there is no option --modle. Did you mean '--model'?\n")
 
 
 def test_version(capsys):
