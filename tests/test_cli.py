@@ -5,6 +5,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -296,6 +297,15 @@ def test_no_option_of_a_detector_is_an_argument_of_a_command():
         own = set(inspect.signature(load).parameters) - {"name", "device", "precision"}
         assert not own & (vars(extract_args).keys() | inspect.signature(extract).parameters.keys())
         assert not own & vars(label_args).keys()
+
+
+def test_no_command_passes_over_an_option():
+    for parser in build_parser().get_default("parsers").values():
+        module = inspect.getmodule(parser.get_default("command").run)
+        read = inspect.getsource(module) + inspect.getsource(importlib.import_module("unicoder_vl_hf.cli.commands"))
+        names = {action.dest for action in parser._actions} - {"help", "json"}
+        passed_over = {name for name in names if not re.search(rf'args\.{name}\b|"{name}"', read)}
+        assert not passed_over, parser.prog
 
 
 # Command -> the function that it stands for, its words, and options that the function has not by their own name.

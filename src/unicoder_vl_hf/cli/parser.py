@@ -1,4 +1,8 @@
-"""`unicoder-vl`: region features, from photos or from files of other tools, and search with them, from the shell."""
+"""
+`unicoder-vl` makes stores of region features, from photos or from files of other tools, looks into them, and scores,
+explains, searches and answers with a trained model. `unicoder-vl COMMAND --help` tells more of one. Training and
+evaluation are scripts of `examples/`.
+"""
 
 import sys
 from argparse import ArgumentParser
