@@ -62,9 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         print("|---|---|" + "--:|" * len(args.seeds))
         for without in ("nothing", BLIND.get(task, "regions"), "photo"):
             words = f"`--without {without}`"
-            shorter = (
-                [] if without == "nothing" or not args.control_epochs else ["--num_train_epochs", args.control_epochs]
-            )
+            control = without != "nothing" and args.control_epochs
+            shorter = ["--num_train_epochs", args.control_epochs] if control else []
             found = [run(task, seed, without, args.output, [*options, *shorter]) for seed in args.seeds]
             for name in found[0]:
                 scale = 1 if name == "seconds" else 100
