@@ -4,6 +4,8 @@ mouse, by keys and on a phone. Skipped without Gradio, Selenium, or Chromium and
 brings them.
 """
 
+import base64
+import io
 import os
 import shutil
 import socket
@@ -13,8 +15,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trained_world
+from PIL import Image
 from places import EXAMPLES, ROOT
 
 pytest.importorskip("gradio", reason="the app needs Gradio: make test-app")
@@ -32,6 +36,32 @@ from unicoder_vl_hf.app import FOUND, PhotoApp
 
 PATIENCE = 60  # seconds, of a busy machine
 SHOTS = os.environ.get("SCREENSHOTS")  # a folder, for those who want to look
+# A detector of one's own, beside the app: it knows each scene again, and gives the regions that were stored of it.
+DETECTOR = """
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unicoder_vl_hf import RegionStore
+
+HERE = Path(__file__).parent
+
+
+class Known:
+    def __init__(self, *, device, precision):
+        self.store, self.provenance = RegionStore(HERE / "regions"), {"detector_revision": "1"}
+        self.photos = {path.stem: self.prepare(Image.open(path)) for path in (HERE / "photos").iterdir()}
+
+    def prepare(self, image):
+        return np.asarray(image.convert("RGB").resize((64, 48)), dtype=float)
+
+    def __call__(self, prepared, image_ids, boxes=None):
+        for photo, image_id in zip(prepared, image_ids, strict=True):
+            nearest = min(self.photos, key=lambda name: abs(self.photos[name] - photo).mean())
+            yield replace(self.store[nearest], image_id=image_id)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +69,10 @@ def space(tmp_path_factory) -> Path:
     """The folder of the example with what it searches: a small model that knows ten scenes."""
     folder = trained_world.build(tmp_path_factory.mktemp("trained"))
     space = shutil.copytree(EXAMPLES / "app", tmp_path_factory.mktemp("app") / "space")
+    (space / "detector.py").write_text(DETECTOR)
+    app, last = (space / "app.py").read_text(), 'beside("captions.index"),'
+    assert last in app
+    (space / "app.py").write_text(app.replace(last, f'{last} detector="detector:Known",'))
     (space / "model").symlink_to(folder / "model")
     for name in ("regions", "photos"):
         (space / name).symlink_to(folder / "world" / name)
@@ -66,12 +100,14 @@ def address(space):
     with open(space / "log.txt", "w") as log:
         process = subprocess.Popen([sys.executable, space / "app.py"], env=variables, stdout=log, stderr=log)
     try:
-        for _ in range(4 * PATIENCE):
+        for _ in range(10 * PATIENCE):
             with socket.socket() as client:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             assert process.poll() is None, (space / "log.txt").read_text()
             time.sleep(0.5)
+        else:
+            raise TimeoutError((space / "log.txt").read_text())
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -198,6 +234,45 @@ def test_a_photo_finds_its_captions(browser, captions):
     found = wait(browser, lambda: shown(browser, ".captions li"))
     texts = [line.text.split(" ", 1)[1] for line in found]
     assert len(found) == FOUND and set(texts[:2]) == captions[image_id] and fits(browser)
+
+
+def upload(browser, path: Path):
+    """Gives a file to the page as the dialog of the browser does, and waits until the page shows it."""
+    (tab,) = shown(browser, "[role=tabpanel]")
+    tab.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
+    picture = one(browser, "[role=tabpanel] img")
+    assert wait(browser, partial(browser.execute_script, "return arguments[0].naturalWidth", picture)) == 192
+
+
+@pytest.fixture
+def taken(space, captions, tmp_path) -> tuple[Path, str]:
+    """A photo of one's own, a JPEG of a scene under another name, and the id of the scene."""
+    image_id = list(captions)[6]
+    with Image.open(space / "photos" / f"{image_id}.png") as scene:
+        scene.convert("RGB").save(tmp_path / "holiday.jpg", quality=90)
+    return tmp_path / "holiday.jpg", image_id
+
+
+def test_an_uploaded_photo_finds_its_captions(browser, captions, taken):
+    path, image_id = taken
+    open_tab(browser, "Search by photo")
+    upload(browser, path)
+    press(browser, "button.primary", "Find captions")
+    found = wait(browser, lambda: shown(browser, ".captions li"))
+    texts = [line.text.split(" ", 1)[1] for line in found]
+    assert set(texts[:2]) == captions[image_id] and in_view(browser, ".captions") and fits(browser)
+
+
+def test_an_uploaded_photo_is_scored_and_explained_on_itself(browser, captions, taken):
+    path, image_id = taken
+    open_tab(browser, "Score a pair")
+    upload(browser, path)
+    field(browser, "Sentence").send_keys(min(captions[image_id]) + Keys.ENTER)
+    assert one(browser, ".explanation", "score +") and in_view(browser, ".explanation") and fits(browser)
+    source = one(browser, ".explanation .whole img").get_attribute("src").partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(source))) as drawn, Image.open(path) as photo:
+        small, scene = (np.asarray(each.convert("L").resize((64, 48)), dtype=float) for each in (drawn, photo))
+    assert np.corrcoef(small.ravel(), scene.ravel())[0, 1] > 0.5
 
 
 def test_a_pair_is_scored_and_what_is_wrong_is_said(browser, captions):
