@@ -135,6 +135,18 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """
+    Removes a folder, renamed first: what has lost some of its files must not pass for a folder that is whole. Removes
+    also what a kill left of an earlier call.
+    """
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
 def replace_folder(folder: Path, new: Path) -> None:
     """
     Gives a folder that is whole the place of another one, which is removed. A kill between the two steps is mended by

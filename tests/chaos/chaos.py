@@ -77,6 +77,7 @@ def kill_all(machine: Machine, chosen: list[Row], kills: int, seed: int) -> None
                 kill_command(machine, row, row.command, rng, folder, min(left, rng.randint(len(row.processes), 3)))
         except AssertionError as error:
             row.problems.append(f"{row.name} in {folder}: {error}")
+            print(row.problems[-1], file=sys.stderr, flush=True)
 
 
 def kill_command(machine: Machine, row: Row, command: Command, rng: random.Random, folder: Path, kills: int) -> None:
@@ -149,6 +150,7 @@ def try_faults(machine: Machine, chosen: list[Command], seed: int) -> tuple[str,
             except AssertionError as error:
                 outcome = "wrong"
                 problems.append(f"{name}, {command.name} in {folder}: {error}")
+                print(problems[-1], file=sys.stderr, flush=True)
             lines.append(f"| {name} | {command.name} | {outcome} |")
     return "\n".join(lines), problems
 
@@ -174,7 +176,6 @@ def main() -> int:
         )
     print(tried)
     problems = [problem for row in chosen for problem in row.problems] + problems
-    print(*problems, sep="\n")
     return int(bool(problems))
 
 

@@ -1,7 +1,8 @@
-"""Faults that are no kills: a full disk, a read-only one, a clock that jumps, renames that report an error though done."""
+"""Faults beside kills: a full disk, a read-only one, a clock that jumps, renames that report an error though done."""
 
 import contextlib
 import errno
+import mmap
 import os
 import random
 import subprocess
@@ -20,11 +21,11 @@ class CannotTry(Exception):
 
 
 @contextlib.contextmanager
-def disk(folder: Path, num_bytes: int) -> Iterator[Callable[[str], None]]:
+def disk(folder: Path, pages: int) -> Iterator[Callable[[str], None]]:
     """A disk of its own at a folder; gives a function that mounts it anew with other options."""
     folder.mkdir(parents=True)
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", folder], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={pages * mmap.PAGESIZE}", "tmpfs", folder], capture_output=True, text=True
     )
     if done.returncode:
         raise CannotTry(f"no small disk can be mounted: {done.stderr.strip()}")
@@ -55,7 +56,7 @@ def finished(machine: Machine, command: Command, folder: Path) -> Run:
 def full_disk(machine: Machine, command: Command, folder: Path, rng: random.Random) -> str:
     """It says so, what was there stays, and when there is space the same command goes on."""
     whole = machine.undisturbed(command)
-    with disk(folder, max(2**14, int(whole.num_bytes * rng.uniform(0.3, 0.8)))) as mount_again:
+    with disk(folder, 2 + int(whole.pages * rng.uniform(0.3, 0.7))) as mount_again:
         (folder / "theirs").write_text("a file of somebody else")
         first = machine.start_command(command, folder / "work")
         failed(first, "No space left on device")
@@ -69,13 +70,15 @@ def full_disk(machine: Machine, command: Command, folder: Path, rng: random.Rand
 
 def read_only(machine: Machine, command: Command, folder: Path, rng: random.Random) -> str:
     """It names the folder before it works, be it new or begun, and goes on when it may write."""
-    with disk(folder, 2**30) as mount_again:
+    with disk(folder, 2**18) as mount_again:
         work = folder / "work"
         work.mkdir()
         for begun in (False, True):
             if begun:
                 fault = KILL, machine.undisturbed(command).events // 2, 0
-                machine.start_command(command, work, fault=fault).wait()
+                run = machine.start_command(command, work, fault=fault)
+                run.wait()
+                run.kill(whole=True)  # its readers, too, which still write to the disk
             mount_again("ro")
             run = machine.start_command(command, work)
             failed(run, "Read-only file system", "out")
@@ -104,14 +107,17 @@ def clock(machine: Machine, command: Command, folder: Path, rng: random.Random) 
 
 def renames(machine: Machine, command: Command, folder: Path, rng: random.Random) -> str:
     """A rename is done and reports an error, as on NFS: the command ends, or not, and run again it goes on."""
-    number = rng.randint(1, machine.undisturbed(command).renames)
+    count = machine.undisturbed(command).renames
+    if not count:
+        raise CannotTry("it renames nothing")
+    number = rng.randint(1, count)
     error = rng.choice([errno.ESTALE, errno.EEXIST, errno.ENOENT, errno.EIO])
     run = machine.start_command(command, folder, fault=(RENAME, number, error))
     code = run.wait()
     if code:
         failed(run, os.strerror(error))
     finished(machine, command, folder)
-    return f"rename {number} of {machine.undisturbed(command).renames}, {errno.errorcode[error]}: ended with {code}"
+    return f"rename {number} of {count}, {errno.errorcode[error]}: ended with {code}"
 
 
 FAULTS = {"full disk": full_disk, "read-only disk": read_only, "clock": clock, "rename": renames}

@@ -42,8 +42,12 @@ def main(folder: Path) -> None:
     (folder / "photos").mkdir(parents=True)
     for seed in range(24):
         photo(8, 6, seed).save(folder / "photos" / f"{seed:02d}.png")
+    (folder / "photos" / "broken.png").write_text("no photo")
     whole = [record for record in map(region_stores.make, range(1, 200, 2)) if complete(record)][:24]
     export(region_stores.write_store(whole, folder / "whole"), folder / "features.tsv", "lxmert-tsv")
+    lines = (folder / "features.tsv").read_bytes().splitlines(keepends=True)
+    lines.insert(15, lines[4].replace(b"photo", b"broken").replace(b"=", b"!"))
+    (folder / "features.tsv").write_bytes(b"".join(lines))
     for part in range(3):
         region_stores.write_store(map(region_stores.make, range(8 * part, 8 * part + 8)), folder / "parts" / str(part))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -51,7 +52,7 @@ class Run:
 
     @property
     def output(self) -> str:
-        return self._output.read_text(errors="replace")
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
 
     @cached_property
     def told(self) -> list[str]:
@@ -75,7 +76,7 @@ class Undisturbed:
     events: int
     renames: int
     units: int
-    num_bytes: int
+    pages: int
 
 
 class Machine:
@@ -163,9 +164,9 @@ class Machine:
             seconds = time.monotonic() - run.began
             assert run.numbers("world") == ([processes] * processes if processes > 1 else []), run.told
             files = content(folder)
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            pages = sum(-(-path.stat().st_size // mmap.PAGESIZE) for path in folder.rglob("*") if path.is_file())
             events, renames = (max(run.numbers(name), default=0) for name in ("events", "renames"))
-            self._undisturbed[key] = Undisturbed(files, seconds, events, renames, len(run.units), size)
+            self._undisturbed[key] = Undisturbed(files, seconds, events, renames, len(run.units), pages)
         return self._undisturbed[key]
 
 

@@ -1,6 +1,6 @@
 """
-Commands that are killed at random go on and write what undisturbed ones write: `chaos.py` in short. A seed of its own is
-in each failure; `make chaos` kills a hundred times, and tries every fault with every command.
+Commands that are killed at random go on and write what undisturbed ones write: `chaos.py` in short.
+`make chaos` kills a hundred times, and tries every fault with every command.
 """
 
 import random

@@ -1,13 +1,18 @@
 """The checkpoints of a run: written whole or not at all, limited in number, resumed exactly."""
 
+import errno
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProcessorMixin
@@ -20,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 CARD_FILE = "README.md"  # written last
+LEAST_FREE = 2**20  # bytes: a disk that has less is full
 
 
 class CheckpointFolder:
@@ -45,8 +51,13 @@ class CheckpointFolder:
 
     def list(self) -> list[Path]:
         """Lists the complete checkpoints, oldest first."""
-        found = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-        return sorted(filter(self._is_complete, found), key=lambda path: int(path.name[11:]))
+        return sorted(filter(self._is_complete, self._all()), key=lambda path: int(path.name[11:]))
+
+    def remove_leftovers(self):
+        """Removes checkpoints whose saving or removal was cut short."""
+        unfinished = [path for path in self._all() if not self._is_complete(path)]
+        for path in (*unfinished, *self.output_dir.glob("partial-*")):
+            shutil.rmtree(path)
 
     def is_finished(self) -> bool:
         """Whether the run came to its end: its folder has the model and the card, which is written last."""
@@ -67,7 +78,10 @@ class CheckpointFolder:
             `FinishedRun`: the latest checkpoint is asked for, but the run is finished and has none.
             `ValueError`: the checkpoint does not exist or is not whole; or a run is to begin in a folder that holds
                 one.
+            `OSError`: nothing can be written into the folder.
         """
+        if self.output_dir.exists():
+            tempfile.TemporaryFile(dir=self.output_dir).close()  # where nothing can be written, no step is taken
         present = self.list()
         if requested is None:
             if self.is_finished():
@@ -187,8 +201,7 @@ class CheckpointFolder:
         final = self.output_dir / f"checkpoint-{state['step']}"
         partial = self.output_dir / f"partial-{state['step']}"
         if accelerator.is_main_process:
-            for leftover in self.output_dir.glob("partial-*"):  # of a save or a removal that was cut short
-                shutil.rmtree(leftover)
+            self.remove_leftovers()
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
@@ -204,14 +217,34 @@ class CheckpointFolder:
                 self._remove(old)
         accelerator.wait_for_everyone()
 
+    def _all(self) -> Iterator[Path]:
+        return (path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit())
+
     def _is_complete(self, checkpoint: Path) -> bool:
-        return (checkpoint / self.state_file).is_file()
+        try:
+            return bool(json.loads((checkpoint / self.state_file).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # there is none, or a kill cut it short
+            return False
 
     def _remove(self, checkpoint: Path):
         """Removes a checkpoint, renamed first: what has lost some of its files must not pass for one."""
         doomed = self.output_dir / f"partial-old-{checkpoint.name}"
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """
+    Runs a block that saves into a folder. Where its disk is full, raises the OSError that says so and names the folder,
+    in place of what libraries raise then.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(folder).free > LEAST_FREE:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def follow_schedule(scheduler: LRScheduler):

@@ -14,6 +14,7 @@ launcher, or each is a [`Share`], such as a task of a scheduler's array, which k
 import json
 import os
 import struct
+import sys
 import time
 import uuid
 import zlib
@@ -248,6 +249,9 @@ class BlockFolder:
     def _assemble(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> None:
         partial = self.path / f"{uuid.uuid4().hex}.partial"
         scores = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        if sys.platform == "linux":  # a map of more than a full disk holds would end the process by a signal
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         flat = scores.reshape(-1)  # a view
         missing = set(range(num_blocks))
         self._offsets.clear()
