@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place and renamed, locked, begun anew."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from typing import IO, Any
 from . import logging
 
 logger = logging.get_logger(__name__)
+
+LEAST_FREE = 2**20  # bytes: a disk that has less is full
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,6 +53,20 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
         complete(file, path)
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """
+    Runs a block that saves into a folder. Where its disk is full, raises the OSError that says so and names the folder,
+    in place of what libraries raise then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) or shutil.disk_usage(folder).free > LEAST_FREE:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def json_digest(value: Any) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from chaos_commands import COMMANDS, Command
 from chaos_faults import FAULTS, CannotTry
-from chaos_machine import KILL, Machine, Run, content, differing
+from chaos_machine import KILL, Machine, Run, content, differing, records
 from chaos_serving import expected_answers, kill_while_it_answers
 
 
@@ -112,7 +112,11 @@ def kill_command(machine: Machine, row: Row, command: Command, rng: random.Rando
         lost = len(run.units & set().union(*(later.units for later in runs[number + 1 :])))
         row.most_lost = max(row.most_lost, lost)
         assert lost <= row.allowed, f"kill {number} lost {lost} units, at most {row.allowed} expected"
-    names = differing(content(folder), machine.undisturbed(command, row.processes[-1]).content)
+    whole = machine.undisturbed(command, row.processes[-1])
+    if command.any_order and max(row.processes) > 1:
+        names = differing(records(folder), whole.records)
+    else:
+        names = differing(content(folder), whole.content)
     assert not names, f"differs in {names}"
 
 

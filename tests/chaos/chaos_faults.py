@@ -29,8 +29,16 @@ def disk(folder: Path, pages: int) -> Iterator[Callable[[str], None]]:
     )
     if done.returncode:
         raise CannotTry(f"no small disk can be mounted: {done.stderr.strip()}")
+
+    def mount_again(options: str) -> None:
+        for _ in range(300):  # killed processes let go of their files a little later
+            if subprocess.run(["mount", "-o", f"remount,{options}", folder], capture_output=True).returncode == 0:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{folder} cannot be mounted {options}")
+
     try:
-        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+        yield mount_again
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
 

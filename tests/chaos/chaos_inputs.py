@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
     whole = [record for record in map(region_stores.make, range(1, 200, 2)) if complete(record)][:24]
     export(region_stores.write_store(whole, folder / "whole"), folder / "features.tsv", "lxmert-tsv")
     lines = (folder / "features.tsv").read_bytes().splitlines(keepends=True)
-    lines.insert(15, lines[4].replace(b"photo", b"broken").replace(b"=", b"!"))
+    lines.insert(15, lines[4].replace(b"photo", b"broken")[:-9] + b"\n")
     (folder / "features.tsv").write_bytes(b"".join(lines))
     for part in range(3):
         region_stores.write_store(map(region_stores.make, range(8 * part, 8 * part + 8)), folder / "parts" / str(part))

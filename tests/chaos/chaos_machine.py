@@ -13,11 +13,12 @@ import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 from chaos_commands import NOT_BYTES, Command
+from safetensors.numpy import load_file
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -72,6 +73,7 @@ class Undisturbed:
     """What an undisturbed run wrote, and how long it took."""
 
     content: dict[str, Any]
+    records: dict[bytes, Any]
     seconds: float
     events: int
     renames: int
@@ -123,7 +125,9 @@ class Machine:
         self._server.stdin.flush()
         return json.loads(self._answer())
 
-    def start(self, words: list[str], folder: Path, processes: int = 1, fault=(NONE, 0, 0), rank: int = 0) -> Run:
+    def start(
+        self, words: list[str], folder: Path, processes: int = 1, unit: str = "", fault=(NONE, 0, 0), rank: int = 0
+    ) -> Run:
         """Starts a command in a folder, the fault in one of its processes."""
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
@@ -139,7 +143,7 @@ class Machine:
             pids.append(
                 self.ask(
                     words=words, folder=str(folder), environment=shared | own, output=str(output), units=str(units),
-                    fault=fault if each == rank else (NONE, 0, 0),
+                    unit=unit, fault=fault if each == rank else (NONE, 0, 0),
                 )
             )  # fmt: skip
         return Run(self, pids, output, units)
@@ -152,7 +156,7 @@ class Machine:
         if command.trains and any(folder.glob("out/checkpoint-*/train*_state.json")):
             words += ["--resume_from_checkpoint", "latest"]
         folder.mkdir(parents=True, exist_ok=True)
-        return self.start(words, folder, processes, **options)
+        return self.start(words, folder, processes, command.unit, **options)
 
     def undisturbed(self, command: Command, processes: int = 1) -> Undisturbed:
         """Runs a command without a fault, once."""
@@ -164,9 +168,12 @@ class Machine:
             seconds = time.monotonic() - run.began
             assert run.numbers("world") == ([processes] * processes if processes > 1 else []), run.told
             files = content(folder)
-            pages = sum(-(-path.stat().st_size // mmap.PAGESIZE) for path in folder.rglob("*") if path.is_file())
+            sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+            pages = sum(-(-size // mmap.PAGESIZE) for size in sizes)
             events, renames = (max(run.numbers(name), default=0) for name in ("events", "renames"))
-            self._undisturbed[key] = Undisturbed(files, seconds, events, renames, len(run.units), pages)
+            self._undisturbed[key] = Undisturbed(
+                files, records(folder), seconds, events, renames, len(run.units), pages
+            )
         return self._undisturbed[key]
 
 
@@ -191,6 +198,21 @@ def content(folder: Path) -> dict[str, Any]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         rules = [rule for pattern, rule in NOT_BYTES.items() if fnmatch(path.name, pattern)]
         found[str(path.relative_to(folder))] = (*rules, bytes)[0](path.read_bytes())
+    return found
+
+
+def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
+    """Reads what a store holds of each image, in whatever order."""
+    found = {}
+    for path in (folder / "out").glob("regions-*.safetensors"):
+        tensors = load_file(path)
+        texts, regions = tensors.pop("image_id_offsets"), tensors.pop("region_offsets")
+        text = tensors.pop("image_ids").tobytes()
+        of_image = {name: tensors.pop(name) for name in ("image_sizes", "present", "checksums")}
+        for row, (first, last) in enumerate(pairwise(texts)):
+            own = {name: tensor[row].tobytes() for name, tensor in of_image.items()}
+            own |= {name: tensor[regions[row] : regions[row + 1]].tobytes() for name, tensor in tensors.items()}
+            found[text[first:last]] = own
     return found
 
 

@@ -27,7 +27,7 @@ unicoder_vl_hf.tasks.retrieval.run_evaluation unicoder_vl_hf.serving.server
 """.split()
 SECONDS = 300  # after which a command that hangs ends
 
-units = None  # file of what this process has done
+unit = units = None  # the function that does a unit of a child's work, and the file that tells of them
 
 
 def report(*lines: object) -> None:
@@ -53,12 +53,13 @@ def replaced(name: str, wrap) -> None:
     setattr(place, attribute, wrap(getattr(place, attribute)))
 
 
-def tell_units(of):
+def tell_units(name, of):
     def wrap(function):
         @functools.wraps(function)
         def call(*arguments, **options):
             result = function(*arguments, **options)
-            report(*of(*arguments))
+            if name == unit:
+                report(*of(*arguments))
             return result
 
         return call
@@ -77,7 +78,8 @@ def tell_world(function):
 
 def work(request: dict, faults) -> None:
     """A child's life."""
-    global units
+    global unit, units
+    unit = request["unit"]
     os.setpgid(0, 0)
     signal.alarm(SECONDS)
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -132,7 +134,7 @@ def main() -> None:
 
     make_blocks_small()
     for name, of in {command.unit: command.units for command in COMMANDS}.items():
-        replaced(name, tell_units(of))
+        replaced(name, tell_units(name, of))
     replaced("torch.distributed:init_process_group", tell_world)
     faults = ctypes.CDLL(sys.argv[1]) if sys.argv[1:] else None
     codes: dict[int, int] = {}

@@ -1,18 +1,15 @@
 """The checkpoints of a run: written whole or not at all, limited in number, resumed exactly."""
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import ProcessorMixin
@@ -25,7 +22,6 @@ logger = logging.get_logger(__name__)
 
 
 CARD_FILE = "README.md"  # written last
-LEAST_FREE = 2**20  # bytes: a disk that has less is full
 
 
 class CheckpointFolder:
@@ -222,29 +218,16 @@ class CheckpointFolder:
 
     def _is_complete(self, checkpoint: Path) -> bool:
         try:
-            return bool(json.loads((checkpoint / self.state_file).read_text(encoding="utf-8")))
+            json.loads((checkpoint / self.state_file).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # there is none, or a kill cut it short
             return False
+        return True
 
     def _remove(self, checkpoint: Path):
         """Removes a checkpoint, renamed first: what has lost some of its files must not pass for one."""
         doomed = self.output_dir / f"partial-old-{checkpoint.name}"
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
-
-
-@contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
-    """
-    Runs a block that saves into a folder. Where its disk is full, raises the OSError that says so and names the folder,
-    in place of what libraries raise then.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if shutil.disk_usage(folder).free > LEAST_FREE:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def follow_schedule(scheduler: LRScheduler):

@@ -16,9 +16,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer_callback import ExportableState
 
 from ..data.samplers import TokenBatchSampler
+from ..files import full_disk_named
 from ..processes import Computing, StopSignal
 from .arguments import ModelArguments
-from .checkpoints import CheckpointFolder, follow_schedule, full_disk_named
+from .checkpoints import CheckpointFolder, follow_schedule
 from .log import LossMeter, beside_the_bar, in_a_line, in_a_table
 from .model_card import TrainingRun, write_model_card
 from .setup import TrainingSetup

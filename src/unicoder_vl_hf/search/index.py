@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from .. import logging
 from ..extras import optional_import
-from ..files import json_digest, put_back, remove_folder, replace_folder, write_json
+from ..files import full_disk_named, json_digest, put_back, remove_folder, replace_folder, write_json
 from ..processes import start_processes
 from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
@@ -264,7 +264,8 @@ def build_index(
     if state.is_main_process:
         whole = work / "whole"
         shutil.rmtree(whole, ignore_errors=True)  # of a call that was killed while it wrote
-        _write(whole, rows if before is None else np.concatenate([before.embeddings[kept], rows]), names, facts)
+        with full_disk_named(work):
+            _write(whole, rows if before is None else np.concatenate([before.embeddings[kept], rows]), names, facts)
         if output.exists():
             os.replace(output, old)
         os.replace(whole, output)

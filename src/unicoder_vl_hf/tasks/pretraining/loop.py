@@ -19,15 +19,10 @@ from transformers import get_linear_schedule_with_warmup
 from ... import logging
 from ...data.negatives import pairs_digest
 from ...data.samplers import StepBatchSampler
+from ...files import full_disk_named
 from ...processes import Computing, StopSignal
 from ...runs.arguments import option, run_identity
-from ...runs.checkpoints import (
-    CheckpointFolder,
-    follow_schedule,
-    full_disk_named,
-    save_weights_as_pretrained,
-    save_whole,
-)
+from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained, save_whole
 from ...runs.log import JsonLog, LossMeter, beside_the_bar, in_a_line, in_a_table
 from ...runs.model_card import TrainingRun, finish_run
 from .evaluation import evaluate_pretraining
