@@ -77,7 +77,8 @@ def kill_all(machine: Machine, chosen: list[Row], kills: int, seed: int) -> None
                 kill_command(machine, row, row.command, rng, folder, min(left, rng.randint(len(row.processes), 3)))
         except AssertionError as error:
             row.problems.append(f"{row.name} in {folder}: {error}")
-            print(row.problems[-1], file=sys.stderr, flush=True)
+            print(row.problems[-1], file=sys.stderr)
+        print(row, file=sys.stderr, flush=True)  # as far as it has come
 
 
 def kill_command(machine: Machine, row: Row, command: Command, rng: random.Random, folder: Path, kills: int) -> None:
@@ -156,6 +157,7 @@ def try_faults(machine: Machine, chosen: list[Command], seed: int) -> tuple[str,
                 problems.append(f"{name}, {command.name} in {folder}: {error}")
                 print(problems[-1], file=sys.stderr, flush=True)
             lines.append(f"| {name} | {command.name} | {outcome} |")
+            print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines), problems
 
 
