@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -72,6 +73,11 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 def json_digest(value: Any) -> str:
     """The SHA-256 of a value as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError, which names the folder, where nothing can be written into it: before work is lost by that."""
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def make_folder(folder: Path) -> None:

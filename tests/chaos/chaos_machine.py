@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 NONE, KILL, RENAME, CLOCK = range(4)  # of faults.c
-PATIENCE = 120  # seconds that a command may take
+PATIENCE = 300  # seconds that a command may take, on a machine that is busy with others
 
 
 class Run:
@@ -36,7 +36,7 @@ class Run:
     def wait(self, seconds: float = PATIENCE) -> int | None:
         """Waits for its end and gives the exit code; None if it goes on. As a launcher, kills all where one fails."""
         codes = self.machine.ask(pids=self.pids, seconds=seconds)
-        code = next(filter(None, codes), None if None in codes else 0)
+        code = min(filter(None, codes), default=None if None in codes else 0)  # a signal before what came of it
         if code and None in codes:
             self.kill(whole=True)
         return code

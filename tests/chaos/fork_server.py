@@ -25,7 +25,7 @@ unicoder_vl_hf.regions.extraction unicoder_vl_hf.regions.conversion unicoder_vl_
 unicoder_vl_hf.tasks.pretraining.run unicoder_vl_hf.tasks.retrieval.run unicoder_vl_hf.tasks.retrieval.mining
 unicoder_vl_hf.tasks.retrieval.run_evaluation unicoder_vl_hf.serving.server
 """.split()
-SECONDS = 300  # after which a command that hangs ends
+SECONDS = 600  # after which a command that hangs ends
 
 unit = units = None  # the function that does a unit of a child's work, and the file that tells of them
 

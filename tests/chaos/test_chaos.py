@@ -1,6 +1,6 @@
 """
-Commands that are killed at random go on and write what undisturbed ones write: `chaos.py` in short.
-`make chaos` kills a hundred times, and tries every fault with every command.
+Commands that are killed at random go on and write what undisturbed ones write: `chaos.py` in short, so that CI has some
+kills and faults of each kind. `make chaos` kills a hundred times, and tries every fault with every command.
 """
 
 import random
@@ -25,18 +25,15 @@ def named(name: str) -> chaos.Row:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, name", enumerate(row.name for row in chaos.rows()))
-def test_a_killed_command_goes_on(machine, number, name):
+@pytest.mark.parametrize("name", ["extract", "score", "pre-train"])
+def test_a_killed_command_goes_on(machine, name):
     row = named(name)
-    chaos.kill_all(machine, [row], 1, SEED + number)
-    assert not row.problems and row.kills == 1
+    chaos.kill_all(machine, [row], 2, SEED)
+    assert not row.problems and row.kills == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault, name",
-    [("full disk", "extract"), ("read-only disk", "fine-tune"), ("clock", "fine-tune"), ("rename", "index")],
-)
+@pytest.mark.parametrize("fault, name", [("full disk", "score"), ("read-only disk", "score"), ("rename", "extract")])
 def test_a_fault_is_said_and_survived(machine, fault, name, tmp_path):
     if machine.faults is None:
         pytest.skip("there is no gcc, which compiles faults.c")

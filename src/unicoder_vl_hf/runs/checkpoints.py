@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import ProcessorMixin
 
 from .. import logging
 from ..errors import FinishedRun
+from ..files import check_writable
 from ..processes import Computing
 
 logger = logging.get_logger(__name__)
@@ -77,7 +77,7 @@ class CheckpointFolder:
             `OSError`: nothing can be written into the folder.
         """
         if self.output_dir.exists():
-            tempfile.TemporaryFile(dir=self.output_dir).close()  # where nothing can be written, no step is taken
+            check_writable(self.output_dir)
         present = self.list()
         if requested is None:
             if self.is_finished():

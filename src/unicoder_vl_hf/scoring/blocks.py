@@ -28,6 +28,7 @@ import numpy as np
 
 from .. import logging
 from ..errors import FinishedRun
+from ..files import check_writable
 
 logger = logging.get_logger(__name__)
 
@@ -170,6 +171,7 @@ class BlockFolder:
 
     Raises:
         `ValueError`: the folder holds another job, and the message names what differs; or other files and no job.
+        `OSError`: nothing can be written into the folder.
     """
 
     def __init__(self, path: str | os.PathLike, job: dict[str, Any], process: int = 0, share: Share | None = None):
@@ -193,6 +195,8 @@ class BlockFolder:
             raise ValueError(
                 f"{self.path} holds scores of another job: {details}. Give those values, or another folder."
             )
+        if not self.is_complete:
+            check_writable(self.path)
         self.done = {block for block, _ in self._read_new()}
 
     @property
