@@ -65,7 +65,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) or shutil.disk_usage(folder).free > LEAST_FREE:
+        if isinstance(error, ValueError) or not folder.exists() or shutil.disk_usage(folder).free > LEAST_FREE:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from chaos_commands import COMMANDS, Command
-from chaos_faults import FAULTS, CannotTry
+from chaos_faults import FAULTS, CannotTry, try_fault
 from chaos_machine import KILL, Machine, Run, content, differing, records
 from chaos_serving import expected_answers, kill_while_it_answers
 
@@ -145,11 +145,12 @@ def kill_server(machine: Machine, row: Row, rng: random.Random, folder: Path) ->
 def try_faults(machine: Machine, chosen: list[Command], seed: int) -> tuple[str, list[str]]:
     """Tries each fault with each command; a table, and what is wrong."""
     lines, problems = ["| fault | command | outcome |", "|---|---|---|"], []
-    for name, fault in FAULTS.items():
+    for name in FAULTS:
         for command in chosen:
-            folder = machine.folder / "faults" / f"{name.replace(' ', '-')}-{command.name}"
+            folder = machine.folder / "faults" / f"{name}-{command.name}".replace(" ", "-")
+            rng = random.Random(f"{seed} {name} {command.name}")
             try:
-                outcome = fault(machine, command, folder, random.Random(f"{seed} {name} {command.name}"))
+                outcome = try_fault(name, machine, command, folder, rng)
             except CannotTry as reason:
                 outcome = f"not tried: {reason}"
             except AssertionError as error:

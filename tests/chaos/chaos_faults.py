@@ -129,3 +129,16 @@ def renames(machine: Machine, command: Command, folder: Path, rng: random.Random
 
 
 FAULTS = {"full disk": full_disk, "read-only disk": read_only, "clock": clock, "rename": renames}
+
+
+def try_fault(name: str, machine: Machine, command: Command, folder: Path, rng: random.Random) -> str:
+    """
+    Tries a fault with a command in a new folder, and tells what came of it.
+
+    Raises:
+        AssertionError: The command does not stand it.
+        CannotTry: The fault cannot be made here.
+    """
+    if machine.faults is None:
+        raise CannotTry("there is no gcc, which compiles faults.c")
+    return FAULTS[name](machine, command, folder, rng)
