@@ -209,7 +209,7 @@ class TaskTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
-        """Saves what Trainer saves before its state, which makes a checkpoint whole: now also that of all processes."""
+        """Saves all that a checkpoint needs before Trainer's state, which makes it whole: of every process, too."""
         super()._save_rng_state(output_dir)
         if self.is_world_process_zero():
             self.computing.save(Path(output_dir))
