@@ -786,7 +786,11 @@ def test_checkpoints_are_numbered_and_limited(tmp_path):
         save(folder, step)
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-999").mkdir()  # not whole
+    (tmp_path / "checkpoint-998").mkdir()
+    (tmp_path / "checkpoint-998" / folder.state_file).touch()  # nor this one: a kill came while it was written
     assert [path.name for path in folder.list()] == ["checkpoint-50", "checkpoint-100"]
+    folder.remove_leftovers()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-50", "checkpoint-100", "checkpoint-best"}
     with pytest.raises(ValueError, match="save_total_limit=0"):
         CheckpointFolder(tmp_path, keep=0)
 
