@@ -10,6 +10,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import getLogger
 from typing import Any
 
 import ray
@@ -81,8 +82,10 @@ def _ray() -> Iterator[None]:
     """Connects to Ray, quietly; what is started for that on this machine ends with the block."""
     started = not ray.is_initialized()
     if started:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of a risk that Ray Data takes care of
         here = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
-        ray.init(logging_level="WARNING", log_to_driver=False, **here)
+        ray.init(logging_level="ERROR", log_to_driver=False, **here)
+    getLogger("ray.data").setLevel("ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
