@@ -101,7 +101,7 @@ class _Files:
         path, _, offset, length = self.places[index]
         with path.open("rb") as file:
             file.seek(offset)
-            return file.read(length)
+            return file.read(None if length < 0 else length)
 
     def only(self, indices: Sequence[int]) -> "_Files":
         return _Files([self.ids[index] for index in indices], [self.places[index] for index in indices])
