@@ -36,6 +36,7 @@ def address():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # by default they wait for every other process of the machine
         started = ray.init(num_cpus=2, object_store_memory=200 * 2**20, **options)
         yield started.address_info["gcs_address"]
         ray.shutdown()
