@@ -8,7 +8,6 @@ or photos a batch.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -24,7 +23,7 @@ from accelerate.utils import parse_flag_from_env
 
 from .. import logging
 from ..extras import optional_import
-from ..files import begun_anew, locked, make_folder, say_finished
+from ..files import begun_anew, locked, make_folder, remove_folder, say_finished
 from ..name_lists import numbered_lines
 from ..records_unicoder_vl import check_several
 from ..shares import FinishedShare, MissingShares, Share
@@ -382,4 +381,4 @@ def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: Pho
     skips += [row for row in read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
     skips += [{"image_id": None, "file": file, "reason": reason} for file, reason in source.left_out]
     write_skipped(folder, sorted(skips, key=lambda row: row["file"]))
-    shutil.rmtree(parts)
+    remove_folder(parts)
