@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("torchvision")
 
 from extract_client import ColourDetector
-from photos import SIZES, photo
+from photos import SIZES, as_tables, as_tar, photo
 from PIL import Image
 from two_processes import Processes
 
@@ -851,6 +851,15 @@ def bits(store: RegionStore) -> list[tuple]:
         (record.image_id, record.image_width, record.image_height, record.boxes.tobytes(), record.features.tobytes())
         for record in store.values()
     ]
+
+
+def test_a_tar_and_tables_give_what_their_folder_gives(tmp_path):
+    photos = save_photos(tmp_path / "photos", 13)
+    (photos / "photo_005.png").write_bytes(b"no photo")
+    whole = bits(run(photos, tmp_path / "whole"))
+    for source in (as_tar(photos, tmp_path / "0.tar"), as_tables(photos, tmp_path / "tables")):
+        store = run(source, tmp_path / f"{source.stem}-store", num_workers=1)
+        assert bits(store) == whole and list(skipped(store)) == ["photo_005"]
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
