@@ -19,8 +19,9 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore, UnicoderVLForImageTextR
 from unicoder_vl_hf.cli import main as command
 from unicoder_vl_hf.errors import run_script
 from unicoder_vl_hf.scoring import FinishedShare, MissingShares, Share
-from unicoder_vl_hf.scoring.blocks import BlockFolder, in_ranges, run_shares
+from unicoder_vl_hf.scoring.blocks import BlockFolder
 from unicoder_vl_hf.search import index as index_module
+from unicoder_vl_hf.shares import in_ranges, run_shares
 from unicoder_vl_hf.tasks.retrieval import mining, run_evaluation, run_two_stage
 
 GATHER = ["--gather", "3"]

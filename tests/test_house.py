@@ -30,7 +30,7 @@ FLOORS = [
     ["feature_extraction_unicoder_vl"],
     ["configuration_unicoder_vl", "records_unicoder_vl"],
     ["pipeline_unicoder_vl"],
-    ["processes"],
+    ["processes", "shares"],
     ["files", "name_lists", "errors"],
     ["extras", "logging", "_version"],
 ]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tarfile
 import time
 import zlib
@@ -19,7 +20,7 @@ import torch
 pytest.importorskip("torchvision")
 
 from extract_client import ColourDetector
-from photos import SIZES, photo
+from photos import SIZES, as_tables, as_tar, photo
 from PIL import Image
 from two_processes import Processes
 
@@ -29,6 +30,7 @@ from unicoder_vl_hf.regions import editing, remove_images, validate
 from unicoder_vl_hf.regions.detectors.torchvision_models import TorchvisionDetector
 from unicoder_vl_hf.regions.extraction import extract
 from unicoder_vl_hf.regions.photos import HIDDEN, MAX_PIXELS, decode_photo
+from unicoder_vl_hf.shares import FinishedShare, MissingShares, Share
 
 RED, GREEN, BLUE, GREY, WHITE = (230, 30, 40), (30, 200, 60), (30, 50, 220), (120, 120, 120), (255, 255, 255)
 QUARTERS = (RED, GREEN, BLUE, GREY)  # in reading order
@@ -832,3 +834,95 @@ def test_options_are_those_of_a_detector_by_name(tmp_path):
     photos = save_photos(tmp_path / "photos", 1)
     with pytest.raises(ValueError, match=r"\['grid_size'\] are options of a detector by name"):
         run(photos, tmp_path / "store", grid_size=3)
+
+
+# Shares
+
+
+def shared(photos, output, *shares: Share, **options) -> None:
+    for share in shares:
+        with pytest.raises(FinishedShare, match=rf"store: {share} is computed.*--gather {share.count} in place of"):
+            run(photos, output, share=share, **options)
+
+
+def bits(store: RegionStore) -> list[tuple]:
+    """All that a store holds, in its order."""
+    return [
+        (record.image_id, record.image_width, record.image_height, record.boxes.tobytes(), record.features.tobytes())
+        for record in store.values()
+    ]
+
+
+def test_a_tar_and_tables_give_what_their_folder_gives(tmp_path):
+    photos = save_photos(tmp_path / "photos", 13)
+    (photos / "photo_005.png").write_bytes(b"no photo")
+    whole = bits(run(photos, tmp_path / "whole"))
+    for source in (as_tar(photos, tmp_path / "0.tar"), as_tables(photos, tmp_path / "tables")):
+        store = run(source, tmp_path / f"{source.stem}-store", num_workers=1)
+        assert bits(store) == whole and list(skipped(store)) == ["photo_005"]
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_shares_in_any_order_make_the_store_of_one_run(tmp_path, count):
+    photos = save_photos(tmp_path / "photos", 13)
+    (photos / "photo_005.png").write_bytes(b"no photo")
+    (photos / "notes").write_bytes(b"")
+    whole = run(photos, tmp_path / "whole")
+    every = [Share(index, count) for index in range(count)]
+    first, *others = every[::-1]
+    shared(photos, tmp_path / "store", *others, *others[:2])
+    with pytest.raises(MissingShares) as error:
+        run(photos, tmp_path / "store", share=Share(None, count))
+    assert error.value.indices == [first.index] and not (tmp_path / "store").exists()
+    shared(photos, tmp_path / "store", first)
+    store = run(photos, tmp_path / "store", share=Share(None, count))
+    assert bits(store) == bits(whole)
+    lists = [(tmp_path / name / "skipped.jsonl").read_text() for name in ("store", "whole")]
+    assert lists[0] == lists[1] and len(lists[0].splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "store", "whole"]
+    shared(photos, tmp_path / "store", first)  # after the end
+    assert bits(run(photos, tmp_path / "store", share=Share(None, count))) == bits(whole)
+    assert not (tmp_path / "store.parts").exists()
+
+
+def test_a_share_that_was_stopped_is_missing_and_goes_on(tmp_path):
+    photos = save_photos(tmp_path / "photos", 12)
+    shared(photos, tmp_path / "store", Share(0, 2))
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, tmp_path / "store", StoppedAt("photo_008"), share=Share(1, 2), device="cpu")
+    with pytest.raises(MissingShares, match=r"1 of 2 shares: 1\. "):
+        run(photos, tmp_path / "store", share=Share(None, 2))
+    shared(photos, tmp_path / "store", Share(1, 2), detector=ColourDetector(tmp_path / "computed-0"))
+    assert sorted(computed(tmp_path / "computed")) == ["photo_009", "photo_010", "photo_011"]
+    assert bits(run(photos, tmp_path / "store", share=Share(None, 2))) == bits(run(photos, tmp_path / "whole"))
+
+
+def test_shares_of_another_number_or_of_other_settings_are_refused(tmp_path):
+    photos = save_photos(tmp_path / "photos", 6)
+    shared(photos, tmp_path / "store", Share(0, 2))
+    with pytest.raises(ValueError, match=r"part-00000-of-00002 is of a run without shares, or with another number"):
+        run(photos, tmp_path / "store", share=Share(0, 3))
+    with pytest.raises(ValueError, match=r"/store was begun with dtype='float16', not 'float32'"):
+        run(photos, tmp_path / "store", share=Share(0, 2), dtype="float32")
+    with pytest.raises(ValueError, match="cannot begin anew for all"):
+        run(photos, tmp_path / "store", share=Share(0, 2), restart=True)
+    # Without shares the same call computes what is missing.
+    assert len(run(photos, tmp_path / "store", ColourDetector(tmp_path / "computed-0"))) == 6
+    assert len(computed(tmp_path / "computed")) == 3
+    photo(80, 80).save(photos / "new.png")
+    with pytest.raises(ValueError, match=r"is finished and lacks 1 of these photos, such as 'new'"):
+        run(photos, tmp_path / "store", share=Share(0, 2))
+    shared(photos, tmp_path / "store", Share(0, 2), add=True)
+    assert len(run(photos, tmp_path / "store", share=Share(None, 2), add=True)) == 7
+
+
+def test_what_engines_and_shares_do_not_go_with(tmp_path, monkeypatch):
+    photos = save_photos(tmp_path / "photos", 1)
+    with pytest.raises(ValueError, match="engine is 'spark', expected one of 'local', 'ray'"):
+        run(photos, tmp_path / "store", engine="spark")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"^This needs ray: pip install '.\[ray\]'"):
+        run(photos, tmp_path / "store", engine="ray")
+    monkeypatch.setitem(sys.modules, "ray", tarfile)
+    with pytest.raises(ValueError, match="--share and --engine ray each share the photos"):
+        run(photos, tmp_path / "store", engine="ray", share=Share(0, 2))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..regions.store import RegionStore
-    from ..scoring.blocks import Share
+    from ..shares import Share
 
 # Words after Ctrl-C of a command that takes `--restart`.
 GO_ON = "Run again, it goes on; --restart begins anew."
@@ -84,7 +84,7 @@ def add_shares(add: Add) -> None:
 
 def share_of(args: Namespace) -> "Share | None":
     """Reads the options of [`add_shares`]."""
-    from ..scoring.blocks import Share
+    from ..shares import Share
 
     return Share.of_options(args.share, args.gather)
 
@@ -167,7 +167,7 @@ def check_paths(args: Namespace, *names: str) -> None:
     """Raises FileNotFoundError where an argument names no file or folder, before libraries load for seconds."""
     for name in names:
         path = getattr(args, name)
-        if path is not None and not Path(path).exists():
+        if path is not None and "://" not in path and not Path(path).exists():
             raise FileNotFoundError(f"{name}: {path} does not exist.")
 
 

@@ -10,9 +10,11 @@ from .commands import (
     add_detector_option,
     add_growth,
     add_restart,
+    add_shares,
     check_paths,
     detector_options,
     removed,
+    share_of,
     stored,
 )
 
@@ -20,7 +22,10 @@ commands = Commands()
 
 
 def _extract_arguments(add: Add) -> None:
-    add("photos", help="photos: a folder, .tar, .txt of file names, .parquet, or folder of a dataset")
+    add(
+        "photos",
+        help="photos: a folder, .tar, .txt of file names, .parquet, folder of a dataset, or a URL such as s3://…",
+    )
     add("store", help="folder of the store")
     add(
         "--detector",
@@ -47,6 +52,10 @@ def _extract_arguments(add: Add) -> None:
     add("--dtype", default="float16", help="type of the stored features (default: float16)")
     add_growth(add, "photos")
     add_restart(add)
+    add_shares(add)
+    add("--engine", default="local", choices=("local", "ray"), help="processes: local (default), or ray, a cluster's")
+    add("--share-size", type=int, default=256, help="photos in a share of --engine ray (default: 256)")
+    add("--detectors", type=int, help="detectors of --engine ray (default: one for each GPU, or for every two CPUs)")
 
 
 @commands.register("extract", "Photos → a store, by a detector; run again, it goes on", _extract_arguments, GO_ON)
@@ -73,6 +82,10 @@ def _extract(args: Namespace) -> object:
         add=args.add,
         remove=removed(args),
         restart=args.restart,
+        share=share_of(args),
+        engine=args.engine,
+        share_size=args.share_size,
+        detectors=args.detectors,
         **photo_ids(args.ids),
         **options,
     )

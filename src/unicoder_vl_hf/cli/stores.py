@@ -149,7 +149,7 @@ def _inspect(args: Namespace) -> object:
 
 def _open_photo(path: str) -> "tuple[Image.Image, tuple[int, int]]":
     """Opens a photo, and gives it with its size. Raises ValueError or OSError, both of which name the file."""
-    from ..regions.extraction import decode_photo
+    from ..regions.photos import decode_photo
 
     try:
         return decode_photo(Path(path).read_bytes())

@@ -1,52 +1,48 @@
 """
-Extraction of photos to a `RegionStore`: read by worker processes, detected in batches, by one process or many, and
-resumed after a kill.
+Extraction of photos to a `RegionStore`: read by worker processes, detected in batches, by one process or many, by the
+tasks of an array or on Ray, and resumed after a kill.
 
-Each process writes a store of its own in `<output>.parts`; at the end these become one. The regions of a photo do not
-depend on the photos beside it, so the store does not depend on the number of processes, workers or photos a batch.
+Each process, and each share, writes a store of its own in `<output>.parts`; at the end these become one. The regions of
+a photo do not depend on the photos beside it, so the store does not depend on the number of processes, shares, workers
+or photos a batch.
 """
 
 import json
-import shutil
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch.utils.data import DataLoader, Dataset
 
 from .. import logging
+from ..extras import optional_import
 from ..files import begun_anew, locked, make_folder, remove_folder, say_finished
 from ..name_lists import numbered_lines
-from ..processes import StopSignal
-from ..records_unicoder_vl import RegionRecord, check_several
+from ..records_unicoder_vl import check_several
+from ..shares import FinishedShare, MissingShares, Share
 from .conversion import Rename, read_rows, write_skipped, write_store
 from .detectors import Detector, load_detector, split_name
 from .editing import merge_stores, merged_stores, remove_images
-from .finding import GPU_BATCH_SIZE, ReadPhoto, detect
-from .photos import PhotoSource, decode_photo, describe, in_words, list_photos
-from .shards import MANIFEST, SKIPPED, STORE, UNFINISHED
-from .store import NoRecordWritten, OtherSettings, RegionStore, RegionStoreWriter
+from .parts import Boxes, Work, default_batch_size, finish, share_name
+from .photos import PhotoSource, in_words, list_photos
+from .shards import SKIPPED, STORE, UNFINISHED
+from .store import RegionStore
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.get_logger(__name__)
 
-# Photos are sorted by shape over this many batches: a detector computes those of equal shape together.
-BATCHES_SORTED = 4
 # Where a detector fails at this many photos in a row, the fault is not the photos'.
 FAILURES_IN_A_ROW = 8
-
-Boxes = Mapping[str, np.ndarray]
+ENGINES = ("local", "ray")
 
 
 def extract(
@@ -70,6 +66,10 @@ def extract(
     add: bool = False,
     remove: Sequence[str] | None = None,
     restart: bool = False,
+    share: Share | None = None,
+    engine: Literal["local", "ray"] = "local",
+    share_size: int = 256,
+    detectors: int | None = None,
     **options: Any,
 ) -> RegionStore:
     """
@@ -110,12 +110,21 @@ def extract(
             it is until they are all there.
         remove (sequence of `str`, *optional*): Ids of images to leave out, and to take out of a finished store.
         restart (`bool`, defaults to `False`): Whether to begin anew where `output` holds a store, finished or not.
+        share ([`Share`], *optional*): The share of the photos that is extracted here, or the one that gathers what
+            shares have extracted. By default all photos are extracted.
+        engine (`str`, defaults to `"local"`): `"local"`, the processes that the launcher started, or `"ray"`, which
+            spreads shares of the photos over a cluster, see `ray_extraction`.
+        share_size (`int`, defaults to 256): Number of photos in a share on Ray; a kill loses what is at work of it.
+        detectors (`int`, *optional*): Number of detectors on Ray. None takes one for each GPU, and without GPUs one for
+            every two CPUs.
         options: Options of the detector's family.
 
     Raises:
         ValueError: Two photos have one id, no photo is found or none gives regions, the store was begun with other
             settings, photos or ids, or is being written, it is finished and lacks photos that are new (unless `add`),
             or an id of `remove` is neither that of a photo nor of an image of the store.
+        ImportError: `engine` is `"ray"` and Ray is not installed.
+        FinishedShare, MissingShares: The share is extracted, or shares that are to be gathered are not.
         KeyboardInterrupt: It was told to stop; the same call goes on.
         Exception: The detector fails at `FAILURES_IN_A_ROW` photos in a row; regions that were extracted before are
             kept.
@@ -124,10 +133,18 @@ def extract(
     unwanted = set(remove or ())
     if isinstance(detector, str):
         split_name(detector)  # before all photos are listed
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}, expected one of {', '.join(map(repr, ENGINES))}.")
+    if engine == "ray":
+        optional_import("ray", "ray")
+    if share is not None and restart:
+        raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
     # they wait for one another, perhaps longer than the default timeout of ten minutes.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=timedelta(days=30))
+    if (state.num_processes > 1) + (share is not None) + (engine == "ray") > 1:
+        raise ValueError("A launcher's processes, --share and --engine ray each share the photos: use one of them.")
     source = list_photos(
         photos,
         ids=ids,
@@ -142,15 +159,21 @@ def extract(
         _say_what_is_there(photos, source, given)
     folder = Path(output).absolute()
     parts = folder.with_name(f"{folder.name}.parts")
+    # On Ray other processes compute: this one asks the detector for its provenance alone.
+    here = "cpu" if engine == "ray" else device or state.device
+    named = detector
     if isinstance(detector, str):
-        detector = load_detector(detector, device=device or state.device, precision=precision, **options)
+        detector = load_detector(detector, device=here, precision=precision, **options)
     elif options:
         raise ValueError(f"{sorted(options)} are options of a detector by name, but this one is loaded already.")
-    if batch_size is None:
-        batch_size = 1 if torch.device(device or state.device).type == "cpu" else GPU_BATCH_SIZE
+    if batch_size is None and engine == "local":
+        batch_size = default_batch_size(here)
     settings = {**detector.provenance, "dtype": dtype, "shard_size": shard_size}
     if given is not None:
         settings["box_type"] = "given"
+    work = Work(source, given, detector.prepare, parts, settings, batch_size, FAILURES_IN_A_ROW)
+    if share is not None and share.index is not None:
+        _extract_share(share, work, detector, unwanted, num_workers, add)
 
     with ExitStack() as stack:
         if state.is_main_process:
@@ -159,11 +182,14 @@ def extract(
             stack.callback(_remove_if_empty, parts)
             stack.enter_context(locked(parts))
             _finish_parts(parts, folder, settings)
+            if share is None:
+                for skipped in parts.glob("skipped-*.jsonl"):  # these photos are tried again
+                    skipped.unlink()
         state.wait_for_everyone()
         before = _parts(parts)
         done = {image_id for store in (*before, *_finished(folder)) for image_id in RegionStore(store)}
         if ids == "stem" and rename is None and done and not add and done.isdisjoint(source.ids):
-            source = _by_key(photos, folder, done) or source
+            work.source = source = _by_key(photos, folder, done) or source
         if unknown := unwanted - done.union(source.ids):
             raise ValueError(f"remove (--remove) names {min(unknown)!r}, which neither {folder} nor the photos have.")
         left = [index for index, image_id in enumerate(source.ids) if image_id not in done | unwanted]
@@ -174,22 +200,24 @@ def extract(
             if not before and not add:  # finished
                 _check_left(folder, [source.ids[index] for index in left])
             if left or before:
-                logger.warning(f"{len(done)} photos are in {folder} already; {len(left)} are left.")
+                if share is None:
+                    logger.warning(f"{len(done)} photos are in {folder} already; {len(left)} are left.")
             elif done.isdisjoint(unwanted):
                 say_finished(folder)
         # A finished store has every photo that the detector can take: it may well fail at all that are left.
-        patience = FAILURES_IN_A_ROW if before or not done else float("inf")
-        reader = _Reader(source, left[state.process_index :: state.num_processes], detector.prepare, given)
-        results = logging.tqdm(
-            _results(detector, reader, batch_size, num_workers, patience),
-            desc=f"Extracting {folder.name}",
-            unit="photo",
-            total=len(reader),
-            disable=not state.is_main_process or not left,
-        )
-        rank = f"{state.process_index:05d}"
-        part = parts / f"part-{len(before):05d}-{rank}"
-        _extract_part(results, source, part, parts / f"skipped-{rank}.jsonl", settings)
+        if done and not before:
+            work.patience = float("inf")
+        if share is not None:
+            _check_gathered(share, parts, folder, source.ids, left)
+        elif engine == "ray":
+            from .ray_extraction import extract_on_ray
+
+            extract_on_ray(work, left, share_size, named, {"precision": precision, **options}, device, detectors)
+        else:
+            rank = state.process_index
+            mine = left[rank :: state.num_processes]
+            shown = state.is_main_process and bool(left)
+            work.extract(f"{len(before):05d}-{rank:05d}", mine, detector, num_workers, shown)
         state.wait_for_everyone()
         if state.is_main_process:
             _join_parts(parts, folder, settings, source)
@@ -233,131 +261,42 @@ def read_boxes(boxes: str | PathLike | Mapping[str, Any]) -> Boxes:
     return found
 
 
-# Photos
+# Shares
 
 
-class _Reader(Dataset[ReadPhoto]):
-    """Photos in the form that the detector takes. An error in one is returned with it, and not raised."""
-
-    def __init__(self, source: PhotoSource, indices: Sequence[int], prepare: Any, given: Boxes | None):
-        self.source = source
-        self.indices = indices
-        self.prepare = prepare
-        self.given = given
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, row: int) -> ReadPhoto:
-        index = self.indices[row]
-        image_id = self.source.ids[index]
-        try:
-            image, size = decode_photo(self.source.read(index))
-            boxes = None if self.given is None else _boxes_of(image_id, size, self.given)
-            return ReadPhoto(index, image_id, size, image.size, self.prepare(image), boxes)
-        except Exception as error:
-            return ReadPhoto(index, image_id, problem=describe(error))
-
-
-def _boxes_of(image_id: str, size: tuple[int, int], given: Boxes) -> np.ndarray:
-    if image_id not in given:
-        raise ValueError("no boxes are given for it")
-    boxes = np.asarray(given[image_id], dtype=np.float32)
-    if boxes.ndim != 2 or 0 in boxes.shape or boxes.shape[1] < 4:
-        raise ValueError(f"the given boxes have shape {boxes.shape}, expected (n, 4)")
-    boxes = np.ascontiguousarray(boxes[:, :4])
-    # A record checks them against the photo.
-    RegionRecord(image_id, image_width=size[0], image_height=size[1], boxes=boxes, features=np.zeros((len(boxes), 1)))
-    return boxes
+def _extract_share(
+    share: Share, work: Work, detector: Detector, unwanted: set[str], num_workers: int, add: bool
+) -> NoReturn:
+    """Extracts a share to a part of its own, whatever other shares do meanwhile, and raises FinishedShare."""
+    folder, name, ids = work.store, share_name(share), work.source.ids
+    for part in _parts(work.parts):
+        if not part.name.endswith(share_name(share)[5:]):
+            raise ValueError(
+                f"{part} is of a run without shares, or with another number of them, than {share}: go on with that, or "
+                "begin anew with --restart, without --share."
+            )
+    before = _finished(folder)
+    for store in before:
+        finish(store, folder, work.settings)
+    done = unwanted.union(*map(RegionStore, before))
+    left = [index for index in work.left_of(name, share.rows(len(ids))) if ids[index] not in done]
+    if before and not add:
+        _check_left(folder, [ids[index] for index in left])
+    if left:
+        make_folder(work.parts)
+        if before:
+            work.patience = float("inf")
+        work.extract(name, left, detector, num_workers)
+    raise FinishedShare(share, folder)
 
 
-# Work
-
-
-def _extract_part(
-    results: "Iterable[tuple[ReadPhoto, RegionRecord | str]]",
-    source: PhotoSource,
-    part: Path,
-    skipped: Path,
-    settings: dict[str, Any],
-) -> None:
-    """
-    Writes the share of one process: a store, and a list of photos that were skipped. Raises KeyboardInterrupt when told
-    to stop, and the errors of `results`; regions that were extracted before are kept.
-    """
-    failures: list[Exception] = []
-    with (
-        StopSignal("Stopping after this photo. Once more to stop at once.") as stop,
-        skipped.open("w", encoding="utf-8") as skips,
-        suppress(NoRecordWritten),
-        RegionStoreWriter(part, **settings) as writer,
-    ):
-        for photo, result in _until_failure(results, failures):
-            if isinstance(result, RegionRecord):
-                try:
-                    writer.write(result)
-                except ValueError as error:  # such as features that do not fit into float16
-                    result = describe(error)
-            if isinstance(result, str):
-                row = {"image_id": photo.image_id, "file": source.name(photo.index), "reason": result}
-                skips.write(json.dumps(row, ensure_ascii=False) + "\n")
-            if stop.is_set():
-                break
-    _remove_empty(part)
-    if failures:
-        raise failures[0]
-    if stop.is_set():
-        raise KeyboardInterrupt(f"Stopped; the regions so far are in {part.parent}, and the same call goes on.")
-
-
-def _until_failure(items: Iterable[Any], failures: list[Exception]) -> Iterator[Any]:
-    """Yields the items before the one whose making fails; the error goes into the list."""
-    try:
-        yield from items
-    except Exception as error:
-        failures.append(error)
-
-
-def _results(
-    detector: Detector, reader: _Reader, batch_size: int, num_workers: int, patience: float
-) -> "Iterator[tuple[ReadPhoto, RegionRecord | str]]":
-    """
-    Yields each photo with its record, or with the reason why it has none. Raises the error of the detector at the last
-    of `patience` photos in a row.
-    """
-    photos = iter(
-        DataLoader(
-            reader,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=4 if num_workers else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals,
-        )
-    )
-    sorted_at_once = 1 if batch_size == 1 else BATCHES_SORTED * batch_size
-    failed = 0  # in a row
-    while window := list(islice(photos, sorted_at_once)):
-        yield from ((photo, photo.problem) for photo in window if photo.problem is not None)
-        readable = [photo for photo in window if photo.problem is None]
-        readable.sort(key=lambda photo: photo.size[0] / photo.size[1])
-        for start in range(0, len(readable), batch_size):
-            batch = readable[start : start + batch_size]
-            for photo, result in zip(batch, detect(detector, batch), strict=True):
-                failed = failed + 1 if isinstance(result, Exception) else 0
-                if failed == patience and isinstance(result, Exception):
-                    raise result
-                yield photo, describe(result) if isinstance(result, Exception) else result
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _leave_signals(worker: int) -> None:
-    """Ignores Ctrl-C, which reaches every process: readers go on until the process that they read for ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _check_gathered(share: Share, parts: Path, folder: Path, ids: Sequence[str], left: Iterable[int]) -> None:
+    """Raises MissingShares where photos are left that no share has tried."""
+    tried = {row["image_id"] for file in (*parts.glob("skipped-*.jsonl"), folder / SKIPPED) for row in read_rows(file)}
+    left = {index for index in left if ids[index] not in tried}
+    missing = [i for i in range(share.count) if not left.isdisjoint(Share(i, share.count).rows(len(ids)))]
+    if missing:
+        raise MissingShares(missing, share.count, parts)
 
 
 # Parts
@@ -368,37 +307,22 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _finished(folder: Path) -> list[Path]:
-    return [folder] if (folder / MANIFEST).exists() else []
+    return [folder] if STORE.is_complete(folder) else []
 
 
 def _finish_parts(parts: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """
-    Makes finished stores of the parts of an interrupted run, and forgets the photos that it skipped, which are tried
-    again.
-    """
+    """Makes finished stores of the parts of an interrupted run."""
     if sources := merged_stores(folder):  # it was stopped while its parts were merged
         merge_stores(sources, folder)
     elif folder.is_file() or ((folder / UNFINISHED).exists() and not _finished(folder)):
         raise ValueError(f"{folder} is a file, or the beginning of another store: take another folder.")
     for store in _parts(parts) or _finished(folder):  # a finished store must be of these settings, too
-        try:
-            with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **settings):
-                pass
-        except OtherSettings as error:
-            raise OtherSettings(folder, error.differences, error.told) from error
-        _remove_empty(store)
-    for skipped in parts.glob("skipped-*.jsonl"):
-        skipped.unlink()
+        finish(store, folder, settings)
 
 
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _remove_empty(part: Path) -> None:
-    if not (part / MANIFEST).exists():
-        shutil.rmtree(part, ignore_errors=True)  # a writer that wrote nothing has removed it
 
 
 def _by_key(photos: Any, folder: Path, done: set[str]) -> PhotoSource | None:

@@ -7,20 +7,25 @@ import math
 import os
 import re
 import tarfile
+import uuid
 import warnings
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from ..name_lists import read_names
 from .conversion import Rename, UnmappedId
+from .remote import RemotePath
 
 if TYPE_CHECKING:
     import datasets
@@ -37,6 +42,8 @@ HIDDEN = "hidden: a name begins with a point"
 MAX_PIXELS = 500_000_000
 # Photos of four times as many pixels are halved in width and height, and so on: detectors scale them down anyway.
 ENOUGH_PIXELS = 8_000_000
+
+AnyPath = Path | RemotePath
 
 
 def stem(name: str) -> str:
@@ -70,6 +77,10 @@ class PhotoSource(Protocol):
         """Reads the bytes of a photo's file."""
         ...
 
+    def only(self, indices: Sequence[int]) -> Self:
+        """Gives the same with some of the photos alone, small enough to be sent to another process."""
+        ...
+
 
 @dataclass
 class _Files:
@@ -79,7 +90,7 @@ class _Files:
     """
 
     ids: list[str] = field(default_factory=list)
-    places: list[tuple[Path, str, int, int]] = field(default_factory=list)
+    places: list[tuple[AnyPath, str, int, int]] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
     def name(self, index: int) -> str:
@@ -90,7 +101,10 @@ class _Files:
         path, _, offset, length = self.places[index]
         with path.open("rb") as file:
             file.seek(offset)
-            return file.read(length)
+            return file.read(None if length < 0 else length)
+
+    def only(self, indices: Sequence[int]) -> "_Files":
+        return _Files([self.ids[index] for index in indices], [self.places[index] for index in indices])
 
 
 @dataclass
@@ -110,6 +124,45 @@ class _Column:
     def read(self, index: int) -> bytes:
         image = self.images[self.rows[index]][self.column]
         return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+    def only(self, indices: Sequence[int]) -> "_Column":
+        ids, rows = [self.ids[index] for index in indices], [self.rows[index] for index in indices]
+        return _Column(ids, rows, self.images, self.column, [])
+
+
+@dataclass
+class _Tables:
+    """Photos in a column of .parquet files: each has a file, a row group, the first row of that, and its own row."""
+
+    column: str
+    ids: list[str] = field(default_factory=list)
+    places: list[tuple[AnyPath, int, int, int]] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    listing: str = field(default_factory=lambda: uuid.uuid4().hex)  # by which a process knows what it has read
+
+    def name(self, index: int) -> str:
+        path, _, _, row = self.places[index]
+        return f"{path}: row {row}"
+
+    def read(self, index: int) -> bytes:
+        path, group, first, row = self.places[index]
+        image = _row_group(self.listing, path, group, self.column)[row - first].as_py()
+        if isinstance(image, bytes):
+            return image
+        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+    def only(self, indices: Sequence[int]) -> "_Tables":
+        ids, places = [self.ids[index] for index in indices], [self.places[index] for index in indices]
+        return _Tables(self.column, ids, places, listing=self.listing)
+
+
+@lru_cache(maxsize=1)
+def _row_group(listing: str, path: AnyPath, group: int, column: str) -> Any:
+    """Reads the photos of a row group. The next one that a process is asked for is often of the same."""
+    from pyarrow.parquet import ParquetFile
+
+    with path.open("rb") as file:
+        return ParquetFile(file).read_row_group(group, columns=[column]).column(column)
 
 
 def list_photos(
@@ -146,12 +199,14 @@ def list_photos(
     source: PhotoSource
     if not isinstance(photos, (str, PathLike)):
         source = _column(photos, image_column, id_column, naming)
+    elif "://" in str(photos):
+        source = _list_files(RemotePath.of(str(photos)), image_column, id_column, naming)
     elif not (path := Path(photos)).exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    elif path.suffix == ".parquet" or any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+    elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         source = _column(_open_dataset(path, split), image_column, id_column, naming)
     else:
-        source = _list_files(path, naming)
+        source = _list_files(path, image_column, id_column, naming)
     if not source.ids:
         raise ValueError(
             f"{photos} holds no photo: expected files that end in {', '.join(sorted(SUFFIXES))}. {in_words(source)}"
@@ -201,8 +256,11 @@ class _Naming:
             raise ValueError(f"{self.rename.rule} gives the photo {path} several ids: {given}.")
         return next(iter(found))
 
-    def of_row(self, image_id: str) -> str:
-        return image_id if self.rename is None else self.rename(image_id)
+    def of_row(self, image_id: Any, column: str, row: int) -> str:
+        """Gives the id of a photo by that of its row. Raises as `of_path` does, and where there is none."""
+        if image_id is None or not str(image_id).strip():
+            raise ValueError(f"The dataset's column {column!r} holds {image_id!r} in row {row}; expected an id.")
+        return str(image_id) if self.rename is None else self.rename(str(image_id))
 
     def left_out(self, error: UnmappedId) -> str:
         """Gives the reason to leave a photo out. Raises the error where photos must not be left out."""
@@ -223,7 +281,7 @@ def _key(path: str) -> tuple[str, str]:
 def _open_dataset(path: Path, split: str | None) -> "datasets.Dataset":
     import datasets
 
-    table = datasets.Dataset.from_parquet(str(path)) if path.is_file() else datasets.load_from_disk(path)
+    table = datasets.load_from_disk(path)
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
             raise ValueError(f"{path} has the splits {list(table)}, got {split!r}: name one with split (--split).")
@@ -234,28 +292,59 @@ def _open_dataset(path: Path, split: str | None) -> "datasets.Dataset":
 def _column(table: "datasets.Dataset", image_column: str, id_column: str, naming: _Naming) -> _Column:
     import datasets
 
-    missing = [name for name in (image_column, id_column) if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"The dataset has no column {missing}, but {table.column_names}: name image_column (--image-column) "
-            "and id_column (--id-column)."
-        )
+    _check_columns(table.column_names, image_column, id_column)
     images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     column = _Column([], [], images, image_column, [])
     for row, image_id in enumerate(table[id_column]):
-        if image_id is None or not str(image_id).strip():
-            raise ValueError(f"The dataset's column {id_column!r} holds {image_id!r} in row {row}; expected an id.")
         try:
-            column.ids.append(naming.of_row(str(image_id)))
+            column.ids.append(naming.of_row(image_id, id_column, row))
             column.rows.append(row)
         except UnmappedId as error:
             column.left_out.append(LeftOut(f"row {row}", naming.left_out(error)))
     return column
 
 
-def _list_files(root: Path, naming: _Naming) -> _Files:
-    files = _Files()
-    for path, below in _named(root) if root.suffix == ".txt" else _walk(root, files.left_out):
+def _check_columns(columns: Sequence[str], *needed: str) -> None:
+    if missing := [name for name in needed if name not in columns]:
+        raise ValueError(
+            f"The dataset has no column {missing}, but {columns}: name image_column (--image-column) and id_column "
+            "(--id-column)."
+        )
+
+
+def _list_rows(
+    files: Iterable[tuple[AnyPath, str]], image_column: str, id_column: str, naming: _Naming, left_out: list[LeftOut]
+) -> _Tables:
+    from pyarrow.parquet import ParquetFile
+
+    tables = _Tables(image_column, left_out=left_out)
+    for path, _ in files:
+        if path.suffix.lower() != ".parquet":
+            left_out.append(LeftOut(str(path), "no .parquet, as the others are"))
+            continue
+        with path.open("rb") as file, ParquetFile(file) as table:
+            _check_columns(table.schema_arrow.names, image_column, id_column)
+            sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+            ids = table.read(columns=[id_column]).column(0).to_pylist()
+        starts = [0, *accumulate(sizes)]
+        for row, image_id in enumerate(ids):
+            group = bisect_right(starts, row) - 1
+            try:
+                tables.ids.append(naming.of_row(image_id, id_column, row))
+                tables.places.append((path, group, starts[group], row))
+            except UnmappedId as error:
+                left_out.append(LeftOut(f"{path}: row {row}", naming.left_out(error)))
+    return tables
+
+
+def _list_files(root: AnyPath, image_column: str, id_column: str, naming: _Naming) -> _Files | _Tables:
+    left_out: list[LeftOut] = []
+    found = list(_named(root) if isinstance(root, Path) and root.suffix == ".txt" else _walk(root, left_out))
+    suffixes = {path.suffix.lower() for path, _ in found}
+    if ".parquet" in suffixes and suffixes.isdisjoint({*SUFFIXES, ".tar"}):
+        return _list_rows(found, image_column, id_column, naming, left_out)
+    files = _Files(left_out=left_out)
+    for path, below in found:
         if path.suffix.lower() == ".tar":
             for member in _members(path):
                 place = (path, member.name, member.offset_data, member.size)
@@ -265,7 +354,7 @@ def _list_files(root: Path, naming: _Naming) -> _Files:
     return files
 
 
-def _add(files: _Files, naming: _Naming, place: tuple[Path, str, int, int], below: str, problem: str = "") -> None:
+def _add(files: _Files, naming: _Naming, place: tuple[AnyPath, str, int, int], below: str, problem: str = "") -> None:
     """
     Adds a photo by its path below the folder or .tar that is listed; a file that is no photo is added to those left
     out.
@@ -297,20 +386,28 @@ def _no_photo(member: tarfile.TarInfo) -> str:
     return HIDDEN if hidden else ""
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of a .tar, except folders."""
+def _members(path: AnyPath) -> Iterator[tarfile.TarInfo]:
+    """Yields the members of a .tar, except folders. One behind a URL is read through: a request a member is slower."""
+    mode: Literal["r:", "r|"] = "r:" if isinstance(path, Path) else "r|"
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode=mode, bufsize=2**22) as archive:
             yield from (member for member in archive if not member.isdir())
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no .tar file without compression, or it is cut short: {error}.") from error
 
 
-def _walk(root: Path, left_out: list[LeftOut]) -> Iterator[tuple[Path, str]]:
+def _walk(root: AnyPath, left_out: list[LeftOut]) -> Iterator[tuple[AnyPath, str]]:
     """
     Yields all files below a folder with their paths below it, or the file itself, in an order that does not depend on
     the file system. Hidden files, links to folders, and folders that cannot be opened are added to `left_out`.
     """
+    if isinstance(root, RemotePath):
+        for file, below in root.walk():
+            if any(part.startswith(".") for part in PurePosixPath(below).parts):
+                left_out.append(LeftOut(str(file), HIDDEN))
+            else:
+                yield file, below
+        return
     if root.is_file():
         yield root, root.name
         return

@@ -14,8 +14,8 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processes import resolve_precision
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..regions.store import RegionStore
-from ..scoring.blocks import Share
 from ..scoring.checkpoints import load_for_store
+from ..shares import Share
 from .arguments import option
 
 

@@ -29,7 +29,8 @@ from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.detectors import Detector
 from ..regions.finding import RegionFinder
 from ..regions.store import RegionStore, manifest_checksum
-from .blocks import BlockFolder, Share, job_of
+from ..shares import Share
+from .blocks import BlockFolder, job_of
 from .calibration import Calibration, Matching
 from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
 from .packed import PairEncoder, Rows, fingerprint, pair_flops

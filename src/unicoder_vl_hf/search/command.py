@@ -16,9 +16,9 @@ from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
 from ..regions.store import RegionStore
-from ..scoring.blocks import Share
 from ..scoring.checkpoints import load_for_store
 from ..scoring.scorer import ImageTextScorer
+from ..shares import Share
 from .encoders import DualEncoder, Photos, TransformersDualEncoder, UnicoderVLDualEncoder, open_transformers_encoder
 from .index import INDEX, SearchIndex, build_index, remove_items
 from .two_stage import Hit, SimilarityWeight, search, search_similar

@@ -27,7 +27,8 @@ from ..processes import start_processes
 from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile
-from ..scoring.blocks import BlockFolder, Share, job_of
+from ..scoring.blocks import BlockFolder, job_of
+from ..shares import Share
 from .encoders import DualEncoder
 
 logger = logging.get_logger(__name__)

@@ -26,11 +26,12 @@ from ...data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex,
 from ...files import OutputKind, begun_anew, json_digest, new_folder, remove_folder, say_finished, write_json
 from ...processes import start_processes
 from ...regions.store import RegionStore
-from ...scoring.blocks import JOB, RESULT, Share
+from ...scoring.blocks import JOB, RESULT
 from ...scoring.checkpoints import checkpoint_provenance, load_for_store
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
 from ...search.index import nearest, store_identity
+from ...shares import Share
 
 logger = logging.get_logger(__name__)
 

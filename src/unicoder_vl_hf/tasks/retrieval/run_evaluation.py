@@ -27,9 +27,9 @@ from ...files import write_json
 from ...processes import start_processes
 from ...runs.arguments import make_parser, option
 from ...runs.evaluation import EvaluationArguments, KeptScoresArguments, evaluation_dtype
-from ...scoring.blocks import run_shares
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
+from ...shares import run_shares
 from .protocols import PROTOCOLS, RetrievalTest, chance, evaluate_folds, results_table, retrieval_test
 
 
