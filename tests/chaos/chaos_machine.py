@@ -158,6 +158,10 @@ class Machine:
         folder.mkdir(parents=True, exist_ok=True)
         return self.start(words, folder, processes, command.unit, **options)
 
+    def work_folder(self) -> Path:
+        """Names a new folder for a run."""
+        return self.folder / "work" / f"{next(self._numbers):04d}"
+
     def undisturbed(self, command: Command, processes: int = 1) -> Undisturbed:
         """Runs a command without a fault, once."""
         key = command.name, processes
