@@ -113,7 +113,7 @@ class Machine:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._server.stdin.close()
+        self._server.kill()
         self._server.wait()
 
     def _answer(self) -> str:
