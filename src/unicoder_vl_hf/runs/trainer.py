@@ -207,7 +207,9 @@ class TaskTrainer(Trainer):
             self.computing.save(Path(output_dir))
             newest = os.stat(output_dir).st_mtime  # by the clock of the disk
             for age, checkpoint in enumerate(reversed(trainer_checkpoints(self.args).list()), start=1):
-                os.utime(checkpoint, (newest - age,) * 2)  # Trainer removes the oldest by time, and clocks jump
+                os.utime(
+                    checkpoint, (newest - age, newest - age)
+                )  # Trainer removes the oldest by time, and clocks jump
         self.accelerator.wait_for_everyone()
 
     def conclude(self) -> None:
