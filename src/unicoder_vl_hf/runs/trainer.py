@@ -205,11 +205,10 @@ class TaskTrainer(Trainer):
         super()._save_rng_state(output_dir)
         if self.is_world_process_zero():
             self.computing.save(Path(output_dir))
-            newest = os.stat(output_dir).st_mtime  # by the clock of the disk
+            # Trainer removes the oldest by their times, and clocks jump. This one is by that of the disk.
+            newest = os.stat(output_dir).st_mtime
             for age, checkpoint in enumerate(reversed(trainer_checkpoints(self.args).list()), start=1):
-                os.utime(
-                    checkpoint, (newest - age, newest - age)
-                )  # Trainer removes the oldest by time, and clocks jump
+                os.utime(checkpoint, (newest - age, newest - age))
         self.accelerator.wait_for_everyone()
 
     def conclude(self) -> None:
