@@ -7,7 +7,7 @@ import random
 
 import chaos
 import pytest
-from chaos_faults import CannotTry, try_fault
+from chaos_faults import CannotTry, disk, failed, try_fault
 from chaos_machine import Machine
 
 SEED = 1
@@ -38,5 +38,30 @@ def test_a_fault_is_said_and_survived(machine, fault, tmp_path):
     rng = random.Random(f"{SEED} {fault}")
     try:
         try_fault(fault, machine, named("extract").command, tmp_path / "work", rng)
+    except CannotTry as reason:
+        pytest.skip(str(reason))
+
+
+SCORES = """
+import numpy as np
+from unicoder_vl_hf.errors import run_script
+from unicoder_vl_hf.scoring.blocks import BlockFolder
+
+def main():
+    folder = BlockFolder("scores", {})
+    folder.write(0, np.ones(2**13))
+    folder.result(1, (2**23,), lambda block: np.arange(0, 2**23, 2**10))  # a number on each page
+
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+def test_scores_that_do_not_fit_end_by_an_error(machine, tmp_path):
+    """And not by a signal, as a memory map does of more than the disk holds."""
+    (tmp_path / "scores.py").write_text(SCORES)
+    try:
+        with disk(tmp_path / "disk", pages=64):
+            failed(machine.start([str(tmp_path / "scores.py")], tmp_path / "disk"), "No space left on device")
     except CannotTry as reason:
         pytest.skip(str(reason))
