@@ -69,7 +69,7 @@ def kill_all(machine: Machine, chosen: list[Row], kills: int, seed: int) -> None
         left = kills - sum(row.kills for row in chosen)
         if left <= 0:
             return
-        rng, folder = random.Random(f"{seed} {number}"), machine.folder / "work" / f"{number:03d}"
+        rng, folder = random.Random(f"{seed} {number}"), machine.work_folder()
         try:
             if row.command is None:
                 kill_server(machine, row, rng, folder)

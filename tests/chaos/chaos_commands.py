@@ -11,7 +11,7 @@ UNICODER = "-m unicoder_vl_hf.cli"
 WORLD, STORE = "{inputs}/world/captions.jsonl", "{inputs}/world/regions"
 TRAINING = (
     f"--captions {WORLD} --regions {STORE} --model_name_or_path {{inputs}}/bert --output_dir out --seed 5 "
-    "--num_train_epochs 1 --learning_rate 1e-3 --gradient_accumulation_steps 1 --save_steps 3 --logging_steps 2 "
+    "--num_train_epochs 1 --learning_rate 1e-3 --gradient_accumulation_steps 1 --save_steps 3 "
 )
 
 
@@ -97,7 +97,8 @@ COMMANDS = [
     ),
     Command(
         "pre-train",
-        f"examples/run_pretraining.py {TRAINING} --train_batch_size 4 --max_validation_pairs 4 --mixed_precision no",
+        f"examples/run_pretraining.py {TRAINING} --train_batch_size 4 --max_validation_pairs 4 --mixed_precision no "
+        "--logging_steps 2",
         "unicoder_vl_hf.tasks.pretraining.loop:PretrainingLoop._change_weights",
         lambda loop: [loop.step],
         most_lost=3,
@@ -106,7 +107,8 @@ COMMANDS = [
     Command(
         "fine-tune",
         f"examples/run_retrieval.py {TRAINING} --per_device_train_batch_size {{rows}} --bf16 false --disable_tqdm true "
-        "--max_validation_images 4 --eval_strategy steps --save_strategy steps --eval_steps 3",
+        "--max_validation_images 4 --eval_strategy steps --save_strategy steps --eval_steps 3 "
+        "--logging_steps 3",  # as many as --save_steps: a start of Trainer forgets the losses since the last line
         "transformers.trainer:Trainer.training_step",
         lambda trainer, *_: [trainer.state.global_step],
         most_lost=3,

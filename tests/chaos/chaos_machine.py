@@ -113,7 +113,7 @@ class Machine:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._server.stdin.close()
+        self._server.kill()
         self._server.wait()
 
     def _answer(self) -> str:
@@ -157,6 +157,10 @@ class Machine:
             words += ["--resume_from_checkpoint", "latest"]
         folder.mkdir(parents=True, exist_ok=True)
         return self.start(words, folder, processes, command.unit, **options)
+
+    def work_folder(self) -> Path:
+        """Names a new folder for a run."""
+        return self.folder / "work" / f"{next(self._numbers):04d}"
 
     def undisturbed(self, command: Command, processes: int = 1) -> Undisturbed:
         """Runs a command without a fault, once."""

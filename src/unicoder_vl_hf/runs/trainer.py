@@ -3,7 +3,6 @@ without loss, it writes our model card, and it shows the losses beside one quiet
 """
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -201,18 +200,15 @@ class TaskTrainer(Trainer):
             logs |= {name: parts[name] for name in names}
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model, trial):
-        if self.is_world_process_zero():  # Trainer removes the oldest by their times, and clocks jump
-            now = time.time()
-            for age, checkpoint in enumerate(reversed(trainer_checkpoints(self.args).list())):
-                os.utime(checkpoint, (now - age, now - age))
-        super()._save_checkpoint(model, trial)
-
     def _save_rng_state(self, output_dir):
         """Saves all that a checkpoint needs before Trainer's state, which makes it whole: of every process, too."""
         super()._save_rng_state(output_dir)
         if self.is_world_process_zero():
             self.computing.save(Path(output_dir))
+            # Trainer removes the oldest by their times, and clocks jump. This one is by that of the disk.
+            newest = os.stat(output_dir).st_mtime
+            for age, checkpoint in enumerate(reversed(trainer_checkpoints(self.args).list()), start=1):
+                os.utime(checkpoint, (newest - age, newest - age))
         self.accelerator.wait_for_everyone()
 
     def conclude(self) -> None:
