@@ -7,6 +7,7 @@ from pathlib import Path
 
 import launch_client
 import pytest
+import two_machines
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -67,11 +68,12 @@ def test_the_layer_that_is_sharded_is_the_models():
 
 
 @pytest.mark.slow
-def test_accelerate_starts_fsdp():
+@pytest.mark.parametrize("name, kind", [("ddp", "plain"), ("fsdp2", "UnicoderVLLayer")])
+def test_accelerate_starts(name, kind):
     """Its settings reach the processes. On CPUs accelerate then does without FSDP: see tests/runs/test_fsdp.py."""
-    words = ["accelerate", "launch", "--config_file", EXAMPLES / "launching" / "fsdp2.yaml", "--num_processes", "2"]
+    words = ["accelerate", "launch", "--config_file", EXAMPLES / "launching" / f"{name}.yaml", "--num_processes", "2"]
     said = started([*words, "--main_process_port", free_port(), CLIENT])
-    assert said == [f"process {rank} of 2 on cpu, UnicoderVLLayer" for rank in range(2)]
+    assert said == [f"process {rank} of 2 on cpu, {kind}" for rank in range(2)]
 
 
 @pytest.mark.slow
@@ -84,3 +86,13 @@ def test_slurm_starts_accelerate_on_two_nodes(two_nodes):
 def test_slurm_starts_torchrun_on_two_nodes(two_nodes):
     words = [EXAMPLES / "slurm" / "train.sh", CLIENT]
     assert started(words, **two_nodes) == [f"process {rank} of 2 on cpu, plain" for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_a_line_of_the_page_trains_on_two_nodes(tmp_path):
+    """By torchrun; `python tests/two_machines.py` runs all of them, in 15 seconds each."""
+    line = next(line for line in two_machines.lines() if line.startswith("torchrun"))
+    two_machines.build(tmp_path)
+    with two_machines.two_machines() as nodes:
+        printed = two_machines.start(line, tmp_path, nodes)
+    assert "processes: 2," in printed and (tmp_path / "runs" / "cc" / "model.safetensors").exists()
