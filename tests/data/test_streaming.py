@@ -95,26 +95,22 @@ def test_shards_and_rows_are_shuffled(folder):
     assert found != numbers(streamed(folder, window=ROWS, seed=4).make_rows(range(2 * SHARDS * ROWS)))
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_stream_goes_on_exactly_from_any_row(tmp_path, folder, listed):
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_stream_goes_on_exactly_from_any_row(tmp_path, kind):
     """Over the ends of shards, row groups, windows and passes, and in the middle of the captions of an image."""
-    if listed:
-        rows = [{"image_id": f"image{n}", "caption": [f"caption {2 * n}", f"caption {2 * n + 1}"]} for n in range(21)]
-        folder = write_shards(tmp_path / "listed", rows, SHARDS)
-    made = streamed(folder, num_processes=2)
-    whole = made.make_rows(range(60))
-    states = []
-    made = streamed(folder, num_processes=2)
+    rows = [{"image_id": f"image{n}", "caption": [f"caption {2 * n}", f"caption {2 * n + 1}"]} for n in range(21)]
+    folder = write_shards(tmp_path / "listed", rows, 4, kind)
+    whole = streamed(folder, num_processes=2, window=9).make_rows(range(60))
+    states, made = {}, streamed(folder, num_processes=2, window=9)
     for row in range(50):
-        states.append(json.dumps(made.state_dict(row)))
+        states[row] = json.dumps(made.state_dict(row))
         made.make_rows([row])
-    made = streamed(folder, num_processes=2)
-    for row, state in enumerate(states):
-        made.load_state_dict(json.loads(state))
+    made = streamed(folder, num_processes=2, window=9)
+    for row in range(0, 50, 4):
+        made.load_state_dict(json.loads(states[row]))
         again = made.make_rows(range(row, row + 10))
         assert list(map(dict, again)) == list(map(dict, whole[row : row + 10])), row
-        assert made.state_dict(row + 9)["window"] == (row + 9) // 10
-    assert {row["row_index"] for row in whole} == set(range(10))
+        assert made.state_dict(row + 9)["window"] == row // 9 + 1
     assert len({(row["epoch"], row["row_index"]) for row in whole}) == 60  # masks of their own
 
 
@@ -149,7 +145,7 @@ def test_images_without_regions(tmp_path):
     images = {f"image{n}" for n in range(42) if n != 17}
     with pytest.raises(ValueError, match=r"shards: image 'image17' has no regions in .*--skip_missing"):
         streamed(folder, images).make_rows(range(42))
-    found = numbers(streamed(folder, images, skip_missing=True).make_rows(range(41)))
+    found = numbers(streamed(folder, images, window=41, skip_missing=True).make_rows(range(41)))
     assert sorted(found) == [n for n in range(42) if n != 17]
     with pytest.raises(ValueError, match=r"shards has no caption of the split 'train' with regions"):
         streamed(folder, {"another"}, skip_missing=True).make_rows([0])
