@@ -94,7 +94,7 @@ def build(folder: Path) -> None:
         path.chmod(0o755)
 
 
-def start(line: str, folder: Path, nodes: Nodes, timeout: float = 240) -> str:
+def start(line: str, folder: Path, nodes: Nodes, timeout: float = 600) -> str:
     """Runs a line, in Slurm's way once, else on each node; gives what it prints."""
     variables = {
         **os.environ,
