@@ -3,7 +3,8 @@
     python benchmarks/task_proofs.py vqa --output proofs
 
 Runs examples/run_TASK.py on the scenes once for each seed and for each thing that it is left without, and prints what
-the last step reaches on scenes never seen. The same command goes on with what is missing. A run takes minutes.
+the last step reaches on scenes never seen. The same command goes on with what is missing. A run takes minutes, of one
+that is left without something as many epochs as `--control_epochs` says.
 """
 
 import argparse
@@ -54,13 +55,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("tasks", nargs="+", help="vqa, entailment, nlvr2 or grounding")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument("--control_epochs", help="epochs of those without something (default: as of those with all)")
     args, options = parser.parse_known_args(argv)
     for task in args.tasks:
         print(f"| {task} | metric |", " | ".join(f"seed {seed}" for seed in args.seeds), "|")
         print("|---|---|" + "--:|" * len(args.seeds))
         for without in ("nothing", BLIND.get(task, "regions"), "photo"):
             words = f"`--without {without}`"
-            found = [run(task, seed, without, args.output, options) for seed in args.seeds]
+            control = without != "nothing" and args.control_epochs
+            shorter = ["--num_train_epochs", args.control_epochs] if control else []
+            found = [run(task, seed, without, args.output, [*options, *shorter]) for seed in args.seeds]
             for name in found[0]:
                 scale = 1 if name == "seconds" else 100
                 print(
