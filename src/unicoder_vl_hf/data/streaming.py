@@ -97,10 +97,12 @@ class CaptionStream:
             )
         if image_id in self.images:
             return pairs
-        missing = f"{self.path}: image {image_id!r} has no regions in {self.images}"
         if not self.skip_missing:
-            raise ValueError(f"{missing}. Extract them, or leave such captions out: --skip_missing.")
-        logging.warn_once(logger, f"{missing}: its captions are left out, and so are those of others without regions.")
+            raise ValueError(
+                f"{self.path}: image {image_id!r} has no regions in {self.images}. Extract them, or leave such "
+                "captions out: --skip_missing."
+            )
+        logging.warn_once(logger, f"{self.path}: captions of images without regions in {self.images} are left out.")
         return []
 
     def first(self, count: int) -> datasets.Dataset:
