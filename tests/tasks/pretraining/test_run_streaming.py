@@ -19,6 +19,7 @@ from two_processes import Processes, examples_recorded, run
 import unicoder_vl_hf
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.data import read_captions
+from unicoder_vl_hf.data.streaming import StreamedPairs
 
 SHARDS = 8
 
@@ -93,13 +94,16 @@ def test_a_run(folder, straight):
 
 
 @pytest.mark.parametrize("step", [5, 20])
-def test_resume_equals_never_stopped(folder, command, straight, step):
-    """In the middle of a window, and where a pass ends."""
+def test_resume_equals_never_stopped(folder, command, straight, step, monkeypatch):
+    """In the middle of a window, and where a pass ends; windows before are not read again."""
+    read, read_window = [], StreamedPairs._read_window
+    monkeypatch.setattr(StreamedPairs, "_read_window", lambda self: read.append(None) or read_window(self))
     shutil.copytree(straight / f"checkpoint-{step}", folder / f"resumed-{step}" / f"checkpoint-{step}")
     shutil.copy(straight / "log.jsonl", folder / f"resumed-{step}")
     run("run_pretraining", command(f"resumed-{step}", resume_from_checkpoint="latest"))
     assert_same_weights(folder / f"resumed-{step}", straight)
     assert log_of(folder / f"resumed-{step}") == log_of(straight)
+    assert len(read) == 7 - step * 4 // 14
 
 
 def test_workers_change_nothing(folder, command, straight):
