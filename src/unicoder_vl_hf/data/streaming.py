@@ -8,7 +8,7 @@ resumed, and so the buffer is ours: the window is read again, from the state tha
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ class StreamedPairs:
         self.stream = split_dataset_by_node(
             captions.stream, rank=process_index, world_size=num_processes, strategy="shards"
         )
+        self._states: dict[int, dict[str, Any]] = {}  # at the beginning of windows, by their numbers
         self._pending: list[dict[str, str]] = []  # further captions of the row that was read last
         self._begin_pass(0)
         self._begin(self._state(0))
@@ -225,11 +226,10 @@ class StreamedPairs:
         empty_passes = 0
         while empty_passes < 2:  # the first may go on from the end of one
             empty_passes += 1
-            rows = iter(self.stream)
-            while self._pending or (row := next(rows, None)) is not None:
-                self._pending = self._pending or self.captions.pairs_of(row)
-                if self._pending:
+            for pairs in chain([self._pending], map(self.captions.pairs_of, self.stream)):
+                self._pending = pairs
+                while pairs:
                     empty_passes = 0
-                    yield self._pending.pop(0)
+                    yield pairs.pop(0)
             self._begin_pass(self._pass + 1)
         raise ValueError(f"{self.captions.path} has no caption of the split {self.captions.split!r} with regions.")
