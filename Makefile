@@ -13,7 +13,7 @@ TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-app check docs wheel demo bench gpu-check proof-gpu clean
+.PHONY: help install test test-app chaos check docs wheel demo bench gpu-check proof-gpu clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -48,6 +48,9 @@ $(APP)/.installed: $(INSTALLED)
 		"$$($(APP)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
 	$(APP)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[app]' 'selenium>=4.30,<5'
 	@touch $@
+
+chaos: $(INSTALLED)  ## Kill commands a hundred times and compare what they wrote: half an hour of one core; ARGS='--seed 1'
+	$(RUN) tests/chaos/chaos.py $(ARGS)
 
 check: $(INSTALLED)  ## Check style, formatting and types
 	$(RUN) -m ruff check

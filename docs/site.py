@@ -21,6 +21,7 @@ PAGES |= {"SECURITY.md": "security.md"}
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
 IN_DOCSTRING = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 TYPE = re.compile(r"^( *[\w, *]+ \()(.+?)(?=\):)", re.MULTILINE)  # of an argument: shown as code, default beside it
+NAMES = re.compile(r"^ +\w+(?:, \w+)+(?=(?: \(.+\))?: )", re.MULTILINE)  # several arguments of one description
 NOT_OF_TYPE = re.compile(r"[`*]|, defaults? to.*")
 RAISED = re.compile(r"^( +)`(\w+)`(?=: )", re.MULTILINE)
 # transformers completes these docstrings when they are imported, with a line or two that say nothing here.
@@ -110,6 +111,7 @@ class Docstrings(griffe.Extension):
             obj.docstring = griffe.Docstring(text, parent=obj, parser="google", parser_options=options)
         if obj.docstring is not None:
             text = TYPE.sub(lambda match: match[1] + NOT_OF_TYPE.sub("", match[2]), obj.docstring.value)
+            text = NAMES.sub(lambda match: match[0].replace(", ", ",\u00a0"), text)  # a name ends at the first blank
             text = RAISED.sub(r"\1\2", text).replace("](../", "](https://huggingface.co/docs/transformers/")
             obj.docstring.value = IN_DOCSTRING.sub(self._link, text)
 

@@ -5,6 +5,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -180,12 +181,13 @@ def test_images_without_an_id_may_be_skipped(source, tmp_path, capsys):
     assert list(RegionStore(tmp_path / "store")) == ["dog"]
 
 
-def test_an_unknown_option_shows_the_usage_of_its_command(capsys):
+@pytest.mark.parametrize("command", ["search", "explain photo"])  # the second cannot do without
+def test_an_unknown_option_shows_the_usage_of_its_command(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["search", "a dog", "--modle", "m"])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("usage: unicoder-vl search ")
-    assert error.endswith("unicoder-vl search: error: unrecognized arguments: --modle m\n")
+        main([*command.split(), "a dog", "--modle", "m"])
+    error, name = capsys.readouterr().err, command.split()[0]
+    assert ended.value.code == 2 and error.startswith(f"usage: unicoder-vl {name} ")
+    assert error.endswith(f"unicoder-vl {name}: error: there is no option --modle. Did you mean '--model'?\n")
 
 
 def test_version(capsys):
@@ -295,6 +297,15 @@ def test_no_option_of_a_detector_is_an_argument_of_a_command():
         own = set(inspect.signature(load).parameters) - {"name", "device", "precision"}
         assert not own & (vars(extract_args).keys() | inspect.signature(extract).parameters.keys())
         assert not own & vars(label_args).keys()
+
+
+def test_no_command_passes_over_an_option():
+    for parser in build_parser().get_default("parsers").values():
+        module = inspect.getmodule(parser.get_default("command").run)
+        read = inspect.getsource(module) + inspect.getsource(importlib.import_module("unicoder_vl_hf.cli.commands"))
+        names = {action.dest for action in parser._actions} - {"help", "json"}
+        passed_over = {name for name in names if not re.search(rf'args\.{name}\b|"{name}"', read)}
+        assert not passed_over, parser.prog
 
 
 # Command -> the function that it stands for, its words, and options that the function has not by their own name.

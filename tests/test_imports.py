@@ -53,7 +53,7 @@ LIGHT = {
         ).split()
     },
     "serach": "error: there is no command 'serach', only extract, ",
-    "search --modle": "error: unrecognized arguments: --modle",
+    "search --modle": "error: there is no option --modle. Did you mean '--model'?",
     "search ''": "The sentence is empty",
     "search dog --index FOLDER/none": "none does not exist.",
     "search --image-id 1 --index FOLDER/store --photos FOLDER/none": "none does not exist.",

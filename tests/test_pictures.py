@@ -16,7 +16,7 @@ from PIL import Image, ImageColor
 
 from unicoder_vl_hf import pictures
 from unicoder_vl_hf.feature_extraction_unicoder_vl import RegionRecord
-from unicoder_vl_hf.pictures import PALETTE, GalleryItem, draw_regions, training_curves, write_gallery
+from unicoder_vl_hf.pictures import PALETTE, GalleryItem, draw_regions, draw_relevance, training_curves, write_gallery
 from unicoder_vl_hf.tasks.retrieval.metrics import rank_queries
 
 
@@ -182,6 +182,22 @@ def test_cells_of_a_grid_are_numbered_where_there_is_room(size, numbered):
     assert ((inside > 200).any(axis=(1, 2, 3)) == numbered).all()
     assert drawn.getpixel((800 // size, 400 // size)) == ImageColor.getrgb(PALETTE[0])
     assert not has_colour(drawn, PALETTE[1])
+
+
+def test_the_number_of_a_region_is_at_its_box():
+    """In two records whose boxes are in another order, the same box has another number in the same corner."""
+    numbers = []
+    for index, boxes in ((0, record().boxes), (1, record().boxes[::-1])):
+        without, drawn = (
+            draw_relevance(
+                Image.new("RGB", (200, 100)), record(boxes=boxes), np.ones(2), numbered=numbered, min_width=800
+            )
+            for numbered in ([], [index])
+        )
+        y, x = np.nonzero((np.asarray(without) != np.asarray(drawn)).any(axis=-1))
+        assert (x.min(), y.max()) == (80, 159)
+        numbers.append(drawn.crop((x.min(), y.min(), x.max() + 1, y.max() + 1)).tobytes())
+    assert numbers[0] != numbers[1]
 
 
 def test_boxes_of_one_size_that_lie_apart_are_no_grid():

@@ -1,10 +1,12 @@
 """Files and folders that appear whole or not at all: written beside their place and renamed, locked, begun anew."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +18,8 @@ from typing import IO, Any
 from . import logging
 
 logger = logging.get_logger(__name__)
+
+LEAST_FREE = 2**20  # bytes: a disk that has less is full
 
 
 def sync_folder(folder: Path) -> None:
@@ -52,9 +56,28 @@ def write_json(path: Path, value: Any) -> None:
         complete(file, path)
 
 
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """
+    Runs a block that saves into a folder. Where its disk is full, raises the OSError that says so and names the folder,
+    in place of what libraries raise then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) or not folder.exists() or shutil.disk_usage(folder).free > LEAST_FREE:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+
+
 def json_digest(value: Any) -> str:
     """The SHA-256 of a value as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError, which names the folder, where nothing can be written into it: before work is lost by that."""
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def make_folder(folder: Path) -> None:
@@ -133,6 +156,18 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """
+    Removes a folder, renamed first: what has lost some of its files must not pass for a folder that is whole. Removes
+    also what a kill left of an earlier call.
+    """
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def replace_folder(folder: Path, new: Path) -> None:

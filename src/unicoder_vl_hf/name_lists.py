@@ -1,10 +1,10 @@
-"""Names: text files that hold one a line, of classes, image ids, groups or photos; and the one that was meant."""
+"""Names: text files that hold one a line, of classes, image ids, groups or photos; unknown ones, and what was meant."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
-from itertools import islice
+from itertools import islice, takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,46 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
         name, [each for each in known if re.findall(r"\d", each) == digits], n=1, cutoff=0.7
     )
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_model_name(name: str | PathLike[str]) -> None:
+    """
+    Checks that a model may be found by its name, without asking the Hub.
+
+    Raises:
+        ValueError: There is no such folder or file, and the name is none of a repository of the Hub, or its first part
+            is a folder here; the message asks whether the one that lies beside was meant.
+    """
+    path = Path(name)
+    may_be_of_hub = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)) is not None
+    if path.exists() or (may_be_of_hub and (len(path.parts) == 1 or not path.parent.is_dir())):
+        return
+    while not path.parent.is_dir():
+        path = path.parent
+    folder = path.parent.absolute() if len(path.parts) == 1 else path.parent
+    raise ValueError(
+        f"There is no {name}: {folder} holds no {path.name!r}."
+        f"{did_you_mean(path.name, (each.name for each in path.parent.iterdir()))}"
+        + (f" A repository of the Hub is not sought where {folder} is a folder." if may_be_of_hub else "")
+    )
+
+
+def unknown_option(words: Iterable[str], options: Collection[str]) -> str | None:
+    """
+    Looks for an option that a command does not have. Argparse would first miss what the misspelt one was to give.
+
+    Args:
+        words (iterable of `str`): The command line.
+        options (collection of `str`): The options of the command, with their dashes.
+
+    Returns:
+        `str`: The fault of the first unknown option, in words, and the one that was meant; None where all are known.
+    """
+    for word in takewhile(lambda word: word != "--", words):
+        name = word.partition("=")[0]
+        if name.startswith("--") and " " not in name and name not in options:
+            return f"there is no option {name}.{did_you_mean(name, options)}"
+    return None
 
 
 def _number_at_end(name: str) -> str | None:

@@ -262,10 +262,7 @@ def draw_regions(
         if index in cells:
             continue
         label = _region_label(record, index, class_names) if labels is None else labels[index]
-        place = _free_place(draw.textbbox((0, 0), label, font=font), boxes[index], canvas.size, taken)
-        taken.append(place)
-        draw.rectangle(place, fill=PALETTE[index % len(PALETTE)])
-        draw.text((place[0] + 3, (place[1] + place[3]) / 2), label, fill="white", font=font, anchor="lm")
+        _write_label(canvas, label, boxes[index], PALETTE[index % len(PALETTE)], font, taken)
     return canvas
 
 
@@ -286,7 +283,13 @@ def blank_page(record: RegionRecord) -> Image.Image:
 
 
 def draw_relevance(
-    image: Image.Image, record: RegionRecord, relevance: np.ndarray, *, most: float | None = None, min_width: int = 640
+    image: Image.Image,
+    record: RegionRecord,
+    relevance: np.ndarray,
+    *,
+    most: float | None = None,
+    numbered: Sequence[int] = (),
+    min_width: int = 640,
 ) -> Image.Image:
     """
     Draws how relevant the regions of a photo are: what no relevant one covers is faded to grey, what one covers keeps
@@ -298,6 +301,7 @@ def draw_relevance(
         relevance (`np.ndarray` of shape `(n,)`): Relevance of each region, at least 0.
         most (`float`, *optional*): The relevance that is drawn in full; defaults to the largest of `relevance`. Colours
             go by the square root of the relevance over `most`, so that weak ones show.
+        numbered (sequence of `int`, *optional*): Indices of regions that are drawn in a corner of their boxes.
         min_width (`int`, defaults to 640): Narrower photos are enlarged to it.
 
     Returns:
@@ -319,6 +323,10 @@ def draw_relevance(
     faded = Image.blend(canvas.convert("L").convert("RGB"), Image.new("RGB", canvas.size, "white"), 0.72)
     drawn = Image.composite(canvas, faded, Image.fromarray(np.rint(255 * heat).astype(np.uint8)))
     drawn.paste(outlines, mask=outlines)
+    font = ImageFont.load_default(size=20 * canvas.width / min_width)  # pages show the picture in about that width
+    taken: list[tuple[float, float, float, float]] = []
+    for index in numbered:
+        _write_label(drawn, str(index), boxes[index], PALETTE[1], font, taken)
     return drawn
 
 
@@ -362,32 +370,36 @@ def explanation_html(
     Raises:
         ValueError: The record has no boxes.
     """
-    names = [_region_name(record, index, class_names) for index in range(len(record))]
     strongest = np.argsort(-region_relevance, kind="stable")[:LABELLED]
-    strongest = strongest[region_relevance[strongest] > 0]
+    strongest = strongest[region_relevance[strongest] > 0].tolist()
     shares = region_relevance / max(float(region_relevance.sum()), _LEAST)
     most = max(float(relevance_to_words.max(initial=0.0)), _LEAST)
+
+    def named(indices: Iterable[int], values: np.ndarray) -> list[tuple[int, str, str]]:
+        return [(index, _region_name(record, index, class_names), f"{values[index]:.0%}") for index in indices]
+
     shown, end = [], 0
     for word, strength, row in zip(words, _strengths(word_relevance), relevance_to_words, strict=True):
         start, best = caption.index(word, end), int(row.argmax())
-        picture = draw_relevance(image, record, row, most=most, min_width=_SMALL)
+        linked = [best] if row[best] >= most / 100 else []
+        picture = draw_relevance(image, record, row, most=most, numbered=linked, min_width=_SMALL)
         facts = {"text": word, "before": caption[end:start], "strength": strength}
-        link = f"{names[best]} {row[best] / most:.0%}" if row[best] >= most / 100 else "–"
-        facts |= {"picture": _data_url(picture, _SMALL), "strongest": link}
-        shown.append(facts)
+        shown.append(facts | {"picture": _data_url(picture, _SMALL), "regions": named(linked, row / most)})
         end = start + len(word)
     return _fill(
         "explanation.html" if title is None else "explanation_page.html",
         title=title,
         intro="",
+        colour=PALETTE[1],
         words=shown,
         score=score,
-        whole=_data_url(draw_relevance(image, record, region_relevance), 640),
-        strongest=", ".join(f"{names[index]} {shares[index]:.0%}" for index in strongest),
+        whole=_data_url(draw_relevance(image, record, region_relevance, numbered=strongest), 640),
+        regions=named(strongest, shares),
         note=(
             "Gradient x attention (Chefer et al., 2021): what raised this score, never what lowered it. Words are "
-            "shaded, and regions keep their colours, as far as they did. Beneath the first picture: shares of all "
-            "regions. Beneath a word: its strongest region, in percent of the strongest link of a word and a region."
+            "shaded, and regions keep their colours, as far as they did. A region has its number in the pictures, too. "
+            "Beneath the first one: shares of all regions. Beneath a word: its strongest region, in percent of the "
+            "strongest link of a word and a region."
         ),
     )
 
@@ -445,9 +457,9 @@ def write_hidden_regions(
 
 
 def _region_name(record: RegionRecord, index: int, class_names: Sequence[str] | None) -> str:
-    """Names a region by its class if it has one, else by its number."""
+    """Names a region by its class, if it has one."""
     object_id = -1 if record.object_ids is None else int(record.object_ids[index])
-    return class_names[object_id] if class_names and object_id >= 0 else f"region {index}"
+    return class_names[object_id] if class_names and object_id >= 0 else "region"
 
 
 def _grid_cells(boxes: np.ndarray) -> list[int]:
@@ -486,6 +498,22 @@ def _region_label(record: RegionRecord, index: int, class_names: Sequence[str] |
     if record.object_scores is not None:
         parts.append(f"{record.object_scores[index]:.2f}")
     return " ".join(parts)
+
+
+def _write_label(
+    canvas: Image.Image,
+    text: str,
+    box: np.ndarray,
+    colour: str,
+    font: Any,
+    taken: list[tuple[float, float, float, float]],
+) -> None:
+    """Writes a label for a box, white on its colour, where no label of `taken` is, and adds its place to these."""
+    draw = ImageDraw.Draw(canvas)
+    place = _free_place(draw.textbbox((0, 0), text, font=font), box, canvas.size, taken)
+    taken.append(place)
+    draw.rectangle(place, fill=colour)
+    draw.text((place[0] + 3, (place[1] + place[3]) / 2), text, fill="white", font=font, anchor="lm")
 
 
 def _free_place(

@@ -28,6 +28,7 @@ from unicoder_vl_hf.scenes import questions as scenes_vcr
 from unicoder_vl_hf.scoring.checkpoints import load_for_scoring
 from unicoder_vl_hf.scripts.evaluate_pretraining import PretrainingEvaluationArguments
 from unicoder_vl_hf.tasks.entailment.run_evaluation import EntailmentEvaluationArguments
+from unicoder_vl_hf.tasks.grounding.run_evaluation import GroundingEvaluationArguments
 from unicoder_vl_hf.tasks.nlvr2.run_evaluation import NLVR2EvaluationArguments
 from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
@@ -113,6 +114,7 @@ EVALUATIONS = {
     EntailmentEvaluationArguments: "--annotations a",
     NLVR2EvaluationArguments: "--annotations a",
     VQAEvaluationArguments: "--questions q",
+    GroundingEvaluationArguments: "--entities e --images i",
 }
 
 
@@ -237,8 +239,8 @@ def test_warm_up():
         (loop, ["--max_steps", "0"], "max_steps=0, expected at least 1, or -1"),
         (loop, ["--num_train_epochs", "0"], "num_train_epochs=0, expected at least 1"),
         (loop, ["--warmup_ratio", "5"], "warmup_ratio=5.0, expected a share"),
-        (loop, ["--learning-rat", "1"], "unknown argument --learning-rat, did you mean --learning-rate?"),
-        (trainer, ["--bogus"], "unknown argument --bogus. --help lists the options"),
+        (loop, ["--learning-rat", "1"], "there is no option --learning-rat. Did you mean '--learning-rate'? --help"),
+        (trainer, ["--bogus"], "there is no option --bogus. --help lists the options"),
     ],
 )
 def test_what_contradicts_or_is_no_option(script, given, says, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from unicoder_vl_hf import (
     cli,
     modeling_unicoder_vl,
 )
+from unicoder_vl_hf.pictures import blank_page, draw_relevance
 from unicoder_vl_hf.scoring import Calibration, explain
 from unicoder_vl_hf.search import explain_on_photo
 
 CAPTION = "a dog runs on the grass ."
+NUMBERED = r'class="number">(\d+)</span> (.+?) \d+%'
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,7 @@ def test_the_command_draws_on_the_photo(world, tmp_path, capsys):
     words += ["--output", output]
     scorer = ImageTextScorer.from_pretrained(world / "model", world / "world" / "regions", verbose=False)
     explanation = explain(scorer.model, scorer.processor, image_id, caption)
+    names = scorer.store.provenance["class_names"]
     for photos in (["--photos", photo.parent], []):
         assert cli.main([*map(str, words), *map(str, photos)]) == 0
         assert capsys.readouterr().out == f"{explanation.score:+8.3f}  {caption}\nExplained in {output}\n"
@@ -142,6 +146,18 @@ def test_the_command_draws_on_the_photo(world, tmp_path, capsys):
         assert page.captions == ["raised the score:", *explanation.words]
         whole, *of_words = (np.asarray(picture.convert("RGB"), dtype=int) for picture in page.pictures)
         assert len(of_words) == len(explanation.words)
+        record, shares = explanation.record, explanation.relevance_to_words
+        links = [[row.argmax()] if row.max() >= shares.max() / 100 else [] for row in shares]
+        named = [np.argsort(-explanation.region_relevance)[:3], *links]
+        listed = [re.findall(NUMBERED, figure) for figure in output.read_text().split("<figure")[1:]]
+        assert listed == [[(str(index), names[record.object_ids[index]]) for index in indices] for indices in named]
+        with Image.open(photo) as original:
+            beneath = original.copy() if photos else blank_page(record)
+        drawn = draw_relevance(beneath, record, explanation.region_relevance, numbered=named[0])
+        np.testing.assert_array_equal(whole, drawn)
+        for picture, row, numbered in zip(of_words, shares, links, strict=True):
+            drawn = draw_relevance(beneath, record, row, most=shares.max(), numbered=numbered, min_width=240)
+            np.testing.assert_array_equal(picture, drawn)
         is_grey = np.ptp(whole, axis=-1).max(axis=None) < 40
         strongest = int(explanation.region_relevance.argmax())
         x1, y1, x2, y2 = explanation.record.locations()[strongest, :4] * np.tile(whole.shape[1::-1], 2)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertTokenizer
 
-from ..name_lists import read_json, read_names
+from ..name_lists import check_model_name, read_json, read_names
 from ..regions.formats import restricted_pickle
 
 # Kinds of files with weights, the preferred first, and files that a training leaves beside them.
@@ -97,9 +97,10 @@ def find_source(name: str | PathLike[str], revision: str | None = None) -> Sourc
         `ValueError`: there is no such checkpoint, or it is none of PyTorch, or several.
         `OSError`: the repository does not exist, or cannot be reached.
     """
+    check_model_name(name)
     path, commit = Path(name), None
     if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        if "/" not in str(name):
             raise ValueError(f"There is no {name}: give a folder, a file, or a repository of the Hub, owner/name.")
         path = _download(str(name), revision)
         commit = path.name

@@ -116,7 +116,7 @@ def add_detector(add: Add) -> None:
     add(
         "--detector",
         metavar="FAMILY:NAME",
-        help="detector of the photo (default: that of the regions that --model was trained on)",
+        help="detector of the photo (default: that of the regions that the model was trained on)",
     )
     add_detector_option(add, "grid_size=7")
     add("--cache", metavar="FOLDER", help="folder of a store that keeps the regions of photos for the next time")

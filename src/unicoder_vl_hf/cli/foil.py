@@ -49,7 +49,6 @@ def _accuracy_arguments(add: Add) -> None:
     add("foils", help="file that `unicoder-vl foil` made")
     add("regions", help="folder of the store")
     add("--split", help="split whose foils are taken (default: all)")
-    add("--first-stage", help="another checkpoint, whose first stage is measured (default: the model's)")
     add("--output", help="JSON file for the figures")
 
 

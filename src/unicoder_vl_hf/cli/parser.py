@@ -1,4 +1,8 @@
-"""`unicoder-vl`: region features, from photos or from files of other tools, and search with them, from the shell."""
+"""
+`unicoder-vl` makes stores of region features, from photos or from files of other tools, looks into them, and scores,
+explains, searches and answers with a trained model. `unicoder-vl COMMAND --help` tells more of one. Training and
+evaluation are scripts of `examples/`.
+"""
 
 import sys
 from argparse import ArgumentParser
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 from .. import logging
 from .._version import __version__
 from ..errors import USER_ERRORS, FinishedRun, end_with, stopped, warn_in_one_process
-from ..name_lists import did_you_mean
+from ..name_lists import did_you_mean, unknown_option
 from . import app, checkpoints, foil, photos, plan, retrieval, scoring, search, serving, stores, vcr, vqa
 from .commands import show
 
@@ -24,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     program, go_on = "unicoder-vl", ""
     try:
         parser, words = build_parser(), sys.argv[1:] if argv is None else argv
-        if words and not words[0].startswith("-"):
-            _check_command(words[0], parser)
+        _check_words(words, parser)
         args, unknown = parser.parse_known_args(words)
         command, its_parser, as_json = (vars(args).pop(name) for name in ("command", "parser", "json"))
+        del args.parsers
         if unknown:
             its_parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         program, go_on = f"{program} {command.name}", command.go_on
@@ -42,11 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped(program, go_on)
 
 
-def _check_command(name: str, parser: ArgumentParser) -> None:
-    """Ends as argparse does where there is no command of this name, and asks whether another one was meant."""
-    names = [command.name for family in FAMILIES for command in family.commands]
-    if name not in names:
-        parser.error(f"there is no command {name!r}, only {', '.join(names)}.{did_you_mean(name, names)}")
+def _check_words(words: Sequence[str], parser: ArgumentParser) -> None:
+    """
+    Ends as argparse does at a command or an option that there is not, and asks whether another was meant.
+    """
+    parsers = parser.get_default("parsers")
+    if words and not words[0].startswith("-"):
+        if words[0] not in parsers:
+            parser.error(
+                f"there is no command {words[0]!r}, only {', '.join(parsers)}.{did_you_mean(words[0], parsers)}"
+            )
+        parser, words = parsers[words[0]], words[1:]
+    else:
+        words = words[:1]  # what follows is of no known command
+    if fault := unknown_option(words, parser._option_string_actions):
+        parser.error(fault)
 
 
 def build_parser() -> ArgumentParser:
@@ -56,6 +70,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="unicoder-vl", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"unicoder-vl-hf {__version__}")
     parsers = parser.add_subparsers(required=True, metavar="command")
+    parser.set_defaults(parsers=parsers.choices)
     for family in FAMILIES:
         for command in family.commands:
             description = command.help if command.help.endswith("?") else f"{command.help}."

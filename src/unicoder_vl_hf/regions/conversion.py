@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import logging
-from ..files import begun_anew, locked, make_folder, say_finished, write_json
+from ..files import begun_anew, locked, make_folder, remove_folder, say_finished, write_json
 from ..records_unicoder_vl import RegionRecord
 from .editing import merge_stores
 from .formats import FORMATS, Item, OtherType, known_provenance, read_items
@@ -164,7 +164,7 @@ def _convert(
     if finished and not resume and not (folder / UNFINISHED).exists():
         with RegionStoreWriter(folder, **task.options):  # refuses other settings
             pass
-        shutil.rmtree(parts, ignore_errors=True)
+        remove_folder(parts)
         say_finished(folder)
         return RegionStore(folder)
     try:
@@ -183,7 +183,7 @@ def _convert(
     except BaseException:
         _forget_empty(folder, parts, made)
         raise
-    shutil.rmtree(parts, ignore_errors=True)
+    remove_folder(parts)
     write_skipped(folder, found.skipped)
     if found.repeated:
         logger.warning(f"{found.repeated:,} image(s) came again, the same as before, and were taken once.")

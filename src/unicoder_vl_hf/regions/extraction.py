@@ -24,7 +24,7 @@ from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset
 
 from .. import logging
-from ..files import begun_anew, locked, make_folder, say_finished
+from ..files import begun_anew, locked, make_folder, remove_folder, say_finished
 from ..name_lists import numbered_lines
 from ..processes import StopSignal
 from ..records_unicoder_vl import RegionRecord, check_several
@@ -457,4 +457,4 @@ def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: Pho
     skips += [row for row in read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
     skips += [{"image_id": None, "file": file, "reason": reason} for file, reason in source.left_out]
     write_skipped(folder, sorted(skips, key=lambda row: row["file"]))
-    shutil.rmtree(parts)
+    remove_folder(parts)

@@ -1,7 +1,6 @@
 """The command lines of training scripts as dataclasses: options that all tasks share, and their spellings."""
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .. import logging
+from ..name_lists import unknown_option
 
 logger = logging.get_logger(__name__)
 
@@ -20,7 +20,8 @@ class _Parser(HfArgumentParser):
     """A parser that says in one line what is wrong, where the usage of TrainingArguments takes two hundred."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.removesuffix('.')}. --help lists the options.\n")
+        end = "" if message.endswith("?") else "."
+        self.exit(2, f"{self.prog}: {message.removesuffix('.')}{end} --help lists the options.\n")
 
     def add_argument(self, *names: str, may_change: bool = False, **options: Any) -> argparse.Action:
         """Takes the metadata of a field, of which `may_change` is for [`run_identity`] alone, not for argparse."""
@@ -29,12 +30,13 @@ class _Parser(HfArgumentParser):
     def parse_args_into_dataclasses(self, args: Any = None, *_: Any, **options: Any) -> tuple[Any, ...]:
         try:
             args = in_our_spelling(sys.argv[1:] if args is None else args, self)
+            if fault := unknown_option(args, self._option_string_actions):
+                self.error(fault)
             *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **options)
         except (ValueError, argparse.ArgumentTypeError) as error:
             self.error(str(error))
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+            self.error(f"unknown argument {unknown[0]}")
         return tuple(parsed)
 
 

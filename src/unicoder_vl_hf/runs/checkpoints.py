@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import ProcessorMixin
 
 from .. import logging
 from ..errors import FinishedRun
+from ..files import check_writable
 from ..processes import Computing
 
 logger = logging.get_logger(__name__)
@@ -45,8 +47,13 @@ class CheckpointFolder:
 
     def list(self) -> list[Path]:
         """Lists the complete checkpoints, oldest first."""
-        found = [path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-        return sorted(filter(self._is_complete, found), key=lambda path: int(path.name[11:]))
+        return sorted(filter(self._is_complete, self._all()), key=lambda path: int(path.name[11:]))
+
+    def remove_leftovers(self):
+        """Removes checkpoints whose saving or removal was cut short."""
+        unfinished = [path for path in self._all() if not self._is_complete(path)]
+        for path in (*unfinished, *self.output_dir.glob("partial-*")):
+            shutil.rmtree(path)
 
     def is_finished(self) -> bool:
         """Whether the run came to its end: its folder has the model and the card, which is written last."""
@@ -67,7 +74,10 @@ class CheckpointFolder:
             `FinishedRun`: the latest checkpoint is asked for, but the run is finished and has none.
             `ValueError`: the checkpoint does not exist or is not whole; or a run is to begin in a folder that holds
                 one.
+            `OSError`: nothing can be written into the folder.
         """
+        if self.output_dir.exists():
+            check_writable(self.output_dir)
         present = self.list()
         if requested is None:
             if self.is_finished():
@@ -187,8 +197,7 @@ class CheckpointFolder:
         final = self.output_dir / f"checkpoint-{state['step']}"
         partial = self.output_dir / f"partial-{state['step']}"
         if accelerator.is_main_process:
-            for leftover in self.output_dir.glob("partial-*"):  # of a save or a removal that was cut short
-                shutil.rmtree(leftover)
+            self.remove_leftovers()
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
@@ -204,8 +213,15 @@ class CheckpointFolder:
                 self._remove(old)
         accelerator.wait_for_everyone()
 
+    def _all(self) -> Iterator[Path]:
+        return (path for path in self.output_dir.glob("checkpoint-*") if path.name[11:].isdigit())
+
     def _is_complete(self, checkpoint: Path) -> bool:
-        return (checkpoint / self.state_file).is_file()
+        try:
+            json.loads((checkpoint / self.state_file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # there is none, or a kill cut it short
+            return False
+        return True
 
     def _remove(self, checkpoint: Path):
         """Removes a checkpoint, renamed first: what has lost some of its files must not pass for one."""

@@ -70,6 +70,33 @@ class EvaluationArguments:
 
 
 @dataclass(kw_only=True)
+class TaskEvaluationArguments:
+    """Names a checkpoint of a task and the regions of its images, and says how texts about them are measured."""
+
+    model: str = option(..., "Checkpoint of the task with its processor: a folder or a repository of the Hub.")
+    regions: str = option(..., "RegionStore of the images.")
+    image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
+    mixed_precision: str = precision_option()
+    max_length: int = option(44, "Most tokens of a text; longer ones are cut.")
+    batch_size: int = option(64, "Texts at a time, in each process.")
+    output: str | None = option(None, "JSON file that the metrics are written to.")
+
+
+@dataclass(kw_only=True)
+class PictureArguments:
+    """Says what an evaluation draws."""
+
+    pictures: str | None = option(None, "Folder for pictures of some rows, with --photos.")
+    photos: str | None = option(None, "Photos of the images, as `unicoder-vl extract` takes them.")
+    photo_ids: str = option("stem", "Source of the photos' ids, as --ids of `unicoder-vl extract`.")
+    num_pictures: int = option(8, "Rows that are drawn, evenly over all that are measured together.")
+
+    def __post_init__(self):
+        if (self.pictures is None) != (self.photos is None):
+            raise ValueError("Give both --pictures and --photos, or neither.")
+
+
+@dataclass(kw_only=True)
 class KeptScoresArguments:
     """Says where an evaluation keeps its scores, and which share of them it computes."""
 

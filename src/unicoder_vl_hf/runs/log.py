@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ..files import complete, partial_path
+
 
 class JsonLog:
     """
@@ -28,7 +30,9 @@ class JsonLog:
             # A crash may have cut the last line short.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(kept))
+            with partial_path(path).open("w") as file:  # a kill here must not cost the lines that are there
+                file.writelines(kept)
+                complete(file, path)
 
     def write(self, step: int, values: dict[str, float]):
         """

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from .. import logging
 from ..configuration_unicoder_vl import UnicoderVLConfig
@@ -23,6 +23,7 @@ from ..records_unicoder_vl import RegionRecord
 from ..regions.conversion import convert
 from ..regions.shards import MANIFEST, NO_OBJECT_IDS, shard_path
 from ..regions.store import RegionStore
+from ..scoring.checkpoints import load_config
 from .arguments import DataArguments, ModelArguments
 
 
@@ -422,11 +423,4 @@ def is_unicoder_vl(name: str) -> bool:
     Raises:
         `ValueError`: there is no model of that name.
     """
-    try:
-        return AutoConfig.from_pretrained(name).model_type == UnicoderVLConfig.model_type
-    except OSError as error:
-        reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0]  # an argument of another function
-        raise ValueError(
-            f"There is no model {name!r}: no folder of that name with a config.json, and no repository of the Hub that "
-            f"can be reached from here ({reason})"
-        ) from error
+    return load_config(name).model_type == UnicoderVLConfig.model_type

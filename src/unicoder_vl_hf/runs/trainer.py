@@ -2,6 +2,8 @@
 without loss, it writes our model card, and it shows the losses beside one quiet progress bar.
 """
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer_callback import ExportableState
 
 from ..data.samplers import TokenBatchSampler
+from ..files import full_disk_named
 from ..processes import Computing, StopSignal
 from .arguments import ModelArguments
 from .checkpoints import CheckpointFolder, follow_schedule
@@ -102,7 +105,6 @@ class TaskTrainer(Trainer):
             processing_class=setup.processor,
             callbacks=[
                 EpochOfData(sampler),
-                _RecordOfComputing(self.computing),
                 *callbacks,
             ],
         )
@@ -199,6 +201,20 @@ class TaskTrainer(Trainer):
             logs |= {name: parts[name] for name in names}
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model, trial):
+        if self.is_world_process_zero():  # Trainer removes the oldest by their times, and clocks jump
+            now = time.time()
+            for age, checkpoint in enumerate(reversed(trainer_checkpoints(self.args).list())):
+                os.utime(checkpoint, (now - age, now - age))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        """Saves all that a checkpoint needs before Trainer's state, which makes it whole: of every process, too."""
+        super()._save_rng_state(output_dir)
+        if self.is_world_process_zero():
+            self.computing.save(Path(output_dir))
+        self.accelerator.wait_for_everyone()
+
     def conclude(self) -> None:
         """Measures values that are saved with the kept model, in every process; by default there are none."""
 
@@ -264,6 +280,8 @@ class TaskTrainer(Trainer):
         checkpoint = None if self._resumed_from is None else str(self._resumed_from)
         if checkpoint is not None:
             self.accelerator.print(f"Going on from {checkpoint}, whose weights replace those loaded before.")
+        if self.is_world_process_zero():
+            trainer_checkpoints(self.args).remove_leftovers()
         with StopSignal() as stop, self.computing.threads():
             stopping = _StopWithCheckpoint(stop, self)
             self.add_callback(stopping)
@@ -315,7 +333,8 @@ def train(
         setup = prepare(arguments, args.output_dir)
     if setup.validation is None:
         args.eval_strategy, args.load_best_model_at_end = "no", False
-    return trainer(setup, args, base_model=arguments.base_model, resume_from=resume_from, **options).run()
+    with full_disk_named(Path(str(args.output_dir))):
+        return trainer(setup, args, base_model=arguments.base_model, resume_from=resume_from, **options).run()
 
 
 class EpochOfData(TrainerCallback, ExportableState):
@@ -344,17 +363,6 @@ class EpochOfData(TrainerCallback, ExportableState):
         """The tokens of a batch, which every checkpoint keeps; nothing for batches of equal rows."""
         kept = {} if self.sampler is None else {"tokens_per_batch": self.sampler.tokens_per_batch}
         return {"args": {}, "attributes": kept}
-
-
-class _RecordOfComputing(TrainerCallback):
-    """Writes into each checkpoint how the run computes."""
-
-    def __init__(self, computing: Computing):
-        self.computing = computing
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.computing.save(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 class _LossesBesideTheBar(ProgressCallback):

@@ -14,6 +14,7 @@ launcher, or each is a [`Share`], such as a task of a scheduler's array, which k
 import json
 import os
 import struct
+import sys
 import time
 import uuid
 import zlib
@@ -27,6 +28,7 @@ import numpy as np
 
 from .. import logging
 from ..errors import FinishedRun
+from ..files import check_writable
 
 logger = logging.get_logger(__name__)
 
@@ -169,6 +171,7 @@ class BlockFolder:
 
     Raises:
         `ValueError`: the folder holds another job, and the message names what differs; or other files and no job.
+        `OSError`: nothing can be written into the folder.
     """
 
     def __init__(self, path: str | os.PathLike, job: dict[str, Any], process: int = 0, share: Share | None = None):
@@ -192,6 +195,8 @@ class BlockFolder:
             raise ValueError(
                 f"{self.path} holds scores of another job: {details}. Give those values, or another folder."
             )
+        if not self.is_complete:
+            check_writable(self.path)
         self.done = {block for block, _ in self._read_new()}
 
     @property
@@ -248,6 +253,9 @@ class BlockFolder:
     def _assemble(self, num_blocks: int, shape: tuple[int, ...], positions: Callable[[int], np.ndarray]) -> None:
         partial = self.path / f"{uuid.uuid4().hex}.partial"
         scores = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        if sys.platform == "linux":  # a map of more than a full disk holds would end the process by a signal
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         flat = scores.reshape(-1)  # a view
         missing = set(range(num_blocks))
         self._offsets.clear()

@@ -3,15 +3,18 @@
 import hashlib
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import constants, get_session, hf_hub_url
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining, UnicoderVLPreTrainedModel
+from ..name_lists import check_model_name, did_you_mean
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
@@ -32,8 +35,8 @@ def load_for_scoring(
         options: Arguments of every `from_pretrained`, such as `revision`, `token` and `local_files_only`.
 
     Raises:
-        `ValueError`: the checkpoint is another model, lacks weights that scoring needs, or has fewer rows of word
-            embeddings than its tokenizer has tokens.
+        `ValueError`: there is no such checkpoint, it is another model, lacks weights that scoring needs, or has fewer
+            rows of word embeddings than its tokenizer has tokens.
     """
     expected = "UnicoderVLForPreTraining or UnicoderVLForImageTextRetrieval"
     return load_complete(UnicoderVLForImageTextRetrieval, name, ("bert.", "matching_head."), expected, dtype, **options)
@@ -61,7 +64,7 @@ def load_complete(
     Raises:
         `ValueError`: see [`load_for_scoring`].
     """
-    config = AutoConfig.from_pretrained(name, **options)
+    config = load_config(name, **options)
     if not isinstance(config, UnicoderVLConfig):
         raise ValueError(f"{name} is a {config.model_type}; expected a checkpoint of Unicoder-VL.")
     try:
@@ -77,6 +80,40 @@ def load_complete(
     processor = AutoProcessor.from_pretrained(name, **options)
     processor.check_model(model)
     return model.eval(), processor
+
+
+def load_config(name: str | PathLike[str], **options: Any) -> PreTrainedConfig:
+    """
+    Loads the configuration of a model, which tells its kind. Every model is looked for here first.
+
+    Args:
+        name (`str` or `os.PathLike`): A folder or a repository of the Hub.
+        options: Arguments of `from_pretrained`.
+
+    Raises:
+        `ValueError`: there is no model of that name, or the Hub cannot be reached and did not give it before.
+    """
+    check_model_name(name)
+    try:
+        if not Path(name).exists() and not _hub_answers(str(name)):
+            options["local_files_only"] = True
+        return AutoConfig.from_pretrained(name, **options)
+    except OSError as error:
+        reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0]  # an argument of another function
+        meant = did_you_mean(str(name), (each.name for each in Path().iterdir()))
+        raise ValueError(
+            f"There is no model {str(name)!r}: no folder of that name with a config.json, and no repository of the Hub "
+            f"that can be reached from here ({reason}){meant}"
+        ) from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Asks the Hub for a model once, whatever it answers; its own client asks six times, for half a minute."""
+    try:
+        get_session().head(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of a library that versions of huggingface_hub have different ones of
+        return False
+    return True
 
 
 def load_for_store(

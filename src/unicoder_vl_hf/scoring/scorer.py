@@ -189,9 +189,9 @@ class ImageTextScorer:
             dtype, max_tokens, block_pairs, verbose: See the class.
 
         Raises:
-            `ValueError`: the checkpoint is another model, or has no trained matching head or fewer rows of word
-                embeddings than its tokenizer has tokens.
-            `OSError`: there is no such checkpoint, or no such store.
+            `ValueError`: there is no such checkpoint, it is another model, or has no trained matching head or fewer
+                rows of word embeddings than its tokenizer has tokens.
+            `OSError`: there is no such store.
         """
         if store is not None and not isinstance(store, Mapping):
             store = RegionStore(store)

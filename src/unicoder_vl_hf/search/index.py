@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from .. import logging
 from ..extras import optional_import
-from ..files import json_digest, put_back, replace_folder, write_json
+from ..files import full_disk_named, json_digest, put_back, remove_folder, replace_folder, write_json
 from ..processes import start_processes
 from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
@@ -214,9 +214,12 @@ def build_index(
         new = list(dict.fromkeys([*before.names, *names]))[len(before) :]
         names = [before.names[place] for place in kept] + new
         if names == before.names and before.facts["store"] == store_identity(store):
+            _clean_up(work, names)
             return before
     elif output.exists() and not restart:
-        return _open_complete(output, encoder, store, items, names, faiss)
+        index = _open_complete(output, encoder, store, items, names, faiss)
+        _clean_up(work, names)
+        return index
     if not names:
         raise ValueError(f"There are no {items} to index.")
     if faiss is not None:
@@ -261,13 +264,14 @@ def build_index(
     if state.is_main_process:
         whole = work / "whole"
         shutil.rmtree(whole, ignore_errors=True)  # of a call that was killed while it wrote
-        _write(whole, rows if before is None else np.concatenate([before.embeddings[kept], rows]), names, facts)
+        with full_disk_named(work):
+            _write(whole, rows if before is None else np.concatenate([before.embeddings[kept], rows]), names, facts)
         if output.exists():
             os.replace(output, old)
         os.replace(whole, output)
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(work)
+        remove_folder(work)
     state.wait_for_everyone()
     if has_grown:
         return build_index(
@@ -311,6 +315,13 @@ def _write(folder: Path, rows: np.ndarray, names: list[str], facts: dict[str, An
         structure.add(np.array(rows))
         library.write_index(structure, str(folder / FAISS))
     write_json(folder / INDEX, {"format_version": FORMAT_VERSION, **facts})
+
+
+def _clean_up(work: Path, names: list[str]) -> None:
+    """Removes the work of an index that is complete, where a kill left it."""
+    begun = job_of(work / "blocks").get("names_sha256", json_digest(names))
+    if start_processes().is_main_process and begun == json_digest(names):  # and not that of a larger one
+        remove_folder(work)
 
 
 def _open_complete(

@@ -15,24 +15,17 @@ from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
 from ...runs.batches import compute_logits
-from ...runs.evaluation import evaluation_precision, precision_option
+from ...runs.evaluation import TaskEvaluationArguments, evaluation_precision
 from .collator import DataCollatorForUnicoderVLVisualEntailment
 from .data import read_entailment
 from .training import load_for_entailment, measure
 
 
-@dataclass
-class EntailmentEvaluationArguments:
+@dataclass(kw_only=True)
+class EntailmentEvaluationArguments(TaskEvaluationArguments):
     """Names a checkpoint, and the hypotheses that it judges."""
 
-    model: str = option(..., "Checkpoint of run_entailment.py: a folder or a repository of the Hub.")
     annotations: str = option(..., "Hypotheses: snli_ve_dev.jsonl or snli_ve_test.jsonl.")
-    regions: str = option(..., "RegionStore of the images.")
-    image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
-    mixed_precision: str = precision_option()
-    max_length: int = option(44, "Most tokens of a hypothesis; longer ones are cut.")
-    batch_size: int = option(64, "Hypotheses at a time, in each process.")
-    output: str | None = option(None, "JSON file that the metrics are written to.")
 
 
 def main(argv: list[str] | None = None) -> None:

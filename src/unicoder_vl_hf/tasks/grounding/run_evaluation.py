@@ -27,40 +27,29 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
 from ...runs.batches import compute_logits
-from ...runs.evaluation import evenly
+from ...runs.evaluation import PictureArguments, TaskEvaluationArguments, evaluation_precision, evenly
 from ...search.encoders import Photos
 from .collator import DataCollatorForUnicoderVLGrounding
 from .data import read_entities, read_references
 from .training import load_for_grounding, measure
 
 
-@dataclass
-class GroundingEvaluationArguments:
+@dataclass(kw_only=True)
+class GroundingEvaluationArguments(PictureArguments, TaskEvaluationArguments):
     """Names a checkpoint, and the expressions that it is measured on."""
 
-    model: str = option(..., "Checkpoint of run_grounding.py: a folder or a repository of the Hub.")
-    regions: str = option(..., "RegionStore of the images.")
     refs: str | None = option(None, "RefCOCO's refs(unc).p, or the same as json.")
     instances: str | None = option(None, "RefCOCO's instances.json.")
     splits: list[str] = option(["val"], "Splits of RefCOCO, such as val testA testB.")
     entities: str | None = option(None, "Folder of Flickr30k Entities, with Sentences and Annotations.")
     images: str | None = option(None, "File of the images of Flickr30k Entities, such as test.txt.")
-    image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
-    max_length: int = option(44, "Most tokens of an expression; longer ones are cut.")
-    batch_size: int = option(64, "Expressions at a time, in each process.")
-    output: str | None = option(None, "JSON file that the metrics are written to.")
-    pictures: str | None = option(None, "Folder for pictures of expressions, with --photos.")
-    photos: str | None = option(None, "Folder of the photos.")
-    photo_ids: str = option("stem", "Ids of the photos, as --ids of `unicoder-vl extract`.")
-    num_pictures: int = option(8, "Expressions of each split that are drawn, evenly over it.")
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.refs is None, self.entities is None) not in ((True, False), (False, True)):
             raise ValueError("Give either --refs with --instances, or --entities with --images.")
         if (self.refs is None) != (self.instances is None) or (self.entities is None) != (self.images is None):
             raise ValueError("--refs needs --instances, and --entities needs --images.")
-        if (self.pictures is None) != (self.photos is None):
-            raise ValueError("Give both --pictures and --photos, or neither.")
 
     def read(self) -> dict[str, datasets.Dataset]:
         """Reads the expressions of each split; errors are those of the readers."""
@@ -90,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = {}
     for split, rows in args.read().items():
         rows, _ = join(rows, store, skip_option=None, texts="expressions", renamed_by="--image_ids")
-        scores = compute_logits(model, collator, rows, name=f"Grounding {split}", batch_size=args.batch_size)
+        with evaluation_precision(args.mixed_precision, model):
+            scores = compute_logits(model, collator, rows, name=f"Grounding {split}", batch_size=args.batch_size)
         if not state.is_main_process:
             continue
         found[split] = {"expressions": len(rows), **measure(processor, store, scores, rows)}

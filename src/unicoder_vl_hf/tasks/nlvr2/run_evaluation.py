@@ -15,26 +15,19 @@ from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
 from ...runs.batches import compute_logits
-from ...runs.evaluation import evaluation_precision, precision_option
+from ...runs.evaluation import TaskEvaluationArguments, evaluation_precision
 from .collator import DataCollatorForUnicoderVLVisualReasoning
 from .data import read_nlvr2
 from .metrics import nlvr2_metrics, write_predictions
 from .training import load_for_nlvr2
 
 
-@dataclass
-class NLVR2EvaluationArguments:
+@dataclass(kw_only=True)
+class NLVR2EvaluationArguments(TaskEvaluationArguments):
     """Names a checkpoint, the sentences that it judges, and the files that its judgements are written to."""
 
-    model: str = option(..., "Checkpoint of run_nlvr2.py: a folder or a repository of the Hub.")
     annotations: str = option(..., "Sentences: NLVR2's dev.json or test1.json.")
-    regions: str = option(..., "RegionStore of the photos.")
-    image_ids: str | None = option(None, "Other ids for the photos: stem, coco, a .csv, or CAPTIONS:COLUMN.")
-    mixed_precision: str = precision_option()
-    max_length: int = option(44, "Most tokens of a sentence; longer ones are cut.")
-    batch_size: int = option(64, "Sentences at a time, in each process.")
     predictions: str | None = option(None, "CSV file of identifiers and judgements to write.")
-    output: str | None = option(None, "JSON file that the metrics are written to.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from transformers import get_linear_schedule_with_warmup
 from ... import logging
 from ...data.samplers import StepBatchSampler, StreamBatchSampler
 from ...data.streaming import StreamedPairs
+from ...files import full_disk_named
 from ...processes import Computing, StopSignal
 from ...runs.arguments import option, run_identity
 from ...runs.checkpoints import CheckpointFolder, follow_schedule, save_weights_as_pretrained, save_whole
@@ -186,12 +187,13 @@ class PretrainingLoop:
         )
         if args.eval_on_start and self.step == 0:
             self.evaluate()
-        self._train()
-        finished = self.step == self.total_steps
-        if finished:
-            self._finish()
-        else:
-            accelerator.print(f"Stopped after {self.step} of {self.total_steps} steps.")
+        with full_disk_named(self.output_dir):
+            self._train()
+            finished = self.step == self.total_steps
+            if finished:
+                self._finish()
+            else:
+                accelerator.print(f"Stopped after {self.step} of {self.total_steps} steps.")
         accelerator.wait_for_everyone()
         accelerator.end_training()
         return finished
@@ -220,6 +222,8 @@ class PretrainingLoop:
         )
         self.step = saved["step"]
         self.meter.load(saved["losses"])
+        if self.accelerator.is_main_process:
+            self.checkpoints.remove_leftovers()
         self.accelerator.load_state(str(checkpoint))
         if isinstance(self.setup.train, StreamedPairs):
             self.setup.train.load_state_dict(saved["stream"][self.accelerator.process_index])

@@ -10,7 +10,6 @@ not match are kept. The guards against matches that nobody wrote down are those 
 import functools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from ... import logging
 from ...data.caption_files import encode_column, select_split
 from ...data.captions import check_tokens, join, read_captions
 from ...data.negatives import NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, MismatchIndex, read_duplicate_groups
-from ...files import OutputKind, begun_anew, json_digest, new_folder, say_finished, write_json
+from ...files import OutputKind, begun_anew, json_digest, new_folder, remove_folder, say_finished, write_json
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...scoring.blocks import JOB, RESULT, Share
@@ -379,6 +378,7 @@ def mine(
             _check_settings(target, settings)
             if state.is_main_process:
                 say_finished(target)
+                remove_folder(scores_dir)  # left by a kill at the end
             return datasets.load_from_disk(str(target))
         state.wait_for_everyone()  # until all of them have seen that there is no output
         mined = mine_hard_negatives(
@@ -404,7 +404,7 @@ def mine(
                 write_json(folder / SETTINGS, settings)
         state.wait_for_everyone()
         if state.is_main_process:
-            shutil.rmtree(scores_dir)
+            remove_folder(scores_dir)
     return datasets.load_from_disk(str(target))
 
 

@@ -24,7 +24,7 @@ from ...pictures import draw_answers
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import evaluation_precision, evenly, precision_option
+from ...runs.evaluation import PictureArguments, TaskEvaluationArguments, evaluation_precision, evenly
 from ...search.encoders import Photos
 from .data import read_questions
 from .metrics import vqa_metrics
@@ -32,28 +32,13 @@ from .submission import write_submission
 from .training import answer_questions, answers_of, load_for_vqa, make_collator
 
 
-@dataclass
-class VQAEvaluationArguments:
+@dataclass(kw_only=True)
+class VQAEvaluationArguments(PictureArguments, TaskEvaluationArguments):
     """Names a checkpoint, the questions that it is asked, and the files that its answers are written to."""
 
-    model: str = option(..., "Checkpoint of run_vqa.py: a folder or a repository of the Hub.")
     questions: str = option(..., "File of questions: VQA's, OK-VQA's or GQA's.")
-    regions: str = option(..., "RegionStore of the images.")
     annotations: str | None = option(None, "File of their answers; none for GQA, or for a test split.")
-    image_ids: str | None = option(None, "Other ids for the images: stem, coco, a .csv, or CAPTIONS:COLUMN.")
-    mixed_precision: str = precision_option()
-    max_length: int = option(44, "Most tokens of a question; longer ones are cut.")
-    batch_size: int = option(64, "Questions at a time, in each process.")
     submission: str | None = option(None, "JSON file to write for the server.")
-    output: str | None = option(None, "JSON file that the metrics are written to.")
-    pictures: str | None = option(None, "Folder for pictures of questions, with --photos.")
-    photos: str | None = option(None, "Folder of the photos.")
-    photo_ids: str = option("stem", "Ids of the photos, as --ids of `unicoder-vl extract`.")
-    num_pictures: int = option(8, "Questions that are drawn, evenly over the file.")
-
-    def __post_init__(self):
-        if (self.pictures is None) != (self.photos is None):
-            raise ValueError("Give both --pictures and --photos, or neither.")
 
 
 def main(argv: list[str] | None = None) -> None:

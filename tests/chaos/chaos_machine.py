@@ -1,0 +1,222 @@
+"""Starts the commands of `chaos_commands.py` in forks of `fork_server.py`, kills them, and compares what they wrote."""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+from chaos_commands import NOT_BYTES, Command
+from safetensors.numpy import load_file
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+NONE, KILL, RENAME, CLOCK = range(4)  # of faults.c
+PATIENCE = 300  # seconds that a command may take, on a machine that is busy with others
+
+
+class Run:
+    """A started command: its processes, and what they told."""
+
+    def __init__(self, machine: "Machine", pids: list[int], output: Path, units: Path):
+        self.machine, self.pids, self._output, self._units = machine, pids, output, units
+        self.began = time.monotonic()
+
+    def wait(self, seconds: float = PATIENCE) -> int | None:
+        """Waits for its end and gives the exit code; None if it goes on. As a launcher, kills all where one fails."""
+        codes = self.machine.ask(pids=self.pids, seconds=seconds)
+        code = min(filter(None, codes), default=None if None in codes else 0)  # a signal before what came of it
+        if code and None in codes:
+            self.kill(whole=True)
+        return code
+
+    def kill(self, whole: bool = False, rank: int = 0) -> None:
+        """Kills a process as `kill -9` does; or all of them, with those that they started."""
+        if not whole:
+            os.kill(self.pids[rank], signal.SIGKILL)
+            return
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        self.machine.ask(pids=self.pids, seconds=PATIENCE)
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
+
+    @cached_property
+    def told(self) -> list[str]:
+        return self._units.read_text().splitlines() if self._units.exists() else []
+
+    def numbers(self, name: str) -> list[int]:
+        """The numbers that its processes told of something: the size of their world, or their events."""
+        return [int(line.split()[1]) for line in self.told if line.startswith(f"{name} ")]
+
+    @property
+    def units(self) -> set[str]:
+        return {line for line in self.told if not line.startswith(("world ", "events ", "renames "))}
+
+
+@dataclass
+class Undisturbed:
+    """What an undisturbed run wrote, and how long it took."""
+
+    content: dict[str, Any]
+    records: dict[bytes, Any]
+    seconds: float
+    events: int
+    renames: int
+    units: int
+    pages: int
+
+
+class Machine:
+    """
+    The fork server, the inputs, and undisturbed runs to compare with, in a folder.
+
+    Raises:
+        AssertionError: Inputs cannot be made, or a command fails that nobody disturbs.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.faults = compiled(folder)
+        self.inputs = folder / "inputs"
+        self._numbers = count()
+        self._undisturbed: dict[tuple[str, int], Undisturbed] = {}
+        paths = [ROOT / "src", HERE, HERE.parent, HERE.parent / "regions"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+        environment |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+        if self.faults is not None:
+            environment["LD_PRELOAD"] = str(self.faults)
+        self._server = subprocess.Popen(
+            [sys.executable, HERE / "fork_server.py", *filter(None, [self.faults])],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=(folder / "server").open("w"),
+        )  # fmt: skip
+        assert self._answer() == "ready", (folder / "server").read_text()
+        made = self.start([str(HERE / "chaos_inputs.py"), str(self.inputs)], folder)
+        assert made.wait() == 0, made.output
+
+    def __enter__(self) -> "Machine":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+    def _answer(self) -> str:
+        return self._server.stdout.readline().strip()
+
+    def ask(self, **request: Any) -> Any:
+        """Sends a request to the fork server, and gives its answer."""
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._answer())
+
+    def start(
+        self, words: list[str], folder: Path, processes: int = 1, unit: str = "", fault=(NONE, 0, 0), rank: int = 0
+    ) -> Run:
+        """Starts a command in a folder, the fault in one of its processes."""
+        logs = self.folder / "logs"
+        logs.mkdir(exist_ok=True)
+        number = next(self._numbers)
+        output, units = logs / f"{number:04d}.txt", logs / f"{number:04d}.units"
+        shared = {}
+        if processes > 1:  # as torchrun sets it
+            shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        pids = []
+        for each in range(processes):
+            own = {"RANK": str(each), "LOCAL_RANK": str(each)} if processes > 1 else {}
+            pids.append(
+                self.ask(
+                    words=words, folder=str(folder), environment=shared | own, output=str(output), units=str(units),
+                    unit=unit, fault=fault if each == rank else (NONE, 0, 0),
+                )
+            )  # fmt: skip
+        return Run(self, pids, output, units)
+
+    def start_command(self, command: Command, folder: Path, processes: int = 1, **options: Any) -> Run:
+        """Starts a command in its folder, from its last checkpoint if it trains and there is one."""
+        words = [word.format(inputs=self.inputs, rows=4 // processes) for word in command.words.split()]
+        if words[0].endswith(".py"):
+            words[0] = str(ROOT / words[0])
+        if command.trains and any(folder.glob("out/checkpoint-*/train*_state.json")):
+            words += ["--resume_from_checkpoint", "latest"]
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.start(words, folder, processes, command.unit, **options)
+
+    def undisturbed(self, command: Command, processes: int = 1) -> Undisturbed:
+        """Runs a command without a fault, once."""
+        key = command.name, processes
+        if key not in self._undisturbed:
+            folder = self.folder / "undisturbed" / f"{command.name}-{processes}"
+            run = self.start_command(command, folder, processes)
+            assert run.wait() == 0, f"{command.name}: {run.output}"
+            seconds = time.monotonic() - run.began
+            assert run.numbers("world") == ([processes] * processes if processes > 1 else []), run.told
+            files = content(folder)
+            sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+            pages = sum(-(-size // mmap.PAGESIZE) for size in sizes)
+            events, renames = (max(run.numbers(name), default=0) for name in ("events", "renames"))
+            self._undisturbed[key] = Undisturbed(
+                files, records(folder), seconds, events, renames, len(run.units), pages
+            )
+        return self._undisturbed[key]
+
+
+def compiled(folder: Path) -> Path | None:
+    """Compiles faults.c; None where there is no gcc."""
+    if shutil.which("gcc") is None:
+        return None
+    library = folder / "faults.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "faults.c", "-ldl"], check=True)
+    return library
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All files below a folder by their names: their bytes, or of `NOT_BYTES` what is no time."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        rules = [rule for pattern, rule in NOT_BYTES.items() if fnmatch(path.name, pattern)]
+        found[str(path.relative_to(folder))] = (*rules, bytes)[0](path.read_bytes())
+    return found
+
+
+def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
+    """Reads what a store holds of each image, in whatever order."""
+    found = {}
+    for path in (folder / "out").glob("regions-*.safetensors"):
+        tensors = load_file(path)
+        texts, regions = tensors.pop("image_id_offsets"), tensors.pop("region_offsets")
+        text = tensors.pop("image_ids").tobytes()
+        of_image = {name: tensors.pop(name) for name in ("image_sizes", "present", "checksums")}
+        for row, (first, last) in enumerate(pairwise(texts)):
+            own = {name: tensor[row].tobytes() for name, tensor in of_image.items()}
+            own |= {name: tensor[regions[row] : regions[row + 1]].tobytes() for name, tensor in tensors.items()}
+            found[text[first:last]] = own
+    return found
+
+
+def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Names the files that differ, or are there only once."""
+    missing = object()
+    return [name for name in sorted(found | expected) if found.get(name, missing) != expected.get(name, missing)]
