@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import deepspeed_client
 import launch_client
 import pytest
+import tiny
+import torch
+import two_machines
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -67,11 +72,12 @@ def test_the_layer_that_is_sharded_is_the_models():
 
 
 @pytest.mark.slow
-def test_accelerate_starts_fsdp():
+@pytest.mark.parametrize("name, kind", [("ddp", "plain"), ("fsdp2", "UnicoderVLLayer")])
+def test_accelerate_starts(name, kind):
     """Its settings reach the processes. On CPUs accelerate then does without FSDP: see tests/runs/test_fsdp.py."""
-    words = ["accelerate", "launch", "--config_file", EXAMPLES / "launching" / "fsdp2.yaml", "--num_processes", "2"]
+    words = ["accelerate", "launch", "--config_file", EXAMPLES / "launching" / f"{name}.yaml", "--num_processes", "2"]
     said = started([*words, "--main_process_port", free_port(), CLIENT])
-    assert said == [f"process {rank} of 2 on cpu, UnicoderVLLayer" for rank in range(2)]
+    assert said == [f"process {rank} of 2 on cpu, {kind}" for rank in range(2)]
 
 
 @pytest.mark.slow
@@ -84,3 +90,39 @@ def test_slurm_starts_accelerate_on_two_nodes(two_nodes):
 def test_slurm_starts_torchrun_on_two_nodes(two_nodes):
     words = [EXAMPLES / "slurm" / "train.sh", CLIENT]
     assert started(words, **two_nodes) == [f"process {rank} of 2 on cpu, plain" for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_what_one_process_trains(stage, tmp_path):
+    """Two processes of half a batch each, from a file, to a plain checkpoint; gradients are clipped as it says."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed installs from source only: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
+    config = EXAMPLES / "launching" / f"deepspeed_zero{stage}.yaml"
+    said = started([*torchrun, deepspeed_client.__file__, config, tmp_path], DS_ACCELERATOR="cpu")
+    assert said == [f"process {rank} of 2, ZeRO-{stage}" for rank in range(2)]
+    expected = tiny.model(UnicoderVLForPreTraining)
+    before = {name: value.clone() for name, value in expected.state_dict().items()}
+    optimizer = torch.optim.SGD(expected.parameters(), lr=deepspeed_client.RATE)
+    for _ in range(deepspeed_client.STEPS):
+        for rank in range(2):
+            half = {name: value[rank::2] for name, value in tiny.pretraining_batch().items()}
+            (expected(**half).loss / 2).backward()
+        assert torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0) > 1
+        optimizer.step()
+        optimizer.zero_grad()
+    found, report = UnicoderVLForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=2e-5)
+    assert max((before[name] - value).abs().max() for name, value in expected.state_dict().items()) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_line_of_the_page_trains_on_two_nodes(tmp_path):
+    """By torchrun; `python tests/two_machines.py` runs all of them, in 15 seconds each."""
+    line = next(line for line in two_machines.lines() if line.startswith("torchrun"))
+    two_machines.build(tmp_path)
+    with two_machines.two_machines() as nodes:
+        printed = two_machines.start(line, tmp_path, nodes)
+    assert "processes: 2," in printed and (tmp_path / "runs" / "cc" / "model.safetensors").exists()

@@ -10,5 +10,7 @@
 set -euo pipefail
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # A process for each GPU, unless PROCESSES_PER_NODE says another number.
-exec srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${PROCESSES_PER_NODE:-gpu}" \
-    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="${nodes[0]}:${MASTER_PORT:-29500}" "$@"
+# The first node is told that it is: torchrun's own rendezvous leaves that to the names of machines, which may have several.
+# shellcheck disable=SC2016
+exec srun bash -c 'exec torchrun --node_rank "$SLURM_NODEID" "$@"' torchrun --nnodes "$SLURM_NNODES" \
+    --nproc_per_node "${PROCESSES_PER_NODE:-gpu}" --master_addr "${nodes[0]}" --master_port "${MASTER_PORT:-29500}" "$@"

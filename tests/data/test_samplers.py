@@ -8,6 +8,7 @@ from unicoder_vl_hf.data import samplers
 from unicoder_vl_hf.data.samplers import (
     ReadAhead,
     StepBatchSampler,
+    StreamBatchSampler,
     TokenBatchSampler,
     cut_evenly,
     epoch_order,
@@ -275,3 +276,22 @@ def test_lengths_are_asked_for_as_they_are_needed():
 def test_refuses_a_budget(options, message):
     with pytest.raises(ValueError, match=message):
         by_tokens(**options)
+
+
+def test_each_process_of_a_stream_numbers_its_own_rows():
+    """Steps of 12 rows: 4 for each of three processes, in three micro-batches; weights come to 1 over all."""
+    options = {"rows_per_step": 12, "micro_batches": 3, "seed": 0, "num_processes": 3}
+    for process in range(3):
+        sampler = StreamBatchSampler(5, process_index=process, **options)
+        assert sampler.steps_per_epoch == 5 and len(list(sampler)) == len(sampler) == 15
+        assert [row for rows in sampler for row in rows] == list(range(20))
+        assert list(sampler.parts())[3:6] == [([4, 5], 1 / 6), ([6], 1 / 12), ([7], 1 / 12)]
+        assert sum(sampler.weights()) == pytest.approx(5 / 3)
+        sampler.set_epoch(0, start_step=4)
+        assert list(sampler) == [[16, 17], [18], [19]]
+
+
+@pytest.mark.parametrize("rows, processes, micro_batches", [(10, 4, 1), (8, 4, 3)])
+def test_steps_of_a_stream_are_equal_for_all_processes(rows, processes, micro_batches):
+    with pytest.raises(ValueError, match=rf"train_batch_size={rows}: .* expected a multiple of 4 from "):
+        StreamBatchSampler(5, rows_per_step=rows, micro_batches=micro_batches, seed=0, num_processes=processes)

@@ -1,11 +1,13 @@
 """Pre-training under FSDP2: two processes that each hold a part of the weights train what one process trains."""
 
 import json
+import re
 
 import pytest
 import small_world
 import torch
-from accelerate.utils import merge_fsdp_weights
+from accelerate.commands import accelerate_cli
+from places import ROOT
 from safetensors.torch import load_file
 from two_processes import Processes, plain_descent, run
 
@@ -95,10 +97,18 @@ def test_what_is_saved_is_a_plain_checkpoint(folder):
         assert UnicoderVLProcessor.from_pretrained(folder / name)(text="a red circle")["input_ids"]
 
 
-def test_sharded_checkpoints_load_into_plain_models(folder, tmp_path):
-    """By accelerate's own `merge-weights`, under the names of the model's parameters."""
-    merge_fsdp_weights(str(folder / "whole" / "checkpoint-6" / "pytorch_model_fsdp_0"), str(tmp_path))
-    merged, whole = weights(tmp_path), weights(folder / "whole")
-    assert merged.pop("cls.predictions.decoder.bias").equal(whole.pop("cls.predictions.bias"))
-    merged.pop("cls.predictions.decoder.weight", None)  # tied to the embeddings
-    assert_same(merged, whole, 0.0)
+def test_sharded_checkpoints_load_into_plain_models(folder, monkeypatch):
+    """By the command of docs/scale.md."""
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^accelerate merge-weights .*$", page, re.MULTILINE)
+    checkpoint = folder / "whole" / "checkpoint-6"
+    words = line.replace("runs/cc/checkpoint-1000", str(checkpoint)).split()
+    assert "model.safetensors" not in {path.name for path in checkpoint.iterdir()}
+    monkeypatch.setattr("sys.argv", words)
+    accelerate_cli.main()
+    model, report = UnicoderVLForPreTraining.from_pretrained(checkpoint, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert UnicoderVLProcessor.from_pretrained(checkpoint)(text="a red circle")["input_ids"]
+    whole = UnicoderVLForPreTraining.from_pretrained(folder / "whole")
+    assert "FSDP" not in (checkpoint / "config.json").read_text()
+    assert_same(model.state_dict(), whole.state_dict(), 0.0)

@@ -3,7 +3,7 @@
 The order is a pure function of (seed, epoch, step): the rows of a step are the same for any number of processes and
 micro-batches, so that a resume on another machine trains on the same steps. Every row occurs exactly once an epoch.
 Steps hold equal numbers of rows, the last of an epoch fewer ([`StepBatchSampler`]), or about equal numbers of tokens
-([`TokenBatchSampler`]).
+([`TokenBatchSampler`]). Of a stream each process has a part of its own ([`StreamBatchSampler`]).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -257,6 +257,43 @@ class TokenBatchSampler(StepBatchSampler):
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch, first, SALT]).shuffle(steps)
         return [(rows[step], tokens[step]) for step in steps]
+
+
+class StreamBatchSampler(StepBatchSampler):
+    """
+    Gives the micro-batches of one process of a stream, of which each process has its own part: numbers of rows in that
+    part, one after another.
+
+    Args:
+        max_steps (`int`): Optimiser steps; they count as one epoch.
+        rows_per_step (`int`): Rows of one step, over all processes and micro-batches.
+        options: `micro_batches`, `seed`, `process_index` and `num_processes` of [`StepBatchSampler`].
+
+    Raises:
+        `ValueError`: an argument is out of its range, or the rows of a step are not as many for each process, or do not
+            fill its micro-batches.
+    """
+
+    def __init__(self, max_steps: int, *, rows_per_step: int, **options: Any):
+        super().__init__(max_steps * rows_per_step, rows_per_step=rows_per_step, shuffle=False, **options)
+        self.rows_of_process = rows_per_step // self.num_processes
+        if rows_per_step % self.num_processes or self.rows_of_process < self.micro_batches:
+            raise ValueError(
+                f"train_batch_size={rows_per_step}: in a stream each of {self.num_processes} processes has as many of "
+                f"them, and one for each of its {self.micro_batches} micro-batches at least; expected a multiple of "
+                f"{self.num_processes} from {self.num_processes * self.micro_batches} on."
+            )
+
+    def parts(self) -> Iterator[tuple[list[int], float]]:
+        """Gives the rows of each micro-batch of this process, and its weight in the step of all processes."""
+        for step in range(self.start_step, self.steps_per_epoch):
+            rows = step * self.rows_of_process + np.arange(self.rows_of_process)
+            for numbers, weight in step_parts(rows, self.micro_batches):
+                yield numbers, weight / self.num_processes
+
+    def weights(self) -> Iterator[float]:
+        """Gives the weight of each micro-batch, in the order of iteration."""
+        return (weight for _, weight in self.parts())
 
 
 class GivenRows(Dataset[Any]):

@@ -246,12 +246,16 @@ def follow_schedule(scheduler: LRScheduler):
 def save_weights_as_pretrained(accelerator: Accelerator):
     """
     Makes the weights of accelerate's checkpoints the model's own files, so that `from_pretrained` reads them too. Those
-    of FSDP stay as accelerate writes them: each process its part.
+    of FSDP stay as accelerate writes them, each process its part, beside the configuration: `accelerate merge-weights`
+    puts them together.
     """
 
     def save(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str):
-        if weights:  # none of FSDP
-            accelerator.unwrap_model(models[0]).save_pretrained(folder, state_dict=weights.pop())
+        model: Any = accelerator.unwrap_model(models[0])
+        if weights:
+            model.save_pretrained(folder, state_dict=weights.pop())
+        elif accelerator.is_main_process:  # of FSDP
+            model.config.save_pretrained(folder)
 
     def load(models: list[torch.nn.Module], folder: str):
         if models:

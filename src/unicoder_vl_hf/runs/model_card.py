@@ -72,7 +72,7 @@ class TrainingRun:
 
     Args:
         steps (`int`): Steps of the optimiser.
-        epochs (`float`): Passes over the training data.
+        epochs (`float`, *optional*): Passes over the training data; None for a stream, whose length nobody knows.
         batch_size (`int`): Rows of a step over all processes and micro-steps.
         learning_rate (`float`): Peak of the learning rate.
         seed (`int`): Seed of the run.
@@ -84,7 +84,7 @@ class TrainingRun:
     """
 
     steps: int
-    epochs: float
+    epochs: float | None
     batch_size: int
     learning_rate: float
     seed: int
@@ -102,7 +102,7 @@ class TrainingRun:
             precisions.append(PRECISIONS.get(self.mixed_precision, self.mixed_precision))
         return "\n".join([
             f"- Steps: {self.steps:,} of {self.batch_size:,} {self.rows} (over all processes){kept}",
-            f"- Epochs: {round(self.epochs, 2):g}",
+            *([] if self.epochs is None else [f"- Epochs: {round(self.epochs, 2):g}"]),
             f"- Learning rate: {self.learning_rate:g} at its peak",
             f"- Seed: {self.seed}",
             f"- Precision: {', then '.join(precisions)}",

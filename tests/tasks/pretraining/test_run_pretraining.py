@@ -473,6 +473,26 @@ def test_two_processes_equal_one(script, command, tmp_path, plain):
         assert sorted(row for half in halves for number, row in half if number == epoch) == list(range(80))
 
 
+def test_other_numbers_of_processes_take_the_same_rows_in_the_same_order(script, command, straight, tmp_path):
+    """One process, two from step 8 on, and one again from step 24 on: all rows as those of one process to the end."""
+    options = {"dropout": 0.1, "save_steps": 8, "save_total_limit": 9, "resume_from_checkpoint": "latest"}
+    shutil.copytree(straight / "checkpoint-8", tmp_path / "two" / "checkpoint-8")
+    process = launch(
+        tmp_path, (script, command(script, tmp_path / "two", pairs=2, processes=2, **options)), processes=2
+    )
+    output = output_of(process, tmp_path)
+    assert process.returncode == 0, output
+    assert output.count(f"{script}: world size 2") == 2, output
+    shutil.copytree(tmp_path / "two" / "checkpoint-24", tmp_path / "one" / "checkpoint-24")
+    with examples_recorded(tmp_path / "one-examples"):
+        run(script, command(script, tmp_path / "one", **options))
+    rows = examples_of(straight.parent / "examples-0")
+    halves = [examples_of(tmp_path / f"examples0-{rank}") for rank in range(2)]
+    of_two = [row for step in range(32) for half in halves for row in half[2 * step : 2 * step + 2]]
+    assert of_two == rows[8 * 4 :]
+    assert examples_of(tmp_path / "one-examples-0") == rows[24 * 4 :]
+
+
 def by_tokens(arguments, tokens_per_batch):
     """The command line with a budget of tokens in place of a number of pairs."""
     words = list(arguments)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from ... import logging
-from ...data.negatives import pairs_digest
-from ...data.samplers import StepBatchSampler
+from ...data.samplers import StepBatchSampler, StreamBatchSampler
+from ...data.streaming import StreamedPairs
 from ...files import full_disk_named
 from ...processes import Computing, StopSignal
 from ...runs.arguments import option, run_identity
@@ -121,12 +121,14 @@ class PretrainingLoop:
             "process_index": accelerator.process_index,
             "num_processes": accelerator.num_processes,
         }
-        by_tokens = setup.token_batches(**split)
-        if by_tokens is None:
-            self.sampler = StepBatchSampler(len(setup.train), rows_per_step=args.train_batch_size, **split)
-            self.batch = args.train_batch_size, "pairs"
-        else:
+        self.sampler: StepBatchSampler
+        self.batch = args.train_batch_size, "pairs"
+        if isinstance(setup.train, StreamedPairs):
+            self.sampler = StreamBatchSampler(args.max_steps, rows_per_step=args.train_batch_size, **split)
+        elif (by_tokens := setup.token_batches(**split)) is not None:
             self.sampler, self.batch = by_tokens, (by_tokens.tokens_per_batch, "tokens")
+        else:
+            self.sampler = StepBatchSampler(len(setup.train), rows_per_step=args.train_batch_size, **split)
         self.steps_per_epoch = self.sampler.steps_per_epoch
         self.total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.steps_per_epoch
         self.step = 0
@@ -150,9 +152,18 @@ class PretrainingLoop:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The values by which a resumed run is this run, see [`run_identity`]."""
-        pairs = {"train_pairs": len(self.setup.train), "train_pairs_sha256": pairs_digest(self.setup.train.pairs)}
-        identity = run_identity(self.data_args, self.args, **pairs, total_steps=self.total_steps)
-        return identity if self.setup.budget is None else identity | {"train_batch_size": None}
+        return run_identity(self.data_args, self.args, total_steps=self.total_steps) | self.setup.identity
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training pairs that lie behind; of a stream those that are whole, in this process."""
+        train = self.setup.train
+        return train.passes(self._next_row) if isinstance(train, StreamedPairs) else self.step / self.steps_per_epoch
+
+    @property
+    def _next_row(self) -> int:
+        """The row of a stream, in this process, that the next step begins with."""
+        return self.step * self.args.train_batch_size // self.accelerator.num_processes
 
     def run(self, resume_from: Path | None) -> bool:
         """
@@ -171,7 +182,7 @@ class PretrainingLoop:
             accelerator.init_trackers("pretraining", {**asdict(self.data_args), **asdict(args)})
         steps = "1 step" if self.total_steps == 1 else f"{self.total_steps:,} steps"
         accelerator.print(
-            f"{steps}, {self.batch[0]:,} {self.batch[1]} each, of {len(self.setup.train):,} pairs; processes: "
+            f"{steps}, {self.batch[0]:,} {self.batch[1]} each, of {self.setup.trained_on}; processes: "
             f"{accelerator.num_processes}, {self.computing}"
         )
         if args.eval_on_start and self.step == 0:
@@ -214,6 +225,8 @@ class PretrainingLoop:
         if self.accelerator.is_main_process:
             self.checkpoints.remove_leftovers()
         self.accelerator.load_state(str(checkpoint))
+        if isinstance(self.setup.train, StreamedPairs):
+            self.setup.train.load_state_dict(saved["stream"][self.accelerator.process_index])
         if goes_further:
             follow_schedule(self.scheduler)
             self.checkpoints.reopen()
@@ -273,13 +286,16 @@ class PretrainingLoop:
         self.step += 1
 
     def _log_losses(self) -> dict[str, float]:
-        position = {"learning_rate": self.scheduler.get_last_lr()[0], "epoch": self.step / self.steps_per_epoch}
+        position = {"learning_rate": self.scheduler.get_last_lr()[0], "epoch": self.epoch}
         values = self.meter.mean() | position
         self.log.write(self.step, values)
         return values
 
     def _save_checkpoint(self) -> None:
-        state = {"step": self.step, "losses": self.meter.state()}
+        state: dict[str, Any] = {"step": self.step, "losses": self.meter.state()}
+        if isinstance(self.setup.train, StreamedPairs):
+            of_process = [self.setup.train.state_dict(self._next_row)]
+            state["stream"] = gather_object(of_process) if self.accelerator.num_processes > 1 else of_process
         self.checkpoints.save(state, self.identity, self.accelerator, self.setup.processor, self.computing)
 
     def _finish(self) -> None:
@@ -292,7 +308,7 @@ class PretrainingLoop:
         if self.accelerator.is_main_process:
             training = TrainingRun(
                 steps=self.step,
-                epochs=self.step / self.steps_per_epoch,
+                epochs=None if isinstance(self.setup.train, StreamedPairs) else self.epoch,
                 batch_size=self.batch[0],
                 rows=self.batch[1],
                 learning_rate=self.args.learning_rate,

@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> bool:
     data_args, args = parse_arguments(
         (PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES, strong=STRONG
     )
+    if data_args.streaming and args.max_steps < 1:
+        raise ValueError("--streaming knows no end of an epoch: give --max_steps in place of --num_train_epochs.")
     output_dir = Path(args.output_dir)
     resume_from = args.checkpoints.resolve(args.resume_from_checkpoint)
     if args.push_to_hub:

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> bool:
         scenes=training_defaults(SCENES),
         strong=STRONG,
     )
+    if data_args.streaming:
+        raise ValueError("Trainer cannot go on exactly in a stream: leave out --streaming, or use run_pretraining.py.")
     return train(PretrainingTrainer, partial(prepare_pretraining, seed=training_args.seed), data_args, training_args)
 
 
