@@ -10,7 +10,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from logging import getLogger
+from logging import ERROR, getLogger
 from typing import Any
 
 import ray
@@ -64,8 +64,9 @@ def extract_on_ray(
         return
     with _ray(), logging.tqdm(desc=f"Extracting {work.store.name}", unit="photo", total=len(left)) as bar:
         actors, num_gpus = _pool(detectors, device)
+        extractor: Any = _Extractor  # Ray calls it, and then what that makes
         extracted = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _Extractor,
+            extractor,
             fn_constructor_args=(detector, options, device),
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(rows))),
             num_cpus=0,  # else detectors might leave none for the tasks that they wait for
@@ -83,9 +84,9 @@ def _ray() -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of a risk that Ray Data takes care of
-        here = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
-        ray.init(logging_level="ERROR", log_to_driver=False, **here)
-    getLogger("ray.data").setLevel("ERROR")
+        here: Any = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
+        ray.init(logging_level=ERROR, log_to_driver=False, **here)
+    getLogger("ray.data").setLevel(ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
