@@ -182,9 +182,12 @@ def first_found(browser, image_id: str):
 
 
 def in_view(browser, selector: str) -> bool:
-    """Whether the top of an element comes into view."""
-    top = "const box = arguments[0].getBoundingClientRect(); return box.top > -20 && box.top < window.innerHeight / 2"
-    return wait(browser, partial(browser.execute_script, top, one(browser, selector)))
+    """Whether the top of an element comes into view, in the upper half where not all of the element is."""
+    seen = """
+        const box = arguments[0].getBoundingClientRect(), height = window.innerHeight;
+        return box.top > -20 && (box.top < height / 2 || box.bottom <= height);
+    """
+    return wait(browser, partial(browser.execute_script, seen, one(browser, selector)))
 
 
 def fits(browser) -> bool:
