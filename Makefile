@@ -34,6 +34,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@$(RUN) -c 'import torchvision' || \
 		{ echo "torch and torchvision in $(VENV) are of different builds: rm -rf $(VENV), and install with another TORCH" >&2; exit 1; }
 	@touch $@
+	@echo "Done: 'source $(VENV)/bin/activate' brings unicoder-vl into this shell"
 
 test: $(INSTALLED)  ## Run the tests; ARGS='-k name' goes to pytest
 	OMP_NUM_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -351,7 +351,7 @@ def _photo(path: Path, store: RegionStore, photos: Photos | None) -> tuple[str |
         file = Path(photos.file(image_id))
         if not (file.is_file() and file.samefile(path)) and photos.read(image_id) == path.read_bytes():
             return image_id, f"{path}, the photo of the stored image {image_id!r}"
-    return path, f"{path}, a photo, whatever the stored image {image_id!r} of its name shows"
+    return path, f"{path}, a photo whose regions are found anew (the stored image {image_id!r} has its name)"
 
 
 def _score_all(
