@@ -52,7 +52,7 @@ COMMANDS = [
     Command(
         "extract",
         f"{UNICODER} extract {{inputs}}/photos out --detector chaos_inputs:Colours",
-        "unicoder_vl_hf.regions.extraction:detect",
+        "unicoder_vl_hf.regions.parts:detect",
         lambda detector, batch: [photo.image_id for photo in batch],
         most_lost=6,
         any_order=True,
