@@ -310,7 +310,7 @@ def test_no_command_passes_over_an_option():
 
 # Command -> the function that it stands for, its words, and options that the function has not by their own name.
 FUNCTIONS = {
-    "extract": ("regions.extraction.extract", "photos store --detector grid:x", {"option"}),
+    "extract": ("regions.extraction.extract", "photos store --detector grid:x", {"option", "share"}),
     "prepare": ("data.preparation.prepare", "photos captions output", {"split_list"}),
     "merge": ("regions.editing.merge_stores", "a --output b", set()),
     "import-checkpoint": ("checkpoints.importing.import_checkpoint", "source output", set()),

@@ -109,7 +109,8 @@ def test_what_makes_a_run_is_what_it_was():
     """No option more, which a resume could then not change, but for those that there were not."""
     state = json.loads((GOLDEN / "unfinished_pretraining" / "checkpoint-3" / "training_state.json").read_text())
     today = run_identity(PretrainingArguments(), LoopArguments(output_dir="x"))
-    assert today.keys() - state["identity"].keys() == {"caption_ids", "initializer_range", "tokens_per_batch"}
+    new = {"caption_ids", "initializer_range", "tokens_per_batch", "streaming", "shuffle_buffer_size"}
+    assert today.keys() - state["identity"].keys() == new
     assert state["identity"].keys() - today.keys() == {"train_pairs", "total_steps"}  # facts of the data
 
 
@@ -131,7 +132,13 @@ def test_unfinished_mining(disk, monkeypatch):
     monkeypatch.setattr(ImageTextScorer, "_compute", lambda *_: pytest.fail("scored again"))
     rule = {"num_negatives": 2, "images_per_set": 5, "split": "train"}
     mined = mine("retrieval", "world/captions.jsonl", "world/regions", "unfinished_mining", **rule)
-    assert mined.to_dict() == datasets.load_from_disk("mined").to_dict()
+    found, expected = mined.to_dict(), datasets.load_from_disk("mined").to_dict()
+    for name, column in expected.items():
+        if name.endswith("_scores"):  # sigmoids, which another CPU rounds otherwise
+            np.testing.assert_allclose(found[name], column, rtol=1e-6, err_msg=name)
+        else:
+            assert found[name] == column, name
+    assert found.keys() == expected.keys()
 
 
 def test_an_unfinished_conversion(disk):

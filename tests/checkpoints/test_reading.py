@@ -253,7 +253,7 @@ def test_files_that_are_no_weights(tmp_path, capsys):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"source holds no weights of PyTorch"):
         find_source(folder)
-    with pytest.raises(ValueError, match=r"There is no .*none: give a folder, a file, or a repository"):
+    with pytest.raises(ValueError, match=r"There is no .*none: .* holds no 'none'"):
         find_source(tmp_path / "none")
     (folder / "model.safetensors").write_bytes(b"nothing here")
     with pytest.raises(ValueError, match=r"model.safetensors is damaged, or no file of weights"):
