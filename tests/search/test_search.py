@@ -1207,7 +1207,7 @@ def test_any_photo_is_a_query(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, found = run(capsys, *exhaustive, "--image", f"{photo_world.IDS[0]}.png")
     assert code == 0 and ranks(found) == ranks(stored)
-    assert found.startswith("photo_0.png, a photo whose regions are found anew (the stored image 'photo_0' has")
+    assert found.startswith(
         "photo_0.png, a photo whose regions are found anew (the stored image 'photo_0' has its name)\n"
     )
     code, found = run(capsys, *exhaustive, "--image", "photo_0.png", "--detector", f"grid:{world / 'encoder'}")
