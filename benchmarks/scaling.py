@@ -1,5 +1,5 @@
 """
-How jobs share two cores, and what the paper's jobs would cost. Prints two tables and writes JSON; see docs/scale.md.
+How jobs share two cores, and what the paper's jobs would cost. Prints two tables and writes JSON.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--output scaling.json] [--size minilm] [--items 1]
 
