@@ -28,6 +28,8 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data import read_captions
 from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLModel
 from unicoder_vl_hf.scoring import packed
+from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
+from unicoder_vl_hf.tasks.retrieval.protocols import DIRECTIONS, retrieval_test
 
 ROUNDS = 3
 FLOAT32, IN_FLOAT32 = packed.OneDNNLinear, packed.with_onednn
@@ -106,22 +108,22 @@ def speed(size: str, num_captions: int, num_images: int) -> None:
 
 def recalls(scores: np.ndarray, own: np.ndarray) -> str:
     """Image and text R@1 in percent: row `c` of `scores` is of a caption of image `own[c]`."""
-    image = (scores.argmax(axis=1) == own).mean()
-    text = np.mean([own[scores[:, index].argmax()] == index for index in np.unique(own)])
-    return f"image R@1 {100 * image:.1f}, text R@1 {100 * text:.1f}"
+    found = retrieval_metrics(scores, own, ks=[1])
+    text, image = (100 * found[f"{direction}_recall@1"] for direction in DIRECTIONS)
+    return f"image R@1 {image:.1f}, text R@1 {text:.1f}"
 
 
 def ranking(checkpoint: Path, scenes: Path, num_captions: int) -> None:
     """Prints recalls of int8 and of cascades on the test scenes, and how the order of the best 100 photos agrees."""
-    store, rows = RegionStore(scenes / "regions"), read_captions(scenes / "captions.jsonl", split="test")
-    image_ids = rows.unique("image_id")
-    rows = rows.select(range(0, len(rows), max(1, len(rows) // num_captions)))
-    own = np.array([image_ids.index(image_id) for image_id in rows["image_id"]])
+    store = RegionStore(scenes / "regions")
+    (fold,) = retrieval_test(read_captions(scenes / "captions.jsonl", split="test")).folds
+    some = slice(None, None, max(1, len(fold.captions) // num_captions))
+    captions, image_ids, own = fold.captions[some], fold.image_ids, fold.image_of_caption[some]
     found = {}
     for kind in KINDS:
         take(kind)
         scorer = ImageTextScorer.from_pretrained(checkpoint, store, verbose=False)
-        found[kind] = scorer.score(rows["caption"][:], image_ids)
+        found[kind] = scorer.score(captions, image_ids)
         taus = []
         for reference, scores in zip(found["float32"], found[kind], strict=True):
             best = np.argsort(-reference)[:100]
@@ -133,7 +135,7 @@ def ranking(checkpoint: Path, scenes: Path, num_captions: int) -> None:
         early = copy.deepcopy(scorer.model)
         early.bert.encoder.layer = early.bert.encoder.layer[:count]
         early.config.num_hidden_layers = count
-        first = ImageTextScorer(early, scorer.processor, store, verbose=False).score(rows["caption"][:], image_ids)
+        first = ImageTextScorer(early, scorer.processor, store, verbose=False).score(captions, image_ids)
         for share in (0.1, 0.25, 0.5):
             kept = np.argsort(-first, axis=1)[:, : round(share * len(image_ids))]
             passed = np.zeros_like(first, dtype=bool)

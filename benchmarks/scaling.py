@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from work import SIZES
 
 from unicoder_vl_hf import (
@@ -29,6 +30,7 @@ from unicoder_vl_hf import (
     UnicoderVLProcessor,
 )
 from unicoder_vl_hf.scenes.world import build_scenes, scene_tokenizer
+from unicoder_vl_hf.scoring.packed import pair_flops
 
 COMMAND = [sys.executable, "-m", "unicoder_vl_hf.cli"]
 PRETRAINING = Path(__file__).parents[1] / "examples" / "run_pretraining.py"
@@ -155,14 +157,10 @@ def measure(items: int, size: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def operations_of_pair(width: int = 768, layers: int = 12, length: int = WORDS + REGIONS) -> float:
-    """Operations of the encoder on a pair, see docs/performance.md."""
-    return layers * (2 * length * 12 * width**2 + 4 * length**2 * width)
-
-
 def hours(job: str, gpus: int, efficiency: float) -> float:
     """Hours of a job of the cost table on a number of GPUs."""
-    pair, rate = operations_of_pair(), ASSUMED["peak"] * ASSUMED["share, scoring and training"]
+    pair = float(pair_flops(UnicoderVLConfig(), np.array(WORDS + REGIONS)))
+    rate = ASSUMED["peak"] * ASSUMED["share, scoring and training"]
     if job.startswith("extract"):
         each = 3.8e6 * ASSUMED["operations of a photo"] / (ASSUMED["peak"] * ASSUMED["share, detector"])
         return each / (gpus * (efficiency if gpus > 1 else 1)) / 3600

@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_words(words: Sequence[str], parser: ArgumentParser) -> None:
-    """
-    Ends as argparse does at a command or an option that there is not, and asks whether another was meant.
-    """
+    """Ends as argparse does at a command or an option that there is not, and asks whether another was meant."""
     parsers = parser.get_default("parsers")
     if words and not words[0].startswith("-"):
         if words[0] not in parsers:

@@ -323,7 +323,7 @@ def _entries(path: Path, format: str) -> Iterator[Entry]:
             yield where, row  # the check refuses it
             continue
         if names is None:
-            names = _find_columns(path, row)
+            names = find_columns(path, row)
         image, caption = names
         if image != "image_id" and image in row:
             row["image_id"] = stem_of(row[image])
@@ -335,7 +335,7 @@ def _entries(path: Path, format: str) -> Iterator[Entry]:
             yield where, row
 
 
-def _find_columns(path: str | PathLike[str], names: Iterable[str]) -> tuple[str, str]:
+def find_columns(path: str | PathLike[str], names: Iterable[str]) -> tuple[str, str]:
     """
     Finds the columns of image and caption, and warns where they have other names; the usual names where there are none.
     """
@@ -371,7 +371,7 @@ def _load_datasets(path: str | PathLike[str], split: str | None) -> datasets.Dat
     if isinstance(loaded, datasets.Dataset):
         return loaded if split is None else select_split(loaded, path, split)
     if split is not None and split not in loaded:
-        raise ValueError(_no_split(path, split, loaded))
+        raise ValueError(no_split(path, split, loaded))
     if split is not None:
         return loaded[split]
     parts = [
@@ -404,15 +404,18 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
-def _check_row(row: Any, path: str | PathLike[str], where: str, skip_empty: bool) -> bool:
-    """Turns `image_id` into text and checks both fields; False for a row to be left out."""
+def check_row(row: Any, path: str | PathLike[str], where: str, skip_empty: bool) -> bool:
+    """
+    Turns `image_id` into text and checks both fields; False for a row to be left out. Raises ValueError where a field
+    is missing or holds something else.
+    """
     if not isinstance(row, dict):
         raise ValueError(
             f"{path}, {where}: {row!r:.80} is not an object; expected an object with image_id and caption."
         )
     for name in ("image_id", "caption"):
         if name not in row:
-            raise ValueError(_no_column(f"{path}, {where}", name, row))
+            raise ValueError(no_column(f"{path}, {where}", name, row))
     image_id, caption = row["image_id"], row["caption"]
     if isinstance(image_id, int) and not isinstance(image_id, bool):
         row["image_id"] = str(image_id)
@@ -447,12 +450,12 @@ def _check_entries(
             splits[row["split"]] = None
             if row["split"] != split:
                 continue
-        if _check_row(row, path, where, skip_empty):
+        if check_row(row, path, where, skip_empty):
             yield row
         else:
             skipped += 1
     if rows and split is not None and split not in splits:
-        raise ValueError(_no_split(path, split, splits))
+        raise ValueError(no_split(path, split, splits))
     _warn_skipped(path, skipped)
 
 
@@ -462,7 +465,7 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
     table = _one_caption_a_row(table, path)
     for name in ("image_id", "caption"):
         if name not in table.column_names:
-            raise ValueError(_no_column(path, name, table.column_names))
+            raise ValueError(no_column(path, name, table.column_names))
     columns = table.select_columns(["image_id", "caption"]).with_format("arrow")[:]
     suspect = np.zeros(len(table), dtype=bool)
     for name in ("image_id", "caption"):
@@ -476,7 +479,7 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
     keep = np.ones(len(table), dtype=bool)
     for index in np.flatnonzero(suspect):
         row = {name: columns[name][int(index)].as_py() for name in ("image_id", "caption")}
-        keep[index] = _check_row(row, path, f"row {index}", skip_empty)
+        keep[index] = check_row(row, path, f"row {index}", skip_empty)
     if not keep.all():
         _warn_skipped(path, int((~keep).sum()))
         table = table.select(np.flatnonzero(keep))
@@ -493,7 +496,7 @@ def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str]) -> da
     """
     # A column of pictures may be called image, too.
     usable = (name for name, kind in table.features.items() if isinstance(kind, datasets.Value | datasets.List))
-    image, caption = _find_columns(path, usable)
+    image, caption = find_columns(path, usable)
     if image != "image_id" and image in table.column_names:
         stems, codes = encode_column(table, image, stem)
         table = _add_column(table, "image_id", stems.take(pa.array(codes)))
@@ -515,7 +518,8 @@ def _add_column(table: datasets.Dataset, name: str, values: Any) -> datasets.Dat
         return table.add_column(name, values)
 
 
-def _no_column(place: str | PathLike[str], name: str, columns: Iterable[str]) -> str:
+def no_column(place: str | PathLike[str], name: str, columns: Iterable[str]) -> str:
+    """Says that a column is missing, and what to do."""
     return f"{place}: no column {name!r}; the columns are {list(columns)}. Rename the one that holds it to {name!r}."
 
 
@@ -527,7 +531,8 @@ def _no_split_column(place: str | PathLike[str], columns: Iterable[str]) -> str:
     )
 
 
-def _no_split(path: str | PathLike[str], split: str, splits: Iterable[str]) -> str:
+def no_split(path: str | PathLike[str], split: str, splits: Iterable[str]) -> str:
+    """Says that a split is missing, and which there are."""
     return f"{path} has no split {split!r}; its splits are {', '.join(map(str, splits))}."
 
 
@@ -585,5 +590,5 @@ def select_split(table: datasets.Dataset, path: str | PathLike[str], split: str)
         raise ValueError(_no_split_column(path, table.column_names))
     splits = table.select_columns(["split"]).with_format("arrow")[:]["split"].to_pylist()
     if split not in splits:
-        raise ValueError(_no_split(path, split, dict.fromkeys(splits)))
+        raise ValueError(no_split(path, split, dict.fromkeys(splits)))
     return table.select([i for i, name in enumerate(splits) if name == split])

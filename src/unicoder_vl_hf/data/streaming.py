@@ -18,7 +18,7 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from .. import logging
-from .caption_files import _check_row, _find_columns, _no_column, _no_split, stem_of
+from .caption_files import check_row, find_columns, no_column, no_split, stem_of
 from .negatives import PairsWithMismatches
 from .rows import Row
 from .samplers import SALT, epoch_order
@@ -60,17 +60,17 @@ class CaptionStream:
         splits = datasets.load_dataset(str(path), streaming=True)
         name = "validation" if split == "val" and split not in splits else split
         if name not in splits:
-            raise ValueError(_no_split(path, split, splits))
+            raise ValueError(no_split(path, split, splits))
         stream = splits[name]
         if stream.features is None:
             raise ValueError(f"{path}: its columns cannot be told from a part of it; expected parquet or JSON lines.")
         # A column of pictures may be called image, too, and is not read.
         kinds = datasets.Value | datasets.List | datasets.LargeList
         usable = [column for column, kind in stream.features.items() if isinstance(kind, kinds)]
-        self._image, self._caption = _find_columns(path, usable)
+        self._image, self._caption = find_columns(path, usable)
         for column in (self._image, self._caption):
             if column not in usable:
-                raise ValueError(_no_column(path, column, stream.features))
+                raise ValueError(no_column(path, column, stream.features))
         self.stream = stream.select_columns(
             [column for column in usable if column in (self._image, self._caption, "split")]
         )
@@ -86,7 +86,7 @@ class CaptionStream:
         captions = row[self._caption] if isinstance(row[self._caption], list) else [row[self._caption]]
         pairs = [{"image_id": image_id, "caption": caption} for caption in captions or [None]]
         for pair in pairs:
-            _check_row(pair, self.path, f"split {self.split!r}", skip_empty=False)
+            check_row(pair, self.path, f"split {self.split!r}", skip_empty=False)
             if self.rename is not None:
                 pair["image_id"] = self.rename(pair["image_id"])
         image_id = pairs[0]["image_id"]

@@ -269,8 +269,9 @@ def _extract_share(
 ) -> NoReturn:
     """Extracts a share to a part of its own, whatever other shares do meanwhile, and raises FinishedShare."""
     folder, name, ids = work.store, share_name(share), work.source.ids
+    of_all = name.partition("-")[2]  # how many shares there are
     for part in _parts(work.parts):
-        if not part.name.endswith(share_name(share)[5:]):
+        if not part.name.endswith(f"-{of_all}"):
             raise ValueError(
                 f"{part} is of a run without shares, or with another number of them, than {share}: go on with that, or "
                 "begin anew with --restart, without --share."

@@ -122,8 +122,7 @@ class _Column:
         return self.images[row][self.column]["path"] or f"row {row}"
 
     def read(self, index: int) -> bytes:
-        image = self.images[self.rows[index]][self.column]
-        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        return _bytes_of(self.images[self.rows[index]][self.column])
 
     def only(self, indices: Sequence[int]) -> "_Column":
         ids, rows = [self.ids[index] for index in indices], [self.rows[index] for index in indices]
@@ -147,13 +146,16 @@ class _Tables:
     def read(self, index: int) -> bytes:
         path, group, first, row = self.places[index]
         image = _row_group(self.listing, path, group, self.column)[row - first].as_py()
-        if isinstance(image, bytes):
-            return image
-        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        return image if isinstance(image, bytes) else _bytes_of(image)
 
     def only(self, indices: Sequence[int]) -> "_Tables":
         ids, places = [self.ids[index] for index in indices], [self.places[index] for index in indices]
         return _Tables(self.column, ids, places, listing=self.listing)
+
+
+def _bytes_of(image: dict[str, Any]) -> bytes:
+    """Gives the file of a photo as `datasets.Image` stores it: its bytes, or where it lies."""
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
 @lru_cache(maxsize=1)
