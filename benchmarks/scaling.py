@@ -35,6 +35,7 @@ from unicoder_vl_hf.scoring.packed import pair_flops
 COMMAND = [sys.executable, "-m", "unicoder_vl_hf.cli"]
 PRETRAINING = Path(__file__).parents[1] / "examples" / "run_pretraining.py"
 CAPTIONS = 5  # of a scene
+MINED, EMBEDDED, STEPS = 40, 2_000, 20  # scenes whose captions are mined, scenes embedded and steps, at size 1
 
 # What the cost table assumes of a GPU and its network: an H100 at 3 dollars an hour, its dense bf16 rate, shares of it
 # that larger models reach elsewhere, and bytes a second of all-reduce within a machine of 8 and between machines.
@@ -75,33 +76,33 @@ def jobs(world: Path, items: int) -> dict[str, Job]:
     model, captions, regions = (str(world / name) for name in ("model", "captions.jsonl", "regions"))
 
     def mine(size: int, folder: Path) -> list[str]:
-        return ["mine", model, f"{world}/captions{size}.jsonl", regions, f"{folder}/mined", "--images-per-set", "20"]
+        some = f"{world}/{MINED * items * size}.jsonl"
+        return ["mine", model, some, regions, f"{folder}/mined", "--images-per-set", "20"]
 
     def index(size: int, folder: Path) -> list[str]:
-        some = f"{world}/captions{size}.jsonl:train"
+        some = f"{world}/{EMBEDDED * items * size}.jsonl:train"
         return ["index", regions, "--model", model, "--output", f"{folder}/index", "--images-of", some]
 
     def pretrain(size: int, processes: int, folder: Path) -> list[list[str]]:
-        steps, rows = 20 * items * size, 32 // processes
+        steps, rows = STEPS * items * size, 32 // processes
         launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
         options = ["--max_steps", str(steps), "--per_device_train_batch_size", str(rows), "--warmup_ratio", "0"]
         data = ["--captions", captions, "--regions", regions, "--model_name_or_path", model]
         return [[sys.executable, *launch, str(PRETRAINING), "--output_dir", f"{folder}/run", *data, *options]]
 
-    number = 20 * items
     return {
-        "mine: pairs scored": Job(number * CAPTIONS * 20, **shares(mine)),
-        "index: photos embedded": Job(number, **shares(index)),
-        "pretrain: rows": Job(number * 64, pretrain),
+        "mine: pairs scored": Job(MINED * items * CAPTIONS * 20, **shares(mine)),
+        "index: photos embedded": Job(EMBEDDED * items, **shares(index)),
+        "pretrain: rows": Job(STEPS * items * 64, pretrain),
     }
 
 
 def build_world(folder: Path, items: int, size: str) -> None:
-    """Scenes, caption files of sizes 1 and 2, and a model with new weights, whose speed is that of a trained one."""
-    build_scenes(folder, num_train=40 * items, num_val=2, num_test=2)
+    """Scenes, caption files of the jobs' sizes, and a model with new weights, whose speed is that of a trained one."""
+    build_scenes(folder, num_train=2 * EMBEDDED * items, num_val=2, num_test=2)
     lines = (folder / "captions.jsonl").read_text().splitlines()
-    for scale in (1, 2):
-        (folder / f"captions{scale}.jsonl").write_text("\n".join(lines[: 20 * items * CAPTIONS * scale]) + "\n")
+    for number in (MINED * items, 2 * MINED * items, EMBEDDED * items, 2 * EMBEDDED * items):
+        (folder / f"{number}.jsonl").write_text("\n".join(lines[: number * CAPTIONS]) + "\n")
     config = UnicoderVLConfig(
         vocab_size=len(scene_tokenizer()),
         region_feature_dim=256,
