@@ -133,7 +133,7 @@ def seconds(job: Job, size: int, processes: int) -> float:
         return time.perf_counter() - begin
 
 
-def measure(items: int, size: str) -> dict[str, dict[str, float]]:
+def measure(items: int, size: str, only: str | None) -> dict[str, dict[str, float]]:
     """Measures each job in four runs: seconds, what a start costs and an item, and how two processes share."""
     found = {}
     with tempfile.TemporaryDirectory() as name:
@@ -142,6 +142,8 @@ def measure(items: int, size: str) -> dict[str, dict[str, float]]:
         print("| job | n, 1 process | 2n, 1 | n, 2 | 2n, 2 | start | an item | strong | weak | efficiency |")
         print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
         for label, job in jobs(world, items).items():
+            if not label.startswith(only or ""):
+                continue
             one, twice, strong, weak = (seconds(job, scale, p) for scale, p in ((1, 1), (2, 1), (1, 2), (2, 2)))
             item = (twice - one) / job.items
             start = 2 * one - twice
@@ -197,9 +199,10 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, help="take this file of a run before, and run nothing")
     parser.add_argument("--size", choices=sorted(SIZES), default="minilm")
     parser.add_argument("--items", type=int, default=1, help="factor of the size of all jobs")
+    parser.add_argument("--only", help="the job whose name begins so, alone")
     args = parser.parse_args()
     if args.measured is None:
-        found = measure(args.items, args.size)
+        found = measure(args.items, args.size, args.only)
         args.output.write_text(json.dumps({"size": args.size, "jobs": found, "assumed": ASSUMED}, indent=2) + "\n")
     else:
         found = json.loads(args.measured.read_text())["jobs"]
