@@ -23,6 +23,7 @@ def _app_arguments(add: Add) -> None:
 @commands.register("app", "Searches, scores, explains and browses in a browser", _app_arguments)
 def _app(args: Namespace) -> None:
     check_paths(args, "regions", "photos", "index", "captions_index")
+    options = detector_options(args)
     from ..app import PhotoApp, build_page, launch
 
     app = PhotoApp(
@@ -33,6 +34,6 @@ def _app(args: Namespace) -> None:
         index=args.index,
         captions_index=args.captions_index,
         detector=args.detector,
-        detector_options=detector_options(args),
+        detector_options=options,
     )
     launch(build_page(app), args.host, args.port)

@@ -136,15 +136,19 @@ def add_detector_option(add: Add, example: str) -> None:
 
 def detector_options(args: Namespace, *taken: str) -> dict[str, Any]:
     """
-    Reads the options of a detector, each value as JSON if it is some, else as text.
+    Reads the options of a detector, each value as JSON if it is some, else as text, and checks its name.
 
     Args:
-        args (`argparse.Namespace`): `option` holds texts NAME=VALUE.
+        args (`argparse.Namespace`): `option` holds texts NAME=VALUE, and `detector` the name, if any.
         taken (`str`): Names that no option may have, since they are arguments of other functions on the way.
 
     Raises:
-        `ValueError`: a text has another form, or a name is taken or given twice.
+        `ValueError`: there is no such family of detectors, a text has another form, or a name is taken or given twice.
     """
+    from ..regions.detectors import split_name
+
+    if args.detector is not None:
+        split_name(args.detector)
     options: dict[str, Any] = {}
     for text in args.option:
         name, equals, value = text.partition("=")

@@ -24,6 +24,7 @@ def _serve_arguments(add: Add) -> None:
 @commands.register("serve", "Ranks images by sentences, and sentences by images, over HTTP", _serve_arguments)
 def _serve(args: Namespace) -> None:
     check_paths(args, "regions")
+    options = detector_options(args, "trained_on")
     import os
     import socket
 
@@ -43,7 +44,7 @@ def _serve(args: Namespace) -> None:
             args.model,
             args.regions,
             detector=args.detector,
-            detector_options=detector_options(args, "trained_on"),
+            detector_options=options,
             cache=args.cache,
             limits=limits,
             max_length=args.max_length,
