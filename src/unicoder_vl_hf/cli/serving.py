@@ -1,8 +1,9 @@
 """The command of the server."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 
-from .commands import Add, Commands, add_detector, check_paths, detector_options
+from .commands import Add, Commands, Result, add_detector, check_paths, detector_options
 
 commands = Commands()
 
@@ -22,7 +23,7 @@ def _serve_arguments(add: Add) -> None:
 
 
 @commands.register("serve", "Ranks images by sentences, and sentences by images, over HTTP", _serve_arguments)
-def _serve(args: Namespace) -> None:
+def _serve(args: Namespace) -> Iterator[Result]:
     check_paths(args, "regions")
     options = detector_options(args, "trained_on")
     import os
@@ -50,5 +51,6 @@ def _serve(args: Namespace) -> None:
             max_length=args.max_length,
         )
         host, port = listening.getsockname()[:2]
-        print(f"Serving {args.model} on http://{host}:{port}; Ctrl-C stops it.", flush=True)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        yield Result(f"Serving {args.model} on {url}; Ctrl-C stops it.", {"url": url, **app.state.facts})
         serve(app, listening)

@@ -120,6 +120,7 @@ def create_app(
         await run_in_threadpool(batcher.close)
 
     app = FastAPI(title="unicoder-vl", version=__version__, lifespan=closing)
+    app.state.facts = {"model": name, "images": len(reader.store)}
     app.add_middleware(_Gate, limits=limits, metrics=metrics)
 
     async def scored(model: str | None, queries: list[str | Item], documents: list[str | Item]) -> Scored:
