@@ -297,7 +297,9 @@ def _captions(path: str, ids: str | None, split: str | None, store: RegionStore,
     check_tokens(rows, tokenizer, path)
     texts = list(dict.fromkeys(rows["caption"][:]))
     if repeated := len(rows) - len(texts):
-        logger.warning(f"{path}: {repeated:,} of {len(rows):,} captions repeat an earlier one; each text is taken once.")
+        logger.warning(
+            f"{path}: {repeated:,} of {len(rows):,} captions repeat an earlier one; each text is taken once."
+        )
     return texts
 
 

@@ -110,8 +110,8 @@ class SearchIndex:
         if made["name"] != now["name"] or made["manifest_sha256"] == now["manifest_sha256"]:
             return None
         return (
-            f"{made['name']} has changed since {self.path} was made from it: `unicoder-vl index … --add` brings that up "
-            "to date, and --restart makes it anew."
+            f"{made['name']} has changed since {self.path} was made from it: `unicoder-vl index … --add` brings that "
+            "up to date, and --restart makes it anew."
         )
 
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
