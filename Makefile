@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 APP := .venv-app
 # `make install TORCH=cpu` takes PyTorch's own build for CPUs, where PyPI's brings CUDA along on Linux.
 TORCH ?= default
-TORCH_CPU := torch torchvision --index-url https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Tiny models and several processes: more threads than this only get in each other's way.
 TEST_THREADS ?= 1
 TEST_WORKERS ?= 2
@@ -29,7 +29,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 		{ echo "'$(PYTHON) -m venv' failed: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing the package and what it needs into $(VENV): some minutes the first time"
 	@case "$(TORCH)-$$(uname -s)" in default-Linux) echo "About 7 GB, most of it CUDA; without a GPU: make install TORCH=cpu";; esac
-	$(if $(filter cpu,$(TORCH)),$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH_CPU))
+	@[ "$(TORCH)" = default ] || \
+		$(RUN) -m pip install --quiet --disable-pip-version-check torch torchvision --index-url $(TORCH_INDEX) || \
+		{ echo "PyTorch for CPUs did not come from $(TORCH_INDEX): leave TORCH=cpu out, or give a mirror, TORCH_INDEX=URL" >&2; exit 1; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
 	@$(RUN) -c 'import torchvision' || \
 		{ echo "torch and torchvision in $(VENV) are of different builds: rm -rf $(VENV), and install with another TORCH" >&2; exit 1; }
@@ -64,7 +66,7 @@ docs: $(INSTALLED)  ## Build the site into site/; a link or a name that leads no
 wheel: $(INSTALLED)  ## Build a wheel into dist/ and try it in an environment of its own; LIBRARIES=FOLDER downloads nothing for that
 	rm -rf dist build
 	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
-	TORCH=$(TORCH) LIBRARIES=$(LIBRARIES) .ci/try_wheel $(RUN)
+	TORCH=$(TORCH) TORCH_INDEX=$(TORCH_INDEX) LIBRARIES=$(LIBRARIES) .ci/try_wheel $(RUN)
 
 demo: $(INSTALLED)  ## Pre-train a small model on rendered scenes and write demo/
 	$(RUN) examples/run_demo.py

@@ -19,6 +19,7 @@ from PIL import Image
 import unicoder_vl_hf
 from unicoder_vl_hf import RegionStore, RegionStoreWriter
 from unicoder_vl_hf.cli import build_parser, main
+from unicoder_vl_hf.cli.commands import Result, show
 from unicoder_vl_hf.cli.parser import FAMILIES
 from unicoder_vl_hf.regions import detectors
 from unicoder_vl_hf.regions.extraction import extract
@@ -430,7 +431,7 @@ def test_results_for_machines(store, tmp_path, capsys):
 
 
 def test_commands_print_in_one_place():
-    """Else `--json` would be none: they return what they found. The server alone says at once where it is."""
+    """Else `--json` would be none: they return what they found, or yield what is to be known at once."""
     folder = Path(importlib.import_module("unicoder_vl_hf.cli").__file__).parent
     printing = {
         path.name
@@ -438,7 +439,16 @@ def test_commands_print_in_one_place():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
     }
-    assert printing == {"commands.py", "serving.py"}
+    assert printing == {"commands.py"}
+
+
+def test_what_goes_on_is_told_at_once_by_a_line(capfd):
+    def going_on():
+        yield Result("Here.", {"url": "http://here", "images": 3})
+        assert capfd.readouterr().out == '{"url": "http://here", "images": 3}\n'
+        yield Result("Failed.", {}, code=1)
+
+    assert show(going_on(), as_json=True) == 1
 
 
 def test_plan_refuses_what_was_not_measured(tmp_path, capsys):

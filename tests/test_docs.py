@@ -8,6 +8,8 @@ import importlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import docs_world
@@ -190,6 +192,23 @@ def test_make_targets_exist(page):
     for block in blocks(page, "bash"):
         for target in re.findall(r"^make ([\w-]+)", block, re.MULTILINE):
             assert target in targets
+
+
+def test_an_install_without_the_build_for_cpus_says_what_could_not_be_had(tmp_path):
+    """No environment is made: what stands in for one reaches no index."""
+    (tmp_path / "bin").mkdir()
+    for name, code in (("pip", 0), ("python", 1)):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def says(*words: str) -> str:
+        words = ("make", "install", f"VENV={tmp_path}", "TORCH=cpu", f"PYTHON={sys.executable}", *words)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and not (tmp_path / ".installed").exists()
+        return done.stderr
+
+    assert "come from https://download.pytorch.org/whl/cpu: leave TORCH=cpu out, or give a mirror, TORCH_IND" in says()
+    assert "PyTorch for CPUs did not come from file:///mirror: " in says("TORCH_INDEX=file:///mirror")
 
 
 def test_the_paper_is_where_its_page_says():

@@ -37,7 +37,14 @@ def test_a_name_that_no_repository_can_have_is_that_of_a_folder(name, says, tmp_
         check_model_name(found)
 
 
-def test_where_the_hub_is_out_of_reach_it_is_asked_once(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["score", __file__, "a dog", "--model", "dmeo"], "There is no model 'dmeo': no folder of that name with a co"),
+        (["extract", "photos", "new", "--detector", "grid:dmeo"], "grid:dmeo cannot be loaded: there is no folder "),
+    ],
+)
+def test_where_the_hub_is_out_of_reach_it_is_asked_once(command, says, tmp_path):
     """What listens here hangs up at once, and counts; huggingface_hub alone calls six times, with pauses."""
     calls = []
 
@@ -51,16 +58,16 @@ def test_where_the_hub_is_out_of_reach_it_is_asked_once(tmp_path):
             connection.close()
 
     (tmp_path / "demo").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").touch()  # nobody comes to look into it
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=hang_up, daemon=True).start()
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{listening.getsockname()[1]}", "HF_HOME": str(tmp_path)}
         variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | hub
-        words = [sys.executable, "-m", "unicoder_vl_hf.cli", "score", __file__, "a dog", "--model", "dmeo"]
+        words = [sys.executable, "-m", "unicoder_vl_hf.cli", *command]
         done = subprocess.run(words, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and sum(b"/dmeo/" in call for call in calls) == 1, (done.stderr, calls)
-    assert done.stderr.startswith(
-        "unicoder-vl score: There is no model 'dmeo': no folder of that name with a config.json"
-    )
+    assert done.stderr.startswith(f"unicoder-vl {command[0]}: {says}")
     assert done.stderr.endswith(" Did you mean 'demo'?\n") and done.stderr.count("\n") == 1
 
 

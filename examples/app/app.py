@@ -23,4 +23,6 @@ if __name__ == "__main__":
         index=beside("images.index"),
         captions_index=beside("captions.index"),
     )
-    launch(build_page(app))
+    page = build_page(app)
+    launch(page)
+    page.block_thread()

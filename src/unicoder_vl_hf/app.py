@@ -159,9 +159,10 @@ def build_page(app: PhotoApp) -> gr.Blocks:
     return page
 
 
-def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) -> None:
+def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
     """
-    Serves a page until it is stopped. Nothing is sent elsewhere.
+    Serves a page while the process goes on, and returns its address; `page.block_thread()` waits until it is stopped.
+    Nothing is sent elsewhere.
 
     Args:
         page (`gradio.Blocks`): The page.
@@ -169,10 +170,11 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
         port (`int`, *optional*): The port; the first free one from 7860 by default.
     """
     theme = gr.themes.Base(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    page.queue(default_concurrency_limit=2).launch(
+    _, address, _ = page.queue(default_concurrency_limit=2).launch(
         server_name=host, server_port=port, share=False, theme=theme, css=CSS, max_file_size="20mb",
-        footer_links=[], ssr_mode=False,
+        footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
+    return address.rstrip("/")
 
 
 def _search_tab(app: PhotoApp) -> None:

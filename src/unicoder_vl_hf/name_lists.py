@@ -139,6 +139,26 @@ def check_model_name(name: str | PathLike[str]) -> None:
     )
 
 
+def hub_options(name: str | PathLike[str]) -> dict[str, Any]:
+    """
+    Gives the arguments by which `from_pretrained` looks for a model where it can be found: without the Hub where that
+    does not answer, whose own client would ask six times, for half a minute.
+
+    Raises:
+        ValueError: See [`check_model_name`].
+    """
+    check_model_name(name)
+    if Path(name).exists():
+        return {}
+    from huggingface_hub import constants, get_session, hf_hub_url
+
+    try:  # any answer will do
+        get_session().head(hf_hub_url(str(name), "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of a library that versions of huggingface_hub have different ones of
+        return {"local_files_only": True}
+    return {}
+
+
 def unknown_option(words: Iterable[str], options: Collection[str]) -> str | None:
     """
     Looks for an option that a command does not have. Argparse would first miss what the misspelt one was to give.

@@ -107,8 +107,12 @@ def test_a_checkpoint_without_words_says_which_to_give(tensors, tmp_path, words,
     few = sister_files.save_words(tmp_path / "more", [*tiny.WORDS, "more"])
     with pytest.raises(ValueError, match=r"more has 15 tokens, but .*source 14 words"):
         import_checkpoint(source, tmp_path / "out", tokenizer=str(few))
-    with pytest.raises(ValueError, match=r"those of .*none, which cannot be loaded here"):
+    with pytest.raises(ValueError, match=r"There is no .*none: "):
         import_checkpoint(source, tmp_path / "out", tokenizer=str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for origin in (str(source), "someone/words"):
+        with pytest.raises(ValueError, match=f"the words of {origin}, which cannot be loaded here .it gives no words"):
+            import_checkpoint(source, tmp_path / "out", tokenizer=origin)
     assert not (tmp_path / "out").exists()
     assert import_checkpoint(source, tmp_path / "out", tokenizer=words).report["tokenizer"] == words
 

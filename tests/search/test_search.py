@@ -306,16 +306,21 @@ def test_another_checkpoint_or_store_is_refused_naming_both(folder, indices, tmp
     records = [tiny.record(image_id, 2) for image_id in IMAGES]
     write_store(tmp_path / "other", records)
     scorer.store = RegionStore(tmp_path / "other")
+    assert index.outdated(scorer.store) is None  # it is another one
     with pytest.raises(ValueError, match=rf"from the store {folder}/store \(.*but given is {tmp_path}/other \("):
         search([CAPTIONS[0]], index, encoder, scorer)
 
 
-def test_captions_of_images_that_the_store_lacks_are_left_out(folder, tmp_path, capsys):
-    rows = [{"image_id": "elsewhere", "caption": "grass"}, {"image_id": IMAGES[0], "caption": "a dog"}]
+def test_captions_that_repeat_are_taken_once_and_those_without_an_image_in_the_store_left_out(
+    folder, tmp_path, capsys, caplog
+):
+    rows = [{"image_id": image_id, "caption": "a dog"} for image_id in IMAGES[:3]]
+    rows.append({"image_id": "elsewhere", "caption": "grass"})
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["index", folder / "store", "--model", folder / "model", "--output", tmp_path / "index"]
     assert run(capsys, *words, "--captions", tmp_path / "captions.jsonl")[0] == 0
     assert SearchIndex(tmp_path / "index").names == ["a dog"]
+    assert f"{tmp_path}/captions.jsonl: 2 of 3 captions repeat an earlier one; each text is taken once." in caplog.text
 
 
 def test_an_untrained_first_stage_is_refused_with_a_way_out(folder, tmp_path, capsys):
@@ -963,7 +968,7 @@ def test_the_same_command_goes_on_and_restart_begins_anew(folder, tmp_path, caps
     assert code == 1 and "exists and is no index" in says and len(list((folder / "photos").iterdir())) == len(IMAGES)
 
 
-def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, monkeypatch):
+def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, caplog, monkeypatch):
     """What is there is not embedded again, and stays valid until the new is complete."""
     monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
     store, output = tmp_path / "store", tmp_path / "index"
@@ -972,7 +977,13 @@ def test_an_index_grows_and_shrinks_with_its_store(folder, tmp_path, capsys, mon
     assert run(capsys, *words)[0] == 0
     grow(store, IMAGES[4:])
     code, says = run(capsys, *words)
-    assert code == 1 and "If it is that one and has grown, `unicoder-vl index … --add` adds what is new." in says
+    assert code == 1 and says.startswith(f"unicoder-vl index: {store} has changed since {output} was made from it: ")
+    assert "`unicoder-vl index … --add` brings that up to date" in says
+    code, says = run(capsys, "search", CAPTIONS[0], "--index", output)
+    assert code == 1 and "has changed since" in says
+    caplog.clear()
+    code, says = run(capsys, "search", "--image-id", IMAGES[0], "--index", output)
+    assert code == 0 and says.startswith(IMAGES[0]) and f"{store} has changed since {output} was made" in caplog.text
     kill_after(monkeypatch, 1)
     assert run(capsys, *words, "--add")[0] == 130
     monkeypatch.undo()
@@ -1027,7 +1038,7 @@ def test_an_interrupted_addition_goes_on_though_the_store_has_grown_since(
     monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
     grow(store, IMAGES[6:])
     code, says = run(capsys, *words[:-1])
-    assert code == 1 and ("adds what is new" if was_complete else "--add goes on where the store has grown") in says
+    assert code == 1 and ("has changed since" if was_complete else "--add goes on where the store has grown") in says
     embedded, embed = [], UnicoderVLDualEncoder.embed_images
     monkeypatch.setattr(
         UnicoderVLDualEncoder, "embed_images", lambda self, names: embedded.extend(names) or embed(self, names)

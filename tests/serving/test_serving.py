@@ -13,6 +13,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import photo_world
@@ -364,11 +365,11 @@ def test_requests_share_a_call(world, expected):
 
 @contextmanager
 def serving(*arguments):
-    """`unicoder-vl serve` in a process of its own, and its port."""
-    command = [sys.executable, "-m", "unicoder_vl_hf.cli", "serve", *map(str, arguments)]
+    """`unicoder-vl serve --json` in a process of its own, and what it says when it is ready."""
+    command = [sys.executable, "-m", "unicoder_vl_hf.cli", "serve", "--json", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            yield process, int(process.stdout.readline().rpartition(":")[2].partition(";")[0])
+            yield process, json.loads(process.stdout.readline())
         finally:
             process.kill()
 
@@ -377,7 +378,9 @@ def serving(*arguments):
 def test_a_stop_answers_what_was_taken(world, expected):
     """SIGTERM comes while a request is still being sent."""
     body = json.dumps({"queries": CAPTIONS[0], "documents": IDS}).encode()
-    with serving(world / "model", "--regions", world / "store", "--port", 0) as (process, port):
+    with serving(world / "model", "--regions", world / "store", "--port", 0) as (process, ready):
+        port = urlsplit(ready["url"]).port
+        assert ready == {"url": f"http://127.0.0.1:{port}", "model": "model", "images": len(IDS)}
         with begun(port, body) as connection:
             process.send_signal(signal.SIGTERM)
             while True:  # until nobody listens

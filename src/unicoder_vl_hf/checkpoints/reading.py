@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertTokenizer
 
-from ..name_lists import check_model_name, read_json, read_names
+from ..name_lists import check_model_name, hub_options, read_json, read_names
 from ..regions.formats import restricted_pickle
 
 # Kinds of files with weights, the preferred first, and files that a training leaves beside them.
@@ -131,7 +131,7 @@ def load_tokenizer(source: Source, num_words: int, given: str | None = None) -> 
         The tokenizer, and where it comes from.
 
     Raises:
-        `ValueError`: there is none, or it has more tokens than the checkpoint has word embeddings.
+        `ValueError`: there is none, or it has no words, or more tokens than the checkpoint has word embeddings.
     """
     has_words = any((source.folder / name).exists() for name in ("vocab.txt", "tokenizer.json"))
     origin = given or (str(source.folder) if has_words else TOKENIZERS.get(num_words))
@@ -142,13 +142,16 @@ def load_tokenizer(source: Source, num_words: int, given: str | None = None) -> 
             f"cased or 30,522 uncased ones. {remedy}."
         )
     try:
-        tokenizer = BertTokenizer.from_pretrained(origin)
+        options = hub_options(origin)
+        tokenizer = BertTokenizer.from_pretrained(origin, **options)
+        if set(tokenizer.get_vocab()) == set(tokenizer.all_special_tokens):  # transformers found no vocabulary
+            raise OSError("it gives no words")
         cased = any(word != word.lower() for word in tokenizer.get_vocab() if not word.startswith("["))
-        tokenizer = BertTokenizer.from_pretrained(origin, do_lower_case=not cased)
+        tokenizer = BertTokenizer.from_pretrained(origin, do_lower_case=not cased, **options)
     except OSError as error:
         raise ValueError(
-            f"{source.name} comes without a vocabulary. Its {num_words:,} words are those of {origin}, which cannot be "
-            f"loaded here ({str(error).splitlines()[0]}). {remedy}, such as a folder with its vocab.txt."
+            f"{source.name} is to have the words of {origin}, which cannot be loaded here "
+            f"({str(error).splitlines()[0]}). {remedy}, such as a folder with its vocab.txt."
         ) from error
     if (tokens := max(tokenizer.get_vocab().values()) + 1) > num_words:
         raise ValueError(f"{origin} has {tokens:,} tokens, but {source.name} {num_words:,} words. {remedy}.")

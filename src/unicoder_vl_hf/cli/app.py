@@ -1,8 +1,9 @@
 """The command of the app."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 
-from .commands import Add, Commands, add_detector_option, check_paths, detector_options
+from .commands import Add, Commands, Result, add_detector_option, check_paths, detector_options
 
 commands = Commands()
 
@@ -21,8 +22,9 @@ def _app_arguments(add: Add) -> None:
 
 
 @commands.register("app", "Searches, scores, explains and browses in a browser", _app_arguments)
-def _app(args: Namespace) -> None:
+def _app(args: Namespace) -> Iterator[Result]:
     check_paths(args, "regions", "photos", "index", "captions_index")
+    options = detector_options(args)
     from ..app import PhotoApp, build_page, launch
 
     app = PhotoApp(
@@ -33,6 +35,10 @@ def _app(args: Namespace) -> None:
         index=args.index,
         captions_index=args.captions_index,
         detector=args.detector,
-        detector_options=detector_options(args),
+        detector_options=options,
     )
-    launch(build_page(app), args.host, args.port)
+    page = build_page(app)
+    url = launch(page, args.host, args.port)
+    facts = {"url": url, "model": args.model, "images": len(app.names)}
+    yield Result(f"Searching {len(app.names):,} photos on {url}; Ctrl-C stops it.", facts)
+    page.block_thread()

@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +44,8 @@ class Command:
         help (`str`): A line about the command.
         add_arguments (`callable`): Adds its arguments by `add_argument` of a parser.
         run (`callable`): Runs it on the parsed arguments, and returns what is shown in the end: a [`Result`], another
-            object for both its text and its data, or None for nothing. It imports the modules that it needs itself, so
-            that other commands need not wait for them.
+            object for both its text and its data, None for nothing, or an iterator of what is shown at once, while the
+            command goes on. It imports the modules that it needs itself, so that other commands need not wait for them.
         go_on (`str`, *optional*): Words after Ctrl-C, which say how the command goes on.
     """
 
@@ -136,15 +136,19 @@ def add_detector_option(add: Add, example: str) -> None:
 
 def detector_options(args: Namespace, *taken: str) -> dict[str, Any]:
     """
-    Reads the options of a detector, each value as JSON if it is some, else as text.
+    Reads the options of a detector, each value as JSON if it is some, else as text, and checks its name.
 
     Args:
-        args (`argparse.Namespace`): `option` holds texts NAME=VALUE.
+        args (`argparse.Namespace`): `option` holds texts NAME=VALUE, and `detector` the name, if any.
         taken (`str`): Names that no option may have, since they are arguments of other functions on the way.
 
     Raises:
-        `ValueError`: a text has another form, or a name is taken or given twice.
+        `ValueError`: there is no such family of detectors, a text has another form, or a name is taken or given twice.
     """
+    from ..regions.detectors import split_name
+
+    if args.detector is not None:
+        split_name(args.detector)
     options: dict[str, Any] = {}
     for text in args.option:
         name, equals, value = text.partition("=")
@@ -187,13 +191,16 @@ def stored(store: "RegionStore") -> Result:
     return Result("\n".join([str(store.path), *lines]), {"path": store.path, **facts, "provenance": known})
 
 
-def show(result: object, as_json: bool) -> int:
-    """Prints what a command found, as text or as JSON, and returns its exit code."""
+def show(result: object, as_json: bool, indent: int | None = 2) -> int:
+    """Prints what a command found, as text or as JSON, one a line where it goes on, and returns its exit code."""
     if result is None:
         return 0
+    if isinstance(result, Iterator):
+        return max(show(each, as_json, indent=None) for each in result)
     if not isinstance(result, Result):
         result = Result(str(result), result)
-    print(json.dumps(result.data, default=_plain, ensure_ascii=False, indent=2) if as_json else result.text)
+    shown = json.dumps(result.data, default=_plain, ensure_ascii=False, indent=indent) if as_json else result.text
+    print(shown, flush=True)
     return result.code
 
 

@@ -61,10 +61,10 @@ def _extract_arguments(add: Add) -> None:
 @commands.register("extract", "Photos → a store, by a detector; run again, it goes on", _extract_arguments, GO_ON)
 def _extract(args: Namespace) -> object:
     check_paths(args, "photos", "boxes")
+    options = detector_options(args, "output", "shard_size", "name", "rename")
     from ..data.image_ids import photo_ids
     from ..regions.extraction import extract
 
-    options = detector_options(args, "output", "shard_size", "name", "rename")
     store = extract(
         args.photos,
         args.store,

@@ -25,9 +25,9 @@ def _open_scorer(args: Namespace) -> "tuple[ImageTextScorer, str | Path]":
     """Opens the scorer, and gives the image: the file of a saved record as a path, any other by its name."""
     if args.regions is None and not Path(args.image).is_file():
         raise FileNotFoundError(f"{args.image} is no file; if it is an image id, name its store: --regions FOLDER.")
+    options = detector_options(args, "trained_on")
     from ..scoring.scorer import ImageTextScorer
 
-    options = detector_options(args, "trained_on")
     scorer = ImageTextScorer.from_pretrained(
         args.model,
         args.regions,

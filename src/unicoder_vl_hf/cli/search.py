@@ -88,6 +88,7 @@ def _search(args: Namespace) -> object:
     check_paths(args, "index", "regions", "photos", "captions")
     if args.text == "":
         raise ValueError("The sentence is empty: say what the images should show.")
+    options = detector_options(args, "trained_on")
     from ..search.command import run_search
 
     return run_search(
@@ -109,7 +110,7 @@ def _search(args: Namespace) -> object:
         top_k=args.top_k,
         gallery=args.gallery,
         detector=args.detector,
-        detector_options=detector_options(args, "trained_on"),
+        detector_options=options,
         cache=args.cache,
     )
 

@@ -1,8 +1,9 @@
 """The command of the server."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 
-from .commands import Add, Commands, add_detector, check_paths, detector_options
+from .commands import Add, Commands, Result, add_detector, check_paths, detector_options
 
 commands = Commands()
 
@@ -22,8 +23,9 @@ def _serve_arguments(add: Add) -> None:
 
 
 @commands.register("serve", "Ranks images by sentences, and sentences by images, over HTTP", _serve_arguments)
-def _serve(args: Namespace) -> None:
+def _serve(args: Namespace) -> Iterator[Result]:
     check_paths(args, "regions")
+    options = detector_options(args, "trained_on")
     import os
     import socket
 
@@ -43,11 +45,12 @@ def _serve(args: Namespace) -> None:
             args.model,
             args.regions,
             detector=args.detector,
-            detector_options=detector_options(args, "trained_on"),
+            detector_options=options,
             cache=args.cache,
             limits=limits,
             max_length=args.max_length,
         )
         host, port = listening.getsockname()[:2]
-        print(f"Serving {args.model} on http://{host}:{port}; Ctrl-C stops it.", flush=True)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        yield Result(f"Serving {args.model} on {url}; Ctrl-C stops it.", {"url": url, **app.state.facts})
         serve(app, listening)

@@ -208,11 +208,12 @@ def _label_arguments(add: Add) -> None:
     GO_ON,
 )
 def _label(args: Namespace) -> object:
+    options = detector_options(args, "name")
     from ..regions.labelling import label, load_classifier
     from ..regions.store import RegionStore
 
     store = RegionStore(args.store)
-    classifier = load_classifier(store, args.detector, **detector_options(args, "name"))
+    classifier = load_classifier(store, args.detector, **options)
     return stored(label(store, args.output, classifier, restart=args.restart))
 
 

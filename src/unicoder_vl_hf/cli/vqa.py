@@ -21,6 +21,7 @@ def _ask_arguments(add: Add) -> None:
 @commands.register("ask", "Answers questions about a photo", _ask_arguments)
 def _ask(args: Namespace) -> object:
     check_paths(args, "regions")
+    options = detector_options(args, "trained_on")
     from pathlib import Path
 
     from ..tasks.vqa.asking import QuestionAnswerer
@@ -29,7 +30,6 @@ def _ask(args: Namespace) -> object:
         raise ValueError(f"--top is {args.top}, expected at least 1.")
     if args.picture is not None and not Path(args.image).is_file():
         raise ValueError(f"--picture draws a photo, and {args.image} is no file of one.")
-    options = detector_options(args, "trained_on")
     answerer = QuestionAnswerer.from_pretrained(
         args.model, args.regions, detector=args.detector, detector_options=options
     )

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import constants, get_session, hf_hub_url
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining, UnicoderVLPreTrainedModel
-from ..name_lists import check_model_name, did_you_mean
+from ..name_lists import did_you_mean, hub_options
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
@@ -93,10 +92,8 @@ def load_config(name: str | PathLike[str], **options: Any) -> PreTrainedConfig:
     Raises:
         `ValueError`: there is no model of that name, or the Hub cannot be reached and did not give it before.
     """
-    check_model_name(name)
+    options |= hub_options(name)
     try:
-        if not Path(name).exists() and not _hub_answers(str(name)):
-            options["local_files_only"] = True
         return AutoConfig.from_pretrained(name, **options)
     except OSError as error:
         reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0]  # an argument of another function
@@ -105,15 +102,6 @@ def load_config(name: str | PathLike[str], **options: Any) -> PreTrainedConfig:
             f"There is no model {str(name)!r}: no folder of that name with a config.json, and no repository of the Hub "
             f"that can be reached from here ({reason}){meant}"
         ) from error
-
-
-def _hub_answers(name: str) -> bool:
-    """Asks the Hub for a model once, whatever it answers; its own client asks six times, for half a minute."""
-    try:
-        get_session().head(hf_hub_url(name, "config.json"), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # of a library that versions of huggingface_hub have different ones of
-        return False
-    return True
 
 
 def load_for_store(

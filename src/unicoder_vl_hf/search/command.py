@@ -225,6 +225,8 @@ def run_search(
         of_photo = finder if isinstance(query, Path) else None
         encoder, two_stages = _stages(opened, store, model, *first_stage, of_photo, by_similarity)
         if two_stages is None:
+            if outdated := opened.outdated(store):
+                logger.warning(outdated)
             (hits,) = search_similar([query], opened, encoder, top_k=top_k)
         else:
             weight = SimilarityWeight.of(similarity_weight, encoder, two_stages)
@@ -293,7 +295,12 @@ def _captions(path: str, ids: str | None, split: str | None, store: RegionStore,
     """Reads the captions of a file whose images are in the store, each text once."""
     rows, _ = join(read_captions(path, split=split, ids=ids), store, skip_missing=True)
     check_tokens(rows, tokenizer, path)
-    return list(dict.fromkeys(rows["caption"][:]))
+    texts = list(dict.fromkeys(rows["caption"][:]))
+    if repeated := len(rows) - len(texts):
+        logger.warning(
+            f"{path}: {repeated:,} of {len(rows):,} captions repeat an earlier one; each text is taken once."
+        )
+    return texts
 
 
 def _images_of(source: str, ids: str | None, store: RegionStore) -> list[str]:

@@ -19,7 +19,7 @@ from ..records_unicoder_vl import RegionRecord, check_several
 from ..regions.photos import read_photo
 from ..regions.store import RegionStore
 from ..runs.setup import is_unicoder_vl
-from ..scoring.checkpoints import load_for_store, weights_digest
+from ..scoring.checkpoints import load_config, load_for_store, weights_digest
 from ..scoring.scorer import ImageTextScorer, evaluating
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class TransformersDualEncoder:
     ):
         from transformers import AutoModel, AutoProcessor
 
-        model: Any = AutoModel.from_pretrained(name)
+        model: Any = AutoModel.from_pretrained(name, config=load_config(name))
         missing = [method for method in ("get_text_features", "get_image_features") if not hasattr(model, method)]
         if missing:
             raise ValueError(

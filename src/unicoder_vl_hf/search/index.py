@@ -94,12 +94,25 @@ class SearchIndex:
         Checks that a checkpoint and a store are those that the index was made with.
 
         Raises:
-            `ValueError`: the index was made by another checkpoint, or from another store; the message names both.
+            `ValueError`: the index was made by another checkpoint, or from another store; the message names both. Or
+                the store has changed since.
         """
         if encoder is not None:
             _compare(f"{self.path} was made by the checkpoint", self.facts["encoder"], encoder.identity())
         if store is not None:
+            if outdated := self.outdated(store):
+                raise ValueError(outdated)
             _compare(f"{self.path} was made from the store", self.facts["store"], store_identity(store), GROWN)
+
+    def outdated(self, store: RegionStore) -> str | None:
+        """Says that a store has changed since the index was made from it, and what to do; None where it has not."""
+        made, now = self.facts["store"], store_identity(store)
+        if made["name"] != now["name"] or made["manifest_sha256"] == now["manifest_sha256"]:
+            return None
+        return (
+            f"{made['name']} has changed since {self.path} was made from it: `unicoder-vl index … --add` brings that "
+            "up to date, and --restart makes it anew."
+        )
 
     def search(self, queries: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """

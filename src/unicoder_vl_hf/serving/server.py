@@ -110,7 +110,8 @@ def create_app(
         `ValueError`: the calibration of the checkpoint is of other weights.
     """
     temperature = 1.0 if scorer.model.config.calibration is None else scorer.calibration.temperature
-    reader = Reader({} if scorer.store is None else scorer.store, limits)
+    store: Mapping[str, Any] = {} if scorer.store is None else scorer.store
+    reader = Reader(store, limits)
     metrics = _Metrics()
     batcher = Batcher(scorer, finder, max_length=max_length, note=metrics.note)
 
@@ -120,6 +121,7 @@ def create_app(
         await run_in_threadpool(batcher.close)
 
     app = FastAPI(title="unicoder-vl", version=__version__, lifespan=closing)
+    app.state.facts = {"model": name, "images": len(store)}
     app.add_middleware(_Gate, limits=limits, metrics=metrics)
 
     async def scored(model: str | None, queries: list[str | Item], documents: list[str | Item]) -> Scored:

@@ -194,9 +194,17 @@ def test_a_model_that_cannot_be_had_is_named_with_the_places_and_the_way(family,
     assert "`hf download someone/model --local-dir FOLDER`" in message and f"--detector {family}:FOLDER" in message
     assert "\n" not in message
     if family != "visual-genome":
-        with pytest.raises(OSError, match=r"no folder /nowhere/x, and no repository of the Hub has such a name\.$"):
+        with pytest.raises(ValueError, match=f"{family}:/nowhere/x cannot be loaded: There is no /nowhere/x: / holds"):
             load_detector(f"{family}:/nowhere/x", device="cpu")
         (tmp_path / "model").mkdir()
         (tmp_path / "model/config.json").write_text('{"model_type": "detr", "patch_size": 8}')
         with pytest.raises(OSError, match=f"{family}:model cannot be loaded from this folder: "):
             load_detector(f"{family}:model", device="cpu")
+        with pytest.raises(OSError, match=r" Did you mean 'model'\?$"):
+            load_detector(f"{family}:modle", device="cpu")
+
+
+def test_the_encoder_of_pypi_may_be_meant(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r" Did you mean 'efficientnet-lite0'\?$"):
+        load_detector("grid:efficientnet_lite0", device="cpu")

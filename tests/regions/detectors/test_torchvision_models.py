@@ -238,6 +238,9 @@ def test_weights_that_cannot_be_had_are_named_with_the_place_and_the_option(tmp_
     [
         ("torchvision", {}, "expected FAMILY:NAME.*visual-genome.*torchvision.*transformers.*grid"),
         ("yolo:v8", {}, "expected FAMILY:NAME"),
+        ("griid:x", {}, r" Did you mean 'grid'\?$"),
+        ("grid", {}, r"names its folder\)\.$"),
+        ("torchvision:fasterrcnn_resnet50", {}, r" Did you mean 'fasterrcnn_resnet50_fpn'\?$"),
         (f"torchvision:{NAME}", {"thresold": 0.2}, "no option thresold.*max_regions.*score_threshold"),
         ("torchvision:ssd300_vgg16", {}, "no detector 'ssd300_vgg16' with a box head.*fasterrcnn_resnet50_fpn_v2"),
         (f"torchvision:{NAME}", {"weights": "COCO_V9"}, "COCO_V9.*neither a file nor one of.*COCO_V1"),

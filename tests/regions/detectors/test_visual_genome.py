@@ -624,10 +624,11 @@ def test_class_names(folder, tmp_path):
 
 
 def test_from_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     commit = "0123456789abcdef0123456789abcdef01234567"
     asked = {}
 
-    def download(name, revision, allow_patterns):
+    def download(name, revision, allow_patterns, local_files_only=False):
         asked.update(name=name, revision=revision, files=allow_patterns)
         return str(shutil.copytree(folder, tmp_path / "snapshots" / commit))
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-
 from ... import logging
 from ...extras import optional_import
+from ...name_lists import did_you_mean
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from PIL.Image import Image
 
     from ...records_unicoder_vl import RegionRecord
@@ -49,7 +49,7 @@ class Detector(Protocol):
     """Turns an RGB photo into CPU tensors that are small to send between processes; picklable, without the model."""
 
     def __call__(
-        self, prepared: Sequence[Any], image_ids: Sequence[str], boxes: Sequence[np.ndarray] | None = None
+        self, prepared: Sequence[Any], image_ids: Sequence[str], boxes: "Sequence[np.ndarray] | None" = None
     ) -> "list[RegionRecord]":
         """
         Gives the records of some photos, in their order, boxes in pixels of the photo. The record of a photo does not
@@ -71,9 +71,10 @@ def split_name(name: str) -> tuple[str, str]:
     """
     family, _, model = name.partition(":")
     if not model or (family not in FAMILIES and not _is_module(family)):
+        meant = "" if family in FAMILIES else did_you_mean(family, FAMILIES)
         raise ValueError(
             f"The detector is {name!r}, expected FAMILY:NAME, where FAMILY is one of {list(FAMILIES)}, or MODULE:CLASS "
-            "with a module that Python can import (PYTHONPATH names its folder)."
+            f"with a module that Python can import (PYTHONPATH names its folder).{meant}"
         )
     return family, model
 
@@ -86,7 +87,7 @@ def _is_module(name: str) -> bool:
 
 
 def load_detector(
-    name: str, *, device: torch.device | str | None = None, precision: str = "auto", **options: Any
+    name: str, *, device: "torch.device | str | None" = None, precision: str = "auto", **options: Any
 ) -> Detector:
     """
     Loads a detector by name.
@@ -104,6 +105,8 @@ def load_detector(
         ValueError: There is no such family, class or option; the message lists the known ones.
         ImportError: A library is missing; the message names the extra that brings it.
     """
+    import torch
+
     from ...processes import resolve_precision
 
     family, model = split_name(name)

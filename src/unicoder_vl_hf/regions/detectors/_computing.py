@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ...name_lists import did_you_mean, hub_options
 from ...records_unicoder_vl import RegionRecord
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,36 +96,33 @@ def check_counts(min_regions: int, max_regions: int) -> None:
 
 
 @contextmanager
-def fetching(family: str, name: str) -> Iterator[None]:
+def fetching(family: str, name: str, *others: str) -> Iterator[dict[str, Any]]:
     """
-    Raises a clear OSError where the block cannot load a model: it says where the model was looked for, and what to do
-    without the Hub.
+    Gives the block `hub_options` of a model to load. Raises a clear OSError where the block cannot load it: it says
+    where the model was looked for, and what to do without the Hub; and asks whether a folder here, or one of the other
+    names of the family, was meant.
 
     Raises:
         OSError: The block raised OSError; this one replaces it.
         ValueError: The block raised ValueError, such as that of transformers for a model of another kind, or
-            SafetensorError for a damaged file, which name no model.
+            SafetensorError for a damaged file, which name no model; or the name is that of a folder that is not there.
     """
+    options: dict[str, Any] = {}
     try:
-        yield
+        options = hub_options(name)
+        yield options
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{family}:{name} cannot be loaded: {str(error).splitlines()[0]}") from error
     except OSError as error:
         reason = str(error).splitlines()[0].partition(" Use `repo_type`")[0].rstrip(".")
         if Path(name).is_dir():
             raise OSError(f"{family}:{name} cannot be loaded from this folder: {reason}.") from error
-        try:
-            huggingface_hub.utils.validate_repo_id(name)
-        except huggingface_hub.errors.HFValidationError:
-            raise OSError(
-                f"{family}:{name} cannot be loaded: there is no folder {Path(name).absolute()}, and no "
-                "repository of the Hub has such a name."
-            ) from error
+        hub = "cannot be reached" if options else f"did not give it ({reason})"
         raise OSError(
             f"{family}:{name} cannot be loaded: there is no folder {Path(name).absolute()}, the cache "
-            f"{huggingface_hub.constants.HF_HUB_CACHE} lacks it, and the Hub did not give it ({reason}). Where the Hub "
-            f"can be reached, `hf download {name} --local-dir FOLDER`; bring the folder here, and give --detector "
-            f"{family}:FOLDER."
+            f"{huggingface_hub.constants.HF_HUB_CACHE} lacks it, and the Hub {hub}. Where the Hub can be reached, "
+            f"`hf download {name} --local-dir FOLDER`; bring the folder here, and give --detector {family}:FOLDER."
+            f"{did_you_mean(name, (*others, *(each.name for each in Path().iterdir())))}"
         ) from error
 
 

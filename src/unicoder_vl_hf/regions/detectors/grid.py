@@ -29,6 +29,7 @@ from ._computing import (
 )
 from ._efficientnet_lite import EfficientNetLite0
 
+LITE = "efficientnet-lite0"
 # Weights that checkpoints of classifiers or image-text models may lack, and that a feature map does not need.
 UNUSED = ("pooler", "hidden_states_norms")
 
@@ -190,11 +191,11 @@ def load(
         ValueError: The encoder gives no feature map, or weights are missing.
         OSError: The encoder is neither here nor on the Hub; the message says where it was looked for.
     """
-    if name == "efficientnet-lite0":
+    if name == LITE:
         encoder, prepare, content = _efficientnet_lite(image_size)
     else:
-        with fetching("grid", name):
-            encoder, prepare, content = _transformers(name, revision, image_size)
+        with fetching("grid", name, LITE) as options:
+            encoder, prepare, content = _transformers(name, image_size, revision=revision, **options)
     return GridDetector(
         encoder,
         prepare,
@@ -220,25 +221,25 @@ def _efficientnet_lite(image_size: int | None) -> tuple[nn.Module, Prepare, str 
     return encoder, Prepare(image_size or 224, (127 / 255,) * 3, (128 / 255,) * 3), file_revision(path)
 
 
-def _transformers(name: str, revision: str | None, image_size: int | None) -> tuple[nn.Module, Prepare, str | None]:
-    config = AutoConfig.from_pretrained(name, revision=revision)
+def _transformers(name: str, image_size: int | None, **options: Any) -> tuple[nn.Module, Prepare, str | None]:
+    config = AutoConfig.from_pretrained(name, **options)
     content = model_revision(name, config)
     if "vision_config" in config.sub_configs:  # CLIP, SigLIP
         config = config.vision_config
     side = image_size or config.to_dict().get("image_size") or 448
-    processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    processor = AutoImageProcessor.from_pretrained(name, **options)
     prepare = Prepare(side, tuple(processor.image_mean), tuple(processor.image_std))
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
         # AutoBackbone would take a folder for a model of timm.
         backbone_class: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        return BackboneMap(_load_model(backbone_class, name, revision, config)), prepare, content
+        return BackboneMap(_load_model(backbone_class, name, config, **options)), prepare, content
     if "patch_size" not in config.to_dict():
         raise ValueError(f"{name} is a {config.model_type}, neither a backbone nor a vision transformer with patches.")
-    model = _load_model(AutoModel, name, revision, config)
+    model = _load_model(AutoModel, name, config, **options)
     return PatchMap(model, config.patch_size, interpolate=side != config.image_size), prepare, content
 
 
-def _load_model(model_class: Any, name: str, revision: str | None, config: PretrainedConfig) -> nn.Module:
-    model, info = model_class.from_pretrained(name, revision=revision, config=config, output_loading_info=True)
+def _load_model(model_class: Any, name: str, config: PretrainedConfig, **options: Any) -> nn.Module:
+    model, info = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
     check_loaded(name, info, UNUSED)
     return model

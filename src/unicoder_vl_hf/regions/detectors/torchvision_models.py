@@ -23,6 +23,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.functional import pil_to_tensor
 
+from ...name_lists import did_you_mean
 from ...records_unicoder_vl import RegionRecord
 from ._computing import Prepared, autocast, box_tensor, check_counts, file_revision, in_groups_of_shape, make_record
 
@@ -192,7 +193,8 @@ def load(
         OSError: The weights are not here and cannot be downloaded; the message says where they were looked for.
     """
     if name not in NAMES:
-        raise ValueError(f"torchvision has no detector {name!r} with a box head, expected one of {NAMES}.")
+        meant = did_you_mean(name, NAMES)
+        raise ValueError(f"torchvision has no detector {name!r} with a box head, expected one of {NAMES}.{meant}")
     published = get_model_weights(name)
     if Path(weights).is_file():
         revision = file_revision(weights)

@@ -221,8 +221,8 @@ def load(
             takes none.
         OSError: The model is neither here nor on the Hub; the message says where it was looked for.
     """
-    with fetching("transformers", name):
-        model, parts = _load(name, revision, text)
+    with fetching("transformers", name) as options:
+        model, parts = _load(name, text, revision=revision, **options)
     return TransformersDetector(
         model,
         device=device,
@@ -236,9 +236,9 @@ def load(
     )
 
 
-def _load(name: str, revision: str | None, text: str | Sequence[str] | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(name: str, text: str | Sequence[str] | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Gives a model, and its image processor, prompt and classes."""
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = AutoConfig.from_pretrained(name, **options)
     grounded = config.model_type in GROUNDED
     if grounded != bool(text):
         problem = "needs `text`, the classes to look for" if grounded else "takes no `text`: its classes are its own"
@@ -246,12 +246,12 @@ def _load(name: str, revision: str | None, text: str | Sequence[str] | None) -> 
     if config.to_dict().get("eval_idx", -1) not in (-1, config.to_dict().get("decoder_layers", 0) - 1):
         raise ValueError(f"{name} predicts from decoder layer {config.eval_idx}, expected the last one (eval_idx -1).")
     auto_class = AutoModelForZeroShotObjectDetection if grounded else AutoModelForObjectDetection
-    model, info = auto_class.from_pretrained(name, revision=revision, output_loading_info=True)
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     check_loaded(name, info)
-    parts: dict[str, Any] = {"processor": AutoImageProcessor.from_pretrained(name, revision=revision)}
+    parts: dict[str, Any] = {"processor": AutoImageProcessor.from_pretrained(name, **options)}
     if text:
         classes = [word.strip() for word in (text.split(".") if isinstance(text, str) else text) if word.strip()]
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         return model, parts | {"prompt": Prompt(classes, tokenizer, config.max_text_len), "class_names": classes}
     names = [config.id2label[index] for index in range(config.num_labels)]
     unnamed = names == [f"LABEL_{index}" for index in range(len(names))]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
-from ...name_lists import read_names
+from ...name_lists import did_you_mean, read_names
 from ...records_unicoder_vl import RegionRecord
 from ..shards import CLASS_FIELDS
 from . import selection
@@ -241,9 +241,11 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str | None]:
             raise ValueError(f"{name} is a folder and has no revision {revision!r}: leave it out.")
         return folder, None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"{name} is neither a folder nor a repository of the Hub, OWNER/NAME.")
-    with fetching("visual-genome", name):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, NAMES, *WEIGHTS]))
+        meant = did_you_mean(name, (each.name for each in Path().iterdir()))
+        raise FileNotFoundError(f"{name} is neither a folder nor a repository of the Hub, OWNER/NAME.{meant}")
+    with fetching("visual-genome", name) as options:
+        files = [CONFIG, NAMES, *WEIGHTS]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **options))
     return folder, folder.name
 
 
