@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from chaos_commands import Command
 from chaos_machine import CLOCK, KILL, RENAME, Machine, Run, content, differing
@@ -51,9 +52,9 @@ def failed(run: Run, *words: str) -> None:
     assert all(word in last[0] for word in words), f"the error is {last}, expected {words}"
 
 
-def finished(machine: Machine, command: Command, folder: Path) -> Run:
+def finished(machine: Machine, command: Command, folder: Path, **options: Any) -> Run:
     """Runs a command to its end, and asserts that it wrote what an undisturbed one writes."""
-    run = machine.start_command(command, folder)
+    run = machine.start_command(command, folder, **options)
     code = run.wait()
     assert code == 0, f"ended with {code}: {run.output[-3000:]}"
     names = differing(content(folder), machine.undisturbed(command).content)
@@ -105,11 +106,7 @@ def clock(machine: Machine, command: Command, folder: Path, rng: random.Random) 
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             os.utime(path, (time.time() + DAY,) * 2)
-    run = machine.start_command(command, folder, fault=(CLOCK, int(1 + whole.events * rng.random()), -DAY))
-    code = run.wait()
-    assert code == 0, f"ended with {code}: {run.output[-3000:]}"
-    names = differing(content(folder), whole.content)
-    assert not names, f"differs in {names}"
+    finished(machine, command, folder, fault=(CLOCK, int(1 + whole.events * rng.random()), -DAY))
     return "equal"
 
 

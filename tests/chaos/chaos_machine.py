@@ -13,12 +13,13 @@ import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
-from itertools import count, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any
 
-from chaos_commands import NOT_BYTES, Command
-from safetensors.numpy import load_file
+import numpy as np
+from chaos_commands import NOT_BYTES, PAIRS, Command
+from safetensors.numpy import load, load_file
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -29,8 +30,8 @@ PATIENCE = 300  # seconds that a command may take, on a machine that is busy wit
 class Run:
     """A started command: its processes, and what they told."""
 
-    def __init__(self, machine: "Machine", pids: list[int], output: Path, units: Path):
-        self.machine, self.pids, self._output, self._units = machine, pids, output, units
+    def __init__(self, machine: "Machine", pids: list[int], output: Path):
+        self.machine, self.pids, self._output = machine, pids, output
         self.began = time.monotonic()
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
@@ -55,9 +56,14 @@ class Run:
     def output(self) -> str:
         return self._output.read_text(errors="replace") if self._output.exists() else ""
 
+    def _lines(self, suffix: str) -> list[list[str]]:
+        """Reads the lines that each process wrote to a file of its own."""
+        files = sorted(self._output.parent.glob(f"{self._output.stem}.{suffix}-?"))
+        return [file.read_text().splitlines() for file in files]
+
     @cached_property
     def told(self) -> list[str]:
-        return self._units.read_text().splitlines() if self._units.exists() else []
+        return list(chain.from_iterable(self._lines("units")))
 
     def numbers(self, name: str) -> list[int]:
         """The numbers that its processes told of something: the size of their world, or their events."""
@@ -67,17 +73,26 @@ class Run:
     def units(self) -> set[str]:
         return {line for line in self.told if not line.startswith(("world ", "events ", "renames "))}
 
+    @cached_property
+    def rows(self) -> dict[str, list[str]]:
+        """The rows that each step of a training took, over all processes, in their order."""
+        size, of_processes = PAIRS // len(self.pids), self._lines("examples")
+        return {
+            step: [row for rows in of_processes for row in rows[place * size : (place + 1) * size]]
+            for place, step in enumerate(sorted(self.units, key=int))
+        }
+
 
 @dataclass
 class Undisturbed:
-    """What an undisturbed run wrote, and how long it took."""
+    """What an undisturbed run did and wrote, and how long it took."""
 
     content: dict[str, Any]
     records: dict[bytes, Any]
+    rows: dict[str, list[str]]
     seconds: float
     events: int
     renames: int
-    units: int
     pages: int
 
 
@@ -94,7 +109,7 @@ class Machine:
         self.faults = compiled(folder)
         self.inputs = folder / "inputs"
         self._numbers = count()
-        self._undisturbed: dict[tuple[str, int], Undisturbed] = {}
+        self._undisturbed: dict[tuple[str, int], Undisturbed] = {}  # by command and number of processes
         paths = [ROOT / "src", HERE, HERE.parent, HERE.parent / "regions"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
         environment |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -131,8 +146,7 @@ class Machine:
         """Starts a command in a folder, the fault in one of its processes."""
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
-        number = next(self._numbers)
-        output, units = logs / f"{number:04d}.txt", logs / f"{number:04d}.units"
+        output = logs / f"{next(self._numbers):04d}.txt"
         shared = {}
         if processes > 1:  # as torchrun sets it
             shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -142,15 +156,16 @@ class Machine:
             own = {"RANK": str(each), "LOCAL_RANK": str(each)} if processes > 1 else {}
             pids.append(
                 self.ask(
-                    words=words, folder=str(folder), environment=shared | own, output=str(output), units=str(units),
+                    words=words, folder=str(folder), environment=shared | own, output=str(output),
+                    units=str(output.with_suffix(f".units-{each}")), examples=str(output.with_suffix(".examples")),
                     unit=unit, fault=fault if each == rank else (NONE, 0, 0),
                 )
             )  # fmt: skip
-        return Run(self, pids, output, units)
+        return Run(self, pids, output)
 
     def start_command(self, command: Command, folder: Path, processes: int = 1, **options: Any) -> Run:
         """Starts a command in its folder, from its last checkpoint if it trains and there is one."""
-        words = [word.format(inputs=self.inputs, rows=4 // processes) for word in command.words.split()]
+        words = [word.format(inputs=self.inputs, rows=PAIRS // processes) for word in command.words.split()]
         if words[0].endswith(".py"):
             words[0] = str(ROOT / words[0])
         if command.trains and any(folder.glob("out/checkpoint-*/train*_state.json")):
@@ -164,9 +179,9 @@ class Machine:
 
     def undisturbed(self, command: Command, processes: int = 1) -> Undisturbed:
         """Runs a command without a fault, once."""
-        key = command.name, processes
+        key = command.words, processes
         if key not in self._undisturbed:
-            folder = self.folder / "undisturbed" / f"{command.name}-{processes}"
+            folder = self.folder / "undisturbed" / f"{command.name}-{processes}-{next(self._numbers):04d}"
             run = self.start_command(command, folder, processes)
             assert run.wait() == 0, f"{command.name}: {run.output}"
             seconds = time.monotonic() - run.began
@@ -176,7 +191,7 @@ class Machine:
             pages = sum(-(-size // mmap.PAGESIZE) for size in sizes)
             events, renames = (max(run.numbers(name), default=0) for name in ("events", "renames"))
             self._undisturbed[key] = Undisturbed(
-                files, records(folder), seconds, events, renames, len(run.units), pages
+                files, records(folder), run.rows if command.trains else {}, seconds, events, renames, pages
             )
         return self._undisturbed[key]
 
@@ -191,8 +206,7 @@ def compiled(folder: Path) -> Path | None:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 
@@ -220,7 +234,17 @@ def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
     return found
 
 
-def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names the files that differ, or are there only once."""
-    missing = object()
-    return [name for name in sorted(found | expected) if found.get(name, missing) != expected.get(name, missing)]
+def numbers(content: dict[str, Any]) -> dict[str, Any]:
+    """Reads the weights that a training wrote, and the values of each step in its log, by their names."""
+    log = content["out/log.jsonl"] if "out/log.jsonl" in content else content["out/trainer_state.json"]["log_history"]
+    logged = {f"{name} of step {line['step']}": value for line in log for name, value in line.items()}
+    return load(content["out/model.safetensors"]) | logged
+
+
+def differing(found: dict[str, Any], expected: dict[str, Any], tolerance: float | None = None) -> list[str]:
+    """Names the files that differ, or are there only once; or of numbers those that differ by more than a tolerance."""
+
+    def equal(one: Any, other: Any) -> bool:
+        return one == other if tolerance is None else np.allclose(one, other, rtol=0, atol=tolerance)
+
+    return [name for name in sorted(found | expected) if not equal(found.get(name, np.nan), expected.get(name, np.nan))]

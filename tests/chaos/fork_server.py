@@ -23,7 +23,7 @@ torch torch.distributed datasets transformers.trainer accelerate.utils small_wor
 unicoder_vl_hf.modeling_unicoder_vl unicoder_vl_hf.processing_unicoder_vl unicoder_vl_hf.cli.parser
 unicoder_vl_hf.regions.extraction unicoder_vl_hf.regions.conversion unicoder_vl_hf.search.command
 unicoder_vl_hf.tasks.pretraining.run unicoder_vl_hf.tasks.retrieval.run unicoder_vl_hf.tasks.retrieval.mining
-unicoder_vl_hf.tasks.retrieval.run_evaluation unicoder_vl_hf.serving.server
+unicoder_vl_hf.tasks.retrieval.run_evaluation unicoder_vl_hf.serving.server two_processes
 """.split()
 SECONDS = 600  # after which a command that hangs ends
 
@@ -93,11 +93,12 @@ def work(request: dict, faults) -> None:
         faults.arm(*request["fault"])
     code = 0
     try:
-        if sys.argv[0] == "-m":
-            del sys.argv[0]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        with resolve_name("two_processes:examples_recorded")(request["examples"]):
+            if sys.argv[0] == "-m":
+                del sys.argv[0]
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
