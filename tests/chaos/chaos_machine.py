@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import mmap
 import os
 import shutil
 import signal
@@ -10,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import cached_property
 from itertools import chain, count, pairwise
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,16 @@ PATIENCE = 300  # seconds that a command may take, on a machine that is busy wit
 
 
 class Run:
-    """A started command: its processes, and what they told."""
+    """A started command: its folder, its processes, what they told, and the seconds until it was waited for."""
 
-    def __init__(self, machine: "Machine", pids: list[int], output: Path):
-        self.machine, self.pids, self._output = machine, pids, output
-        self.began = time.monotonic()
+    def __init__(self, machine: "Machine", folder: Path, pids: list[int], output: Path):
+        self.machine, self.folder, self.pids, self._output = machine, folder, pids, output
+        self.began, self.seconds = time.monotonic(), 0.0
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
         """Waits for its end and gives the exit code; None if it goes on. As a launcher, kills all where one fails."""
         codes = self.machine.ask(pids=self.pids, seconds=seconds)
+        self.seconds = time.monotonic() - self.began
         code = min(filter(None, codes), default=None if None in codes else 0)  # a signal before what came of it
         if code and None in codes:
             self.kill(whole=True)
@@ -70,6 +71,11 @@ class Run:
         return [int(line.split()[1]) for line in self.told if line.startswith(f"{name} ")]
 
     @property
+    def events(self) -> int:
+        """The calls that change files."""
+        return max(self.numbers("events"), default=0)
+
+    @property
     def units(self) -> set[str]:
         return {line for line in self.told if not line.startswith(("world ", "events ", "renames "))}
 
@@ -81,19 +87,6 @@ class Run:
             step: [row for rows in of_processes for row in rows[place * size : (place + 1) * size]]
             for place, step in enumerate(sorted(self.units, key=int))
         }
-
-
-@dataclass
-class Undisturbed:
-    """What an undisturbed run did and wrote, and how long it took."""
-
-    content: dict[str, Any]
-    records: dict[bytes, Any]
-    rows: dict[str, list[str]]
-    seconds: float
-    events: int
-    renames: int
-    pages: int
 
 
 class Machine:
@@ -109,7 +102,7 @@ class Machine:
         self.faults = compiled(folder)
         self.inputs = folder / "inputs"
         self._numbers = count()
-        self._undisturbed: dict[tuple[str, int], Undisturbed] = {}  # by command and number of processes
+        self._undisturbed: dict[tuple[str, int], Run] = {}  # by command and number of processes
         paths = [ROOT / "src", HERE, HERE.parent, HERE.parent / "regions"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
         environment |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -161,7 +154,7 @@ class Machine:
                     unit=unit, fault=fault if each == rank else (NONE, 0, 0),
                 )
             )  # fmt: skip
-        return Run(self, pids, output)
+        return Run(self, folder, pids, output)
 
     def start_command(self, command: Command, folder: Path, processes: int = 1, **options: Any) -> Run:
         """Starts a command in its folder, from its last checkpoint if it trains and there is one."""
@@ -177,22 +170,15 @@ class Machine:
         """Names a new folder for a run."""
         return self.folder / "work" / f"{next(self._numbers):04d}"
 
-    def undisturbed(self, command: Command, processes: int = 1) -> Undisturbed:
+    def undisturbed(self, command: Command, processes: int = 1) -> Run:
         """Runs a command without a fault, once."""
         key = command.words, processes
         if key not in self._undisturbed:
             folder = self.folder / "undisturbed" / f"{command.name}-{processes}-{next(self._numbers):04d}"
             run = self.start_command(command, folder, processes)
             assert run.wait() == 0, f"{command.name}: {run.output}"
-            seconds = time.monotonic() - run.began
             assert run.numbers("world") == ([processes] * processes if processes > 1 else []), run.told
-            files = content(folder)
-            sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-            pages = sum(-(-size // mmap.PAGESIZE) for size in sizes)
-            events, renames = (max(run.numbers(name), default=0) for name in ("events", "renames"))
-            self._undisturbed[key] = Undisturbed(
-                files, records(folder), run.rows if command.trains else {}, seconds, events, renames, pages
-            )
+            self._undisturbed[key] = run
         return self._undisturbed[key]
 
 
@@ -234,17 +220,21 @@ def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
     return found
 
 
-def numbers(content: dict[str, Any]) -> dict[str, Any]:
-    """Reads the weights that a training wrote, and the values of each step in its log, by their names."""
-    log = content["out/log.jsonl"] if "out/log.jsonl" in content else content["out/trainer_state.json"]["log_history"]
-    logged = {f"{name} of step {line['step']}": value for line in log for name, value in line.items()}
-    return load(content["out/model.safetensors"]) | logged
+def trained(folder: Path) -> dict[str, Any]:
+    """
+    Reads all weights that a training left, and the values of each step in its log, by their names.
+
+    Left out are the biases of attention keys, which softmax does not see: their gradients are what rounding leaves of
+    zero, and Adam makes steps of it. So are counts of operations, which are those of padding, too.
+    """
+    files = content(folder)
+    log = files["out/log.jsonl"] if "out/log.jsonl" in files else files["out/trainer_state.json"]["log_history"]
+    found = {f"step {line['step']}, {name}": value for line in log for name, value in line.items()}
+    for file in (name for name in files if name.endswith("model.safetensors")):
+        found |= {f"{file}, {name}": weights for name, weights in load(files[file]).items()}
+    return {name: value for name, value in found.items() if not name.endswith(("key.bias", "total_flos"))}
 
 
-def differing(found: dict[str, Any], expected: dict[str, Any], tolerance: float | None = None) -> list[str]:
-    """Names the files that differ, or are there only once; or of numbers those that differ by more than a tolerance."""
-
-    def equal(one: Any, other: Any) -> bool:
-        return one == other if tolerance is None else np.allclose(one, other, rtol=0, atol=tolerance)
-
+def differing(found: dict[str, Any], expected: dict[str, Any], equal: Callable[[Any, Any], bool] = eq) -> list[str]:
+    """Names the files, or whatever else, that differ or are there only once."""
     return [name for name in sorted(found | expected) if not equal(found.get(name, np.nan), expected.get(name, np.nan))]
