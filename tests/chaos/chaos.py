@@ -183,12 +183,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="number of kills in all (default: 100)")
     parser.add_argument("--seed", type=int, help="seed of all moments (default: any, which is printed)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="COMMAND", help="commands (default: all)")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="ROW", help="beginnings of rows (default: all)")
     parser.add_argument("--folder", type=Path, help="new folder to work in, which stays (default: one that is removed)")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
-    chosen = [row for row in rows() if not args.only or row.name.partition(",")[0] in args.only]
+    chosen = [row for row in rows() if row.name.startswith(tuple(args.only))]
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)

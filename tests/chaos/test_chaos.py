@@ -25,11 +25,19 @@ def named(name: str) -> chaos.Row:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["extract", "pre-train"])
-def test_a_killed_command_goes_on(machine, name):
+@pytest.mark.parametrize(
+    "name, kills",
+    [
+        ("extract", 1),
+        ("pre-train", 1),
+        ("pre-train, 1 → 2 → 1 processes", 2),
+        ("fine-tune, 1 → 2 → 1 processes", 2),
+    ],
+)
+def test_a_killed_command_goes_on(machine, name, kills):
     row = named(name)
-    chaos.kill_all(machine, [row], 1, SEED)
-    assert not row.problems and row.kills == 1
+    chaos.kill_all(machine, [row], kills, SEED)
+    assert not row.problems and row.kills == kills
 
 
 @pytest.mark.slow
