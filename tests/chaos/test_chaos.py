@@ -25,19 +25,28 @@ def named(name: str) -> chaos.Row:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, kills",
-    [
-        ("extract", 1),
-        ("pre-train", 1),
-        ("pre-train, 1 → 2 → 1 processes", 2),
-        ("fine-tune, 1 → 2 → 1 processes", 2),
-    ],
-)
-def test_a_killed_command_goes_on(machine, name, kills):
+@pytest.mark.parametrize("name", ["extract", "pre-train"])
+def test_a_killed_command_goes_on(machine, name):
     row = named(name)
-    chaos.kill_all(machine, [row], kills, SEED)
-    assert not row.problems and row.kills == kills
+    chaos.kill_all(machine, [row], 1, SEED)
+    assert not row.problems and row.kills == 1
+
+
+class Middle(random.Random):
+    """Draws the middle: kills come halfway through the calls of what is left, whatever the machine's speed."""
+
+    def random(self):
+        return 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pre-train", "fine-tune"])
+def test_a_training_goes_on_with_two_processes_and_with_one(machine, name):
+    if machine.faults is None:
+        pytest.skip("there is no gcc, which compiles faults.c")
+    row = named(f"{name}, 1 → 2 → 1 processes")
+    chaos.kill_command(machine, row, row.command, Middle(), machine.work_folder(), kills=2)
+    assert (row.kills, row.starts, row.most_lost) == (2, 3, 3)
 
 
 @pytest.mark.slow
