@@ -152,7 +152,7 @@ class Work:
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=4 if num_workers else None,
-            collate_fn=self.read,
+            collate_fn=self.read,  # type: ignore[arg-type]
             worker_init_fn=_leave_signals,
         )
         results = logging.tqdm(
