@@ -209,7 +209,7 @@ def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
     """Reads what a store holds of each image, in whatever order."""
     found = {}
     for path in (folder / "out").glob("regions-*.safetensors"):
-        tensors = load_file(path)
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name != "padding"}
         texts, regions = tensors.pop("image_id_offsets"), tensors.pop("region_offsets")
         text = tensors.pop("image_ids").tobytes()
         of_image = {name: tensors.pop(name) for name in ("image_sizes", "present", "checksums")}

@@ -46,34 +46,23 @@ def make_blocks_small() -> None:
     index.BLOCK_ITEMS = 4
 
 
-def replaced(name: str, wrap) -> None:
-    """Puts a wrapper in the place of a function, `module:name`."""
+def let_tell(name: str, lines) -> None:
+    """Lets a function, `module:name`, tell lines after each call, which `lines` makes of its arguments."""
     parent, _, attribute = name.replace(":", ".").rpartition(".")
     place = resolve_name(parent)
-    setattr(place, attribute, wrap(getattr(place, attribute)))
+    function = getattr(place, attribute)
 
-
-def tell_units(name, of):
-    def wrap(function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            result = function(*arguments, **options)
-            if name == unit:
-                report(*of(*arguments))
-            return result
-
-        return call
-
-    return wrap
-
-
-def tell_world(function):
     @functools.wraps(function)
     def call(*arguments, **options):
-        function(*arguments, **options)
-        report(f"world {resolve_name('torch.distributed:get_world_size')()}")
+        result = function(*arguments, **options)
+        report(*lines(*arguments))
+        return result
 
-    return call
+    setattr(place, attribute, call)
+
+
+def units_of(name: str, of, *arguments):
+    return of(*arguments) if name == unit else ()
 
 
 def work(request: dict, faults) -> None:
@@ -135,8 +124,9 @@ def main() -> None:
 
     make_blocks_small()
     for name, of in {command.unit: command.units for command in COMMANDS}.items():
-        replaced(name, tell_units(name, of))
-    replaced("torch.distributed:init_process_group", tell_world)
+        let_tell(name, functools.partial(units_of, name, of))
+    world_size = resolve_name("torch.distributed:get_world_size")
+    let_tell("torch.distributed:init_process_group", lambda *arguments: [f"world {world_size()}"])
     faults = ctypes.CDLL(sys.argv[1]) if sys.argv[1:] else None
     codes: dict[int, int] = {}
     print("ready", file=answers, flush=True)
