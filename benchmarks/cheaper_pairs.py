@@ -14,6 +14,7 @@ import argparse
 import copy
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,9 @@ class Int8Linear(nn.Module):
     with `by_row`, each row by itself.
     """
 
-    by_row = False
-
-    def __init__(self, linear: nn.Linear, activation: str = "none"):
+    def __init__(self, linear: nn.Linear, activation: str = "none", by_row: bool = False):
         super().__init__()
+        self.by_row = by_row
         plain = nn.Linear(linear.in_features, linear.out_features)
         plain.weight, plain.bias = linear.weight, nn.Parameter(torch.zeros_like(linear.bias))
         plain.qconfig = per_channel_dynamic_qconfig
@@ -60,16 +60,12 @@ class Int8Linear(nn.Module):
         return nn.functional.gelu(outputs) if self.activation == "gelu" else outputs
 
 
-class Int8LinearByRow(Int8Linear):
-    by_row = True
-
-
 # The layers of the encoder but the last, which computes [CLS] alone, and is in float32; and whether that is in int8.
 KINDS = {
     "float32": (FLOAT32, False),
     "int8": (Int8Linear, True),
-    "int8 by row": (Int8LinearByRow, True),
-    "int8 by row but for the last layer": (Int8LinearByRow, False),
+    "int8 by row": (partial(Int8Linear, by_row=True), True),
+    "int8 by row but for the last layer": (partial(Int8Linear, by_row=True), False),
 }
 
 
@@ -138,9 +134,8 @@ def ranking(checkpoint: Path, scenes: Path, num_captions: int) -> None:
         first = ImageTextScorer(early, scorer.processor, store, verbose=False).score(captions, image_ids)
         for share in (0.1, 0.25, 0.5):
             kept = np.argsort(-first, axis=1)[:, : round(share * len(image_ids))]
-            passed = np.zeros_like(first, dtype=bool)
-            np.put_along_axis(passed, kept, True, axis=1)
-            cascade = np.where(passed, found["float32"], -1e4 + first)
+            cascade = first - 1e4
+            np.put_along_axis(cascade, kept, np.take_along_axis(found["float32"], kept, axis=1), axis=1)
             print(f"{count} of {len(layers)} layers, then the best {share:.0%} by all: {recalls(cascade, own)}")
 
 

@@ -54,46 +54,37 @@ PARAMETERS, WORDS, REGIONS = 110e6, 13, 44  # BERT-base; Flickr8k's captions, bo
 
 @dataclass
 class Job:
-    """A job: its items at size 1, and the commands of `processes` processes at a size, and of who gathers."""
+    """A job: its items at size 1, its command at a size, by so many processes, and whether it is cut into shares."""
 
     items: int
-    commands: Callable[[int, int, Path], list[list[str]]]
-    gather: Callable[[int, int, Path], list[str]] | None = None
-
-
-def shares(words: Callable[[int, Path], list[str]]) -> dict[str, Callable]:
-    """The commands of a job that is cut into shares, and the one that gathers."""
-    return {
-        "commands": lambda size, processes, folder: [
-            [*COMMAND, *words(size, folder), "--share", f"{index}/{processes}"] for index in range(processes)
-        ],
-        "gather": lambda size, processes, folder: [*COMMAND, *words(size, folder), "--gather", str(processes)],
-    }
+    command: Callable[[int, int, Path], list[str]]
+    has_shares: bool = True
 
 
 def jobs(world: Path, items: int) -> dict[str, Job]:
     """The jobs, of `items` times a few minutes' work."""
     model, captions, regions = (str(world / name) for name in ("model", "captions.jsonl", "regions"))
 
-    def mine(size: int, folder: Path) -> list[str]:
-        some = f"{world}/{MINED * items * size}.jsonl"
-        return ["mine", model, some, regions, f"{folder}/mined", "--images-per-set", "20"]
+    def mine(size: int, processes: int, folder: Path) -> list[str]:
+        data = [model, f"{world}/{MINED * items * size}.jsonl", regions]
+        return [*COMMAND, "mine", *data, f"{folder}/mined", "--images-per-set", "20"]
 
-    def index(size: int, folder: Path) -> list[str]:
+    def index(size: int, processes: int, folder: Path) -> list[str]:
         some = f"{world}/{EMBEDDED * items * size}.jsonl:train"
-        return ["index", regions, "--model", model, "--output", f"{folder}/index", "--images-of", some]
+        return [*COMMAND, "index", regions, "--model", model, "--output", f"{folder}/index", "--images-of", some]
 
-    def pretrain(size: int, processes: int, folder: Path) -> list[list[str]]:
-        steps, rows = STEPS * items * size, 32 // processes
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-        options = ["--max_steps", str(steps), "--per_device_train_batch_size", str(rows), "--warmup_ratio", "0"]
+    def pretrain(size: int, processes: int, folder: Path) -> list[str]:
+        # `accelerate launch --cpu` starts one process, whatever it is told.
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        options = ["--max_steps", str(STEPS * items * size), "--train_batch_size", "32", "--warmup_ratio", "0"]
+        options += ["--gradient_accumulation_steps", "1"]
         data = ["--captions", captions, "--regions", regions, "--model_name_or_path", model]
-        return [[sys.executable, *launch, str(PRETRAINING), "--output_dir", f"{folder}/run", *data, *options]]
+        return [sys.executable, *launch, str(PRETRAINING), "--output_dir", f"{folder}/run", *data, *options]
 
     return {
-        "mine: pairs scored": Job(MINED * items * CAPTIONS * 20, **shares(mine)),
-        "index: photos embedded": Job(EMBEDDED * items, **shares(index)),
-        "pretrain: rows": Job(STEPS * items * 64, pretrain),
+        "mine: pairs scored": Job(MINED * items * CAPTIONS * 20, mine),
+        "index: photos embedded": Job(EMBEDDED * items, index),
+        "pretrain: rows": Job(STEPS * items * 64, pretrain, has_shares=False),
     }
 
 
@@ -116,20 +107,20 @@ def build_world(folder: Path, items: int, size: str) -> None:
 
 def seconds(job: Job, size: int, processes: int) -> float:
     """Runs a job from nothing, each process on a core of its own, and then gathers."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        begin = time.perf_counter()
-        running, environment = [], {**os.environ, "TQDM_DISABLE": "1"}
-        for core, command in enumerate(commands := job.commands(size, processes, folder)):
-            cores = str(core) if len(commands) == processes else f"0-{processes - 1}"
-            words = ["taskset", "-c", cores, *command]
-            running.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment))
+    with tempfile.TemporaryDirectory() as folder:
+        command, begin = job.command(size, processes, Path(folder)), time.perf_counter()
+        shares = [["--share", f"{index}/{processes}"] for index in range(processes)] if job.has_shares else [[]]
+        running, environment = [], {**os.environ, "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
+        for core, share in enumerate(shares):
+            words = ["taskset", "-c", str(core) if share else f"0-{processes - 1}", *command, *share]
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            running.append(subprocess.Popen(words, env=environment, **streams))
         for process in running:
-            _, said = process.communicate()
-            if process.returncode:
-                raise ValueError(f"{' '.join(process.args)}\n{said.decode()}")
-        if job.gather is not None:
-            subprocess.run(job.gather(size, processes, folder), check=True, capture_output=True)
+            said, _ = process.communicate()
+            if process.returncode or not (job.has_shares or f"; processes: {processes}," in said):
+                raise ValueError(f"{' '.join(process.args)}\n{said}")
+        if job.has_shares:
+            subprocess.run([*command, "--gather", str(processes)], check=True, capture_output=True)
         return time.perf_counter() - begin
 
 
@@ -163,18 +154,19 @@ def measure(items: int, size: str, only: str | None) -> dict[str, dict[str, floa
 def hours(job: str, gpus: int, efficiency: float) -> float:
     """Hours of a job of the cost table on a number of GPUs."""
     pair = float(pair_flops(UnicoderVLConfig(), np.array(WORDS + REGIONS)))
-    rate = ASSUMED["peak"] * ASSUMED["share, scoring and training"]
-    if job.startswith("extract"):
-        each = 3.8e6 * ASSUMED["operations of a photo"] / (ASSUMED["peak"] * ASSUMED["share, detector"])
-        return each / (gpus * (efficiency if gpus > 1 else 1)) / 3600
     if job.startswith("pre-train"):
+        rate = ASSUMED["peak"] * ASSUMED["share, scoring and training"]
         rows = ASSUMED["rows of a step on a GPU"]
         steps = 10 * 2 * 3.8e6 / (rows * gpus)
         network = ASSUMED[f"bytes a second, {'in a machine of 8' if gpus <= 8 else 'between machines'}"]
         gradients = 2 * (gpus - 1) / gpus * 4 * PARAMETERS / network
         return steps * (rows * 3 * pair / rate + gradients) / 3600
-    pairs = {"score": 125e6, "mine": 1e6 * 50}[job.split()[0]]
-    return pairs * pair / rate / (gpus * (efficiency if gpus > 1 else 1)) / 3600
+    operations, share = {
+        "extract": (3.8e6 * ASSUMED["operations of a photo"], "share, detector"),
+        "score": (125e6 * pair, "share, scoring and training"),
+        "mine": (1e6 * 50 * pair, "share, scoring and training"),
+    }[job.split()[0]]
+    return operations / (ASSUMED["peak"] * ASSUMED[share]) / (gpus * (efficiency if gpus > 1 else 1)) / 3600
 
 
 def costs(efficiency: float) -> None:

@@ -5,6 +5,7 @@ folder, and when all have run, the job is gathered.
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Self
 
 from .errors import FinishedRun
@@ -69,6 +70,12 @@ class Share:
         return f"gather {self.count}" if self.index is None else f"share {self.index}/{self.count}"
 
 
+def check_restart(restart: bool, share: Share | None) -> None:
+    """Raises ValueError where a share is to begin a job anew, whose other shares it does not know."""
+    if restart and share is not None:
+        raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
+
+
 class FinishedShare(FinishedRun):
     """An error that says that a share is computed, so that there is nothing to show before all are."""
 
@@ -83,7 +90,7 @@ class MissingShares(ValueError):
     """An error that names the shares that are to run before the job can be gathered, as numbers in `indices`."""
 
     def __init__(self, indices: Collection[int], count: int, path: object):
-        self.indices, self.count, self.path = sorted(indices), count, path
+        self.indices, self.count = sorted(indices), count
         listed = in_ranges(self.indices)
         super().__init__(
             f"{path} lacks blocks of {len(self.indices)} of {count} shares: {listed}. Run the same command with "
@@ -94,13 +101,9 @@ class MissingShares(ValueError):
 
 def in_ranges(numbers: Iterable[int]) -> str:
     """Writes rising numbers as Slurm's `--array` takes them, such as `"0-3,7"`."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in ranges)
+    # In a run of numbers that follow one another, each is as far above its place as the first.
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda item: item[1] - item[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def run_shares(parts: Iterable[Callable[[], Any]], path: object) -> None:

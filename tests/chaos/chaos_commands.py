@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 UNICODER = "-m unicoder_vl_hf.cli"
+PAIRS = 4  # of a step of a training, over all processes
 WORLD, STORE = "{inputs}/world/captions.jsonl", "{inputs}/world/regions"
 TRAINING = (
-    f"--captions {WORLD} --regions {STORE} --model_name_or_path {{inputs}}/bert --output_dir out --seed 5 "
+    f"--captions {WORLD} --regions {STORE} --model_name_or_path {{inputs}}/bert_with_dropout --output_dir out --seed 5 "
     "--num_train_epochs 1 --learning_rate 1e-3 --gradient_accumulation_steps 1 --save_steps 3 "
 )
 
@@ -97,8 +98,8 @@ COMMANDS = [
     ),
     Command(
         "pre-train",
-        f"examples/run_pretraining.py {TRAINING} --train_batch_size 4 --max_validation_pairs 4 --mixed_precision no "
-        "--logging_steps 2",
+        f"examples/run_pretraining.py {TRAINING} --train_batch_size {PAIRS} --max_validation_pairs 4 "
+        "--mixed_precision no --logging_steps 2",
         "unicoder_vl_hf.tasks.pretraining.loop:PretrainingLoop._change_weights",
         lambda loop: [loop.step],
         most_lost=3,
@@ -119,7 +120,8 @@ COMMANDS = [
 
 def _log(data: bytes) -> object:
     """Reads a log of pre-training without the speed in it."""
-    return [{**json.loads(line), "rows_per_second": None} for line in data.splitlines()]
+    lines = [json.loads(line) for line in data.splitlines()]
+    return [{name: value for name, value in line.items() if name != "rows_per_second"} for line in lines]
 
 
 def _trainer_state(data: bytes) -> object:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from chaos_commands import Command
 from chaos_machine import CLOCK, KILL, RENAME, Machine, Run, content, differing
@@ -51,20 +52,21 @@ def failed(run: Run, *words: str) -> None:
     assert all(word in last[0] for word in words), f"the error is {last}, expected {words}"
 
 
-def finished(machine: Machine, command: Command, folder: Path) -> Run:
+def finished(machine: Machine, command: Command, folder: Path, **options: Any) -> Run:
     """Runs a command to its end, and asserts that it wrote what an undisturbed one writes."""
-    run = machine.start_command(command, folder)
+    run = machine.start_command(command, folder, **options)
     code = run.wait()
     assert code == 0, f"ended with {code}: {run.output[-3000:]}"
-    names = differing(content(folder), machine.undisturbed(command).content)
+    names = differing(content(folder), content(machine.undisturbed(command).folder))
     assert not names, f"differs in {names}"
     return run
 
 
 def full_disk(machine: Machine, command: Command, folder: Path, rng: random.Random) -> str:
     """It says so, what was there stays, and when there is space the same command goes on."""
-    whole = machine.undisturbed(command)
-    with disk(folder, 2 + int(whole.pages * rng.uniform(0.3, 0.7))) as mount_again:
+    files = [path for path in machine.undisturbed(command).folder.rglob("*") if path.is_file()]
+    pages = sum(-(-path.stat().st_size // mmap.PAGESIZE) for path in files)
+    with disk(folder, 2 + int(pages * rng.uniform(0.3, 0.7))) as mount_again:
         (folder / "theirs").write_text("a file of somebody else")
         first = machine.start_command(command, folder / "work")
         failed(first, "No space left on device")
@@ -105,17 +107,13 @@ def clock(machine: Machine, command: Command, folder: Path, rng: random.Random) 
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             os.utime(path, (time.time() + DAY,) * 2)
-    run = machine.start_command(command, folder, fault=(CLOCK, int(1 + whole.events * rng.random()), -DAY))
-    code = run.wait()
-    assert code == 0, f"ended with {code}: {run.output[-3000:]}"
-    names = differing(content(folder), whole.content)
-    assert not names, f"differs in {names}"
+    finished(machine, command, folder, fault=(CLOCK, int(1 + whole.events * rng.random()), -DAY))
     return "equal"
 
 
 def renames(machine: Machine, command: Command, folder: Path, rng: random.Random) -> str:
     """A rename is done and reports an error, as on NFS: the command ends, or not, and run again it goes on."""
-    count = machine.undisturbed(command).renames
+    (count,) = machine.undisturbed(command).numbers("renames")
     if not count:
         raise CannotTry("it renames nothing")
     number = rng.randint(1, count)

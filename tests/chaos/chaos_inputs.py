@@ -56,7 +56,8 @@ def main(folder: Path) -> None:
     trained = UnicoderVLForImageTextRetrieval.from_pretrained(model)
     trained.config.first_stage_trained = True
     trained.save_pretrained(model)
-    small_world.save_bert(folder / "bert", dropout=0.1)
+    small_world.save_bert(folder / "bert_with_dropout", dropout=0.1)
+    small_world.save_lively_bert(folder / "lively_bert")
 
 
 def complete(record: RegionRecord) -> bool:

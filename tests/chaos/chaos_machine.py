@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import mmap
 import os
 import shutil
 import signal
@@ -10,15 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import cached_property
-from itertools import count, pairwise
+from itertools import chain, count, pairwise
+from operator import eq
 from pathlib import Path
 from typing import Any
 
-from chaos_commands import NOT_BYTES, Command
-from safetensors.numpy import load_file
+import numpy as np
+from chaos_commands import NOT_BYTES, PAIRS, Command
+from safetensors.numpy import load, load_file
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -27,15 +28,16 @@ PATIENCE = 300  # seconds that a command may take, on a machine that is busy wit
 
 
 class Run:
-    """A started command: its processes, and what they told."""
+    """A started command: its folder, its processes, what they told, and the seconds until it was waited for."""
 
-    def __init__(self, machine: "Machine", pids: list[int], output: Path, units: Path):
-        self.machine, self.pids, self._output, self._units = machine, pids, output, units
-        self.began = time.monotonic()
+    def __init__(self, machine: "Machine", folder: Path, pids: list[int], output: Path):
+        self.machine, self.folder, self.pids, self._output = machine, folder, pids, output
+        self.began, self.seconds = time.monotonic(), 0.0
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
         """Waits for its end and gives the exit code; None if it goes on. As a launcher, kills all where one fails."""
         codes = self.machine.ask(pids=self.pids, seconds=seconds)
+        self.seconds = time.monotonic() - self.began
         code = min(filter(None, codes), default=None if None in codes else 0)  # a signal before what came of it
         if code and None in codes:
             self.kill(whole=True)
@@ -55,30 +57,36 @@ class Run:
     def output(self) -> str:
         return self._output.read_text(errors="replace") if self._output.exists() else ""
 
+    def _lines(self, suffix: str) -> list[list[str]]:
+        """Reads the lines that each process wrote to a file of its own."""
+        files = sorted(self._output.parent.glob(f"{self._output.stem}.{suffix}-?"))
+        return [file.read_text().splitlines() for file in files]
+
     @cached_property
     def told(self) -> list[str]:
-        return self._units.read_text().splitlines() if self._units.exists() else []
+        return list(chain.from_iterable(self._lines("units")))
 
     def numbers(self, name: str) -> list[int]:
         """The numbers that its processes told of something: the size of their world, or their events."""
         return [int(line.split()[1]) for line in self.told if line.startswith(f"{name} ")]
 
     @property
+    def events(self) -> int:
+        """The calls that change files."""
+        return max(self.numbers("events"), default=0)
+
+    @property
     def units(self) -> set[str]:
         return {line for line in self.told if not line.startswith(("world ", "events ", "renames "))}
 
-
-@dataclass
-class Undisturbed:
-    """What an undisturbed run wrote, and how long it took."""
-
-    content: dict[str, Any]
-    records: dict[bytes, Any]
-    seconds: float
-    events: int
-    renames: int
-    units: int
-    pages: int
+    @cached_property
+    def rows(self) -> dict[str, list[str]]:
+        """The rows that each step of a training took, over all processes, in their order."""
+        size, of_processes = PAIRS // len(self.pids), self._lines("examples")
+        return {
+            step: [row for rows in of_processes for row in rows[place * size : (place + 1) * size]]
+            for place, step in enumerate(sorted(self.units, key=int))
+        }
 
 
 class Machine:
@@ -94,7 +102,7 @@ class Machine:
         self.faults = compiled(folder)
         self.inputs = folder / "inputs"
         self._numbers = count()
-        self._undisturbed: dict[tuple[str, int], Undisturbed] = {}
+        self._undisturbed: dict[tuple[str, int], Run] = {}  # by command and number of processes
         paths = [ROOT / "src", HERE, HERE.parent, HERE.parent / "regions"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
         environment |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -131,8 +139,7 @@ class Machine:
         """Starts a command in a folder, the fault in one of its processes."""
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
-        number = next(self._numbers)
-        output, units = logs / f"{number:04d}.txt", logs / f"{number:04d}.units"
+        output = logs / f"{next(self._numbers):04d}.txt"
         shared = {}
         if processes > 1:  # as torchrun sets it
             shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -142,15 +149,16 @@ class Machine:
             own = {"RANK": str(each), "LOCAL_RANK": str(each)} if processes > 1 else {}
             pids.append(
                 self.ask(
-                    words=words, folder=str(folder), environment=shared | own, output=str(output), units=str(units),
+                    words=words, folder=str(folder), environment=shared | own, output=str(output),
+                    units=str(output.with_suffix(f".units-{each}")), examples=str(output.with_suffix(".examples")),
                     unit=unit, fault=fault if each == rank else (NONE, 0, 0),
                 )
             )  # fmt: skip
-        return Run(self, pids, output, units)
+        return Run(self, folder, pids, output)
 
     def start_command(self, command: Command, folder: Path, processes: int = 1, **options: Any) -> Run:
         """Starts a command in its folder, from its last checkpoint if it trains and there is one."""
-        words = [word.format(inputs=self.inputs, rows=4 // processes) for word in command.words.split()]
+        words = [word.format(inputs=self.inputs, rows=PAIRS // processes) for word in command.words.split()]
         if words[0].endswith(".py"):
             words[0] = str(ROOT / words[0])
         if command.trains and any(folder.glob("out/checkpoint-*/train*_state.json")):
@@ -162,22 +170,15 @@ class Machine:
         """Names a new folder for a run."""
         return self.folder / "work" / f"{next(self._numbers):04d}"
 
-    def undisturbed(self, command: Command, processes: int = 1) -> Undisturbed:
+    def undisturbed(self, command: Command, processes: int = 1) -> Run:
         """Runs a command without a fault, once."""
-        key = command.name, processes
+        key = command.words, processes
         if key not in self._undisturbed:
-            folder = self.folder / "undisturbed" / f"{command.name}-{processes}"
+            folder = self.folder / "undisturbed" / f"{command.name}-{processes}-{next(self._numbers):04d}"
             run = self.start_command(command, folder, processes)
             assert run.wait() == 0, f"{command.name}: {run.output}"
-            seconds = time.monotonic() - run.began
             assert run.numbers("world") == ([processes] * processes if processes > 1 else []), run.told
-            files = content(folder)
-            sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-            pages = sum(-(-size // mmap.PAGESIZE) for size in sizes)
-            events, renames = (max(run.numbers(name), default=0) for name in ("events", "renames"))
-            self._undisturbed[key] = Undisturbed(
-                files, records(folder), seconds, events, renames, len(run.units), pages
-            )
+            self._undisturbed[key] = run
         return self._undisturbed[key]
 
 
@@ -191,8 +192,7 @@ def compiled(folder: Path) -> Path | None:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 
@@ -209,7 +209,7 @@ def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
     """Reads what a store holds of each image, in whatever order."""
     found = {}
     for path in (folder / "out").glob("regions-*.safetensors"):
-        tensors = load_file(path)
+        tensors = {name: tensor for name, tensor in load_file(path).items() if name != "padding"}
         texts, regions = tensors.pop("image_id_offsets"), tensors.pop("region_offsets")
         text = tensors.pop("image_ids").tobytes()
         of_image = {name: tensors.pop(name) for name in ("image_sizes", "present", "checksums")}
@@ -220,7 +220,21 @@ def records(folder: Path) -> dict[bytes, dict[str, bytes]]:
     return found
 
 
-def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Names the files that differ, or are there only once."""
-    missing = object()
-    return [name for name in sorted(found | expected) if found.get(name, missing) != expected.get(name, missing)]
+def trained(folder: Path) -> dict[str, Any]:
+    """
+    Reads all weights that a training left, and the values of each step in its log, by their names.
+
+    Left out are the biases of attention keys, which softmax does not see: their gradients are what rounding leaves of
+    zero, and Adam makes steps of it. So are counts of operations, which are those of padding, too.
+    """
+    files = content(folder)
+    log = files["out/log.jsonl"] if "out/log.jsonl" in files else files["out/trainer_state.json"]["log_history"]
+    found = {f"step {line['step']}, {name}": value for line in log for name, value in line.items()}
+    for file in (name for name in files if name.endswith("model.safetensors")):
+        found |= {f"{file}, {name}": weights for name, weights in load(files[file]).items()}
+    return {name: value for name, value in found.items() if not name.endswith(("key.bias", "total_flos"))}
+
+
+def differing(found: dict[str, Any], expected: dict[str, Any], equal: Callable[[Any, Any], bool] = eq) -> list[str]:
+    """Names the files, or whatever else, that differ or are there only once."""
+    return [name for name in sorted(found | expected) if not equal(found.get(name, np.nan), expected.get(name, np.nan))]

@@ -23,7 +23,7 @@ torch torch.distributed datasets transformers.trainer accelerate.utils small_wor
 unicoder_vl_hf.modeling_unicoder_vl unicoder_vl_hf.processing_unicoder_vl unicoder_vl_hf.cli.parser
 unicoder_vl_hf.regions.extraction unicoder_vl_hf.regions.conversion unicoder_vl_hf.search.command
 unicoder_vl_hf.tasks.pretraining.run unicoder_vl_hf.tasks.retrieval.run unicoder_vl_hf.tasks.retrieval.mining
-unicoder_vl_hf.tasks.retrieval.run_evaluation unicoder_vl_hf.serving.server
+unicoder_vl_hf.tasks.retrieval.run_evaluation unicoder_vl_hf.serving.server two_processes
 """.split()
 SECONDS = 600  # after which a command that hangs ends
 
@@ -46,34 +46,23 @@ def make_blocks_small() -> None:
     index.BLOCK_ITEMS = 4
 
 
-def replaced(name: str, wrap) -> None:
-    """Puts a wrapper in the place of a function, `module:name`."""
+def let_tell(name: str, lines) -> None:
+    """Lets a function, `module:name`, tell lines after each call, which `lines` makes of its arguments."""
     parent, _, attribute = name.replace(":", ".").rpartition(".")
     place = resolve_name(parent)
-    setattr(place, attribute, wrap(getattr(place, attribute)))
+    function = getattr(place, attribute)
 
-
-def tell_units(name, of):
-    def wrap(function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            result = function(*arguments, **options)
-            if name == unit:
-                report(*of(*arguments))
-            return result
-
-        return call
-
-    return wrap
-
-
-def tell_world(function):
     @functools.wraps(function)
     def call(*arguments, **options):
-        function(*arguments, **options)
-        report(f"world {resolve_name('torch.distributed:get_world_size')()}")
+        result = function(*arguments, **options)
+        report(*lines(*arguments))
+        return result
 
-    return call
+    setattr(place, attribute, call)
+
+
+def units_of(name: str, of, *arguments):
+    return of(*arguments) if name == unit else ()
 
 
 def work(request: dict, faults) -> None:
@@ -93,11 +82,12 @@ def work(request: dict, faults) -> None:
         faults.arm(*request["fault"])
     code = 0
     try:
-        if sys.argv[0] == "-m":
-            del sys.argv[0]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        with resolve_name("two_processes:examples_recorded")(request["examples"]):
+            if sys.argv[0] == "-m":
+                del sys.argv[0]
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -134,8 +124,9 @@ def main() -> None:
 
     make_blocks_small()
     for name, of in {command.unit: command.units for command in COMMANDS}.items():
-        replaced(name, tell_units(name, of))
-    replaced("torch.distributed:init_process_group", tell_world)
+        let_tell(name, functools.partial(units_of, name, of))
+    world_size = resolve_name("torch.distributed:get_world_size")
+    let_tell("torch.distributed:init_process_group", lambda *arguments: [f"world {world_size()}"])
     faults = ctypes.CDLL(sys.argv[1]) if sys.argv[1:] else None
     codes: dict[int, int] = {}
     print("ready", file=answers, flush=True)

@@ -32,6 +32,23 @@ def test_a_killed_command_goes_on(machine, name):
     assert not row.problems and row.kills == 1
 
 
+class Middle(random.Random):
+    """Draws the middle: kills come halfway through the calls of what is left, whatever the machine's speed."""
+
+    def random(self):
+        return 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pre-train", "fine-tune"])
+def test_a_training_goes_on_with_two_processes_and_with_one(machine, name):
+    if machine.faults is None:
+        pytest.skip("there is no gcc, which compiles faults.c")
+    row = named(f"{name}, 1 → 2 → 1 processes")
+    chaos.kill_command(machine, row, row.command, Middle(), machine.work_folder(), kills=2)
+    assert (row.kills, row.starts, row.most_lost) == (2, 3, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["full disk", "read-only disk", "rename"])
 def test_a_fault_is_said_and_survived(machine, fault, tmp_path):

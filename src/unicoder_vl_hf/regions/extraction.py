@@ -26,11 +26,12 @@ from ..extras import optional_import
 from ..files import begun_anew, locked, make_folder, remove_folder, say_finished
 from ..name_lists import numbered_lines
 from ..records_unicoder_vl import check_several
-from ..shares import FinishedShare, MissingShares, Share
+from ..shares import FinishedShare, MissingShares, Share, check_restart
 from .conversion import Rename, read_rows, write_skipped, write_store
 from .detectors import Detector, load_detector, split_name
 from .editing import merge_stores, merged_stores, remove_images
-from .parts import Boxes, Work, default_batch_size, finish, share_name
+from .finding import default_batch_size
+from .parts import Boxes, Work, share_name
 from .photos import PhotoSource, in_words, list_photos
 from .shards import SKIPPED, STORE, UNFINISHED
 from .store import RegionStore
@@ -137,8 +138,7 @@ def extract(
         raise ValueError(f"engine is {engine!r}, expected one of {', '.join(map(repr, ENGINES))}.")
     if engine == "ray":
         optional_import("ray", "ray")
-    if share is not None and restart:
-        raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
+    check_restart(restart, share)
     # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of one another. At the end
     # they wait for one another, perhaps longer than the default timeout of ten minutes.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -181,7 +181,7 @@ def extract(
             make_folder(parts)
             stack.callback(_remove_if_empty, parts)
             stack.enter_context(locked(parts))
-            _finish_parts(parts, folder, settings)
+            _finish_parts(work)
             if share is None:
                 for skipped in parts.glob("skipped-*.jsonl"):  # these photos are tried again
                     skipped.unlink()
@@ -208,19 +208,18 @@ def extract(
         if done and not before:
             work.patience = float("inf")
         if share is not None:
-            _check_gathered(share, parts, folder, source.ids, left)
+            _check_gathered(share, work, left)
         elif engine == "ray":
             from .ray_extraction import extract_on_ray
 
             extract_on_ray(work, left, share_size, named, {"precision": precision, **options}, device, detectors)
         else:
-            rank = state.process_index
+            rank, shown = state.process_index, state.is_main_process and bool(left)
             mine = left[rank :: state.num_processes]
-            shown = state.is_main_process and bool(left)
             work.extract(f"{len(before):05d}-{rank:05d}", mine, detector, num_workers, shown)
         state.wait_for_everyone()
         if state.is_main_process:
-            _join_parts(parts, folder, settings, source)
+            _join_parts(work)
             if taken_out := done & unwanted:
                 remove_images(folder, taken_out)
                 logger.warning(f"{len(taken_out)} images are taken out of {folder}.")
@@ -278,7 +277,7 @@ def _extract_share(
             )
     before = _finished(folder)
     for store in before:
-        finish(store, folder, work.settings)
+        work.finish(store)
     done = unwanted.union(*map(RegionStore, before))
     left = [index for index in work.left_of(name, share.rows(len(ids))) if ids[index] not in done]
     if before and not add:
@@ -291,13 +290,14 @@ def _extract_share(
     raise FinishedShare(share, folder)
 
 
-def _check_gathered(share: Share, parts: Path, folder: Path, ids: Sequence[str], left: Iterable[int]) -> None:
+def _check_gathered(share: Share, work: Work, left: Iterable[int]) -> None:
     """Raises MissingShares where photos are left that no share has tried."""
-    tried = {row["image_id"] for file in (*parts.glob("skipped-*.jsonl"), folder / SKIPPED) for row in read_rows(file)}
+    ids, files = work.source.ids, (*work.parts.glob("skipped-*.jsonl"), work.store / SKIPPED)
+    tried = {row["image_id"] for file in files for row in read_rows(file)}
     left = {index for index in left if ids[index] not in tried}
     missing = [i for i in range(share.count) if not left.isdisjoint(Share(i, share.count).rows(len(ids)))]
     if missing:
-        raise MissingShares(missing, share.count, parts)
+        raise MissingShares(missing, share.count, work.parts)
 
 
 # Parts
@@ -311,14 +311,15 @@ def _finished(folder: Path) -> list[Path]:
     return [folder] if STORE.is_complete(folder) else []
 
 
-def _finish_parts(parts: Path, folder: Path, settings: dict[str, Any]) -> None:
+def _finish_parts(work: Work) -> None:
     """Makes finished stores of the parts of an interrupted run."""
+    folder = work.store
     if sources := merged_stores(folder):  # it was stopped while its parts were merged
         merge_stores(sources, folder)
     elif folder.is_file() or ((folder / UNFINISHED).exists() and not _finished(folder)):
         raise ValueError(f"{folder} is a file, or the beginning of another store: take another folder.")
-    for store in _parts(parts) or _finished(folder):  # a finished store must be of these settings, too
-        finish(store, folder, settings)
+    for store in _parts(work.parts) or _finished(folder):  # a finished store must be of these settings, too
+        work.finish(store)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -364,13 +365,14 @@ def _check_left(folder: Path, left: Sequence[str]) -> None:
         )
 
 
-def _join_parts(parts: Path, folder: Path, settings: dict[str, Any], source: PhotoSource) -> None:
+def _join_parts(work: Work) -> None:
     """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
+    parts, folder, source = work.parts, work.store, work.source
     stores, renewed = _parts(parts), {None, *source.ids}  # None: files that the listing left out
     skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in read_rows(file)]
     if stores and _finished(folder):
         records = chain.from_iterable(RegionStore(part).values() for part in stores)
-        write_store(records, folder, resume=True, **settings)
+        write_store(records, folder, resume=True, **work.settings)
     elif stores:
         merge_stores(stores, folder)
     elif not _finished(folder):

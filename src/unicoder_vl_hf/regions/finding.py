@@ -149,8 +149,7 @@ class RegionFinder:
         if not photos:
             return
         detector = self.load()
-        on_cpu = self.device is not None and torch.device(self.device).type == "cpu"
-        size = 1 if on_cpu or not torch.accelerator.is_available() else GPU_BATCH_SIZE
+        size = default_batch_size(self.device)
         starts = range(0, len(photos), size)
         for start in logging.tqdm(starts, desc="Finding regions", unit="batch", leave=False, disable=len(starts) < 2):
             read = []
@@ -221,6 +220,12 @@ def _content_id(name: str, photo: "str | PathLike[str] | Image") -> str:
         return hashlib.sha256(Path(photo).read_bytes()).hexdigest()
     image, size = read_photo(photo, name)
     return hashlib.sha256(repr((size, image.size)).encode() + image.tobytes()).hexdigest()
+
+
+def default_batch_size(device: torch.device | str | None) -> int:
+    """Gives the number of photos in a call of a detector on this device; None is a GPU if there is one."""
+    on_cpu = not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
+    return 1 if on_cpu else GPU_BATCH_SIZE
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .. import logging
 from ..processes import StopSignal
 from ..records_unicoder_vl import RegionRecord
 from ..shares import Share
 from .detectors import Detector
-from .finding import GPU_BATCH_SIZE, ReadPhoto, detect
+from .finding import ReadPhoto, detect
 from .photos import PhotoSource, decode_photo, describe
 from .shards import STORE
 from .store import NoRecordWritten, OtherSettings, RegionStore, RegionStoreWriter
@@ -31,29 +30,6 @@ from .store import NoRecordWritten, OtherSettings, RegionStore, RegionStoreWrite
 BATCHES_SORTED = 4
 
 Boxes = Mapping[str, np.ndarray]
-
-
-class Reader(Dataset[ReadPhoto]):
-    """Photos in the form that the detector takes. An error in one is returned with it, and not raised."""
-
-    def __init__(self, work: "Work", indices: Sequence[int]):
-        self.source = work.source
-        self.prepare = work.prepare
-        self.given = work.given
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, row: int) -> ReadPhoto:
-        index = self.indices[row]
-        image_id = self.source.ids[index]
-        try:
-            image, size = decode_photo(self.source.read(index))
-            boxes = None if self.given is None else _boxes_of(image_id, size, self.given)
-            return ReadPhoto(index, image_id, size, image.size, self.prepare(image), boxes)
-        except Exception as error:
-            return ReadPhoto(index, image_id, problem=describe(error))
 
 
 def _boxes_of(image_id: str, size: tuple[int, int], given: Boxes) -> np.ndarray:
@@ -102,6 +78,16 @@ class Work:
         given = self.given and {image_id: self.given[image_id] for image_id in source.ids if image_id in self.given}
         return replace(self, source=source, given=given)
 
+    def read(self, index: int) -> ReadPhoto:
+        """Reads a photo in the form that the detector takes. An error in it is returned with it, and not raised."""
+        image_id = self.source.ids[index]
+        try:
+            image, size = decode_photo(self.source.read(index))
+            boxes = None if self.given is None else _boxes_of(image_id, size, self.given)
+            return ReadPhoto(index, image_id, size, image.size, self.prepare(image), boxes)
+        except Exception as error:
+            return ReadPhoto(index, image_id, problem=describe(error))
+
     def part(self, name: str) -> Path:
         """Gives the folder of a part."""
         return self.parts / f"part-{name}"
@@ -110,9 +96,21 @@ class Work:
         """Gives those of some photos that a part lacks. What a killed process left of it becomes whole."""
         part = self.part(name)
         if part.exists():
-            finish(part, self.store, self.settings)
+            self.finish(part)
         done = RegionStore(part) if STORE.is_complete(part) else {}
         return [index for index in indices if self.source.ids[index] not in done]
+
+    def finish(self, store: Path) -> None:
+        """
+        Makes a finished store of what a killed process left. Raises OtherSettings where it was begun with such, in the
+        name of the store that the parts become.
+        """
+        try:
+            with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **self.settings):
+                pass
+        except OtherSettings as error:
+            raise OtherSettings(self.store, error.differences, error.told) from error
+        _remove_empty(store)
 
     def write(
         self, name: str, results: "Iterable[tuple[ReadPhoto, RegionRecord | str]]", told_to_stop: Callable[[], bool]
@@ -150,11 +148,11 @@ class Work:
         KeyboardInterrupt when told to stop, and the errors of `detected`.
         """
         photos: Iterable[ReadPhoto] = DataLoader(
-            Reader(self, indices),
+            indices,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=4 if num_workers else None,
-            collate_fn=_as_it_is,
+            collate_fn=self.read,  # type: ignore[arg-type]
             worker_init_fn=_leave_signals,
         )
         results = logging.tqdm(
@@ -201,34 +199,15 @@ def detected(
                 yield photo, describe(result) if isinstance(result, Exception) else result
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
 def _leave_signals(worker: int) -> None:
     """Ignores Ctrl-C, which reaches every process: readers go on until the process that they read for ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def default_batch_size(device: torch.device | str) -> int:
-    """Gives the number of photos in a call of a detector on this device."""
-    return 1 if torch.device(device).type == "cpu" else GPU_BATCH_SIZE
-
-
 def share_name(share: Share) -> str:
     """Gives the name of the part of a share."""
     return f"{share.index:05d}-of-{share.count:05d}"
-
-
-def finish(store: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """Makes a finished store of what a killed process left. Raises OtherSettings where `folder` was begun with such."""
-    try:
-        with suppress(NoRecordWritten), RegionStoreWriter(store, resume=True, **settings):
-            pass
-    except OtherSettings as error:
-        raise OtherSettings(folder, error.differences, error.told) from error
-    _remove_empty(store)
 
 
 def _remove_empty(part: Path) -> None:

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate
@@ -82,16 +82,24 @@ class PhotoSource(Protocol):
         ...
 
 
-@dataclass
-class _Files:
-    """
-    Photos in files and in members of .tar files: each has a path, a member (empty for a file), and the place of its
-    bytes in the file.
-    """
+@dataclass(kw_only=True)
+class _Listing:
+    """Photos by their ids and places, which each kind of listing has of its own, and the files that it left out."""
 
     ids: list[str] = field(default_factory=list)
-    places: list[tuple[AnyPath, str, int, int]] = field(default_factory=list)
+    places: list[Any] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+
+    def only(self, indices: Sequence[int]) -> Self:
+        ids, places = ([values[index] for index in indices] for values in (self.ids, self.places))
+        return replace(self, ids=ids, places=places, left_out=[])
+
+
+class _Files(_Listing):
+    """
+    Photos in files and in members of .tar files: the place of each is a path, a member (empty for a file), and the
+    beginning and the length of its bytes in the file.
+    """
 
     def name(self, index: int) -> str:
         path, member, _, _ = self.places[index]
@@ -103,40 +111,30 @@ class _Files:
             file.seek(offset)
             return file.read(None if length < 0 else length)
 
-    def only(self, indices: Sequence[int]) -> "_Files":
-        return _Files([self.ids[index] for index in indices], [self.places[index] for index in indices])
 
+@dataclass(kw_only=True)
+class _Column(_Listing):
+    """Photos in a column of encoded images: the place of each is its row."""
 
-@dataclass
-class _Column:
-    """Photos in a column of encoded images."""
-
-    ids: list[str]
-    rows: list[int]
     images: "datasets.Dataset"
     column: str
-    left_out: list[LeftOut]
 
     def name(self, index: int) -> str:
-        row = self.rows[index]
+        row = self.places[index]
         return self.images[row][self.column]["path"] or f"row {row}"
 
     def read(self, index: int) -> bytes:
-        return _bytes_of(self.images[self.rows[index]][self.column])
-
-    def only(self, indices: Sequence[int]) -> "_Column":
-        ids, rows = [self.ids[index] for index in indices], [self.rows[index] for index in indices]
-        return _Column(ids, rows, self.images, self.column, [])
+        return _bytes_of(self.images[self.places[index]][self.column])
 
 
-@dataclass
-class _Tables:
-    """Photos in a column of .parquet files: each has a file, a row group, the first row of that, and its own row."""
+@dataclass(kw_only=True)
+class _Tables(_Listing):
+    """
+    Photos in a column of .parquet files: the place of each is a file, a row group, the first row of that, and its own
+    row.
+    """
 
     column: str
-    ids: list[str] = field(default_factory=list)
-    places: list[tuple[AnyPath, int, int, int]] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
     listing: str = field(default_factory=lambda: uuid.uuid4().hex)  # by which a process knows what it has read
 
     def name(self, index: int) -> str:
@@ -147,10 +145,6 @@ class _Tables:
         path, group, first, row = self.places[index]
         image = _row_group(self.listing, path, group, self.column)[row - first].as_py()
         return image if isinstance(image, bytes) else _bytes_of(image)
-
-    def only(self, indices: Sequence[int]) -> "_Tables":
-        ids, places = [self.ids[index] for index in indices], [self.places[index] for index in indices]
-        return _Tables(self.column, ids, places, listing=self.listing)
 
 
 def _bytes_of(image: dict[str, Any]) -> bytes:
@@ -296,11 +290,11 @@ def _column(table: "datasets.Dataset", image_column: str, id_column: str, naming
 
     _check_columns(table.column_names, image_column, id_column)
     images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    column = _Column([], [], images, image_column, [])
+    column = _Column(images=images, column=image_column)
     for row, image_id in enumerate(table[id_column]):
         try:
             column.ids.append(naming.of_row(image_id, id_column, row))
-            column.rows.append(row)
+            column.places.append(row)
         except UnmappedId as error:
             column.left_out.append(LeftOut(f"row {row}", naming.left_out(error)))
     return column
@@ -319,7 +313,7 @@ def _list_rows(
 ) -> _Tables:
     from pyarrow.parquet import ParquetFile
 
-    tables = _Tables(image_column, left_out=left_out)
+    tables = _Tables(column=image_column, left_out=left_out)
     for path, _ in files:
         if path.suffix.lower() != ".parquet":
             left_out.append(LeftOut(str(path), "no .parquet, as the others are"))

@@ -10,6 +10,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 from .. import logging
 from ..shares import Share
 from .detectors import Detector, load_detector
-from .finding import ReadPhoto
-from .parts import Reader, Work, default_batch_size, detected, share_name
+from .finding import ReadPhoto, default_batch_size
+from .parts import Work, detected, share_name
 
 # Each detector has this many tasks decode photos ahead of it, and each task decodes this many. The largest photos take
 # some 10 MB each when they are prepared.
@@ -116,7 +117,7 @@ class _Extractor:
         name, work, failure = row["name"], pickle.loads(row["work"]), b""
         try:
             # A process that was killed at this share may have left some of it.
-            photos = _decoded(Reader(work, work.left_of(name, range(len(work.source.ids)))))
+            photos = _decoded(work, work.left_of(name, range(len(work.source.ids))))
             batch_size = work.batch_size or self.batch_size
             work.write(name, detected(self.detector, photos, batch_size, work.patience), lambda: False)
         except Exception as error:
@@ -124,17 +125,16 @@ class _Extractor:
         return {"photos": len(work.source.ids), "error": failure}
 
 
-def _decoded(reader: Reader) -> Iterator[ReadPhoto]:
+def _decoded(work: Work, indices: Sequence[int]) -> Iterator[ReadPhoto]:
     """Yields photos in their order, of which tasks decode some in advance."""
-    shared, waiting = ray.put(reader), deque[Any]()
-    for start in range(0, len(reader), PHOTOS_A_TASK):
-        waiting.append(_decode.remote(shared, range(start, min(start + PHOTOS_A_TASK, len(reader)))))
-        if len(waiting) == TASKS_AHEAD:
-            yield from ray.get(waiting.popleft())
+    shared, starts = ray.put(work), range(0, len(indices), PHOTOS_A_TASK)
+    tasks = (_decode.remote(shared, indices[start : start + PHOTOS_A_TASK]) for start in starts)
+    waiting = deque(islice(tasks, TASKS_AHEAD))
     while waiting:
         yield from ray.get(waiting.popleft())
+        waiting.extend(islice(tasks, 1))
 
 
 @ray.remote(num_cpus=1)
-def _decode(reader: Reader, rows: range) -> list[ReadPhoto]:
-    return [reader[row] for row in rows]
+def _decode(work: Work, indices: Sequence[int]) -> list[ReadPhoto]:
+    return [work.read(index) for index in indices]

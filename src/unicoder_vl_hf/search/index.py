@@ -28,7 +28,7 @@ from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
 from ..regions.tensor_files import TensorFile
 from ..scoring.blocks import BlockFolder, job_of
-from ..shares import Share
+from ..shares import Share, check_restart
 from .encoders import DualEncoder
 
 logger = logging.get_logger(__name__)
@@ -196,8 +196,7 @@ def build_index(
             share is to begin anew.
         `FinishedShare`, `MissingShares`: the share is embedded, or shares that are to be gathered are not.
     """
-    if share is not None and restart:
-        raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
+    check_restart(restart, share)
     check_several("image_ids", image_ids)
     check_several("captions", captions)
     output = Path(output)

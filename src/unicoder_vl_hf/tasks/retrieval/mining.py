@@ -31,7 +31,7 @@ from ...scoring.checkpoints import checkpoint_provenance, load_for_store
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
 from ...search.index import nearest, store_identity
-from ...shares import Share
+from ...shares import Share, check_restart
 
 logger = logging.get_logger(__name__)
 
@@ -326,8 +326,7 @@ def mine(
             `skip_missing`), or a share is to begin anew.
         `FinishedShare`, `MissingShares`: the share is scored, or shares that are to be gathered are not.
     """
-    if share is not None and restart:
-        raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
+    check_restart(restart, share)
     rule = MiningRule(
         num_negatives=num_negatives,
         range_min=range_min,
