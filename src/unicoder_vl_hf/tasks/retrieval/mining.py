@@ -286,6 +286,14 @@ def mine(
     output: str,
     *,
     split: str = "train",
+    num_negatives: int = 3,
+    range_min: int = 0,
+    range_max: int | None = None,
+    max_score: float | None = None,
+    min_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    sampling_strategy: Literal["top", "random"] = "top",
     images_per_set: int = 100,
     candidates: int | None = None,
     duplicates: str | None = None,
@@ -295,13 +303,12 @@ def mine(
     skip_missing: bool = False,
     restart: bool = False,
     share: Share | None = None,
-    **guards: Any,
 ) -> datasets.Dataset:
     """
     Mines one split of a caption file, and writes ALL its splits as a dataset folder that `read_captions` and
     `run_retrieval.py --captions` read; the other splits have no negatives. A call that was stopped goes on when it is
     repeated; what is finished stays as it is. With `candidates` the checkpoint's own first stage proposes
-    them. The other arguments are those of [`mine_hard_negatives`].
+    them. The other arguments are those of [`MiningRule`] and [`mine_hard_negatives`].
 
     Args:
         model (`str`): a Unicoder-VL checkpoint with its processor.
@@ -313,7 +320,6 @@ def mine(
         restart (`bool`, *optional*, defaults to `False`): whether an earlier call's output is replaced.
         share ([`Share`], *optional*): the share of the pairs that is scored here, or the one that gathers what shares
             scored and mines. By default all that is left is scored.
-        guards: the values of [`MiningRule`], such as `num_negatives`.
 
     Raises:
         `ValueError`: `output` holds something else, a value is out of range, captions have no regions (unless
@@ -322,7 +328,16 @@ def mine(
     """
     if share is not None and restart:
         raise ValueError(f"{share} cannot begin anew for all: run --restart without --share and --gather.")
-    rule = MiningRule(**guards)
+    rule = MiningRule(
+        num_negatives=num_negatives,
+        range_min=range_min,
+        range_max=range_max,
+        max_score=max_score,
+        min_score=min_score,
+        absolute_margin=absolute_margin,
+        relative_margin=relative_margin,
+        sampling_strategy=sampling_strategy,
+    )
     state, target = start_processes(), Path(output)
     scores_dir = target.with_name(f"{target.name}.scores")
     with ExitStack() as stack:
