@@ -17,7 +17,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from unicoder_vl_hf import pictures
 from unicoder_vl_hf.feature_extraction_unicoder_vl import RegionRecord
 from unicoder_vl_hf.pictures import PALETTE, GalleryItem, draw_regions, draw_relevance, training_curves, write_gallery
-from unicoder_vl_hf.tasks.retrieval.metrics import rank_queries
 
 
 def has_colour(image, colour):
@@ -221,16 +220,6 @@ def test_a_record_without_boxes_is_refused():
         draw_regions(Image.new("RGB", (10, 10)), record(boxes=None))
 
 
-def test_the_best_images_of_a_caption_with_ties_against_it():
-    ids = ["a", "b", "c", "d"]
-    item = GalleryItem.from_scores("text", "b", ids, [1.0, 3.0, 3.0, -2.0], top_k=3)
-    assert item == GalleryItem("text", "b", 3.0, 2, (("c", 3.0), ("b", 3.0), ("a", 1.0)))
-    scores = np.random.default_rng(0).integers(0, 4, (20, 20))
-    ranks = rank_queries(scores, np.arange(20))["image_retrieval"].ranks
-    names = [str(i) for i in range(20)]
-    assert [GalleryItem.from_scores("", str(i), names, scores[i]).rank for i in range(20)] == ranks.tolist()
-
-
 class Page(HTMLParser):
     """
     Sections of a gallery: caption, verdict, and (classes, picture, text) of each figure; cells of the table. Of an
@@ -282,9 +271,10 @@ def plain(image_id):
 
 
 def test_a_gallery_marks_the_right_image_and_says_its_rank(tmp_path):
+    hits = [("a", 2.0), ("b", 0.5), ("c", -1.0)]
     items = [
-        GalleryItem.from_scores('a "red" <b> & more', "a", "abc", [2.0, 0.5, -1.0], top_k=2),
-        GalleryItem.from_scores("blue", "c", "abc", [2.0, 0.5, -1.0], top_k=2),
+        GalleryItem.from_hits('a "red" <b> & more', "a", hits, top_k=2),
+        GalleryItem.from_hits("blue", "c", hits, top_k=2),
     ]
     metrics = {"image_retrieval_recall@1": 0.5, "text_retrieval_recall@5": 1.0, "image_retrieval_median_rank": 2.0}
     results = {"fine-tuned": metrics, "chance": {"image_retrieval_recall@1": 1 / 3}}
@@ -329,7 +319,7 @@ def test_a_figure_may_have_several_pictures_and_a_note(tmp_path):
 
 
 def test_a_gallery_needs_no_other_file(tmp_path):
-    path = write_gallery(tmp_path / "g.html", [GalleryItem.from_scores("x", "a", "abc", [1, 2, 3])], plain)
+    path = write_gallery(tmp_path / "g.html", [GalleryItem.from_hits("x", "a", [("c", 3), ("b", 2), ("a", 1)])], plain)
     assert all(link.startswith("data:") for link in Page(path).links)
     assert not re.search(r"https?:|<script|url\(|@import", path.read_text())
 
@@ -341,7 +331,7 @@ def test_photos_are_embedded_at_the_width_asked_for(tmp_path):
         asked.append(image_id)
         return Image.new("RGBA", (1000, 500), (10, 120, 200, 255))
 
-    items = [GalleryItem.from_scores("x", "a", "abc", [1, 2, 3])] * 2
+    items = [GalleryItem.from_hits("x", "a", [("c", 3), ("b", 2), ("a", 1)])] * 2
     path = write_gallery(tmp_path / "g.html", items, photo, picture_width=200)
     data = re.findall(r"data:image/jpeg;base64,([^\"]+)", path.read_text())
     assert {Image.open(io.BytesIO(base64.b64decode(each))).size for each in data} == {(200, 100)}

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place and renamed, locked, begun anew."""
 
+import csv
 import errno
 import hashlib
 import json
@@ -8,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -53,6 +54,13 @@ def write_json(path: Path, value: Any) -> None:
     with partial_path(path).open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
+        complete(file, path)
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes rows of cells as CSV, atomically: readers see the old file or the new one."""
+    with partial_path(path).open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
         complete(file, path)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import ArrayLike
 
 from .extras import optional_import
 from .records_unicoder_vl import RegionRecord
@@ -75,7 +76,7 @@ def training_curves(
     if not panels:
         raise ValueError(f"{len(rows)} log rows hold no step with a loss, accuracy or recall: is this a training log?")
 
-    figure = _new_figure(6.4 * len(panels), 4.8)
+    figure = new_figure(6.4 * len(panels), 4.8)
     colours = _colours([*losses, *accuracies])
     for axes, (label, series) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True):
         for name in dict.fromkeys(name.removeprefix(_EVAL) for name in series):
@@ -112,7 +113,7 @@ def dot_chart(rows: Mapping[str, Sequence[float]], path: str | os.PathLike, *, l
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _new_figure(8.0, 1.4 + 0.45 * len(rows))
+    figure = new_figure(8.0, 1.4 + 0.45 * len(rows))
     axes = figure.subplots()
     for place, values in enumerate(rows.values()):
         axes.plot(values, [place] * len(values), "o", color=PALETTE[0], alpha=0.7, markeredgecolor="white")
@@ -147,7 +148,7 @@ def draw_answers(
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _new_figure(9.0, 3.6)
+    figure = new_figure(9.0, 3.6)
     figure.suptitle("\n".join(textwrap.wrap(text, 80)), fontweight="bold")
     shown, axes = figure.subplots(1, 2)
     shown.imshow(np.asarray(photo))
@@ -164,7 +165,7 @@ def draw_answers(
     return Path(path)
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """Makes an empty figure of so many inches. Raises ImportError if matplotlib is missing."""
     optional_import("matplotlib", "demo")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -264,6 +265,15 @@ def draw_regions(
         label = _region_label(record, index, class_names) if labels is None else labels[index]
         _write_label(canvas, label, boxes[index], PALETTE[index % len(PALETTE)], font, taken)
     return canvas
+
+
+def draw_boxes(image: Image.Image, boxes: ArrayLike, size: tuple[int, int], labels: Sequence[str]) -> Image.Image:
+    """Draws boxes, in pixels of an image of that size, on its photo, each with its label, and cut off at its border."""
+    inside = np.clip(boxes, 0, [*size, *size]).astype(np.float32)
+    record = RegionRecord(
+        "boxes", features=np.zeros((len(labels), 1)), boxes=inside, image_width=size[0], image_height=size[1]
+    )
+    return draw_regions(image, record, labels=labels)
 
 
 def _enlarged(image: Image.Image, record: RegionRecord, min_width: int) -> tuple[Image.Image, np.ndarray]:
@@ -555,17 +565,6 @@ class GalleryItem:
     rank: int = 0
     best: tuple[tuple[str, float], ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-    @classmethod
-    def from_scores(cls, caption: str, image_id: str, image_ids: Sequence[str], scores: Any, top_k: int = 5) -> Self:
-        """
-        Makes an item from the caption's row of the score matrix, of shape `(num_images,)`, whose columns are named by
-        `image_ids`. Raises ValueError where `image_id` is not among these.
-        """
-        row, right = np.asarray(scores, dtype=np.float32), list(image_ids).index(image_id)
-        order = np.lexsort((np.arange(len(row)) == right, -row))
-        best = tuple((image_ids[column], float(row[column])) for column in order[:top_k].tolist())
-        return cls(caption, image_id, float(row[right]), int(np.flatnonzero(order == right)[0]) + 1, best)
 
     @classmethod
     def from_hits(

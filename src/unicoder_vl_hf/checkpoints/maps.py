@@ -314,12 +314,26 @@ class TaskHead:
     columns: tuple[str, int] | None = None
 
 
-_UNITER_ANSWERS = tuple(
-    Rule(rf"vqa_output\.{number}\.{WEIGHT}", rf"answer_head.{name}.\1")
-    for number, name in ((0, "dense"), (2, "LayerNorm"), (3, "decoder"))
-)
-_ANSWERS, _REASONING = "UnicoderVLForQuestionAnswering", "UnicoderVLForVisualReasoning"
-_TRUTH = ("false", "true")
+def _layers(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """Makes the rules of a head of two layers, with a LayerNorm between them."""
+    names = {0: "dense", 2: "LayerNorm", 3: "decoder"}
+    return tuple(Rule(rf"{theirs}\.{number}\.{WEIGHT}", rf"{ours}.{name}.\1") for number, name in names.items())
+
+
+def _reasoning(
+    family: str, told_by: str, rules: tuple[Rule, ...], columns: int | None = None, **fields: Any
+) -> TaskHead:
+    """Makes a head that judges sentences about two photos, told by the width of UNITER's tensor where it has one."""
+    wide = None if columns is None else ("nlvr2_output.weight", columns)
+    model_class = "UnicoderVLForVisualReasoning"
+    return TaskHead(
+        "nlvr2", family, told_by, model_class, "reasoning_head.bias", rules, fields, ("false", "true"), wide
+    )
+
+
+_UNITER_ANSWERS = _layers("vqa_output", "answer_head")
+_ANSWERS, _GROUNDING = "UnicoderVLForQuestionAnswering", "UnicoderVLForGrounding"
+_GROUND, _GROUND_DEEP = Rule(rf"re_output\.{WEIGHT}", r"grounding_head.\1"), _layers("re_output", "grounding_head")
 _JUDGE = Rule(rf"nlvr2_output\.{WEIGHT}", r"reasoning_head.\1")
 TASK_HEADS = (
     TaskHead("vqa", "uniter", "vqa_output.3.bias", _ANSWERS, "answer_head.decoder.bias", _UNITER_ANSWERS),
@@ -332,12 +346,9 @@ TASK_HEADS = (
         _UNITER_ANSWERS,
         labels=("contradiction", "entailment", "neutral"),
     ),
-    TaskHead(
-        "nlvr2",
+    _reasoning(
         "uniter",
         "attn_pool.fc.0.bias",
-        _REASONING,
-        "reasoning_head.bias",
         (
             _JUDGE,
             Rule(r"attn1\.(.+)", r"pair_attention.first_asks.\1"),
@@ -345,36 +356,13 @@ TASK_HEADS = (
             Rule(rf"fc\.0\.{WEIGHT}", r"pair_attention.join.\1"),
             Rule(rf"attn_pool\.fc\.0\.{WEIGHT}", r"pair_attention.weigh.\1"),
         ),
-        {"reasoning_head": "paired_attention"},
-        _TRUTH,
+        reasoning_head="paired_attention",
     ),
-    TaskHead(
-        "nlvr2",
-        "uniter",
-        "nlvr2_output.bias",
-        _REASONING,
-        "reasoning_head.bias",
-        (_JUDGE,),
-        labels=_TRUTH,
-        columns=("nlvr2_output.weight", 2),
-    ),
-    TaskHead(
-        "nlvr2",
-        "uniter",
-        "nlvr2_output.bias",
-        _REASONING,
-        "reasoning_head.bias",
-        (_JUDGE,),
-        {"reasoning_head": "single"},
-        _TRUTH,
-        columns=("nlvr2_output.weight", 1),
-    ),
-    TaskHead(
-        "nlvr2",
+    _reasoning("uniter", "nlvr2_output.bias", (_JUDGE,), columns=2),
+    _reasoning("uniter", "nlvr2_output.bias", (_JUDGE,), columns=1, reasoning_head="single"),
+    _reasoning(
         "visualbert",
         "VisualBertForVisualReasoning",
-        _REASONING,
-        "reasoning_head.bias",
         (
             Rule(rf"cls\.{WEIGHT}", r"reasoning_head.\1"),
             # The two photos are of two types, which then are no part of the bias.
@@ -383,29 +371,11 @@ TASK_HEADS = (
                 "bert.embeddings.region_type_embeddings.weight",
             ),
         ),
-        {"reasoning_head": "single", "num_region_types": 2},
-        _TRUTH,
+        reasoning_head="single",
+        num_region_types=2,
     ),
-    TaskHead(
-        "grounding",
-        "uniter",
-        "re_output.bias",
-        "UnicoderVLForGrounding",
-        None,
-        (Rule(rf"re_output\.{WEIGHT}", r"grounding_head.\1"),),
-    ),
-    TaskHead(
-        "grounding",
-        "uniter",
-        "re_output.3.bias",
-        "UnicoderVLForGrounding",
-        None,
-        tuple(
-            Rule(rf"re_output\.{number}\.{WEIGHT}", rf"grounding_head.{name}.\1")
-            for number, name in ((0, "dense"), (2, "LayerNorm"), (3, "decoder"))
-        ),
-        {"grounding_layers": 2},
-    ),
+    TaskHead("grounding", "uniter", "re_output.bias", _GROUNDING, None, (_GROUND,)),
+    TaskHead("grounding", "uniter", "re_output.3.bias", _GROUNDING, None, _GROUND_DEEP, {"grounding_layers": 2}),
     TaskHead(
         "vqa",
         "visualbert",

@@ -79,7 +79,7 @@ def read_captions(
             value, and what was expected.
     """
     rows = read_caption_file(path, format, split, skip_empty)
-    return rows if ids is None else rename_images(rows, path, ids)
+    return rename_images(rows, path, ids)
 
 
 @dataclass(frozen=True)
@@ -187,18 +187,20 @@ def join(
     return captions.select(np.flatnonzero(keep)), report
 
 
-def rename_images(rows: datasets.Dataset, path: str | PathLike[str], rule: str) -> datasets.Dataset:
+def rename_images(rows: datasets.Dataset, path: str | PathLike[str], rule: str | None) -> datasets.Dataset:
     """
-    Gives the images of rows other ids.
+    Gives the images of rows other ids, or leaves them theirs without a rule.
 
     Args:
         rows (`datasets.Dataset`): Rows with a column `image_id`.
         path (`str` or `os.PathLike`): Their file, for the message.
-        rule (`str`): The rule, see `image_ids.id_mapping`.
+        rule (`str`, *optional*): The rule, see `image_ids.id_mapping`.
 
     Raises:
         `ValueError`: the rule does not cover an image, or gives two images one id.
     """
+    if rule is None:
+        return rows
     from .image_ids import UnmappedId, id_mapping
 
     rename = id_mapping(rule)

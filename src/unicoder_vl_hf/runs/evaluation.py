@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from ..data.captions import check_tokens, join, read_captions
+from ..files import write_json
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..processes import resolve_precision
 from ..processing_unicoder_vl import UnicoderVLProcessor
@@ -17,6 +20,7 @@ from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_for_store
 from ..shares import Share
 from .arguments import option
+from .batches import Collator, compute_logits
 
 
 def precision_option() -> Any:
@@ -81,6 +85,19 @@ class TaskEvaluationArguments:
     batch_size: int = option(64, "Texts at a time, in each process.")
     output: str | None = option(None, "JSON file that the metrics are written to.")
 
+    def joined(self, rows: datasets.Dataset, store: RegionStore, texts: str) -> datasets.Dataset:
+        """Checks that every image of rows has regions. Raises ValueError, with its `texts`, where one has none."""
+        return join(rows, store, skip_option=None, texts=texts, renamed_by="--image_ids")[0]
+
+    def length_for(self, model: PreTrainedModel) -> int:
+        """Gives the most tokens of a text that a model takes here."""
+        return min(self.max_length, model.config.max_position_embeddings)
+
+    def logits(self, model: PreTrainedModel, collator: Collator, rows: datasets.Dataset, name: str) -> np.ndarray:
+        """Computes the logits of rows in the precision of the evaluation, see [`compute_logits`]."""
+        with evaluation_precision(self.mixed_precision, model):
+            return compute_logits(model, collator, rows, name=name, batch_size=self.batch_size)
+
 
 @dataclass(kw_only=True)
 class PictureArguments:
@@ -119,6 +136,12 @@ class KeptScoresArguments:
         if share is not None and self.scores_dir is None:
             raise ValueError(f"--{share}: shares meet in a folder; give --scores_dir.")
         return share
+
+
+def write_metrics(args: Any, metrics: dict[str, Any]) -> None:
+    """Writes metrics, with the arguments of the evaluation, to the file that these name as `output`, if any."""
+    if args.output is not None:
+        write_json(Path(args.output), metrics | asdict(args))
 
 
 def evaluation_dtype(mixed_precision: str, model: PreTrainedModel) -> torch.dtype | None:

@@ -25,7 +25,7 @@ from ..regions.store import RegionStore
 from ..scoring.checkpoints import load_complete
 from .arguments import ModelArguments, option, parse_arguments
 from .batches import Collator, WithoutInputs, compute_logits
-from .setup import DATA_FOLDER, Model, TrainingSetup, open_or_convert
+from .setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
 from .trainer import KEEP_BEST, TaskTrainer, train, training_defaults
 
 logger = logging.get_logger(__name__)
@@ -45,9 +45,13 @@ class LabelledArguments(ModelArguments):
     Attributes:
         given_together (`tuple[str, ...]`): The options that name the data of a run, all or none of them: without them
             it is on rendered scenes.
+        column (`str`): The column of the text of a row.
+        texts (`str`): The word for these texts.
     """
 
     given_together: ClassVar[tuple[str, ...]] = ("annotations", "validation_annotations", "regions")
+    column: ClassVar[str]
+    texts: ClassVar[str]
 
     regions: str | None = option(
         None, "RegionStore, or feature files, which are converted to one in the output folder.", may_change=True
@@ -78,23 +82,13 @@ class LabelledArguments(ModelArguments):
     def _is_given(self, name: str) -> bool:
         return getattr(self, name) not in (None, [])
 
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of the configuration of a model with new weights, where the run asks for them or is on scenes."""
-        found: dict[str, Any] = {}
-        if self.base_model is None:
-            found["initializer_range"] = SCENES_INITIALIZER_RANGE
-        if self.location_initializer_range is not None:
-            found["location_initializer_range"] = self.location_initializer_range
-        return found
-
     def open_store(self, output_dir: str | Path) -> RegionStore:
         """Opens the regions, converted into the output folder if need be; errors are those of [`open_or_convert`]."""
         return open_or_convert(
             Path(str(self.regions)), Path(output_dir, DATA_FOLDER, "regions"), self.num_region_classes
         )
 
-    def with_regions(self, rows: datasets.Dataset, store: RegionStore, texts: str) -> datasets.Dataset:
+    def with_regions(self, rows: datasets.Dataset, store: RegionStore) -> datasets.Dataset:
         """
         Keeps the rows whose image has regions, which all must have unless the run may skip them, and gives each the
         image of another where the run is without its photo.
@@ -102,15 +96,35 @@ class LabelledArguments(ModelArguments):
         Raises:
             `ValueError`: an image has no regions.
         """
-        rows = self.joined(rows, store, texts)
+        rows = self.joined(rows, store)
         return elsewhere(rows) if self.without == "photo" else rows
 
-    def joined(self, rows: datasets.Dataset, store: RegionStore, texts: str) -> datasets.Dataset:
+    def joined(self, rows: datasets.Dataset, store: RegionStore) -> datasets.Dataset:
         """Keeps the rows whose image has regions; errors are those of [`~LabelledArguments.with_regions`]."""
         options: Any = {"skip_missing": self.skip_missing, "skip_option": "--skip_missing"}
-        rows, report = join(rows, store, texts=texts, renamed_by="--image_ids", **options)
+        rows, report = join(rows, store, texts=self.texts, renamed_by="--image_ids", **options)
         logger.warning(f"{store}:\n{report}")
         return rows
+
+    def load(
+        self, model_class: type[Model], store: RegionStore, train: datasets.Dataset, **fields: Any
+    ) -> tuple[Model, UnicoderVLProcessor]:
+        """
+        Loads the model, with fields of its configuration, and its processor, and logs how many training texts are cut.
+
+        Raises:
+            `ValueError`: the checkpoint is of another kind, or does not fit the regions or an option.
+        """
+        if self.base_model is None:
+            fields["initializer_range"] = SCENES_INITIALIZER_RANGE
+        if self.location_initializer_range is not None:
+            fields["location_initializer_range"] = self.location_initializer_range
+        model = load_model(self, store, model_class, **fields)
+        processor = processor_for(self, store, train.unique("image_id"))
+        if cut := processor.count_truncated(train[self.column][:], self.max_length):
+            told = f"{cut:,} of {len(train):,} training {self.texts}"
+            logger.warning(f"{told} exceed {self.max_length} tokens and are cut.")
+        return model, processor
 
     def left_out(self, collator: Collator) -> Collator:
         """Leaves out of the batches what the run is without."""
@@ -236,9 +250,3 @@ def class_metrics(logits: np.ndarray, labels: Sequence[int], names: Sequence[str
     by_class = {name: right[wanted == label] for label, name in enumerate(names)}
     of_classes = {f"{name}_accuracy": float(rows.mean()) for name, rows in by_class.items() if len(rows)}
     return {"accuracy": float(right.mean()), **of_classes}
-
-
-def count_cut(processor: UnicoderVLProcessor, texts: Sequence[str], max_length: int, name: str) -> None:
-    """Logs how many texts of training are cut."""
-    if cut := processor.count_truncated(texts, max_length):
-        logger.warning(f"{cut:,} of {len(texts):,} training {name} exceed {max_length} tokens and are cut.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from string import Template
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 
@@ -117,14 +117,7 @@ def write_model_card(
     provenance: dict[str, Any] | None,
     measured_on: str | None = None,
     trained_by: str = PRETRAINED,
-    task: Literal[
-        "image-text-retrieval",
-        "visual-commonsense-reasoning",
-        "visual-question-answering",
-        "visual-entailment",
-        "visual-reasoning",
-        "visual-grounding",
-    ] = "image-text-retrieval",
+    task: str = "image-text-retrieval",
     base_model: str | None = None,
     repo_id: str | None = None,
     training: TrainingRun | None = None,
@@ -140,7 +133,7 @@ def write_model_card(
         provenance (`dict`, *optional*): `RegionStore.provenance` of the training regions.
         measured_on (`str`, *optional*): The size of that split in words, without which recall at K says little.
         trained_by (`str`, *optional*): The way of training, in words that follow "Unicoder-VL, ".
-        task (`str`, *optional*): The task that the model is for, which decides the example of its use.
+        task (`str`, *optional*): The task that the model is for, one of `_USES`, which decides the example of its use.
         base_model (`str`, *optional*): The model that the training began with; the metadata name it where it is a
             repository, and the text a folder by its name alone, which may be published where its path may not.
         repo_id (`str`, *optional*): The repository that the folder is pushed to; without it the card loads the folder.

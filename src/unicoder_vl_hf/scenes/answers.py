@@ -23,16 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from ..data.preparation import SPLITS
 from .world import (
     COLOURS,
-    GROUNDS,
     SHAPE_WORDS,
     Scene,
     SceneObject,
     build_once,
-    drawn_scenes,
+    draw_scenes,
     generator_of,
+    in_random_order,
+    numbered_id,
     place,
     plural,
 )
@@ -52,9 +52,7 @@ def sample_asked_scene(index: int, split: str = "train", seed: int = 0) -> tuple
     Returns:
         The scene, whose image id is a number, as in VQA, and a question with its answer by form.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
-    image_id = str(1_000_000 * (1 + SPLITS.index(split)) + index)
+    image_id = numbered_id(index, split)
     rng = generator_of(seed, image_id, "scene")
     first, second, *singles = rng.permutation(list(SHAPE_WORDS))[:4].tolist()
     counts = rng.integers(0, 4, size=2).tolist()
@@ -72,8 +70,7 @@ def sample_asked_scene(index: int, split: str = "train", seed: int = 0) -> tuple
     if counts[0] != counts[1]:
         question = f"are there more {plural(first)} than {plural(second)} ?"
         asked["number"] = (question, _yes(counts[0] > counts[1]))
-    order = rng.permutation(len(things)).tolist()
-    return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(things[i] for i in order), seed), asked
+    return in_random_order(rng, image_id, things, seed), asked
 
 
 def _yes(holds: bool) -> str:
@@ -118,23 +115,20 @@ def build_vqa_scenes(
     Raises:
         ValueError: The folder holds something that this function did not write.
     """
-    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    arguments = {"vqa_world": _WORLD, "seed": seed, "scenes": counts}
-    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+    return build_once(folder, {"vqa_world": _WORLD, "seed": seed}, (num_train, num_val, num_test), _write_world)
 
 
 def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
-    questions: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
-    annotations: dict[str, list[dict[str, Any]]] = {split: [] for split in counts}
-    for split, scene, asked in drawn_scenes(folder, counts, seed, sample_asked_scene):
-        for form, (question, answer) in asked.items():
-            ids = {"image_id": int(scene.image_id), "question_id": len(questions[split]) + 1}
-            questions[split].append({**ids, "question": question})
-            annotations[split].append({**ids, **_annotation(form, answer)})
-    for split in counts:
-        _write(folder / f"{split}_questions.json", questions=questions[split])
+    for split, scenes in draw_scenes(folder, counts, seed, sample_asked_scene).items():
+        asked = [(scene, form, *pair) for scene, of_scene in scenes for form, pair in of_scene.items()]
+        questions, annotations = [], []
+        for number, (scene, form, question, answer) in enumerate(asked, 1):
+            ids = {"image_id": int(scene.image_id), "question_id": number}
+            questions.append({**ids, "question": question})
+            annotations.append({**ids, **_annotation(form, answer)})
+        _write(folder / f"{split}_questions.json", questions=questions)
         if split != "test":
-            _write(folder / f"{split}_annotations.json", annotations=annotations[split])
+            _write(folder / f"{split}_annotations.json", annotations=annotations)
 
 
 def _annotation(form: str, answer: str) -> dict[str, Any]:

@@ -18,18 +18,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..data.preparation import SPLITS
 from .world import (
     COLOURS,
-    GROUNDS,
     RELATION_WORDS,
     SHAPE_WORDS,
     Scene,
     SceneObject,
     _separation,
     build_once,
-    drawn_scenes,
+    draw_scenes,
     generator_of,
+    in_random_order,
+    numbered_id,
     place,
 )
 
@@ -49,9 +49,7 @@ def sample_referred_scene(
     Returns:
         The scene, whose image id is a number, as in COCO, and an expression with the object that it names by form.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
-    image_id = str(1_000_000 * (1 + SPLITS.index(split)) + index)
+    image_id = numbered_id(index, split)
     rng = generator_of(seed, image_id, "referred scene")
     first, second, single = rng.permutation(list(SHAPE_WORDS))[:3].tolist()
     one, other, third = rng.permutation(list(COLOURS))[:3].tolist()
@@ -73,8 +71,7 @@ def sample_referred_scene(
         relation, of_twin = (_separation(thing.box, things[4].box)[0] for thing in (target, twin))
         if relation != of_twin:
             named["relation"] = (f"the {target.shape} {RELATION_WORDS[relation][0]} the {single}", target)
-    order = rng.permutation(len(things)).tolist()
-    return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(things[i] for i in order), seed), named
+    return in_random_order(rng, image_id, things, seed), named
 
 
 def build_grounding_scenes(
@@ -92,16 +89,15 @@ def build_grounding_scenes(
     The folder appears whole, is kept, replaced or refused as that of [`build_scenes`] is. Arguments and errors are
     those of [`build_vqa_scenes`].
     """
-    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    arguments = {"grounding_world": _WORLD, "seed": seed, "scenes": counts}
-    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+    return build_once(folder, {"grounding_world": _WORLD, "seed": seed}, (num_train, num_val, num_test), _write_world)
 
 
 def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
     refs: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for split, scene, named in drawn_scenes(folder, counts, seed, sample_referred_scene):
+    drawn = draw_scenes(folder, counts, seed, sample_referred_scene)
+    for split, scene, named in ((split, *each) for split, scenes in drawn.items() for each in scenes):
         number = int(scene.image_id)
         images.append({"id": number, "width": scene.width, "height": scene.height, "file_name": f"{number}.png"})
         ids = {}

@@ -10,14 +10,12 @@ Each text has the three labels equally often, over all scenes: who sees no scene
 three. The scenes are those of `answers.py`, and as there everything is a pure function of (seed, split, index).
 """
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
 
-from ..data.preparation import SPLITS
 from .answers import sample_asked_scene
-from .world import COLOURS, SHAPE_WORDS, Scene, build_once, drawn_scenes, generator_of
+from .world import COLOURS, SHAPE_WORDS, Scene, build_once, draw_scenes, generator_of, write_lines
 
 # A finished folder must have this version: raise it with every change of the pictures or hypotheses.
 _WORLD = 1
@@ -57,17 +55,14 @@ def build_entailment_scenes(
     The folder appears whole, is kept, replaced or refused as that of [`build_scenes`] is. Arguments and errors are
     those of [`build_vqa_scenes`].
     """
-    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    arguments = {"entailment_world": _WORLD, "seed": seed, "scenes": counts}
-    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+    return build_once(folder, {"entailment_world": _WORLD, "seed": seed}, (num_train, num_val, num_test), _write_world)
 
 
 def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
-    lines: dict[str, list[str]] = {split: [] for split in counts}
-    for split, scene, hypotheses in drawn_scenes(folder, counts, seed, sample_hypotheses):
-        for label, text in hypotheses.items():
-            name = scene.image_id
-            item = {"Flickr30K_ID": name, "pairID": f"{name}#{label}", "gold_label": label, "sentence2": text}
-            lines[split].append(json.dumps(item) + "\n")
-    for split, some in lines.items():
-        (folder / f"{split}.jsonl").write_text("".join(some), encoding="utf-8")
+    for split, scenes in draw_scenes(folder, counts, seed, sample_hypotheses).items():
+        texts = [(scene.image_id, *each) for scene, hypotheses in scenes for each in hypotheses.items()]
+        items = (
+            {"Flickr30K_ID": name, "pairID": f"{name}#{label}", "gold_label": label, "sentence2": text}
+            for name, label, text in texts
+        )
+        write_lines(folder / f"{split}.jsonl", items)

@@ -12,15 +12,13 @@ Left out on purpose: what one output of either photo cannot tell by a sum, such 
 star.
 """
 
-import json
 import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..data.preparation import SPLITS
 from .answers import sample_asked_scene
-from .world import SHAPE_WORDS, Scene, build_once, drawn_scenes, generator_of, plural
+from .world import SHAPE_WORDS, Scene, build_once, draw_scenes, generator_of, plural, write_lines
 
 _SPLITS = {"train": "train", "val": "dev", "test": "test1"}  # as NLVR2 calls them
 # A finished folder must have this version: raise it with every change of the pictures or sentences.
@@ -67,25 +65,18 @@ def build_nlvr2_scenes(
     The folder appears whole, is kept, replaced or refused as that of [`build_scenes`] is. `num_train` and the others
     count pairs; arguments and errors are else those of [`build_vqa_scenes`].
     """
-    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    arguments = {"nlvr2_world": _WORLD, "seed": seed, "pairs": counts}
-    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+    return build_once(
+        folder, {"nlvr2_world": _WORLD, "seed": seed}, (num_train, num_val, num_test), _write_world, unit="pairs"
+    )
 
 
 def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
-    lines: dict[str, list[str]] = {split: [] for split in counts}
-    number_of_scenes = {split: 2 * count for split, count in counts.items()}
-    numbers = dict.fromkeys(counts, 0)
-    for split, _, _ in drawn_scenes(
-        folder, number_of_scenes, seed, lambda number, split, seed: (_scene(number, split, seed), None)
-    ):
-        pair, side = divmod(numbers[split], 2)
-        numbers[split] += 1
-        if side == 0:
-            continue
-        for place, (sentence, holds) in enumerate(sample_pair(pair, split, seed)[1]):
-            identifier = f"{_SPLITS[split]}-{pair}-0-{place}"
-            item = {"identifier": identifier, "sentence": sentence, "label": str(holds)}
-            lines[split].append(json.dumps(item) + "\n")
-    for split, some in lines.items():
-        (folder / f"{_SPLITS[split]}.json").write_text("".join(some), encoding="utf-8")
+    num_scenes = {split: 2 * count for split, count in counts.items()}
+    draw_scenes(folder, num_scenes, seed, lambda *place: (_scene(*place), None))
+    for split, count in counts.items():
+        items = (
+            {"identifier": f"{_SPLITS[split]}-{pair}-0-{place}", "sentence": sentence, "label": str(holds)}
+            for pair in range(count)
+            for place, (sentence, holds) in enumerate(sample_pair(pair, split, seed)[1])
+        )
+        write_lines(folder / f"{_SPLITS[split]}.json", items)

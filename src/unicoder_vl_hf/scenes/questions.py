@@ -24,19 +24,20 @@ from typing import Any
 
 import numpy as np
 
-from ..data.preparation import SPLITS
 from .world import (
     COLOURS,
-    GROUNDS,
     HEIGHT,
     SHAPE_WORDS,
     WIDTH,
     Scene,
     SceneObject,
     build_once,
-    drawn_scenes,
+    check_split,
+    draw_scenes,
     generator_of,
+    in_random_order,
     place,
+    write_lines,
 )
 
 FORMS = ("colour", "colours")
@@ -51,8 +52,7 @@ def sample_vcr_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
     Draws scene number `index` of a split, independent of all others; its objects are in random order. Raises ValueError
     on an unknown split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+    check_split(split)
     image_id = f"vcr-{split}-{index:05d}"
     rng = generator_of(seed, image_id, "scene")
     kinds = rng.choice(list(SHAPE_WORDS), size=2, replace=False).tolist()
@@ -63,8 +63,7 @@ def sample_vcr_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
         for kind, (x1, y1, x2, y2), of_kind in zip(kinds, boxes, colours, strict=True):
             box = (left + x1, top + y1, left + x2, top + y2)
             objects.append(SceneObject(kind, of_kind[quarter], "small", box))
-    order = rng.permutation(len(objects))
-    return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(objects[i] for i in order), seed)
+    return in_random_order(rng, image_id, objects, seed)
 
 
 def scene_questions(scene: Scene) -> list[dict[str, Any]]:
@@ -127,18 +126,17 @@ def build_vcr_scenes(
     Raises:
         ValueError: The folder holds something that this function did not write.
     """
-    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    arguments = {"vcr_world": _WORLD, "seed": seed, "scenes": counts}
-    return build_once(folder, arguments, lambda built: _write_world(built, counts, seed))
+    return build_once(folder, {"vcr_world": _WORLD, "seed": seed}, (num_train, num_val, num_test), _write_world)
 
 
 def _write_world(folder: Path, counts: dict[str, int], seed: int) -> None:
-    lines: dict[str, list[str]] = {split: [] for split in counts}
-    for split, scene, _ in drawn_scenes(folder, counts, seed, lambda *place: (sample_vcr_scene(*place), None)):
-        (folder / "images" / f"{scene.image_id}.json").write_text(json.dumps(_metadata(scene)))
-        lines[split] += [json.dumps(item) + "\n" for item in _annotations(scene, split, first=len(lines[split]))]
-    for split, of_split in lines.items():
-        (folder / f"{split}.jsonl").write_text("".join(of_split))
+    drawn = draw_scenes(folder, counts, seed, lambda *place: (sample_vcr_scene(*place), None))
+    for split, scenes in drawn.items():
+        for scene, _ in scenes:
+            (folder / "images" / f"{scene.image_id}.json").write_text(json.dumps(_metadata(scene)))
+        asked = [(scene, item) for scene, _ in scenes for item in scene_questions(scene)]
+        items = (_annotation(scene, item, f"{split}-{number}") for number, (scene, item) in enumerate(asked))
+        write_lines(folder / f"{split}.jsonl", items)
 
 
 def _metadata(scene: Scene) -> dict[str, Any]:
@@ -150,20 +148,15 @@ def _metadata(scene: Scene) -> dict[str, Any]:
     }
 
 
-def _annotations(scene: Scene, split: str, first: int) -> Sequence[dict[str, Any]]:
-    items = []
-    for number, item in enumerate(scene_questions(scene), start=first):
-        if split == "test":
-            item = {name: value for name, value in item.items() if not name.endswith("_label")}
-        items.append(
-            {
-                "annot_id": f"{split}-{number}",
-                "img_id": scene.image_id,
-                "img_fn": f"{scene.image_id}.png",
-                "metadata_fn": f"{scene.image_id}.json",
-                "movie": "scenes",
-                "objects": [thing.shape for thing in scene.objects],
-                **item,
-            }
-        )
-    return items
+def _annotation(scene: Scene, item: dict[str, Any], annot_id: str) -> dict[str, Any]:
+    if annot_id.startswith("test"):
+        item = {name: value for name, value in item.items() if not name.endswith("_label")}
+    return {
+        "annot_id": annot_id,
+        "img_id": scene.image_id,
+        "img_fn": f"{scene.image_id}.png",
+        "metadata_fn": f"{scene.image_id}.json",
+        "movie": "scenes",
+        "objects": [thing.shape for thing in scene.objects],
+        **item,
+    }

@@ -21,10 +21,10 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import BertTokenizer
@@ -102,6 +102,7 @@ FEATURE_DESCRIPTION = (
     "then edge strength as (e - 0.1) / 0.1"
 )
 _SUPERSAMPLING = 3
+Beside = TypeVar("Beside")
 _INK = (48, 44, 52)
 # A finished folder must have this version: raise it with every change of the pictures, captions or features.
 _WORLD = 1
@@ -139,8 +140,7 @@ def generator_of(seed: int, image_id: str, purpose: str) -> np.random.Generator:
 
 def sample_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
     """Draws scene number `index` of a split, independent of all others. Raises ValueError on an unknown split."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+    check_split(split)
     image_id = f"{split}-{index:05d}"
     rng = generator_of(seed, image_id, "scene")
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPE_WORDS]
@@ -157,6 +157,24 @@ def sample_scene(index: int, split: str = "train", seed: int = 0) -> Scene:
         SceneObject(shape, colour, size, box) for (colour, shape), size, box in zip(pairs, sizes, boxes, strict=False)
     ]
     return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(objects), seed)
+
+
+def numbered_id(index: int, split: str) -> str:
+    """Gives the image id of scene number `index` of a split as a number. Raises ValueError on an unknown split."""
+    check_split(split)
+    return str(1_000_000 * (1 + SPLITS.index(split)) + index)
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError on an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}.")
+
+
+def in_random_order(rng: np.random.Generator, image_id: str, things: Sequence[SceneObject], seed: int) -> Scene:
+    """Makes a scene of things in random order, on a random ground."""
+    order = rng.permutation(len(things)).tolist()
+    return Scene(image_id, str(rng.choice(list(GROUNDS))), tuple(things[i] for i in order), seed)
 
 
 def place(
@@ -473,28 +491,34 @@ def build_scenes(
     Raises:
         ValueError: The folder holds something that this function did not write.
     """
-    counts = dict(zip(SPLITS, (num_train, num_val, num_test), strict=True))
-    return build_once(
-        folder,
-        {"world": _WORLD, "seed": seed, "captions_per_image": captions_per_image, "scenes": counts}
-        | ({"counting": True} if counting else {}),
-        lambda built: _write_world(built, counts, captions_per_image, seed, counting),
-    )
+    settings = {"captions_per_image": captions_per_image} | ({"counting": True} if counting else {})
+
+    def write(folder: Path, counts: dict[str, int], seed: int) -> None:
+        _write_world(folder, counts, seed, captions_per_image, counting)
+
+    return build_once(folder, {"world": _WORLD, "seed": seed, **settings}, (num_train, num_val, num_test), write)
 
 
-def build_once(folder: str | os.PathLike, arguments: dict[str, Any], write: Callable[[Path], None]) -> Path:
+def build_once(
+    folder: str | os.PathLike,
+    settings: dict[str, Any],
+    numbers: tuple[int, int, int],
+    write: Callable[[Path, dict[str, int], int], None],
+    unit: str = "scenes",
+) -> Path:
     """
-    Has `write` fill a new folder, which is kept, replaced or refused as [`build_scenes`] says. `arguments` are written
-    into it as scenes.json.
+    Has `write` fill a new folder, which is kept, replaced or refused as [`build_scenes`] says. It is given the folder,
+    the number of units of each split, and the seed among the settings; all are written into the folder as scenes.json.
     """
-    folder = Path(folder).absolute()
+    folder, counts = Path(folder).absolute(), dict(zip(SPLITS, numbers, strict=True))
+    arguments = {**settings, unit: counts}
     if _arguments_of(folder) == arguments:
         logger.info(f"{folder} holds these scenes already.")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
         built = Path(partial, folder.name)
-        write(built)
+        write(built, counts, settings["seed"])
         (built / "scenes.json").write_text(json.dumps(arguments, indent=2) + "\n")
         # Another process may have built the same meanwhile.
         if _arguments_of(folder) != arguments:
@@ -513,36 +537,44 @@ def _arguments_of(folder: Path) -> dict | None:
         return None
 
 
-def _write_world(folder: Path, counts: dict[str, int], captions_per_image: int, seed: int, counting: bool) -> None:
-    (folder / "photos").mkdir(parents=True)
-    numbers = [(split, index) for split, count in counts.items() for index in range(count)]
-    with scene_store_writer(folder / "regions") as writer, (folder / "captions.jsonl").open("w") as captions:
-        for split, index in logging.tqdm(numbers, desc="Drawing scenes", unit="scene"):
-            scene = sample_scene(index, split, seed)
-            image = render_scene(scene)
-            image.save(folder / "photos" / f"{scene.image_id}.png", compress_level=1)
-            writer.write(scene_record(scene, image))
+def _write_world(folder: Path, counts: dict[str, int], seed: int, captions_per_image: int, counting: bool) -> None:
+    items = []
+    drawn = draw_scenes(folder, counts, seed, lambda *place: (sample_scene(*place), None), pictures="photos")
+    for split, scenes in drawn.items():
+        for scene, _ in scenes:
             counted = [say_count(*counted_shape(scene))] if counting and split == "train" else []
-            for caption in scene_captions(scene, captions_per_image) + counted:
-                captions.write(json.dumps({"image_id": scene.image_id, "caption": caption, "split": split}) + "\n")
+            captions = scene_captions(scene, captions_per_image) + counted
+            items += [{"image_id": scene.image_id, "caption": caption, "split": split} for caption in captions]
+    write_lines(folder / "captions.jsonl", items)
 
 
-def drawn_scenes(
-    folder: Path, counts: Mapping[str, int], seed: int, sample: Callable[[int, str, int], tuple[Scene, Any]]
-) -> Iterator[tuple[str, Scene, Any]]:
+def draw_scenes(
+    folder: Path,
+    counts: Mapping[str, int],
+    seed: int,
+    sample: Callable[[int, str, int], tuple[Scene, Beside]],
+    pictures: str = "images",
+) -> dict[str, list[tuple[Scene, Beside]]]:
     """
-    Draws scenes of each split to disk, `images/{image_id}.png` and a `RegionStore` `regions/` of all, and yields each
-    with its split and what `sample(index, split, seed)` gave beside it.
+    Draws scenes of each split to disk, `{pictures}/{image_id}.png` and a `RegionStore` `regions/` of all, and gives, by
+    split, each with what `sample(index, split, seed)` gave beside it.
     """
-    (folder / "images").mkdir(parents=True)
+    (folder / pictures).mkdir(parents=True)
+    drawn: dict[str, list[tuple[Scene, Beside]]] = {split: [] for split in counts}
+    numbers = [(index, split) for split, count in counts.items() for index in range(count)]
     with scene_store_writer(folder / "regions") as writer:
-        for split, count in counts.items():
-            for index in logging.tqdm(range(count), desc=f"Drawing scenes, {split}", unit="scene"):
-                scene, beside = sample(index, split, seed)
-                image = render_scene(scene)
-                image.save(folder / "images" / f"{scene.image_id}.png", compress_level=1)
-                writer.write(scene_record(scene, image))
-                yield split, scene, beside
+        for index, split in logging.tqdm(numbers, desc="Drawing scenes", unit="scene"):
+            scene, beside = sample(index, split, seed)
+            image = render_scene(scene)
+            image.save(folder / pictures / f"{scene.image_id}.png", compress_level=1)
+            writer.write(scene_record(scene, image))
+            drawn[split].append((scene, beside))
+    return drawn
+
+
+def write_lines(path: Path, items: Iterable[dict[str, Any]]) -> None:
+    """Writes objects as JSON, one a line."""
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
 def scene_store_writer(path: Path) -> RegionStoreWriter:

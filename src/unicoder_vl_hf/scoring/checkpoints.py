@@ -18,6 +18,7 @@ from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 
+PairModel = UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining  # a model whose matching head scores pairs
 Model = TypeVar("Model", bound=UnicoderVLPreTrainedModel)
 
 
@@ -140,7 +141,7 @@ def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTe
     }
 
 
-def scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
+def scoring_digest(model: PairModel) -> str:
     """Computes the digest of the weights that scoring reads."""
     return weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()})
 
@@ -154,7 +155,7 @@ def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
     }
 
 
-def former_scoring_digest(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> str:
+def former_scoring_digest(model: PairModel) -> str:
     """Computes the digest that scoring jobs of 9bccc44 call `model`, by which jobs that were begun then go on."""
     digest = hashlib.sha256(repr(tuple(scoring_settings(model.config).values())).encode())
     weights = {**model.bert.state_dict(), **model.matching_head.state_dict(prefix="matching_head.")}

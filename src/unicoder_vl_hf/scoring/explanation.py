@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processing_unicoder_vl import RegionInput, UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
+from .checkpoints import PairModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +82,7 @@ class Explanation:
 
 
 def explain(
-    model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining,
+    model: PairModel,
     processor: UnicoderVLProcessor,
     image: RegionInput,
     caption: str,
@@ -145,7 +145,7 @@ def relevance_of_positions(attentions: Sequence[torch.Tensor], gradients: Sequen
 
 
 @contextmanager
-def _attending_eagerly(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> Iterator[None]:
+def _attending_eagerly(model: PairModel) -> Iterator[None]:
     """Runs a `with` block in evaluation mode and by the one attention that gives its weights with their graph."""
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()

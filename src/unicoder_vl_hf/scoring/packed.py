@@ -17,20 +17,15 @@ from torch import nn
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
-from ..modeling_unicoder_vl import (
-    UnicoderVLForImageTextRetrieval,
-    UnicoderVLForPreTraining,
-    UnicoderVLLayer,
-    UnicoderVLModel,
-    UnicoderVLSelfAttention,
-)
+from ..modeling_unicoder_vl import UnicoderVLLayer, UnicoderVLModel, UnicoderVLSelfAttention
 from ..records_unicoder_vl import RegionRecord
+from .checkpoints import PairModel
 
 # Records that are padded and projected at once.
 RECORDS_AT_ONCE = 32
 
 
-def fingerprint(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> tuple | None:
+def fingerprint(model: PairModel) -> tuple | None:
     """
     Gives what a [`PairEncoder`] of this model follows from: any change of a weight changes it, however it was made. It
     costs a quarter of the encoder, which copies the weights. None for a model whose encoder must be made anew each
@@ -77,12 +72,7 @@ class PairEncoder:
             Most text tokens and regions of one forward pass.
     """
 
-    def __init__(
-        self,
-        model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining,
-        dtype: torch.dtype | None,
-        max_tokens: int,
-    ):
+    def __init__(self, model: PairModel, dtype: torch.dtype | None, max_tokens: int):
         self.config: UnicoderVLConfig = model.config
         self.device = model.device
         self.bert: UnicoderVLModel = model.bert

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from .. import logging
 from ..files import json_digest
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from ..processes import start_processes
 from ..processing_unicoder_vl import RegionInput as Image, UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord, check_several
@@ -32,7 +31,7 @@ from ..regions.store import RegionStore, manifest_checksum
 from ..shares import Share
 from .blocks import BlockFolder, job_of
 from .calibration import Calibration, Matching
-from .checkpoints import former_scoring_digest, load_for_store, scoring_digest, scoring_settings
+from .checkpoints import PairModel, former_scoring_digest, load_for_store, scoring_digest, scoring_settings
 from .packed import PairEncoder, Rows, fingerprint, pair_flops
 
 # Measured on a CPU: 8 % slower at 1024, 3 % at 1536, no faster at 3072. On a GPU it is a guess.
@@ -134,7 +133,7 @@ class ImageTextScorer:
 
     def __init__(
         self,
-        model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining,
+        model: PairModel,
         processor: UnicoderVLProcessor,
         store: Mapping[str, RegionRecord] | None = None,
         *,
@@ -586,7 +585,7 @@ class _Memory:
 
 
 @contextmanager
-def evaluating(model: UnicoderVLForImageTextRetrieval | UnicoderVLForPreTraining) -> Iterator[None]:
+def evaluating(model: PairModel) -> Iterator[None]:
     """Runs a `with` block without dropout and graph, in the model's own dtype, whatever autocast is around it."""
     was_training = model.training
     model.eval()
@@ -624,3 +623,9 @@ def _checked_index(name: str, index: Sequence[int] | np.ndarray, size: int) -> n
             f"{name} is {array.dtype} of shape {array.shape}, expected integers of shape (pairs,), each in [0, {size})."
         )
     return array.astype(np.int64, copy=False)
+
+
+def distinct(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Gives the names that differ, and for each name its place among these."""
+    different, places = np.unique(np.asarray(names), return_inverse=True)
+    return different.tolist(), places

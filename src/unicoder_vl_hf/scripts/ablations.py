@@ -21,7 +21,7 @@ from ..errors import run_script
 from ..files import write_json
 from ..pictures import dot_chart
 from ..regions.store import RegionStore
-from ..runs.arguments import make_parser
+from ..runs.arguments import make_parser, option
 from ..runs.checkpoints import CheckpointFolder
 from ..runs.setup import SCENES_MODEL
 from ..scenes.foils import scene_foils
@@ -90,17 +90,13 @@ Results = dict[str, dict[str, dict[str, dict[str, float]]]]  # of a run, a seed,
 class AblationArguments:
     """Names the runs and seeds that are compared, and says how long they train."""
 
-    output_dir: str = field(default="ablations", metadata={"help": "Folder of runs, table and plot."})
-    only: list[str] = field(
-        default_factory=lambda: list(RUNS), metadata={"help": f"Runs to do, of {', '.join(RUNS)}. Default: all."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each run."})
-    pretraining_epochs: int = field(
-        default=1, metadata={"help": "Passes over all scenes in pre-training; a share of them is passed more often."}
-    )
-    fine_tuning_epochs: int = field(default=3, metadata={"help": "Passes over all scenes in fine-tuning."})
-    train_scenes: int = field(default=3000, metadata={"help": "Training scenes."})
-    held_out_scenes: int = field(default=150, metadata={"help": "Validation scenes, and as many test scenes."})
+    output_dir: str = option("ablations", "Folder of runs, table and plot.")
+    only: list[str] = option(list(RUNS), f"Runs to do, of {', '.join(RUNS)}. Default: all.")
+    seeds: list[int] = option([0, 1, 2], "Seeds of each run.")
+    pretraining_epochs: int = option(1, "Passes over all scenes in pre-training; a share of them is passed more often.")
+    fine_tuning_epochs: int = option(3, "Passes over all scenes in fine-tuning.")
+    train_scenes: int = option(3000, "Training scenes.")
+    held_out_scenes: int = option(150, "Validation scenes, and as many test scenes.")
 
     def __post_init__(self):
         if unknown := [name for name in self.only if name not in RUNS]:
@@ -125,12 +121,9 @@ def main(argv: list[str] | None = None) -> None:
                 write_json(measured, {"settings": settings, "results": results})
     report = f"{results_table(results)}\n\n{orderings_table(results)}\n"
     (output / "ablations.md").write_text(report, encoding="utf-8")
+    measured_runs = [name for name in RUNS if name in results]
     dot_chart(
-        {
-            RUNS[name].title: [100 * recall(values) for values in results[name].values()]
-            for name in RUNS
-            if name in results
-        },
+        {RUNS[name].title: [100 * recall(values) for values in results[name].values()] for name in measured_runs},
         output / "ablations.png",
         label="recall@1 after fine-tuning, mean of both directions (percent); a dot for each seed",
     )

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,10 @@ from PIL import Image
 from ..data.captions import read_captions
 from ..errors import run_script
 from ..files import write_json
-from ..pictures import GalleryItem, training_curves, write_gallery
+from ..pictures import training_curves, write_gallery
 from ..processes import Computing, start_processes
 from ..regions.store import RegionStore
-from ..runs.arguments import make_parser
+from ..runs.arguments import make_parser, option
 from ..runs.checkpoints import CheckpointFolder
 from ..runs.setup import DATA_FOLDER, SCENES_MODEL
 from ..scenes import world
@@ -41,13 +41,14 @@ from ..scoring.checkpoints import load_for_store
 from ..scoring.scorer import ImageTextScorer
 from ..search.encoders import UnicoderVLDualEncoder
 from ..search.index import build_index
-from ..search.two_stage import SimilarityWeight, search
+from ..search.two_stage import SimilarityWeight
 from ..tasks.pretraining import run as run_pretraining
 from ..tasks.pretraining.evaluation import metrics_table, pretraining_chance
 from ..tasks.pretraining.loop import SCENES
 from ..tasks.retrieval import run as run_retrieval
 from ..tasks.retrieval.metrics import retrieval_metrics
 from ..tasks.retrieval.protocols import DIRECTIONS, KS, RetrievalTest, chance, retrieval_test
+from ..tasks.retrieval.run_gallery import ask
 from ..tasks.retrieval.two_stage_report import two_stage_report
 
 # The process that pre-trains runs this, with the options of the demo, and says by these exit codes that it was stopped.
@@ -62,25 +63,18 @@ FIRST_STAGE, SCORED, BOTH_STAGES = "first stage", "its best, scored", "its best,
 class DemoArguments:
     """Names the folder of the demo, and says how its search is done and shown."""
 
-    output_dir: str = field(default="demo", metadata={"help": "Folder that everything is written to."})
-    candidates: int = field(
-        default=20, metadata={"help": "Scenes that the first stage of a search proposes, to be scored."}
+    output_dir: str = option("demo", "Folder that everything is written to.")
+    candidates: int = option(20, "Scenes that the first stage of a search proposes, to be scored.")
+    similarity_weight: float | None = option(
+        None,
+        "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the weight that "
+        "the training measured on the validation scenes.",
     )
-    similarity_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the first stage's similarity in the order, score + weight x similarity. Default: the "
-            "weight that the training measured on the validation scenes."
-        },
-    )
-    num_queries: int = field(default=12, metadata={"help": "Captions in the gallery, drawn at random."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of both trainings. Default: each has its own."})
-    max_steps: int = field(default=-1, metadata={"help": "Steps of each training; -1 takes all of its epochs."})
-    mixed_precision: str = field(
-        default="auto",
-        metadata={"help": "Precision of both: auto (what the hardware is fast in), no or bf16."},
-    )
-    pretraining_alone: bool = field(default=False, metadata={"help": "Only pre-trains, and measures that model."})
+    num_queries: int = option(12, "Captions in the gallery, drawn at random.")
+    seed: int | None = option(None, "Seed of both trainings. Default: each has its own.")
+    max_steps: int = option(-1, "Steps of each training; -1 takes all of its epochs.")
+    mixed_precision: str = option("auto", "Precision of both: auto (what the hardware is fast in), no or bf16.")
+    pretraining_alone: bool = option(False, "Only pre-trains, and measures that model.")
 
     @property
     def options(self) -> dict[str, object]:
@@ -292,22 +286,10 @@ def draw_gallery(
     shutil.rmtree(folders.index, ignore_errors=True)  # of an earlier run, perhaps of other models
     index = build_index(scenes.encoder, scenes.store, folders.index, image_ids=fold.image_ids)
     rows = np.random.default_rng(0).permutation(len(fold.captions))[:num_queries]
-    captions, right = [fold.captions[row] for row in rows], fold.image_of_caption[rows]
-    found = search(
-        captions, index, scenes.encoder, scenes.scorer,
-        top_k=scenes.candidates, candidates=scenes.candidates, similarity_weight=scenes.weight.value,
-    )  # fmt: skip
+    items = ask(fold, rows, index, scenes.encoder, scenes.scorer, scenes.candidates, scenes.weight)
     write_gallery(
         folders.output / "gallery.html",
-        [
-            GalleryItem.from_hits(
-                caption,
-                fold.image_ids[image],
-                [(hit.name, hit.score) for hit in hits],
-                notes={hit.name: hit.summands for hit in hits},
-            )
-            for caption, image, hits in zip(captions, right, found, strict=True)
-        ],
+        items,
         lambda image_id: Image.open(folders.scenes / "photos" / f"{image_id}.png"),
         title="Search in two stages among rendered scenes",
         intro="Captions drawn at random from the test scenes, each of which holds a colour and shape that never meet "
@@ -315,7 +297,7 @@ def draw_gallery(
         f"{scenes.weight}. The best five are shown.",
         results=results,
     )
-    return captions
+    return [item.caption for item in items]
 
 
 def draw_curves(folders: DemoFolders) -> dict[str, float]:

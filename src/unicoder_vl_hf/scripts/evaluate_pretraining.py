@@ -7,10 +7,8 @@
 matching and retrieval; one that stays above chance took its answers from the captions alone.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,7 +18,6 @@ from transformers import AutoModelForPreTraining, AutoProcessor
 from ..data.captions import check_tokens
 from ..data.negatives import PairsWithMismatches
 from ..errors import run_script
-from ..files import write_json
 from ..modeling_unicoder_vl import UnicoderVLForPreTraining
 from ..pictures import blank_page, write_hidden_regions
 from ..processes import Computing, new_accelerator, start_processes
@@ -29,7 +26,7 @@ from ..records_unicoder_vl import RegionRecord
 from ..regions.shuffled import ShuffledStore
 from ..regions.store import RegionStore
 from ..runs.arguments import make_parser, option
-from ..runs.evaluation import EvaluationArguments, evaluation_dtype, evenly
+from ..runs.evaluation import EvaluationArguments, evaluation_dtype, evenly, write_metrics
 from ..runs.setup import in_words, is_unicoder_vl
 from ..search.encoders import Photos
 from ..tasks.pretraining.collator import DataCollatorForUnicoderVLPreTraining
@@ -108,9 +105,7 @@ def main(argv: list[str] | None = None):
     )
     print(f"\nZero-shot retrieval, {len(retrieval.captions):,} captions of {len(retrieval.image_ids):,} images")
     print(metrics_table(retrieval.metrics, retrieval.chance))
-    if args.output is not None:
-        values = {**dataclasses.asdict(args), **metrics, **retrieval.metrics}
-        write_json(Path(args.output), values)
+    write_metrics(args, metrics | retrieval.metrics)
 
 
 def draw_gallery(

@@ -14,6 +14,7 @@ import torch
 from two_processes import run
 
 from unicoder_vl_hf import RegionStore, UnicoderVLForGrounding
+from unicoder_vl_hf.runs import evaluation
 from unicoder_vl_hf.runs.batches import compute_logits
 from unicoder_vl_hf.scenes import expressions as scenes_grounding
 from unicoder_vl_hf.tasks.grounding import (
@@ -316,13 +317,13 @@ def test_what_a_run_leaves_and_its_evaluation(trained, world, tmp_path, capsys):
 
 
 def test_the_evaluation_computes_in_the_precision_that_is_asked_for(trained, world, monkeypatch):
-    module, dtypes = places.script("evaluate_grounding"), []
+    dtypes = []
 
     def computed(*arguments, **options):
         dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
         return compute_logits(*arguments, **options)
 
-    monkeypatch.setattr(module, "compute_logits", computed)
+    monkeypatch.setattr(evaluation, "compute_logits", computed)
     files = {"refs": world / "refs.json", "instances": world / "instances.json"}
     evaluate(trained, world, **files)
     evaluate(trained, world, **files, mixed_precision="bf16")

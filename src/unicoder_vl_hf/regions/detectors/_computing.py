@@ -36,19 +36,23 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return nullcontext() if precision == "no" else torch.autocast(device.type, DTYPES[precision])
 
 
-def in_groups_of_shape(images: Sequence[Tensor], compute: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+def in_groups_of_shape(
+    compute: Callable[..., Sequence[Any]], photos: Sequence[Prepared], *columns: Sequence[Any] | None
+) -> list[Any]:
     """
-    Calls `compute(indices)` for images of equal shape together, and gives the results in the order of `images`.
+    Calls `compute(photos, *columns)` for the photos whose pixels have equal shapes together, with their parts of the
+    columns, and gives the results in the order of the photos.
 
-    Images are never padded: a network whose convolutions have biases sees the padding, so that the result of a photo
+    Photos are never padded: a network whose convolutions have biases sees the padding, so that the result of a photo
     would depend on the photos beside it.
     """
     groups: dict[torch.Size, list[int]] = {}
-    for index, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(index)
-    results: list[Any] = [None] * len(images)
+    for index, photo in enumerate(photos):
+        groups.setdefault(photo.pixels.shape, []).append(index)
+    results: list[Any] = [None] * len(photos)
     for indices in groups.values():
-        for index, result in zip(indices, compute(indices), strict=True):
+        parts = [None if column is None else [column[index] for index in indices] for column in (photos, *columns)]
+        for index, result in zip(indices, compute(*parts), strict=True):
             results[index] = result
     return results
 

@@ -88,15 +88,7 @@ class TorchvisionDetector:
         Gives the records of photos; see `Detector`. Given boxes get the class that the box predictor finds likeliest,
         and its score.
         """
-
-        def compute(indices: list[int]) -> list[RegionRecord]:
-            return self._compute(
-                [prepared[index] for index in indices],
-                [image_ids[index] for index in indices],
-                None if boxes is None else [boxes[index] for index in indices],
-            )
-
-        return in_groups_of_shape([photo.pixels for photo in prepared], compute)
+        return in_groups_of_shape(self._compute, prepared, image_ids, boxes)
 
     def _compute(
         self, photos: Sequence[Prepared], image_ids: Sequence[str], given: Sequence[np.ndarray] | None

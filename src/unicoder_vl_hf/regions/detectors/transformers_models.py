@@ -149,11 +149,7 @@ class TransformersDetector:
                 "Detectors of transformers choose their boxes themselves and cannot take given ones: use a "
                 "visual-genome, torchvision or grid detector."
             )
-
-        def compute(indices: list[int]) -> list[RegionRecord]:
-            return self._compute([prepared[index] for index in indices], [image_ids[index] for index in indices])
-
-        return in_groups_of_shape([photo.pixels for photo in prepared], compute)
+        return in_groups_of_shape(self._compute, prepared, image_ids)
 
     def _compute(self, photos: Sequence[Prepared], image_ids: Sequence[str]) -> list[RegionRecord]:
         """Gives the records of photos whose pixels have equal shapes."""

@@ -31,15 +31,7 @@ _VECTORS = {
     "attribute_scores": ("attrs_conf", "attr_conf", "<f4"),
 }
 # All fields from which a record is made.
-FIELDS = (
-    "img_h",
-    "img_w",
-    "num_boxes",
-    "boxes",
-    "features",
-    "cls_prob",
-    *(n for row in _VECTORS.values() for n in row[:2]),
-)
+FIELDS = "img_h img_w num_boxes boxes features cls_prob".split() + [n for row in _VECTORS.values() for n in row[:2]]
 
 
 def matches(path: str | PathLike) -> bool:

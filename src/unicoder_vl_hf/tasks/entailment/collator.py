@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from ...data.inputs import texts_with_images
+from ...data.inputs import TextsWithImages
 from ...data.rows import check_rows
-from ...processing_unicoder_vl import UnicoderVLProcessor
-from ...records_unicoder_vl import RegionRecord
 
 
 @dataclass
-class DataCollatorForUnicoderVLVisualEntailment:
+class DataCollatorForUnicoderVLVisualEntailment(TextsWithImages):
     """
     Batches B hypotheses; an image that several of them are about is in the batch once.
 
@@ -36,12 +34,10 @@ class DataCollatorForUnicoderVLVisualEntailment:
         `KeyError`: an image that the store lacks.
     """
 
-    processor: UnicoderVLProcessor
-    store: Mapping[str, RegionRecord]
     max_length: int = 44
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         check_rows(rows, ("hypothesis", "image_id", "label"), "the rows of read_entailment")
         texts, image_ids = ([row[name] for row in rows] for name in ("hypothesis", "image_id"))
-        batch = texts_with_images(self.processor, self.store, texts, image_ids, self.max_length)
+        batch = self.inputs(texts, image_ids, self.max_length)
         return {**batch, "labels": torch.tensor([row["label"] for row in rows])}

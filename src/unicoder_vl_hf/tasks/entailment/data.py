@@ -2,13 +2,12 @@
 
 from collections import Counter
 from os import PathLike
-from typing import Any
 
 import datasets
 
 from ... import logging
 from ...data.captions import rename_images
-from ...name_lists import read_jsonl
+from ...data.labelled_files import name_field, read_items, table_of, text_field
 
 logger = logging.get_logger(__name__)
 
@@ -39,35 +38,18 @@ def read_entailment(path: str | PathLike[str], *, ids: str | None = None) -> dat
         `ValueError`: a line is malformed, a hypothesis is empty or stands twice, or a label is unknown. The message
             names the file, the line and the field.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    seen: dict[str, int] = {}
+    rows = []
     counts: Counter[str] = Counter()
-    for number, item in read_jsonl(path):
-        where = f"{path}, line {number}"
-        pair_id, image_id, text, label = (
-            _text(item, name, where) for name in ("pairID", "Flickr30K_ID", "sentence2", "gold_label")
-        )
-        if (other := seen.setdefault(pair_id, number)) != number:
-            raise ValueError(f"{where}: pairID {pair_id!r} is that of line {other} too; expected one each.")
+    for where, pair_id, item in read_items(path, "pairID"):
+        image_id = name_field(item, "Flickr30K_ID", where)
+        text, label = (text_field(item, name, where) for name in ("sentence2", "gold_label"))
         counts[label] += 1
         if label == NO_GOLD:
             continue
         if label not in LABELS:
             raise ValueError(f"{where}: gold_label is {label!r}, expected one of {', '.join(LABELS)}, or {NO_GOLD!r}.")
-        for name, value in zip(FEATURES, (pair_id, image_id, text, LABELS.index(label)), strict=True):
-            columns[name].append(value)
+        rows.append((pair_id, image_id, text, LABELS.index(label)))
     if counts[NO_GOLD]:
         logger.warning(f"{path}: {counts[NO_GOLD]:,} of {counts.total():,} lines have no gold label and are left out.")
-    if not columns["label"]:
-        raise ValueError(f"{path} holds no hypothesis with a gold label; expected one a line.")
-    rows = datasets.Dataset.from_dict(columns, features=FEATURES)
-    return rows if ids is None else rename_images(rows, path, ids)
-
-
-def _text(item: Any, field: str, where: str) -> str:
-    value = item.get(field) if isinstance(item, dict) else None
-    if isinstance(value, int) and field == "Flickr30K_ID":
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {field} is {value!r:.80}, expected a text that is not empty.")
-    return value
+    table = table_of(rows, FEATURES, f"{path} holds no hypothesis with a gold label; expected one a line.")
+    return rename_images(table, path, ids)

@@ -4,18 +4,13 @@
         --regions flickr30k-regions --output test.json
 """
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-from ...data.captions import join
 from ...errors import run_script
-from ...files import write_json
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.batches import compute_logits
-from ...runs.evaluation import TaskEvaluationArguments, evaluation_precision
+from ...runs.evaluation import TaskEvaluationArguments, write_metrics
 from .collator import DataCollatorForUnicoderVLVisualEntailment
 from .data import read_entailment
 from .training import load_for_entailment, measure
@@ -38,24 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = make_parser(EntailmentEvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store = RegionStore(args.regions)
-    rows, _ = join(
-        read_entailment(args.annotations, ids=args.image_ids),
-        store,
-        skip_option=None,
-        texts="hypotheses",
-        renamed_by="--image_ids",
-    )
+    rows = args.joined(read_entailment(args.annotations, ids=args.image_ids), store, "hypotheses")
     model, processor = load_for_entailment(args.model, store)
-    length = min(args.max_length, model.config.max_position_embeddings)
-    collator = DataCollatorForUnicoderVLVisualEntailment(processor, store, max_length=length)
-    with evaluation_precision(args.mixed_precision, model):
-        metrics = measure(compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size), rows)
+    collator = DataCollatorForUnicoderVLVisualEntailment(processor, store, args.length_for(model))
+    metrics = measure(args.logits(model, collator, rows, "Judging"), rows)
     if not state.is_main_process:
         return
     for name, value in metrics.items():
         print(f"{name:24}{100 * value:6.2f} %")
-    if args.output is not None:
-        write_json(Path(args.output), metrics | {"hypotheses": len(rows), **dataclasses.asdict(args)})
+    write_metrics(args, metrics | {"hypotheses": len(rows)})
 
 
 if __name__ == "__main__":

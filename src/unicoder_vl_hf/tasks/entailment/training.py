@@ -15,15 +15,8 @@ from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
-from ...runs.labelled import (
-    LabelledArguments,
-    LabelledSetup,
-    class_metrics,
-    count_cut,
-    load_labelled,
-    named_labels,
-)
-from ...runs.setup import DATA_FOLDER, load_model, processor_for
+from ...runs.labelled import LabelledArguments, LabelledSetup, class_metrics, load_labelled, named_labels
+from ...runs.setup import DATA_FOLDER
 from .collator import DataCollatorForUnicoderVLVisualEntailment
 from .data import LABELS, read_entailment
 
@@ -34,6 +27,8 @@ PAPER = {"num_train_epochs": 3, "learning_rate": 8e-5, "train_batch_size": 96, "
 @dataclass
 class EntailmentArguments(LabelledArguments):
     """Names the hypotheses and the model of a run; without `annotations` they are about rendered scenes."""
+
+    column, texts = "hypothesis", "hypotheses"
 
     annotations: str | None = option(None, "Training hypotheses: snli_ve_train.jsonl. Default: rendered scenes.")
     validation_annotations: str | None = option(None, "Validation hypotheses: snli_ve_dev.jsonl.")
@@ -66,21 +61,12 @@ def prepare_entailment(arguments: EntailmentArguments, output_dir: str | Path) -
         files = [Path(str(arguments.annotations)), Path(str(arguments.validation_annotations))]
         store, name = arguments.open_store(output_dir), files[0].stem
     train, validation = (
-        arguments.with_regions(read_entailment(path, ids=arguments.image_ids), store, "hypotheses") for path in files
+        arguments.with_regions(read_entailment(path, ids=arguments.image_ids), store) for path in files
     )
-    fields = arguments.fields | named_labels(LABELS)
-    model = load_model(arguments, store, UnicoderVLForVisualEntailment, **fields)
-    processor = processor_for(arguments, store, train.unique("image_id"))
-    count_cut(processor, train["hypothesis"][:], arguments.max_length, "hypotheses")
+    model, processor = arguments.load(UnicoderVLForVisualEntailment, store, train, **named_labels(LABELS))
     collator = DataCollatorForUnicoderVLVisualEntailment(processor, store, max_length=arguments.max_length)
     return EntailmentSetup(
-        model=model,
-        processor=processor,
-        collator=arguments.left_out(collator),
-        train=EpochOfExamples([train]),
-        validation=validation,
-        data_name=name,
-        measure=measure,
+        model, processor, arguments.left_out(collator), EpochOfExamples([train]), validation, name, measure=measure
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ...data.foils import Foil
-from ...scoring.scorer import ImageTextScorer
+from ...scoring.scorer import ImageTextScorer, distinct
 
 # Scores each caption with the image of the same place: captions and image ids -> scores.
 PairScorer = Callable[[Sequence[str], Sequence[str]], np.ndarray]
@@ -16,7 +16,7 @@ def by_matching_head(scorer: ImageTextScorer) -> PairScorer:
     """Makes a scorer of pairs of one that scores by the matching head."""
 
     def score(captions: Sequence[str], image_ids: Sequence[str]) -> np.ndarray:
-        (texts, text_of_pair), (images, image_of_pair) = _distinct(captions), _distinct(image_ids)
+        (texts, text_of_pair), (images, image_of_pair) = distinct(captions), distinct(image_ids)
         return scorer.score_pairs(texts, images, text_of_pair, image_of_pair)
 
     return score
@@ -26,16 +26,11 @@ def by_similarity(embed_captions: Embed, embed_images: Embed) -> PairScorer:
     """Makes a scorer of pairs of a first stage, which embeds captions and images: their similarity."""
 
     def score(captions: Sequence[str], image_ids: Sequence[str]) -> np.ndarray:
-        (texts, text_of_pair), (images, image_of_pair) = _distinct(captions), _distinct(image_ids)
+        (texts, text_of_pair), (images, image_of_pair) = distinct(captions), distinct(image_ids)
         embedded = embed_captions(texts)[text_of_pair], embed_images(images)[image_of_pair]
         return (embedded[0] * embedded[1]).sum(axis=1)
 
     return score
-
-
-def _distinct(values: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    distinct, number_of = np.unique(np.asarray(values), return_inverse=True)
-    return distinct.tolist(), number_of
 
 
 def foil_margins(foils: Sequence[Foil], score: PairScorer) -> np.ndarray:

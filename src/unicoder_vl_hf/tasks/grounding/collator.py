@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from ...data.inputs import texts_with_images
+from ...data.inputs import TextsWithImages
 from ...data.masking import IGNORED
 from ...data.rows import check_rows
-from ...processing_unicoder_vl import UnicoderVLProcessor
-from ...records_unicoder_vl import RegionRecord
 from .metrics import MIN_IOU, target_ious
 
 
 @dataclass
-class DataCollatorForUnicoderVLGrounding:
+class DataCollatorForUnicoderVLGrounding(TextsWithImages):
     """
     Batches B expressions; an image that several of them refer to is in the batch once.
 
@@ -41,8 +39,6 @@ class DataCollatorForUnicoderVLGrounding:
         `KeyError`: an image that the store lacks.
     """
 
-    processor: UnicoderVLProcessor
-    store: Mapping[str, RegionRecord]
     max_length: int = 44
     without_text: bool = False
 
@@ -51,7 +47,7 @@ class DataCollatorForUnicoderVLGrounding:
         check_rows(rows, needed, "the rows of read_references")
         unknown = self.processor.tokenizer.unk_token
         texts = [unknown if self.without_text else row["expression"] for row in rows]
-        batch = texts_with_images(self.processor, self.store, texts, [row["image_id"] for row in rows], self.max_length)
+        batch = self.inputs(texts, [row["image_id"] for row in rows], self.max_length)
         labels = []
         for row, image in zip(rows, batch["image_index"].tolist(), strict=True):
             count = int(batch["region_attention_mask"][image].sum())

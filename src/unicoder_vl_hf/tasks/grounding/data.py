@@ -12,6 +12,7 @@ import numpy as np
 
 from ... import logging
 from ...data.captions import rename_images
+from ...data.labelled_files import table_of, text_field
 from ...name_lists import numbered_lines, read_json, read_names
 from ...regions.formats import restricted_pickle
 
@@ -70,8 +71,7 @@ def read_references(
         items = restricted_pickle.load(path.read_bytes(), fspath(path), MAX_OPCODES)
     if not isinstance(items, list):
         raise ValueError(f"{path} holds {restricted_pickle.brief(items)}, expected a list of references.")
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    missing, splits = [], set()
+    rows, missing, splits = [], [], set()
     for number, ref in enumerate(items):
         where = f"{path}, reference {number}"
         needed = ("ann_id", "image_id", "split", "sentences")
@@ -86,12 +86,8 @@ def read_references(
         photo = f"{instances}, image {image_id}"
         width, height = (_field(sizes[image_id], side, photo) for side in ("width", "height"))
         for sentence in sentences:
-            text = _field(sentence, "sent", where)
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{where}: sent is {text!r:.80}, expected a text that is not empty.")
-            values = (str(_field(sentence, "sent_id", where)), str(image_id), text, of_split, box, width, height)
-            for name, value in zip(FEATURES, values, strict=True):
-                columns[name].append(value)
+            name, text = str(_field(sentence, "sent_id", where)), text_field(sentence, "sent", where)
+            rows.append((name, str(image_id), text, of_split, box, width, height))
     if missing and not skip_missing:
         raise ValueError(
             f"{path}: {len(missing):,} references have no box or photo in {instances}, such as {missing[0]}. Are "
@@ -99,7 +95,8 @@ def read_references(
         )
     if missing:
         logger.warning(f"{path}: left out {len(missing):,} references without a box or photo, such as {missing[0]}.")
-    return _dataset(columns, f"{path} has no expression of split {split!r}, only of {sorted(splits)}.", path, ids)
+    nothing = f"{path} has no expression of split {split!r}, only of {sorted(splits)}."
+    return rename_images(table_of(rows, FEATURES, nothing), path, ids)
 
 
 def read_entities(
@@ -130,24 +127,15 @@ def read_entities(
         `ValueError`: a file is malformed, or no phrase has a box.
     """
     names = read_names(images) if isinstance(images, (str, PathLike)) else list(images)
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    rows = []
     for name in names:
         boxes, width, height = _entity_boxes(Path(annotations, f"{name}.xml"))
         for number, line in numbered_lines(Path(sentences, f"{name}.txt")):
             for place, (entity, _, phrase) in enumerate(_PHRASE.findall(line)):
                 if entity in boxes:
-                    values = (f"{name}#{number}#{place}", name, phrase, None, boxes[entity], width, height)
-                    for field, value in zip(FEATURES, values, strict=True):
-                        columns[field].append(value)
+                    rows.append((f"{name}#{number}#{place}", name, phrase, None, boxes[entity], width, height))
     nothing = f"{sentences}: none of {len(names):,} images has a phrase with a box."
-    return _dataset(columns, nothing, Path(sentences), ids)
-
-
-def _dataset(columns: dict[str, list[Any]], nothing: str, path: Path, ids: str | None) -> datasets.Dataset:
-    if not columns["box"]:
-        raise ValueError(nothing)
-    rows = datasets.Dataset.from_dict(columns, features=FEATURES)
-    return rows if ids is None else rename_images(rows, path, ids)
+    return rename_images(table_of(rows, FEATURES, nothing), sentences, ids)
 
 
 def _field(item: Any, name: str, where: str) -> Any:

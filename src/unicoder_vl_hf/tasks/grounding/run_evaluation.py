@@ -9,7 +9,6 @@ With regions of the ground-truth boxes (`unicoder-vl extract --boxes`) it is the
 detected boxes. `--pictures` and `--photos` draw the region that is chosen.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,13 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ...data.captions import join
 from ...errors import run_script
-from ...files import write_json
-from ...pictures import draw_regions
+from ...pictures import draw_boxes
 from ...processes import start_processes
 from ...processing_unicoder_vl import UnicoderVLProcessor
-from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.batches import compute_logits
-from ...runs.evaluation import PictureArguments, TaskEvaluationArguments, evaluation_precision, evenly
+from ...runs.evaluation import PictureArguments, TaskEvaluationArguments, evenly, write_metrics
 from ...search.encoders import Photos
 from .collator import DataCollatorForUnicoderVLGrounding
 from .data import read_entities, read_references
@@ -74,13 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     state = start_processes()
     store = RegionStore(args.regions)
     model, processor = load_for_grounding(args.model, store)
-    length = min(args.max_length, model.config.max_position_embeddings)
-    collator = DataCollatorForUnicoderVLGrounding(processor, store, max_length=length)
+    collator = DataCollatorForUnicoderVLGrounding(processor, store, args.length_for(model))
     found: dict[str, Any] = {}
     for split, rows in args.read().items():
-        rows, _ = join(rows, store, skip_option=None, texts="expressions", renamed_by="--image_ids")
-        with evaluation_precision(args.mixed_precision, model):
-            scores = compute_logits(model, collator, rows, name=f"Grounding {split}", batch_size=args.batch_size)
+        rows = args.joined(rows, store, "expressions")
+        scores = args.logits(model, collator, rows, f"Grounding {split}")
         if not state.is_main_process:
             continue
         found[split] = {"expressions": len(rows), **measure(processor, store, scores, rows)}
@@ -88,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{split:10}{name:12}" + (f"{value:9,}" if name == "expressions" else f"{100 * value:8.2f} %"))
         if args.pictures is not None:
             draw(args, processor, store, rows, scores)
-    if state.is_main_process and args.output is not None:
-        write_json(Path(args.output), {"splits_measured": found, **dataclasses.asdict(args)})
+    if state.is_main_process:
+        write_metrics(args, {"splits_measured": found})
 
 
 def draw(
@@ -104,19 +97,10 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     for number in evenly(len(rows), args.num_pictures):
         row, record = rows[number], store[rows[number]["image_id"]]
-        width, height = row["image_width"], row["image_height"]
+        size = row["image_width"], row["image_height"]
         kept = processor.feature_extractor.select(record)
-        chosen = kept[scores[number][: len(kept)].argmax()]
-        boxes = np.stack([record.locations()[chosen, :4] * (width, height, width, height), row["box"]])
-        limits = np.array([width, height, width, height])
-        shown = RegionRecord(
-            record.image_id,
-            features=np.zeros((2, 1)),
-            boxes=np.clip(boxes, 0, limits).astype(np.float32),
-            image_width=width,
-            image_height=height,
-        )
-        photo = draw_regions(photos.of(record), shown, labels=[row["expression"], "meant"])
+        chosen = record.locations()[kept[scores[number][: len(kept)].argmax()], :4] * (size * 2)
+        photo = draw_boxes(photos.of(record), [chosen, row["box"]], size, [row["expression"], "meant"])
         photo.save(folder / f"{row['expression_id'].replace('#', '-')}.png")
 
 

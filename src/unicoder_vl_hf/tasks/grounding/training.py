@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -17,13 +18,8 @@ from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
-from ...runs.labelled import (
-    LabelledArguments,
-    LabelledSetup,
-    count_cut,
-    load_labelled,
-)
-from ...runs.setup import DATA_FOLDER, load_model, processor_for
+from ...runs.labelled import LabelledArguments, LabelledSetup, load_labelled
+from ...runs.setup import DATA_FOLDER
 from .collator import DataCollatorForUnicoderVLGrounding
 from .data import read_references
 from .metrics import MIN_IOU, grounding_metrics, target_ious
@@ -39,6 +35,7 @@ class GroundingArguments(LabelledArguments):
     """Names the expressions and the model of a run; without `refs` they refer to objects of rendered scenes."""
 
     given_together = ("refs", "instances", "regions")
+    column, texts = "expression", "expressions"
 
     refs: str | None = option(None, "RefCOCO's refs(unc).p, or the same as json. Default: rendered scenes.")
     instances: str | None = option(None, "RefCOCO's instances.json, with the boxes.")
@@ -80,29 +77,19 @@ def prepare_grounding(arguments: GroundingArguments, output_dir: str | Path) -> 
         refs, instances = Path(str(arguments.refs)), Path(str(arguments.instances))
         store, name = arguments.open_store(output_dir), refs.stem
     train, validation = (
-        _other_expressions(arguments, arguments.joined(rows, store, "expressions"))
+        _other_expressions(arguments, arguments.joined(rows, store))
         for rows in (
             read_references(refs, instances, split=split, ids=arguments.image_ids, skip_missing=arguments.skip_missing)
             for split in (arguments.train_split, arguments.validation_split)
         )
     )
-    fields = arguments.fields | {"grounding_layers": arguments.layers}
-    model = load_model(arguments, store, UnicoderVLForGrounding, **fields)
-    processor = processor_for(arguments, store, train.unique("image_id"))
-    count_cut(processor, train["expression"][:], arguments.max_length, "expressions")
+    model, processor = arguments.load(UnicoderVLForGrounding, store, train, grounding_layers=arguments.layers)
     _report(processor, store, train)
     collator = DataCollatorForUnicoderVLGrounding(
         processor, store, max_length=arguments.max_length, without_text=arguments.without == "expression"
     )
-    return GroundingSetup(
-        model=model,
-        processor=processor,
-        collator=collator,
-        train=EpochOfExamples([train]),
-        validation=validation,
-        data_name=name,
-        measure=lambda logits, rows: measure(processor, store, logits, rows),
-    )
+    measuring = partial(measure, processor, store)
+    return GroundingSetup(model, processor, collator, EpochOfExamples([train]), validation, name, measure=measuring)
 
 
 def _other_expressions(arguments: GroundingArguments, rows: datasets.Dataset) -> datasets.Dataset:

@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
-from ...data.inputs import texts_with_images
+from ...data.inputs import TextsWithImages
 from ...data.rows import check_rows
-from ...processing_unicoder_vl import UnicoderVLProcessor
-from ...records_unicoder_vl import RegionRecord
 
 
 @dataclass
-class DataCollatorForUnicoderVLVisualReasoning:
+class DataCollatorForUnicoderVLVisualReasoning(TextsWithImages):
     """
     Batches B sentences, each about two photos; a photo of several pairs is in the batch once.
 
@@ -36,14 +34,12 @@ class DataCollatorForUnicoderVLVisualReasoning:
         `KeyError`: a photo that the store lacks.
     """
 
-    processor: UnicoderVLProcessor
-    store: Mapping[str, RegionRecord]
     max_length: int = 44
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         check_rows(rows, ("sentence", "image_id", "second_id", "label"), "the rows of read_nlvr2")
         photos = [row[name] for row in rows for name in ("image_id", "second_id")]
         sentences = [row["sentence"] for row in rows]
-        batch = texts_with_images(self.processor, self.store, sentences, photos, self.max_length)
+        batch = self.inputs(sentences, photos, self.max_length)
         batch["image_index"] = batch["image_index"].view(-1, 2)
         return {**batch, "labels": torch.tensor([row["label"] for row in rows])}

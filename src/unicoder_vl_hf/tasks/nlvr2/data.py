@@ -6,8 +6,8 @@ from typing import Any
 import datasets
 
 from ...data.captions import rename_images
+from ...data.labelled_files import read_items, table_of, text_field
 from ...data.masking import IGNORED
-from ...name_lists import read_jsonl
 
 LABELS = ("false", "true")  # in the order of the logits
 _TEXT = datasets.Value("string")
@@ -36,40 +36,19 @@ def read_nlvr2(path: str | PathLike[str], *, ids: str | None = None) -> datasets
         `ValueError`: a line is malformed, a sentence is empty, or an identifier stands twice or has another form. The
             message names the file, the line and the field.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    seen: dict[str, int] = {}
-    for number, item in read_jsonl(path):
-        where = f"{path}, line {number}"
-        identifier, sentence = (_text(item, name, where) for name in ("identifier", "sentence"))
-        if (other := seen.setdefault(identifier, number)) != number:
-            raise ValueError(f"{where}: identifier {identifier!r} is that of line {other} too; expected one each.")
+    rows = []
+    for where, identifier, item in read_items(path, "identifier"):
         parts = identifier.split("-")
         if len(parts) != 4 or not all(parts):
             raise ValueError(
                 f"{where}: identifier is {identifier!r}, expected split-set-pair-sentence, as dev-850-0-1."
             )
         photos = [f"{'-'.join(parts[:3])}-img{side}" for side in (0, 1)]
-        for name, value in zip(FEATURES, (identifier, *photos, sentence, _label(item, where)), strict=True):
-            columns[name].append(value)
-    if not seen:
-        raise ValueError(f"{path} holds no sentence; expected one a line.")
-    rows = datasets.Dataset.from_dict(columns, features=FEATURES)
-    return rows if ids is None else _renamed(rows, path, ids)
-
-
-def _renamed(rows: datasets.Dataset, path: str | PathLike[str], ids: str) -> datasets.Dataset:
-    """Gives the photos on both sides other ids."""
-    names = {"image_id": "second_id", "second_id": "image_id"}
-    for _ in range(2):  # each side once in the column that is renamed
-        rows = rename_images(rows, path, ids).rename_columns(names)
-    return rows.select_columns(list(FEATURES))
-
-
-def _text(item: Any, field: str, where: str) -> str:
-    value = item.get(field) if isinstance(item, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {field} is {value!r:.80}, expected a text that is not empty.")
-    return value
+        rows.append((identifier, *photos, text_field(item, "sentence", where), _label(item, where)))
+    table = table_of(rows, FEATURES, f"{path} holds no sentence; expected one a line.")
+    for _ in range(2):  # each side once in the column whose ids change
+        table = rename_images(table, path, ids).rename_columns({"image_id": "second_id", "second_id": "image_id"})
+    return table.select_columns(list(FEATURES))
 
 
 def _label(item: dict[str, Any], where: str) -> int:

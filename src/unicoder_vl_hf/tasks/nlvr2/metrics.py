@@ -1,6 +1,5 @@
 """The metrics of NLVR2, and the file of predictions that its evaluation takes."""
 
-import csv
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ...files import complete, partial_path
+from ...files import write_csv
 
 
 def nlvr2_metrics(predictions: ArrayLike, labels: ArrayLike, identifiers: Sequence[str]) -> dict[str, float]:
@@ -52,8 +51,4 @@ def write_predictions(path: str | PathLike[str], identifiers: Sequence[str], pre
     predicted = np.asarray(predictions)
     if predicted.shape != (len(identifiers),):
         raise ValueError(f"There are {predicted.shape} predictions for {len(identifiers)} identifiers.")
-    path = Path(path)
-    with partial_path(path).open("w", encoding="utf-8", newline="") as file:
-        rows = zip(identifiers, (str(bool(value)) for value in predicted), strict=True)
-        csv.writer(file, lineterminator="\n").writerows(rows)
-        complete(file, path)
+    write_csv(Path(path), zip(identifiers, (str(bool(value)) for value in predicted), strict=True))

@@ -4,18 +4,14 @@
         --regions nlvr2-regions --output dev_metrics.json --predictions dev.csv
 """
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...data.masking import IGNORED
 from ...errors import run_script
-from ...files import write_json
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.batches import compute_logits
-from ...runs.evaluation import TaskEvaluationArguments, evaluation_precision
+from ...runs.evaluation import TaskEvaluationArguments, write_metrics
 from .collator import DataCollatorForUnicoderVLVisualReasoning
 from .data import read_nlvr2
 from .metrics import nlvr2_metrics, write_predictions
@@ -46,10 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     if not labelled and args.predictions is None:
         raise ValueError(f"{args.annotations} has no labels: give --predictions for the file of the evaluation.")
     model, processor = load_for_nlvr2(args.model, store)
-    length = min(args.max_length, model.config.max_position_embeddings)
-    collator = DataCollatorForUnicoderVLVisualReasoning(processor, store, max_length=length)
-    with evaluation_precision(args.mixed_precision, model):
-        judged = compute_logits(model, collator, rows, name="Judging", batch_size=args.batch_size).argmax(axis=1)
+    collator = DataCollatorForUnicoderVLVisualReasoning(processor, store, args.length_for(model))
+    judged = args.logits(model, collator, rows, "Judging").argmax(axis=1)
     if not state.is_main_process:
         return
     if args.predictions is not None:
@@ -59,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = nlvr2_metrics(judged, rows["label"][:], rows["identifier"][:])
         for name, value in metrics.items():
             print(f"{name:12}{100 * value:6.2f} %")
-        if args.output is not None:
-            write_json(Path(args.output), metrics | {"sentences": len(rows), **dataclasses.asdict(args)})
+        write_metrics(args, metrics | {"sentences": len(rows)})
 
 
 if __name__ == "__main__":

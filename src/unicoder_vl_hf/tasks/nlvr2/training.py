@@ -17,14 +17,8 @@ from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
-from ...runs.labelled import (
-    LabelledArguments,
-    LabelledSetup,
-    count_cut,
-    load_labelled,
-    named_labels,
-)
-from ...runs.setup import DATA_FOLDER, load_model, processor_for
+from ...runs.labelled import LabelledArguments, LabelledSetup, load_labelled, named_labels
+from ...runs.setup import DATA_FOLDER
 from .collator import DataCollatorForUnicoderVLVisualReasoning
 from .data import LABELS, read_nlvr2
 from .metrics import nlvr2_metrics
@@ -36,6 +30,8 @@ PAPER = {"num_train_epochs": 9, "learning_rate": 3e-5, "train_batch_size": 96, "
 @dataclass
 class NLVR2Arguments(LabelledArguments):
     """Names the sentences and the model of a run; without `annotations` they are about rendered scenes."""
+
+    column, texts = "sentence", "sentences"
 
     annotations: str | None = option(None, "Training sentences: NLVR2's train.json. Default: rendered scenes.")
     validation_annotations: str | None = option(None, "Validation sentences: NLVR2's dev.json.")
@@ -53,7 +49,7 @@ class NLVR2Arguments(LabelledArguments):
         """
         second = rows.select_columns("second_id").rename_column("second_id", "image_id")
         photos = datasets.concatenate_datasets([rows.select_columns("image_id"), second])
-        kept = set(self.joined(photos, store, "sentences")["image_id"])
+        kept = set(self.joined(photos, store)["image_id"])
         pairs = zip(rows["image_id"], rows["second_id"], strict=True)
         rows = rows.select([number for number, pair in enumerate(pairs) if kept.issuperset(pair)])
         if self.without != "photo":
@@ -96,19 +92,11 @@ def prepare_nlvr2(arguments: NLVR2Arguments, output_dir: str | Path) -> NLVR2Set
         files = [Path(str(arguments.annotations)), Path(str(arguments.validation_annotations))]
         store, name = arguments.open_store(output_dir), f"NLVR2, {files[0].stem}"
     train, validation = (arguments.with_both(_labelled(path, arguments.image_ids), store) for path in files)
-    fields = arguments.fields | named_labels(LABELS) | {"reasoning_head": arguments.head}
-    model = load_model(arguments, store, UnicoderVLForVisualReasoning, **fields)
-    processor = processor_for(arguments, store, train.unique("image_id"))
-    count_cut(processor, train["sentence"][:], arguments.max_length, "sentences")
+    fields = named_labels(LABELS) | {"reasoning_head": arguments.head}
+    model, processor = arguments.load(UnicoderVLForVisualReasoning, store, train, **fields)
     collator = DataCollatorForUnicoderVLVisualReasoning(processor, store, max_length=arguments.max_length)
     return NLVR2Setup(
-        model=model,
-        processor=processor,
-        collator=arguments.left_out(collator),
-        train=EpochOfExamples([train]),
-        validation=validation,
-        data_name=name,
-        measure=measure,
+        model, processor, arguments.left_out(collator), EpochOfExamples([train]), validation, name, measure=measure
     )
 
 

@@ -14,7 +14,7 @@ from ...files import write_json
 from ...regions.store import RegionStore
 from ...scoring.calibration import Calibration
 from ...scoring.checkpoints import load_for_store, scoring_digest
-from ...scoring.scorer import ImageTextScorer
+from ...scoring.scorer import ImageTextScorer, distinct
 
 logger = logging.get_logger(__name__)
 
@@ -58,17 +58,11 @@ def calibrate(
     loaded, processor = load_for_store(model, store)
     check_tokens(table, processor.tokenizer, captions)
     pairs = PairsWithMismatches(table, seed=seed).make_rows(range(len(table)))
-    texts, caption_index = _distinct([row[name] for name in ("caption", "mismatch_caption") for row in pairs])
-    images, image_index = _distinct([row[name] for name in ("image_id", "mismatch_image_id") for row in pairs])
+    texts, caption_index = distinct([row[name] for name in ("caption", "mismatch_caption") for row in pairs])
+    images, image_index = distinct([row[name] for name in ("image_id", "mismatch_image_id") for row in pairs])
     scorer = ImageTextScorer(loaded, processor, store)
     scores = scorer.score_pairs(texts, images, caption_index, image_index, max_length=max_length)
     matches = np.arange(len(scores)) < len(pairs)
     calibration = Calibration.fit(scores, matches, scoring_digest(loaded))
     write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"calibration": asdict(calibration)})
     return calibration
-
-
-def _distinct(names: list[str]) -> tuple[list[str], np.ndarray]:
-    """Gives the names that differ, and for each name its place among these."""
-    distinct, places = np.unique(names, return_inverse=True)
-    return distinct.tolist(), places

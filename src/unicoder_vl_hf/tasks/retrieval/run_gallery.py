@@ -26,7 +26,7 @@ from ...runs.arguments import make_parser, option
 from ...runs.evaluation import evaluation_dtype
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, Photos
-from ...search.index import build_index
+from ...search.index import SearchIndex, build_index
 from ...search.two_stage import SimilarityWeight, search
 from .protocols import RetrievalFold, retrieval_test
 from .search_arguments import SearchArguments
@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     scorer = ImageTextScorer(model, processor, store, dtype=evaluation_dtype(args.mixed_precision, model))
     encoder = args.open_first_stage(model, processor, store)
     weight = SimilarityWeight.of(args.similarity_weight, encoder, scorer)
-    items = ask(fold, store, encoder, scorer, args.asked, args.candidates, weight.value)
+    count = min(args.asked, len(fold.captions))
+    rows = np.arange(count) * len(fold.captions) // count
+    with tempfile.TemporaryDirectory() as folder:
+        index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
+        items = ask(fold, rows, index, encoder, scorer, args.candidates, weight)
     photos = None if args.photos is None else Photos(args.photos, args.photo_ids)
     random, best, worst = choose(items, args.shown, args.seed)
     shown = "whole" if photos else f"as the boxes of their {args.max_regions} surest regions, if these have scores"
@@ -83,23 +87,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def ask(
     fold: RetrievalFold,
-    store: RegionStore,
+    rows: np.ndarray,
+    index: SearchIndex,
     encoder: DualEncoder,
     scorer: ImageTextScorer,
-    count: int,
     candidates: int,
-    similarity_weight: float,
+    weight: SimilarityWeight,
 ) -> list[GalleryItem]:
-    """Searches all images of the fold by `count` of its captions, drawn evenly."""
-    count = min(count, len(fold.captions))
-    rows = np.arange(count) * len(fold.captions) // count
+    """Searches the images of an index by the captions in these rows of the fold."""
     captions = [fold.captions[row] for row in rows]
-    with tempfile.TemporaryDirectory() as folder:
-        index = build_index(encoder, store, Path(folder) / "index", image_ids=fold.image_ids)
-        found = search(
-            captions, index, encoder, scorer,
-            top_k=candidates, candidates=candidates, similarity_weight=similarity_weight,
-        )  # fmt: skip
+    found = search(
+        captions, index, encoder, scorer,
+        top_k=candidates, candidates=candidates, similarity_weight=weight.value,
+    )  # fmt: skip
     return [
         GalleryItem.from_hits(
             caption,

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ...files import complete, partial_path
+from ...data.labelled_files import missing_items
+from ...files import write_csv
 from .data import NUM_CHOICES, read_vcr
 
 GROUPS = ("answer", *(f"rationale_conditioned_on_a{answer}" for answer in range(NUM_CHOICES)))
@@ -133,16 +134,8 @@ def write_submission(
         seen.add(annot_id)
         for problem in _problems_of_values(groups):
             raise ValueError(f"annot_id {annot_id!r}: {problem}.")
-    path = Path(path)
-    with partial_path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for annot_id, groups in zip(annot_ids, rows, strict=True):
-            writer.writerow([annot_id, *groups.ravel().tolist()])
-        complete(file, path)
-
-
-MISSING_SHOWN = 5  # of a file that was cut off, thousands are
+    cells = rows.reshape(len(rows), -1).tolist()
+    write_csv(Path(path), [HEADER, *([annot_id, *values] for annot_id, values in zip(annot_ids, cells, strict=True))])
 
 
 def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]) -> Iterator[str]:
@@ -176,9 +169,7 @@ def check_submission(path: str | PathLike[str], annotations: str | PathLike[str]
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, after line {reader.line_num}: no CSV in UTF-8 ({error}).") from error
     missing = [annot_id for annot_id, line in line_of.items() if not line]
-    yield from (f"annot_id {annot_id!r} is missing." for annot_id in missing[:MISSING_SHOWN])
-    if len(missing) > MISSING_SHOWN:
-        yield f"{len(missing) - MISSING_SHOWN:,} more are missing, of {len(expected):,}."
+    yield from missing_items([f"annot_id {annot_id!r}" for annot_id in missing], len(expected))
 
 
 def _problem_of_header(header: Sequence[str]) -> str:

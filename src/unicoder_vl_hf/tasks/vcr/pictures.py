@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...data.masking import IGNORED
-from ...pictures import PALETTE, Image, draw_regions
-from ...records_unicoder_vl import RegionRecord
+from ...pictures import PALETTE, Image, draw_boxes, new_figure
 from .data import Segment, referenced_objects
 
 RIGHT, WRONG = PALETTE[2], "#9aa3b2"
@@ -41,14 +40,10 @@ def draw_question(
     Returns:
         `Path`: The file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = {"answer": answer_probabilities}
     if rationale_probabilities is not None:
         groups["rationale"] = rationale_probabilities
-    figure = Figure(figsize=(12, 1.2 + 2.7 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 1.2 + 2.7 * len(groups))
     grid = figure.add_gridspec(len(groups), 2)
     axes = figure.add_subplot(grid[:, 0])
     axes.imshow(np.asarray(_draw_objects(photo, row, groups)))
@@ -79,13 +74,9 @@ def _draw_objects(photo: Image.Image, row: Mapping[str, Any], groups: Mapping[st
     shown = sorted(referenced_objects(texts))
     if not shown:
         return photo
-    width, height = (row["image_width"], row["image_height"]) if row["image_width"] else photo.size
-    limits = np.array([width, height, width, height], dtype=np.float32)
-    boxes = np.clip(np.array([row["boxes"][index] for index in shown], dtype=np.float32), 0, limits)
-    record = RegionRecord(
-        row["image_id"], features=np.zeros((len(shown), 1)), boxes=boxes, image_width=width, image_height=height
-    )
-    return draw_regions(photo, record, labels=[f"{row['objects'][index]}{index + 1}" for index in shown])
+    size = (row["image_width"], row["image_height"]) if row["image_width"] else photo.size
+    labels = [f"{row['objects'][index]}{index + 1}" for index in shown]
+    return draw_boxes(photo, [row["boxes"][index] for index in shown], size, labels)
 
 
 def _draw_choices(axes: Any, name: str, texts: Sequence[str], probabilities: np.ndarray, label: int) -> None:

@@ -10,7 +10,6 @@ the answers and for the rationales after each of them; `unicoder-vl vcr-check` l
 scores the rationales if each task has a model of its own.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,11 @@ from PIL import Image
 
 from ...data.masking import IGNORED
 from ...errors import run_script
-from ...files import write_json
 from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import evaluation_precision, evenly, precision_option
+from ...runs.evaluation import evaluation_precision, evenly, precision_option, write_metrics
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import VCRExamples, read_vcr
 from .metrics import vcr_metrics, write_submission
@@ -109,9 +107,7 @@ def report(args: VCREvaluationArguments, rows: Dataset, answers: np.ndarray, rat
     metrics = vcr_metrics(answers, rationales, rows["answer_label"], rows["rationale_label"])
     for name, value in metrics.items():
         print(f"{name:20}{100 * value:6.1f} %" if name.endswith("_accuracy") else f"{name:20}{value:6,}")
-    if args.output is not None:
-        values = metrics | {"questions": len(rows), **dataclasses.asdict(args)}
-        write_json(Path(args.output), values)
+    write_metrics(args, metrics | {"questions": len(rows)})
     if args.pictures is None or args.photos is None:
         return
     folder = Path(args.pictures)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from ... import logging
@@ -25,8 +24,8 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import ModelArguments, option
 from ...runs.batches import Collator, WithoutInputs, compute_logits
+from ...runs.labelled import load_labelled
 from ...runs.setup import DATA_FOLDER, Model, TrainingSetup, load_model, open_or_convert, processor_for
-from ...scoring.checkpoints import load_complete
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import NUM_CHOICES, VCRExamples, read_vcr, require_labels
 from .metrics import choice_metrics, vcr_metrics
@@ -308,8 +307,4 @@ def load_for_vcr(
         `ValueError`: the checkpoint has no head for choices, or fewer rows of word embeddings than its tokenizer has
             tokens.
     """
-    expected = "UnicoderVLForMultipleChoice, as run_vcr.py trains one"
-    model, processor = load_complete(UnicoderVLForMultipleChoice, name, ("",), expected)
-    torch.nn.Module.to(model, PartialState().device)
-    processor.set_store(store)
-    return model, processor
+    return load_labelled(UnicoderVLForMultipleChoice, name, store, "run_vcr.py")

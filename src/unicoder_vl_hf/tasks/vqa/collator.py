@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 
-from ...data.inputs import texts_with_images
+from ...data.inputs import TextsWithImages
 from ...data.rows import check_rows
-from ...processing_unicoder_vl import UnicoderVLProcessor
-from ...records_unicoder_vl import RegionRecord
 from .data import AnswerVocabulary
 
 
 @dataclass
-class DataCollatorForUnicoderVLQuestionAnswering:
+class DataCollatorForUnicoderVLQuestionAnswering(TextsWithImages):
     """
     Batches B questions; an image that several of them are about is in the batch once.
 
@@ -51,8 +49,6 @@ class DataCollatorForUnicoderVLQuestionAnswering:
     ```
     """
 
-    processor: UnicoderVLProcessor
-    store: Mapping[str, RegionRecord]
     vocabulary: AnswerVocabulary
     max_length: int = 44
     with_mask_token: bool = False
@@ -62,7 +58,7 @@ class DataCollatorForUnicoderVLQuestionAnswering:
         mask = f" {self.processor.tokenizer.mask_token}" if self.with_mask_token else ""
         questions = [row["question"] + mask for row in rows]
         image_ids = [row["image_id"] for row in rows]
-        batch = texts_with_images(self.processor, self.store, questions, image_ids, self.max_length)
+        batch = self.inputs(questions, image_ids, self.max_length)
         batch["labels"] = torch.zeros(len(rows), len(self.vocabulary))
         for labels, row in zip(batch["labels"], rows, strict=True):
             for label, accuracy in self.vocabulary.targets(row["answers"]).items():

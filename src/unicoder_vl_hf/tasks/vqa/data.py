@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 
 from ...data.captions import rename_images
+from ...data.labelled_files import name_field
 from ...name_lists import read_json
 from .metrics import agreement, compared_answers, normalise_answer
 
@@ -71,11 +72,11 @@ def read_questions(
     if annotations is not None:
         _add_annotations(rows, Path(questions), Path(annotations))
     found = datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, features=FEATURES)
-    return found if ids is None else rename_images(found, questions, ids)
+    return rename_images(found, questions, ids)
 
 
 def _vqa_question(item: Any, where: str) -> dict[str, Any]:
-    row = {name: _known(item, name, where) for name in ("question_id", "image_id", "question")}
+    row = {name: name_field(item, name, where) for name in ("question_id", "image_id", "question")}
     nothing = dict.fromkeys(("question_type", "answer_type", "answer"))
     return {**row, "layout": "vqa", **nothing, "answers": []}
 
@@ -85,22 +86,14 @@ def _gqa_question(name: str, item: Mapping[str, Any], where: str) -> dict[str, A
     structure = (item.get("types") or {}).get("structural")
     return {
         "question_id": name,
-        "image_id": _known(item, "imageId", where),
-        "question": _known(item, "question", where),
+        "image_id": name_field(item, "imageId", where),
+        "question": name_field(item, "question", where),
         "layout": "gqa",
         "question_type": structure,
         "answer_type": structure and ("open" if structure == "query" else "binary"),
         "answer": answer,
-        "answers": [] if answer is None else [_known(item, "answer", where)],
+        "answers": [] if answer is None else [name_field(item, "answer", where)],
     }
-
-
-def _known(item: Any, field: str, where: str) -> str:
-    """Reads a field that must hold a text with a word in it, or a number."""
-    value = item.get(field) if isinstance(item, dict) else None
-    if not isinstance(value, (str, int)) or isinstance(value, bool) or not str(value).strip():
-        raise ValueError(f"{where}: {field} is {value!r:.80}, expected a text that is not empty, or a number.")
-    return str(value)
 
 
 def _add_annotations(rows: Iterable[dict[str, Any]], questions: Path, annotations: Path) -> None:
@@ -111,13 +104,13 @@ def _add_annotations(rows: Iterable[dict[str, Any]], questions: Path, annotation
     rows_by_id = {row["question_id"]: row for row in rows}
     for number, item in enumerate(items):
         where = f"{annotations}, annotations[{number}]"
-        row = rows_by_id.pop(_known(item, "question_id", where), None)
+        row = rows_by_id.pop(name_field(item, "question_id", where), None)
         if row is None:
             raise ValueError(
                 f"{where}: question_id {item['question_id']} is not, or no more, among the questions of {questions}. "
                 "Are both of one split?"
             )
-        if (image_id := _known(item, "image_id", where)) != row["image_id"]:
+        if (image_id := name_field(item, "image_id", where)) != row["image_id"]:
             raise ValueError(f"{where}: image_id is {image_id}, but {row['image_id']} in {questions}.")
         given = item.get("answers")
         if not isinstance(given, list) or not given:

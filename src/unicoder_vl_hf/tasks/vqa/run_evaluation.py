@@ -9,22 +9,24 @@ With answers of annotators it measures the official accuracy, by the types of th
 `unicoder-vl vqa-check` looks a submission through.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 
-from ...data.captions import join
 from ...errors import run_script
-from ...files import write_json
 from ...pictures import draw_answers
 from ...processes import start_processes
 from ...regions.store import RegionStore
 from ...runs.arguments import make_parser, option
-from ...runs.evaluation import PictureArguments, TaskEvaluationArguments, evaluation_precision, evenly
+from ...runs.evaluation import (
+    PictureArguments,
+    TaskEvaluationArguments,
+    evaluation_precision,
+    evenly,
+    write_metrics,
+)
 from ...search.encoders import Photos
 from .data import read_questions
 from .metrics import vqa_metrics
@@ -51,13 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = make_parser(VQAEvaluationArguments).parse_args_into_dataclasses(argv)
     state = start_processes()
     store = RegionStore(args.regions)
-    rows = read_questions(args.questions, args.annotations, ids=args.image_ids)
-    rows, _ = join(rows, store, skip_option=None, texts="questions", renamed_by="--image_ids")
+    rows = args.joined(read_questions(args.questions, args.annotations, ids=args.image_ids), store, "questions")
     answered = all(rows["answers"])
     if not answered and args.submission is None:
         raise ValueError(f"{args.questions} has no answers: give --annotations, or --submission for the server's file.")
     model, processor = load_for_vqa(args.model, store)
-    collator = make_collator(model, processor, store, min(args.max_length, model.config.max_position_embeddings))
+    collator = make_collator(model, processor, store, args.length_for(model))
     with evaluation_precision(args.mixed_precision, model):
         answers, probabilities = answer_questions(model, collator, rows, batch_size=args.batch_size)
     if not state.is_main_process:
@@ -77,10 +78,8 @@ def report(args: VQAEvaluationArguments, rows: datasets.Dataset, answers: list[s
     by_question = vqa_metrics(answers, rows["answers"][:], rows["question_type"][:])
     for name, value in {**metrics, **by_question}.items():
         print(f"{name:32}{100 * value:6.2f} %")
-    if args.output is not None:
-        by_question.pop("accuracy")
-        about: dict[str, Any] = {"question_types": by_question, "questions_asked": len(rows)}
-        write_json(Path(args.output), metrics | about | dataclasses.asdict(args))
+    by_question.pop("accuracy")
+    write_metrics(args, {**metrics, "question_types": by_question, "questions_asked": len(rows)})
 
 
 def draw(

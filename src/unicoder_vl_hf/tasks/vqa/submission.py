@@ -7,13 +7,13 @@ from typing import Any
 
 import datasets
 
+from ...data.labelled_files import missing_items
 from ...files import write_json
 from ...name_lists import read_json
 from .data import read_questions
 
 # The fields of an entry, by the layout of the questions.
 FIELDS = {"vqa": ("question_id", "answer"), "gqa": ("questionId", "prediction")}
-MISSING_SHOWN = 5  # of a file that was cut off, thousands are
 
 
 def write_submission(path: str | PathLike[str], rows: datasets.Dataset, answers: Sequence[str]) -> None:
@@ -66,6 +66,4 @@ def check_submission(path: str | PathLike[str], questions: str | PathLike[str]) 
             yield f"{where}: {name} {question_id} is answered before."
         left.discard(question_id)
     missing = [question_id for question_id in rows["question_id"] if question_id in left]
-    yield from (f"{name} {question_id} is missing." for question_id in missing[:MISSING_SHOWN])
-    if len(missing) > MISSING_SHOWN:
-        yield f"{len(missing) - MISSING_SHOWN:,} more are missing, of {len(known):,}."
+    yield from missing_items([f"{name} {question_id}" for question_id in missing], len(known))

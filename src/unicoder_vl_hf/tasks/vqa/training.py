@@ -6,6 +6,7 @@ from soft labels. Left out: Visual Genome's questions, which UNITER adds to the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,8 @@ from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
 from ...runs.arguments import option
 from ...runs.batches import Collator, compute_logits
-from ...runs.labelled import (
-    LabelledArguments,
-    LabelledSetup,
-    count_cut,
-    label_names,
-    load_labelled,
-    named_labels,
-)
-from ...runs.setup import DATA_FOLDER, is_unicoder_vl, load_model, processor_for
+from ...runs.labelled import LabelledArguments, LabelledSetup, label_names, load_labelled, named_labels
+from ...runs.setup import DATA_FOLDER, is_unicoder_vl
 from .collator import DataCollatorForUnicoderVLQuestionAnswering
 from .data import MIN_OCCURRENCES, AnswerVocabulary, read_questions
 from .metrics import vqa_metrics
@@ -48,6 +42,7 @@ class VQAArguments(LabelledArguments):
     """Names the questions and the model of a run; without `questions` they are about rendered scenes."""
 
     given_together = ("questions", "validation_questions", "regions")
+    column, texts = "question", "questions"
 
     questions: list[str] = option([], "Files of questions: VQA's, OK-VQA's or GQA's. Default: rendered scenes.")
     annotations: list[str] = option([], "Files of their answers, in the same order; none for GQA.")
@@ -87,24 +82,22 @@ def prepare_vqa(arguments: VQAArguments, output_dir: str | Path) -> VQASetup:
         `FileNotFoundError`: a file is missing.
     """
     parts, validation, store, name = _open(arguments, output_dir)
-    train = datasets.concatenate_datasets([arguments.with_regions(part, store, "questions") for part in parts])
-    validation = _answered(arguments.with_regions(validation, store, "questions"))
+    train = datasets.concatenate_datasets([arguments.with_regions(part, store) for part in parts])
+    validation = _answered(arguments.with_regions(validation, store))
     vocabulary = _vocabulary(arguments, _answered(train))
     _report(vocabulary, train, validation)
 
-    fields = arguments.fields | named_labels(vocabulary.answers)
-    model = load_model(arguments, store, UnicoderVLForQuestionAnswering, **fields)
-    processor = processor_for(arguments, store, train.unique("image_id"))
-    count_cut(processor, train["question"][:], arguments.max_length, "questions")
+    fields = named_labels(vocabulary.answers)
+    model, processor = arguments.load(UnicoderVLForQuestionAnswering, store, train, **fields)
     collator = make_collator(model, processor, store, arguments.max_length)
     return VQASetup(
-        model=model,
-        processor=processor,
-        collator=arguments.left_out(collator),
-        train=EpochOfExamples([train]),
-        validation=validation,
-        data_name=name,
-        measure=lambda logits, rows: measure(vocabulary.answers, logits, rows),
+        model,
+        processor,
+        arguments.left_out(collator),
+        EpochOfExamples([train]),
+        validation,
+        name,
+        measure=partial(measure, vocabulary.answers),
     )
 
 
