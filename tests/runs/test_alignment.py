@@ -36,7 +36,7 @@ def projected(model, features):
 
 def test_a_region_begins_as_the_word_of_what_it_shows():
     store, pairs, directions = a_world()
-    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor(feature_dim=tiny.FEATURE_DIM)
+    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     explained = align_regions(model, processor, store, pairs)
     assert 0.3 < explained <= 1
@@ -54,7 +54,7 @@ def test_it_is_the_least_squares_prediction_with_the_spread_of_the_words(ridge, 
     monkeypatch.setattr(alignment, "RIDGES", (ridge,))
     monkeypatch.setattr(alignment, "BATCH", 7)  # images of a fold are in all batches
     store, pairs, _ = a_world()
-    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor(feature_dim=tiny.FEATURE_DIM)
+    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor()
     align_regions(model, processor, store, pairs)
     words = model.get_input_embeddings().weight.detach().double().numpy()
     captions = pairs["caption"]
@@ -79,7 +79,7 @@ def test_it_is_the_least_squares_prediction_with_the_spread_of_the_words(ridge, 
 def test_images_are_drawn_evenly(monkeypatch):
     store, pairs, _ = a_world(40)
     read = []
-    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor(feature_dim=tiny.FEATURE_DIM)
+    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor()
     monkeypatch.setattr(alignment, "BATCH", 3)
 
     class Watched(dict):
@@ -92,7 +92,7 @@ def test_images_are_drawn_evenly(monkeypatch):
 
 
 def test_what_does_not_vary_cannot_be_aligned():
-    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor(feature_dim=tiny.FEATURE_DIM)
+    model, processor = tiny.model(UnicoderVLForImageTextRetrieval), tiny.processor()
     store = {name: RegionRecord(name, features=np.ones((2, tiny.FEATURE_DIM), np.float32)) for name in "abcdef"}
     rows = [{"image_id": name, "caption": f"a {NOUNS[number % 3]}"} for number, name in enumerate(store)]
     with pytest.raises(ValueError, match="Regions cannot be aligned with words: the features of the images"):
@@ -114,7 +114,7 @@ def test_the_ridge_is_the_one_that_predicts_best_what_was_left_out():
         model = tiny.model(UnicoderVLForImageTextRetrieval, region_feature_dim=tiny.FEATURE_DIM + 40)
         alignment.RIDGES, before = ridges, alignment.RIDGES
         try:
-            found[ridges] = align_regions(model, tiny.processor(feature_dim=tiny.FEATURE_DIM + 40), wide, pairs)
+            found[ridges] = align_regions(model, tiny.processor(), wide, pairs)
         finally:
             alignment.RIDGES = before
     assert found[1e-6, 1.0] == found[(1.0,)] > found[(1e-6,)]

@@ -74,7 +74,9 @@ def align_regions(
     if len(chosen) < FOLDS:
         raise ValueError(f"Regions are aligned with the captions of at least {FOLDS} images; there are {len(chosen)}.")
 
-    products, with_target, squares = _products(processor, store, [image_ids[image] for image in chosen], targets)
+    projection = model.base_model.embeddings.region_embeddings.feature_projection
+    shown = [image_ids[image] for image in chosen]
+    products, with_target, squares = _products(processor, store, shown, targets, projection.in_features)
     totals = products.sum(0), with_target.sum(0)
     if not squares.all() or np.trace(_covariance(totals[0])) <= 0:
         raise ValueError("Regions cannot be aligned with words: the features of the images are all equal.")
@@ -88,7 +90,6 @@ def align_regions(
     weight, mean = fitted[:-1], totals[1][-1] / totals[0][-1, -1]
     weight *= words[used].std() / np.sqrt((weight * (_covariance(totals[0]) @ weight)).sum(0).mean())
     with torch.no_grad():
-        projection = model.base_model.embeddings.region_embeddings.feature_projection
         projection.weight.copy_(torch.from_numpy(weight.T))
         projection.bias.copy_(torch.from_numpy(mean - totals[0][-1, :-1] / totals[0][-1, -1] @ weight))
     logger.warning(
@@ -128,13 +129,17 @@ def _mean_words(
 
 
 def _products(
-    processor: UnicoderVLProcessor, store: Mapping[str, RegionRecord], image_ids: Sequence[str], targets: np.ndarray
+    processor: UnicoderVLProcessor,
+    store: Mapping[str, RegionRecord],
+    image_ids: Sequence[str],
+    targets: np.ndarray,
+    width: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Sums, over the regions of each fold of images, the products of (feature, 1) with itself, `(FOLDS, D + 1, D + 1)`,
     and with the image's target, `(FOLDS, D + 1, hidden_size)`, and the squares of the targets, `(FOLDS,)`.
     """
-    size, squares = (FOLDS, processor.feature_extractor.feature_dim + 1), np.zeros(FOLDS)
+    size, squares = (FOLDS, width + 1), np.zeros(FOLDS)
     products, with_target = np.zeros((*size, size[1])), np.zeros((*size, targets.shape[1]))
     for start in logging.tqdm(range(0, len(image_ids), BATCH), desc="Aligning regions", unit="batch", leave=False):
         records = [store[image_id] for image_id in image_ids[start : start + BATCH]]
