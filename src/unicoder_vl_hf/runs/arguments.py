@@ -283,6 +283,10 @@ class DataArguments(ModelArguments):
     train_split: str = option("train", "Split of the captions to train on.")
     validation_split: str = option("val", "Split of the captions to evaluate on.", may_change=True)
     skip_missing: bool = option(False, "Leaves out captions whose image has no regions.", may_change=True)
+    align_regions: bool = option(
+        False,
+        "A BERT's new region embeddings begin as the words that training captions lead one to expect of a region.",
+    )
 
     def __post_init__(self):
         if (self.captions is None) != (self.regions is None):

@@ -165,7 +165,7 @@ def test_what_a_stream_cannot_do(command, script, changes, says):
         run(script, command("refused", **changes))
 
 
-@pytest.mark.parametrize("name, value", [("scale_features", True), ("tokens_per_batch", 99)])
+@pytest.mark.parametrize("name, value", [("scale_features", True), ("tokens_per_batch", 99), ("align_regions", True)])
 def test_what_looks_at_all_captions_is_refused(command, capsys, name, value):
     words = command("refused", **{name: value})
     at = next(place for place, word in enumerate(words) if word.endswith("train_batch_size"))

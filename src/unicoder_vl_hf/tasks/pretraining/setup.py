@@ -25,6 +25,7 @@ from ...data.streaming import CaptionStream, StreamedPairs
 from ...modeling_unicoder_vl import UnicoderVLForPreTraining
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...regions.store import RegionStore
+from ...runs.alignment import align_if_asked
 from ...runs.arguments import DataArguments, option
 from ...runs.model_card import pretrained_by
 from ...runs.setup import (
@@ -77,7 +78,7 @@ class PretrainingArguments(DataArguments):
             return
         if self.on_scenes:
             raise ValueError("--streaming streams captions: give --captions and --regions.")
-        for name in ("tokens_per_batch", "scale_features"):
+        for name in ("tokens_per_batch", "scale_features", "align_regions"):
             if getattr(self, name):
                 raise ValueError(
                     f"--{name} looks at all captions before it begins, --streaming at none: give one of the two."
@@ -216,6 +217,7 @@ def prepare_pretraining(arguments: PretrainingArguments, output_dir: str | Path,
             )
     model.config.sparse_prediction = True
     processor = load_processor(arguments, data)
+    align_if_asked(arguments, model, processor, data)
     budget = None
     if arguments.tokens_per_batch is not None and data.num_tokens is not None:
         # A score threshold may leave fewer regions, which the records alone know: then steps have fewer tokens.

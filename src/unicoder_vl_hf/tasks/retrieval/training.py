@@ -19,6 +19,7 @@ from ...data.negatives import PairsWithNegatives, read_duplicate_groups
 from ...modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...records_unicoder_vl import RegionRecord
+from ...runs.alignment import align_if_asked
 from ...runs.arguments import DataArguments, option
 from ...runs.setup import (
     CaptionedRegions,
@@ -245,6 +246,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         for unused in (model.matching_head, model.bert.pooler):
             unused.requires_grad_(False)
     processor = load_processor(arguments, data)
+    align_if_asked(arguments, model, processor, data)
     return RetrievalSetup(
         model=model,
         processor=processor,
