@@ -198,8 +198,9 @@ def main() -> None:
         args.output.write_text(json.dumps({"size": args.size, "jobs": found, "assumed": ASSUMED}, indent=2) + "\n")
     else:
         found = json.loads(args.measured.read_text())["jobs"]
-    print()
-    costs(found["mine: pairs scored"]["efficiency"])
+    if mined := found.get("mine: pairs scored"):
+        print()
+        costs(mined["efficiency"])
 
 
 if __name__ == "__main__":
