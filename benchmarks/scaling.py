@@ -35,6 +35,7 @@ from unicoder_vl_hf.scoring.packed import pair_flops
 COMMAND = [sys.executable, "-m", "unicoder_vl_hf.cli"]
 PRETRAINING = Path(__file__).parents[1] / "examples" / "run_pretraining.py"
 CAPTIONS = 5  # of a scene
+MINED, EMBEDDED, STEPS = 40, 2_000, 20  # scenes whose captions are mined, scenes embedded and steps, at size 1
 
 # What the cost table assumes of a GPU and its network: an H100 at 3 dollars an hour, its dense bf16 rate, shares of it
 # that larger models reach elsewhere, and bytes a second of all-reduce within a machine of 8 and between machines.
@@ -75,33 +76,33 @@ def jobs(world: Path, items: int) -> dict[str, Job]:
     model, captions, regions = (str(world / name) for name in ("model", "captions.jsonl", "regions"))
 
     def mine(size: int, folder: Path) -> list[str]:
-        return ["mine", model, f"{world}/captions{size}.jsonl", regions, f"{folder}/mined", "--images-per-set", "20"]
+        some = f"{world}/{MINED * items * size}.jsonl"
+        return ["mine", model, some, regions, f"{folder}/mined", "--images-per-set", "20"]
 
     def index(size: int, folder: Path) -> list[str]:
-        some = f"{world}/captions{size}.jsonl:train"
+        some = f"{world}/{EMBEDDED * items * size}.jsonl:train"
         return ["index", regions, "--model", model, "--output", f"{folder}/index", "--images-of", some]
 
     def pretrain(size: int, processes: int, folder: Path) -> list[list[str]]:
-        steps, rows = 20 * items * size, 32 // processes
+        steps, rows = STEPS * items * size, 32 // processes
         launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
         options = ["--max_steps", str(steps), "--per_device_train_batch_size", str(rows), "--warmup_ratio", "0"]
         data = ["--captions", captions, "--regions", regions, "--model_name_or_path", model]
         return [[sys.executable, *launch, str(PRETRAINING), "--output_dir", f"{folder}/run", *data, *options]]
 
-    number = 20 * items
     return {
-        "mine: pairs scored": Job(number * CAPTIONS * 20, **shares(mine)),
-        "index: photos embedded": Job(number, **shares(index)),
-        "pretrain: rows": Job(number * 64, pretrain),
+        "mine: pairs scored": Job(MINED * items * CAPTIONS * 20, **shares(mine)),
+        "index: photos embedded": Job(EMBEDDED * items, **shares(index)),
+        "pretrain: rows": Job(STEPS * items * 64, pretrain),
     }
 
 
 def build_world(folder: Path, items: int, size: str) -> None:
-    """Scenes, caption files of sizes 1 and 2, and a model with new weights, whose speed is that of a trained one."""
-    build_scenes(folder, num_train=40 * items, num_val=2, num_test=2)
+    """Scenes, caption files of the jobs' sizes, and a model with new weights, whose speed is that of a trained one."""
+    build_scenes(folder, num_train=2 * EMBEDDED * items, num_val=2, num_test=2)
     lines = (folder / "captions.jsonl").read_text().splitlines()
-    for scale in (1, 2):
-        (folder / f"captions{scale}.jsonl").write_text("\n".join(lines[: 20 * items * CAPTIONS * scale]) + "\n")
+    for number in (MINED * items, 2 * MINED * items, EMBEDDED * items, 2 * EMBEDDED * items):
+        (folder / f"{number}.jsonl").write_text("\n".join(lines[: number * CAPTIONS]) + "\n")
     config = UnicoderVLConfig(
         vocab_size=len(scene_tokenizer()),
         region_feature_dim=256,
@@ -132,7 +133,7 @@ def seconds(job: Job, size: int, processes: int) -> float:
         return time.perf_counter() - begin
 
 
-def measure(items: int, size: str) -> dict[str, dict[str, float]]:
+def measure(items: int, size: str, only: str | None) -> dict[str, dict[str, float]]:
     """Measures each job in four runs: seconds, what a start costs and an item, and how two processes share."""
     found = {}
     with tempfile.TemporaryDirectory() as name:
@@ -141,6 +142,8 @@ def measure(items: int, size: str) -> dict[str, dict[str, float]]:
         print("| job | n, 1 process | 2n, 1 | n, 2 | 2n, 2 | start | an item | strong | weak | efficiency |")
         print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
         for label, job in jobs(world, items).items():
+            if not label.startswith(only or ""):
+                continue
             one, twice, strong, weak = (seconds(job, scale, p) for scale, p in ((1, 1), (2, 1), (1, 2), (2, 2)))
             item = (twice - one) / job.items
             start = 2 * one - twice
@@ -196,9 +199,10 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, help="take this file of a run before, and run nothing")
     parser.add_argument("--size", choices=sorted(SIZES), default="minilm")
     parser.add_argument("--items", type=int, default=1, help="factor of the size of all jobs")
+    parser.add_argument("--only", help="the job whose name begins so, alone")
     args = parser.parse_args()
     if args.measured is None:
-        found = measure(args.items, args.size)
+        found = measure(args.items, args.size, args.only)
         args.output.write_text(json.dumps({"size": args.size, "jobs": found, "assumed": ASSUMED}, indent=2) + "\n")
     else:
         found = json.loads(args.measured.read_text())["jobs"]
