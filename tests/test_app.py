@@ -7,6 +7,7 @@ brings them.
 import base64
 import io
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -198,6 +199,7 @@ def fits(browser) -> bool:
 def test_a_sentence_finds_its_photo_first_and_a_click_says_why(browser, captions, width):
     for image_id in list(captions)[:2]:
         typed = field(browser, "What should the photos show?")
+        assert typed.size["width"] > 200  # so that a sentence can be read, on a phone, too
         typed.clear()
         caption = min(captions[image_id])
         typed.send_keys(caption)
@@ -287,16 +289,24 @@ def test_a_pair_is_scored_and_what_is_wrong_is_said(browser, captions):
     field(browser, "or the id of a stored one").send_keys(image_id)
     field(browser, "Sentence").send_keys(Keys.ENTER)
     assert one(browser, ".explanation", "score ") and fits(browser)
+    # Also where the system is dark, the explanation is dark on white.
+    browser.execute_script("document.body.classList.add('dark')")
+    colour = one(browser, ".explanation p", "score ").value_of_css_property("color")
+    assert max(map(int, re.findall(r"\d+", colour)[:3])) < 100
 
 
 def test_a_store_is_browsed_with_its_boxes(browser, captions):
     open_tab(browser, "Browse")
     name = list(captions)[5]
+    one(browser, "button.thumbnail-item", name)
+    far = {"offline": False, "latency": 1000, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", far)  # the picture comes when its place was shown
     press(browser, "button.thumbnail-item", name)
     label = one(browser, "label", f"Regions of {name}")
     picture = label.find_element(By.XPATH, "..").find_element(By.TAG_NAME, "img")
     assert wait(browser, lambda: browser.execute_script("return arguments[0].naturalWidth", picture)) == 640
-    assert fits(browser)
+    assert in_view(browser, "#boxes") and fits(browser)
 
 
 def test_nothing_is_fetched_from_elsewhere(browser, address):

@@ -41,7 +41,12 @@ CSS = """
 .gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
 .captions { margin: 0; padding-left: 2rem; line-height: 1.9; }
 .grid-wrap { max-height: none !important; }
-@media (max-width: 600px) { .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
+.explanation { --body-text-color: #1d2330; }
+.dark .explanation { padding: .5rem .8rem; border-radius: 8px; }
+@media (max-width: 600px) {
+    .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+    .thumbnail-item .caption-label { max-width: 100%; white-space: normal; }
+}
 """
 
 
@@ -180,7 +185,11 @@ def launch(page: gr.Blocks, host: str | None = None, port: int | None = None) ->
 def _search_tab(app: PhotoApp) -> None:
     with gr.Row():
         sentence = gr.Textbox(
-            label="What should the photos show?", placeholder="two dogs in the snow", scale=5, max_lines=1
+            label="What should the photos show?",
+            placeholder="two dogs in the snow",
+            scale=5,
+            min_width=240,
+            max_lines=1,
         )
         button = gr.Button("Search", variant="primary", scale=1, min_width=120)
     order = gr.Markdown()
@@ -234,7 +243,7 @@ def _pair_tab(app: PhotoApp) -> None:
 
 def _browse_tab(app: PhotoApp) -> None:
     pages = -(-len(app.names) // ON_A_PAGE)
-    number = gr.Slider(1, max(2, pages), value=1, step=1, label=f"Page, of {pages}", visible=pages > 1)
+    number = gr.Slider(1, max(2, pages), value=1, step=1, label="Page", visible=pages > 1)
     shown = _photo_gallery("Photos of the store", value=_named(app, 1))
     boxes = gr.Image(label="Regions", interactive=False, visible=False, buttons=[], elem_id="boxes")
 
@@ -260,9 +269,13 @@ def _photo_gallery(label: str, **options: Any) -> gr.Gallery:
 
 
 def _scroll(event: Any, answer: gr.HTML | gr.Image) -> None:
-    """Brings an answer into view, which may lie below what was clicked."""
-    show = f"() => setTimeout(() => document.getElementById('{answer.elem_id}').scrollIntoView(), 300)"
-    event.success(None, js=show)
+    """Brings an answer into view, which may lie below what was clicked, once more when its picture is there."""
+    show = """() => setTimeout(() => {
+        const answer = document.getElementById('ANSWER'), show = () => answer.scrollIntoView();
+        answer.addEventListener('load', show, {capture: true, once: true});
+        show();
+    }, 300)"""
+    event.success(None, js=show.replace("ANSWER", answer.elem_id))
 
 
 def _image_inputs() -> tuple[gr.Image, gr.Textbox]:
@@ -286,6 +299,7 @@ def _mendable(answer: Callable) -> Callable:
         try:
             return answer(*given)
         except (ValueError, KeyError, OSError) as error:
-            raise gr.Error(str(error.args[0] if isinstance(error, KeyError) else error), duration=None) from error
+            message = str(error.args[0] if isinstance(error, KeyError) else error)
+            raise gr.Error(message, print_exception=False) from error
 
     return answered
