@@ -1,3 +1,4 @@
+from .alignment import align_regions as align_regions
 from .arguments import (
     DataArguments as DataArguments,
     ModelArguments as ModelArguments,

@@ -72,14 +72,20 @@ def align_regions(
     image_ids = names.to_pylist()
 
     if len(chosen) < FOLDS:
-        raise ValueError(f"Regions are aligned with the captions of at least {FOLDS} images; there are {len(chosen)}.")
+        raise ValueError(
+            f"Regions are aligned with the captions of at least {FOLDS} images; there are {len(chosen)}. Leave it out: "
+            "--align_regions False."
+        )
 
     projection = model.base_model.embeddings.region_embeddings.feature_projection
     shown = [image_ids[image] for image in chosen]
     products, with_target, squares = _products(processor, store, shown, targets, projection.in_features)
     totals = products.sum(0), with_target.sum(0)
     if not squares.all() or np.trace(_covariance(totals[0])) <= 0:
-        raise ValueError("Regions cannot be aligned with words: the features of the images are all equal.")
+        raise ValueError(
+            "Regions cannot be aligned with words: the features of the images are all equal. Leave it out: "
+            "--align_regions False."
+        )
     errors = np.zeros(len(RIDGES) + 1)  # the last one of a prediction by the mean alone
     for held_out in zip(products, with_target, squares, strict=True):
         others = totals[0] - held_out[0], totals[1] - held_out[1]

@@ -138,6 +138,7 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 # Options by which the matching head orders better than a first stage, see docs/matching_head.md.
 STRONG = {
     "initializer_range": 0.08,
+    "align_regions": True,
     "loss": "softmax",
     "contrastive_weight": 1.0,
     "num_negative_captions": 0,
