@@ -323,7 +323,7 @@ FUNCTIONS = {
 }
 # A value of an option that is not its default, by its type; and of some by their names.
 VALUES = {int: "7", float: "0.7", None: "seven", "ids": "path", "option": "a=7", "split_list": "a=7", "splits": "1,1,1"}
-VALUES |= {"region_type": "1", "share": "0/7"}
+VALUES |= {"region_type": "1", "share": "0/7", "detector": "grid:seven"}
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
