@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 from work import SIZES
 
 from unicoder_vl_hf import (
@@ -35,7 +37,8 @@ from unicoder_vl_hf.scoring.packed import pair_flops
 COMMAND = [sys.executable, "-m", "unicoder_vl_hf.cli"]
 PRETRAINING = Path(__file__).parents[1] / "examples" / "run_pretraining.py"
 CAPTIONS = 5  # of a scene
-MINED, EMBEDDED, STEPS = 40, 2_000, 20  # scenes whose captions are mined, scenes embedded and steps, at size 1
+# Photos extracted, scenes whose captions are mined, scenes embedded, and steps, at size 1.
+PHOTOS, MINED, EMBEDDED, STEPS = 60, 40, 2_000, 20
 
 # What the cost table assumes of a GPU and its network: an H100 at 3 dollars an hour, its dense bf16 rate, shares of it
 # that larger models reach elsewhere, and bytes a second of all-reduce within a machine of 8 and between machines.
@@ -65,6 +68,10 @@ def jobs(world: Path, items: int) -> dict[str, Job]:
     """The jobs, of `items` times a few minutes' work."""
     model, captions, regions = (str(world / name) for name in ("model", "captions.jsonl", "regions"))
 
+    def extract(size: int, processes: int, folder: Path) -> list[str]:
+        photos = f"{world}/photos{PHOTOS * items * size}"
+        return [*COMMAND, "extract", photos, f"{folder}/store", "--detector", f"grid:{world}/encoder"]
+
     def mine(size: int, processes: int, folder: Path) -> list[str]:
         data = [model, f"{world}/{MINED * items * size}.jsonl", regions]
         return [*COMMAND, "mine", *data, f"{folder}/mined", "--images-per-set", "20"]
@@ -82,6 +89,7 @@ def jobs(world: Path, items: int) -> dict[str, Job]:
         return [sys.executable, *launch, str(PRETRAINING), "--output_dir", f"{folder}/run", *data, *options]
 
     return {
+        "extract: photos": Job(PHOTOS * items, extract),
         "mine: pairs scored": Job(MINED * items * CAPTIONS * 20, mine),
         "index: photos embedded": Job(EMBEDDED * items, index),
         "pretrain: rows": Job(STEPS * items * 64, pretrain, has_shares=False),
@@ -89,11 +97,20 @@ def jobs(world: Path, items: int) -> dict[str, Job]:
 
 
 def build_world(folder: Path, items: int, size: str) -> None:
-    """Scenes, caption files of the jobs' sizes, and a model with new weights, whose speed is that of a trained one."""
+    """
+    Scenes, caption files of the jobs' sizes, photos, and a model and an image encoder (DINOv2, base) with new weights,
+    whose speed is that of trained ones.
+    """
     build_scenes(folder, num_train=2 * EMBEDDED * items, num_val=2, num_test=2)
     lines = (folder / "captions.jsonl").read_text().splitlines()
     for number in (MINED * items, 2 * MINED * items, EMBEDDED * items, 2 * EMBEDDED * items):
         (folder / f"{number}.jsonl").write_text("\n".join(lines[: number * CAPTIONS]) + "\n")
+    for number in (PHOTOS * items, 2 * PHOTOS * items):
+        (photos := folder / f"photos{number}").mkdir()
+        for photo in range(number):
+            Image.effect_noise((480, 360), 50).convert("RGB").save(photos / f"{photo}.jpg")
+    Dinov2Model(Dinov2Config(image_size=224)).save_pretrained(folder / "encoder")
+    BitImageProcessor(size={"shortest_edge": 224}).save_pretrained(folder / "encoder")
     config = UnicoderVLConfig(
         vocab_size=len(scene_tokenizer()),
         region_feature_dim=256,
