@@ -6,6 +6,7 @@ features predict, by least squares with a ridge, the mean word embedding of the 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -67,7 +68,8 @@ def align_regions(
     """
     names, image_of_row = encode_column(pairs, "image_id")
     chosen = np.arange(len(names))[:: max(1, -(-len(names) // max_images))]
-    words = model.get_input_embeddings().weight.detach().double().numpy()
+    embeddings: Any = model.base_model.embeddings
+    words = embeddings.word_embeddings.weight.detach().double().numpy()
     targets, used = _mean_words(words, processor, pairs, image_of_row, chosen)
     image_ids = names.to_pylist()
 
@@ -77,7 +79,7 @@ def align_regions(
             "--align_regions False."
         )
 
-    projection = model.base_model.embeddings.region_embeddings.feature_projection
+    projection = embeddings.region_embeddings.feature_projection
     shown = [image_ids[image] for image in chosen]
     products, with_target, squares = _products(processor, store, shown, targets, projection.in_features)
     totals = products.sum(0), with_target.sum(0)
