@@ -79,7 +79,7 @@ def test_the_card_names_everything(tmp_path):
         ({"kept_step": None, "mixed_precision": "no"}, "12,000 of 192 pairs (over all processes)", "float32"),
         (
             {"kept_step": 8000, "rows": "examples", "mixed_precision": "fp8"},
-            "12,000 of 192 examples (over all processes); the model is that of step 8,000",
+            "12,000 of 192 examples (over all processes); the model is that of step 8,000, the best on validation",
             "fp8",
         ),
     ],

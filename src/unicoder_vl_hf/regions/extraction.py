@@ -201,7 +201,7 @@ def extract(
                 _check_left(folder, [source.ids[index] for index in left])
             if left or before:
                 if share is None:
-                    logger.warning(f"{len(done)} photos are in {folder} already; {len(left)} are left.")
+                    logger.warning(f"{len(done)} photos are in {folder} already; to go: {len(left)}.")
             elif done.isdisjoint(unwanted):
                 say_finished(folder)
         # A finished store has every photo that the detector can take: it may well fail at all that are left.

@@ -94,7 +94,9 @@ class TrainingRun:
     earlier_precisions: Sequence[tuple[str, int]] = ()
 
     def __str__(self) -> str:
-        kept = "" if self.kept_step in (None, self.steps) else f"; the model is that of step {self.kept_step:,}"
+        kept = ""
+        if self.kept_step not in (None, self.steps):
+            kept = f"; the model is that of step {self.kept_step:,}, the best on validation"
         precisions = [
             f"{PRECISIONS.get(precision, precision)} until step {step:,}" for precision, step in self.earlier_precisions
         ]

@@ -190,7 +190,7 @@ def test_early_stopping_keeps_the_best_and_is_no_interruption(command, tmp_path,
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_recall_sum": 3.0}
     card = (tmp_path / "README.md").read_text()
     assert "| eval_recall_sum | 3.0000 |" in card and "- Steps: 32 of" in card
-    assert "; the model is that of step 16\n" in card
+    assert "; the model is that of step 16, the best on validation\n" in card
     assert "Stopped after" not in capsys.readouterr().out
     with pytest.raises(FinishedRun):  # although it took 32 of 40 steps
         run(SCRIPT, [*command(tmp_path), "--early_stopping_patience", "2", "--resume_from_checkpoint", "latest"])
