@@ -92,7 +92,10 @@ def test_a_photo_lies_as_its_exif_says(world, store):
         ({"detector": None}, "come from no detector, so those of a photo cannot be found: name the detector"),
         ({"detector": "scenes: drawing boxes"}, "come from 'scenes: drawing boxes', which is not loaded unasked"),
         ({"detector": "os:system"}, "come from 'os:system', which is not loaded unasked"),
-        ({"detector": "grid:/nowhere/encoder"}, "no folder /nowhere/encoder.*is the detector of the regions.*name it"),
+        (
+            {"detector": "grid:/nowhere/encoder"},
+            "There is no /nowhere/encoder.*is the detector of the regions.*name it",
+        ),
         ({"detector_revision": "sha256:0"}, "is not what it was in training: detector_revision 'sha256:0' in training"),
         ({"box_type": "given"}, "box_type 'given' in training, 'grid' here"),
         ({"detector_options": {"grid_size": 3, "image_size": 32}}, "thresholds .*'grid_size': 2.* in training"),

@@ -19,7 +19,8 @@ class JsonLog:
         path (`Path`): The file, which the main process makes and writes.
         accelerator ([`~accelerate.Accelerator`]): The accelerator of the run.
         resume_step (`int`, *optional*, defaults to 0): The step that the run goes on from. Lines after it are dropped,
-            since a resumed run writes them again; by default all lines.
+            since a resumed run writes them again; by default all lines. Those of the step itself stay, and what the run
+            measures again of them, such as its last evaluation, is not written twice.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0):
@@ -29,6 +30,8 @@ class JsonLog:
             lines = path.read_text().splitlines(keepends=True) if path.exists() and resume_step > 0 else []
             # A crash may have cut the last line short.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
+            self._kept = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == resume_step}
+            self._resume_step = resume_step
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial_path(path).open("w") as file:  # a kill here must not cost the lines that are there
                 file.writelines(kept)
@@ -40,7 +43,7 @@ class JsonLog:
         it.
         """
         self.accelerator.log(values, step=step)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not (step == self._resume_step and ("step", *values) in self._kept):
             with self.path.open("a") as file:
                 file.write(
                     json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"

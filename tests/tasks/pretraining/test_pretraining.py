@@ -917,3 +917,18 @@ def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
     JsonLog(path, Saver())
     assert path.read_text() == ""
+
+
+def test_log_has_what_a_resumed_run_measures_again_once(tmp_path):
+    """A run that was killed behind its last evaluation evaluates again."""
+    path = tmp_path / "log.jsonl"
+    log = JsonLog(path, Saver())
+    log.write(4, {"loss": 2.0})
+    log.write(4, {"eval_loss": 3.0})
+    before = path.read_text()
+    again = JsonLog(path, Saver(), resume_step=4)
+    again.write(4, {"eval_loss": 3.0})
+    assert path.read_text() == before
+    again.write(6, {"eval_loss": 3.0})
+    again.write(6, {"eval_loss": 3.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [4, 4, 6, 6]
