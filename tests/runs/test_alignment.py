@@ -99,6 +99,10 @@ def test_what_does_not_vary_cannot_be_aligned():
         align_regions(model, processor, store, datasets.Dataset.from_list(rows))
     with pytest.raises(ValueError, match="captions of at least 5 images; there are 4"):
         align_regions(model, processor, store, datasets.Dataset.from_list(rows[:4]))
+    store, pairs, _ = a_world()
+    same = pairs.map(lambda row: {"caption": "a dog"})
+    with pytest.raises(ValueError, match="Regions cannot be aligned with words: all images have the same ones"):
+        align_regions(model, processor, store, same)
 
 
 def test_the_ridge_is_the_one_that_predicts_best_what_was_left_out():

@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 RIDGES = (0.01, 0.1, 1.0, 10.0)  # of the features' mean variance
 FOLDS = 5
 BATCH = 256  # images at a time
+WITHOUT = "Leave it out: --align_regions False."
 
 
 def align_if_asked(
@@ -68,26 +69,22 @@ def align_regions(
     """
     names, image_of_row = encode_column(pairs, "image_id")
     chosen = np.arange(len(names))[:: max(1, -(-len(names) // max_images))]
+    if len(chosen) < FOLDS:
+        raise ValueError(
+            f"Regions are aligned with the captions of at least {FOLDS} images; there are {len(chosen)}. {WITHOUT}"
+        )
     embeddings: Any = model.base_model.embeddings
     words = embeddings.word_embeddings.weight.detach().double().numpy()
     targets, used = _mean_words(words, processor, pairs, image_of_row, chosen)
-    image_ids = names.to_pylist()
-
-    if len(chosen) < FOLDS:
-        raise ValueError(
-            f"Regions are aligned with the captions of at least {FOLDS} images; there are {len(chosen)}. Leave it out: "
-            "--align_regions False."
-        )
+    if np.allclose(targets, targets[0]):
+        raise ValueError(f"Regions cannot be aligned with words: all images have the same ones. {WITHOUT}")
 
     projection = embeddings.region_embeddings.feature_projection
-    shown = [image_ids[image] for image in chosen]
+    shown = names.take(chosen).to_pylist()
     products, with_target, squares = _products(processor, store, shown, targets, projection.in_features)
     totals = products.sum(0), with_target.sum(0)
-    if not squares.all() or np.trace(_covariance(totals[0])) <= 0:
-        raise ValueError(
-            "Regions cannot be aligned with words: the features of the images are all equal. Leave it out: "
-            "--align_regions False."
-        )
+    if np.trace(_covariance(totals[0])) <= 0:
+        raise ValueError(f"Regions cannot be aligned with words: the features of the images are all equal. {WITHOUT}")
     errors = np.zeros(len(RIDGES) + 1)  # the last one of a prediction by the mean alone
     for held_out in zip(products, with_target, squares, strict=True):
         others = totals[0] - held_out[0], totals[1] - held_out[1]

@@ -30,8 +30,7 @@ class JsonLog:
             lines = path.read_text().splitlines(keepends=True) if path.exists() and resume_step > 0 else []
             # A crash may have cut the last line short.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resume_step]
-            self._kept = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == resume_step}
-            self._resume_step = resume_step
+            self._kept = {(line["step"], *line) for line in map(json.loads, kept)}  # step and names of each
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial_path(path).open("w") as file:  # a kill here must not cost the lines that are there
                 file.writelines(kept)
@@ -43,7 +42,7 @@ class JsonLog:
         it.
         """
         self.accelerator.log(values, step=step)
-        if self.accelerator.is_main_process and not (step == self._resume_step and ("step", *values) in self._kept):
+        if self.accelerator.is_main_process and (step, "step", *values) not in self._kept:
             with self.path.open("a") as file:
                 file.write(
                     json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
