@@ -69,6 +69,10 @@ def retrieval_model(model_class):
     return model_class(tiny.config(projection_dim=8)).eval()
 
 
+def model_with_similarity(model_class):
+    return tiny.model(model_class, projection_dim=8, matching_head="similarity")
+
+
 def loss_of(model, batch):
     return TwoStageLoss(HardestNegativeLoss(), 0.5)(model, batch) if "mismatches" in batch else model(**batch).loss
 
@@ -123,6 +127,7 @@ def computed(monkeypatch):
     [
         (UnicoderVLForPreTraining, tiny.model, pretraining_batch),
         (UnicoderVLForImageTextRetrieval, retrieval_model, retrieval_batch),
+        (UnicoderVLForImageTextRetrieval, model_with_similarity, retrieval_batch),
         (UnicoderVLForMultipleChoice, tiny.model, multiple_choice_batch),
         (UnicoderVLForQuestionAnswering, tiny.model, questions_batch),
         (UnicoderVLForVisualEntailment, tiny.model, entailment_batch),

@@ -47,6 +47,10 @@ class UnicoderVLConfig(PreTrainedConfig):
     reasoning_head (`str`, *optional*, defaults to `"paired"`):
         Head of sentences about two photos: `"paired"`, two passes and a linear layer on both outputs of the pooler;
         `"paired_attention"`, in which the two passes ask each other; or `"single"`, one pass with both photos.
+    matching_head (`str`, *optional*, defaults to `"unicoder_vl"`):
+        Head that scores a caption with an image: `"unicoder_vl"`, a linear layer on the pooler's output, as in the
+        paper; or `"similarity"`, which adds to its score the first stage's logit of the states that the words and the
+        regions of the pair have within the encoder. It needs `projection_dim`, and is of retrieval alone.
     location_initializer_range (`float`, *optional*):
         Standard deviation of new weights of the location's projection; by default `initializer_range`. Five numbers
         from 0 to 1 beside hundreds of features make little of a region's embedding with that, so that where things
@@ -127,6 +131,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     region_head: str = "unicoder_vl"
     answer_head: str = "uniter"
     reasoning_head: str = "paired"
+    matching_head: str = "unicoder_vl"
     location_initializer_range: float | int | None = None
     grounding_layers: int = 1
     num_region_types: int = 0
@@ -170,6 +175,7 @@ class UnicoderVLConfig(PreTrainedConfig):
             "region_head": ("unicoder_vl", "uniter"),
             "answer_head": ("uniter", "visual_bert"),
             "reasoning_head": ("paired", "paired_attention", "single"),
+            "matching_head": ("unicoder_vl", "similarity"),
             "grounding_layers": (1, 2),
         }
         for name, known in kinds.items():

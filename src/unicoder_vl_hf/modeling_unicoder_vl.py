@@ -481,11 +481,16 @@ class PackedSequences:
             return {"attention_mask": self._block_mask(first_only)}
         return {"groups": self.groups}
 
+    def sequence_of_tokens(self) -> torch.Tensor:
+        """Gives the number, from 0, of the sequence that each token is of: `(num_tokens,)`."""
+        num_tokens = sum(count * length for count, length in self.groups)
+        return torch.searchsorted(self.ends[1:], torch.arange(num_tokens, device=self.device), right=True)
+
     def _block_mask(self, first_only: bool):
         from torch.nn.attention.flex_attention import create_block_mask
 
-        num_tokens = sum(count * length for count, length in self.groups)
-        sequence_of = torch.searchsorted(self.ends, torch.arange(num_tokens, device=self.device), right=True)
+        sequence_of = self.sequence_of_tokens()
+        num_tokens = len(sequence_of)
         queries = sequence_of[self.starts] if first_only else sequence_of
 
         def same_sequence(batch, head, query, key):
@@ -760,10 +765,17 @@ class UnicoderVLOnlyMLMHead(nn.Module):
 
 
 class UnicoderVLMatchingHead(UnicoderVLFloat32Linear):
-    """Gives two logits from the output of BERT's pooler, 0 = mismatch, 1 = match."""
+    """
+    Gives two logits from the output of BERT's pooler, 0 = mismatch, 1 = match, and adds the logit of a similarity to
+    their difference, where there is one.
+    """
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config.hidden_size, 2)
+
+    def forward(self, pooled: torch.Tensor, similarity: torch.Tensor | None = None) -> torch.Tensor:
+        logits = super().forward(pooled)
+        return logits if similarity is None else logits + torch.stack((-similarity, similarity), dim=-1) / 2
 
 
 class UnicoderVLTaskHead(nn.Module):
@@ -821,7 +833,32 @@ class UnicoderVLFirstStage(nn.Module):
     def logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
         """Divides similarities, `(num_texts, num_images)`, by the learned temperature, at least 1/100 as in CLIP."""
         with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
-            return self.logit_scale.float().clamp(max=math.log(100)).exp() * text_embeddings @ image_embeddings.T
+            return self._scale() * text_embeddings @ image_embeddings.T
+
+    def pair_logits(self, means: torch.Tensor) -> torch.Tensor:
+        """
+        Divides the similarity of each text with its own image, given the mean states of both, `(num_pairs, 2,
+        hidden_size)`, by the temperature: `(num_pairs,)`.
+        """
+        with maybe_autocast(device_type=means.device.type, enabled=False):
+            return self._scale() * (self.embed_text(means[:, 0]) * self.embed_image(means[:, 1])).sum(-1)
+
+    def _scale(self) -> torch.Tensor:
+        return self.logit_scale.float().clamp(max=math.log(100)).exp()
+
+
+@dataclass
+class UnicoderVLPooledOutput(BaseModelOutputWithPooling):
+    r"""
+    Output of [`UnicoderVLModel.pooled`].
+
+    Args:
+        means (`torch.Tensor` of shape `(batch_size, 2, hidden_size)`, *optional*):
+            The mean of the states of each text, and of each image, as they are in the pair: over the attended positions,
+            and over the embeddings and all layers but the last, float32.
+    """
+
+    means: torch.Tensor | None = None
 
 
 @dataclass
@@ -1081,12 +1118,14 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         caption_index: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         region_token_type_ids: torch.Tensor | None = None,
+        with_means: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> UnicoderVLPooledOutput:
         """
         Encodes as `forward` does, with its arguments, for a head that reads `pooler_output` alone, of shape
-        `(batch_size, hidden_size)`. Where padding is left out, the last layer computes `[CLS]` alone, and where both
-        indices are empty, nothing is computed; in either case `last_hidden_state` is None.
+        `(batch_size, hidden_size)`, or the `means` of [`UnicoderVLPooledOutput`] as well. Where padding is left out, the
+        last layer computes `[CLS]` alone, and where both indices are empty, nothing is computed; in either case
+        `last_hidden_state` is None.
         """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -1102,16 +1141,44 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             "image_index": image_index,
             "region_token_type_ids": region_token_type_ids,
         }
+        means = None
         if caption_index is not None and image_index is not None and not (len(caption_index) or len(image_index)):
             first = self.pooler.dense.weight.new_zeros(0, self.config.hidden_size)
+            if with_means:
+                means = first.new_zeros(0, 2, self.config.hidden_size)
         elif self.packs(**kwargs):
             hidden_states, mask, _ = self._embed(**inputs)
-            packed, groups, _, rows = _pack(hidden_states, mask)
-            first = self.encode_packed(packed, groups)
-            first = first.new_zeros(len(hidden_states), first.shape[-1]).index_copy(0, rows, first)
+            packed, groups, index, rows = _pack(hidden_states, mask)
+            is_region = None
+            if with_means:
+                num_regions = 0 if region_features is None else region_features.shape[1]
+                is_region = index % hidden_states.shape[1] >= hidden_states.shape[1] - num_regions
+            first, means = self.encode_packed(packed, groups, is_region=is_region)
+            first, means = (
+                None if of is None else of.new_zeros(len(hidden_states), *of.shape[1:]).index_copy(0, rows, of)
+                for of in (first, means)
+            )
+        elif not with_means:
+            return UnicoderVLPooledOutput(**self(**inputs, **kwargs))
         else:
-            return self(**inputs, **kwargs)
-        return BaseModelOutputWithPooling(pooler_output=self.pooler(first[:, None]))
+            return self._pooled_with_means(inputs, **kwargs)
+        return UnicoderVLPooledOutput(pooler_output=self.pooler(first[:, None]), means=means)
+
+    def _pooled_with_means(self, inputs: dict[str, Any], **kwargs: Any) -> UnicoderVLPooledOutput:
+        """Encodes padded sequences, and averages the states of the attended words and regions before the last layer."""
+        asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        outputs = UnicoderVLPooledOutput(**self(**inputs, **kwargs | {"output_hidden_states": True}))
+        states = torch.stack([layer.float() for layer in outputs.hidden_states[:-1]]).mean(0)
+        num_regions = 0 if inputs["region_features"] is None else inputs["region_features"].shape[1]
+        masks = (
+            _pick_rows(inputs["attention_mask"], inputs["caption_index"]),
+            _pick_rows(inputs["region_attention_mask"], inputs["image_index"]),
+        )
+        parts = states.split((states.shape[1] - num_regions, num_regions), dim=1)
+        outputs.means = torch.stack([_masked_mean(*part) for part in zip(parts, masks, strict=True)], dim=1)
+        if not asked:
+            outputs.hidden_states = None
+        return outputs
 
     def mean_states(
         self,
@@ -1208,7 +1275,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         hidden_states: torch.Tensor,
         groups: list[tuple[int, int]],
         projected: Sequence[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        is_region: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         r"""
         Encodes sequences without padding for a head that reads `[CLS]` alone: there is no attention mask, and the last
         layer computes the first token of each sequence alone. The values are those of `forward`, but for rounding.
@@ -1220,21 +1288,32 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 Number and length of the sequences of each length, in the order in which they lie.
             projected (three `torch.Tensor` of shape `(num_tokens, hidden_size)`, *optional*):
                 Queries, keys and values of these states in the first of several layers, where they are known.
+            is_region (`torch.BoolTensor` of shape `(num_tokens,)`, *optional*):
+                Whether a state is that of a region, where the means are asked for.
 
         Returns:
-            `torch.Tensor` of shape `(num_sequences, hidden_size)`: the first row of each sequence's last hidden state.
+            `torch.Tensor` of shape `(num_sequences, hidden_size)`: the first row of each sequence's last hidden state;
+            and the `means` of [`UnicoderVLPooledOutput`], None without `is_region`.
         """
         packed = PackedSequences(groups, hidden_states.device, self.config._attn_implementation)
         hidden_states = hidden_states[None]
         *layers, last_layer = self.encoder.layer
         kwargs = packed.attention_kwargs()
         known = None if projected is None else tuple(states[None] for states in projected)
+        total = None if is_region is None else hidden_states[0].float()
         for layer in layers:
             hidden_states, known = layer(hidden_states, projected=known, **kwargs), None
+            total = None if total is None else total + hidden_states[0].float()
         first = hidden_states[:, packed.starts]
         kwargs = packed.attention_kwargs(first_only=True)
         # By position: reentrant checkpoints cut the graph at positional arguments alone.
-        return last_layer(hidden_states, kwargs.pop("attention_mask", None), first, **kwargs)[0]
+        first = last_layer(hidden_states, kwargs.pop("attention_mask", None), first, **kwargs)[0]
+        if is_region is None or total is None:
+            return first, None
+        part = 2 * packed.sequence_of_tokens() + is_region  # words and regions of each sequence
+        counts = part.bincount(minlength=2 * len(first)).clamp(min=1) * len(self.encoder.layer)
+        sums = total.new_zeros(2 * len(first), total.shape[-1]).index_add(0, part, total)
+        return first, (sums / counts[:, None]).view(len(first), 2, -1)
 
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
@@ -1347,6 +1426,11 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config)
+        if config.matching_head != "unicoder_vl":
+            raise ValueError(
+                f"matching_head={config.matching_head!r} reads a first stage of search, which pre-training has not: load "
+                "the model with matching_head='unicoder_vl'."
+            )
         self.bert = UnicoderVLModel(config)
         self.cls = UnicoderVLOnlyMLMHead(config)
         self.region_head = UnicoderVLLinear(config.hidden_size, config.num_region_classes)
@@ -1494,6 +1578,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         self.first_stage = (
             None if config.projection_dim is None else UnicoderVLFirstStage(config, config.projection_dim)
         )
+        if config.matching_head == "similarity":
+            self._first_stage()
         self.post_init()
 
     @classmethod
@@ -1662,9 +1748,11 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
+            with_means=self.config.matching_head == "similarity",
             **kwargs,
         )
-        matching_logits = self.matching_head(outputs.pooler_output)
+        similarity = None if outputs.means is None else self._first_stage().pair_logits(outputs.means)
+        matching_logits = self.matching_head(outputs.pooler_output, similarity)
         scores = matching_logits[:, 1] - matching_logits[:, 0]
 
         loss = None
@@ -2195,6 +2283,12 @@ def _pack(
     groups = [(count, length) for length, count in enumerate(counts) if count and length]
     index = torch.arange(mask.numel(), device=mask.device).view_as(mask)[rows][mask[rows]]
     return hidden_states.flatten(0, 1).index_select(0, index), groups, index, rows[counts[0] :]
+
+
+def _masked_mean(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Averages states, `(batch_size, length, hidden_size)`, over the attended positions; zeros where there is none."""
+    weights = states.new_ones(states.shape[:2]) if mask is None else mask.to(states.dtype)
+    return (states * weights[..., None]).sum(1) / weights.sum(1).clamp(min=1)[:, None]
 
 
 def _pick_rows(tensor: MaybeTensor, index: torch.LongTensor | None) -> MaybeTensor:

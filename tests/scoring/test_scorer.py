@@ -49,6 +49,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def expected(model):
+    return each_pair_alone(model)
+
+
+def each_pair_alone(model) -> np.ndarray:
     """Each pair alone, without anything of the packed path."""
     processor = tiny.processor()
     with torch.no_grad():
@@ -91,7 +95,7 @@ def test_packed_sequences_do_not_see_each_other(implementation):
     bert = tiny.model(UnicoderVLModel)
     bert.set_attn_implementation(implementation)
     states = packed_states().requires_grad_()
-    found, wanted = bert.encode_packed(states, GROUPS), first_rows_one_by_one(bert, states)
+    found, wanted = bert.encode_packed(states, GROUPS)[0], first_rows_one_by_one(bert, states)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     weights = torch.randn_like(found)
     (gradient,) = torch.autograd.grad((found * weights).sum(), states)
@@ -126,7 +130,7 @@ def test_packed_path_of_flash_attention(monkeypatch):
     monkeypatch.setattr(bert.config, "_attn_implementation_internal", "flash_attention_2")
     attention = "unicoder_vl_hf.modeling_unicoder_vl.ALL_ATTENTION_FUNCTIONS.get_interface"
     monkeypatch.setattr(attention, lambda *arguments: varlen_attention)
-    torch.testing.assert_close(bert.encode_packed(packed_states(), GROUPS), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(bert.encode_packed(packed_states(), GROUPS)[0], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("first_only", [False, True])
@@ -150,7 +154,7 @@ def test_packed_path_on_a_gpu(implementation):
     states = packed_states().cuda().to(torch.bfloat16)
     wanted = first_rows_one_by_one(bert, states)
     bert.set_attn_implementation(implementation)
-    torch.testing.assert_close(bert.encode_packed(states, GROUPS), wanted, rtol=0, atol=0.05)
+    torch.testing.assert_close(bert.encode_packed(states, GROUPS)[0], wanted, rtol=0, atol=0.05)
 
 
 # Packing pairs
@@ -343,6 +347,15 @@ def test_ranks(model, expected):
     assert scorer(model).rank("a dog", ["image 1"] * 3, top_k=2)[0][0] == "image 1"
 
 
+def test_scores_by_a_similarity_of_states_too():
+    model = tiny.model(UnicoderVLForImageTextRetrieval, projection_dim=8, matching_head="similarity")
+    expected = each_pair_alone(model)
+    assert_close(scorer(model).score(CAPTIONS, IMAGES), expected)
+    assert_close(scorer(model, max_tokens=20, caption_block=2).score(CAPTIONS, IMAGES), expected)
+    model.config.matching_head = "unicoder_vl"
+    assert np.abs(scorer(model).score(CAPTIONS, IMAGES) - expected).max() > 0.5
+
+
 def test_bfloat16_on_request(model, expected, monkeypatch):
     first, encode = [], UnicoderVLModel.encode_packed
     monkeypatch.setattr(UnicoderVLModel, "encode_packed", lambda *a, **k: (first.append(encode(*a, **k)), first[-1])[1])
@@ -351,9 +364,9 @@ def test_bfloat16_on_request(model, expected, monkeypatch):
     assert np.abs(single - expected).max() > 1e-4
     assert model.dtype == torch.float32
     # Pooler and head compute in float32, where bfloat16 would tie scores.
-    assert [states.dtype for states in first] == [torch.bfloat16]
+    assert [states.dtype for states, _ in first] == [torch.bfloat16]
     with torch.no_grad():
-        logits = model.matching_head(model.bert.pooler(first[0].float()[:, None]))
+        logits = model.matching_head(model.bert.pooler(first[0][0].float()[:, None]))
     wanted = (logits[:, 1] - logits[:, 0]).numpy()
     np.testing.assert_allclose(np.sort(single.ravel()), np.sort(wanted), rtol=0, atol=1e-6)
 

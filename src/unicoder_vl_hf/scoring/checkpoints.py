@@ -12,7 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from ..configuration_unicoder_vl import UnicoderVLConfig
-from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining, UnicoderVLPreTrainedModel
+from ..modeling_unicoder_vl import (
+    UnicoderVLFirstStage,
+    UnicoderVLForImageTextRetrieval,
+    UnicoderVLForPreTraining,
+    UnicoderVLPreTrainedModel,
+)
 from ..name_lists import did_you_mean, hub_options
 from ..processes import start_processes
 from ..processing_unicoder_vl import UnicoderVLProcessor
@@ -72,6 +77,8 @@ def load_complete(
     except SafetensorError as error:
         raise ValueError(f"{name} has a damaged file of weights, {error}: copy it again.") from error
     model, report = loaded
+    if config.matching_head == "similarity":
+        needed = (*needed, "first_stage.")
     if missing := sorted(key for key in report["missing_keys"] if key.startswith(needed)):
         raise ValueError(
             f"{name} ({config.architectures}) has no {missing[:3]}: its scores would be random. Expected a checkpoint "
@@ -141,9 +148,16 @@ def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTe
     }
 
 
+def scoring_first_stage(model: PairModel) -> UnicoderVLFirstStage | None:
+    """Gives the first stage by whose projections the model scores pairs, too; None where its head reads `[CLS]` alone."""
+    return model.first_stage if model.config.matching_head == "similarity" else None
+
+
 def scoring_digest(model: PairModel) -> str:
     """Computes the digest of the weights that scoring reads."""
-    return weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict()})
+    first_stage = scoring_first_stage(model)
+    projections = {} if first_stage is None else first_stage.state_dict(prefix="first_stage.")
+    return weights_digest({**model.bert.state_dict(), **model.matching_head.state_dict(), **projections})
 
 
 def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..feature_extraction_unicoder_vl import UnicoderVLFeatureExtractor
 from ..modeling_unicoder_vl import UnicoderVLLayer, UnicoderVLModel, UnicoderVLSelfAttention
 from ..records_unicoder_vl import RegionRecord
-from .checkpoints import PairModel
+from .checkpoints import PairModel, scoring_first_stage
 
 # Records that are padded and projected at once.
 RECORDS_AT_ONCE = 32
@@ -81,6 +81,7 @@ class PairEncoder:
             self.bert = copy.deepcopy(model.bert, memo=cast_weights)
         self.pooler = copy.deepcopy(model.bert.pooler).float()
         self.matching_head = model.matching_head
+        self.similarity = scoring_first_stage(model)
         self.max_tokens = max_tokens
         onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
         # oneDNN refuses bfloat16 where the CPU lacks AVX-512; PyTorch emulates it, slowly.
@@ -146,8 +147,10 @@ class PairEncoder:
             states, *projected = (table[rows] for table in tables)
             of_length, count = np.unique(lengths[batch], return_counts=True)
             groups = list(zip(count.tolist(), of_length.tolist(), strict=True))
-            first = self.bert.encode_packed(states, groups, projected or None)
-            logits = self.matching_head(self.pooler(first.float()[:, None]))
+            is_region = None if self.similarity is None else rows >= len(captions.states)
+            first, means = self.bert.encode_packed(states, groups, projected or None, is_region)
+            similarity = None if self.similarity is None or means is None else self.similarity.pair_logits(means)
+            logits = self.matching_head(self.pooler(first.float()[:, None]), similarity)
             scores[batch] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
         return scores
 

@@ -181,8 +181,8 @@ def train_first_stage(
         `dict[str, float]`: the metrics of the first stage on the validation split.
 
     Raises:
-        `ValueError`: `output` exists, there are several processes, the checkpoint has no matching head, or a caption
-        has no regions (unless `skip_missing`).
+        `ValueError`: `output` exists, there are several processes, the checkpoint has no matching head, or one that reads
+        its first stage, or a caption has no regions (unless `skip_missing`).
     """
     target, path = Path(output), Path(captions)
     if target.exists():
@@ -197,6 +197,11 @@ def train_first_stage(
 
     torch.manual_seed(seed)
     trained, processor = load_for_scoring(model)
+    if trained.config.matching_head != "unicoder_vl":
+        raise ValueError(
+            f"{model} scores pairs by its first stage, too (matching_head={trained.config.matching_head!r}): another "
+            "one would change its scores. Its own was trained along."
+        )
     check_tokens(table, processor.tokenizer, path)
     processor.feature_extractor.check_provenance(store.provenance)
     nn.Module.to(trained, start_processes().device)

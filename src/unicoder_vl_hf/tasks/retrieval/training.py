@@ -79,6 +79,11 @@ class RetrievalArguments(DataArguments):
         0.0, "Weight of the contrastive loss of a first stage of search, trained along; 0 trains none."
     )
     projection_dim: int = option(256, "Width of the embeddings of a new first stage.")
+    matching_head: Literal["unicoder_vl", "similarity"] | None = option(
+        None,
+        "Head that scores pairs: unicoder_vl is the paper's, similarity adds to it the first stage's logit of the "
+        "states of the pair, and learns with it. Default: that of the model to start from; for a BERT unicoder_vl.",
+    )
     num_hard_negatives: int = option(
         0, "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
     )
@@ -292,6 +297,10 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
             f"loss={arguments.loss}, num_hard_negatives={arguments.num_hard_negatives} need a first stage that learns: "
             "give --contrastive_weight, such as 1."
         )
+    if arguments.matching_head == "similarity" and arguments.contrastive_weight == 0:
+        raise ValueError(
+            "matching_head=similarity reads a first stage that learns along: give --contrastive_weight, such as 1."
+        )
     if arguments.random_negative_epochs > 0 and arguments.num_hard_negatives == 0:
         raise ValueError(
             f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
@@ -303,13 +312,14 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     if name is not None and is_unicoder_vl(name):
         old = AutoConfig.from_pretrained(name).projection_dim
     if arguments.contrastive_weight > 0:
-        return {"projection_dim": old or arguments.projection_dim}
+        head = {} if arguments.matching_head is None else {"matching_head": arguments.matching_head}
+        return {"projection_dim": old or arguments.projection_dim, **head}
     if old is not None:
         logger.warning(
             f"{name} has a first stage of search, which would not fit the encoder after this training: it is left out. "
             "Train it along with --contrastive_weight, or afterwards by `unicoder-vl train-first-stage`."
         )
-    return {"projection_dim": None}
+    return {"projection_dim": None, "matching_head": "unicoder_vl"}
 
 
 def evaluate_retrieval(
