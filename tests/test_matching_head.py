@@ -46,7 +46,9 @@ def test_pairs_teach_the_projections_of_the_first_stage():
 def test_it_needs_a_first_stage():
     with pytest.raises(ValueError, match="no first stage: its config.projection_dim is None"):
         tiny.model(UnicoderVLForImageTextRetrieval, matching_head="similarity")
-    with pytest.raises(ValueError, match="matching_head='similarity' reads a first stage of search, which pre-training"):
+    with pytest.raises(
+        ValueError, match="matching_head='similarity' reads a first stage of search, which pre-training"
+    ):
         tiny.model(UnicoderVLForPreTraining, matching_head="similarity", projection_dim=8)
     with pytest.raises(StrictDataclassClassValidationError, match="matching_head='cosine' must be one of unicoder_vl"):
         tiny.config(matching_head="cosine")

@@ -197,8 +197,8 @@ def test_the_strong_recipe_is_a_set_of_defaults(given, capsys):
     assert retrieval() == retrieval("--recipe", "paper") == RetrievalArguments()
     strong = retrieval(*given)
     assert strong == RetrievalArguments(**finetuning.STRONG)
-    own = retrieval("--random_negative_epochs", "0", *given, "--loss", "binary")
-    assert own == dataclasses.replace(strong, random_negative_epochs=0, loss="binary")
+    own = retrieval("--matching_head", "unicoder_vl", *given, "--loss", "binary")
+    assert own == dataclasses.replace(strong, matching_head="unicoder_vl", loss="binary")
     assert isinstance(strong.training_loss, HardNegativeLoss)
     with pytest.raises(SystemExit):
         retrieval("--recipe", "weak")

@@ -18,9 +18,10 @@ from unicoder_vl_hf.scoring import onnx_export
 from unicoder_vl_hf.scoring.onnx_export import export_onnx
 
 
-def test_the_graph_scores_what_the_processor_makes(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("matching_head", ["unicoder_vl", "similarity"])
+def test_the_graph_scores_what_the_processor_makes(matching_head, tmp_path, capsys, monkeypatch):
     """Pairs of any number and length, as PyTorch scores them; a graph that differs is not kept."""
-    model = tiny.model(UnicoderVLForImageTextRetrieval)
+    model = tiny.model(UnicoderVLForImageTextRetrieval, projection_dim=8, matching_head=matching_head)
     model.save_pretrained(tmp_path / "model")
     tiny.processor().save_pretrained(tmp_path / "model")
     assert main(["export-onnx", str(tmp_path / "model"), str(tmp_path / "onnx")]) == 0

@@ -351,7 +351,7 @@ def test_scores_by_a_similarity_of_states_too():
     model = tiny.model(UnicoderVLForImageTextRetrieval, projection_dim=8, matching_head="similarity")
     expected = each_pair_alone(model)
     assert_close(scorer(model).score(CAPTIONS, IMAGES), expected)
-    assert_close(scorer(model, max_tokens=20, caption_block=2).score(CAPTIONS, IMAGES), expected)
+    assert_close(scorer(model, max_tokens=20, block_pairs=5).score(CAPTIONS, IMAGES), expected)
     model.config.matching_head = "unicoder_vl"
     assert np.abs(scorer(model).score(CAPTIONS, IMAGES) - expected).max() > 0.5
 

@@ -240,7 +240,7 @@ def train_for_retrieval(args: DemoArguments, folders: DemoFolders) -> None:
     """Trains for retrieval with a first stage, unless it was done before."""
     shutil.copytree(folders.scenes, folders.retrieval / folders.scenes.relative_to(folders.output), dirs_exist_ok=True)
     options = args.options | {
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "max_validation_images": 0,
         "learning_rate": SCENES["learning_rate"],
     }

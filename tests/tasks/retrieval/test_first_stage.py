@@ -476,6 +476,30 @@ def test_training_alone_refuses_to_overwrite(world, trained):
         train_first_stage(str(trained[0]), str(world / "captions.jsonl"), str(world / "regions"), str(trained[0]))
 
 
+def test_the_head_that_reads_it_is_trained_along_or_becomes_the_paper_s(world, trained, tmp_path):
+    options = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions"), "max_validation_images": 0}
+    start = options | {"model_name_or_path": str(world.parent / "checkpoint"), "matching_head": "similarity"}
+    with pytest.raises(ValueError, match="matching_head=similarity reads a first stage.*--contrastive_weight"):
+        prepare_retrieval(RetrievalArguments(**start), tmp_path, seed=0)
+    hard = {"contrastive_weight": 1.0, "num_hard_negatives": 1, "loss": "softmax"}
+    setup = prepare_retrieval(RetrievalArguments(**start, **hard), tmp_path, seed=0)
+    assert setup.card["trained_by"].endswith("by a contrastive loss, by whose projections it scores pairs, too")
+    setup.loss(setup.model, setup.collator([setup.train[row] for row in (0, 7)])).backward()
+    assert all(parameter.grad is not None for parameter in setup.model.parameters())
+    setup.model.save_pretrained(tmp_path / "along")
+    setup.processor.save_pretrained(tmp_path / "along")
+    options["model_name_or_path"] = str(tmp_path / "along")
+    again = prepare_retrieval(RetrievalArguments(**options, **hard), tmp_path, seed=0).model
+    assert again.config.matching_head == "similarity" and again.first_stage is not None
+    dropped = prepare_retrieval(RetrievalArguments(**options), tmp_path, seed=0).model
+    assert dropped.config.matching_head == "unicoder_vl" and dropped.first_stage is None
+    with pytest.raises(ValueError, match="along scores pairs by its first stage, too.*would change its scores"):
+        train_first_stage(
+            options["model_name_or_path"], options["captions"], options["regions"], str(tmp_path / "alone")
+        )
+    assert not (tmp_path / "alone").exists()
+
+
 def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     options = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions")}
     options |= {"model_name_or_path": str(trained[0]), "max_validation_images": 0}

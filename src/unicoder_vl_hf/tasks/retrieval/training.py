@@ -88,7 +88,8 @@ class RetrievalArguments(DataArguments):
         0, "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
     )
     random_negative_epochs: int = option(
-        0, "First epochs in which these are drawn at random: of hard ones a new matching head learns nothing."
+        0,
+        "First epochs in which these are drawn at random: of hard ones the paper's matching head, new, learns nothing.",
     )
     mask_probability: float = option(
         0.0,
@@ -144,12 +145,12 @@ SCENES = {"num_train_epochs": 2, "learning_rate": 5e-4, "train_batch_size": 32, 
 STRONG = {
     "initializer_range": 0.08,
     "align_regions": True,
+    "matching_head": "similarity",
     "loss": "softmax",
     "contrastive_weight": 1.0,
     "num_negative_captions": 0,
     "num_negative_images": 0,
     "num_hard_negatives": 1,
-    "random_negative_epochs": 1,
 }
 
 
@@ -217,6 +218,8 @@ class RetrievalSetup(TrainingSetup):
             if self.collator.random_epochs > 0:
                 negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
+        if self.model.config.matching_head == "similarity":
+            along += ", by whose projections it scores pairs, too"
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
 
