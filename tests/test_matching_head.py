@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from unicoder_vl_hf import UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining
 from unicoder_vl_hf.scoring.checkpoints import load_for_scoring, scoring_digest
+from unicoder_vl_hf.scoring.explanation import parts_of_similarity
 
 
 def similarity_model(**changes) -> UnicoderVLForImageTextRetrieval:
@@ -44,7 +45,7 @@ def test_pairs_teach_the_projections_of_the_first_stage():
 
 
 def test_it_needs_a_first_stage():
-    with pytest.raises(ValueError, match="no first stage: its config.projection_dim is None"):
+    with pytest.raises(ValueError, match=r"no first stage: its config\.projection_dim is None"):
         tiny.model(UnicoderVLForImageTextRetrieval, matching_head="similarity")
     with pytest.raises(
         ValueError, match="matching_head='similarity' reads a first stage of search, which pre-training"
@@ -86,3 +87,25 @@ def test_it_is_saved_and_loaded(tmp_path):
     loaded = UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path)
     assert loaded.config.matching_head == "similarity"
     torch.testing.assert_close(loaded(**batch).scores, model(**batch).scores, rtol=0, atol=0)
+
+
+def test_the_similarity_is_shared_out_among_the_positions():
+    """A part is what the logit gains, to first order, where a position's states grow."""
+    model, batch = similarity_model(), {name: tensor[:1, :7] for name, tensor in tiny.padded_batch().items()}
+    batch = {
+        name: batch[name][:, :3] if name in ("input_ids", "attention_mask") else batch[name][:, :4] for name in batch
+    }
+    layers = list(model.bert(**batch, output_hidden_states=True).hidden_states)
+    found = parts_of_similarity(model.first_stage, layers, num_tokens=3)
+
+    def logit(states: list[torch.Tensor]) -> torch.Tensor:
+        mean = torch.stack(states[:-1])[:, 0].mean(0)
+        return model.first_stage.pair_logits(torch.stack((mean[:3].mean(0), mean[3:].mean(0)))[None])
+
+    for place in range(7):
+        grown = [layer.clone() for layer in layers]
+        for layer in grown:
+            layer[0, place] *= 1.01
+        gained = (logit(grown) - logit(layers)) / 0.01
+        torch.testing.assert_close(found[place], gained[0], rtol=0.05, atol=2e-3)
+    assert found.abs().max() > 0.1

@@ -854,8 +854,8 @@ class UnicoderVLPooledOutput(BaseModelOutputWithPooling):
 
     Args:
         means (`torch.Tensor` of shape `(batch_size, 2, hidden_size)`, *optional*):
-            The mean of the states of each text, and of each image, as they are in the pair: over the attended positions,
-            and over the embeddings and all layers but the last, float32.
+            The mean of the states of each text, and of each image, as they are in the pair: over the attended
+            positions, and over the embeddings and all layers but the last, float32.
     """
 
     means: torch.Tensor | None = None
@@ -1123,8 +1123,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
     ) -> UnicoderVLPooledOutput:
         """
         Encodes as `forward` does, with its arguments, for a head that reads `pooler_output` alone, of shape
-        `(batch_size, hidden_size)`, or the `means` of [`UnicoderVLPooledOutput`] as well. Where padding is left out, the
-        last layer computes `[CLS]` alone, and where both indices are empty, nothing is computed; in either case
+        `(batch_size, hidden_size)`, or the `means` of [`UnicoderVLPooledOutput`] as well. Where padding is left out,
+        the last layer computes `[CLS]` alone, and where both indices are empty, nothing is computed; in either case
         `last_hidden_state` is None.
         """
         inputs: dict[str, Any] = {
@@ -1168,7 +1168,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         """Encodes padded sequences, and averages the states of the attended words and regions before the last layer."""
         asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         outputs = UnicoderVLPooledOutput(**self(**inputs, **kwargs | {"output_hidden_states": True}))
-        states = torch.stack([layer.float() for layer in outputs.hidden_states[:-1]]).mean(0)
+        layers: Any = outputs.hidden_states
+        states = torch.stack([layer.float() for layer in layers[:-1]]).mean(0)
         num_regions = 0 if inputs["region_features"] is None else inputs["region_features"].shape[1]
         masks = (
             _pick_rows(inputs["attention_mask"], inputs["caption_index"]),
@@ -1428,8 +1429,8 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
         super().__init__(config)
         if config.matching_head != "unicoder_vl":
             raise ValueError(
-                f"matching_head={config.matching_head!r} reads a first stage of search, which pre-training has not: load "
-                "the model with matching_head='unicoder_vl'."
+                f"matching_head={config.matching_head!r} reads a first stage of search, which pre-training has not: "
+                "load the model with matching_head='unicoder_vl'."
             )
         self.bert = UnicoderVLModel(config)
         self.cls = UnicoderVLOnlyMLMHead(config)

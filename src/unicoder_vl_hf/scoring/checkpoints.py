@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -149,8 +149,8 @@ def checkpoint_provenance(name: str | PathLike[str], model: UnicoderVLForImageTe
 
 
 def scoring_first_stage(model: PairModel) -> UnicoderVLFirstStage | None:
-    """Gives the first stage by whose projections the model scores pairs, too; None where its head reads `[CLS]` alone."""
-    return model.first_stage if model.config.matching_head == "similarity" else None
+    """Gives the first stage by whose projections the model scores pairs, too; None where it reads `[CLS]` alone."""
+    return cast(UnicoderVLFirstStage, model.first_stage) if model.config.matching_head == "similarity" else None
 
 
 def scoring_digest(model: PairModel) -> str:

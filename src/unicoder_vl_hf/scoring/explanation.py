@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..modeling_unicoder_vl import UnicoderVLFirstStage
 from ..processing_unicoder_vl import RegionInput, UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
-from .checkpoints import PairModel
+from .checkpoints import PairModel, scoring_first_stage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -107,9 +108,14 @@ def explain(
     # Gradients reach the attention of a model all of whose parameters are frozen.
     inputs["region_features"] = inputs["region_features"].to(model.dtype).requires_grad_()
     with _attending_eagerly(model), torch.enable_grad():
-        outputs = model(**inputs, output_attentions=True)
+        outputs = model(**inputs, output_attentions=True, output_hidden_states=True)
         gradients = torch.autograd.grad(outputs.scores.sum(), outputs.attentions)
-    relevance = relevance_of_positions(outputs.attentions, gradients)[0].float().cpu().numpy()
+    reached = relevance_of_positions(outputs.attentions, gradients)[0].float()
+    to_score = reached[0]  # that of `[CLS]`
+    if (first_stage := scoring_first_stage(model)) is not None:
+        num_tokens = inputs["input_ids"].shape[1]
+        to_score = to_score + parts_of_similarity(first_stage, outputs.hidden_states, num_tokens).clamp(min=0) @ reached
+    relevance = torch.cat((to_score[None], reached[1:])).cpu().numpy()
 
     pieces = processor.tokenizer(caption, truncation=True, max_length=max_length)
     words = [word for word in dict.fromkeys(pieces.word_ids()) if word is not None]
@@ -130,6 +136,21 @@ def explain(
         region_relevance=to_regions[0],
         relevance_to_words=to_regions[1:],
     )
+
+
+def parts_of_similarity(
+    first_stage: UnicoderVLFirstStage, hidden_states: Sequence[torch.Tensor], num_tokens: int
+) -> torch.Tensor:
+    """
+    Shares out what `matching_head="similarity"` adds to the score of a pair among its positions, `(length,)`: gradient
+    x state, whose sum over a side is about 0, as a cosine has no length; above 0 is what the other side resembles.
+    """
+    states = torch.stack([layer.detach()[0].float() for layer in hidden_states[:-1]]).mean(0)
+    sides = states.split((num_tokens, len(states) - num_tokens))
+    means = torch.stack([side.mean(0) for side in sides])[None].requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(first_stage.pair_logits(means).sum(), means)
+    return torch.cat([side @ of / len(side) for side, of in zip(sides, gradient[0], strict=True)])
 
 
 def relevance_of_positions(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -479,7 +479,7 @@ def test_training_alone_refuses_to_overwrite(world, trained):
 def test_the_head_that_reads_it_is_trained_along_or_becomes_the_paper_s(world, trained, tmp_path):
     options = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions"), "max_validation_images": 0}
     start = options | {"model_name_or_path": str(world.parent / "checkpoint"), "matching_head": "similarity"}
-    with pytest.raises(ValueError, match="matching_head=similarity reads a first stage.*--contrastive_weight"):
+    with pytest.raises(ValueError, match=r"matching_head=similarity reads a first stage.*--contrastive_weight"):
         prepare_retrieval(RetrievalArguments(**start), tmp_path, seed=0)
     hard = {"contrastive_weight": 1.0, "num_hard_negatives": 1, "loss": "softmax"}
     setup = prepare_retrieval(RetrievalArguments(**start, **hard), tmp_path, seed=0)
@@ -493,7 +493,7 @@ def test_the_head_that_reads_it_is_trained_along_or_becomes_the_paper_s(world, t
     assert again.config.matching_head == "similarity" and again.first_stage is not None
     dropped = prepare_retrieval(RetrievalArguments(**options), tmp_path, seed=0).model
     assert dropped.config.matching_head == "unicoder_vl" and dropped.first_stage is None
-    with pytest.raises(ValueError, match="along scores pairs by its first stage, too.*would change its scores"):
+    with pytest.raises(ValueError, match=r"along scores pairs by its first stage, too.*would change its scores"):
         train_first_stage(
             options["model_name_or_path"], options["captions"], options["regions"], str(tmp_path / "alone")
         )

@@ -181,8 +181,8 @@ def train_first_stage(
         `dict[str, float]`: the metrics of the first stage on the validation split.
 
     Raises:
-        `ValueError`: `output` exists, there are several processes, the checkpoint has no matching head, or one that reads
-        its first stage, or a caption has no regions (unless `skip_missing`).
+        `ValueError`: `output` exists, there are several processes, the checkpoint has no matching head, or one that
+        reads its first stage, or a caption has no regions (unless `skip_missing`).
     """
     target, path = Path(output), Path(captions)
     if target.exists():
