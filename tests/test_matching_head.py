@@ -11,7 +11,11 @@ from unicoder_vl_hf.scoring.explanation import parts_of_similarity
 
 
 def similarity_model(**changes) -> UnicoderVLForImageTextRetrieval:
-    return tiny.model(UnicoderVLForImageTextRetrieval, projection_dim=8, matching_head="similarity", **changes)
+    model = tiny.model(UnicoderVLForImageTextRetrieval, projection_dim=8, matching_head="similarity", **changes)
+    with torch.no_grad():  # without a bias the length of the means would not matter
+        model.first_stage.text_projection.bias.normal_()
+        model.first_stage.image_projection.bias.normal_()
+    return model
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
