@@ -50,6 +50,7 @@ def test_rows_of_the_table(benchmark, monkeypatch, tmp_path, capsys):
 def test_the_row_of_onnx(benchmark, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    pytest.importorskip("transformers", minversion="5.24")
     table, output = benchmark("table"), tmp_path / "bench.json"
     table.main(["--miniature", "--output", str(output), "--rows", "search-onnx"])
     figures = json.loads(output.read_text())["rows"]["search-onnx"]["figures"]

@@ -162,6 +162,11 @@ def test_a_call_has_no_default_of_its_own_but_none(processor):
     assert processor.valid_processor_kwargs is UnicoderVLProcessorKwargs
 
 
+def test_transformers_merges_the_options_of_the_tokenizer_with_our_defaults(processor):
+    merged = processor._merge_kwargs(processor.valid_processor_kwargs, tokenizer_init_kwargs={}, max_length=7)
+    assert merged["text_kwargs"] == {"padding": True, "truncation": True, "max_length": 7}
+
+
 def test_options_of_the_text_alone_leave_the_regions_as_they_are(processor, store):
     inputs = processor(text="a dog", regions=store["one"], text_kwargs={"return_tensors": "pt"})
     assert isinstance(inputs["input_ids"], torch.Tensor) and isinstance(inputs["region_features"], np.ndarray)

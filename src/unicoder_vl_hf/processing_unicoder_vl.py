@@ -32,11 +32,16 @@ Detector = Callable[[Sequence[Any]], list[RegionRecord]]
 _TEXT_DEFAULTS: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 44}
 
 
-class UnicoderVLProcessorKwargs(ProcessingKwargs, TextKwargs, total=False):  # type: ignore[misc]
+class UnicoderVLProcessorKwargs(ProcessingKwargs, total=False):
+    """Groups of options, as transformers knows a processor's, with our defaults of the tokenizer's."""
+
+    _defaults = {"text_kwargs": _TEXT_DEFAULTS}  # type: ignore[misc]
+
+
+class UnicoderVLCallKwargs(UnicoderVLProcessorKwargs, TextKwargs, total=False):  # type: ignore[misc]
     """Options of a call. They are the tokenizer's, given by name or together as `text_kwargs`, which win."""
 
     split_special_tokens: bool
-    _defaults = {"text_kwargs": _TEXT_DEFAULTS}  # type: ignore[misc]
 
 
 class _Reference:
@@ -102,7 +107,7 @@ class UnicoderVLProcessor(ProcessorMixin):
         images: ImageInput | str | os.PathLike[str] | None = None,
         store: Mapping[str, RegionRecord] | None = None,
         detector: Detector | None = None,
-        **kwargs: Unpack[UnicoderVLProcessorKwargs],
+        **kwargs: Unpack[UnicoderVLCallKwargs],
     ) -> BatchFeature:
         r"""
         Makes the inputs of a batch: tokens of the captions, tensors of the regions of the images.

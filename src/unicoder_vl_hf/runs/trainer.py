@@ -173,6 +173,9 @@ class TaskTrainer(Trainer):
         return values
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if self.args.device.type == "cpu":
+            # Of several processes it is cpu:0, which torch.load does not know, and transformers 5.17 gives to it.
+            self.args._setup_devices = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._goes_further:
             follow_schedule(cast(LRScheduler, self.lr_scheduler))

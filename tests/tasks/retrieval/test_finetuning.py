@@ -507,7 +507,7 @@ def test_dev_subset_is_drawn_evenly():
 
 
 def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_path):
-    """R@1 over the 40 images that it trains on; chance is 1 in 40."""
+    """R@1 over the 40 images that it trains on; chance is 1 in 40. At 3e-3 rounding decides whether it learns."""
     torch.manual_seed(0)
     options = {"validation_split": "train", "loss": "sum", "scale_features": True}
     setup = prepare_retrieval(arguments(world, bert, **options), tmp_path, seed=0)
@@ -515,9 +515,9 @@ def test_a_plain_accelerate_loop_learns_its_training_images(world, bert, tmp_pat
     loader = DataLoader(
         setup.train, batch_size=8, shuffle=True, collate_fn=setup.collator, generator=torch.Generator().manual_seed(0)
     )
-    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e-3, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(setup.model.train(), optimizer, loader)
-    for epoch in range(60):
+    for epoch in range(40):
         setup.train.set_epoch(epoch)
         for batch in loader:
             accelerator.backward(setup.loss(model, batch))
