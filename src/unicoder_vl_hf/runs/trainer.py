@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
+from transformers.utils import CONFIG_NAME
 
+from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..data.samplers import TokenBatchSampler
 from ..files import full_disk_named
 from ..processes import Computing, StopSignal
@@ -147,7 +149,8 @@ class TaskTrainer(Trainer):
         Counts the steps of the run, and checks them against those of the checkpoint that is resumed.
 
         Raises:
-            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, or more steps.
+            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, another matching head, or more
+                steps.
             `FinishedRun`: the latest checkpoint is that of a finished run, of which no more is asked.
         """
         if len(dataloader) == 0:
@@ -160,11 +163,15 @@ class TaskTrainer(Trainer):
         if self._resumed_from is not None:
             before = TrainerState.load_from_json(str(self._resumed_from / _STATE_FILE))
             kept = before.stateful_callbacks.get("EpochOfData", {"attributes": {}})["attributes"]
-            then, now = kept.get("tokens_per_batch"), self.sampler and self.sampler.tokens_per_batch
-            if then != now:
-                raise ValueError(
-                    f"{self._resumed_from} is of a run with tokens_per_batch={then}, not {now}: give that."
-                )
+            head, config = self.setup.model.config.matching_head, self._resumed_from / CONFIG_NAME
+            # Sharded weights have no configuration beside them.
+            was = UnicoderVLConfig.from_json_file(config).matching_head if config.exists() else head
+            for name, then, now in (
+                ("tokens_per_batch", kept.get("tokens_per_batch"), self.sampler and self.sampler.tokens_per_batch),
+                ("matching_head", was, head),
+            ):
+                if then != now:
+                    raise ValueError(f"{self._resumed_from} is of a run with {name}={then}, not {now}: give that.")
             checkpoints, requested = trainer_checkpoints(args), args.resume_from_checkpoint
             self._goes_further = checkpoints.check_steps(requested, self._resumed_from, values[-1], before.max_steps)
             if self._goes_further:

@@ -134,6 +134,15 @@ def test_resume_equals_never_stopped(command, straight, tmp_path, capsys):
     assert (folder / "eval_results.json").read_text() == (straight / "eval_results.json").read_text()
 
 
+def test_a_run_goes_on_with_its_matching_head_alone(command, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight / "checkpoint-24", folder / "checkpoint-24")
+    other = command(folder, dropout=0.1, contrastive_weight=1, projection_dim=8, matching_head="similarity")
+    with pytest.raises(ValueError, match="checkpoint-24 is of a run with matching_head=unicoder_vl, not similarity"):
+        run(SCRIPT, [*other, "--resume_from_checkpoint", "latest"])
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-24"]
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(command, straight, tmp_path):
     folder = tmp_path / "run"
     arguments = [*command(folder, dropout=0.1), "--eval_steps", "1000", "--save_steps", "1000"]
