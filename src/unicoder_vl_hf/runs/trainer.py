@@ -149,7 +149,7 @@ class TaskTrainer(Trainer):
         Counts the steps of the run, and checks them against those of the checkpoint that is resumed.
 
         Raises:
-            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, another matching head, or more
+            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, another head, or more
                 steps.
             `FinishedRun`: the latest checkpoint is that of a finished run, of which no more is asked.
         """
