@@ -1,6 +1,7 @@
 """How a run computes: precision and threads by a rule of sizes and hardware, recorded; attention in bfloat16."""
 
 import json
+import os
 
 import places
 import pytest
@@ -121,6 +122,17 @@ def test_threads_are_those_of_before_afterwards(monkeypatch):
     assert torch.get_num_threads() == before
     with Computing("no", None).threads():
         assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("said", [None, "7"])
+def test_few_kernels_are_kept_unless_the_environment_says_how_many(said, monkeypatch):
+    for variable in training_module.KERNELS_KEPT:
+        monkeypatch.setenv(variable, "7")  # restored afterwards
+        if said is None:
+            monkeypatch.delenv(variable)
+    training_module.start_processes()
+    kept = {variable: os.environ[variable] for variable in training_module.KERNELS_KEPT}
+    assert kept == (training_module.KERNELS_KEPT if said is None else dict.fromkeys(kept, said))
 
 
 # What a checkpoint records
