@@ -1221,9 +1221,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             states = layer(states, **attention)
             total = total + states[0].float()
         row = index // hidden_states.shape[1]
-        sums = total.new_zeros(len(hidden_states), total.shape[-1]).index_add(0, row, total)
-        counts = row.bincount(minlength=len(hidden_states)).clamp(min=1)
-        return sums / (counts[:, None] * (len(self.encoder.layer) + 1))
+        return _means_of(total, row, len(hidden_states), len(self.encoder.layer) + 1)
 
     def _encode_without_padding(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         packed, groups, index, _ = _pack(hidden_states, mask)
@@ -1312,9 +1310,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         if is_region is None or total is None:
             return first, None
         part = 2 * packed.sequence_of_tokens() + is_region  # words and regions of each sequence
-        counts = part.bincount(minlength=2 * len(first)).clamp(min=1) * len(self.encoder.layer)
-        sums = total.new_zeros(2 * len(first), total.shape[-1]).index_add(0, part, total)
-        return first, (sums / counts[:, None]).view(len(first), 2, -1)
+        return first, _means_of(total, part, 2 * len(first), len(self.encoder.layer)).view(len(first), 2, -1)
 
     def _check_shapes(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
@@ -2284,6 +2280,15 @@ def _pack(
     groups = [(count, length) for length, count in enumerate(counts) if count and length]
     index = torch.arange(mask.numel(), device=mask.device).view_as(mask)[rows][mask[rows]]
     return hidden_states.flatten(0, 1).index_select(0, index), groups, index, rows[counts[0] :]
+
+
+def _means_of(total: torch.Tensor, group: torch.Tensor, num_groups: int, num_layers: int) -> torch.Tensor:
+    """
+    Averages the sums of `num_layers` states of each token, `(num_tokens, hidden_size)`, over the tokens of each group:
+    `(num_groups, hidden_size)`; zeros for a group without one.
+    """
+    sums = total.new_zeros(num_groups, total.shape[-1]).index_add(0, group, total)
+    return sums / (group.bincount(minlength=num_groups).clamp(min=1)[:, None] * num_layers)
 
 
 def _masked_mean(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
