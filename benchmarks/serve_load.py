@@ -31,6 +31,7 @@ from unicoder_vl_hf import RegionStoreWriter
 NUM_CAPTIONS, NUM_IMAGES = 60, 40
 TOLERANCE = 1e-3  # of a relevance; other batches round otherwise
 SHARE_BEFORE = 0.25  # of the seconds: for one caller, and then for all, until memory is measured first
+MEASURED = 6  # times that memory is measured from then on
 
 
 def prepare(folder: Path, size: str) -> tuple[list[str], list[str], np.ndarray]:
@@ -148,17 +149,24 @@ def measure(size: str, num_clients: int, seconds: float, documents: int) -> dict
 def _load(port: int, asked: tuple, num_clients: int, seconds: float, documents: int) -> dict[str, Any]:
     results: dict[str, Any] = {"wrong": [], "MiB": []}
     answered = 0
+
+    def measure_memory() -> None:
+        results["MiB"].append(metrics(port)["process_resident_memory_bytes"] / 2**20)
+
     for title, number, lasts in (
         ("one caller", 1, seconds * SHARE_BEFORE),
         ("warming", num_clients, seconds * SHARE_BEFORE),
         ("clients", num_clients, seconds),
     ):
         clients, started = Clients(port, *asked, documents), time.perf_counter()
+        between = [threading.Timer(lasts * part / MEASURED, measure_memory) for part in range(MEASURED)]
+        for timer in between if title == "clients" else ():
+            timer.start()
         clients.run(number, lasts)
         results[title] = figures(clients, time.perf_counter() - started)
-        results["MiB"].append(metrics(port)["process_resident_memory_bytes"] / 2**20)
         results["wrong"] += clients.wrong
         answered += len(clients.seconds) + len(clients.wrong)
+    measure_memory()
     counted = metrics(port)
     results["lost"] = counted['unicoder_vl_requests_total{path="/v1/rerank",status="200"}'] - answered
     results["together"] = counted["unicoder_vl_requests_together_sum"] / counted["unicoder_vl_requests_together_count"]
@@ -176,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for title in ("one caller", "clients"):
         told = {"one caller": "one caller", "clients": f"{args.clients} clients"}[title]
         print(f"{told:12}", ", ".join(f"{value:,.4g} {name}" for name, value in results[title].items()))
-    _, warm, after = results["MiB"]
-    print(f"Requests in a call: {results['together']:.1f} on average. MiB: {warm:,.0f} warm, {after:,.0f} at the end.")
+    memory = ", ".join(f"{each:,.0f}" for each in results["MiB"])
+    print(f"Requests in a call: {results['together']:.1f} on average. MiB, from warm to the end: {memory}.")
     print(f"Wrong answers: {len(results['wrong'])}; lost: {results['lost']:.0f}; exit code: {results['exit code']}.")
     print("\n".join(results["wrong"][:5]), end="")
     return results

@@ -549,6 +549,15 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),
         ({"random_negative_epochs": -1}, r"random_negative_epochs=-1; expected at least 0"),
         ({"random_negative_epochs": 1}, r"random_negative_epochs=1 says how --num_hard_negatives are drawn"),
+        ({"first_stage_ratio": 0.4}, r"first_stage_ratio=0\.4 is of a first stage that learns along.*--contrastive"),
+        (
+            {"first_stage_ratio": 0.4, "contrastive_weight": 1.0, "loss": "none"},
+            r"first_stage_ratio=0\.4 is of a first stage that learns along with scored pairs",
+        ),
+        (
+            {"first_stage_ratio": 1.0, "contrastive_weight": 1.0},
+            r"first_stage_ratio=1\.0, expected a share of the steps.*below 1",
+        ),
         ({"num_hard_negatives": 1}, r"num_hard_negatives=1 need a first stage.*--contrastive_weight"),
         ({"loss": "none"}, r"loss=none.*need a first stage.*--contrastive_weight"),
         (

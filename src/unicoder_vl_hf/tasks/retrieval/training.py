@@ -91,6 +91,11 @@ class RetrievalArguments(DataArguments):
         0,
         "First epochs in which these are drawn at random: of hard ones the paper's matching head, new, learns nothing.",
     )
+    first_stage_ratio: float = option(
+        0.0,
+        "Share of the steps, the first ones, in which the first stage learns alone: no pair is scored, in a third "
+        "of the time.",
+    )
     mask_probability: float = option(
         0.0,
         "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
@@ -161,6 +166,8 @@ class RetrievalSetup(TrainingSetup):
 
     Args:
         loss ([`RetrievalLoss`]): The loss of the training.
+        first_stage_ratio (`float`, *optional*): The share of the steps, the first ones, whose loss is the first stage's
+            alone.
         weighing (`datasets.Dataset`, *optional*): Captions of the validation split on which the weight of the
             similarity is measured; None if no first stage is trained, or there is no such split.
         search (`str`, *optional*): The sum by which a search orders its candidates, in words, once it is measured.
@@ -171,6 +178,7 @@ class RetrievalSetup(TrainingSetup):
     train: PairsWithNegatives
     validation: datasets.Dataset | None
     loss: RetrievalLoss = field(default_factory=HardestNegativeLoss)
+    first_stage_ratio: float = 0.0
     weighing: datasets.Dataset | None = None
     search: str | None = None
 
@@ -218,6 +226,8 @@ class RetrievalSetup(TrainingSetup):
             if self.collator.random_epochs > 0:
                 negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
+        if self.first_stage_ratio > 0:
+            along += f" (alone for the first {100 * self.first_stage_ratio:g} % of the steps)"
         if self.model.config.matching_head == "similarity":
             along += ", by whose projections it scores pairs, too"
         groups = " and ".join(["a match", *negatives])
@@ -273,6 +283,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         validation=validation,
         data_name=data.name,
         loss=loss,
+        first_stage_ratio=arguments.first_stage_ratio,
         weighing=held_out if arguments.contrastive_weight > 0 else None,
     )
 
@@ -308,6 +319,16 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
         raise ValueError(
             f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
             "it, such as 1."
+        )
+    if not 0 <= arguments.first_stage_ratio < 1:
+        raise ValueError(
+            f"first_stage_ratio={arguments.first_stage_ratio}, expected a share of the steps, in 0..1, below 1; "
+            "of all of them it is --loss none."
+        )
+    if arguments.first_stage_ratio > 0 and (arguments.contrastive_weight == 0 or arguments.loss == "none"):
+        raise ValueError(
+            f"first_stage_ratio={arguments.first_stage_ratio} is of a first stage that learns along with scored pairs: "
+            "give --contrastive_weight, such as 1, and a --loss of them."
         )
     if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
         raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")
