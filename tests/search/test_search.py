@@ -574,7 +574,7 @@ def test_report_by_hand():
         two_stage_report(encoder, scorer, fold, similarity_weights=())
     lines = str(report).splitlines()
     assert lines[2].startswith("| first stage alone | 0 |") and lines[4].startswith("| 2 | 6 |")
-    assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, for comparison | 9 | about ")
+    assert "| 66.7, 66.7 | 33.3 |" in lines[4] and lines[-1].startswith("| all, not scored: the cost | 9 | about ")
 
 
 def test_an_index_of_some_images(folder, tmp_path):
@@ -1292,6 +1292,8 @@ def test_an_image_finds_images_like_it(folder, indices, clip, tmp_path, capsys, 
         *table,
         "Ordered by the similarity of two images in the first stage.",
     ]
+    code, output = run(capsys, *words, "--index", folder / "images", "--json")
+    assert [hit["matching_score"] for hit in json.loads(output, parse_constant=pytest.fail)["hits"]] == [None] * 3
     page = (tmp_path / "gallery.html").read_text()
     assert "The best 3 of 7 images, ordered by the similarity of two images in the first stage." in page
     assert f"similarity {near.max():.3f}" in page and "score" not in page.partition("<figure")[2].lower()

@@ -62,7 +62,8 @@ class SearchResult:
             columns.insert(0, self.weight.formula)
         rows = [["rank", *columns, ""]]
         for rank, hit in enumerate(self.hits, start=1):
-            scores = [f"{hit.score:+.3f}", f"{hit.matching_score:+.3f}"][: len(columns) - columns.count("similarity")]
+            known = [f"{each:+.3f}" for each in (hit.score, hit.matching_score) if each is not None]
+            scores = known[: len(columns) - columns.count("similarity")]
             similarity = [] if hit.similarity is None else [f"{hit.similarity:.3f}"]
             rows.append([str(rank), *scores, *similarity, hit.name])
         widths = [4, *(max(8, len(column)) for column in columns), 0]

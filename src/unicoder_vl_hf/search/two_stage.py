@@ -70,23 +70,23 @@ class Hit:
         name (`str`): The image id, or the caption.
         score (`float`): The value that orders hits, `matching_score` + weight x `similarity`; higher is better.
         similarity (`float`, *optional*): The similarity of the first stage, in `[-1, 1]`; None without one.
-        matching_score (`float`): The score of the cross-encoder; NaN where an image was sought by an image.
+        matching_score (`float`, *optional*): The score of the cross-encoder; None where an image was sought by an image.
     """
 
     name: str
     score: float
     similarity: float | None
-    matching_score: float = math.nan
+    matching_score: float | None = None
 
     @property
     def is_alike(self) -> bool:
         """Whether an image was found for an image, by the similarity alone."""
-        return math.isnan(self.matching_score)
+        return self.matching_score is None
 
     @property
     def summands(self) -> str:
         """The summands of `score` in words."""
-        if self.is_alike:
+        if self.matching_score is None:
             return f"similarity {self.similarity:.3f}"
         similarity = "" if self.similarity is None else f", similarity {self.similarity:.3f}"
         return f"score {self.matching_score:+.2f}{similarity}"
