@@ -70,7 +70,7 @@ class Hit:
         name (`str`): The image id, or the caption.
         score (`float`): The value that orders hits, `matching_score` + weight x `similarity`; higher is better.
         similarity (`float`, *optional*): The similarity of the first stage, in `[-1, 1]`; None without one.
-        matching_score (`float`, *optional*): The score of the cross-encoder; None where an image was sought by an image.
+        matching_score (`float`, *optional*): The score of the cross-encoder; None where an image sought images.
     """
 
     name: str

@@ -314,6 +314,14 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
     torch.testing.assert_close(found, groups + contrastive)
     assert found > plain
 
+    # Of 0.6 of four matches, the first three are scored, with their hard negatives, and no other pair.
+    scored = []
+    encoder.matching_head.register_forward_hook(lambda module, arguments, output: scored.append(len(output)))
+    found = HardNegativeLoss(GroupSoftmaxLoss(), 0.5, num_hard_negatives=2, scored_ratio=0.6)(encoder, inputs)
+    assert scored == [0, 3 + 3 * 4]
+    given = {name: torch.cat((inputs[name][matches[:3]], more[match < 3])) for name, more in index.items()}
+    torch.testing.assert_close(found, GroupSoftmaxLoss()(encoder, inputs | given) + contrastive)
+
 
 def test_negatives_are_drawn_at_random_in_the_first_epochs():
     """By a hardness that the batch brings: a function of seed, epoch and rows, in place of the first stage's logits."""
@@ -549,14 +557,14 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),
         ({"random_negative_epochs": -1}, r"random_negative_epochs=-1; expected at least 0"),
         ({"random_negative_epochs": 1}, r"random_negative_epochs=1 says how --num_hard_negatives are drawn"),
-        ({"first_stage_ratio": 0.4}, r"first_stage_ratio=0\.4 is of a first stage that learns along.*--contrastive"),
+        ({"scored_ratio": 0.0}, r"scored_ratio=0\.0, expected a share of the matches: above 0, at most 1"),
         (
-            {"first_stage_ratio": 0.4, "contrastive_weight": 1.0, "loss": "none"},
-            r"first_stage_ratio=0\.4 is of a first stage that learns along with scored pairs",
+            {"scored_ratio": 0.5, "contrastive_weight": 1.0, "num_hard_negatives": 1},
+            r"scored_ratio=0\.5 is of matches with hard negatives alone: .*--num_negative_captions 0",
         ),
         (
-            {"first_stage_ratio": 1.0, "contrastive_weight": 1.0},
-            r"first_stage_ratio=1\.0, expected a share of the steps.*below 1",
+            {"scored_ratio": 0.5, "num_negative_captions": 0, "num_negative_images": 0},
+            r"scored_ratio=0\.5 is of matches with hard negatives alone: give --num_hard_negatives",
         ),
         ({"num_hard_negatives": 1}, r"num_hard_negatives=1 need a first stage.*--contrastive_weight"),
         ({"loss": "none"}, r"loss=none.*need a first stage.*--contrastive_weight"),

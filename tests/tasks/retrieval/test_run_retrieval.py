@@ -9,7 +9,6 @@ import places
 import pytest
 import small_world
 import torch
-from safetensors.torch import load_file
 from test_run_pretraining import (
     assert_same_weights,
     assert_trained,
@@ -259,7 +258,8 @@ def test_two_processes_equal_one(command, plain, world, berts, tmp_path):
     which then has to be the same, too.
     """
     along = {"contrastive_weight": 1, "num_hard_negatives": 1, "projection_dim": 8, "loss": "softmax"}
-    along |= {"random_negative_epochs": 1, "first_stage_ratio": 0.4}
+    along |= {"random_negative_epochs": 1}
+    along |= {"scored_ratio": 0.5, "num_negative_captions": 0, "num_negative_images": 0}
     along |= {"learning_rate": 0.05, "max_steps": 6, "pairs": 2, "plain": True}
     with plain_descent():
         run(SCRIPT, command(tmp_path / "along_one", accumulation=2, **along))
@@ -283,34 +283,6 @@ def test_two_processes_equal_one(command, plain, world, berts, tmp_path):
     mined = [read_captions(tmp_path / name) for name in ("shared", "alone")]
     for name in ("negative_captions", "negative_image_ids"):
         assert mined[0][name][:] == mined[1][name][:]
-
-
-def test_in_the_first_steps_the_first_stage_learns_alone(command, tmp_path):
-    """For 0.5 of 6 steps the run is one of `--loss none`, and only then learns the head."""
-    shared = {
-        "contrastive_weight": 1,
-        "projection_dim": 8,
-        "max_validation_images": 2,
-        "save_steps": 1,
-        "eval_steps": 1,
-    }
-    shared |= {"lr_scheduler_type": "constant", "max_steps": 6}
-    pairs = {"loss": "softmax", "num_hard_negatives": 1, "num_negative_captions": 0, "num_negative_images": 0}
-    run(SCRIPT, command(tmp_path / "run", **shared, **pairs, first_stage_ratio=0.5))
-    run(SCRIPT, command(tmp_path / "alone", **shared, loss="none"))
-    assert_same_weights(tmp_path / "run" / "checkpoint-3", tmp_path / "alone" / "checkpoint-3", tolerance=2e-5)
-    with pytest.raises(AssertionError):
-        assert_same_weights(tmp_path / "run" / "checkpoint-4", tmp_path / "alone" / "checkpoint-4", tolerance=2e-5)
-    heads = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 3, 4)]
-    first, third, fourth = (weights["matching_head.weight"] for weights in heads)
-    assert torch.equal(first, third) and not torch.equal(third, fourth)
-    assert "by a contrastive loss (alone for the first 50 % of the steps)" in (tmp_path / "run/README.md").read_text()
-
-    # Stopped among the steps of one loss, it goes on with that of the next.
-    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    options = {**shared, **pairs, "first_stage_ratio": 0.5, "resume_from_checkpoint": "latest"}
-    run(SCRIPT, command(tmp_path / "resumed", **options))
-    assert_same_weights(tmp_path / "resumed" / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
 
 
 def test_on_mined_captions(command, plain, world, tmp_path):

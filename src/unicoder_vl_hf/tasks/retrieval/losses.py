@@ -12,6 +12,7 @@ synchronises its gradients. Follows the paper's section Image-Text Retrieval; be
 ViLBERT, and the contrastive loss and the hard negatives of ALBEF. Left out: ALBEF's momentum encoder and its queue.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -225,24 +226,34 @@ class HardNegativeLoss(TwoStageLoss):
     Args:
         groups, contrastive_weight: The arguments of [`TwoStageLoss`].
         num_hard_negatives (`int`, *optional*, defaults to 1): Captions, and as many images, for each match, at least 1.
+        scored_ratio (`float`, *optional*, defaults to 1.0): Share of the matches, above 0, at most 1. Below 1, the
+            first ones of the batch are scored, so many, with their hard negatives, and no other pair: scores cost most
+            of a step, and more steps teach more than more pairs a step.
     """
 
     num_hard_negatives: int = 1
+    scored_ratio: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         _check_positive("num_hard_negatives", self.num_hard_negatives)
+        if not 0 < self.scored_ratio <= 1:
+            raise ValueError(f"scored_ratio={self.scored_ratio}, expected a share above 0, at most 1.")
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         _columns(batch, _OF_GROUPS)
         matches, captions, images = _matches(batch)
+        group_of_match = batch["group_ids"][matches]
         logits, _ = _first_stage_alone(model, batch, captions, images)
-        match, caption, image, label = hard_negatives(
-            batch.get("hardness", logits), batch["mismatches"], self.num_hard_negatives
-        )
+        found = hard_negatives(batch.get("hardness", logits), batch["mismatches"], self.num_hard_negatives)
+        if self.scored_ratio < 1:
+            scored = math.ceil(self.scored_ratio * len(matches))
+            found = [each.view(2, len(matches), -1)[:, :scored].flatten() for each in found]
+            batch = {**batch, **{name: batch[name][matches[:scored]] for name in _OF_GROUPS}}
+        match, caption, image, label = found
         more = {
             "labels": label,
-            "group_ids": batch["group_ids"][matches[match]],
+            "group_ids": group_of_match[match],
             "caption_index": captions[caption],
             "image_index": images[image],
         }

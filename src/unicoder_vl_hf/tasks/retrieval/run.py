@@ -19,7 +19,6 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from ...errors import run_script
 from ...runs.arguments import parse_arguments
 from ...runs.trainer import KEEP_BEST, TaskTrainer, train, training_defaults
-from .losses import ContrastiveLoss, TwoStageLoss
 from .training import (
     PAPER,
     SCENES,
@@ -35,13 +34,6 @@ class RetrievalTrainer(TaskTrainer):
     """Trains and evaluates image-text retrieval."""
 
     setup: RetrievalSetup
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Computes the loss of the setup; in its first steps that of the first stage alone, if it asks for it."""
-        loss, ratio = self.setup.loss, self.setup.first_stage_ratio
-        if isinstance(loss, TwoStageLoss) and self.state.global_step < ratio * self.state.max_steps:
-            return ContrastiveLoss(loss.contrastive_weight)(model, inputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def conclude(self):
         """Measures the weight of the similarity in a search, if a first stage was trained."""

@@ -91,10 +91,10 @@ class RetrievalArguments(DataArguments):
         0,
         "First epochs in which these are drawn at random: of hard ones the paper's matching head, new, learns nothing.",
     )
-    first_stage_ratio: float = option(
-        0.0,
-        "Share of the steps, the first ones, in which the first stage learns alone: no pair is scored, in a third "
-        "of the time.",
+    scored_ratio: float = option(
+        1.0,
+        "Share of the matches of a micro-batch that are scored, with their hard negatives; the first stage learns from "
+        "all of them.",
     )
     mask_probability: float = option(
         0.0,
@@ -136,7 +136,7 @@ class RetrievalArguments(DataArguments):
         # twice the margin.
         groups = losses[self.loss or ("sum" if self.base_model is None else "hardest")]
         if self.num_hard_negatives > 0:
-            return HardNegativeLoss(groups, self.contrastive_weight, self.num_hard_negatives)
+            return HardNegativeLoss(groups, self.contrastive_weight, self.num_hard_negatives, self.scored_ratio)
         return groups if self.contrastive_weight == 0 else TwoStageLoss(groups, self.contrastive_weight)
 
 
@@ -166,8 +166,6 @@ class RetrievalSetup(TrainingSetup):
 
     Args:
         loss ([`RetrievalLoss`]): The loss of the training.
-        first_stage_ratio (`float`, *optional*): The share of the steps, the first ones, whose loss is the first stage's
-            alone.
         weighing (`datasets.Dataset`, *optional*): Captions of the validation split on which the weight of the
             similarity is measured; None if no first stage is trained, or there is no such split.
         search (`str`, *optional*): The sum by which a search orders its candidates, in words, once it is measured.
@@ -178,7 +176,6 @@ class RetrievalSetup(TrainingSetup):
     train: PairsWithNegatives
     validation: datasets.Dataset | None
     loss: RetrievalLoss = field(default_factory=HardestNegativeLoss)
-    first_stage_ratio: float = 0.0
     weighing: datasets.Dataset | None = None
     search: str | None = None
 
@@ -223,11 +220,11 @@ class RetrievalSetup(TrainingSetup):
             negatives.append("all mismatches of the batch")
         if isinstance(loss, HardNegativeLoss):
             negatives.append("the mismatches of the batch that its first stage likes best")
+            if loss.scored_ratio < 1:
+                negatives[-1] += f" (for {100 * loss.scored_ratio:g} % of the matches)"
             if self.collator.random_epochs > 0:
                 negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
-        if self.first_stage_ratio > 0:
-            along += f" (alone for the first {100 * self.first_stage_ratio:g} % of the steps)"
         if self.model.config.matching_head == "similarity":
             along += ", by whose projections it scores pairs, too"
         groups = " and ".join(["a match", *negatives])
@@ -283,7 +280,6 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         validation=validation,
         data_name=data.name,
         loss=loss,
-        first_stage_ratio=arguments.first_stage_ratio,
         weighing=held_out if arguments.contrastive_weight > 0 else None,
     )
 
@@ -320,15 +316,13 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
             f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
             "it, such as 1."
         )
-    if not 0 <= arguments.first_stage_ratio < 1:
+    if not 0 < arguments.scored_ratio <= 1:
+        raise ValueError(f"scored_ratio={arguments.scored_ratio}, expected a share of the matches: above 0, at most 1.")
+    others = arguments.num_negative_captions + arguments.num_negative_images > 0 or arguments.in_batch_negatives
+    if arguments.scored_ratio < 1 and (others or arguments.num_hard_negatives == 0):
         raise ValueError(
-            f"first_stage_ratio={arguments.first_stage_ratio}, expected a share of the steps, in 0..1, below 1; "
-            "of all of them it is --loss none."
-        )
-    if arguments.first_stage_ratio > 0 and (arguments.contrastive_weight == 0 or arguments.loss == "none"):
-        raise ValueError(
-            f"first_stage_ratio={arguments.first_stage_ratio} is of a first stage that learns along with scored pairs: "
-            "give --contrastive_weight, such as 1, and a --loss of them."
+            f"scored_ratio={arguments.scored_ratio} is of matches with hard negatives alone: give "
+            "--num_hard_negatives, such as 1, --num_negative_captions 0 --num_negative_images 0, no in_batch_negatives."
         )
     if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
         raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")

@@ -92,7 +92,8 @@ class TwoStageReport:
         last = self.rows[-1]
         pairs = self.num_captions * self.num_images
         seconds = None if last.seconds is None else last.seconds / last.pairs * pairs
-        lines.append(f"| all, not scored: the cost | {pairs:,} | about {_duration(seconds)} |" + " |" * (1 + len(RECALLS)))
+        cost = f"| all, not scored: the cost | {pairs:,} | about {_duration(seconds)} |"
+        lines.append(cost + " |" * (1 + len(RECALLS)))
         return "\n".join(lines)
 
 
