@@ -245,7 +245,8 @@ class HardNegativeLoss(TwoStageLoss):
         matches, captions, images = _matches(batch)
         group_of_match = batch["group_ids"][matches]
         logits, _ = _first_stage_alone(model, batch, captions, images)
-        found = hard_negatives(batch.get("hardness", logits), batch["mismatches"], self.num_hard_negatives)
+        hardness = batch.get("hardness", logits)
+        found: Sequence[torch.Tensor] = hard_negatives(hardness, batch["mismatches"], self.num_hard_negatives)
         if self.scored_ratio < 1:
             scored = math.ceil(self.scored_ratio * len(matches))
             found = [each.view(2, len(matches), -1)[:, :scored].flatten() for each in found]
