@@ -159,9 +159,8 @@ def _load(port: int, asked: tuple, num_clients: int, seconds: float, documents: 
         ("clients", num_clients, seconds),
     ):
         clients, started = Clients(port, *asked, documents), time.perf_counter()
-        between = [threading.Timer(lasts * part / MEASURED, measure_memory) for part in range(MEASURED)]
-        for timer in between if title == "clients" else ():
-            timer.start()
+        for part in range(MEASURED if title == "clients" else 0):
+            threading.Timer(lasts * part / MEASURED, measure_memory).start()
         clients.run(number, lasts)
         results[title] = figures(clients, time.perf_counter() - started)
         results["wrong"] += clients.wrong

@@ -552,6 +552,11 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         "the batch and the mismatches of the batch that its first stage likes best (at random until the end of "
         "epoch 1), along with a first stage, by a contrastive loss"
     )
+    none = {"num_negative_captions": 0, "num_negative_images": 0}
+    quarter = RetrievalArguments(**options, **none, contrastive_weight=1.0, num_hard_negatives=1, scored_ratio=0.25)
+    setup = prepare_retrieval(quarter, world.parent / "run", seed=0)
+    assert isinstance(setup.loss, HardNegativeLoss) and setup.loss.scored_ratio == 0.25
+    assert "likes best (for 25 % of the matches), along with" in setup.card["trained_by"]
     for wrong, message in (
         ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),
         ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),
