@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     dot_chart(
         {RUNS[name].title: [100 * recall(values) for values in results[name].values()] for name in measured_runs},
         output / "ablations.png",
-        label="recall@1 after fine-tuning, mean of both directions (percent); a dot for each seed",
+        label="recall@1 after fine-tuning, both directions (percent)",
     )
     print(report)
 
