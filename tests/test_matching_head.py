@@ -100,11 +100,11 @@ def test_the_similarity_is_shared_out_among_the_positions():
         name: batch[name][:, :3] if name in ("input_ids", "attention_mask") else batch[name][:, :4] for name in batch
     }
     layers = list(model.bert(**batch, output_hidden_states=True).hidden_states)
-    found = parts_of_similarity(model.first_stage, layers, num_tokens=3)
+    found = parts_of_similarity(model.first_stage, torch.stack(layers[:-1])[:, 0].mean(0).detach(), num_tokens=3)
 
     def logit(states: list[torch.Tensor]) -> torch.Tensor:
         mean = torch.stack(states[:-1])[:, 0].mean(0)
-        return model.first_stage.pair_logits(torch.stack((mean[:3].mean(0), mean[3:].mean(0)))[None])
+        return model.first_stage.logits_of_means(torch.stack((mean[:3].mean(0), mean[3:].mean(0)))[None])
 
     for place in range(7):
         grown = [layer.clone() for layer in layers]

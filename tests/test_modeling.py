@@ -929,10 +929,24 @@ def test_from_bert_takes_the_first_layers(bert_folders):
     close(model(input_ids).last_hidden_state, expected, atol=1e-5)
 
 
+def test_from_bert_copies_the_last_layer_for_more(bert_folders, caplog):
+    folder, bert = bert_folders[BertModel]
+    model, report = UnicoderVLModel.from_bert(folder, num_hidden_layers=4, output_loading_info=True)
+    assert (
+        model.config.num_hidden_layers == len(model.encoder.layer) == 4 and "2 layers after the BERT's 2" in caplog.text
+    )
+    assert not any("encoder" in key for key in (*report.new, *report.unused))
+    for number in (2, 3):
+        for name, weight in model.encoder.layer[number].state_dict().items():
+            assert torch.equal(weight, bert.encoder.layer[1].state_dict()[name.replace("act_fn", "x")]), name
+    with torch.no_grad():  # copies, not the same weights
+        model.encoder.layer[3].output.dense.weight.zero_()
+    assert model.encoder.layer[2].output.dense.weight.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_hidden_layers": 3}, "num_hidden_layers=3, but .* has 2 layers only"),
         ({"region_width": 6}, "region_width.*not fields of UnicoderVLConfig"),
         ({"vocab_size": 41}, "vocab_size=41, but the weights of .* have 40"),
         ({"hidden_size": 64}, "hidden_size=64, but the weights of .* have 32"),

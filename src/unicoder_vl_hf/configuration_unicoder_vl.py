@@ -51,6 +51,10 @@ class UnicoderVLConfig(PreTrainedConfig):
         Head that scores a caption with an image: `"unicoder_vl"`, a linear layer on the pooler's output, as in the
         paper; or `"similarity"`, which adds to its score the first stage's logit of the states that the words and the
         regions of the pair have within the encoder. It needs `projection_dim`, and is of retrieval alone.
+    num_text_layers (`int`, *optional*, defaults to 0):
+        Number of the first layers, below `num_hidden_layers`, that read words alone; regions, which a detector has
+        described, join in the layer after them. A caption passes them once, however many pairs it is in, and the first
+        stage of a search reads what they make of it. With 0, as in the paper, all layers read words and regions.
     location_initializer_range (`float`, *optional*):
         Standard deviation of new weights of the location's projection; by default `initializer_range`. Five numbers
         from 0 to 1 beside hundreds of features make little of a region's embedding with that, so that where things
@@ -132,6 +136,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     answer_head: str = "uniter"
     reasoning_head: str = "paired"
     matching_head: str = "unicoder_vl"
+    num_text_layers: int = 0
     location_initializer_range: float | int | None = None
     grounding_layers: int = 1
     num_region_types: int = 0
@@ -170,6 +175,11 @@ class UnicoderVLConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not 0 <= self.num_text_layers < self.num_hidden_layers:
+            raise ValueError(
+                f"num_text_layers={self.num_text_layers} must be at least 0 and below num_hidden_layers="
+                f"{self.num_hidden_layers}: words and regions meet in the layers after them."
+            )
         kinds = {
             "region_embedding": ("unicoder_vl", "uniter", "visual_bert"),
             "region_head": ("unicoder_vl", "uniter"),

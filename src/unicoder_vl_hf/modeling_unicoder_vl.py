@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -703,9 +703,11 @@ class UnicoderVLEncoder(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        first_layer: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        for layer in self.layer:
+        """Encodes by the layers from `first_layer` on."""
+        for layer in self.layer[first_layer:]:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return hidden_states
 
@@ -812,6 +814,23 @@ class UnicoderVLFirstStage(nn.Module):
         self.text_projection = nn.Linear(config.hidden_size, projection_dim)
         self.image_projection = nn.Linear(config.hidden_size, projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.region_attention = nn.Linear(config.hidden_size, 1) if config.num_text_layers else None
+
+    def weights_of_regions(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Weighs the regions of images, `(num_images, num_regions, hidden_size)`, for their mean: `(num_images,
+        num_regions)`, float32, of sum 1, or 0 for an image without a region. By a learned attention where no layer has
+        read the regions, else evenly.
+        """
+        weights = states.new_zeros(states.shape[:2], dtype=torch.float32)
+        if self.region_attention is not None:
+            with maybe_autocast(device_type=states.device.type, enabled=False):
+                weight, bias = self.region_attention.weight.float(), self.region_attention.bias.float()
+                weights = nn.functional.linear(states.float(), weight, bias)[..., 0]
+        if mask is None:
+            return weights.softmax(-1)
+        lowest = torch.finfo(weights.dtype).min
+        return weights.masked_fill(mask == 0, lowest).softmax(-1) * mask
 
     def embed_text(self, states: torch.Tensor) -> torch.Tensor:
         """
@@ -835,13 +854,17 @@ class UnicoderVLFirstStage(nn.Module):
         with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
             return self._scale() * text_embeddings @ image_embeddings.T
 
-    def pair_logits(self, means: torch.Tensor) -> torch.Tensor:
+    def pair_logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
         """
-        Divides the similarity of each text with its own image, given the mean states of both, `(num_pairs, 2,
-        hidden_size)`, by the temperature: `(num_pairs,)`.
+        Divides the similarity of each text with its own image, both `(num_pairs, projection_dim)`, by the temperature:
+        `(num_pairs,)`.
         """
-        with maybe_autocast(device_type=means.device.type, enabled=False):
-            return self._scale() * (self.embed_text(means[:, 0]) * self.embed_image(means[:, 1])).sum(-1)
+        with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
+            return self._scale() * (text_embeddings * image_embeddings).sum(-1)
+
+    def logits_of_means(self, means: torch.Tensor) -> torch.Tensor:
+        """Computes `pair_logits` given the mean states of each text and its image, `(num_pairs, 2, hidden_size)`."""
+        return self.pair_logits(self.embed_text(means[:, 0]), self.embed_image(means[:, 1]))
 
     def _scale(self) -> torch.Tensor:
         return self.logit_scale.float().clamp(max=math.log(100)).exp()
@@ -859,6 +882,22 @@ class UnicoderVLPooledOutput(BaseModelOutputWithPooling):
     """
 
     means: torch.Tensor | None = None
+
+
+class JointStates(NamedTuple):
+    """
+    Holds what the layers that read words and regions begin with.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch_size, sequence_length + num_regions, hidden_size)`):
+            Embeddings of words, or their states after the text layers, and embeddings of regions.
+        mask, text_mask (`torch.Tensor`, *optional*):
+            1 where there is a word or region, `(batch_size, sequence_length + num_regions)`, or a word; None for all.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor | None
+    text_mask: torch.Tensor | None
 
 
 @dataclass
@@ -939,11 +978,11 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             dtype, attn_implementation, revision, token, cache_dir, local_files_only:
                 The options of [`~PreTrainedModel.from_pretrained`]; `dtype` defaults to float32.
             config_overrides:
-                Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be lower than BERT's: the first layers are
-                taken.
+                Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be another than BERT's: the first layers are
+                taken, and further ones begin as copies of its last.
 
         Raises:
-            `ValueError`: for a checkpoint that is not a BERT, more layers than it has, a field that its weights fix, an
+            `ValueError`: for a checkpoint that is not a BERT, a field that its weights fix, an
             unknown field, or a key missing or unexpected beside those that may be (see `BertLoadingReport`).
         """
         hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
@@ -955,7 +994,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         bert_config = BertConfig.from_pretrained(name, **hub)
         config = cls._config_from_bert(name, bert_config, config_overrides)
 
-        bert_config.num_hidden_layers = config.num_hidden_layers
+        depth = bert_config.num_hidden_layers
+        bert_config.num_hidden_layers = min(depth, config.num_hidden_layers)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # Its report is about BertForPreTraining; ours follows.
         try:
@@ -970,6 +1010,10 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             set(info["unexpected_keys"]) | {key for key in source if key.startswith("cls.seq_relationship")}
         )
         source = {key: value for key, value in source.items() if key not in unused}
+        of_last = {key: value for key, value in source.items() if f".layer.{depth - 1}." in key}
+        for number in range(depth, config.num_hidden_layers):
+            copies = {key.replace(f".{depth - 1}.", f".{number}.", 1): value for key, value in of_last.items()}
+            source |= copies
 
         dtype = bert_config.dtype if dtype == "auto" else dtype
         model = cls._from_config(config, dtype=dtype or torch.float32, attn_implementation=attn_implementation)
@@ -997,6 +1041,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         model.tie_weights()
         model.eval()  # As from_pretrained leaves it.
         told = f"{cls.__name__} from BERT {name}: new are {_parts_of(new)}"
+        if config.num_hidden_layers > depth:
+            told += f"; {config.num_hidden_layers - depth} layers after the BERT's {depth} begin as copies of its last"
         logger.warning(f"{told}; unused in the checkpoint {_parts_of(unused)}." if unused else f"{told}.")
         return (model, BertLoadingReport(new=new, unused=unused)) if output_loading_info else model
 
@@ -1010,9 +1056,6 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         for field in fixed.split():
             if overrides.get(field, bert_fields[field]) != bert_fields[field]:
                 raise ValueError(f"{field}={overrides[field]}, but the weights of {name} have {bert_fields[field]}.")
-        depth = overrides.get("num_hidden_layers", bert_config.num_hidden_layers)
-        if depth > bert_config.num_hidden_layers:
-            raise ValueError(f"num_hidden_layers={depth}, but {name} has {bert_config.num_hidden_layers} layers only.")
         inherited = {field: bert_fields[field] for field in UnicoderVLConfig.__annotations__ if field in bert_fields}
         return UnicoderVLConfig(**inherited | overrides)
 
@@ -1068,7 +1111,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         region_token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        hidden_states, joint_mask, text_mask = self._embed(
+        joint = self._embed(
+            kwargs,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -1083,15 +1127,15 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             masked_regions=masked_regions,
             region_token_type_ids=region_token_type_ids,
         )
-        if joint_mask is not None and self.packs(**kwargs):
-            hidden_states = self._encode_without_padding(hidden_states, joint_mask)
+        if joint.mask is not None and self.packs(**kwargs):
+            hidden_states = self._encode_without_padding(joint.states, joint.mask)
         else:
             encoder_mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=joint_mask
+                config=self.config, inputs_embeds=joint.states, attention_mask=joint.mask
             )
-            hidden_states = self.encoder(hidden_states, encoder_mask, **kwargs)
+            hidden_states = self.encoder(joint.states, encoder_mask, self.config.num_text_layers, **kwargs)
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, text_mask)
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, joint.text_mask)
         )
 
     def packs(self, **kwargs) -> bool:
@@ -1118,14 +1162,16 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         caption_index: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         region_token_type_ids: torch.Tensor | None = None,
+        word_states: torch.Tensor | None = None,
         with_means: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLPooledOutput:
         """
         Encodes as `forward` does, with its arguments, for a head that reads `pooler_output` alone, of shape
-        `(batch_size, hidden_size)`, or the `means` of [`UnicoderVLPooledOutput`] as well. Where padding is left out,
-        the last layer computes `[CLS]` alone, and where both indices are empty, nothing is computed; in either case
-        `last_hidden_state` is None.
+        `(batch_size, hidden_size)`, or the `means` of [`UnicoderVLPooledOutput`] as well, which a model with text
+        layers has not. Where padding is left out, the last layer computes `[CLS]` alone, and where both indices are
+        empty, nothing is computed; in either case `last_hidden_state` is None. Text layers are not computed again where
+        `word_states`, what [`~UnicoderVLModel.encode_words`] made of the same text, are given.
         """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -1140,6 +1186,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             "caption_index": caption_index,
             "image_index": image_index,
             "region_token_type_ids": region_token_type_ids,
+            "word_states": word_states,
         }
         means = None
         if caption_index is not None and image_index is not None and not (len(caption_index) or len(image_index)):
@@ -1147,15 +1194,15 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             if with_means:
                 means = first.new_zeros(0, 2, self.config.hidden_size)
         elif self.packs(**kwargs):
-            hidden_states, mask, _ = self._embed(**inputs)
-            packed, groups, index, rows = _pack(hidden_states, mask)
+            joint = self._embed(kwargs, **inputs)
+            packed, groups, index, rows = _pack(joint.states, joint.mask)
             is_region = None
             if with_means:
                 num_regions = 0 if region_features is None else region_features.shape[1]
-                is_region = index % hidden_states.shape[1] >= hidden_states.shape[1] - num_regions
+                is_region = index % joint.states.shape[1] >= joint.states.shape[1] - num_regions
             first, means = self.encode_packed(packed, groups, is_region=is_region)
             first, means = (
-                None if of is None else of.new_zeros(len(hidden_states), *of.shape[1:]).index_copy(0, rows, of)
+                None if of is None else of.new_zeros(len(joint.states), *of.shape[1:]).index_copy(0, rows, of)
                 for of in (first, means)
             )
         elif not with_means:
@@ -1165,7 +1212,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         return UnicoderVLPooledOutput(pooler_output=self.pooler(first[:, None]), means=means)
 
     def _pooled_with_means(self, inputs: dict[str, Any], **kwargs: Any) -> UnicoderVLPooledOutput:
-        """Encodes padded sequences, and averages the states of the attended words and regions before the last layer."""
+        """Encodes padded sequences, and averages the states of the attended words and of the attended regions."""
         asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         outputs = UnicoderVLPooledOutput(**self(**inputs, **kwargs | {"output_hidden_states": True}))
         layers: Any = outputs.hidden_states
@@ -1202,7 +1249,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         """
         # The last layer of a pre-trained encoder tells less of one modality alone: with it frozen, recall on Flickr8k
         # is a fifth lower than that of the mean over all.
-        hidden_states, mask, _ = self._embed(
+        joint = self._embed(
+            {},
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -1212,52 +1260,103 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             region_locations=region_locations,
             region_attention_mask=region_attention_mask,
         )
-        if len(hidden_states) == 0:
-            return hidden_states.new_zeros(0, hidden_states.shape[-1], dtype=torch.float32)
-        packed, groups, index, _ = _pack(hidden_states, mask)
+        if len(joint.states) == 0:
+            return joint.states.new_zeros(0, joint.states.shape[-1], dtype=torch.float32)
+        packed, groups, index, _ = _pack(joint.states, joint.mask)
         attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
         states, total = packed[None], packed.float()
         for layer in self.encoder.layer:
             states = layer(states, **attention)
             total = total + states[0].float()
-        row = index // hidden_states.shape[1]
-        return _means_of(total, row, len(hidden_states), len(self.encoder.layer) + 1)
+        row = index // joint.states.shape[1]
+        return _means_of(total, row, len(joint.states), len(self.encoder.layer) + 1)
+
+    def encode_words(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Encodes words by the text layers, if there are any. The arguments are those of `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(num_captions, sequence_length, hidden_size)`, the states of the last text layer.
+        """
+        embeddings = self.embeddings
+        text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        states = embeddings.embed_text(*text)
+        states, layers = embeddings.dropout(states), self.encoder.layer[: self.config.num_text_layers]
+        if self.packs(**kwargs) and states.numel() > 0:
+            packed, groups, index, _ = _pack(states, attention_mask)
+            encoded = self.encode_packed_words(packed, groups)
+            padded = encoded.new_zeros(states.shape[:2].numel(), encoded.shape[-1])
+            return padded.index_copy(0, index, encoded).view(states.shape)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=states, attention_mask=attention_mask)
+        for layer in layers:
+            states = layer(states, mask, **kwargs)
+        return states
+
+    def encode_packed_words(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
+        """
+        Encodes the embeddings of captions without padding by the text layers: `(num_tokens, hidden_size)`. The
+        arguments are those of [`~UnicoderVLModel.encode_packed`].
+        """
+        attention = PackedSequences(groups, hidden_states.device, self.config._attn_implementation).attention_kwargs()
+        states = hidden_states[None]
+        for layer in self.encoder.layer[: self.config.num_text_layers]:
+            states = layer(states, **attention)
+        return states[0]
 
     def _encode_without_padding(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         packed, groups, index, _ = _pack(hidden_states, mask)
-        sequences = PackedSequences(groups, packed.device, self.config._attn_implementation)
-        encoded = self.encoder(packed[None], **sequences.attention_kwargs())[0]
+        attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
+        encoded = self.encoder(packed[None], first_layer=self.config.num_text_layers, **attention)[0]
         padded = encoded.new_zeros(mask.numel(), encoded.shape[-1]).index_copy(0, index, encoded)
         return padded.view(*mask.shape, -1)
 
     def _embed(
-        self, *, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
-        region_features=None, region_locations=None, region_attention_mask=None, token_region_ids=None,
-        caption_index=None, image_index=None, masked_regions=None, region_token_type_ids=None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-        """Embeds text and regions, and returns the states, their mask and the text's; None where no mask was given."""
+        self, options: dict[str, Any], *, word_states=None, input_ids=None, attention_mask=None, token_type_ids=None,
+        position_ids=None, inputs_embeds=None, region_features=None, region_locations=None, region_attention_mask=None,
+        token_region_ids=None, caption_index=None, image_index=None, masked_regions=None, region_token_type_ids=None,
+    ) -> JointStates:  # fmt: skip
+        """Embeds text and regions, and encodes each caption by the text layers, if there are any, with `options`."""
         self._check_shapes(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, region_features, region_locations,
             region_attention_mask, token_region_ids, caption_index, image_index, masked_regions, region_token_type_ids,
         )  # fmt: skip
-        hidden_states = self.embeddings(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            region_features=region_features,
-            region_locations=region_locations,
-            masked_regions=masked_regions,
-            token_region_ids=token_region_ids,
-            caption_index=caption_index,
-            image_index=image_index,
-            region_token_type_ids=region_token_type_ids,
-        )
         text_mask, region_mask = (
             _pick_rows(attention_mask, caption_index),
             _pick_rows(region_attention_mask, image_index),
         )
+        if self.config.num_text_layers:
+            if word_states is None:
+                text = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+                word_states = self.encode_words(*text, **options)
+            hidden_states = _pick_rows(word_states, caption_index)
+            if region_features is not None:
+                embed = self.embeddings
+                regions = embed.embed_regions(region_features, region_locations, masked_regions, region_token_type_ids)
+                regions = _pick_rows(embed.dropout(embed.add_image_token(regions)), image_index)
+                hidden_states = torch.cat((hidden_states, regions.to(hidden_states.dtype)), dim=1)
+        else:
+            hidden_states = self.embeddings(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                region_features=region_features,
+                region_locations=region_locations,
+                masked_regions=masked_regions,
+                token_region_ids=token_region_ids,
+                caption_index=caption_index,
+                image_index=image_index,
+                region_token_type_ids=region_token_type_ids,
+            )
         joint_mask = text_mask
         if region_features is not None and (text_mask is not None or region_mask is not None):
             batch_size, num_regions = hidden_states.shape[0], region_features.shape[1]
@@ -1267,7 +1366,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             )
             region_part = ones.expand(batch_size, num_regions) if region_mask is None else region_mask
             joint_mask = torch.cat((text_part.bool(), region_part.bool()), dim=1)
-        return hidden_states, joint_mask, text_mask
+        return JointStates(hidden_states, joint_mask, text_mask)
 
     def encode_packed(
         self,
@@ -1279,6 +1378,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         r"""
         Encodes sequences without padding for a head that reads `[CLS]` alone: there is no attention mask, and the last
         layer computes the first token of each sequence alone. The values are those of `forward`, but for rounding.
+        The text layers, if there are any, have encoded the words already.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
@@ -1296,7 +1396,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         """
         packed = PackedSequences(groups, hidden_states.device, self.config._attn_implementation)
         hidden_states = hidden_states[None]
-        *layers, last_layer = self.encoder.layer
+        *layers, last_layer = self.encoder.layer[self.config.num_text_layers :]
         kwargs = packed.attention_kwargs()
         known = None if projected is None else tuple(states[None] for states in projected)
         total = None if is_region is None else hidden_states[0].float()
@@ -1327,6 +1427,10 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             raise ValueError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (batch_size, sequence_length, "
                 f"hidden_size={self.config.hidden_size})."
+            )
+        if token_region_ids is not None and self.config.num_text_layers:
+            raise ValueError(
+                "token_region_ids need num_text_layers=0: a word that refers to a region reads it from the start."
             )
         text_name, text = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
         num_captions, length = text.shape[:2]
@@ -1649,7 +1753,13 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Averages over tokens, embeddings and layers, `(batch_size, hidden_size)`; `encode_text` projects it."""
+        """
+        Averages over tokens, embeddings and layers, `(batch_size, hidden_size)`, float32; `encode_text` projects it.
+        Where there are text layers, it is the states of their last that are averaged.
+        """
+        if self.config.num_text_layers:
+            words = self.bert.encode_words(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            return _masked_mean(words.float(), attention_mask)
         return self.bert.mean_states(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1664,7 +1774,15 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         region_locations: torch.Tensor | None,
         region_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Averages over regions, embeddings and layers, `(batch_size, hidden_size)`; `encode_image` projects it."""
+        """
+        Averages over regions, embeddings and layers, `(batch_size, hidden_size)`, float32; `encode_image` projects it.
+        Where there are text layers, it is the embeddings of the regions, weighed by a learned attention.
+        """
+        if self.config.num_text_layers:
+            embed = self.bert.embeddings
+            regions = embed.dropout(embed.add_image_token(embed.embed_regions(region_features, region_locations)))
+            weights = self._first_stage().weights_of_regions(regions, region_attention_mask)
+            return (weights[..., None] * regions.float()).sum(1)
         # An image alone is a sequence with a text of no token.
         no_text = region_features.new_empty((len(region_features), 0, self.config.hidden_size), dtype=self.dtype)
         return self.bert.mean_states(
@@ -1722,10 +1840,22 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         _check_shape("labels", labels, (num_pairs,))
         _check_shape("group_ids", group_ids, (num_pairs,))
 
-        first_stage_logits = None
-        if first_stage_captions is not None:
-            text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-            regions: Any = (region_features, region_locations, region_attention_mask)
+        text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        regions: Any = (region_features, region_locations, region_attention_mask)
+        by_similarity = self.config.matching_head == "similarity"
+        first_stage_logits = similarity = word_states = None
+        if self.config.num_text_layers:  # what they give serves the first stage and the pairs
+            word_states = self.bert.encode_words(*text, **kwargs)
+            if first_stage_captions is not None or by_similarity:
+                first_stage = self._first_stage()
+                texts = first_stage.embed_text(_masked_mean(word_states.float(), attention_mask))
+                images = self.encode_image(*regions)
+                if first_stage_captions is not None:
+                    first_stage_logits = first_stage.logits(texts[first_stage_captions], images[first_stage_images])
+                if by_similarity:
+                    of_pairs = _pick_rows(texts, caption_index), _pick_rows(images, image_index)
+                    similarity = first_stage.pair_logits(*of_pairs)
+        elif first_stage_captions is not None:
             if position_ids is not None:  # of which one row may stand for all
                 source: Any = input_ids if inputs_embeds is None else inputs_embeds
                 text = (*text[:3], position_ids.expand(len(source), -1), inputs_embeds)
@@ -1745,10 +1875,12 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
-            with_means=self.config.matching_head == "similarity",
+            word_states=word_states,
+            with_means=by_similarity and not self.config.num_text_layers,
             **kwargs,
         )
-        similarity = None if outputs.means is None else self._first_stage().pair_logits(outputs.means)
+        if outputs.means is not None:
+            similarity = self._first_stage().logits_of_means(outputs.means)
         matching_logits = self.matching_head(outputs.pooler_output, similarity)
         scores = matching_logits[:, 1] - matching_logits[:, 0]
 

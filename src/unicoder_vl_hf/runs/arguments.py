@@ -233,7 +233,12 @@ class ModelArguments:
         None, "Object classes that the detector knows. Default: those of the store, else 1600."
     )
     num_hidden_layers: int | None = option(
-        None, "Number of the BERT's layers to keep, from the first on. Default: all."
+        None, "Number of layers: the BERT's from the first on, further ones begin as copies of its last. Default: its."
+    )
+    num_text_layers: int | None = option(
+        None,
+        "First layers that read words alone, once a caption and not once a pair; regions join after them. Default: "
+        "those of a Unicoder-VL, else 0.",
     )
     initializer_range: float | None = option(
         None,

@@ -266,6 +266,8 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
     }
     if arguments.num_hidden_layers is not None:
         regions["num_hidden_layers"] = arguments.num_hidden_layers
+    if arguments.num_text_layers is not None:
+        regions["num_text_layers"] = arguments.num_text_layers
     if arguments.dropout is not None:
         fields |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
     if arguments.initializer_range is not None:
@@ -329,7 +331,9 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
         `ValueError`: an option differs from the checkpoint.
     """
     config = model.config
-    options: list[tuple[str, Any, Any]] = [("num_hidden_layers", arguments.num_hidden_layers, config.num_hidden_layers)]
+    options: list[tuple[str, Any, Any]] = [
+        (name, getattr(arguments, name), getattr(config, name)) for name in ("num_hidden_layers", "num_text_layers")
+    ]
     if not arguments.image_token:
         options.append(("image_token", False, config.use_image_token_embedding))
     if isinstance(model, UnicoderVLForPreTraining):  # which alone predicts them

@@ -162,11 +162,14 @@ def scoring_digest(model: PairModel) -> str:
 
 def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
     """Picks the fields of a configuration that change scores without changing a weight or its shape."""
-    return {
+    settings = {
         "hidden_act": config.hidden_act,
         "layer_norm_eps": config.layer_norm_eps,
         "num_attention_heads": config.num_attention_heads,
     }
+    # Left out where it says nothing, so that what was recorded before it came still compares.
+    unimodal = {"num_text_layers": config.num_text_layers}
+    return settings | (unimodal if config.num_text_layers else {})
 
 
 def former_scoring_digest(model: PairModel) -> str:

@@ -8,13 +8,14 @@ of `[CLS]`, which the matching head reads, which reached the score. Left out, as
 a layer does beside attention. The paper of Unicoder-VL has no such thing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..modeling_unicoder_vl import UnicoderVLFirstStage
 from ..processing_unicoder_vl import RegionInput, UnicoderVLProcessor
@@ -114,7 +115,8 @@ def explain(
     to_score = reached[0]  # that of `[CLS]`
     if (first_stage := scoring_first_stage(model)) is not None:
         num_tokens = inputs["input_ids"].shape[1]
-        to_score = to_score + parts_of_similarity(first_stage, outputs.hidden_states, num_tokens).clamp(min=0) @ reached
+        states = _states_of_similarity(model, outputs.hidden_states, inputs)
+        to_score = to_score + parts_of_similarity(first_stage, states, num_tokens).clamp(min=0) @ reached
     relevance = torch.cat((to_score[None], reached[1:])).cpu().numpy()
 
     pieces = processor.tokenizer(caption, truncation=True, max_length=max_length)
@@ -138,19 +140,23 @@ def explain(
     )
 
 
-def parts_of_similarity(
-    first_stage: UnicoderVLFirstStage, hidden_states: Sequence[torch.Tensor], num_tokens: int
-) -> torch.Tensor:
+def parts_of_similarity(first_stage: UnicoderVLFirstStage, states: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """
-    Shares out what `matching_head="similarity"` adds to the score of a pair among its positions, `(length,)`: gradient
-    x state, whose sum over a side is about 0, as a cosine has no length; above 0 is what the other side resembles.
+    Shares out what `matching_head="similarity"` adds to the score of a pair among its positions, `(length,)`, given the
+    states of these that it averages, `(length, hidden_size)`: gradient x state, whose sum over a side is about 0, as a
+    cosine has no length; above 0 is what the other side resembles.
     """
-    states = torch.stack([layer.detach()[0].float() for layer in hidden_states[:-1]]).mean(0)
-    sides = states.split((num_tokens, len(states) - num_tokens))
-    means = torch.stack([side.mean(0) for side in sides])[None].requires_grad_()
+    words, regions = states.split((num_tokens, len(states) - num_tokens))
+    weights = (
+        torch.full((num_tokens,), 1 / num_tokens, device=states.device),
+        first_stage.weights_of_regions(regions[None], None)[0].detach(),
+    )
+    means = torch.stack([weight @ side for weight, side in zip(weights, (words, regions), strict=True)])[None]
+    means.requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(first_stage.pair_logits(means).sum(), means)
-    return torch.cat([side @ of / len(side) for side, of in zip(sides, gradient[0], strict=True)])
+        (gradient,) = torch.autograd.grad(first_stage.logits_of_means(means).sum(), means)
+    parts = zip(weights, (words, regions), gradient[0], strict=True)
+    return torch.cat([weight * (side @ of) for weight, side, of in parts])
 
 
 def relevance_of_positions(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -159,10 +165,23 @@ def relevance_of_positions(attentions: Sequence[torch.Tensor], gradients: Sequen
     the attention weights of the layers and the gradients of a score for them, `(batch_size, num_heads, length,
     length)`.
     """
-    relevance = torch.eye(attentions[0].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)[None]
+    relevance = torch.eye(attentions[-1].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)[None]
     for weights, gradient in zip(attentions, gradients, strict=True):
+        missing = relevance.shape[-1] - weights.shape[-1]  # regions, which no text layer reads
+        weights, gradient = (nn.functional.pad(each, (0, missing, 0, missing)) for each in (weights, gradient))
         relevance = relevance + (gradient * weights).clamp(min=0).mean(dim=1) @ relevance
     return relevance.detach()
+
+
+def _states_of_similarity(
+    model: PairModel, hidden_states: Sequence[torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Picks the states of a pair that its similarity reads, `(length, hidden_size)`, float32."""
+    if (last := model.config.num_text_layers) == 0:
+        return torch.stack([layer.detach()[0].float() for layer in hidden_states[:-1]]).mean(0)
+    embed = model.bert.embeddings
+    regions = embed.add_image_token(embed.embed_regions(inputs["region_features"], inputs["region_locations"]))
+    return torch.cat((hidden_states[last][0], regions[0])).detach().float()
 
 
 @contextmanager

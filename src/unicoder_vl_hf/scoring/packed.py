@@ -1,8 +1,9 @@
 """Scores chosen pairs without padding, as every block of a scoring job needs it.
 
-Each caption and each image is embedded once, and projected once for the first layer, where pairs share them; the pairs
-of a forward pass lie one behind the other, those of equal length side by side; the last layer computes `[CLS]` alone,
-without keys and values; pooler and matching head run in float32. All of it is exact but for rounding.
+Each caption and each image is embedded once, a caption passes the text layers once where the model has them, and both
+are projected once for the first layer of the pairs, where these share them. The pairs of a forward pass lie one behind
+the other, those of equal length side by side; the last layer computes `[CLS]` alone, without keys and values; pooler
+and matching head run in float32. All of it is exact but for rounding.
 """
 
 import copy
@@ -46,11 +47,15 @@ def fingerprint(model: PairModel) -> tuple | None:
 
 @dataclass
 class Rows:
-    """The embeddings of several items, one behind the other: item i is `states[starts[i] : starts[i] + lengths[i]]`."""
+    """
+    The states of several items, one behind the other: item i is `states[starts[i] : starts[i] + lengths[i]]`, and
+    `embeddings[i]` in the first stage, where a model with text layers scores by it.
+    """
 
     states: torch.Tensor
     starts: np.ndarray
     lengths: np.ndarray
+    embeddings: torch.Tensor | None = None
 
     @classmethod
     def of(cls, states: torch.Tensor, lengths: Sequence[int] | np.ndarray) -> "Rows":
@@ -109,7 +114,8 @@ class PairEncoder:
             position_ids=cast(torch.LongTensor, positions[None]),
             inputs_embeds=None,
         )
-        return Rows.of(states[0], lengths)
+        rows = Rows.of(states[0], lengths)
+        return self._encode_words(rows) if self.config.num_text_layers else rows
 
     def embed_images(self, records: Iterable[RegionRecord], extractor: UnicoderVLFeatureExtractor) -> Rows:
         """Embeds images, given as records. Raises ValueError if features have another width than the model's."""
@@ -129,7 +135,34 @@ class PairEncoder:
                 inputs["region_features"][real], inputs["region_locations"][real]
             )
             states.append(self.bert.embeddings.add_image_token(regions))
-        return Rows.of(torch.cat(states), np.concatenate(lengths))
+        rows = Rows.of(torch.cat(states), np.concatenate(lengths))
+        if self.similarity is not None and self.config.num_text_layers:
+            padded, mask = self._padded(rows)
+            weights = self.similarity.weights_of_regions(padded, mask)
+            rows.embeddings = self.similarity.embed_image((weights[..., None] * padded.float()).sum(1))
+        return rows
+
+    def _encode_words(self, rows: Rows) -> Rows:
+        """Passes captions through the text layers, and their means to the first stage, where that scores, too."""
+        states, means = torch.empty_like(rows.states), rows.states.new_empty(len(rows.lengths), self.config.hidden_size)
+        means = means.float()
+        order = np.argsort(rows.lengths, kind="stable")
+        for batch in split_by_tokens(order, rows.lengths[order], self.max_tokens):
+            lengths = rows.lengths[batch]
+            place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            index = torch.from_numpy(place + np.repeat(rows.starts[batch], lengths)).to(self.device)
+            states[index] = encoded = self.bert.encode_packed_words(rows.states[index], groups_of(lengths))
+            of_batch = torch.from_numpy(lengths).to(self.device)
+            means[torch.from_numpy(batch)] = torch.segment_reduce(encoded.float(), "mean", lengths=of_batch)
+        embeddings = None if self.similarity is None else self.similarity.embed_text(means)
+        return Rows(states, rows.starts, rows.lengths, embeddings)
+
+    def _padded(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pads items, `(num_items, longest, hidden_size)`, and tells what is theirs, `(num_items, longest)`."""
+        place = np.arange(rows.lengths.max(initial=0))
+        real = place < rows.lengths[:, None]
+        index = np.where(real, rows.starts[:, None] + place, 0)
+        return rows.states[torch.from_numpy(index).to(self.device)], torch.from_numpy(real).to(self.device)
 
     def score(self, captions: Rows, images: Rows, caption_index: np.ndarray, image_index: np.ndarray) -> np.ndarray:
         """Scores caption `caption_index[p]` with image `image_index[p]`: `(P,)`, float32, higher = better match."""
@@ -137,22 +170,33 @@ class PairEncoder:
         order = np.argsort(lengths, kind="stable")
         table = torch.cat((captions.states, images.states))
         tables = [table]
-        if len(self.bert.encoder.layer) > 1 and 2 * len(table) <= lengths.sum():
-            attention = cast(UnicoderVLLayer, self.bert.encoder.layer[0]).attention.self
+        layers = cast(Sequence[UnicoderVLLayer], self.bert.encoder.layer[self.config.num_text_layers :])
+        if len(layers) > 1 and 2 * len(table) <= lengths.sum():
+            attention = layers[0].attention.self
             tables += [project(table) for project in (attention.query, attention.key, attention.value)]
         scores = np.empty(len(order), dtype=np.float32)
         for batch in split_by_tokens(order, lengths[order], self.max_tokens):
             found = rows_of_pairs(captions, images, caption_index[batch], image_index[batch])
             rows = torch.from_numpy(found).to(self.device)
             states, *projected = (table[rows] for table in tables)
-            of_length, count = np.unique(lengths[batch], return_counts=True)
-            groups = list(zip(count.tolist(), of_length.tolist(), strict=True))
-            is_region = None if self.similarity is None else rows >= len(captions.states)
-            first, means = self.bert.encode_packed(states, groups, projected or None, is_region)
-            similarity = None if self.similarity is None or means is None else self.similarity.pair_logits(means)
+            asks = self.similarity is not None and captions.embeddings is None
+            is_region = rows >= len(captions.states) if asks else None
+            first, means = self.bert.encode_packed(states, groups_of(lengths[batch]), projected or None, is_region)
+            similarity = None
+            if self.similarity is not None and means is not None:
+                similarity = self.similarity.logits_of_means(means)
+            elif self.similarity is not None and captions.embeddings is not None and images.embeddings is not None:
+                texts, seen = captions.embeddings[caption_index[batch]], images.embeddings[image_index[batch]]
+                similarity = self.similarity.pair_logits(texts, seen)
             logits = self.matching_head(self.pooler(first.float()[:, None]), similarity)
             scores[batch] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
         return scores
+
+
+def groups_of(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Counts the sequences of each length, given in ascending order: the groups of packed sequences."""
+    of_length, count = np.unique(lengths, return_counts=True)
+    return list(zip(count.tolist(), of_length.tolist(), strict=True))
 
 
 def rows_of_pairs(captions: Rows, images: Rows, caption_index: np.ndarray, image_index: np.ndarray) -> np.ndarray:
@@ -179,10 +223,11 @@ def split_by_tokens(order: np.ndarray, lengths: np.ndarray, max_tokens: int) -> 
 def pair_flops(config: UnicoderVLConfig, lengths: np.ndarray) -> np.ndarray:
     """
     Counts the operations of pairs of these lengths, tokens and regions, if the last layer computes `[CLS]` alone. Those
-    that sharing the first layer's projections and [`FirstTokenAttention`] save, 3 % at BERT-base's size, count as done.
+    of text layers, which are of captions, do not count; those that sharing the first layer's projections and
+    [`FirstTokenAttention`] save, 3 % at BERT-base's size, count as done.
     """
     length = np.asarray(lengths, dtype=np.float64)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
+    hidden, layers = config.hidden_size, config.num_hidden_layers - config.num_text_layers
     feed_forward = 2 * hidden * config.intermediate_size
     layer = 2 * length * (4 * hidden**2 + feed_forward) + 4 * length**2 * hidden
     last = 2 * length * 2 * hidden**2 + 2 * (2 * hidden**2 + feed_forward) + 4 * length * hidden

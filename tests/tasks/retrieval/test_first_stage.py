@@ -293,10 +293,11 @@ def test_hard_negatives_by_hand():
     assert mismatches[caption[real], image[real]].all() and ((caption == match) | (image == match)).all()
 
 
+@pytest.mark.parametrize("config", [{}, {"num_text_layers": 1, "matching_head": "similarity"}])
 @pytest.mark.parametrize("in_batch_negatives", [False, True])
-def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
+def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives, config):
     """The loss is that of the pairs given and chosen, as if the collator had made all of them."""
-    encoder, inputs = model(), batch((3, 0, 2, 4), in_batch_negatives=in_batch_negatives)
+    encoder, inputs = model(**config), batch((3, 0, 2, 4), in_batch_negatives=in_batch_negatives)
     plain = TwoStageLoss(GroupSoftmaxLoss(), 0.5)(encoder, inputs)
     found = HardNegativeLoss(GroupSoftmaxLoss(), 0.5, num_hard_negatives=2)(encoder, inputs)
 
@@ -313,6 +314,11 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives):
     groups, contrastive = GroupSoftmaxLoss()(encoder, inputs | given), ContrastiveLoss(0.5)(encoder, inputs)
     torch.testing.assert_close(found, groups + contrastive)
     assert found > plain
+    gradients = [
+        torch.autograd.grad(loss, [*encoder.first_stage.parameters(), *encoder.bert.encoder.parameters()])
+        for loss in (found, groups + contrastive)
+    ]
+    torch.testing.assert_close(*gradients)
 
     # Of 0.6 of four matches, the first three are scored, with their hard negatives, and no other pair.
     scored = []
@@ -543,6 +549,19 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     setup.loss(setup.model, batch).backward()
     trained_ones = {name for name, parameter in setup.model.named_parameters() if parameter.requires_grad}
     assert trained_ones == {name for name, parameter in setup.model.named_parameters() if parameter.grad is not None}
+    folder = world.parent / "words"
+    UnicoderVLForImageTextRetrieval.from_pretrained(options["model_name_or_path"], num_text_layers=1).save_pretrained(
+        folder
+    )
+    AutoProcessor.from_pretrained(options["model_name_or_path"]).save_pretrained(folder)
+    words = RetrievalArguments(**options | {"model_name_or_path": folder}, contrastive_weight=1.0, loss="none")
+    setup = prepare_retrieval(words, world.parent / "run", seed=0)
+    setup.loss(setup.model, setup.collator([setup.train[row] for row in (0, 7)])).backward()
+    trained_ones = {name for name, parameter in setup.model.named_parameters() if parameter.requires_grad}
+    assert trained_ones == {name for name, parameter in setup.model.named_parameters() if parameter.grad is not None}
+    assert not any("encoder.layer.1." in name for name in trained_ones) and any(
+        "layer.0." in name for name in trained_ones
+    )
     hard = RetrievalArguments(
         **options, contrastive_weight=1.0, num_hard_negatives=2, random_negative_epochs=1, in_batch_negatives=True
     )
@@ -559,6 +578,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     assert "likes best (for 25 % of the matches), along with" in setup.card["trained_by"]
     for wrong, message in (
         ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),
+        ({"bert_learning_rate": -1e-5}, r"bert_learning_rate=-1e-05, expected at least 0"),
         ({"num_hard_negatives": -1}, r"num_hard_negatives=-1; expected at least 0"),
         ({"random_negative_epochs": -1}, r"random_negative_epochs=-1; expected at least 0"),
         ({"random_negative_epochs": 1}, r"random_negative_epochs=1 says how --num_hard_negatives are drawn"),

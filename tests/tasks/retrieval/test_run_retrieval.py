@@ -261,9 +261,11 @@ def test_two_processes_equal_one(command, plain, world, berts, tmp_path):
     along |= {"random_negative_epochs": 1}
     along |= {"learning_rate": 0.05, "max_steps": 6, "pairs": 2, "plain": True}
     half = along | {"scored_ratio": 0.5, "num_negative_captions": 0, "num_negative_images": 0}
+    words = half | {"num_text_layers": 1, "bert_learning_rate": 0.02, "matching_head": "similarity"}
     with plain_descent():
         run(SCRIPT, command(tmp_path / "along_one", accumulation=2, **along))
         run(SCRIPT, command(tmp_path / "half_one", accumulation=2, **half))
+        run(SCRIPT, command(tmp_path / "words_one", accumulation=2, **words))
     mining = {"images_per_set": 10, "num_negatives": 2}
     inputs = [plain, world / "captions.jsonl", world / "regions"]
     shared, alone = (json.dumps([*map(str, inputs), str(tmp_path / name)]) for name in ("shared", "alone"))
@@ -272,15 +274,17 @@ def test_two_processes_equal_one(command, plain, world, berts, tmp_path):
         (SCRIPT, command(tmp_path / "two", pairs=2, plain=True), True),
         (SCRIPT, command(tmp_path / "along_two", **along), True),
         (SCRIPT, command(tmp_path / "half_two", **half), True),
+        (SCRIPT, command(tmp_path / "words_two", **words), True),
         ("mining_client", [shared, json.dumps(mining)]),
         processes=2,
     )
     output = output_of(process, tmp_path)
     assert process.returncode == 0, output
-    assert output.count(f"{SCRIPT}: world size 2") == 6 and output.count("mining_client: world size 2") == 2, output
+    assert output.count(f"{SCRIPT}: world size 2") == 8 and output.count("mining_client: world size 2") == 2, output
     assert_same_weights(tmp_path / "two", plain, tolerance=2e-5)
     assert_same_weights(tmp_path / "along_two", tmp_path / "along_one", tolerance=2e-5)
     assert_same_weights(tmp_path / "half_two", tmp_path / "half_one", tolerance=2e-5)
+    assert_same_weights(tmp_path / "words_two", tmp_path / "words_one", tolerance=2e-5)
     assert_trained(tmp_path / "along_two", berts[0.0])
     run("mining_client", [alone, json.dumps(mining)])
     mined = [read_captions(tmp_path / name) for name in ("shared", "alone")]

@@ -204,13 +204,13 @@ def train_first_stage(
         )
     check_tokens(table, processor.tokenizer, path)
     processor.feature_extractor.check_provenance(store.provenance)
-    nn.Module.to(trained, start_processes().device)
-    train, validation = (EncodedPairs(trained, processor, store, pairs, groups, max_length) for pairs in splits)
-    nn.Module.to(trained, "cpu")
     trained.config.projection_dim = projection_dim
     trained.first_stage = UnicoderVLFirstStage(trained.config, projection_dim)
     for module in trained.first_stage.modules():
         trained._init_weights(module)
+    nn.Module.to(trained, start_processes().device)
+    train, validation = (EncodedPairs(trained, processor, store, pairs, groups, max_length) for pairs in splits)
+    nn.Module.to(trained, "cpu")
     metrics = fit_first_stage(
         trained.first_stage,
         train,

@@ -15,7 +15,7 @@ ViLBERT, and the contrastive loss and the hard negatives of ALBEF. Left out: ALB
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -244,7 +244,11 @@ class HardNegativeLoss(TwoStageLoss):
         _columns(batch, _OF_GROUPS)
         matches, captions, images = _matches(batch)
         group_of_match = batch["group_ids"][matches]
-        logits, _ = _first_stage_alone(model, batch, captions, images)
+        # A model with text layers passes its captions once for both stages, in the call that scores.
+        unwrapped: Any = getattr(model, "module", model)
+        twice = unwrapped.config.num_text_layers == 0
+        with torch.set_grad_enabled(twice and torch.is_grad_enabled()):
+            logits, _ = _first_stage_alone(model, batch, captions, images)
         hardness = batch.get("hardness", logits)
         found: Sequence[torch.Tensor] = hard_negatives(hardness, batch["mismatches"], self.num_hard_negatives)
         if self.scored_ratio < 1:
@@ -259,12 +263,15 @@ class HardNegativeLoss(TwoStageLoss):
             "image_index": images[image],
         }
         pairs = {**batch, **{name: torch.cat((batch[name], tensor)) for name, tensor in more.items()}}
-        # No row for the first stage: so this graph holds all parameters, too, and DistributedDataParallel takes none
-        # for unused that the call before has used.
-        none = label.new_zeros(0)
-        scores = model(**_inputs(pairs), first_stage_captions=none, first_stage_images=none).scores
-        contrastive = contrastive_loss(logits, batch["mismatches"])
-        return self.groups.of_scores(scores, *_columns(pairs, _OF_GROUPS)) + self.contrastive_weight * contrastive
+        if twice:
+            # No row for the first stage: so this graph holds all parameters, too, and DistributedDataParallel takes
+            # none for unused that the call before has used.
+            captions = images = label.new_zeros(0)
+        outputs = model(**_inputs(pairs), first_stage_captions=captions, first_stage_images=images)
+        contrastive = contrastive_loss(logits if twice else outputs.first_stage_logits, batch["mismatches"])
+        return (
+            self.groups.of_scores(outputs.scores, *_columns(pairs, _OF_GROUPS)) + self.contrastive_weight * contrastive
+        )
 
 
 def contrastive_loss(logits: torch.Tensor, mismatches: torch.Tensor) -> torch.Tensor:

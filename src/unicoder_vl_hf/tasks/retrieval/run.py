@@ -25,6 +25,7 @@ from .training import (
     STRONG,
     RetrievalArguments,
     RetrievalSetup,
+    bert_weights,
     evaluate_retrieval,
     prepare_retrieval,
 )
@@ -34,6 +35,20 @@ class RetrievalTrainer(TaskTrainer):
     """Trains and evaluates image-text retrieval."""
 
     setup: RetrievalSetup
+
+    def create_optimizer(self, *args, **kwargs):
+        """Makes the optimizer, in which what a BERT knows may have a learning rate of its own."""
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if (rate := self.setup.bert_learning_rate) is not None and not made:
+            known = {id(weight) for weight in bert_weights(self.setup.model)}
+            for group in list(optimizer.param_groups):
+                weights = group["params"]
+                group["params"] = [weight for weight in weights if id(weight) not in known]
+                of_bert = [weight for weight in weights if id(weight) in known]
+                if of_bert:
+                    optimizer.add_param_group({**group, "params": of_bert, "lr": rate})
+        return optimizer
 
     def conclude(self):
         """Measures the weight of the similarity in a search, if a first stage was trained."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+from torch import nn
 from transformers import AutoConfig
 
 from ... import logging
@@ -96,6 +97,11 @@ class RetrievalArguments(DataArguments):
         "Share of the matches of a micro-batch that are scored, with their hard negatives; the first stage learns from "
         "all of them.",
     )
+    bert_learning_rate: float | None = option(
+        None,
+        "Learning rate of what a BERT knows: embeddings of words, and layers; with text layers, those alone. "
+        "0 trains none of it. Default: --learning_rate, as for all other weights.",
+    )
     mask_probability: float = option(
         0.0,
         "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
@@ -169,6 +175,7 @@ class RetrievalSetup(TrainingSetup):
         weighing (`datasets.Dataset`, *optional*): Captions of the validation split on which the weight of the
             similarity is measured; None if no first stage is trained, or there is no such split.
         search (`str`, *optional*): The sum by which a search orders its candidates, in words, once it is measured.
+        bert_learning_rate (`float`, *optional*): Learning rate of [`bert_weights`], where it is one of their own.
     """
 
     model: UnicoderVLForImageTextRetrieval
@@ -178,6 +185,7 @@ class RetrievalSetup(TrainingSetup):
     loss: RetrievalLoss = field(default_factory=HardestNegativeLoss)
     weighing: datasets.Dataset | None = None
     search: str | None = None
+    bert_learning_rate: float | None = None
 
     def measure_similarity_weight(self) -> None:
         """Measures the weight of the similarity for the model as it is, and notes it in its configuration and card."""
@@ -231,6 +239,13 @@ class RetrievalSetup(TrainingSetup):
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
 
 
+def bert_weights(model: UnicoderVLForImageTextRetrieval) -> list[nn.Parameter]:
+    """Collects what a BERT knows: the embeddings of words and the layers, or the text layers, where there are any."""
+    embed, layers = model.bert.embeddings, model.bert.encoder.layer[: model.config.num_text_layers or None]
+    words = (embed.word_embeddings, embed.position_embeddings, embed.token_type_embeddings, embed.LayerNorm)
+    return [weight for module in (*words, *layers) for weight in module.parameters()]
+
+
 def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, seed: int) -> RetrievalSetup:
     """
     Reads captions and regions, joins them, and builds the model, before any time is spent on training.
@@ -259,10 +274,14 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         logger.warning(
             "loss=none: the encoder leaves the matching head behind; train it again before pairs are scored."
         )
-        for unused in (model.matching_head, model.bert.pooler):
+        joint = model.bert.encoder.layer[model.config.num_text_layers or len(model.bert.encoder.layer) :]
+        for unused in (model.matching_head, model.bert.pooler, *joint):
             unused.requires_grad_(False)
     processor = load_processor(arguments, data)
     align_if_asked(arguments, model, processor, data)
+    if arguments.bert_learning_rate == 0:
+        for weight in bert_weights(model):
+            weight.requires_grad_(False)
     return RetrievalSetup(
         model=model,
         processor=processor,
@@ -281,6 +300,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         data_name=data.name,
         loss=loss,
         weighing=held_out if arguments.contrastive_weight > 0 else None,
+        bert_learning_rate=arguments.bert_learning_rate,
     )
 
 
@@ -316,6 +336,8 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
             f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
             "it, such as 1."
         )
+    if arguments.bert_learning_rate is not None and not 0 <= arguments.bert_learning_rate < float("inf"):
+        raise ValueError(f"bert_learning_rate={arguments.bert_learning_rate}, expected at least 0.")
     if not 0 < arguments.scored_ratio <= 1:
         raise ValueError(f"scored_ratio={arguments.scored_ratio}, expected a share of the matches: above 0, at most 1.")
     others = arguments.num_negative_captions + arguments.num_negative_images > 0 or arguments.in_batch_negatives
