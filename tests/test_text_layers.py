@@ -167,3 +167,19 @@ def test_what_a_bert_knows_may_have_a_learning_rate_of_its_own(tmp_path):
         name for name in rates if "layer.0." in name or "layer.1." in name or ("bert.embeddings." in name
         and "region" not in name and "image_token" not in name)
     }  # fmt: skip
+
+
+def test_a_similarity_weight_is_folded_into_the_score():
+    model, batch = similarity_model(num_hidden_layers=3, num_text_layers=2), paired(tiny.padded_batch())
+    every = torch.arange(4)
+    before = model(**batch, first_stage_captions=every, first_stage_images=every)
+    scale = model.first_stage.logit_scale.exp()
+    similarity = before.first_stage_logits[:, :3].flatten() / scale
+    model.config.similarity_weight = 7.0
+    model.fold_similarity_weight(7.0)
+    wanted = (before.scores + 7 * similarity) * scale / (scale + 7)
+    torch.testing.assert_close(model(**batch).scores, wanted)
+    assert model.config.similarity_weight == 0 and wanted.argsort().tolist() != before.scores.argsort().tolist()
+    for wrong in (tiny.model(UnicoderVLForImageTextRetrieval), similarity_model()):
+        with pytest.raises(ValueError, match="expected a weight of at least 0 and a similarity after text layers"):
+            wrong.fold_similarity_weight(7.0)

@@ -1792,6 +1792,27 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             region_attention_mask=region_attention_mask,
         )
 
+    def fold_similarity_weight(self, weight: float) -> None:
+        """
+        Shrinks what `[CLS]` adds to a score, so that the score alone orders as score + `weight` x similarity did, whose
+        weight was measured on validation captions: photos that were learned by heart make it too sure. The weight
+        becomes 0.
+
+        Raises:
+            `ValueError`: the score does not hold the first stage's own logit (`matching_head="similarity"` after text
+            layers), or the weight is below 0.
+        """
+        if self.config.matching_head != "similarity" or not self.config.num_text_layers or weight < 0:
+            raise ValueError(
+                f"weight={weight}, matching_head={self.config.matching_head!r}, num_text_layers="
+                f"{self.config.num_text_layers}; expected a weight of at least 0 and a similarity after text layers."
+            )
+        scale = self._first_stage().logits(*torch.eye(1, device=self.device).expand(2, 1, 1)).item()
+        with torch.no_grad():
+            for parameter in self.matching_head.parameters():
+                parameter.mul_(scale / (scale + weight))
+        self.config.similarity_weight = 0.0
+
     def _first_stage(self) -> UnicoderVLFirstStage:
         if self.first_stage is None:
             raise ValueError(

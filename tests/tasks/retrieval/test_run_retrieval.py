@@ -285,6 +285,8 @@ def test_two_processes_equal_one(command, plain, world, berts, tmp_path):
     assert_same_weights(tmp_path / "along_two", tmp_path / "along_one", tolerance=2e-5)
     assert_same_weights(tmp_path / "half_two", tmp_path / "half_one", tolerance=2e-5)
     assert_same_weights(tmp_path / "words_two", tmp_path / "words_one", tolerance=2e-5)
+    assert "The score holds that sum now" in (tmp_path / "words_one" / "README.md").read_text()
+    assert AutoConfig.from_pretrained(tmp_path / "words_one").similarity_weight == 0
     assert_trained(tmp_path / "along_two", berts[0.0])
     run("mining_client", [alone, json.dumps(mining)])
     mined = [read_captions(tmp_path / name) for name in ("shared", "alone")]

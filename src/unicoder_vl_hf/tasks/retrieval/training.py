@@ -47,7 +47,7 @@ from .losses import (
 )
 from .metrics import retrieval_metrics, with_recall_sum
 from .protocols import captions_of_images, retrieval_test
-from .two_stage_report import describe_weight, measure_similarity_weight
+from .two_stage_report import SIMILARITY_WEIGHTS, describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
 
@@ -194,7 +194,11 @@ class RetrievalSetup(TrainingSetup):
         max_length, store = self.collator.max_length, self.collator.store
         encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
         scorer = ImageTextScorer(self.model, self.processor, store)
-        self.search = describe_weight(measure_similarity_weight(encoder, scorer, self.weighing, max_length))
+        report = measure_similarity_weight(encoder, scorer, self.weighing, max_length)
+        self.search = describe_weight(report)
+        if _holds_first_stage(self.model.config):
+            self.model.fold_similarity_weight(report.best.similarity_weight)
+            self.search += " The score holds that sum now, so that a search orders by the score alone."
 
     @property
     def first_stage_alone(self) -> bool:
@@ -362,6 +366,11 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     return {"projection_dim": None, "matching_head": "unicoder_vl"}
 
 
+def _holds_first_stage(config: UnicoderVLConfig) -> bool:
+    """Whether the score of a pair holds the first stage's logit of it, and not one of states that the pair has."""
+    return config.matching_head == "similarity" and config.num_text_layers > 0
+
+
 def evaluate_retrieval(
     model: UnicoderVLForImageTextRetrieval,
     processor: UnicoderVLProcessor,
@@ -383,15 +392,22 @@ def evaluate_retrieval(
 
     Returns:
         `dict[str, float]`: the metrics of [`retrieval_metrics`], and `recall_sum`, the sum of the six recalls. Names of
-        the first stage's metrics begin with `first_stage_`, but for the sum.
+        the first stage's metrics begin with `first_stage_`, but for the sum. Where scores hold the first stage's own
+        logit, after text layers, they are those of the best of `SIMILARITY_WEIGHTS`, which the training folds into the
+        matching head at its end.
     """
     (fold,) = retrieval_test(captions).folds
     if not by_first_stage:
         scorer = ImageTextScorer(model, processor, store, verbose=False)
         scores = scorer.score(fold.captions, fold.image_ids, max_length=max_length)
-        return with_recall_sum(retrieval_metrics(scores, fold.image_of_caption))
+        if not _holds_first_stage(model.config):
+            return with_recall_sum(retrieval_metrics(scores, fold.image_of_caption))
     encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
     similarities = encoder.embed_captions(fold.captions) @ encoder.embed_images(fold.image_ids).T
+    if not by_first_stage:
+        sums = (scores + weight * similarities for weight in SIMILARITY_WEIGHTS)
+        measured = [with_recall_sum(retrieval_metrics(each, fold.image_of_caption)) for each in sums]
+        return max(measured, key=lambda metrics: metrics["recall_sum"])
     metrics = with_recall_sum(retrieval_metrics(similarities, fold.image_of_caption))
     recall_sum = metrics.pop("recall_sum")
     return {f"first_stage_{name}": value for name, value in metrics.items()} | {"recall_sum": recall_sum}
