@@ -17,7 +17,7 @@ from test_run_pretraining import (
     output_of,
     stopped,
 )
-from transformers import AutoModelForSequenceClassification, AutoProcessor, TrainerControl
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoProcessor, TrainerControl
 from two_processes import examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
