@@ -97,14 +97,16 @@ def test_the_scorer_gives_the_scores_of_the_model(head, num_text_layers, max_tok
     assert found.std() > 0.1
 
 
-def test_a_caption_passes_the_text_layers_once():
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_caption_passes_the_text_layers_once(padding_free):
     model, seen = similarity_model(num_hidden_layers=3, num_text_layers=2), []
-    model.config.padding_free = True
+    model.config.padding_free = padding_free
     for layer in model.bert.encoder.layer:
-        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    model(**paired(tiny.padded_batch()))
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2].numel()))
+    every = torch.arange(4)
+    model(**paired(tiny.padded_batch()), first_stage_captions=every, first_stage_images=every)
     words, regions = sum(tiny.TEXT_LENGTHS), sum(tiny.NUM_REGIONS[:3])
-    assert seen == [words, words, 3 * words + 4 * regions]
+    assert seen == ([words, words, 3 * words + 4 * regions] if padding_free else [4 * 7, 4 * 7, 12 * 11])
 
 
 def test_pretraining_reads_hidden_regions_by_them_too():

@@ -72,6 +72,11 @@ REGION_TYPES_DOCSTRING = r"""
         `config.num_region_types`, by default 0.
 """
 
+WORD_STATES_DOCSTRING = r"""
+    word_states (`torch.Tensor` of shape `(num_captions, sequence_length, hidden_size)`, *optional*):
+        What [`~UnicoderVLModel.encode_words`] made of the text, so that the text layers are not computed again.
+"""
+
 PAIRING_DOCSTRING = r"""
     caption_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         Row b takes caption `caption_index[b]` of the `num_captions` rows of `input_ids`, so that a caption that several
@@ -982,8 +987,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
                 taken, and further ones begin as copies of its last.
 
         Raises:
-            `ValueError`: for a checkpoint that is not a BERT, a field that its weights fix, an
-            unknown field, or a key missing or unexpected beside those that may be (see `BertLoadingReport`).
+            `ValueError`: for a checkpoint that is not a BERT, a field that its weights fix, an unknown field, or a key
+            missing or unexpected beside those that may be (see `BertLoadingReport`).
         """
         hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         hub["local_files_only"] = local_files_only
@@ -1092,7 +1097,11 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
 
     @capture_outputs
     @auto_docstring(
-        custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + MASKED_REGIONS_DOCSTRING + REGION_TYPES_DOCSTRING
+        custom_args=INPUTS_DOCSTRING
+        + PAIRING_DOCSTRING
+        + MASKED_REGIONS_DOCSTRING
+        + REGION_TYPES_DOCSTRING
+        + WORD_STATES_DOCSTRING
     )
     def forward(
         self,
@@ -1109,10 +1118,12 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         image_index: torch.LongTensor | None = None,
         masked_regions: torch.Tensor | None = None,
         region_token_type_ids: torch.LongTensor | None = None,
+        word_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         joint = self._embed(
             kwargs,
+            word_states=word_states,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -1138,14 +1149,17 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, joint.text_mask)
         )
 
+    def records(self, **kwargs) -> bool:
+        """Whether the states or the attentions of layers are asked for."""
+        return any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        )
+
     def packs(self, **kwargs) -> bool:
         """Whether padding is left out: the config asks for it, it pays, and neither layers nor a graph are recorded."""
         asked = self.training if self.config.padding_free is None else self.config.padding_free
-        recorded = any(
-            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
-        )
         flash = is_flash_attention_requested(requested_attention_implementation=self.config._attn_implementation)
-        return asked and not recorded and not is_tracing() and (flash or self.device.type == "cpu")
+        return asked and not self.records(**kwargs) and not is_tracing() and (flash or self.device.type == "cpu")
 
     def pooled(
         self,
@@ -1896,7 +1910,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             caption_index=caption_index,
             image_index=image_index,
-            word_states=word_states,
+            word_states=None if self.bert.records(**kwargs) else word_states,
             with_means=by_similarity and not self.config.num_text_layers,
             **kwargs,
         )
