@@ -47,7 +47,7 @@ from .losses import (
 )
 from .metrics import retrieval_metrics, with_recall_sum
 from .protocols import captions_of_images, retrieval_test
-from .two_stage_report import SIMILARITY_WEIGHTS, WEIGHING_QUERIES, describe_weight, measure_similarity_weight
+from .two_stage_report import SIMILARITY_WEIGHTS, describe_weight, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
 
@@ -200,7 +200,7 @@ class RetrievalSetup(TrainingSetup):
         encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
         scorer = ImageTextScorer(self.model, self.processor, store)
         held = _holds_first_stage(self.model.config)
-        num_queries = FOLDING_QUERIES if held else WEIGHING_QUERIES
+        num_queries = FOLDING_QUERIES if held else None
         report = measure_similarity_weight(encoder, scorer, self.weighing, max_length, num_queries)
         self.search = describe_weight(report)
         if held:

@@ -185,7 +185,7 @@ def measure_similarity_weight(
     scorer: ImageTextScorer,
     captions: datasets.Dataset,
     max_length: int = 44,
-    num_queries: int = WEIGHING_QUERIES,
+    num_queries: int | None = None,
 ) -> TwoStageReport:
     """
     Measures which of `SIMILARITY_WEIGHTS` orders the candidates of a model's own first stage best, and notes that
@@ -195,7 +195,7 @@ def measure_similarity_weight(
         encoder, scorer: The first stage and the second, of one model.
         captions (`datasets.Dataset`): Rows of the validation split, of which a bounded part is asked and scored.
         max_length (`int`, *optional*, defaults to 44): Most tokens of a caption.
-        num_queries (`int`, *optional*, defaults to `WEIGHING_QUERIES`): Most captions, and most images, that ask.
+        num_queries (`int`, *optional*): Most captions, and most images, that ask. Defaults to `WEIGHING_QUERIES`.
 
     Returns:
         [`TwoStageReport`]: the first stage alone, then each weight; its `best` has the weight that was chosen.
@@ -206,7 +206,7 @@ def measure_similarity_weight(
         scorer,
         fold,
         candidates=[WEIGHING_CANDIDATES],
-        num_queries=num_queries,
+        num_queries=num_queries or WEIGHING_QUERIES,
         similarity_weights=SIMILARITY_WEIGHTS,
         max_length=max_length,
     )
