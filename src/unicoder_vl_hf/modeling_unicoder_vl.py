@@ -708,11 +708,11 @@ class UnicoderVLEncoder(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        first_layer: int = 0,
+        layers: slice = slice(None),
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Encodes by the layers from `first_layer` on."""
-        for layer in self.layer[first_layer:]:
+        """Encodes by these of the layers."""
+        for layer in self.layer[layers]:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return hidden_states
 
@@ -836,6 +836,12 @@ class UnicoderVLFirstStage(nn.Module):
             return weights.softmax(-1)
         lowest = torch.finfo(weights.dtype).min
         return weights.masked_fill(mask == 0, lowest).softmax(-1) * mask
+
+    def mean_of_regions(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Averages the regions of images by `weights_of_regions`, whose arguments it takes: `(num_images, hidden_size)`.
+        """
+        return (self.weights_of_regions(states, mask)[..., None] * states.float()).sum(1)
 
     def embed_text(self, states: torch.Tensor) -> torch.Tensor:
         """
@@ -1139,15 +1145,25 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             region_token_type_ids=region_token_type_ids,
         )
         if joint.mask is not None and self.packs(**kwargs):
-            hidden_states = self._encode_without_padding(joint.states, joint.mask)
+            hidden_states = self._encode_without_padding(joint.states, joint.mask, self.joint_layers)
         else:
             encoder_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=joint.states, attention_mask=joint.mask
             )
-            hidden_states = self.encoder(joint.states, encoder_mask, self.config.num_text_layers, **kwargs)
+            hidden_states = self.encoder(joint.states, encoder_mask, self.joint_layers, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states, joint.text_mask)
         )
+
+    @property
+    def text_layers(self) -> slice:
+        """The first layers, which read words alone."""
+        return slice(self.config.num_text_layers)
+
+    @property
+    def joint_layers(self) -> slice:
+        """The layers that read words and regions: all but the text layers."""
+        return slice(self.config.num_text_layers, None)
 
     def records(self, **kwargs) -> bool:
         """Whether the states or the attentions of layers are asked for."""
@@ -1255,8 +1271,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         region_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Averages the hidden states over the attended positions, and over the embeddings and all layers. The arguments
-        are those of `forward`.
+        Averages the hidden states over the attended positions, and over what the joint layers begin with, the
+        embeddings where there are no text layers, and all of them. The arguments are those of `forward`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, hidden_size)`, float32; zeros for a row without an attended position.
@@ -1279,11 +1295,12 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         packed, groups, index, _ = _pack(joint.states, joint.mask)
         attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
         states, total = packed[None], packed.float()
-        for layer in self.encoder.layer:
+        layers = self.encoder.layer[self.joint_layers]
+        for layer in layers:
             states = layer(states, **attention)
             total = total + states[0].float()
         row = index // joint.states.shape[1]
-        return _means_of(total, row, len(joint.states), len(self.encoder.layer) + 1)
+        return _means_of(total, row, len(joint.states), len(layers) + 1)
 
     def encode_words(
         self,
@@ -1300,37 +1317,30 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(num_captions, sequence_length, hidden_size)`, the states of the last text layer.
         """
-        embeddings = self.embeddings
         text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        states = embeddings.embed_text(*text)
-        states, layers = embeddings.dropout(states), self.encoder.layer[: self.config.num_text_layers]
+        states = self.embeddings.dropout(self.embeddings.embed_text(*text))
         if self.packs(**kwargs) and states.numel() > 0:
-            packed, groups, index, _ = _pack(states, attention_mask)
-            encoded = self.encode_packed_words(packed, groups)
-            padded = encoded.new_zeros(states.shape[:2].numel(), encoded.shape[-1])
-            return padded.index_copy(0, index, encoded).view(states.shape)
+            return self._encode_without_padding(states, attention_mask, self.text_layers)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=states, attention_mask=attention_mask)
-        for layer in layers:
-            states = layer(states, mask, **kwargs)
-        return states
+        return self.encoder(states, mask, self.text_layers, **kwargs)
 
-    def encode_packed_words(self, hidden_states: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
+    def encode_every_token(
+        self, hidden_states: torch.Tensor, groups: list[tuple[int, int]], layers: slice
+    ) -> torch.Tensor:
         """
-        Encodes the embeddings of captions without padding by the text layers: `(num_tokens, hidden_size)`. The
-        arguments are those of [`~UnicoderVLModel.encode_packed`].
+        Encodes sequences without padding by these of the layers: `(num_tokens, hidden_size)`. The other arguments are
+        those of [`~UnicoderVLModel.encode_packed`].
         """
         attention = PackedSequences(groups, hidden_states.device, self.config._attn_implementation).attention_kwargs()
-        states = hidden_states[None]
-        for layer in self.encoder.layer[: self.config.num_text_layers]:
-            states = layer(states, **attention)
-        return states[0]
+        return self.encoder(hidden_states[None], layers=layers, **attention)[0]
 
-    def _encode_without_padding(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _encode_without_padding(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, layers: slice
+    ) -> torch.Tensor:
         packed, groups, index, _ = _pack(hidden_states, mask)
-        attention = PackedSequences(groups, packed.device, self.config._attn_implementation).attention_kwargs()
-        encoded = self.encoder(packed[None], first_layer=self.config.num_text_layers, **attention)[0]
-        padded = encoded.new_zeros(mask.numel(), encoded.shape[-1]).index_copy(0, index, encoded)
-        return padded.view(*mask.shape, -1)
+        encoded = self.encode_every_token(packed, groups, layers)
+        padded = encoded.new_zeros(hidden_states.shape[:2].numel(), encoded.shape[-1])
+        return padded.index_copy(0, index, encoded).view(hidden_states.shape)
 
     def _embed(
         self, options: dict[str, Any], *, word_states=None, input_ids=None, attention_mask=None, token_type_ids=None,
@@ -1410,7 +1420,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         """
         packed = PackedSequences(groups, hidden_states.device, self.config._attn_implementation)
         hidden_states = hidden_states[None]
-        *layers, last_layer = self.encoder.layer[self.config.num_text_layers :]
+        *layers, last_layer = self.encoder.layer[self.joint_layers]
         kwargs = packed.attention_kwargs()
         known = None if projected is None else tuple(states[None] for states in projected)
         total = None if is_region is None else hidden_states[0].float()
@@ -1795,8 +1805,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         if self.config.num_text_layers:
             embed = self.bert.embeddings
             regions = embed.dropout(embed.add_image_token(embed.embed_regions(region_features, region_locations)))
-            weights = self._first_stage().weights_of_regions(regions, region_attention_mask)
-            return (weights[..., None] * regions.float()).sum(1)
+            return self._first_stage().mean_of_regions(regions, region_attention_mask)
         # An image alone is a sequence with a text of no token.
         no_text = region_features.new_empty((len(region_features), 0, self.config.hidden_size), dtype=self.dtype)
         return self.bert.mean_states(

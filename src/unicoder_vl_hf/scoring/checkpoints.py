@@ -168,8 +168,7 @@ def scoring_settings(config: UnicoderVLConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_attention_heads,
     }
     # Left out where it says nothing, so that what was recorded before it came still compares.
-    unimodal = {"num_text_layers": config.num_text_layers}
-    return settings | (unimodal if config.num_text_layers else {})
+    return settings | ({"num_text_layers": config.num_text_layers} if config.num_text_layers else {})
 
 
 def former_scoring_digest(model: PairModel) -> str:

@@ -137,21 +137,20 @@ class PairEncoder:
             states.append(self.bert.embeddings.add_image_token(regions))
         rows = Rows.of(torch.cat(states), np.concatenate(lengths))
         if self.similarity is not None and self.config.num_text_layers:
-            padded, mask = self._padded(rows)
-            weights = self.similarity.weights_of_regions(padded, mask)
-            rows.embeddings = self.similarity.embed_image((weights[..., None] * padded.float()).sum(1))
+            rows.embeddings = self.similarity.embed_image(self.similarity.mean_of_regions(*self._padded(rows)))
         return rows
 
     def _encode_words(self, rows: Rows) -> Rows:
         """Passes captions through the text layers, and their means to the first stage, where that scores, too."""
-        states, means = torch.empty_like(rows.states), rows.states.new_empty(len(rows.lengths), self.config.hidden_size)
-        means = means.float()
+        states = torch.empty_like(rows.states)
+        means = states.new_empty(len(rows.lengths), states.shape[1], dtype=torch.float32)
         order = np.argsort(rows.lengths, kind="stable")
         for batch in split_by_tokens(order, rows.lengths[order], self.max_tokens):
             lengths = rows.lengths[batch]
-            place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            index = torch.from_numpy(place + np.repeat(rows.starts[batch], lengths)).to(self.device)
-            states[index] = encoded = self.bert.encode_packed_words(rows.states[index], groups_of(lengths))
+            found = places_within(lengths) + np.repeat(rows.starts[batch], lengths)
+            index = torch.from_numpy(found).to(self.device)
+            groups = groups_of(lengths)
+            states[index] = encoded = self.bert.encode_every_token(rows.states[index], groups, self.bert.text_layers)
             of_batch = torch.from_numpy(lengths).to(self.device)
             means[torch.from_numpy(batch)] = torch.segment_reduce(encoded.float(), "mean", lengths=of_batch)
         embeddings = None if self.similarity is None else self.similarity.embed_text(means)
@@ -170,7 +169,7 @@ class PairEncoder:
         order = np.argsort(lengths, kind="stable")
         table = torch.cat((captions.states, images.states))
         tables = [table]
-        layers = cast(Sequence[UnicoderVLLayer], self.bert.encoder.layer[self.config.num_text_layers :])
+        layers = cast(Sequence[UnicoderVLLayer], self.bert.encoder.layer[self.bert.joint_layers])
         if len(layers) > 1 and 2 * len(table) <= lengths.sum():
             attention = layers[0].attention.self
             tables += [project(table) for project in (attention.query, attention.key, attention.value)]
@@ -199,6 +198,11 @@ def groups_of(lengths: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(count.tolist(), of_length.tolist(), strict=True))
 
 
+def places_within(lengths: np.ndarray) -> np.ndarray:
+    """Counts the places of sequences of these lengths, one behind the other, each from 0."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
 def rows_of_pairs(captions: Rows, images: Rows, caption_index: np.ndarray, image_index: np.ndarray) -> np.ndarray:
     """
     Finds the rows of `(captions.states, images.states)`, one below the other, that make up the pairs, one behind the
@@ -206,7 +210,7 @@ def rows_of_pairs(captions: Rows, images: Rows, caption_index: np.ndarray, image
     """
     num_tokens = captions.lengths[caption_index]
     lengths = num_tokens + images.lengths[image_index]
-    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within its pair
+    place = places_within(lengths)
     is_token = place < np.repeat(num_tokens, lengths)
     token = np.repeat(captions.starts[caption_index], lengths)
     region = np.repeat(len(captions.states) + images.starts[image_index] - num_tokens, lengths)
