@@ -4,7 +4,10 @@ import json
 
 import places
 import pytest
+import small_world
 
+from unicoder_vl_hf import ImageTextScorer, UnicoderVLConfig
+from unicoder_vl_hf.data.foils import Foil, write_foils
 from unicoder_vl_hf.scripts import demo
 
 
@@ -43,14 +46,14 @@ def test_every_ordering_is_of_runs_that_differ_in_one_thing(script):
         assert len([name for name in a if a[name] != b[name] and name != "title"]) == 1
 
 
-def test_a_share_of_the_scenes_keeps_the_other_splits(script, tmp_path):
+def test_a_share_of_the_images_keeps_the_other_splits(script, tmp_path):
     rows = [
         {"image_id": f"{split}-{n // 2}", "caption": "c", "split": split}
         for split in ("train", "val")
         for n in range(8)
     ]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = script.some_captions(tmp_path, 0.25, tmp_path / "some.jsonl").read_text().splitlines()
+    kept = script.some_captions(tmp_path / "captions.jsonl", 0.25, tmp_path / "some.jsonl").read_text().splitlines()
     assert [json.loads(row) for row in kept] == rows[:2] + rows[8:]
 
 
@@ -80,3 +83,40 @@ def test_the_whole_way(script, monkeypatch, tmp_path, capsys):
         script.main([*words, "--fine_tuning_epochs", "2"])
     with pytest.raises(SystemExit):
         script.main(["--only", "nothing"])
+
+
+def test_photos_of_ones_own(script, monkeypatch, tmp_path):
+    """A BERT and files of captions, regions and foils take the scenes' place; what is measured is one split's."""
+    world, bert = small_world.build(tmp_path), small_world.save_bert(tmp_path / "bert", dropout=0.0)
+    rows = [json.loads(row) for row in (world / "captions.jsonl").read_text().splitlines()]
+    told = [(row["split"], row["image_id"], row["caption"]) for row in rows if row["split"] != "train"]
+    foils = tmp_path / "foils.jsonl"
+    write_foils(foils, [Foil(image, split, text, f"{text} twice", "", "twice", "count") for split, image, text in told])
+    measured = []
+
+    def score(self, captions, image_ids):
+        measured.append((len(captions), len(image_ids)))
+        return scored(self, captions, image_ids)
+
+    scored = ImageTextScorer.score
+    monkeypatch.setattr(ImageTextScorer, "score", score)
+    options = {
+        "--captions": world / "captions.jsonl", "--regions": world / "regions", "--model_name_or_path": bert,
+        "--foils": foils, "--test_split": "val", "--test_images": 3, "--output_dir": tmp_path / "runs",
+        "--fine_tuning_epochs": 1, "--seeds": 1, "--only": "scratch", "--learning_rate": 1e-3, "--batch_size": 16,
+    }  # fmt: skip
+    words = [str(word) for option in options.items() for word in option]
+    script.main(words)
+    results = json.loads((tmp_path / "runs" / "ablations.json").read_text())
+    assert measured == [(6, 3)] and results["settings"]["batch_size"] == 16
+    assert 0 <= results["results"]["scratch"]["1"]["fine-tuned"]["foils count"] <= 1
+    config = UnicoderVLConfig.from_pretrained(tmp_path / "runs" / "scratch-1" / "fine_tuned")
+    assert config.num_hidden_layers == 3 and not (tmp_path / "runs" / "scratch-1" / "bert").exists()
+    with pytest.raises(ValueError, match="no foil of the split 'train'"):
+        script.main([*words[:-2], "--test_split", "train", "--output_dir", str(tmp_path / "others")])
+
+
+@pytest.mark.parametrize("option", ["--captions", "--foils", "--scale_features"])
+def test_half_of_the_photos_options_are_refused(script, option):
+    with pytest.raises(ValueError, match="expected all three"):
+        script.AblationArguments(**{option.removeprefix("--"): True if option == "--scale_features" else "a file"})
