@@ -308,8 +308,8 @@ def slow_attention(module, hidden_states, lengths):
 @pytest.mark.parametrize("packed, by_products", [(False, False), (True, False), (True, True)])
 def test_attention_of_bfloat16(packed, by_products, attended, monkeypatch):
     """In float32, but for large groups, which products of matrices do in bfloat16."""
-    of_the_groups = 2 * (1 * 3**2 + 2 * 5**2) / 2  # 2 heads
-    monkeypatch.setattr(modeling_unicoder_vl, "BF16_PRODUCTS_FROM_WEIGHTS", of_the_groups + (not by_products))
+    of_the_bucket = 2 * 3 * 16**2  # 2 heads
+    monkeypatch.setattr(modeling_unicoder_vl, "BF16_PRODUCTS_FROM_WEIGHTS", of_the_bucket + (not by_products))
     torch.manual_seed(0)
     module = tiny.model(UnicoderVLForPreTraining).bert.encoder.layer[0].attention.self.bfloat16()
     lengths = [3, 5, 5]

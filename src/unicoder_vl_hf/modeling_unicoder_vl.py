@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,6 +42,9 @@ logger = logging.get_logger(__name__)
 # on AVX512-BF16, heads of size 32 and 64, forward and backward, against SDPA in float32: 1.5 times as slow at 19,000
 # weights, 1.1 to 2.5 times as fast from 39,000 on.
 BF16_PRODUCTS_FROM_WEIGHTS = 32_768
+# There, sequences of nearly the same length are filled up to a multiple of the first, and so are their numbers, to one
+# of the second, so that the products have few shapes.
+BUCKET_LENGTHS, BUCKET_ROWS = 16, 16
 
 # An optional argument stays optional, a tensor a tensor.
 MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
@@ -222,6 +225,56 @@ class UnicoderVLLinear(nn.Linear):
         )
 
 
+class DropoutFunction(torch.autograd.Function):
+    """
+    Drops out bfloat16 on a CPU in a third of the time of PyTorch, which draws a number of 53 bits for each value: here
+    each takes 16 of 64 random bits. The probability is rounded to them, and the values are scaled by what that leaves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, probability: float) -> torch.Tensor:
+        dropped = round(probability * 2**16)
+        bits = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        # -1 for what is dropped, of the lowest numbers, else 0.
+        kept = bits[: inputs.numel()].view(inputs.shape).clamp_(dropped - 1 - 2**15, dropped - 2**15)
+        ctx.kept, ctx.scale = kept.sub_(dropped - 1 - 2**15), 2**16 / (2**16 - dropped)
+        return DropoutFunction.apply_mask(inputs, ctx.kept, ctx.scale)
+
+    @staticmethod
+    def apply_mask(values: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+        """Multiplies values by 1 or 0, and by the scale."""
+        return (values * kept.to(values.dtype)).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Drops out the gradient of the same values."""
+        return DropoutFunction.apply_mask(gradient, ctx.kept, ctx.scale), None
+
+
+def drop_out(inputs: torch.Tensor, probability: float, training: bool = True) -> torch.Tensor:
+    """Drops out as `nn.functional.dropout` does, in bfloat16 on CPUs by [`DropoutFunction`]."""
+    plain = (
+        not training
+        or not 0.01 <= probability <= 0.99  # beyond, 16 bits round too much
+        or inputs.device.type != "cpu"
+        or type(inputs) is not torch.Tensor  # another subclass is fake, sharded or quantized
+        or inputs.dtype != torch.bfloat16
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+    if plain:
+        return nn.functional.dropout(inputs, p=probability, training=training)
+    return DropoutFunction.apply(inputs, probability)
+
+
+class UnicoderVLDropout(nn.Dropout):
+    """Dropout by [`drop_out`]."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return drop_out(inputs, self.p, self.training)
+
+
 class UnicoderVLFloat32Linear(nn.Linear):
     """A linear layer that computes in float32, under autocast too: scores of bfloat16 are full of ties, boxes move."""
 
@@ -328,7 +381,7 @@ class UnicoderVLEmbeddings(nn.Module):
         self.image_token_embedding = (
             nn.Parameter(torch.zeros(config.hidden_size)) if config.use_image_token_embedding else None
         )
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = UnicoderVLDropout(config.hidden_dropout_prob)
 
     def embed_text(
         self,
@@ -443,7 +496,7 @@ def eager_attention_forward(
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
     attn_weights = nn.functional.softmax(attn_weights, dim=-1)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_weights = drop_out(attn_weights, dropout, module.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
     return attn_output, attn_weights
 
@@ -475,12 +528,16 @@ class PackedSequences:
         """
         Appends rows of zeros, which nothing attends to, to `(num_rows, hidden_size)`, where a layer is called for each
         group on a CPU: there every new number of rows costs each matrix product a kernel of its own, in bfloat16 on
-        AMX four times what the product takes for MiniLM. At most a 32nd is added, or 15 rows.
+        AMX four times what the product takes for MiniLM. At most a 32nd is added, or 15 rows. Training in float32 is
+        left alone, where that gains little, and dropout draws what it always has.
         """
-        if self.device.type != "cpu" or "groups" not in self.attention_kwargs():
+        trains_in_float32 = (
+            torch.is_grad_enabled() and states.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        )
+        if self.device.type != "cpu" or "groups" not in self.attention_kwargs() or trains_in_float32:
             return states
         unit = max(16, 2 ** (max(len(states), 1).bit_length() - 6))
-        return nn.functional.pad(states, (0, 0, 0, -len(states) % unit))
+        return torch.cat((states, states.new_zeros(-len(states) % unit, states.shape[1])))
 
     def first_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Picks the first token of each sequence, filled up: `(num_rows, hidden_size)` of `(num_tokens, …)`."""
@@ -522,6 +579,7 @@ class PackedSequences:
 def attend_in_groups(
     attention_interface: Callable,
     groups: list[tuple[int, int]],
+    first_only: bool,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -530,11 +588,11 @@ def attend_in_groups(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Calls `attention_interface` for each group of [`PackedSequences`], with all of its queries or one a sequence. Rows
-    behind them, of [`~PackedSequences.fill_up`], give zeros.
+    Calls `attention_interface` for each group of [`PackedSequences`], with all of its queries or, `first_only`, one a
+    sequence. Rows behind them, of [`~PackedSequences.fill_up`], give zeros.
     """
     sizes = [count * length for count, length in groups]
-    query_sizes = sizes if query.shape[2] == key.shape[2] else [count for count, _ in groups]
+    query_sizes = [count for count, _ in groups] if first_only else sizes
     # (1, heads, tokens, head_dim) and back to how it lies in memory; split, for a backward that stays linear.
     *queries, behind = _split(query.transpose(1, 2), query_sizes)
     keys, values = (_split(states.transpose(1, 2), sizes) for states in (key, value))
@@ -549,6 +607,135 @@ def attend_in_groups(
 def _split(states: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
     """Splits `(1, num_rows, …)` into parts of these sizes, and what is behind them."""
     return states.split([*sizes, states.shape[1] - sum(sizes)], dim=1)
+
+
+@dataclass
+class Buckets:
+    """
+    Says how the rows of [`PackedSequences`] are laid out in buckets of sequences of nearly the same length.
+
+    Args:
+        there (`torch.LongTensor` of shape `(num_places,)`): The row that each place of the buckets holds.
+        real (`torch.BoolTensor` of shape `(num_places,)`): Whether a place is that of a row, and does not fill up.
+        back (`torch.LongTensor` of shape `(num_rows,)`): The place of each row.
+        shapes (`list[tuple[int, int]]`): Number of sequences and length of each bucket.
+    """
+
+    there: torch.Tensor
+    real: torch.Tensor
+    back: torch.Tensor
+    shapes: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[int, int]], lengths: torch.Tensor, width: int | None = None) -> "Buckets":
+        """
+        Lays out sequences, of these `lengths` or of one row each (`width` 1), in the buckets that their groups make.
+        """
+        starts = lengths.cumsum(0) - lengths
+        there, real, shapes, sequence = [], [], [], 0
+        for count, length in bucket_groups(groups):
+            own, first = lengths[sequence : sequence + count], starts[sequence : sequence + count]
+            rows, length = count + -count % BUCKET_ROWS, width or length
+            place = torch.arange(length)
+            there.append(torch.zeros(rows, length, dtype=torch.long))
+            real.append(torch.zeros(rows, length, dtype=torch.bool))
+            real[-1][:count] = place < own[:, None]
+            there[-1][:count] = first[:, None] + torch.where(real[-1][:count], place, 0)
+            shapes.append((rows, length))
+            sequence += count
+        flat = torch.cat([each.flatten() for each in real])
+        return cls(torch.cat([each.flatten() for each in there]), flat, flat.nonzero()[:, 0], shapes)
+
+
+def bucket_groups(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Joins neighbouring groups whose lengths fill up to the same multiple: number of sequences, and that length."""
+    joined: list[tuple[int, int]] = []
+    for count, length in groups:
+        filled = length + -length % BUCKET_LENGTHS
+        if joined and joined[-1][1] == filled:
+            joined[-1] = (joined[-1][0] + count, filled)
+        else:
+            joined.append((count, filled))
+    return joined
+
+
+@lru_cache(maxsize=8)  # of the layers of a pass, and its backward
+def _lay_out(groups: tuple[tuple[int, int], ...], first_only: bool) -> tuple[Buckets, Buckets, list[torch.Tensor]]:
+    """Lays out queries and keys in buckets, and makes each bucket's mask of keys, `(rows, 1, 1, length)`."""
+    lengths = torch.tensor([length for count, length in groups for _ in range(count)])
+    keys = Buckets.of(groups, lengths)
+    queries = Buckets.of(groups, torch.ones_like(lengths), 1) if first_only else keys
+    masks = []
+    for part, shape in zip(keys.real.split([rows * length for rows, length in keys.shapes]), keys.shapes, strict=True):
+        fills = part.view(shape).logical_not()
+        fills[fills.all(1)] = False  # a sequence that is none reads what it likes
+        masks.append(torch.zeros(fills.shape).masked_fill(fills, torch.finfo(torch.bfloat16).min)[:, None, None])
+    return queries, keys, masks
+
+
+class _IntoBuckets(torch.autograd.Function):
+    """Copies rows, `(num_rows, …)`, to their places; with `clear`, places that fill up are 0, else any row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, buckets: Buckets, clear: bool) -> torch.Tensor:
+        ctx.buckets, ctx.num_rows = buckets, len(rows)
+        places = rows.index_select(0, buckets.there)
+        return places.mul_(buckets.real[:, None]) if clear else places
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Copies the gradients of the places of rows; those that fill up have none, as masks have it."""
+        return _OutOfBuckets.apply(gradient, ctx.buckets, ctx.num_rows), None, None
+
+
+class _OutOfBuckets(torch.autograd.Function):
+    """Copies places back to the rows, `(num_rows, …)`; those behind the sequences are 0."""
+
+    @staticmethod
+    def forward(ctx: Any, places: torch.Tensor, buckets: Buckets, num_rows: int) -> torch.Tensor:
+        ctx.buckets = buckets
+        rows = places.new_empty(num_rows, *places.shape[1:])
+        torch.index_select(places, 0, buckets.back, out=rows[: len(buckets.back)])
+        rows[len(buckets.back) :] = 0
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Copies the gradients of rows to their places; those that fill up have none."""
+        return _IntoBuckets.apply(gradient, ctx.buckets, True), None, None
+
+
+def attend_in_buckets(
+    groups: list[tuple[int, int]],
+    first_only: bool,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Computes what [`attend_in_groups`] does, by [`attend_by_products`] for groups of nearly the same length together:
+    on CPUs a product in bfloat16 of a shape that is new takes ten times as long as one that is not.
+    """
+    queries, keys, masks = _lay_out(tuple(groups), first_only)
+    shaped = (_in_buckets(query, queries), _in_buckets(key, keys), _in_buckets(value, keys))
+    outputs = [
+        attend_by_products(module, some_queries, some_keys, some_values, mask.to(query.dtype), **kwargs)[0]
+        for some_queries, some_keys, some_values, mask in zip(*shaped, masks, strict=True)
+    ]
+    joined = torch.cat([output.flatten(0, 1).flatten(1) for output in outputs])
+    rows = _OutOfBuckets.apply(joined, queries, query.shape[2])
+    return rows.view(1, -1, *query.shape[1::2]), None
+
+
+def _in_buckets(states: torch.Tensor, buckets: Buckets) -> list[torch.Tensor]:
+    """Lays out `(1, heads, num_rows, head_dim)` in buckets, each `(number, heads, length, head_dim)`."""
+    rows = states[0].transpose(0, 1)  # as it lies in memory
+    places = _IntoBuckets.apply(rows.flatten(1), buckets, False).unflatten(1, rows.shape[1:])
+    split = places.split([count * length for count, length in buckets.shapes])
+    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(split, buckets.shapes, strict=True)]
 
 
 def attend_in_float32(
@@ -615,6 +802,7 @@ class UnicoderVLSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The arguments after the second are for packed sequences, see [`UnicoderVLModel.encode_packed`]."""
+        first_only = query_states is not None
         query_states = hidden_states if query_states is None else query_states
         input_shape = query_states.shape[:-1]
         if projected is None:
@@ -627,10 +815,10 @@ class UnicoderVLSelfAttention(nn.Module):
         trains_in_bfloat16 = query.requires_grad and query.dtype == torch.bfloat16
         slow_sdpa = trains_in_bfloat16 and query.device.type == "cpu" and self.config._attn_implementation == "sdpa"
         by_products = slow_sdpa and groups is not None and self._mean_weights(groups) >= BF16_PRODUCTS_FROM_WEIGHTS
-        if by_products:
-            attention_interface = attend_by_products
-        if groups is not None:
-            attention_interface = partial(attend_in_groups, attention_interface, groups)
+        if groups is not None and by_products:
+            attention_interface = partial(attend_in_buckets, groups, first_only)
+        elif groups is not None:
+            attention_interface = partial(attend_in_groups, attention_interface, groups, first_only)
         if slow_sdpa and not by_products:
             attention_interface = partial(attend_in_float32, attention_interface)
         attn_output, attn_weights = attention_interface(
@@ -646,9 +834,9 @@ class UnicoderVLSelfAttention(nn.Module):
         return attn_output.reshape(*input_shape, -1).contiguous(), attn_weights
 
     def _mean_weights(self, groups: list[tuple[int, int]]) -> float:
-        """Averages the number of attention weights over the groups."""
-        num_heads = self.config.num_attention_heads
-        return num_heads * sum(count * length**2 for count, length in groups) / len(groups)
+        """Averages the number of attention weights over the buckets that the groups make."""
+        buckets = bucket_groups(groups)
+        return self.config.num_attention_heads * sum(count * length**2 for count, length in buckets) / len(buckets)
 
 
 class UnicoderVLResidualOutput(nn.Module):
@@ -658,7 +846,7 @@ class UnicoderVLResidualOutput(nn.Module):
         super().__init__()
         self.dense = UnicoderVLLinear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = UnicoderVLDropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
@@ -1988,7 +2176,7 @@ class UnicoderVLForMultipleChoice(UnicoderVLPreTrainedModel):
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config)
         self.bert = UnicoderVLModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = UnicoderVLDropout(config.hidden_dropout_prob)
         self.classifier = UnicoderVLFloat32Linear(config.hidden_size, 1)
         self.post_init()
 
@@ -2180,7 +2368,7 @@ class UnicoderVLPairAttention(nn.Module):
         self.second_asks = nn.MultiheadAttention(config.hidden_size, config.num_attention_heads, **options)
         self.join = UnicoderVLLinear(2 * config.hidden_size, config.hidden_size)
         self.weigh = UnicoderVLLinear(config.hidden_size, 1)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = UnicoderVLDropout(config.hidden_dropout_prob)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """`states` and the mask of its attended positions have the two photos of a row one after the other."""
