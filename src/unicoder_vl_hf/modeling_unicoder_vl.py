@@ -38,7 +38,7 @@ from .configuration_unicoder_vl import UnicoderVLConfig
 
 logger = logging.get_logger(__name__)
 
-# Attention weights of a call from which bfloat16 is trained by products of matrices, see `attend_by_products`. Measured
+# Attention weights of a call from which bfloat16 is trained by products of matrices, see `attend_in_buckets`. Measured
 # on AVX512-BF16, heads of size 32 and 64, forward and backward, against SDPA in float32: 1.5 times as slow at 19,000
 # weights, 1.1 to 2.5 times as fast from 39,000 on.
 BF16_PRODUCTS_FROM_WEIGHTS = 32_768
@@ -492,13 +492,26 @@ def eager_attention_forward(
         The output `(batch_size, length, num_heads, head_dim)` and the weights `(batch_size, num_heads, query length,
         key length)`.
     """
+    attn_output, attn_weights = _attend(module, query, key, value, attention_mask, scaling, dropout)
+    return attn_output.transpose(1, 2).contiguous(), attn_weights
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the output of [`eager_attention_forward`], `(batch_size, num_heads, length, head_dim)`, and weights."""
     attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
     attn_weights = nn.functional.softmax(attn_weights, dim=-1)
     attn_weights = drop_out(attn_weights, dropout, module.training)
-    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
-    return attn_output, attn_weights
+    return torch.matmul(attn_weights, value), attn_weights
 
 
 @dataclass
@@ -612,39 +625,48 @@ def _split(states: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
 @dataclass
 class Buckets:
     """
-    Says how the rows of [`PackedSequences`] are laid out in buckets of sequences of nearly the same length.
+    Says how the heads of the rows of [`PackedSequences`] are laid out in buckets of sequences of nearly the same
+    length: head `h` of row `r` is number `r * num_heads + h`.
 
     Args:
-        there (`torch.LongTensor` of shape `(num_places,)`): The row that each place of the buckets holds.
+        there (`torch.LongTensor` of shape `(num_places,)`): The head of a row that each place of the buckets holds.
         real (`torch.BoolTensor` of shape `(num_places,)`): Whether a place is that of a row, and does not fill up.
-        back (`torch.LongTensor` of shape `(num_rows,)`): The place of each row.
-        shapes (`list[tuple[int, int]]`): Number of sequences and length of each bucket.
+        back (`torch.LongTensor` of shape `(num_rows * num_heads,)`): The place of each head of each row.
+        shapes (`list[tuple[int, int, int]]`): Number of sequences, heads, and length of each bucket.
     """
 
     there: torch.Tensor
     real: torch.Tensor
     back: torch.Tensor
-    shapes: list[tuple[int, int]]
+    shapes: list[tuple[int, int, int]]
 
     @classmethod
-    def of(cls, groups: Sequence[tuple[int, int]], lengths: torch.Tensor, width: int | None = None) -> "Buckets":
+    def of(
+        cls, groups: Sequence[tuple[int, int]], lengths: torch.Tensor, num_heads: int, width: int | None = None
+    ) -> "Buckets":
         """
         Lays out sequences, of these `lengths` or of one row each (`width` 1), in the buckets that their groups make.
         """
-        starts = lengths.cumsum(0) - lengths
+        starts, heads = lengths.cumsum(0) - lengths, torch.arange(num_heads)[:, None]
         there, real, shapes, sequence = [], [], [], 0
         for count, length in bucket_groups(groups):
-            own, first = lengths[sequence : sequence + count], starts[sequence : sequence + count]
-            rows, length = count + -count % BUCKET_ROWS, width or length
-            place = torch.arange(length)
-            there.append(torch.zeros(rows, length, dtype=torch.long))
-            real.append(torch.zeros(rows, length, dtype=torch.bool))
-            real[-1][:count] = place < own[:, None]
-            there[-1][:count] = first[:, None] + torch.where(real[-1][:count], place, 0)
-            shapes.append((rows, length))
+            shape = (count + -count % BUCKET_ROWS, num_heads, width or length)
+            own, first = (of[sequence : sequence + count, None, None] for of in (lengths, starts))
+            place = torch.arange(shape[2])
+            real.append(torch.zeros(shape, dtype=torch.bool))
+            real[-1][:count] = place < own
+            there.append(torch.zeros(shape, dtype=torch.long))
+            there[-1][:count] = (first + torch.where(place < own, place, 0)) * num_heads + heads
+            shapes.append(shape)
             sequence += count
-        flat = torch.cat([each.flatten() for each in real])
-        return cls(torch.cat([each.flatten() for each in there]), flat, flat.nonzero()[:, 0], shapes)
+        held, own_place = (torch.cat([each.flatten() for each in of]) for of in (there, real))
+        places = own_place.nonzero()[:, 0]
+        return cls(held, own_place, places[held[places].argsort()], shapes)
+
+    def split(self, places: torch.Tensor) -> list[torch.Tensor]:
+        """Splits `(num_places, …)` into buckets, `(number of sequences, num_heads, length, …)`."""
+        parts = places.split([math.prod(shape) for shape in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def bucket_groups(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -660,21 +682,23 @@ def bucket_groups(groups: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=8)  # of the layers of a pass, and its backward
-def _lay_out(groups: tuple[tuple[int, int], ...], first_only: bool) -> tuple[Buckets, Buckets, list[torch.Tensor]]:
-    """Lays out queries and keys in buckets, and makes each bucket's mask of keys, `(rows, 1, 1, length)`."""
+def _lay_out(
+    groups: tuple[tuple[int, int], ...], num_heads: int, first_only: bool
+) -> tuple[Buckets, Buckets, list[torch.Tensor]]:
+    """Lays out queries and keys in buckets, and makes each bucket's mask of keys, `(sequences, 1, 1, length)`."""
     lengths = torch.tensor([length for count, length in groups for _ in range(count)])
-    keys = Buckets.of(groups, lengths)
-    queries = Buckets.of(groups, torch.ones_like(lengths), 1) if first_only else keys
+    keys = Buckets.of(groups, lengths, num_heads)
+    queries = Buckets.of(groups, torch.ones_like(lengths), num_heads, 1) if first_only else keys
     masks = []
-    for part, shape in zip(keys.real.split([rows * length for rows, length in keys.shapes]), keys.shapes, strict=True):
-        fills = part.view(shape).logical_not()
-        fills[fills.all(1)] = False  # a sequence that is none reads what it likes
-        masks.append(torch.zeros(fills.shape).masked_fill(fills, torch.finfo(torch.bfloat16).min)[:, None, None])
+    for real in keys.split(keys.real):
+        fills = real[:, :1, None].logical_not()
+        fills[fills.all(-1)] = False  # a sequence that is none reads what it likes
+        masks.append(torch.zeros(fills.shape).masked_fill(fills, torch.finfo(torch.bfloat16).min))
     return queries, keys, masks
 
 
 class _IntoBuckets(torch.autograd.Function):
-    """Copies rows, `(num_rows, …)`, to their places; with `clear`, places that fill up are 0, else any row."""
+    """Copies rows, `(num_rows, head_dim)`, to their places; with `clear`, places that fill up are 0, else any row."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, buckets: Buckets, clear: bool) -> torch.Tensor:
@@ -689,7 +713,7 @@ class _IntoBuckets(torch.autograd.Function):
 
 
 class _OutOfBuckets(torch.autograd.Function):
-    """Copies places back to the rows, `(num_rows, …)`; those behind the sequences are 0."""
+    """Copies places back to the rows, `(num_rows, head_dim)`; those behind the sequences are 0."""
 
     @staticmethod
     def forward(ctx: Any, places: torch.Tensor, buckets: Buckets, num_rows: int) -> torch.Tensor:
@@ -713,29 +737,30 @@ def attend_in_buckets(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Computes what [`attend_in_groups`] does, by [`attend_by_products`] for groups of nearly the same length together:
-    on CPUs a product in bfloat16 of a shape that is new takes ten times as long as one that is not.
+    Computes what [`attend_in_groups`] does by products of matrices, for groups of nearly the same length together, and
+    without autocast, which would compute the softmax in float32 copies. On CPUs, but for a few short sequences, no
+    other attention trains as fast in bfloat16; and there a product of a shape that is new takes ten times as long as
+    one that is not.
     """
-    queries, keys, masks = _lay_out(tuple(groups), first_only)
-    shaped = (_in_buckets(query, queries), _in_buckets(key, keys), _in_buckets(value, keys))
-    outputs = [
-        attend_by_products(module, some_queries, some_keys, some_values, mask.to(query.dtype), **kwargs)[0]
-        for some_queries, some_keys, some_values, mask in zip(*shaped, masks, strict=True)
-    ]
-    joined = torch.cat([output.flatten(0, 1).flatten(1) for output in outputs])
-    rows = _OutOfBuckets.apply(joined, queries, query.shape[2])
-    return rows.view(1, -1, *query.shape[1::2]), None
-
-
-def _in_buckets(states: torch.Tensor, buckets: Buckets) -> list[torch.Tensor]:
-    """Lays out `(1, heads, num_rows, head_dim)` in buckets, each `(number, heads, length, head_dim)`."""
-    rows = states[0].transpose(0, 1)  # as it lies in memory
-    places = _IntoBuckets.apply(rows.flatten(1), buckets, False).unflatten(1, rows.shape[1:])
-    split = places.split([count * length for count, length in buckets.shapes])
-    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(split, buckets.shapes, strict=True)]
+    _, num_heads, num_rows, head_dim = query.shape
+    queries, keys, masks = _lay_out(tuple(groups), num_heads, first_only)
+    laid_out = []
+    for states, buckets in ((query, queries), (key, keys), (value, keys)):
+        rows = states.transpose(1, 2).reshape(-1, head_dim)  # as they lie in memory
+        laid_out.append(buckets.split(_IntoBuckets.apply(rows, buckets, False)))
+    with maybe_autocast(device_type=query.device.type, enabled=False):
+        outputs = [
+            _attend(module, some_query, some_key, some_value, mask.to(query.dtype), scaling, dropout)[0]
+            for some_query, some_key, some_value, mask in zip(*laid_out, masks, strict=True)
+        ]
+    places = torch.cat([output.flatten(0, 2) for output in outputs])
+    rows = _OutOfBuckets.apply(places, queries, num_rows * num_heads)
+    return rows.view(1, num_rows, num_heads, head_dim), None
 
 
 def attend_in_float32(
@@ -759,22 +784,6 @@ def attend_in_float32(
             module, query.float(), key.float(), value.float(), attention_mask, **kwargs
         )
     return output.to(query.dtype), weights
-
-
-def attend_by_products(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Calls [`eager_attention_forward`] without autocast, which would compute the softmax in float32 copies. On CPUs, but
-    for a few short sequences, no other attention trains as fast in bfloat16.
-    """
-    with maybe_autocast(device_type=query.device.type, enabled=False):
-        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 class UnicoderVLSelfAttention(nn.Module):
