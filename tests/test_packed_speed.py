@@ -50,9 +50,9 @@ def test_buckets_have_few_shapes():
     """Whatever the lengths are within a multiple, and how many sequences, the products are of the same shapes."""
     shapes = {
         tuple(modeling._lay_out(groups, 2, False)[0].shapes)
-        for groups in [((5, 3), (2, 9), (4, 30)), ((1, 1), (9, 16), (16, 17)), ((16, 2), (3, 25), (5, 32))]
+        for groups in [((5, 3), (8, 9), (26, 30)), ((1, 1), (12, 16), (25, 17)), ((14, 2), (3, 25), (25, 32))]
     }
-    assert shapes == {((16, 2, 16), (16, 2, 32))}
+    assert shapes == {((14, 2, 16), (28, 2, 32))}
 
 
 @pytest.mark.parametrize("number, filled", [(1, 16), (16, 16), (17, 32), (2033, 2048), (2048, 2048), (2049, 2112)])

@@ -42,9 +42,8 @@ logger = logging.get_logger(__name__)
 # on AVX512-BF16, heads of size 32 and 64, forward and backward, against SDPA in float32: 1.5 times as slow at 19,000
 # weights, 1.1 to 2.5 times as fast from 39,000 on.
 BF16_PRODUCTS_FROM_WEIGHTS = 32_768
-# There, sequences of nearly the same length are filled up to a multiple of the first, and so are their numbers, to one
-# of the second, so that the products have few shapes.
-BUCKET_LENGTHS, BUCKET_ROWS = 16, 16
+# There, sequences are filled up to a multiple of this length, so that the products have few shapes.
+BUCKET_LENGTHS = 16
 
 # An optional argument stays optional, a tensor a tensor.
 MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
@@ -650,7 +649,8 @@ class Buckets:
         starts, heads = lengths.cumsum(0) - lengths, torch.arange(num_heads)[:, None]
         there, real, shapes, sequence = [], [], [], 0
         for count, length in bucket_groups(groups):
-            shape = (count + -count % BUCKET_ROWS, num_heads, width or length)
+            unit = max(1, 2 ** (count.bit_length() - 3))  # at most a quarter more sequences
+            shape = (count + -count % unit, num_heads, width or length)
             own, first = (of[sequence : sequence + count, None, None] for of in (lengths, starts))
             place = torch.arange(shape[2])
             real.append(torch.zeros(shape, dtype=torch.bool))
