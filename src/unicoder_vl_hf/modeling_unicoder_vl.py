@@ -1510,9 +1510,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         packed, groups, index, _ = _pack(joint.states, joint.mask)
         sequences = PackedSequences(groups, packed.device, self.config._attn_implementation)
         states, total = sequences.fill_up(packed)[None], packed.float()
-        layers = self.encoder.layer[self.joint_layers]
+        layers, attention = self.encoder.layer[self.joint_layers], sequences.attention_kwargs()
         for layer in layers:
-            states = layer(states, **sequences.attention_kwargs())
+            states = layer(states, **attention)
             total = total + states[0, : len(total)].float()
         row = index // joint.states.shape[1]
         return _means_of(total, row, len(joint.states), len(layers) + 1)
