@@ -98,6 +98,12 @@ def test_photos_of_ones_own(script, monkeypatch, tmp_path):
         measured.append((len(captions), len(image_ids)))
         return scored(self, captions, image_ids)
 
+    def margins(foils, score):
+        told_of.extend(foil.image_id for foil in foils)
+        return foil_margins(foils, score)
+
+    told_of, foil_margins = [], script.foil_margins
+    monkeypatch.setattr(script, "foil_margins", margins)
     scored = ImageTextScorer.score
     monkeypatch.setattr(ImageTextScorer, "score", score)
     options = {
@@ -112,11 +118,35 @@ def test_photos_of_ones_own(script, monkeypatch, tmp_path):
     assert 0 <= results["results"]["scratch"]["1"]["fine-tuned"]["foils count"] <= 1
     config = UnicoderVLConfig.from_pretrained(tmp_path / "runs" / "scratch-1" / "fine_tuned")
     assert config.num_hidden_layers == 3 and not (tmp_path / "runs" / "scratch-1" / "bert").exists()
-    with pytest.raises(ValueError, match="no foil of the split 'train'"):
-        script.main([*words[:-2], "--test_split", "train", "--output_dir", str(tmp_path / "others")])
+    assert told_of == [image for split, image, _ in told if split == "val"][: 3 * 2]
+    with pytest.raises(ValueError, match="no foil of the 40 images of the split 'train'"):
+        script.main([*words, "--test_split", "train", "--test_images", "40", "--output_dir", str(tmp_path / "others")])
+    copy = tmp_path / "runs" / "captions_of_photos.jsonl"
+    with pytest.raises(ValueError, match="is a copy of this script"):
+        script.main([*words, "--captions", str(copy)])
+    with (world / "captions.jsonl").open("a") as file:
+        file.write(json.dumps(rows[0] | {"caption": "one more ."}) + "\n")
+    with pytest.raises(ValueError, match="another --output_dir"):
+        script.main(words)
 
 
-@pytest.mark.parametrize("option", ["--captions", "--foils", "--scale_features"])
-def test_half_of_the_photos_options_are_refused(script, option):
+@pytest.mark.parametrize(
+    "options", [["captions"], ["captions", "regions"], ["regions", "model_name_or_path"], ["foils"], ["scale_features"]]
+)
+def test_half_of_the_photos_options_are_refused(script, options):
     with pytest.raises(ValueError, match="expected all three"):
-        script.AblationArguments(**{option.removeprefix("--"): True if option == "--scale_features" else "a file"})
+        script.AblationArguments(**dict.fromkeys(options, "a file"))
+
+
+@pytest.mark.parametrize("name", ["pretraining_epochs", "fine_tuning_epochs", "learning_rate", "batch_size"])
+def test_numbers_are_above_0(script, name):
+    with pytest.raises(ValueError, match=f"--{name} 0, expected above 0"):
+        script.AblationArguments(**{name: 0})
+
+
+def test_scenes_of_another_split(script, tmp_path):
+    args = script.AblationArguments(output_dir=str(tmp_path), train_scenes=4, held_out_scenes=3, test_split="val")
+    args.test_images = 2
+    world = script.open_world(args)
+    assert world.test.image_ids == ["val-00000", "val-00001"]
+    assert {foil.image_id for foil in world.foils} == {"val-00000", "val-00001"}

@@ -7,6 +7,7 @@ from torch import nn
 
 from unicoder_vl_hf import UnicoderVLModel, modeling_unicoder_vl as modeling
 from unicoder_vl_hf.modeling_unicoder_vl import PackedSequences
+from unicoder_vl_hf.scoring import packed
 
 GROUPS = [(20, 3), (2, 5), (1, 16), (3, 17), (2, 40)]  # number and length of sequences
 NUM_TOKENS = sum(count * length for count, length in GROUPS)
@@ -57,20 +58,26 @@ def test_buckets_have_few_shapes():
 
 @pytest.mark.parametrize("number, filled", [(1, 16), (16, 16), (17, 32), (2033, 2048), (2048, 2048), (2049, 2112)])
 def test_rows_are_filled_up(number, filled):
+    """In bfloat16 alone: float16 would divide by the variance of rows of zeros, and float32 gains nothing."""
     states = torch.ones(number, 2)
     sequences = PackedSequences([(number, 1)], torch.device("cpu"), "sdpa")
-    assert sequences.fill_up(states) is states  # in training in float32
+    for left in (states, states.half(), states.double()):
+        assert sequences.fill_up(left) is left
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert sequences.fill_up(states) is states
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = [sequences.fill_up(states), sequences.fill_up(states.bfloat16())]
-    with torch.no_grad():
-        found.append(sequences.fill_up(states))
-        assert PackedSequences([(number, 1)], torch.device("cpu"), "flex_attention").fill_up(states) is states
-    assert all(each.shape == (filled, 2) and each.sum() == 2 * number for each in found)
+    found.append(sequences.fill_up(states.bfloat16()))
+    assert all(each.shape == (filled, 2) and each.float().sum() == 2 * number for each in found)
+    for other in ("flex_attention", "flash_attention_2"):
+        left = states.bfloat16()
+        assert PackedSequences([(number, 1)], torch.device("cpu"), other).fill_up(left) is left
 
 
 def test_layers_see_few_numbers_of_rows(monkeypatch):
     """All linear layers, the last layer's of first tokens, too; what fills up gets no gradient, and gives none."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)  # and yet it computes in float32
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     bert = tiny.model(UnicoderVLModel)
     seen = set()
     for layer in bert.encoder.modules():
@@ -130,3 +137,53 @@ def test_dropout_by_its_seed_and_where_nothing_is_dropped_or_all(dtype):
     assert torch.equal(nn.functional.dropout(many, 0.3), first) == (dtype == torch.float32)
     layer = modeling.UnicoderVLDropout(0.5)
     assert torch.equal(layer.eval()(values), values) and (layer.train()(many) == 0).any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_draw_the_same_numbers_again(reentrant, monkeypatch):
+    """A pass without a graph takes the same attention as the one that is for the gradients, and so the same numbers."""
+    monkeypatch.setattr(modeling, "WEIGHTS_OF_A_CALL", 10**9)
+    bert = tiny.model(UnicoderVLModel, attention_probs_dropout_prob=0.2, hidden_dropout_prob=0.2).train()
+    states, results = torch.randn(NUM_TOKENS, 16).requires_grad_(), []
+    for checkpoints in (False, True):
+        if checkpoints:
+            bert.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = bert.encode_packed(states, GROUPS)[0]
+        states.grad = None
+        found.square().sum().backward()
+        results.append((found, states.grad.clone()))
+    for value, reference in zip(*results, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+def test_masks_of_dropout_are_freed_as_other_saved_tensors_are():
+    values = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
+    found = modeling.drop_out(values, 0.5)
+    (kept,) = found.grad_fn.saved_tensors
+    assert kept.element_size() == 2
+    found.sum().backward()
+    with pytest.raises(RuntimeError, match="freed"):
+        found.grad_fn.saved_tensors  # noqa: B018
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 7), (5,), (0, 4), (1,), (2, 3, 4), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_bits_tell_each_change(shape, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=dtype)
+    before = packed._sums_of_bits(weight)
+    assert torch.equal(packed._sums_of_bits(weight.clone()), before)
+    for number in range(weight.numel()):
+        changed = weight.clone()
+        changed.view(-1)[number] *= 1.01
+        assert not torch.equal(packed._sums_of_bits(changed), before)
+
+
+def test_sums_of_bits_of_parts_of_others():
+    whole, single = torch.randn(4, 6), torch.randn(1, 5)
+    for part in (whole[:, :4], whole[1:, 1:5], whole.T, single[:, :4]):
+        before = packed._sums_of_bits(part)
+        part[-1, -1] += 1
+        assert not torch.equal(packed._sums_of_bits(part), before)

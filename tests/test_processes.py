@@ -291,6 +291,17 @@ def attended():
         yield mode.dtypes
 
 
+class Noted:
+    """Calls a function, and remembers that it was called."""
+
+    def __init__(self, function):
+        self.function, self.called = function, False
+
+    def __call__(self, *arguments):
+        self.called = True
+        return self.function(*arguments)
+
+
 def slow_attention(module, hidden_states, lengths):
     """Each sequence of a padded batch on its own, in float64, from queries, keys and values in bfloat16."""
     outputs = torch.zeros(hidden_states.shape, dtype=torch.float64)
@@ -305,11 +316,21 @@ def slow_attention(module, hidden_states, lengths):
     return outputs
 
 
-@pytest.mark.parametrize("packed, by_products", [(False, False), (True, False), (True, True)])
-def test_attention_of_bfloat16(packed, by_products, attended, monkeypatch):
-    """In float32, but for large groups, which products of matrices do in bfloat16."""
-    of_the_bucket = 2 * 3 * 16**2  # 2 heads
-    monkeypatch.setattr(modeling_unicoder_vl, "BF16_PRODUCTS_FROM_WEIGHTS", of_the_bucket + (not by_products))
+# What a call must be worth for groups of 1 x 3 and 2 x 5 tokens to go into one bucket of 3 x 16, with 2 heads.
+OF_THE_GROUPS = 2 * (1 * 3**2 + 2 * 5**2)
+TO_ONE_BUCKET = 2 * 3 * 16**2 - OF_THE_GROUPS
+
+
+@pytest.mark.parametrize(
+    "packed, by_products, in_buckets",
+    [(False, False, True), (True, False, False), (True, True, False), (True, True, True)],
+)
+def test_attention_of_bfloat16(packed, by_products, in_buckets, attended, monkeypatch):
+    """In float32, but for large groups, and many, which products of matrices do in bfloat16."""
+    from_weights = OF_THE_GROUPS / 2 + (in_buckets or not by_products)
+    monkeypatch.setattr(modeling_unicoder_vl, "BF16_PRODUCTS_FROM_WEIGHTS", from_weights)
+    monkeypatch.setattr(modeling_unicoder_vl, "WEIGHTS_OF_A_CALL", TO_ONE_BUCKET + in_buckets)
+    monkeypatch.setattr(modeling_unicoder_vl, "_lay_out", noted := Noted(modeling_unicoder_vl._lay_out))
     torch.manual_seed(0)
     module = tiny.model(UnicoderVLForPreTraining).bert.encoder.layer[0].attention.self.bfloat16()
     lengths = [3, 5, 5]
@@ -324,6 +345,7 @@ def test_attention_of_bfloat16(packed, by_products, attended, monkeypatch):
     else:
         found = module(states, mask[:, None, None, :])[0]
     assert found.dtype == torch.bfloat16 and attended == (set() if by_products else {torch.float32})
+    assert noted.called == (packed and in_buckets)
     found_gradients = torch.autograd.grad((found * weight).sum(), [states, *module.parameters()])
     rtol, atol = (0.02, 0.02) if by_products else (2**-8, 1e-3)  # which is rounded to bfloat16 once
     torch.testing.assert_close(found[mask].double(), expected[mask], rtol=rtol, atol=atol)
@@ -340,11 +362,12 @@ def test_attention_of_bfloat16(packed, by_products, attended, monkeypatch):
         (UnicoderVLForQuestionAnswering, tiny.model, questions_batch),
     ],
 )
-@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("by_products", [False, True, "in buckets"])
 def test_training_in_bfloat16(model_class, build, batch, by_products, attended, monkeypatch):
     """Under autocast, which would take attention back to bfloat16; without gradients it may, and is as fast."""
     if by_products:
         monkeypatch.setattr(modeling_unicoder_vl, "BF16_PRODUCTS_FROM_WEIGHTS", 0)
+    monkeypatch.setattr(modeling_unicoder_vl, "WEIGHTS_OF_A_CALL", 10**9 if by_products == "in buckets" else 0)
     model = build(model_class)
     model.config.padding_free = True
     loss, gradients = loss_and_gradients(model, batch())

@@ -38,12 +38,14 @@ from .configuration_unicoder_vl import UnicoderVLConfig
 
 logger = logging.get_logger(__name__)
 
-# Attention weights of a call from which bfloat16 is trained by products of matrices, see `attend_in_buckets`. Measured
+# Attention weights of a call from which bfloat16 is trained by products of matrices, see `attend_by_products`. Measured
 # on AVX512-BF16, heads of size 32 and 64, forward and backward, against SDPA in float32: 1.5 times as slow at 19,000
 # weights, 1.1 to 2.5 times as fast from 39,000 on.
 BF16_PRODUCTS_FROM_WEIGHTS = 32_768
-# There, sequences are filled up to a multiple of this length, so that the products have few shapes.
+# In buckets, see `attend_in_buckets`, sequences are filled up to a multiple of this length, and a call that is saved is
+# worth so many weights more. Measured on AMX, hidden size 384 and 768: a call 2 ms, a weight 15 ns.
 BUCKET_LENGTHS = 16
+WEIGHTS_OF_A_CALL = 131_072
 
 # An optional argument stays optional, a tensor a tensor.
 MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
@@ -233,21 +235,24 @@ class DropoutFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, probability: float) -> torch.Tensor:
         dropped = round(probability * 2**16)
-        bits = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        # -1 for what is dropped, of the lowest numbers, else 0.
-        kept = bits[: inputs.numel()].view(inputs.shape).clamp_(dropped - 1 - 2**15, dropped - 2**15)
-        ctx.kept, ctx.scale = kept.sub_(dropped - 1 - 2**15), 2**16 / (2**16 - dropped)
-        return DropoutFunction.apply_mask(inputs, ctx.kept, ctx.scale)
+        lowest = dropped - 2**15  # of the numbers that are kept
+        words = torch.empty(-(-inputs.numel() // 4), dtype=torch.int64, device=inputs.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)[: inputs.numel()].view(inputs.shape)
+        kept = bits.clamp_(lowest - 1, lowest).sub_(lowest - 1)  # 1, or 0
+        ctx.save_for_backward(kept)
+        ctx.scale = 2**16 / (2**16 - dropped)
+        return DropoutFunction.apply_mask(inputs, kept, ctx.scale)
 
     @staticmethod
     def apply_mask(values: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
-        """Multiplies values by 1 or 0, and by the scale."""
+        """Multiplies values by 1 or 0, and by the scale, which bfloat16 would round."""
         return (values * kept.to(values.dtype)).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Drops out the gradient of the same values."""
-        return DropoutFunction.apply_mask(gradient, ctx.kept, ctx.scale), None
+        (kept,) = ctx.saved_tensors
+        return DropoutFunction.apply_mask(gradient, kept, ctx.scale), None
 
 
 def drop_out(inputs: torch.Tensor, probability: float, training: bool = True) -> torch.Tensor:
@@ -538,22 +543,21 @@ class PackedSequences:
 
     def fill_up(self, states: torch.Tensor) -> torch.Tensor:
         """
-        Appends rows of zeros, which nothing attends to, to `(num_rows, hidden_size)`, where a layer is called for each
-        group on a CPU: there every new number of rows costs each matrix product a kernel of its own, in bfloat16 on
-        AMX four times what the product takes for MiniLM. At most a 32nd is added, or 15 rows. Training in float32 is
-        left alone, where that gains little, and dropout draws what it always has.
+        Appends rows of zeros, which nothing attends to, to `(num_rows, hidden_size)`, where layers compute in bfloat16
+        on a CPU and are called for each group. There every new number of rows costs each matrix product a kernel of its
+        own, on AMX four times what the product takes for MiniLM. The number becomes a multiple of 16, or of a 32nd.
         """
-        trains_in_float32 = (
-            torch.is_grad_enabled() and states.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        )
-        if self.device.type != "cpu" or "groups" not in self.attention_kwargs() or trains_in_float32:
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if self.device.type != "cpu" or not (autocast or states.dtype == torch.bfloat16) or not self._calls_groups:
             return states
-        unit = max(16, 2 ** (max(len(states), 1).bit_length() - 6))
-        return torch.cat((states, states.new_zeros(-len(states) % unit, states.shape[1])))
+        unit = max(16, 2 ** (len(states).bit_length() - 6))
+        behind = -len(states) % unit
+        return torch.cat((states, states.new_zeros(behind, states.shape[1]))) if behind else states
 
-    def first_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Picks the first token of each sequence, filled up: `(num_rows, hidden_size)` of `(num_tokens, …)`."""
-        return self.fill_up(hidden_states[self.starts])
+    @property
+    def _calls_groups(self) -> bool:
+        flash = is_flash_attention_requested(requested_attention_implementation=self.implementation)
+        return not flash and self.implementation != "flex_attention"
 
     def attention_kwargs(self, first_only: bool = False) -> dict[str, Any]:
         """Makes the arguments of a layer; with `first_only` its queries are the first token of each sequence."""
@@ -613,7 +617,9 @@ def attend_in_groups(
         shaped = [tensor.reshape(count, -1, *tensor.shape[2:]).transpose(1, 2) for tensor in part]
         output, _ = attention_interface(module, *shaped, attention_mask, **kwargs)
         outputs.append(output.flatten(0, 1))
-    return torch.cat((*outputs, torch.zeros_like(behind[0])))[None], None
+    if behind.shape[1]:
+        outputs.append(torch.zeros_like(behind[0]))
+    return torch.cat(outputs)[None], None
 
 
 def _split(states: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
@@ -646,16 +652,16 @@ class Buckets:
         """
         Lays out sequences, of these `lengths` or of one row each (`width` 1), in the buckets that their groups make.
         """
-        starts, heads = lengths.cumsum(0) - lengths, torch.arange(num_heads)[:, None]
+        starts, heads = lengths.cumsum(0) - lengths, torch.arange(num_heads, device="cpu")[:, None]
         there, real, shapes, sequence = [], [], [], 0
         for count, length in bucket_groups(groups):
             unit = max(1, 2 ** (count.bit_length() - 3))  # at most a quarter more sequences
             shape = (count + -count % unit, num_heads, width or length)
             own, first = (of[sequence : sequence + count, None, None] for of in (lengths, starts))
-            place = torch.arange(shape[2])
-            real.append(torch.zeros(shape, dtype=torch.bool))
+            place = torch.arange(shape[2], device="cpu")
+            real.append(torch.zeros(shape, dtype=torch.bool, device="cpu"))
             real[-1][:count] = place < own
-            there.append(torch.zeros(shape, dtype=torch.long))
+            there.append(torch.zeros(shape, dtype=torch.long, device="cpu"))
             there[-1][:count] = (first + torch.where(place < own, place, 0)) * num_heads + heads
             shapes.append(shape)
             sequence += count
@@ -686,14 +692,14 @@ def _lay_out(
     groups: tuple[tuple[int, int], ...], num_heads: int, first_only: bool
 ) -> tuple[Buckets, Buckets, list[torch.Tensor]]:
     """Lays out queries and keys in buckets, and makes each bucket's mask of keys, `(sequences, 1, 1, length)`."""
-    lengths = torch.tensor([length for count, length in groups for _ in range(count)])
+    lengths = torch.tensor([length for count, length in groups for _ in range(count)], device="cpu")
     keys = Buckets.of(groups, lengths, num_heads)
     queries = Buckets.of(groups, torch.ones_like(lengths), num_heads, 1) if first_only else keys
     masks = []
     for real in keys.split(keys.real):
         fills = real[:, :1, None].logical_not()
         fills[fills.all(-1)] = False  # a sequence that is none reads what it likes
-        masks.append(torch.zeros(fills.shape).masked_fill(fills, torch.finfo(torch.bfloat16).min))
+        masks.append(torch.zeros_like(fills, dtype=torch.float32).masked_fill(fills, torch.finfo(torch.bfloat16).min))
     return queries, keys, masks
 
 
@@ -742,13 +748,11 @@ def attend_in_buckets(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Computes what [`attend_in_groups`] does by products of matrices, for groups of nearly the same length together, and
-    without autocast, which would compute the softmax in float32 copies. On CPUs, but for a few short sequences, no
-    other attention trains as fast in bfloat16; and there a product of a shape that is new takes ten times as long as
-    one that is not.
+    Computes what [`attend_in_groups`] does with [`attend_by_products`], for groups of nearly the same length together:
+    a call for each takes longer, since a product of a shape that is new takes ten times as long as one that is not.
     """
     _, num_heads, num_rows, head_dim = query.shape
-    queries, keys, masks = _lay_out(tuple(groups), num_heads, first_only)
+    queries, keys, masks = _lay_out(tuple(map(tuple, groups)), num_heads, first_only)
     laid_out = []
     for states, buckets in ((query, queries), (key, keys), (value, keys)):
         rows = states.transpose(1, 2).reshape(-1, head_dim)  # as they lie in memory
@@ -786,6 +790,22 @@ def attend_in_float32(
     return output.to(query.dtype), weights
 
 
+def attend_by_products(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Calls [`eager_attention_forward`] without autocast, which would compute the softmax in float32 copies. On CPUs, but
+    for a few short sequences, no other attention trains as fast in bfloat16.
+    """
+    with maybe_autocast(device_type=query.device.type, enabled=False):
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 class UnicoderVLSelfAttention(nn.Module):
     """BERT's self-attention, by the implementation that the model was loaded with."""
 
@@ -821,15 +841,12 @@ class UnicoderVLSelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        trains_in_bfloat16 = query.requires_grad and query.dtype == torch.bfloat16
-        slow_sdpa = trains_in_bfloat16 and query.device.type == "cpu" and self.config._attn_implementation == "sdpa"
-        by_products = slow_sdpa and groups is not None and self._mean_weights(groups) >= BF16_PRODUCTS_FROM_WEIGHTS
-        if groups is not None and by_products:
-            attention_interface = partial(attend_in_buckets, groups, first_only)
+        # A checkpoint that is reentrant passes the layer without a graph first, and then draws the same numbers again.
+        trains_in_bfloat16 = (query.requires_grad or hidden_states.requires_grad) and query.dtype == torch.bfloat16
+        if trains_in_bfloat16 and query.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+            attention_interface = self._attention_of_bfloat16(attention_interface, groups, first_only)
         elif groups is not None:
             attention_interface = partial(attend_in_groups, attention_interface, groups, first_only)
-        if slow_sdpa and not by_products:
-            attention_interface = partial(attend_in_float32, attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
             query,
@@ -842,10 +859,22 @@ class UnicoderVLSelfAttention(nn.Module):
         )
         return attn_output.reshape(*input_shape, -1).contiguous(), attn_weights
 
-    def _mean_weights(self, groups: list[tuple[int, int]]) -> float:
-        """Averages the number of attention weights over the buckets that the groups make."""
+    def _attention_of_bfloat16(
+        self, attention_interface: Callable, groups: list[tuple[int, int]] | None, first_only: bool
+    ) -> Callable:
+        """Gives the attention that trains fastest in bfloat16 on a CPU, where SDPA is slow."""
+        if groups is None:
+            return partial(attend_in_float32, attention_interface)
         buckets = bucket_groups(groups)
-        return self.config.num_attention_heads * sum(count * length**2 for count, length in buckets) / len(buckets)
+        of_groups, of_buckets = (
+            self.config.num_attention_heads * sum(count * length**2 for count, length in of) for of in (groups, buckets)
+        )
+        saved_calls = len(groups) - len(buckets)
+        if of_buckets - of_groups < WEIGHTS_OF_A_CALL * saved_calls and not torch.compiler.is_compiling():
+            return partial(attend_in_buckets, groups, first_only)
+        if of_groups >= BF16_PRODUCTS_FROM_WEIGHTS * len(groups):
+            return partial(attend_in_groups, attend_by_products, groups, first_only)
+        return partial(attend_in_float32, partial(attend_in_groups, attention_interface, groups, first_only))
 
 
 class UnicoderVLResidualOutput(nn.Module):
@@ -1643,7 +1672,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         for layer in layers:
             hidden_states, known = layer(hidden_states, projected=known, **kwargs), None
             total = None if total is None else total + hidden_states[0, : len(total)].float()
-        first = packed.first_tokens(hidden_states[0])[None]
+        first = packed.fill_up(hidden_states[0, packed.starts])[None]
         kwargs = packed.attention_kwargs(first_only=True)
         # By position: reentrant checkpoints cut the graph at positional arguments alone.
         first = last_layer(hidden_states, kwargs.pop("attention_mask", None), first, **kwargs)[0, : len(packed.starts)]

@@ -10,6 +10,7 @@ and the same command goes on; what is measured is not done again, and other runs
 three seeds take hours on two cores.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -100,7 +101,9 @@ class AblationArguments:
     seeds: list[int] = option([0, 1, 2], "Seeds of each run.")
     pretraining_epochs: int = option(1, "Passes over all images in pre-training; a share of them is passed more often.")
     fine_tuning_epochs: int = option(3, "Passes over all images in fine-tuning.")
-    learning_rate: float = option(SCENES["learning_rate"], "Peak of the learning rate, of both trainings.")
+    learning_rate: float = option(
+        SCENES["learning_rate"], "Peak of the learning rate; the paper's recipe fine-tunes with half of it."
+    )
     batch_size: int = option(SCENES["train_batch_size"], "Pairs of a step, of both trainings.")
     train_scenes: int = option(3000, "Training scenes.")
     held_out_scenes: int = option(150, "Validation scenes, and as many test scenes.")
@@ -109,12 +112,15 @@ class AblationArguments:
     model_name_or_path: str | None = option(None, "BERT that they begin with: its first 3 layers, or 6.")
     scale_features: bool = option(False, "Brings the features of these photos to mean 0 and variance 1.")
     foils: str | None = option(None, "Foils of these photos, from `unicoder-vl foil`. Default: none are measured.")
-    test_split: str = option("test", "Split that is measured.")
+    test_split: str = option("test", "Split that is measured, in retrieval and by foils.")
     test_images: int | None = option(None, "Images of it, the first ones, of which all pairs are scored. Default: all.")
 
     def __post_init__(self):
         if unknown := [name for name in self.only if name not in RUNS]:
             raise ValueError(f"--only {unknown[0]}: expected some of {', '.join(RUNS)}.")
+        for name in ("pretraining_epochs", "fine_tuning_epochs", "learning_rate", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} {getattr(self, name)}, expected above 0.")
         photos = ("captions", "regions", "model_name_or_path")
         given = [name for name in photos if getattr(self, name) is not None]
         if 0 < len(given) < len(photos) or (not given and (self.foils is not None or self.scale_features)):
@@ -124,28 +130,25 @@ class AblationArguments:
                 "nor --scale_features, on scenes."
             )
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """What all runs share, and results are of."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "only", "seeds")}
-
 
 @dataclass(frozen=True)
 class World:
     """
-    What all runs learn from and are measured by.
+    Holds what all runs learn from and are measured by.
 
     Args:
         captions (`Path`): The captions, JSON Lines.
         regions (`Path`): The region store.
         test (`RetrievalFold`): The captions and images that are ranked among each other.
-        foils (`Sequence[Foil]`): The foils to tell; maybe none.
+        foils (`Sequence[Foil]`): The foils to tell, of the same images; maybe none.
+        settings (`Mapping[str, object]`): What all runs share, and results are of.
     """
 
     captions: Path
     regions: Path
     test: RetrievalFold
     foils: Sequence[Foil]
+    settings: Mapping[str, object]
 
 
 def open_world(args: AblationArguments) -> World:
@@ -153,25 +156,32 @@ def open_world(args: AblationArguments) -> World:
     Opens the photos that are named, else draws the scenes.
 
     Raises:
-        `ValueError`: a split or a file has a fault, or no foil is of the split that is measured.
+        `ValueError`: a split or a file has a fault, or no foil is of an image that is measured.
     """
     output = Path(args.output_dir)
     if args.captions is None or args.regions is None:
         held_out = args.held_out_scenes
         folder = build_scenes(output / "scenes", num_train=args.train_scenes, num_val=held_out, num_test=held_out)
         captions, regions = folder / "captions.jsonl", folder / "regions"
-        foils = [foil for number in range(held_out) for foil in scene_foils(sample_scene(number, "test"))]
+        foils = [foil for number in range(held_out) for foil in scene_foils(sample_scene(number, args.test_split))]
     else:
-        captions, regions = output / "captions.jsonl", Path(args.regions)
+        captions, regions = output / "captions_of_photos.jsonl", Path(args.regions)
+        if captions.exists() and captions.samefile(args.captions):
+            raise ValueError(f"--captions {args.captions} is a copy of this script, expected the file that it was of.")
+        foils = [] if args.foils is None else read_foils(args.foils)
         rows = read_captions(args.captions).select_columns(["image_id", "caption", "split"])
         output.mkdir(parents=True, exist_ok=True)
         captions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        told = [] if args.foils is None else read_foils(args.foils)
-        foils = [foil for foil in told if foil.split == args.test_split]
-        if told and not foils:
-            raise ValueError(f"{args.foils} has no foil of the split {args.test_split!r}: give foils that have some.")
-    test = retrieval_test(read_captions(captions, split=args.test_split), num_images=args.test_images)
-    return World(captions, regions, test.folds[0], foils)
+    (test,) = retrieval_test(read_captions(captions, split=args.test_split), num_images=args.test_images).folds
+    kept = [foil for foil in foils if foil.image_id in set(test.image_ids)]
+    if foils and not kept:
+        raise ValueError(
+            f"{args.foils} has no foil of the {len(test.image_ids)} images of the split {args.test_split!r} that are "
+            "measured: give foils that have some."
+        )
+    settings = {name: value for name, value in asdict(args).items() if name not in ("output_dir", "only", "seeds")}
+    digest = hashlib.sha256(captions.read_bytes()).hexdigest()
+    return World(captions, regions, test, kept, settings | {"sha256_of_captions": digest})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -179,15 +189,16 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = make_parser(AblationArguments).parse_args_into_dataclasses(argv)
     output = Path(args.output_dir)
     measured = output / "ablations.json"
-    results = load_results(measured, args.settings)
     world = open_world(args)
+    results = load_results(measured, world.settings)
+    write_json(measured, {"settings": world.settings, "results": results})  # of trainings that are stopped, too
     for seed in args.seeds:
         for name in args.only:
             if str(seed) not in results.get(name, {}):
                 folder = output / f"{name}-{seed}"
                 train_run(RUNS[name], seed, folder, world, args)
                 results.setdefault(name, {})[str(seed)] = measure_run(RUNS[name], folder, world)
-                write_json(measured, {"settings": args.settings, "results": results})
+                write_json(measured, {"settings": world.settings, "results": results})
     report = f"{results_table(results)}\n\n{orderings_table(results)}\n"
     (output / "ablations.md").write_text(report, encoding="utf-8")
     measured_runs = [name for name in RUNS if name in results]
