@@ -695,11 +695,8 @@ def _lay_out(
     lengths = torch.tensor([length for count, length in groups for _ in range(count)], device="cpu")
     keys = Buckets.of(groups, lengths, num_heads)
     queries = Buckets.of(groups, torch.ones_like(lengths), num_heads, 1) if first_only else keys
-    masks = []
-    for real in keys.split(keys.real):
-        fills = real[:, :1, None].logical_not()
-        fills[fills.all(-1)] = False  # a sequence that is none reads what it likes
-        masks.append(torch.zeros_like(fills, dtype=torch.float32).masked_fill(fills, torch.finfo(torch.bfloat16).min))
+    lowest = torch.finfo(torch.bfloat16).min
+    masks = [torch.where(real[:, :1, None], 0.0, lowest) for real in keys.split(keys.real)]
     return queries, keys, masks
 
 
