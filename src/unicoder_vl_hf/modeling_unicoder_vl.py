@@ -561,18 +561,18 @@ class PackedSequences:
 
     def attention_kwargs(self, first_only: bool = False) -> dict[str, Any]:
         """Makes the arguments of a layer; with `first_only` its queries are the first token of each sequence."""
-        if is_flash_attention_requested(requested_attention_implementation=self.implementation):
-            ends = self.ends.int()
-            queries = torch.arange(len(ends), device=self.device, dtype=torch.int32) if first_only else ends
-            return {
-                "cu_seq_lens_q": queries,
-                "cu_seq_lens_k": ends,
-                "max_length_q": 1 if first_only else self.longest,
-                "max_length_k": self.longest,
-            }
+        if self._calls_groups:
+            return {"groups": self.groups}
         if self.implementation == "flex_attention":
             return {"attention_mask": self._block_mask(first_only)}
-        return {"groups": self.groups}
+        ends = self.ends.int()
+        queries = torch.arange(len(ends), device=self.device, dtype=torch.int32) if first_only else ends
+        return {
+            "cu_seq_lens_q": queries,
+            "cu_seq_lens_k": ends,
+            "max_length_q": 1 if first_only else self.longest,
+            "max_length_k": self.longest,
+        }
 
     def sequence_of_tokens(self) -> torch.Tensor:
         """Gives the number, from 0, of the sequence that each token is of: `(num_tokens,)`."""

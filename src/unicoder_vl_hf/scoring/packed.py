@@ -293,13 +293,13 @@ class FirstTokenAttention(nn.Module):
         num_heads, head_dim, _ = self.of_key.shape
         query = self.query(query_states[0]).view(-1, num_heads, head_dim).transpose(0, 1)
         logits_of = torch.bmm(query * self.scaling, self.of_key).transpose(0, 1)  # (sequences, heads, hidden size)
-        mixed, sequence, token = [], 0, 0
-        for count, length in groups:
-            some = hidden_states[0, token : token + count * length].view(count, length, -1)
-            queries = logits_of[sequence : sequence + count]
+        states = hidden_states[0].split([count * length for count, length in groups])
+        mixed = []
+        for (count, length), some, queries in zip(
+            groups, states, logits_of.split([count for count, _ in groups]), strict=True
+        ):
+            some = some.view(count, length, -1)
             mixed.append(torch.bmm(torch.bmm(queries, some.transpose(1, 2)).softmax(-1), some))
-            sequence, token = sequence + count, token + count * length
-        mixed.append(torch.zeros_like(logits_of[sequence:]))  # rows behind the sequences, of `fill_up`
         output = torch.bmm(torch.cat(mixed).transpose(0, 1), self.of_value.transpose(1, 2)).transpose(0, 1)
         return output.flatten(1)[None] + self.value_bias, None
 
