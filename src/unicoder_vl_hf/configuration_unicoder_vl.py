@@ -55,6 +55,10 @@ class UnicoderVLConfig(PreTrainedConfig):
         Number of the first layers, below `num_hidden_layers`, that read words alone; regions, which a detector has
         described, join in the layer after them. A caption passes them once, however many pairs it is in, and the first
         stage of a search reads what they make of it. With 0, as in the paper, all layers read words and regions.
+    joint_dropout_prob (`float`, *optional*, defaults to 0.0):
+        Probability, below 1, with which a word or a region is left out of what the layers that read both see, in
+        training and for a head that reads `[CLS]`, which stays. A caption and an image lack others in each pair, so
+        that pairs are not learned by heart. Text layers, the first stage of a search and pre-training see all.
     location_initializer_range (`float`, *optional*):
         Standard deviation of new weights of the location's projection; by default `initializer_range`. Five numbers
         from 0 to 1 beside hundreds of features make little of a region's embedding with that, so that where things
@@ -137,6 +141,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     reasoning_head: str = "paired"
     matching_head: str = "unicoder_vl"
     num_text_layers: int = 0
+    joint_dropout_prob: float | int = 0.0
     location_initializer_range: float | int | None = None
     grounding_layers: int = 1
     num_region_types: int = 0
@@ -180,6 +185,8 @@ class UnicoderVLConfig(PreTrainedConfig):
                 f"num_text_layers={self.num_text_layers} must be at least 0 and below num_hidden_layers="
                 f"{self.num_hidden_layers}: words and regions meet in the layers after them."
             )
+        if not 0 <= self.joint_dropout_prob < 1:
+            raise ValueError(f"joint_dropout_prob={self.joint_dropout_prob} must be at least 0 and below 1.")
         kinds = {
             "region_embedding": ("unicoder_vl", "uniter", "visual_bert"),
             "region_head": ("unicoder_vl", "uniter"),

@@ -81,6 +81,12 @@ WORD_STATES_DOCSTRING = r"""
         What [`~UnicoderVLModel.encode_words`] made of the text, so that the text layers are not computed again.
 """
 
+JOINT_MASK_DOCSTRING = r"""
+    joint_attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length + num_regions)`, *optional*):
+        1 for the words and regions that the layers which read both see, where the other masks have a 1, too; the text
+        layers, if there are any, have read all words. Each row keeps its first token, `[CLS]`. Defaults to all.
+"""
+
 PAIRING_DOCSTRING = r"""
     caption_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
         Row b takes caption `caption_index[b]` of the `num_captions` rows of `input_ids`, so that a caption that several
@@ -1349,6 +1355,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         + MASKED_REGIONS_DOCSTRING
         + REGION_TYPES_DOCSTRING
         + WORD_STATES_DOCSTRING
+        + JOINT_MASK_DOCSTRING
     )
     def forward(
         self,
@@ -1366,11 +1373,13 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         masked_regions: torch.Tensor | None = None,
         region_token_type_ids: torch.LongTensor | None = None,
         word_states: torch.Tensor | None = None,
+        joint_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         joint = self._embed(
             kwargs,
             word_states=word_states,
+            joint_attention_mask=joint_attention_mask,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -1442,7 +1451,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         `(batch_size, hidden_size)`, or the `means` of [`UnicoderVLPooledOutput`] as well, which a model with text
         layers has not. Where padding is left out, the last layer computes `[CLS]` alone, and where both indices are
         empty, nothing is computed; in either case `last_hidden_state` is None. Text layers are not computed again where
-        `word_states`, what [`~UnicoderVLModel.encode_words`] made of the same text, are given.
+        `word_states`, what [`~UnicoderVLModel.encode_words`] made of the same text, are given. In training the layers
+        that read words and regions see neither of some, by `config.joint_dropout_prob`.
         """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -1459,6 +1469,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             "region_token_type_ids": region_token_type_ids,
             "word_states": word_states,
         }
+        if self.training and self.config.joint_dropout_prob > 0:
+            inputs["joint_attention_mask"] = self._joint_dropout(inputs)
         means = None
         if caption_index is not None and image_index is not None and not (len(caption_index) or len(image_index)):
             first = self.pooler.dense.weight.new_zeros(0, self.config.hidden_size)
@@ -1482,6 +1494,17 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             return self._pooled_with_means(inputs, **kwargs)
         return UnicoderVLPooledOutput(pooler_output=self.pooler(first[:, None]), means=means)
 
+    def _joint_dropout(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Draws what the layers that read words and regions see of each row: all of it, or not, but for `[CLS]`."""
+        text, mask, regions = (inputs[name] for name in ("input_ids", "attention_mask", "region_features"))
+        text = inputs["inputs_embeds"] if text is None else text
+        index = inputs["caption_index"]
+        num_rows = len(text if index is None else index)
+        length = text.shape[1] + (0 if regions is None else regions.shape[1])
+        seen = torch.rand(num_rows, length, device=text.device) >= self.config.joint_dropout_prob
+        text_mask = seen[:, :1] if mask is None else _pick_rows(mask, index)
+        return seen.scatter(1, text_mask.long().argmax(-1, keepdim=True), True)
+
     def _pooled_with_means(self, inputs: dict[str, Any], **kwargs: Any) -> UnicoderVLPooledOutput:
         """Encodes padded sequences, and averages the states of the attended words and of the attended regions."""
         asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
@@ -1489,11 +1512,15 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         layers: Any = outputs.hidden_states
         states = torch.stack([layer.float() for layer in layers[:-1]]).mean(0)
         num_regions = 0 if inputs["region_features"] is None else inputs["region_features"].shape[1]
+        sizes = (states.shape[1] - num_regions, num_regions)
         masks = (
             _pick_rows(inputs["attention_mask"], inputs["caption_index"]),
             _pick_rows(inputs["region_attention_mask"], inputs["image_index"]),
         )
-        parts = states.split((states.shape[1] - num_regions, num_regions), dim=1)
+        if (seen := inputs.get("joint_attention_mask")) is not None:
+            each = zip(masks, seen.split(sizes, dim=1), strict=True)
+            masks = tuple(of if mask is None else mask * of for mask, of in each)
+        parts = states.split(sizes, dim=1)
         outputs.means = torch.stack([_masked_mean(*part) for part in zip(parts, masks, strict=True)], dim=1)
         if not asked:
             outputs.hidden_states = None
@@ -1588,6 +1615,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         self, options: dict[str, Any], *, word_states=None, input_ids=None, attention_mask=None, token_type_ids=None,
         position_ids=None, inputs_embeds=None, region_features=None, region_locations=None, region_attention_mask=None,
         token_region_ids=None, caption_index=None, image_index=None, masked_regions=None, region_token_type_ids=None,
+        joint_attention_mask=None,
     ) -> JointStates:  # fmt: skip
         """Embeds text and regions, and encodes each caption by the text layers, if there are any, with `options`."""
         self._check_shapes(
@@ -1632,6 +1660,10 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             )
             region_part = ones.expand(batch_size, num_regions) if region_mask is None else region_mask
             joint_mask = torch.cat((text_part.bool(), region_part.bool()), dim=1)
+        if joint_attention_mask is not None:
+            _check_shape("joint_attention_mask", joint_attention_mask, tuple(hidden_states.shape[:2]))
+            seen = joint_attention_mask.bool()
+            joint_mask = seen if joint_mask is None else joint_mask.bool() & seen
         return JointStates(hidden_states, joint_mask, text_mask)
 
     def encode_packed(

@@ -107,6 +107,11 @@ class RetrievalArguments(DataArguments):
         "Share of the words and regions hidden in training, as in pre-training, so that few photos are not "
         "learned by heart.",
     )
+    joint_dropout: float = option(
+        0.0,
+        "Share of the words and regions of each pair that the layers which read both do not see in training, against "
+        "learning pairs by heart.",
+    )
     early_stopping_patience: int | None = option(
         None, "Evaluations without a better sum of recalls after which training stops."
     )
@@ -280,6 +285,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     model.config.first_stage_trained = arguments.contrastive_weight > 0
     model.config.similarity_weight = None  # that of another encoder, until the training has ended
     model.config.triplet_margin = arguments.margin
+    model.config.joint_dropout_prob = arguments.joint_dropout
     loss = arguments.training_loss
     if isinstance(loss, ContrastiveLoss):
         logger.warning(
@@ -349,6 +355,8 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
         )
     if arguments.bert_learning_rate is not None and not 0 <= arguments.bert_learning_rate < float("inf"):
         raise ValueError(f"bert_learning_rate={arguments.bert_learning_rate}, expected at least 0.")
+    if not 0 <= arguments.joint_dropout < 1:
+        raise ValueError(f"joint_dropout={arguments.joint_dropout}, expected a share of at least 0, below 1.")
     if not 0 < arguments.scored_ratio <= 1:
         raise ValueError(f"scored_ratio={arguments.scored_ratio}, expected a share of the matches: above 0, at most 1.")
     others = arguments.num_negative_captions + arguments.num_negative_images > 0 or arguments.in_batch_negatives
