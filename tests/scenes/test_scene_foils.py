@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from unicoder_vl_hf.scenes import foils as words
-from unicoder_vl_hf.scenes.foils import scene_foils, world_foils
+from unicoder_vl_hf.scenes.foils import caption_foils, scene_foils, world_foils
 from unicoder_vl_hf.scenes.world import (
     _separation,
     counted_shape,
@@ -76,3 +76,14 @@ def test_foils_are_a_function_of_the_scene():
     assert scene_foils(sample_scene(7, "val")) == [f for f in world_foils("val") if f.image_id == "val-00007"]
     with pytest.raises(ValueError, match="expected one of"):
         world_foils("none")
+
+
+def test_foils_to_learn_from_are_of_what_captions_of_all_scenes_say(monkeypatch):
+    assert words.NUM_SCENES["train"] == 3000
+    monkeypatch.setitem(words.NUM_SCENES, "train", 20)
+    found = caption_foils("train")
+    assert {foil.image_id for foil in found} == {f"train-{number:05}" for number in range(20)}
+    for foil in found:
+        assert foil.caption in scene_captions(sample_scene(int(foil.image_id[-5:]), "train")) and foil.kind != "count"
+    with pytest.raises(ValueError, match="expected one of"):
+        caption_foils("none")

@@ -1,6 +1,7 @@
 """The commands of foils, which tell whether a model looks: making them, and measuring a checkpoint by them."""
 
 from argparse import Namespace
+from collections import Counter
 
 from .commands import Add, Commands, Result, add_caption_ids
 
@@ -13,8 +14,13 @@ def _make_arguments(add: Add) -> None:
     add("--regions", help="folder of the store of its images, with COCO's classes")
     add("--splits", nargs="+", default=["val", "test"], help="splits that foils are made of (default: val test)")
     add("--train-split", default="train", help="split that scorers without images are trained on (default: train)")
+    add(
+        "--for-training",
+        action="store_true",
+        help="foils of the training split to learn from (`run_retrieval.py --foils`): balanced, not filtered",
+    )
     add_caption_ids(add)
-    add("--seed", type=int, default=0, help="seed of these scorers (default: 0)")
+    add("--seed", type=int, default=0, help="seed of these scorers, or of the choice for training (default: 0)")
 
 
 @commands.register("foil", "Captions made false by a word, which cannot be told without the image", _make_arguments)
@@ -32,7 +38,16 @@ def _make(args: Namespace) -> object:
         train_split=args.train_split,
         caption_ids=args.caption_ids,
         seed=args.seed,
+        for_training=args.for_training,
     )
+    if args.for_training:
+        kinds = Counter(foil.kind for foil in foils)
+        captions = len({(foil.image_id, foil.caption) for foil in foils})
+        lines = [f"{len(foils):,} foils of {captions:,} captions to learn from."]
+        lines += [f"{kind:12}{count:>7,}" for kind, count in kinds.most_common()]
+        return Result(
+            "\n".join(lines), {"path": args.output, "foils": len(foils), "captions": captions, "kinds": kinds}
+        )
     margins = np.array([foil.text_only for foil in foils])
     lines = [
         f"{len(foils):,} foils. Scorers without images, of other seeds than chose them, tell (percent; chance 50):"

@@ -22,6 +22,7 @@ import numpy as np
 from .. import logging
 from ..name_lists import numbered_lines
 from .caption_files import encode_column
+from .foils import Foil
 from .rows import Row, RowsOfEpoch, natural
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,8 @@ logger = logging.get_logger(__name__)
 # Columns of hard negatives: for each pair a list of captions, and a list of image ids.
 NEGATIVE_CAPTIONS, NEGATIVE_IMAGES = "negative_captions", "negative_image_ids"
 
-SALT = 0x6E6567  # keeps these draws apart from masks and shuffles that use the same seed
+# They keep draws apart from masks and shuffles that use the same seed, and from each other.
+SALT, FOIL_SALT = 0x6E6567, 0x666F696C
 
 _TRIES, _BLOCK = 16, 4
 
@@ -331,10 +333,13 @@ class PairsWithNegatives(_PairsOfEpoch):
             matches one image of a group is no negative of another.
         fixed_epoch (`int`, *optional*):
             Epoch to draw for at all times, whatever `set_epoch` says.
+        foils (sequence of [`Foil`], *optional*):
+            Captions made false by one word, such as `unicoder-vl foil --for-training` makes. A pair that has some gets
+            one of them as a further caption negative, its last, drawn anew each epoch.
 
     Raises:
-        `ValueError`: a column is missing, there are no pairs, or no negative exists for a pair. The message names the
-            image.
+        `ValueError`: a column is missing, there are no pairs, no negative exists for a pair, or a foil is of no pair,
+            or matches its image. The message names the image.
 
     Example:
 
@@ -355,6 +360,7 @@ class PairsWithNegatives(_PairsOfEpoch):
         num_images: int = 3,
         duplicates: Iterable[Sequence[str]] = (),
         fixed_epoch: int | None = None,
+        foils: Sequence[Foil] = (),
     ):
         super().__init__(pairs, seed, fixed_epoch)
         self.num_captions = natural("num_captions", num_captions)
@@ -370,6 +376,25 @@ class PairsWithNegatives(_PairsOfEpoch):
                 )
         self.hard_captions = self._hard_rows(pairs, NEGATIVE_CAPTIONS, replace_image=False)
         self.hard_images = self._hard_rows(pairs, NEGATIVE_IMAGES, replace_image=True)
+        self.foils = self._foils_of_rows(foils) if foils else {}
+
+    def _foils_of_rows(self, foils: Sequence[Foil]) -> dict[int, list[str]]:
+        """Finds the foils of each row that has some."""
+        image_ids, captions = self._texts(range(len(self)))
+        matches = {(image_id, fold_caption(text)) for image_id, text in zip(image_ids, captions, strict=True)}
+        of_pair: dict[tuple[str, str], list[str]] = {}
+        for foil in foils:
+            if (foil.image_id, fold_caption(foil.caption)) not in matches:
+                raise ValueError(
+                    f"The foil {foil.foil!r} is of image {foil.image_id!r} and the caption {foil.caption!r}, which are "
+                    "no pair of this split: give foils of the captions that are trained on (`unicoder-vl foil "
+                    "--for-training`)."
+                )
+            if (foil.image_id, fold_caption(foil.foil)) in matches:
+                raise ValueError(f"The foil {foil.foil!r} of image {foil.image_id!r} is a caption of that image.")
+            of_pair.setdefault((foil.image_id, foil.caption), []).append(foil.foil)
+        pairs = enumerate(zip(image_ids, captions, strict=True))
+        return {row: of_pair[pair] for row, pair in pairs if pair in of_pair}
 
     def _hard_rows(self, pairs: datasets.Dataset, name: str, replace_image: bool) -> list[np.ndarray] | None:
         """Finds for each row the rows of its hard negatives: distinct ones of the split that do not match it."""
@@ -404,7 +429,7 @@ class PairsWithNegatives(_PairsOfEpoch):
                 Row(
                     image_id=image_ids[i],
                     caption=captions[i],
-                    negative_captions=captions[at:middle],
+                    negative_captions=captions[at:middle] + self._foil(row, epoch),
                     negative_image_ids=image_ids[middle:end],
                     row_index=row,
                     epoch=epoch,
@@ -414,6 +439,12 @@ class PairsWithNegatives(_PairsOfEpoch):
             )
             at = end
         return items
+
+    def _foil(self, row: int, epoch: int) -> list[str]:
+        """Draws the foil of `row` in `epoch`, where it has one."""
+        if (foils := self.foils.get(row)) is None:
+            return []
+        return [foils[np.random.default_rng([self.seed, epoch, row, FOIL_SALT]).integers(len(foils))]]
 
     def negatives(self, row: int, epoch: int) -> tuple[list[int], list[int]]:
         """Gives the rows whose captions, and those whose images, are the negatives of `row` in `epoch`."""

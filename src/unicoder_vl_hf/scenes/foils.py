@@ -13,6 +13,7 @@ import numpy as np
 from ..data.foils import Foil, put_word
 from .world import (
     COLOUR_WORDS,
+    NUM_SCENES,
     RELATION_WORDS,
     SHAPE_WORDS,
     SIZE_WORDS,
@@ -45,13 +46,22 @@ def _any(words: Iterable[str]) -> str:
 _NAME = re.compile(rf"(?:(?P<size>{_any(_SIZES)}) )?(?P<colour>{_any(_COLOURS)}) (?P<shape>{_any(_SHAPES)})")
 _RELATION = re.compile(rf"\b(?P<relation>{_any(_RELATIONS)}) an? ")
 
-# The scenes that `build_scenes` draws; of the training scenes a third will do.
-_NUM_SCENES = {"train": 1000, "val": 200, "test": 150}
+# Of the training scenes a third will do to train scorers without images.
+_NUM_SCENES = NUM_SCENES | {"train": 1000}
 
 
 def world_foils(split: str) -> list[Foil]:
     """Makes the foils of the scenes of a split. Raises ValueError on an unknown split."""
     return [foil for n in range(_NUM_SCENES.get(split, 1)) for foil in scene_foils(sample_scene(n, split))]
+
+
+def caption_foils(split: str) -> list[Foil]:
+    """
+    Makes the foils of the captions that `build_scenes` writes, which do not count, of all scenes of a split. Raises
+    ValueError on an unknown split.
+    """
+    foils = (foil for n in range(NUM_SCENES.get(split, 1)) for foil in scene_foils(sample_scene(n, split)))
+    return [foil for foil in foils if foil.kind != "count"]
 
 
 def scene_foils(scene: Scene) -> list[Foil]:

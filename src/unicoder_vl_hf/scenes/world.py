@@ -457,11 +457,15 @@ def scene_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={piece: number for number, piece in enumerate(dict.fromkeys(pieces))})
 
 
+# How many scenes `build_scenes` draws, unless it is told otherwise.
+NUM_SCENES = {"train": 3000, "val": 200, "test": 150}
+
+
 def build_scenes(
     folder: str | os.PathLike,
-    num_train: int = 3000,
-    num_val: int = 200,
-    num_test: int = 150,
+    num_train: int = NUM_SCENES["train"],
+    num_val: int = NUM_SCENES["val"],
+    num_test: int = NUM_SCENES["test"],
     captions_per_image: int = 5,
     seed: int = 0,
     counting: bool = False,

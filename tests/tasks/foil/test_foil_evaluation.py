@@ -102,6 +102,13 @@ def test_foils_of_captions_are_made_by_the_command(tmp_path, monkeypatch, capsys
     assert sum(foil.word == "dog" for foil in foils) == sum(foil.foil_word == "dog" for foil in foils)
     assert main(words) == 1
     assert "exists already" in capsys.readouterr().err
+    words[1] = str(tmp_path / "train.jsonl")
+    assert main([*words, "--for-training"]) == 0
+    train = read_foils(tmp_path / "train.jsonl")
+    of_captions = len({(foil.image_id, foil.caption) for foil in train})
+    assert f"{len(train):,} foils of {of_captions:,} captions to learn from" in capsys.readouterr().out
+    assert {foil.split for foil in train} == {"train"}
+    assert sum(foil.word == "dog" for foil in train) == sum(foil.foil_word == "dog" for foil in train) > 0
     more = ["foil", str(tmp_path / "more.jsonl")]
     assert main([*more, "--captions", "x"]) == 1
     assert "both captions and regions" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from unicoder_vl_hf.tasks.foil import (
     nouns,
     text_only,
     train_text_only,
+    training_foils,
 )
 from unicoder_vl_hf.tasks.foil.making import couples
 from unicoder_vl_hf.tasks.foil.text_only import hide_word
@@ -117,6 +118,19 @@ def test_couples_balance_words_and_begin_with_the_hardest():
     assert couples(foils, ease).tolist() == [[6, 1], [4, 2]]
     foils[1] = dataclasses.replace(foils[1], split="test")  # where it has no partner
     assert couples(foils, ease).tolist() == [[6, 2], [4, 3]]
+
+
+def test_foils_to_learn_from_are_balanced_and_of_every_couple():
+    foils = [foil("dog", "cat", n) for n in range(4)] + [foil("cat", "dog", 9), foil("dog", "cow", 5)]
+    foils += [foil("cat", "dog", 8)]
+    chosen = [training_foils(foils, seed) for seed in range(20)]
+    assert all([each.word for each in found].count("dog") == 2 == len(found) / 2 for found in chosen)
+    assert {each.image_id for found in chosen for each in found if each.word == "dog"} == {
+        f"image{n}" for n in range(4)
+    }
+    assert chosen[3] == training_foils(foils, 3)
+    with pytest.raises(ValueError, match="No two words of the captions replace each other"):
+        training_foils(foils[:4])
 
 
 @pytest.mark.parametrize(

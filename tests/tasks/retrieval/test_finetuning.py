@@ -21,6 +21,7 @@ from unicoder_vl_hf import (
 )
 from unicoder_vl_hf.data import negatives
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.data.foils import Foil
 from unicoder_vl_hf.data.negatives import PairsWithNegatives, read_duplicate_groups
 from unicoder_vl_hf.runs import arguments as preparation
 from unicoder_vl_hf.tasks.retrieval.losses import (
@@ -119,6 +120,37 @@ def test_never_a_false_negative_among_mined_ones(monkeypatch):
         made.set_epoch(epoch)
         # Of row 0 "one" is its own, "two" comes twice and "Unknown" is of no pair; 2 and 3 are "A dog" too.
         assert "two" in map(fold, made[0]["negative_captions"]) and "7" in made[0]["negative_image_ids"]
+
+
+def foil(row: int, text: str, **changes) -> Foil:
+    image_id, caption = CROWDED[row]["image_id"], CROWDED[row]["caption"]
+    values = {"image_id": image_id, "caption": caption, "foil": text, "word": "x", "foil_word": "y", "kind": "z"}
+    return Foil(**{**values, "split": "train", **changes})
+
+
+def test_a_foil_is_a_further_negative_of_the_pairs_that_have_some():
+    foils = [foil(3, "three"), foil(3, "thirteen"), foil(7, "sixty")]
+    options = {"num_captions": 2, "num_images": 1, "seed": 4}
+    made, without = PairsWithNegatives(CROWDED, foils=foils, **options), PairsWithNegatives(CROWDED, **options)
+    seen = Counter()
+    for epoch in range(60):
+        made.set_epoch(epoch)
+        without.set_epoch(epoch)
+        for row in range(len(CROWDED)):
+            found, wanted = made[row], without[row]
+            more = found["negative_captions"][2:]
+            assert found | {"negative_captions": found["negative_captions"][:2]} == wanted
+            assert more == ["sixty"] if row == 7 else len(more) == (row == 3)
+            if row == 3:
+                seen.update(more)
+        assert made[3] == PairsWithNegatives(CROWDED, foils=foils, fixed_epoch=epoch, **options)[3]
+    assert seen.keys() == {"three", "thirteen"} and min(seen.values()) > 15
+    for wrong, message in (
+        (foil(0, "x", image_id="7"), r"The foil 'x' is of image '7' and the caption 'A dog', which are no pair"),
+        (foil(0, "ONE"), r"The foil 'ONE' of image '1' is a caption of that image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PairsWithNegatives(CROWDED, foils=[wrong], **options)
 
 
 def test_mined_negatives_come_first_and_vary_where_there_are_more():

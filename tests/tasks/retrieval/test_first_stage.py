@@ -24,6 +24,7 @@ from unicoder_vl_hf import (
 )
 from unicoder_vl_hf.data.caption_files import select_split
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.data.foils import Foil, write_foils
 from unicoder_vl_hf.data.negatives import PairsWithNegatives
 from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder, image_states, text_states
 from unicoder_vl_hf.tasks.retrieval.first_stage import EncodedPairs, fit_first_stage, train_first_stage
@@ -576,6 +577,17 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     setup = prepare_retrieval(quarter, world.parent / "run", seed=0)
     assert isinstance(setup.loss, HardNegativeLoss) and setup.loss.scored_ratio == 0.25
     assert "likes best (for 25 % of the matches), along with" in setup.card["trained_by"]
+    assert setup.model.config.joint_dropout_prob == 0
+    match = setup.train[7]
+    foil = Foil(match["image_id"], "train", match["caption"], "none of it", "it", "none", "kind")
+    write_foils(world.parent / "foils.jsonl", [foil])
+    told = RetrievalArguments(**options, **none, foils=str(world.parent / "foils.jsonl"), joint_dropout=0.25)
+    setup = prepare_retrieval(told, world.parent / "run", seed=0)
+    assert setup.model.config.joint_dropout_prob == 0.25
+    assert setup.card["trained_by"].endswith("groups of a match and captions made false by a word")
+    batch = setup.collator([setup.train[row] for row in (0, 7)])
+    assert batch["labels"].tolist() == [1, 1, 0] and batch["group_ids"].tolist() == [0, 1, 1]
+    assert setup.processor.tokenizer.decode(batch["input_ids"][2], skip_special_tokens=True).endswith("of it")
     for wrong, message in (
         ({"contrastive_weight": -1.0}, r"contrastive_weight=-1\.0; expected at least 0"),
         ({"bert_learning_rate": -1e-5}, r"bert_learning_rate=-1e-05, expected at least 0"),
@@ -591,11 +603,17 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
             {"scored_ratio": 0.5, "num_negative_captions": 0, "num_negative_images": 0},
             r"scored_ratio=0\.5 is of matches with hard negatives alone: give --num_hard_negatives",
         ),
+        ({"joint_dropout": 1.0}, r"joint_dropout=1\.0, expected a share of at least 0, below 1"),
+        ({"foils": "foils.jsonl", "loss": "none", "contrastive_weight": 1.0}, r"loss=none scores no pairs: .*foils"),
+        (
+            {**none, "foils": "x", "scored_ratio": 0.5, "contrastive_weight": 1.0, "num_hard_negatives": 1},
+            r"scored_ratio=0\.5 is of matches with hard negatives alone: .*nor foils",
+        ),
         ({"num_hard_negatives": 1}, r"num_hard_negatives=1 need a first stage.*--contrastive_weight"),
         ({"loss": "none"}, r"loss=none.*need a first stage.*--contrastive_weight"),
         (
             {"loss": "none", "contrastive_weight": 1.0, "num_hard_negatives": 1},
-            r"loss=none scores no pairs: it takes neither num_hard_negatives",
+            r"loss=none scores no pairs: it takes no num_hard_negatives",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,10 @@
 from .evaluation import evaluate_foils as evaluate_foils, foil_table as foil_table
-from .making import hard_foils as hard_foils, make_foils as make_foils, noun_foils as noun_foils
+from .making import (
+    hard_foils as hard_foils,
+    make_foils as make_foils,
+    noun_foils as noun_foils,
+    training_foils as training_foils,
+)
 from .margins import foil_margins as foil_margins
 from .metrics import (
     FoilAccuracy as FoilAccuracy,

@@ -123,6 +123,27 @@ def hard_foils(foils: Sequence[Foil], train: Sequence[Foil], seed: int = 0) -> l
     return [replace(known[number], text_only=reported[number].tolist()) for number in sorted(kept)]
 
 
+def training_foils(foils: Sequence[Foil], seed: int = 0) -> list[Foil]:
+    """
+    Chooses foils to learn from: all that find a partner, so that no word is more often false than true. Words around
+    may still tell them; `unicoder-vl foil` makes foils to be measured by, of other splits.
+
+    Args:
+        foils (sequence of [`Foil`]): All foils of the training split.
+        seed (`int`, *optional*, defaults to 0): Seed of the couples that are made where several could be.
+
+    Returns:
+        `list[Foil]`: the foils that were chosen, in their order.
+
+    Raises:
+        `ValueError`: nothing is left.
+    """
+    pairs = couples(foils, np.random.default_rng(seed).random(len(foils)))
+    if len(pairs) == 0:
+        raise ValueError("No two words of the captions replace each other: nothing to make foils of.")
+    return [foils[number] for number in sorted(pairs.ravel().tolist())]
+
+
 def make_foils(
     output: str | PathLike[str],
     captions: str | None = None,
@@ -132,9 +153,11 @@ def make_foils(
     train_split: str = "train",
     caption_ids: str | None = None,
     seed: int = 0,
+    for_training: bool = False,
 ) -> list[Foil]:
     """
-    Makes a file of foils that scorers without images cannot tell, of captions or of the rendered scenes.
+    Makes a file of foils of captions or of the rendered scenes: foils that scorers without images cannot tell, to be
+    measured by, or foils to learn from.
 
     Args:
         output (`str` or `os.PathLike`): The new file, a JSON object a line.
@@ -143,7 +166,9 @@ def make_foils(
         splits (sequence of `str`, *optional*): The splits that foils are made of.
         train_split (`str`, *optional*): The split that the scorers without images are trained on.
         caption_ids (`str`, *optional*): Other ids for the captions' images, see `ids` of [`read_captions`].
-        seed (`int`, *optional*, defaults to 0): Seed of the scorers.
+        seed (`int`, *optional*, defaults to 0): Seed of the scorers, or of the choice `for_training`.
+        for_training (`bool`, *optional*, defaults to `False`): Whether to make the [`training_foils`] of `train_split`
+            in place of those of `splits`.
 
     Returns:
         `list[Foil]`: the foils.
@@ -156,12 +181,15 @@ def make_foils(
         raise ValueError(f"{output} exists already: remove it, or choose another name.")
     if (captions is None) != (regions is None):
         raise ValueError("Give both captions and regions, or neither for the rendered scenes.")
-    if train_split in splits:
+    if for_training:
+        splits = ()
+    elif train_split in splits:
         raise ValueError(f"{train_split!r} is the split that scorers are trained on: foils of it they know by heart.")
     if captions is None or regions is None:
-        from ...scenes.foils import world_foils
+        from ...scenes.foils import caption_foils, world_foils
 
-        of_split = {split: world_foils(split) for split in (train_split, *splits)}
+        made = caption_foils if for_training else world_foils
+        of_split = {split: made(split) for split in (train_split, *splits)}
     else:
         store = RegionStore(regions)
         rows, _ = join(read_captions(captions, ids=caption_ids), store, skip_option=None)
@@ -170,6 +198,9 @@ def make_foils(
         for split in (train_split, *splits):
             select_split(rows, Path(captions), split)  # which must be there
             of_split[split] = [foil for foil in foils if foil.split == split]
-    hard = hard_foils([foil for split in splits for foil in of_split[split]], of_split[train_split], seed)
-    write_foils(output, hard)
-    return hard
+    if for_training:
+        chosen = training_foils(of_split[train_split], seed)
+    else:
+        chosen = hard_foils([foil for split in splits for foil in of_split[split]], of_split[train_split], seed)
+    write_foils(output, chosen)
+    return chosen

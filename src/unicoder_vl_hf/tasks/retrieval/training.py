@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from ... import logging
 from ...configuration_unicoder_vl import UnicoderVLConfig
+from ...data.foils import read_foils
 from ...data.negatives import PairsWithNegatives, read_duplicate_groups
 from ...modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ...processing_unicoder_vl import UnicoderVLProcessor
@@ -63,6 +64,11 @@ class RetrievalArguments(DataArguments):
     num_negative_images: int = option(3, "Mismatching images drawn for each pair.")
     in_batch_negatives: bool = option(
         False, "Pairs all captions and images of a micro-batch, too; try it with 0 of the others."
+    )
+    foils: str | None = option(
+        None,
+        "File of training captions made false by a word (`unicoder-vl foil --for-training`): a pair that has some gets "
+        "one, another each epoch, as a further negative.",
     )
     duplicates: str | None = option(
         None, "File of images that show the same, a group a line: .jsonl of lists of image ids, or .csv."
@@ -240,6 +246,8 @@ class RetrievalSetup(TrainingSetup):
         if train.num_captions + train.num_images > 0:
             mined = train.hard_captions is not None or train.hard_images is not None
             negatives.append("mined hard negatives" if mined else "mismatches drawn at random")
+        if train.foils:
+            negatives.append("captions made false by a word")
         if self.collator.in_batch_negatives:
             negatives.append("all mismatches of the batch")
         if isinstance(loss, HardNegativeLoss):
@@ -270,6 +278,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         `ValueError`: a caption has no regions (unless `skip_missing`), the checkpoint is of another kind, a pair has no
         negatives, options contradict each other, or a file has a fault.
     """
+    first_stage = _first_stage_fields(arguments)
     data = open_data(arguments, output_dir)
     held_out, validation = _held_out(arguments, data), None
     if held_out is not None and arguments.max_validation_images > 0:
@@ -280,8 +289,9 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         num_captions=0 if arguments.loss == "none" else arguments.num_negative_captions,
         num_images=0 if arguments.loss == "none" else arguments.num_negative_images,
         duplicates=[] if arguments.duplicates is None else read_duplicate_groups(arguments.duplicates),
+        foils=[] if arguments.foils is None else read_foils(arguments.foils),
     )
-    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **_first_stage_fields(arguments))
+    model = load_model(arguments, data.store, UnicoderVLForImageTextRetrieval, **first_stage)
     model.config.first_stage_trained = arguments.contrastive_weight > 0
     model.config.similarity_weight = None  # that of another encoder, until the training has ended
     model.config.triplet_margin = arguments.margin
@@ -360,13 +370,16 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     if not 0 < arguments.scored_ratio <= 1:
         raise ValueError(f"scored_ratio={arguments.scored_ratio}, expected a share of the matches: above 0, at most 1.")
     others = arguments.num_negative_captions + arguments.num_negative_images > 0 or arguments.in_batch_negatives
+    others = others or arguments.foils is not None
     if arguments.scored_ratio < 1 and (others or arguments.num_hard_negatives == 0):
         raise ValueError(
             f"scored_ratio={arguments.scored_ratio} is of matches with hard negatives alone: give "
-            "--num_hard_negatives, such as 1, --num_negative_captions 0 --num_negative_images 0, no in_batch_negatives."
+            "--num_hard_negatives, such as 1, --num_negative_captions 0 --num_negative_images 0, neither "
+            "in_batch_negatives nor foils."
         )
-    if arguments.loss == "none" and (arguments.num_hard_negatives > 0 or arguments.in_batch_negatives):
-        raise ValueError("loss=none scores no pairs: it takes neither num_hard_negatives nor in_batch_negatives.")
+    pairs = arguments.num_hard_negatives > 0 or arguments.in_batch_negatives or arguments.foils is not None
+    if arguments.loss == "none" and pairs:
+        raise ValueError("loss=none scores no pairs: it takes no num_hard_negatives, in_batch_negatives or foils.")
     name, old = arguments.base_model, None
     if name is not None and is_unicoder_vl(name):
         old = AutoConfig.from_pretrained(name).projection_dim
