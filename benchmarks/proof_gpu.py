@@ -8,8 +8,11 @@ The proof in minutes of a GPU: pre-training, fine-tuning, first stage, exhaustiv
 It runs from the checkout with whatever `python3` holds, and needs neither network nor `.venv`, `datasets` or
 `evaluate`. Either part is at most 60 MB, and is kept in `--output` with all else: with both the work begins. When the
 minutes are over it leaves a checkpoint, and the same command goes on. Captions and regions lie on the GPU, and batches
-are made there, by the rules of the package's collators but from a generator of their own. Random weights of the size of
-BERT-base are trained after the BERT that was given, if time is left.
+are made there, by the rules of the package's collators but from a generator of their own.
+
+Three models follow one another, as far as the minutes go: `words`, in which the BERT reads words alone, with two layers
+behind it, not pre-trained (docs/results.md); `bert`, whose layers read words and regions, pre-trained; and `base`,
+random weights of the size of BERT-base.
 """
 
 import argparse
@@ -18,14 +21,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer
 from work import SIZES, SPECIAL, machine, synchronize
 
 from unicoder_vl_hf import (
@@ -48,7 +51,7 @@ from unicoder_vl_hf.tasks.foil.metrics import accuracies_by_kind
 from unicoder_vl_hf.tasks.retrieval.losses import GroupSoftmaxLoss, HardNegativeLoss
 from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
 
-PARTS = {"1": ["regions.safetensors"], "2": ["captions.json", "bert", "foils.jsonl"]}
+PARTS = {"1": ["regions.safetensors"], "2": ["captions.json", "bert", "foils.jsonl", "aligned.safetensors"]}
 MOST_BYTES = 60_000_000  # of a part
 MAX_LENGTH = 44
 # Shares of the planned minutes: what is left is for the evaluation.
@@ -59,6 +62,10 @@ LOG_EVERY = 20
 NARROW_INITIALIZER = 0.08
 RANDOM_NEGATIVES = 1 / 3
 HIDDEN = 0.15
+# What is tried on a CPU in half an hour, see docs/results.md: a BERT that reads words alone.
+WORDS = {"num_joint_layers": 2, "joint_dropout_prob": 0.3, "num_hard_negatives": 2, "epochs": 4, "batch_size": 128}
+WORDS_RATES = {"bert": 3e-5, "new": 5e-4}
+WEIGHTS = (0, 5, 10, 20, 30, 50, 100, 300)  # of the similarity
 Batch = dict[str, torch.Tensor]
 
 
@@ -78,6 +85,7 @@ def prepare(captions: str, regions: str, bert: str, foils: str, output: str) -> 
     from unicoder_vl_hf import RegionStore
     from unicoder_vl_hf.data import join, read_captions
     from unicoder_vl_hf.files import new_folder
+    from unicoder_vl_hf.runs import align_regions
 
     store = RegionStore(regions)
     rows, _ = join(read_captions(captions), store, skip_option=None)
@@ -101,7 +109,15 @@ def prepare(captions: str, regions: str, bert: str, foils: str, output: str) -> 
         write_json(second / "captions.json", {"image_ids": image_ids, **columns})
         shutil.copy(foils, second / "foils.jsonl")
         texts = columns["caption"] + [foil.foil for foil in read_foils(foils)]
-        _pack_bert(bert, AutoTokenizer.from_pretrained(bert), texts, second / "bert")
+        tokenizer = AutoTokenizer.from_pretrained(bert)
+        _pack_bert(bert, tokenizer, texts, second / "bert")
+        train = rows.filter(lambda split: split == "train", input_columns="split")
+        by_id = dict(zip(image_ids, records, strict=True))
+        extractor = _scaled([by_id[image_id] for image_id in train.unique("image_id")])
+        model = UnicoderVLForImageTextRetrieval.from_bert(bert, region_feature_dim=extractor.feature_dim)
+        align_regions(model, UnicoderVLProcessor(extractor, tokenizer), by_id, train)
+        projection = model.bert.embeddings.region_embeddings.feature_projection
+        save_file({name: of.numpy() for name, of in projection.state_dict().items()}, second / "aligned.safetensors")
         for part in (first, second):
             size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
             if size > MOST_BYTES:
@@ -123,6 +139,15 @@ def _pack_bert(name: str, tokenizer: Any, texts: Sequence[str], folder: Path) ->
     BertTokenizer(vocab=vocabulary, do_lower_case=tokenizer("A") == tokenizer("a")).save_pretrained(folder)
 
 
+def _scaled(records: Sequence[RegionRecord]) -> UnicoderVLFeatureExtractor:
+    """An extractor that scales features by those of these records."""
+    features = np.concatenate([record.features for record in records]).astype(np.float32)
+    mean = features.mean(axis=0)
+    return UnicoderVLFeatureExtractor(
+        feature_dim=features.shape[1], feature_mean=mean, feature_std=float((features - mean).std())
+    )
+
+
 class Inputs:
     """Both parts in memory: the captions of each split as tokens, and the regions of all images, on the device."""
 
@@ -142,14 +167,11 @@ class Inputs:
             )  # fmt: skip
         splits = np.array(told["split"])
         trained = np.unique(np.array(told["image_id"])[splits == "train"]).tolist()
-        features = np.concatenate([self.records[image_id].features for image_id in trained]).astype(np.float32)
-        mean = features.mean(axis=0)
-        extractor = UnicoderVLFeatureExtractor(
-            feature_dim=features.shape[1], feature_mean=mean, feature_std=float((features - mean).std())
-        )
+        extractor = _scaled([self.records[image_id] for image_id in trained])
         tokenizer = BertTokenizer.from_pretrained(folder / "bert")
         self.processor = UnicoderVLProcessor(extractor, tokenizer)
         self.num_classes = int(arrays["object_ids"].max()) + 1
+        self.aligned = {name: torch.from_numpy(of) for name, of in load_file(folder / "aligned.safetensors").items()}
 
         regions = extractor(list(self.records.values()), return_tensors="pt", return_kept_indices=True)
         kept = regions.pop("kept_indices")
@@ -167,9 +189,9 @@ class Inputs:
         self.image_of_caption = torch.tensor([number[image_id] for image_id in told["image_id"]], device=device)
         self.rows = {split: torch.from_numpy(np.flatnonzero(splits == split)).to(device) for split in np.unique(splits)}
 
-    def test(self) -> tuple[list[str], list[str], np.ndarray]:
+    def test(self, split: str = "test") -> tuple[list[str], list[str], np.ndarray]:
         """The captions and images of the test, and the number of each caption's image among these."""
-        rows = self.rows["test"].cpu().numpy()
+        rows = self.rows[split].cpu().numpy()
         images, of_caption = np.unique(self.image_of_caption.cpu().numpy()[rows], return_inverse=True)
         return [self.captions[row] for row in rows], [self.image_ids[image] for image in images], of_caption
 
@@ -252,16 +274,23 @@ def train(
     loss_of: Callable[
         [torch.nn.Module, torch.Tensor, torch.Generator], tuple[torch.Tensor, Mapping[str, torch.Tensor]]
     ],
-    learning_rate: float,
+    learning_rate: float | dict[float, list[torch.nn.Parameter]],
+    epochs: int | None = None,
 ) -> dict[str, Any]:
     """
-    Trains on the captions of the training split for a share of the minutes, from the checkpoint in the folder if there
-    is one. How many steps fit is counted after a few; their log is `<name>.jsonl`.
+    Trains on the captions of the training split for so many epochs, or a share of the minutes, from the checkpoint in
+    the folder if there is one. How many steps fit is counted after a few; their log is `<name>.jsonl`. The learning
+    rate is of all parameters, or each of several of its own.
     """
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=plan.device == "cuda")
+    rates = learning_rate if isinstance(learning_rate, dict) else {learning_rate: list(model.parameters())}
+    groups = [{"params": parameters, "lr": rate, "rate": rate} for rate, parameters in rates.items()]
+    optimizer = torch.optim.AdamW(groups, fused=plan.device == "cuda")
     path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
-    state: dict[str, Any] = {"step": 0, "steps": plan.steps, "seconds": 0.0}
+    steps = plan.steps
+    if steps is None and epochs is not None:
+        steps = epochs * len(inputs.rows["train"]) // plan.batch_size
+    state: dict[str, Any] = {"step": 0, "steps": steps, "seconds": 0.0}
     if path.exists():
         saved = torch.load(path, map_location=plan.device, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -279,9 +308,9 @@ def train(
         step = state["step"]
         epoch, place = divmod(step, batches)
         order = train_rows[torch.randperm(len(train_rows), generator=generator.manual_seed(epoch), device=plan.device)]
-        rate = learning_rate * min(1, (step + 1) / 100) * (1 - step / (state["steps"] or 1_000_000))
+        now = min(1, (step + 1) / 100) * (1 - step / (state["steps"] or 1_000_000))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["rate"] * now
         generator.manual_seed(1_000_003 * (step + 1))
         torch.manual_seed(step)
         rows = order[place * plan.batch_size : (place + 1) * plan.batch_size]
@@ -353,6 +382,8 @@ class Proof:
     def fine_tuning(self) -> dict[str, Any]:
         """Fine-tunes both stages of a search, on the mistakes of the first."""
         torch.manual_seed(0)
+        if self.size == "words":
+            return self._fine_tuning_of_words()
         with without_warnings_of_transformers():  # the first stage is new
             model = UnicoderVLForImageTextRetrieval.from_pretrained(
                 self.folder / "pretrained", projection_dim=256, dtype=torch.float32
@@ -371,6 +402,45 @@ class Proof:
         model.config.first_stage_trained = True
         model.save_pretrained(self.folder / "fine-tuned")
         return found
+
+    def _fine_tuning_of_words(self) -> dict[str, Any]:
+        depth = BertConfig.from_pretrained(self.bert).num_hidden_layers
+        model = UnicoderVLForImageTextRetrieval.from_bert(
+            str(self.bert), dtype=torch.float32, num_hidden_layers=depth + WORDS["num_joint_layers"],
+            num_text_layers=depth, matching_head="similarity", projection_dim=256,
+            joint_dropout_prob=WORDS["joint_dropout_prob"], initializer_range=NARROW_INITIALIZER,
+            region_feature_dim=self.inputs.regions["region_features"].shape[-1],
+        )  # fmt: skip
+        embed = model.bert.embeddings
+        embed.region_embeddings.feature_projection.load_state_dict(self.inputs.aligned)
+        parts = (embed.word_embeddings, embed.position_embeddings, embed.token_type_embeddings, embed.LayerNorm)
+        known = [of for part in (*parts, *model.bert.encoder.layer[:depth]) for of in part.parameters()]
+        others = {id(of) for of in known}
+        new = [of for of in model.parameters() if id(of) not in others]
+        loss = HardNegativeLoss(GroupSoftmaxLoss(), num_hard_negatives=WORDS["num_hard_negatives"])
+
+        def loss_of(model, rows, generator, done):
+            return loss(model, retrieval_batch(self.inputs, rows, generator, 0.0)), {}
+
+        plan = replace(self.plan, batch_size=min(self.plan.batch_size, WORDS["batch_size"]))
+        rates = {WORDS_RATES["bert"]: known, WORDS_RATES["new"]: new}
+        model.to(plan.device)
+        found = train(plan, self.folder, "fine-tuning", model, self.inputs, loss_of, rates, WORDS["epochs"])
+        model.config.first_stage_trained = True
+        model.save_pretrained(self.folder / "trained")
+        return found
+
+    def folding(self) -> dict[str, Any]:
+        """Chooses, by the validation split, how much the pair's own state may add to the first stage's logit."""
+        captions, image_ids, right = self.inputs.test("val")
+        model = self.load("trained")
+        scores = self.scorer(name="trained").score(captions, image_ids)
+        similarities = self.embed_captions(model, captions) @ self.embed_images(model, image_ids).T
+        sums = {w: recall_sum(measured(scores + w * similarities, right, intervals=False)) for w in WEIGHTS}
+        weight = max(sums, key=sums.__getitem__)
+        model.fold_similarity_weight(weight)
+        model.save_pretrained(self.folder / "fine-tuned")
+        return {"weight": weight, "recall_sums": sums, "first stage": recall_sum(measured(similarities, right, False))}
 
     def load(self, name: str = "fine-tuned") -> UnicoderVLForImageTextRetrieval:
         model = UnicoderVLForImageTextRetrieval.from_pretrained(self.folder / name, dtype=torch.float32)
@@ -434,21 +504,35 @@ class Proof:
 STAGES: dict[str, Callable[[Proof], dict[str, Any]]] = {
     "pre-training": Proof.pretraining,
     "fine-tuning": Proof.fine_tuning,
+    "folding": Proof.folding,
     "first stage": Proof.first_stage,
     "exhaustive": Proof.exhaustive,
     "foils": Proof.foils,
 }
 
 
-def measured(scores: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+def stages_of(size: str) -> list[str]:
+    """The stages of a model: `words` is not pre-trained, and alone has a weight to be folded."""
+    return [name for name in STAGES if name != ("pre-training" if size == "words" else "folding")]
+
+
+RECALLS = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
+
+
+def measured(scores: np.ndarray, right: np.ndarray, intervals: bool = True) -> dict[str, Any]:
     """The metrics of a test, with intervals of the recalls."""
-    intervals = confidence_intervals([rank_queries(scores, right)])
-    return retrieval_metrics(scores, right) | {"intervals": intervals}
+    metrics = retrieval_metrics(scores, right)
+    return metrics | {"intervals": confidence_intervals([rank_queries(scores, right)])} if intervals else metrics
+
+
+def recall_sum(metrics: Mapping[str, Any]) -> float:
+    """The sum of the six recalls."""
+    return sum(metrics[name] for name in RECALLS)
 
 
 def report(result: Mapping[str, Any]) -> str:
     """Writes the figures of all models that have any, as Markdown."""
-    names = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)]
+    names = RECALLS
     lines = ["| model | ranked by | " + " | ".join(f"{n[0].upper()}R@{n.split('@')[1]}" for n in names) + " |"]
     lines.append("|---|---|" + "---:|" * len(names))
     for size, stages in result["models"].items():
@@ -481,7 +565,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--minutes", type=float, default=6.5, help="minutes of this call (default: 6.5)")
     parser.add_argument("--plan", type=float, default=5.0, help="minutes that one model is planned for (default: 5)")
-    parser.add_argument("--sizes", nargs="+", default=["bert", "base"], help="models (default: bert base)")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["words", "bert", "base"], help="models (default: words bert base)"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="matches of a step (default: 256)")
     parser.add_argument("--steps", type=int, help="steps of either training, whatever the minutes")
     args = parser.parse_args(argv)
@@ -508,7 +594,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = args.output / size
         folder.mkdir(exist_ok=True)
         proof, found = Proof(size, folder, inputs, plan, kept / "bert"), result["models"].setdefault(size, {})
-        for name, stage in STAGES.items():
+        for name in stages_of(size):
+            stage = STAGES[name]
             if name in found:
                 continue
             print(f"{size}, {name}: {(stage.__doc__ or '').strip()}", flush=True)

@@ -11,9 +11,9 @@ import places
 import pytest
 import small_world
 import torch
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from unicoder_vl_hf import RegionStore
+from unicoder_vl_hf import RegionStore, UnicoderVLForImageTextRetrieval
 from unicoder_vl_hf.data.foils import write_foils
 from unicoder_vl_hf.data.masking import Masking
 from unicoder_vl_hf.scenes.foils import scene_foils
@@ -130,12 +130,42 @@ def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monk
         assert (pieces / "bert" / f"{name}.png").exists()
     results = [json.loads((output / "proof.json").read_text())["models"]["bert"] for output in (whole, pieces)]
     assert results[0]["exhaustive"]["image_retrieval_recall@5"] == results[1]["exhaustive"]["image_retrieval_recall@5"]
-    assert list(results[0]) == list(proof.STAGES)
+    assert list(results[0]) == proof.stages_of("bert") == [name for name in proof.STAGES if name != "folding"]
     assert results[0]["foils"]["text only"]["all"]["accuracy"] == 1
     table = (pieces / "proof.md").read_text()
     assert "| bert | exhaustive |" in table and "| bert | shuffled regions |" in table
     assert run(proof, pieces, "--batch-size", "5") == 1
     assert "another machine, version or plan" in capsys.readouterr().err
+
+
+def test_a_bert_that_reads_words_alone(proof, packed, tmp_path, capsys):
+    parts = [["--inputs", str(packed / "inputs" / part)] for part in ("1", "2")]
+    assert run(proof, tmp_path, *parts[0]) == 1
+    assert run(proof, tmp_path, *parts[1], "--sizes", "words") == 0
+    found = json.loads((tmp_path / "proof.json").read_text())["models"]["words"]
+    assert list(found) == ["fine-tuning", "folding", "first stage", "exhaustive", "foils"]
+    weight = str(found["folding"]["weight"])
+    assert found["folding"]["recall_sums"][weight] == max(found["folding"]["recall_sums"].values())
+    trained, folded = (
+        UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path / "words" / name) for name in ("trained", "fine-tuned")
+    )
+    depth = BertConfig.from_pretrained(packed / "bert").num_hidden_layers
+    assert (folded.config.num_hidden_layers, folded.config.num_text_layers) == (depth + 2, depth)
+    assert folded.config.joint_dropout_prob == 0.3 and folded.config.similarity_weight == 0
+    scale = trained.first_stage.logit_scale.exp()
+    torch.testing.assert_close(
+        folded.matching_head.weight, trained.matching_head.weight * scale / (scale + float(weight))
+    )
+    before = BertModel.from_pretrained(tmp_path / "inputs" / "bert").embeddings.word_embeddings.weight.float()
+    aligned = proof.Inputs(tmp_path / "inputs", "cpu").aligned["weight"]
+    moved = [
+        (was - now).abs().max().item()
+        for was, now in (
+            (before, trained.bert.embeddings.word_embeddings.weight),
+            (aligned, trained.bert.embeddings.region_embeddings.feature_projection.weight),
+        )
+    ]
+    assert 0 < moved[0] < 2e-6 < moved[1] < 4e-5  # three steps of a hundred that warm up, at rates of 3e-5 and 5e-4
 
 
 def test_as_many_steps_are_taken_as_fit(proof, monkeypatch, tmp_path):
