@@ -403,7 +403,8 @@ def test_plan_turns_rates_into_hours(tmp_path, capsys):
     of_bench, of_gpu = capsys.readouterr().out.split("H100, a GPU, bfloat16: 2e+04 pairs a second")
     assert "EPYC, a core, float32: 10 pairs a second, 5 rows a second" in of_bench
     hours = {line.split(" h  ")[1]: line.split(" h  ")[0].strip() for line in of_bench.splitlines() if " h  " in line}
-    assert len(hours) == 8
+    assert len(hours) == 9
+    assert "20.8" in {hours[job] for job in hours if "in two stages" in job}  # 3M / 10 / 4 / 3600
     assert hours["COCO 5K, the test split scored: 5,000 x 25,000"] == "868.1"  # 125M / 10 / 4 / 3600
     assert hours["Conceptual Captions, the paper's 10 epochs"] == "833.3"  # 60M / 5 / 4 / 3600
     assert "0.4 h  COCO 5K" in of_gpu and "Conceptual" not in of_gpu

@@ -14,6 +14,7 @@ JOBS: list[tuple[str, str, int]] = [
     ("Flickr30k, the test split scored: 1,000 photos x 5,000 captions", "scoring", 1_000 * 5_000),
     ("COCO 1K, five folds scored: 5 x 1,000 x 5,000", "scoring", 5 * 1_000 * 5_000),
     ("COCO 5K, the test split scored: 5,000 x 25,000", "scoring", 5_000 * 25_000),
+    ("COCO 5K in two stages: 100 candidates of each of 5,000 photos and 25,000 captions", "scoring", 100 * 30_000),
     ("Flickr30k, an epoch of fine-tuning: 145,000 pairs with 6 negatives", "training", 145_000 * 7),
     ("COCO, an epoch of fine-tuning: 566,435 pairs with 6 negatives", "training", 566_435 * 7),
     ("VQA v2, an epoch of fine-tuning: 443,757 questions", "training", 443_757),
