@@ -88,6 +88,8 @@ def prepare(captions: str, regions: str, bert: str, foils: str, output: str) -> 
     from unicoder_vl_hf.runs import align_regions
 
     store = RegionStore(regions)
+    for split in ("train", "val", "test"):
+        read_captions(captions, split=split)  # which must be there
     rows, _ = join(read_captions(captions), store, skip_option=None)
     columns = {name: rows[name][:] for name in ("image_id", "caption", "split")}
     image_ids = list(dict.fromkeys(columns["image_id"]))
@@ -284,7 +286,7 @@ def train(
     """
     torch.manual_seed(0)
     rates = learning_rate if isinstance(learning_rate, dict) else {learning_rate: list(model.parameters())}
-    groups = [{"params": parameters, "lr": rate, "rate": rate} for rate, parameters in rates.items()]
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
     optimizer = torch.optim.AdamW(groups, fused=plan.device == "cuda")
     path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
     steps = plan.steps
@@ -309,8 +311,8 @@ def train(
         epoch, place = divmod(step, batches)
         order = train_rows[torch.randperm(len(train_rows), generator=generator.manual_seed(epoch), device=plan.device)]
         now = min(1, (step + 1) / 100) * (1 - step / (state["steps"] or 1_000_000))
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * now
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * now
         generator.manual_seed(1_000_003 * (step + 1))
         torch.manual_seed(step)
         rows = order[place * plan.batch_size : (place + 1) * plan.batch_size]
@@ -578,9 +580,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = args.output / "inputs"
     if args.inputs is not None:
         shutil.copytree(args.inputs, kept, dirs_exist_ok=True)
-    missing = [part for part, names in PARTS.items() if not all((kept / name).exists() for name in names)]
-    if missing:
-        print(f"Part {' and '.join(missing)} of the inputs is not here yet: give it with --inputs.")
+    missing = {part: [name for name in names if not (kept / name).exists()] for part, names in PARTS.items()}
+    if any(missing.values()):
+        for part, names in missing.items():
+            if names == PARTS[part]:
+                print(f"Part {part} of the inputs is not here yet: give it with --inputs.")
+            elif names:
+                print(f"Part {part} of the inputs lacks {', '.join(names)}: pack it anew, by `prepare`.")
         return 1
     path = args.output / "proof.json"
     told = machine(args.device) | {"batch_size": args.batch_size, "steps": args.steps, "plan": args.plan}

@@ -80,6 +80,36 @@ def test_what_is_left_out_is_as_if_it_was_not_there(padding_free):
         model(**batch, joint_attention_mask=seen[:, :7])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("num_text_layers", [0, 1])
+def test_a_head_takes_the_mask_too_and_leaves_out_more_in_training(num_text_layers, share):
+    batch, found = tiny.padded_batch(), []
+    seen = torch.cat((batch["attention_mask"], batch["region_attention_mask"]), dim=1).bool()
+    seen[:, 2] = seen[:, 7] = False
+    for padding_free in (False, True):
+        model = similarity_model(num_text_layers=num_text_layers, joint_dropout_prob=share, **NO_DROPOUT)
+        model.config.padding_free = padding_free
+        torch.manual_seed(0)
+        found.append(model.train()(**batch, joint_attention_mask=seen).scores)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    torch.manual_seed(0)
+    assert (model(**batch).scores - found[1]).abs().max() > 0.01
+    changed = batch | {"region_features": batch["region_features"].clone()}
+    changed["region_features"][:, 0] += 1
+    torch.manual_seed(0)
+    if num_text_layers == 0:  # or the first stage would see it
+        torch.testing.assert_close(model(**changed, joint_attention_mask=seen).scores, found[1], rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_is_told_in_training_too():
+    model = tiny.model(UnicoderVLForImageTextRetrieval, joint_dropout_prob=0.3).train()
+    batch = tiny.padded_batch()
+    with pytest.raises(ValueError, match="Give exactly one of input_ids and inputs_embeds"):
+        model(**batch | {"input_ids": None})
+    with pytest.raises(ValueError, match=r"input_ids has shape \(7,\), expected"):
+        model(**batch | {"input_ids": batch["input_ids"][0]})
+
+
 def test_first_stage_evaluation_and_pretraining_see_all():
     every = torch.arange(4)
     stages = {"first_stage_captions": every, "first_stage_images": every}

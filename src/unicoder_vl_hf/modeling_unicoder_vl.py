@@ -84,7 +84,7 @@ WORD_STATES_DOCSTRING = r"""
 JOINT_MASK_DOCSTRING = r"""
     joint_attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length + num_regions)`, *optional*):
         1 for the words and regions that the layers which read both see, where the other masks have a 1, too; the text
-        layers, if there are any, have read all words. Each row keeps its first token, `[CLS]`. Defaults to all.
+        layers, if there are any, have read all words. Each row's first token, `[CLS]`, must be seen. Defaults to all.
 """
 
 PAIRING_DOCSTRING = r"""
@@ -1442,7 +1442,9 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
         caption_index: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         region_token_type_ids: torch.Tensor | None = None,
+        masked_regions: torch.Tensor | None = None,
         word_states: torch.Tensor | None = None,
+        joint_attention_mask: torch.Tensor | None = None,
         with_means: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLPooledOutput:
@@ -1467,10 +1469,13 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             "caption_index": caption_index,
             "image_index": image_index,
             "region_token_type_ids": region_token_type_ids,
-            "word_states": word_states,
+            "masked_regions": masked_regions,
         }
         if self.training and self.config.joint_dropout_prob > 0:
-            inputs["joint_attention_mask"] = self._joint_dropout(inputs)
+            self._check_shapes(**inputs)
+            drawn = self._joint_dropout(inputs)
+            joint_attention_mask = drawn if joint_attention_mask is None else drawn & joint_attention_mask.bool()
+        inputs |= {"word_states": word_states, "joint_attention_mask": joint_attention_mask}
         means = None
         if caption_index is not None and image_index is not None and not (len(caption_index) or len(image_index)):
             first = self.pooler.dense.weight.new_zeros(0, self.config.hidden_size)
@@ -1517,7 +1522,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
             _pick_rows(inputs["attention_mask"], inputs["caption_index"]),
             _pick_rows(inputs["region_attention_mask"], inputs["image_index"]),
         )
-        if (seen := inputs.get("joint_attention_mask")) is not None:
+        if (seen := inputs["joint_attention_mask"]) is not None:
             each = zip(masks, seen.split(sizes, dim=1), strict=True)
             masks = tuple(of if mask is None else mask * of for mask, of in each)
         parts = states.split(sizes, dim=1)

@@ -14,6 +14,7 @@ from two_processes import run
 from unicoder_vl_hf import (
     ImageTextScorer,
     UnicoderVLForImageTextRetrieval,
+    UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
 )
@@ -220,6 +221,17 @@ def test_new_weights_of_another_deviation(world, bert):
     assert as_ever.config.initializer_range == 0.02
     for name, weight in of_bert.bert.encoder.named_parameters():
         assert weight.equal(as_ever.bert.encoder.get_parameter(name))
+
+
+def test_the_joint_dropout_of_another_training_is_not_taken_over(world, bert, tmp_path):
+    store = RegionStore(world / "regions")
+    arguments = PretrainingArguments(model_name_or_path=str(bert))
+    fields = {"joint_dropout_prob": 0.4}
+    setup.load_model(arguments, store, UnicoderVLForImageTextRetrieval, **fields).save_pretrained(tmp_path / "told")
+    arguments.model_name_or_path = str(tmp_path / "told")
+    for more, wanted in ((fields, 0.4), ({}, 0.0)):
+        model = setup.load_model(arguments, store, UnicoderVLForImageTextRetrieval, **more)
+        assert model.config.joint_dropout_prob == wanted
 
 
 def test_warm_up():

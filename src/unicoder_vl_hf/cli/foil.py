@@ -17,7 +17,7 @@ def _make_arguments(add: Add) -> None:
     add(
         "--for-training",
         action="store_true",
-        help="foils of the training split to learn from (`run_retrieval.py --foils`): balanced, not filtered",
+        help="foils to learn from (`run_retrieval.py --foils`), of --train-split in place of --splits: not filtered",
     )
     add_caption_ids(add)
     add("--seed", type=int, default=0, help="seed of these scorers, or of the choice for training (default: 0)")

@@ -30,8 +30,7 @@ logger = logging.get_logger(__name__)
 # Columns of hard negatives: for each pair a list of captions, and a list of image ids.
 NEGATIVE_CAPTIONS, NEGATIVE_IMAGES = "negative_captions", "negative_image_ids"
 
-# They keep draws apart from masks and shuffles that use the same seed, and from each other.
-SALT, FOIL_SALT = 0x6E6567, 0x666F696C
+SALT = 0x6E6567  # keeps these draws apart from masks and shuffles that use the same seed
 
 _TRIES, _BLOCK = 16, 4
 
@@ -334,12 +333,12 @@ class PairsWithNegatives(_PairsOfEpoch):
         fixed_epoch (`int`, *optional*):
             Epoch to draw for at all times, whatever `set_epoch` says.
         foils (sequence of [`Foil`], *optional*):
-            Captions made false by one word, such as `unicoder-vl foil --for-training` makes. A pair that has some gets
-            one of them as a further caption negative, its last, drawn anew each epoch.
+            Captions made false by one word, such as `unicoder-vl foil --for-training` makes. A pair has all of its own
+            as further caption negatives, its last, in every epoch, so that they are as balanced as the file is.
 
     Raises:
-        `ValueError`: a column is missing, there are no pairs, no negative exists for a pair, or a foil is of no pair,
-            or matches its image. The message names the image.
+        `ValueError`: a column is missing, there are no pairs, no negative exists for a pair, or no foil is of a pair.
+            The message names the image.
 
     Example:
 
@@ -379,22 +378,27 @@ class PairsWithNegatives(_PairsOfEpoch):
         self.foils = self._foils_of_rows(foils) if foils else {}
 
     def _foils_of_rows(self, foils: Sequence[Foil]) -> dict[int, list[str]]:
-        """Finds the foils of each row that has some."""
+        """Finds the foils of each row that has some: false captions of its image, and of those that show the same."""
         image_ids, captions = self._texts(range(len(self)))
-        matches = {(image_id, fold_caption(text)) for image_id, text in zip(image_ids, captions, strict=True)}
+        folded, image_of = list(map(fold_caption, captions)), dict(zip(image_ids, self.index.images, strict=True))
+        matches = set(zip(self.index.images, folded, strict=True))
         of_pair: dict[tuple[str, str], list[str]] = {}
         for foil in foils:
-            if (foil.image_id, fold_caption(foil.caption)) not in matches:
+            if (image_of.get(foil.image_id), fold_caption(foil.foil)) not in matches:
+                of_pair.setdefault((foil.image_id, fold_caption(foil.caption)), []).append(foil.foil)
+        pairs = list(zip(image_ids, folded, strict=True))
+        found = {row: of_pair[pair] for row, pair in enumerate(pairs) if pair in of_pair}
+        used = sum(len(of_pair[pair]) for pair in of_pair.keys() & set(pairs))
+        if used < len(foils):
+            told = f"{len(foils) - used:,} of {len(foils):,} foils"
+            if not found:
                 raise ValueError(
-                    f"The foil {foil.foil!r} is of image {foil.image_id!r} and the caption {foil.caption!r}, which are "
-                    "no pair of this split: give foils of the captions that are trained on (`unicoder-vl foil "
+                    f"{told} are of no pair of this split, such as that of image {foils[0].image_id!r} and the caption "
+                    f"{foils[0].caption!r}: give foils of the captions that are trained on (`unicoder-vl foil "
                     "--for-training`)."
                 )
-            if (foil.image_id, fold_caption(foil.foil)) in matches:
-                raise ValueError(f"The foil {foil.foil!r} of image {foil.image_id!r} is a caption of that image.")
-            of_pair.setdefault((foil.image_id, foil.caption), []).append(foil.foil)
-        pairs = enumerate(zip(image_ids, captions, strict=True))
-        return {row: of_pair[pair] for row, pair in pairs if pair in of_pair}
+            logger.warning(f"{told} are left out: they match their image, or their caption is not in the split.")
+        return found
 
     def _hard_rows(self, pairs: datasets.Dataset, name: str, replace_image: bool) -> list[np.ndarray] | None:
         """Finds for each row the rows of its hard negatives: distinct ones of the split that do not match it."""
@@ -429,7 +433,7 @@ class PairsWithNegatives(_PairsOfEpoch):
                 Row(
                     image_id=image_ids[i],
                     caption=captions[i],
-                    negative_captions=captions[at:middle] + self._foil(row, epoch),
+                    negative_captions=captions[at:middle] + self.foils.get(row, []),
                     negative_image_ids=image_ids[middle:end],
                     row_index=row,
                     epoch=epoch,
@@ -439,12 +443,6 @@ class PairsWithNegatives(_PairsOfEpoch):
             )
             at = end
         return items
-
-    def _foil(self, row: int, epoch: int) -> list[str]:
-        """Draws the foil of `row` in `epoch`, where it has one."""
-        if (foils := self.foils.get(row)) is None:
-            return []
-        return [foils[np.random.default_rng([self.seed, epoch, row, FOIL_SALT]).integers(len(foils))]]
 
     def negatives(self, row: int, epoch: int) -> tuple[list[int], list[int]]:
         """Gives the rows whose captions, and those whose images, are the negatives of `row` in `epoch`."""

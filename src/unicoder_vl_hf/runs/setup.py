@@ -167,6 +167,11 @@ class TrainingSetup:
         return ()
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What of the data makes the run, beside its arguments: a run is not resumed with another."""
+        return {}
+
+    @property
     def trained_by(self) -> str:
         """The way in which the model is trained, in words that follow "Unicoder-VL, "."""
         raise NotImplementedError
@@ -281,6 +286,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
     elif is_unicoder_vl(name):
         model = _load_quietly(model_class, name, fields)
         model.config.calibration = None  # of scores that the training changes
+        model.config.joint_dropout_prob = fields.get("joint_dropout_prob", 0.0)  # of another training
         _check_unchanged(arguments, model)
         if model.config.region_feature_dim != store.feature_dim:
             raise ValueError(

@@ -3,7 +3,7 @@ without loss, it writes our model card, and it shows the losses beside one quiet
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,7 +105,7 @@ class TaskTrainer(Trainer):
             eval_dataset=setup.validation,
             processing_class=setup.processor,
             callbacks=[
-                EpochOfData(sampler),
+                EpochOfData(sampler, setup.facts),
                 *callbacks,
             ],
         )
@@ -149,8 +149,8 @@ class TaskTrainer(Trainer):
         Counts the steps of the run, and checks them against those of the checkpoint that is resumed.
 
         Raises:
-            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, another head, or more
-                steps.
+            `ValueError`: the rows fill no micro-batch, or the run had other tokens a batch, other facts, another head
+                or joint dropout, or more steps.
             `FinishedRun`: the latest checkpoint is that of a finished run, of which no more is asked.
         """
         if len(dataloader) == 0:
@@ -163,12 +163,14 @@ class TaskTrainer(Trainer):
         if self._resumed_from is not None:
             before = TrainerState.load_from_json(str(self._resumed_from / _STATE_FILE))
             kept = before.stateful_callbacks.get("EpochOfData", {"attributes": {}})["attributes"]
-            head, config = self.setup.model.config.matching_head, self._resumed_from / CONFIG_NAME
+            config, file = self.setup.model.config, self._resumed_from / CONFIG_NAME
             # Sharded weights have no configuration beside them.
-            was = UnicoderVLConfig.from_json_file(config).matching_head if config.exists() else head
+            was = UnicoderVLConfig.from_json_file(file) if file.exists() else config
+            facts = EpochOfData(self.sampler, self.setup.facts).kept
             for name, then, now in (
-                ("tokens_per_batch", kept.get("tokens_per_batch"), self.sampler and self.sampler.tokens_per_batch),
-                ("matching_head", was, head),
+                *((name, kept.get(name), facts.get(name)) for name in kept | facts),
+                ("matching_head", was.matching_head, config.matching_head),
+                ("joint_dropout", was.joint_dropout_prob, config.joint_dropout_prob),
             ):
                 if then != now:
                     raise ValueError(f"{self._resumed_from} is of a run with {name}={then}, not {now}: give that.")
@@ -350,10 +352,13 @@ class EpochOfData(TrainerCallback, ExportableState):
 
     Args:
         sampler ([`TokenBatchSampler`], *optional*): The sampler of the batches, which is told the epoch, too.
+        facts (`dict`, *optional*): What every checkpoint keeps of the data, beside the tokens of a batch.
     """
 
-    def __init__(self, sampler: TokenBatchSampler | None = None):
+    def __init__(self, sampler: TokenBatchSampler | None = None, facts: Mapping[str, Any] | None = None):
         self.sampler = sampler
+        self.kept = {} if sampler is None else {"tokens_per_batch": sampler.tokens_per_batch}
+        self.kept |= facts or {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Makes a place for what it keeps in the state of a run that is older than it."""
@@ -366,9 +371,8 @@ class EpochOfData(TrainerCallback, ExportableState):
             self.sampler.set_epoch(int(state.epoch))
 
     def state(self) -> dict[str, Any]:
-        """The tokens of a batch, which every checkpoint keeps; nothing for batches of equal rows."""
-        kept = {} if self.sampler is None else {"tokens_per_batch": self.sampler.tokens_per_batch}
-        return {"args": {}, "attributes": kept}
+        """The tokens of a batch, nothing for batches of equal rows, and the facts, which every checkpoint keeps."""
+        return {"args": {}, "attributes": self.kept}
 
 
 class _LossesBesideTheBar(ProgressCallback):

@@ -129,7 +129,7 @@ def test_foils_to_learn_from_are_balanced_and_of_every_couple():
         f"image{n}" for n in range(4)
     }
     assert chosen[3] == training_foils(foils, 3)
-    with pytest.raises(ValueError, match="No two words of the captions replace each other"):
+    with pytest.raises(ValueError, match="No two words of the training captions replace each other"):
         training_foils(foils[:4])
 
 

@@ -585,6 +585,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     setup = prepare_retrieval(told, world.parent / "run", seed=0)
     assert setup.model.config.joint_dropout_prob == 0.25
     assert setup.card["trained_by"].endswith("groups of a match and captions made false by a word")
+    assert setup.facts.keys() == {"foils"}
     batch = setup.collator([setup.train[row] for row in (0, 7)])
     assert batch["labels"].tolist() == [1, 1, 0] and batch["group_ids"].tolist() == [0, 1, 1]
     assert setup.processor.tokenizer.decode(batch["input_ids"][2], skip_special_tokens=True).endswith("of it")
@@ -605,6 +606,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         ),
         ({"joint_dropout": 1.0}, r"joint_dropout=1\.0, expected a share of at least 0, below 1"),
         ({"foils": "foils.jsonl", "loss": "none", "contrastive_weight": 1.0}, r"loss=none scores no pairs: .*foils"),
+        ({"joint_dropout": 0.5, "loss": "none", "contrastive_weight": 1.0}, r"loss=none scores .*or joint_dropout"),
         (
             {**none, "foils": "x", "scored_ratio": 0.5, "contrastive_weight": 1.0, "num_hard_negatives": 1},
             r"scored_ratio=0\.5 is of matches with hard negatives alone: .*nor foils",

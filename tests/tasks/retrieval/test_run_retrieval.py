@@ -22,6 +22,7 @@ from two_processes import examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.data.captions import read_captions
+from unicoder_vl_hf.data.foils import Foil, write_foils
 from unicoder_vl_hf.errors import FinishedRun
 from unicoder_vl_hf.processes import StopSignal
 from unicoder_vl_hf.runs.trainer import _StopWithCheckpoint
@@ -134,11 +135,20 @@ def test_resume_equals_never_stopped(command, straight, tmp_path, capsys):
     assert (folder / "eval_results.json").read_text() == (straight / "eval_results.json").read_text()
 
 
-def test_a_run_goes_on_with_its_matching_head_alone(command, straight, tmp_path):
+def test_a_run_goes_on_with_its_head_dropout_and_foils_alone(command, straight, world, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight / "checkpoint-24", folder / "checkpoint-24")
     other = command(folder, dropout=0.1, contrastive_weight=1, projection_dim=8, matching_head="similarity")
     with pytest.raises(ValueError, match="checkpoint-24 is of a run with matching_head=unicoder_vl, not similarity"):
+        run(SCRIPT, [*other, "--resume_from_checkpoint", "latest"])
+    other = command(folder, dropout=0.1, joint_dropout=0.3)
+    with pytest.raises(ValueError, match=r"checkpoint-24 is of a run with joint_dropout=0\.0, not 0\.3"):
+        run(SCRIPT, [*other, "--resume_from_checkpoint", "latest"])
+    match = json.loads((world / "captions.jsonl").read_text().splitlines()[0])
+    foil = Foil(match["image_id"], "train", match["caption"], "none of it", "it", "none", "kind")
+    write_foils(tmp_path / "foils.jsonl", [foil])
+    other = command(folder, dropout=0.1, foils=tmp_path / "foils.jsonl")
+    with pytest.raises(ValueError, match=r"checkpoint-24 is of a run with foils=None, not [0-9a-f]{16}: give that"):
         run(SCRIPT, [*other, "--resume_from_checkpoint", "latest"])
     assert [path.name for path in folder.iterdir()] == ["checkpoint-24"]
 

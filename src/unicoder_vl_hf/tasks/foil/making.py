@@ -136,11 +136,13 @@ def training_foils(foils: Sequence[Foil], seed: int = 0) -> list[Foil]:
         `list[Foil]`: the foils that were chosen, in their order.
 
     Raises:
-        `ValueError`: nothing is left.
+        `ValueError`: no two words replace each other.
     """
     pairs = couples(foils, np.random.default_rng(seed).random(len(foils)))
     if len(pairs) == 0:
-        raise ValueError("No two words of the captions replace each other: nothing to make foils of.")
+        raise ValueError(
+            "No two words of the training captions replace each other: give more captions, or train without foils."
+        )
     return [foils[number] for number in sorted(pairs.ravel().tolist())]
 
 

@@ -5,6 +5,7 @@ match it, and a triplet loss on the hardest of each; options beside it are the l
 negatives. Hard negatives are mined by `mining.py`.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +68,8 @@ class RetrievalArguments(DataArguments):
     )
     foils: str | None = option(
         None,
-        "File of training captions made false by a word (`unicoder-vl foil --for-training`): a pair that has some gets "
-        "one, another each epoch, as a further negative.",
+        "File of training captions made false by a word (`unicoder-vl foil --for-training`): a pair has its own as "
+        "further negatives.",
     )
     duplicates: str | None = option(
         None, "File of images that show the same, a group a line: .jsonl of lists of image ids, or .csv."
@@ -217,6 +218,12 @@ class RetrievalSetup(TrainingSetup):
         if held:
             self.model.fold_similarity_weight(report.best.similarity_weight)
             self.search += " The score holds that sum now, so that a search orders by the score alone."
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The digest of the foils, if there are any."""
+        foils = self.train.foils
+        return {"foils": hashlib.sha256(repr(sorted(foils.items())).encode()).hexdigest()[:16]} if foils else {}
 
     @property
     def first_stage_alone(self) -> bool:
@@ -378,8 +385,10 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
             "in_batch_negatives nor foils."
         )
     pairs = arguments.num_hard_negatives > 0 or arguments.in_batch_negatives or arguments.foils is not None
-    if arguments.loss == "none" and pairs:
-        raise ValueError("loss=none scores no pairs: it takes no num_hard_negatives, in_batch_negatives or foils.")
+    if arguments.loss == "none" and (pairs or arguments.joint_dropout > 0):
+        raise ValueError(
+            "loss=none scores no pairs: it takes no num_hard_negatives, in_batch_negatives, foils or joint_dropout."
+        )
     name, old = arguments.base_model, None
     if name is not None and is_unicoder_vl(name):
         old = AutoConfig.from_pretrained(name).projection_dim
