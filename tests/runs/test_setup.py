@@ -14,7 +14,6 @@ from two_processes import run
 from unicoder_vl_hf import (
     ImageTextScorer,
     UnicoderVLForImageTextRetrieval,
-    UnicoderVLForImageTextRetrieval,
     UnicoderVLForMultipleChoice,
     UnicoderVLForPreTraining,
 )
