@@ -41,12 +41,12 @@ def _make(args: Namespace) -> object:
         for_training=args.for_training,
     )
     if args.for_training:
-        kinds = Counter(foil.kind for foil in foils)
+        of_kind = Counter(foil.kind for foil in foils)
         captions = len({(foil.image_id, foil.caption) for foil in foils})
         lines = [f"{len(foils):,} foils of {captions:,} captions to learn from."]
-        lines += [f"{kind:12}{count:>7,}" for kind, count in kinds.most_common()]
+        lines += [f"{kind:12}{count:>7,}" for kind, count in of_kind.most_common()]
         return Result(
-            "\n".join(lines), {"path": args.output, "foils": len(foils), "captions": captions, "kinds": kinds}
+            "\n".join(lines), {"path": args.output, "foils": len(foils), "captions": captions, "kinds": of_kind}
         )
     margins = np.array([foil.text_only for foil in foils])
     lines = [
