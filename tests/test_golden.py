@@ -110,7 +110,7 @@ def test_what_makes_a_run_is_what_it_was():
     state = json.loads((GOLDEN / "unfinished_pretraining" / "checkpoint-3" / "training_state.json").read_text())
     today = run_identity(PretrainingArguments(), LoopArguments(output_dir="x"))
     new = {"caption_ids", "initializer_range", "tokens_per_batch", "streaming", "shuffle_buffer_size", "align_regions"}
-    new |= {"num_text_layers"}
+    new |= {"num_text_layers", "location_initializer_range"}
     assert today.keys() - state["identity"].keys() == new
     assert state["identity"].keys() - today.keys() == {"train_pairs", "total_steps"}  # facts of the data
 

@@ -220,6 +220,9 @@ def test_new_weights_of_another_deviation(world, bert):
     assert as_ever.config.initializer_range == 0.02
     for name, weight in of_bert.bert.encoder.named_parameters():
         assert weight.equal(as_ever.bert.encoder.get_parameter(name))
+    for options in ({}, {"model_name_or_path": str(bert)}):
+        model = load(0.08, location_initializer_range=1.0, **options)
+        assert abs(model.bert.embeddings.region_embeddings.location_projection.weight.std().item() - 1) < 0.2
 
 
 def test_the_joint_dropout_of_another_training_is_not_taken_over(world, bert, tmp_path):

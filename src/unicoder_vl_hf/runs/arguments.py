@@ -245,6 +245,11 @@ class ModelArguments:
         "Standard deviation of weights that are new. Default: that of the model to start from; BERT has 0.02, which is "
         "little for a model narrower than its 768.",
     )
+    location_initializer_range: float | None = option(
+        None,
+        "Standard deviation of new weights of the location's projection, such as 1 where it matters how regions lie. "
+        "Default: as of all others.",
+    )
     dropout: float | None = option(
         None, "Dropout of hidden states and attention. Default: that of the model to start from; BERT has 0.1."
     )

@@ -59,9 +59,6 @@ class LabelledArguments(ModelArguments):
     image_ids: str | None = option(
         None, "Other ids for the images of the files: stem, coco, a .csv, or CAPTIONS:COLUMN."
     )
-    location_initializer_range: float | None = option(
-        None, "Standard deviation of new weights of the location's projection. Default: as of all others."
-    )
     skip_missing: bool = option(False, "Leaves out rows whose image has no regions.", may_change=True)
     without: Literal["nothing", "regions", "photo"] = option(
         "nothing",
@@ -117,8 +114,6 @@ class LabelledArguments(ModelArguments):
         """
         if self.base_model is None:
             fields["initializer_range"] = SCENES_INITIALIZER_RANGE
-        if self.location_initializer_range is not None:
-            fields["location_initializer_range"] = self.location_initializer_range
         model = load_model(self, store, model_class, **fields)
         processor = processor_for(self, store, train.unique("image_id"))
         if cut := processor.count_truncated(train[self.column][:], self.max_length):

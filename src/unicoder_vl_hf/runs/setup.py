@@ -277,6 +277,8 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         fields |= {"hidden_dropout_prob": arguments.dropout, "attention_probs_dropout_prob": arguments.dropout}
     if arguments.initializer_range is not None:
         fields |= {"initializer_range": arguments.initializer_range}
+    if arguments.location_initializer_range is not None:
+        fields |= {"location_initializer_range": arguments.location_initializer_range}
     name = arguments.base_model
     if name is None:
         from ..scenes.world import scene_tokenizer
