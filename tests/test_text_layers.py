@@ -1,5 +1,6 @@
 """The first layers that read words alone: what they read, what they cost, and what they refuse."""
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -8,6 +9,7 @@ from test_matching_head import similarity_model
 from transformers import TrainingArguments
 
 from unicoder_vl_hf import ImageTextScorer, UnicoderVLForImageTextRetrieval, UnicoderVLForPreTraining, UnicoderVLModel
+from unicoder_vl_hf.data.negatives import PairsWithNegatives
 from unicoder_vl_hf.runs.arguments import parse_arguments
 from unicoder_vl_hf.scoring.checkpoints import scoring_settings
 from unicoder_vl_hf.scoring.explanation import explain
@@ -65,6 +67,24 @@ def test_the_score_begins_as_the_logit_of_the_first_stage(padding_free):
     wanted = found.first_stage_logits[:, :3].flatten() + bias
     torch.testing.assert_close(found.scores, wanted, rtol=0, atol=1e-5)
     assert wanted.std() > 0.1
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_cls_learns_to_score_by_itself(padding_free):
+    every, batch = torch.arange(4), paired(tiny.padded_batch())
+    changes = {"num_hidden_layers": 3, "num_text_layers": 2, "padding_free": padding_free}
+    changes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    with_it, alone = similarity_model(**changes), similarity_model(**changes, similarity_in_training=False)
+    found = alone.train()(**batch, first_stage_captions=every, first_stage_images=every)
+    wanted = with_it.train()(**batch, first_stage_captions=every, first_stage_images=every)
+    logits = wanted.first_stage_logits[:, :3].flatten()
+    torch.testing.assert_close(found.scores + logits, wanted.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.first_stage_logits, wanted.first_stage_logits)
+    found.scores.sum().backward()
+    assert (
+        alone.first_stage.text_projection.weight.grad is None or not alone.first_stage.text_projection.weight.grad.any()
+    )
+    torch.testing.assert_close(alone.eval()(**batch).scores, with_it.eval()(**batch).scores, rtol=0, atol=1e-5)
 
 
 def test_gradients_are_those_of_padded_sequences():
@@ -125,6 +145,11 @@ def test_what_does_not_fit_is_refused():
     for number in (-1, 2):
         with pytest.raises(StrictDataclassClassValidationError, match=f"num_text_layers={number} must be at least"):
             tiny.config(num_hidden_layers=2, num_text_layers=number)
+    for wrong in ({"matching_head": "similarity", "projection_dim": 8}, {"num_text_layers": 1}):
+        with pytest.raises(
+            StrictDataclassClassValidationError, match="similarity_in_training=False needs matching_head"
+        ):
+            tiny.config(num_hidden_layers=2, similarity_in_training=False, **wrong)
     model = tiny.model(UnicoderVLForImageTextRetrieval, num_text_layers=1)
     with pytest.raises(ValueError, match="token_region_ids need num_text_layers=0"):
         model(**tiny.padded_batch(), token_region_ids=torch.zeros(4, 7, dtype=torch.long))
@@ -152,8 +177,10 @@ def test_what_a_bert_knows_may_have_a_learning_rate_of_its_own(tmp_path):
         (RetrievalArguments, TrainingArguments), options, paper={}, scenes={"use_cpu": True}, strong={}
     )
     model = similarity_model(num_hidden_layers=3, num_text_layers=2)
+    rows = datasets.Dataset.from_dict({"image_id": ["1", "2"], "caption": ["a dog", "a cat"]})
+    pairs = PairsWithNegatives(rows, seed=0)
     setup = RetrievalSetup(
-        model=model, processor=tiny.processor(), collator=None, train=[0], validation=None, data_name="none",
+        model=model, processor=tiny.processor(), collator=None, train=pairs, validation=None, data_name="none",
         bert_learning_rate=data.bert_learning_rate,
     )  # fmt: skip
     trainer = RetrievalTrainer(setup, training)

@@ -59,6 +59,11 @@ class UnicoderVLConfig(PreTrainedConfig):
         Probability, below 1, with which a word or a region is left out of what the layers that read both see, in
         training and for a head that reads `[CLS]`, which stays. A caption and an image lack others in each pair, so
         that pairs are not learned by heart. Text layers, the first stage of a search and pre-training see all.
+    similarity_in_training (`bool`, *optional*, defaults to `True`):
+        Whether the scores hold the similarity of `matching_head="similarity"` in training, too. Where they do, `[CLS]`
+        learns what the similarity leaves over, which is little; where not, it learns to score by itself, and the sum is
+        weighed afterwards, see [`~UnicoderVLForImageTextRetrieval.fold_similarity_weight`]. With `False` it needs text
+        layers.
     location_initializer_range (`float`, *optional*):
         Standard deviation of new weights of the location's projection; by default `initializer_range`. Five numbers
         from 0 to 1 beside hundreds of features make little of a region's embedding with that, so that where things
@@ -142,6 +147,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     matching_head: str = "unicoder_vl"
     num_text_layers: int = 0
     joint_dropout_prob: float | int = 0.0
+    similarity_in_training: bool = True
     location_initializer_range: float | int | None = None
     grounding_layers: int = 1
     num_region_types: int = 0
@@ -187,6 +193,11 @@ class UnicoderVLConfig(PreTrainedConfig):
             )
         if not 0 <= self.joint_dropout_prob < 1:
             raise ValueError(f"joint_dropout_prob={self.joint_dropout_prob} must be at least 0 and below 1.")
+        if not self.similarity_in_training and (self.matching_head != "similarity" or self.num_text_layers == 0):
+            raise ValueError(
+                "similarity_in_training=False needs matching_head='similarity' and num_text_layers of at least 1, got "
+                f"{self.matching_head!r} and {self.num_text_layers}: with these the sum can be weighed afterwards."
+            )
         kinds = {
             "region_embedding": ("unicoder_vl", "uniter", "visual_bert"),
             "region_head": ("unicoder_vl", "uniter"),

@@ -2175,7 +2175,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 images = self.encode_image(*regions)
                 if first_stage_captions is not None:
                     first_stage_logits = first_stage.logits(texts[first_stage_captions], images[first_stage_images])
-                if by_similarity:
+                if by_similarity and (self.config.similarity_in_training or not self.training):
                     of_pairs = _pick_rows(texts, caption_index), _pick_rows(images, image_index)
                     similarity = first_stage.pair_logits(*of_pairs)
         elif first_stage_captions is not None:

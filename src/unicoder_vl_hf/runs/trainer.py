@@ -171,6 +171,7 @@ class TaskTrainer(Trainer):
                 *((name, kept.get(name), facts.get(name)) for name in kept | facts),
                 ("matching_head", was.matching_head, config.matching_head),
                 ("joint_dropout", was.joint_dropout_prob, config.joint_dropout_prob),
+                ("similarity_in_training", was.similarity_in_training, config.similarity_in_training),
             ):
                 if then != now:
                     raise ValueError(f"{self._resumed_from} is of a run with {name}={then}, not {now}: give that.")

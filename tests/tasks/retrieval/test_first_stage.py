@@ -604,6 +604,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
             {"scored_ratio": 0.5, "num_negative_captions": 0, "num_negative_images": 0},
             r"scored_ratio=0\.5 is of matches with hard negatives alone: give --num_hard_negatives",
         ),
+        ({"similarity_in_training": False}, r"similarity_in_training=False needs scores and a first stage that learn"),
         ({"joint_dropout": 1.0}, r"joint_dropout=1\.0, expected a share of at least 0, below 1"),
         ({"foils": "foils.jsonl", "loss": "none", "contrastive_weight": 1.0}, r"loss=none scores no pairs: .*foils"),
         ({"joint_dropout": 0.5, "loss": "none", "contrastive_weight": 1.0}, r"loss=none scores .*or joint_dropout"),

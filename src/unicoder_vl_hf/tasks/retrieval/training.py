@@ -92,6 +92,11 @@ class RetrievalArguments(DataArguments):
         "Head that scores pairs: unicoder_vl is the paper's, similarity adds to it the first stage's logit of the "
         "states of the pair, and learns with it. Default: that of the model to start from; for a BERT unicoder_vl.",
     )
+    similarity_in_training: bool = option(
+        True,
+        "With matching_head=similarity and text layers: whether [CLS] learns what the similarity leaves over, or else "
+        "to score by itself; the training weighs the sum at its end.",
+    )
     num_hard_negatives: int = option(
         0, "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
     )
@@ -266,6 +271,8 @@ class RetrievalSetup(TrainingSetup):
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
         if self.model.config.matching_head == "similarity":
             along += ", by whose projections it scores pairs, too"
+            if not self.model.config.similarity_in_training:
+                along += ", though not in training"
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
 
@@ -365,6 +372,11 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
         raise ValueError(
             "matching_head=similarity reads a first stage that learns along: give --contrastive_weight, such as 1."
         )
+    if not arguments.similarity_in_training and (arguments.loss == "none" or arguments.contrastive_weight == 0):
+        raise ValueError(
+            "similarity_in_training=False needs scores and a first stage that learn: give --contrastive_weight, such "
+            "as 1, and another --loss than none."
+        )
     if arguments.random_negative_epochs > 0 and arguments.num_hard_negatives == 0:
         raise ValueError(
             f"random_negative_epochs={arguments.random_negative_epochs} says how --num_hard_negatives are drawn: give "
@@ -393,14 +405,16 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     if name is not None and is_unicoder_vl(name):
         old = AutoConfig.from_pretrained(name).projection_dim
     if arguments.contrastive_weight > 0:
-        head = {} if arguments.matching_head is None else {"matching_head": arguments.matching_head}
+        head: dict[str, Any] = {"similarity_in_training": arguments.similarity_in_training}
+        if arguments.matching_head is not None:
+            head["matching_head"] = arguments.matching_head
         return {"projection_dim": old or arguments.projection_dim, **head}
     if old is not None:
         logger.warning(
             f"{name} has a first stage of search, which would not fit the encoder after this training: it is left out. "
             "Train it along with --contrastive_weight, or afterwards by `unicoder-vl train-first-stage`."
         )
-    return {"projection_dim": None, "matching_head": "unicoder_vl"}
+    return {"projection_dim": None, "matching_head": "unicoder_vl", "similarity_in_training": True}
 
 
 def _holds_first_stage(config: UnicoderVLConfig) -> bool:
