@@ -168,7 +168,7 @@ class TrainingSetup:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What of the data makes the run, beside its arguments: a run is not resumed with another."""
+        """The facts of the data that make the run, beside its arguments: it is not resumed with others."""
         return {}
 
     @property
