@@ -84,13 +84,13 @@ def prepare(captions: str, regions: str, bert: str, foils: str, output: str) -> 
 
     from unicoder_vl_hf import RegionStore
     from unicoder_vl_hf.data import join, read_captions
+    from unicoder_vl_hf.data.caption_files import select_split
     from unicoder_vl_hf.files import new_folder
     from unicoder_vl_hf.runs import align_regions
 
     store = RegionStore(regions)
-    for split in ("train", "val", "test"):
-        read_captions(captions, split=split)  # which must be there
     rows, _ = join(read_captions(captions), store, skip_option=None)
+    train, *_ = (select_split(rows, Path(captions), split) for split in ("train", "val", "test"))
     columns = {name: rows[name][:] for name in ("image_id", "caption", "split")}
     image_ids = list(dict.fromkeys(columns["image_id"]))
     records = store.get_many(image_ids)
@@ -113,7 +113,6 @@ def prepare(captions: str, regions: str, bert: str, foils: str, output: str) -> 
         texts = columns["caption"] + [foil.foil for foil in read_foils(foils)]
         tokenizer = AutoTokenizer.from_pretrained(bert)
         _pack_bert(bert, tokenizer, texts, second / "bert")
-        train = rows.filter(lambda split: split == "train", input_columns="split")
         by_id = dict(zip(image_ids, records, strict=True))
         extractor = _scaled([by_id[image_id] for image_id in train.unique("image_id")])
         model = UnicoderVLForImageTextRetrieval.from_bert(bert, region_feature_dim=extractor.feature_dim)

@@ -97,6 +97,7 @@ class TaskTrainer(Trainer):
         self.computing = Computing.choose(asked, args.device.type, setup.model.config.hidden_size, resume_from, step)
         args.mixed_precision = self.computing.mixed_precision
         args.bf16, args.fp16 = (args.mixed_precision == name for name in ("bf16", "fp16"))
+        epoch_of_data = EpochOfData(sampler, setup.facts)
         super().__init__(
             model=setup.model,
             args=args,
@@ -105,7 +106,7 @@ class TaskTrainer(Trainer):
             eval_dataset=setup.validation,
             processing_class=setup.processor,
             callbacks=[
-                EpochOfData(sampler, setup.facts),
+                epoch_of_data,
                 *callbacks,
             ],
         )
@@ -116,6 +117,7 @@ class TaskTrainer(Trainer):
         self.last_metrics: dict[str, float] = {}
         self.meter = LossMeter(self.accelerator, setup.loss_parts)
         self.sampler = sampler
+        self._facts = epoch_of_data.kept
         self._resumed_from = resume_from
         self._goes_further = False
 
@@ -166,9 +168,8 @@ class TaskTrainer(Trainer):
             config, file = self.setup.model.config, self._resumed_from / CONFIG_NAME
             # Sharded weights have no configuration beside them.
             was = UnicoderVLConfig.from_json_file(file) if file.exists() else config
-            facts = EpochOfData(self.sampler, self.setup.facts).kept
             for name, then, now in (
-                *((name, kept.get(name), facts.get(name)) for name in kept | facts),
+                *((name, kept.get(name), self._facts.get(name)) for name in kept | self._facts),
                 ("matching_head", was.matching_head, config.matching_head),
                 ("joint_dropout", was.joint_dropout_prob, config.joint_dropout_prob),
                 ("similarity_in_training", was.similarity_in_training, config.similarity_in_training),
