@@ -98,6 +98,10 @@ class UnicoderVLConfig(PreTrainedConfig):
     similarity_weight (`float`, *optional*):
         Weight, at least 0, of the first stage's similarity in the sum by which a search orders its candidates, score +
         weight x similarity, as it was measured on validation captions. `None` if it never was.
+    query_bank_size (`list[int]`, *optional*):
+        Numbers of training captions and of images whose embeddings the first stage keeps, by which the scores of
+        `matching_head="similarity"` after text layers tell what is near to everything, see
+        [`~UnicoderVLForImageTextRetrieval.set_query_bank`]. `None` for no bank.
     calibration (`dict`, *optional*):
         Meaning of the scores as it was measured on validation pairs, see `Calibration` of `unicoder_vl_hf.scoring`:
         `temperature`, `threshold` and more. `None` if it never was.
@@ -159,6 +163,7 @@ class UnicoderVLConfig(PreTrainedConfig):
     projection_dim: int | None = None
     first_stage_trained: bool = False
     similarity_weight: float | int | None = None
+    query_bank_size: list[int] | None = None
     calibration: dict | None = None
 
     def __post_init__(self, **kwargs):
@@ -198,6 +203,15 @@ class UnicoderVLConfig(PreTrainedConfig):
                 "similarity_in_training=False needs matching_head='similarity' and num_text_layers of at least 1, got "
                 f"{self.matching_head!r} and {self.num_text_layers}: with these the sum can be weighed afterwards."
             )
+        if (sizes := self.query_bank_size) is not None:
+            if len(sizes) != 2 or min(sizes) < 1:
+                raise ValueError(f"query_bank_size={sizes} must be two numbers of at least 1, of captions and images.")
+            if self.matching_head != "similarity" or self.num_text_layers == 0:
+                raise ValueError(
+                    f"query_bank_size={sizes} needs matching_head='similarity' and num_text_layers of at least 1, got "
+                    f"{self.matching_head!r} and {self.num_text_layers}: of these the scores hold the first stage's "
+                    "logit, from which it is subtracted."
+                )
         kinds = {
             "region_embedding": ("unicoder_vl", "uniter", "visual_bert"),
             "region_head": ("unicoder_vl", "uniter"),

@@ -1055,6 +1055,36 @@ class UnicoderVLTaskHead(nn.Module):
             return self.decoder(normed)
 
 
+class UnicoderVLQueryBank(nn.Module):
+    """
+    Holds embeddings of training captions and images, of the numbers `config.query_bank_size`, and says how near an
+    embedding is to all of the other side: the log-sum-exp of 20 times its similarities, divided by 20 (the inverted
+    softmax of QB-Norm, Bogolin et al., CVPR 2022).
+    """
+
+    inverse_temperature = 20.0
+    texts: torch.Tensor
+    images: torch.Tensor
+
+    def __init__(self, sizes: Sequence[int], projection_dim: int):
+        super().__init__()
+        self.register_buffer("texts", torch.zeros(sizes[0], projection_dim))
+        self.register_buffer("images", torch.zeros(sizes[1], projection_dim))
+
+    def nearness_to_images(self, texts: torch.Tensor) -> torch.Tensor:
+        """Says how near texts, `(num_texts, projection_dim)`, are to the images of the bank: `(num_texts, 1)`."""
+        return self._nearness(texts, self.images)
+
+    def nearness_to_texts(self, images: torch.Tensor) -> torch.Tensor:
+        """Says how near images, `(num_images, projection_dim)`, are to the texts of the bank: `(num_images, 1)`."""
+        return self._nearness(images, self.texts)
+
+    def _nearness(self, embeddings: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=embeddings.device.type, enabled=False):
+            logits = self.inverse_temperature * embeddings.float() @ bank.float().T
+            return logits.logsumexp(-1, keepdim=True) / self.inverse_temperature
+
+
 class UnicoderVLFirstStage(nn.Module):
     """
     Projects the mean states of captions and of images into one space, in which a learned temperature makes logits of
@@ -1067,6 +1097,8 @@ class UnicoderVLFirstStage(nn.Module):
         self.image_projection = nn.Linear(config.hidden_size, projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.region_attention = nn.Linear(config.hidden_size, 1) if config.num_text_layers else None
+        sizes = config.query_bank_size
+        self.query_bank = None if sizes is None else UnicoderVLQueryBank(sizes, projection_dim)
 
     def weights_of_regions(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """
@@ -1112,13 +1144,30 @@ class UnicoderVLFirstStage(nn.Module):
         with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
             return self._scale() * text_embeddings @ image_embeddings.T
 
-    def pair_logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
+    def texts_of_pairs(self, embeddings: torch.Tensor) -> torch.Tensor:
         """
-        Divides the similarity of each text with its own image, both `(num_pairs, projection_dim)`, by the temperature:
-        `(num_pairs,)`.
+        Prepares embeddings of texts, `(num_texts, projection_dim)`, for `pair_logits`: with a query bank they get two
+        numbers more, so that a pair counts less if its text is near to all images, or its image to all texts.
         """
-        with maybe_autocast(device_type=text_embeddings.device.type, enabled=False):
-            return self._scale() * (text_embeddings * image_embeddings).sum(-1)
+        if self.query_bank is None:
+            return embeddings
+        near = self.query_bank.nearness_to_images(embeddings)
+        return torch.cat((embeddings, -near, torch.ones_like(near)), dim=-1)
+
+    def images_of_pairs(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Prepares embeddings of images for `pair_logits`, as `texts_of_pairs` does those of texts."""
+        if self.query_bank is None:
+            return embeddings
+        near = self.query_bank.nearness_to_texts(embeddings)
+        return torch.cat((embeddings, torch.ones_like(near), -near), dim=-1)
+
+    def pair_logits(self, texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """
+        Divides the similarity of each text with its own image by the temperature: `(num_pairs,)`, given what
+        `texts_of_pairs` and `images_of_pairs` made of each.
+        """
+        with maybe_autocast(device_type=texts.device.type, enabled=False):
+            return self._scale() * (texts * images).sum(-1)
 
     def logits_of_means(self, means: torch.Tensor) -> torch.Tensor:
         """Computes `pair_logits` given the mean states of each text and its image, `(num_pairs, 2, hidden_size)`."""
@@ -1969,7 +2018,8 @@ RETRIEVAL_LABELS_DOCSTRING = r"""
 class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
     _auto_class = "AutoModelForSequenceClassification"
     # The other heads of pre-training, which zero-shot does without.
-    _keys_to_ignore_on_load_unexpected = [r"^(cls|region_head)\."]
+    # And a bank of another training, where the config has none.
+    _keys_to_ignore_on_load_unexpected = [r"^(cls|region_head)\.", r"^first_stage\.query_bank\."]
 
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config)
@@ -2094,6 +2144,35 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             region_attention_mask=region_attention_mask,
         )
 
+    def set_query_bank(self, texts: torch.Tensor, images: torch.Tensor) -> None:
+        """
+        Keeps embeddings of training captions and images, by which scores tell what is near to everything: from the
+        first stage's logit of a pair, which the score holds, is taken how near its caption is to these images, and its
+        image to these captions. Without it a few images are among the best of many captions, whatever these say.
+
+        Args:
+            texts (`torch.Tensor` of shape `(num_texts, projection_dim)`): What `encode_text` gave for captions.
+            images (`torch.Tensor` of shape `(num_images, projection_dim)`): What `encode_image` gave for images.
+
+        Raises:
+            `ValueError`: the score does not hold the first stage's own logit (`matching_head="similarity"` after text
+            layers), or there is no caption or no image, or one of another width.
+        """
+        if self.config.matching_head != "similarity" or not self.config.num_text_layers:
+            raise ValueError(
+                f"matching_head={self.config.matching_head!r}, num_text_layers={self.config.num_text_layers}; expected "
+                "a similarity after text layers, from which a query bank is subtracted."
+            )
+        first_stage = self._first_stage()
+        width = first_stage.text_projection.out_features
+        for name, given in (("texts", texts), ("images", images)):
+            if given.ndim != 2 or given.shape[1] != width or len(given) == 0:
+                raise ValueError(f"{name} has shape {tuple(given.shape)}, expected (at least 1, {width}).")
+        self.config.query_bank_size = [len(texts), len(images)]
+        bank = UnicoderVLQueryBank(self.config.query_bank_size, width)
+        bank.load_state_dict({"texts": texts, "images": images})
+        first_stage.query_bank = bank.to(device=self.device, dtype=self.dtype)
+
     def fold_similarity_weight(self, weight: float) -> None:
         """
         Shrinks what `[CLS]` adds to a score, so that the score alone orders as score + `weight` x similarity did, whose
@@ -2176,8 +2255,10 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 if first_stage_captions is not None:
                     first_stage_logits = first_stage.logits(texts[first_stage_captions], images[first_stage_images])
                 if by_similarity and (self.config.similarity_in_training or not self.training):
-                    of_pairs = _pick_rows(texts, caption_index), _pick_rows(images, image_index)
-                    similarity = first_stage.pair_logits(*of_pairs)
+                    similarity = first_stage.pair_logits(
+                        _pick_rows(first_stage.texts_of_pairs(texts), caption_index),
+                        _pick_rows(first_stage.images_of_pairs(images), image_index),
+                    )
         elif first_stage_captions is not None:
             if position_ids is not None:  # of which one row may stand for all
                 source: Any = input_ids if inputs_embeds is None else inputs_embeds

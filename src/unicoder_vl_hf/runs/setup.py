@@ -286,7 +286,7 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
         config = {**SCENES_MODEL, "vocab_size": len(scene_tokenizer()), **regions, **fields}
         model = model_class(UnicoderVLConfig(**config))
     elif is_unicoder_vl(name):
-        model = _load_quietly(model_class, name, fields)
+        model = _load_quietly(model_class, name, fields | {"query_bank_size": None})  # of embeddings that may change
         model.config.calibration = None  # of scores that the training changes
         model.config.joint_dropout_prob = fields.get("joint_dropout_prob", 0.0)  # of another training
         _check_unchanged(arguments, model)

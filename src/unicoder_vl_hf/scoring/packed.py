@@ -7,7 +7,7 @@ and matching head run in float32. All of it is exact but for rounding.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import cast
@@ -39,7 +39,7 @@ def fingerprint(model: PairModel) -> tuple | None:
             return None
     if model.device.type != "cpu":
         return None
-    names, weights = zip(*model.named_parameters(), strict=True)
+    names, weights = zip(*model.named_parameters(), *model.named_buffers(), strict=True)
     rows = [_sums_of_bits(weight.detach()).view(torch.int64).reshape(-1) for weight in weights]
     config = model.config
     return names, config.to_json_string(), config._attn_implementation, model.dtype, torch.cat(rows).numpy().tobytes()
@@ -145,7 +145,8 @@ class PairEncoder:
             states.append(self.bert.embeddings.add_image_token(regions))
         rows = Rows.of(torch.cat(states), np.concatenate(lengths))
         if self.similarity is not None and self.config.num_text_layers:
-            rows.embeddings = self.similarity.embed_image(self.similarity.mean_of_regions(*self._padded(rows)))
+            embeddings = self.similarity.embed_image(self.similarity.mean_of_regions(*self._padded(rows)))
+            rows.embeddings = _in_parts(self.similarity.images_of_pairs, embeddings)
         return rows
 
     def _encode_words(self, rows: Rows) -> Rows:
@@ -161,7 +162,9 @@ class PairEncoder:
             states[index] = encoded = self.bert.encode_every_token(rows.states[index], groups, self.bert.text_layers)
             of_batch = torch.from_numpy(lengths).to(self.device)
             means[torch.from_numpy(batch)] = torch.segment_reduce(encoded.float(), "mean", lengths=of_batch)
-        embeddings = None if self.similarity is None else self.similarity.embed_text(means)
+        embeddings = None
+        if self.similarity is not None:
+            embeddings = _in_parts(self.similarity.texts_of_pairs, self.similarity.embed_text(means))
         return Rows(states, rows.starts, rows.lengths, embeddings)
 
     def _padded(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,6 +201,11 @@ class PairEncoder:
             logits = self.matching_head(self.pooler(first.float()[:, None]), similarity)
             scores[batch] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
         return scores
+
+
+def _in_parts(prepare: Callable[[torch.Tensor], torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
+    """Prepares some embeddings at a time: a query bank compares each with tens of thousands."""
+    return torch.cat([prepare(part) for part in embeddings.split(1024)])
 
 
 def groups_of(lengths: np.ndarray) -> list[tuple[int, int]]:

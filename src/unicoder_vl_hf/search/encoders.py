@@ -106,6 +106,7 @@ class UnicoderVLDualEncoder:
     def identity(self) -> dict[str, str]:
         """The name of the checkpoint, and the digest of the weights that embed."""
         weights = {**self.model.bert.state_dict(), **self.first_stage.state_dict()}
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("query_bank.")}
         return {"family": "unicoder-vl", "name": self.name, "weights_sha256": weights_digest(weights)}
 
     @torch.inference_mode()

@@ -621,3 +621,63 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     ):
         with pytest.raises(ValueError, match=message):
             prepare_retrieval(RetrievalArguments(**options, **wrong), world.parent / "run", seed=0)
+
+
+def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path):
+    """And the embeddings of training captions and images become the bank of queries at the end."""
+    options = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions"), "contrastive_weight": 1.0}
+    bert = str(world.parent / "bert")
+    first = prepare_retrieval(
+        RetrievalArguments(
+            **options, model_name_or_path=bert, num_text_layers=1, loss="none", matching_head="similarity"
+        ),
+        tmp_path,
+        seed=0,
+    )
+    before = tmp_path / "first"
+    first.model.save_pretrained(before)
+    first.processor.save_pretrained(before)
+    options |= {"model_name_or_path": str(before), "loss": "softmax", "num_hard_negatives": 1, "query_bank": 9}
+    setup = prepare_retrieval(RetrievalArguments(**options, freeze_first_stage=True), tmp_path, seed=0)
+    model, processor = setup.model, setup.processor
+    assert (
+        setup.card["trained_by"].endswith("by whose projections it scores pairs, too")
+        and "best, behind a first stage that stayed as it was" in (setup.card["trained_by"])
+    )
+    learn = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {name.split(".")[1] for name in learn} == {"encoder", "pooler", "weight", "bias"}
+    assert all(".layer.1." in name for name in learn if "encoder" in name)
+    encoder = UnicoderVLDualEncoder(model, processor, setup.collator.store, "model")
+    captions = setup.train.pairs[:]["caption"].to_pylist()
+    embeddings = encoder.embed_captions(captions)
+    batch = setup.collator([setup.train[row] for row in (0, 7, 12)])
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    scores = model.eval()(**{name: batch[name] for name in batch if name not in ("mismatches",)}).scores
+    setup.loss(model.train(), batch).backward()
+    assert learn == {name for name, weight in model.named_parameters() if weight.grad is not None}
+    optimizer.step()
+    model.eval()
+    assert (model(**{name: batch[name] for name in batch if name != "mismatches"}).scores - scores).abs().max() > 0.01
+    np.testing.assert_array_equal(encoder.embed_captions(captions), embeddings)
+    setup.measure_similarity_weight()
+    assert model.config.query_bank_size == [9, 9] and model.config.similarity_weight == 0
+    distinct = list(dict.fromkeys(captions))
+    kept = encoder.embed_captions([distinct[i * len(distinct) // 9] for i in range(9)])
+    np.testing.assert_allclose(model.first_stage.query_bank.texts.numpy(), kept, atol=1e-6)
+    model.save_pretrained(tmp_path / "after")
+    processor.save_pretrained(tmp_path / "after")
+    again = prepare_retrieval(
+        RetrievalArguments(**options | {"model_name_or_path": str(tmp_path / "after")}), tmp_path, seed=0
+    )
+    assert again.model.config.query_bank_size is None and again.model.first_stage.query_bank is None
+    assert all(weight.requires_grad for weight in again.model.parameters())
+    for wrong, message in (
+        ({"model_name_or_path": bert}, "freeze_first_stage keeps a trained first stage behind text layers, and .*bert"),
+        ({"contrastive_weight": 0.0, "num_hard_negatives": 0}, "freeze_first_stage trains scores alone"),
+        ({"bert_learning_rate": 1e-5}, "freeze_first_stage trains scores alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare_retrieval(RetrievalArguments(**options | wrong, freeze_first_stage=True), tmp_path, seed=0)
+    paper = options | {"loss": None, "num_hard_negatives": 0, "contrastive_weight": 0.0}
+    with pytest.raises(ValueError, match=r"query_bank=9 .*matching_head=similarity"):
+        prepare_retrieval(RetrievalArguments(**paper), tmp_path, seed=0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import torch
 from torch import nn
 from transformers import AutoConfig
 
@@ -97,6 +98,11 @@ class RetrievalArguments(DataArguments):
         "With matching_head=similarity and text layers: whether [CLS] learns what the similarity leaves over, or else "
         "to score by itself; the training weighs the sum at its end.",
     )
+    freeze_first_stage: bool = option(
+        False,
+        "Keeps the first stage of the model to start from as it is, with its text layers and region embeddings: what "
+        "learns is the layers that read both, and the matching head.",
+    )
     num_hard_negatives: int = option(
         0, "Mismatching captions, and images, of the micro-batch that the first stage likes best, a pair."
     )
@@ -108,6 +114,11 @@ class RetrievalArguments(DataArguments):
         1.0,
         "Share of the matches of a micro-batch that are scored, with their hard negatives; the first stage learns from "
         "all of them.",
+    )
+    query_bank: int = option(
+        0,
+        "With matching_head=similarity and text layers: most training captions, and images, whose embeddings the model "
+        "keeps, so that what is near to all of them scores less; 0 keeps none.",
     )
     bert_learning_rate: float | None = option(
         None,
@@ -198,6 +209,7 @@ class RetrievalSetup(TrainingSetup):
             similarity is measured; None if no first stage is trained, or there is no such split.
         search (`str`, *optional*): The sum by which a search orders its candidates, in words, once it is measured.
         bert_learning_rate (`float`, *optional*): Learning rate of [`bert_weights`], where it is one of their own.
+        query_bank (`int`, *optional*, defaults to 0): Most training captions, and images, whose embeddings are kept.
     """
 
     model: UnicoderVLForImageTextRetrieval
@@ -208,6 +220,7 @@ class RetrievalSetup(TrainingSetup):
     weighing: datasets.Dataset | None = None
     search: str | None = None
     bert_learning_rate: float | None = None
+    query_bank: int = 0
 
     def measure_similarity_weight(self) -> None:
         """Measures the weight of the similarity for the model as it is, and notes it in its configuration and card."""
@@ -216,6 +229,10 @@ class RetrievalSetup(TrainingSetup):
         max_length, store = self.collator.max_length, self.collator.store
         encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
         scorer = ImageTextScorer(self.model, self.processor, store)
+        if self.query_bank > 0:
+            captions, image_ids = self._drawn("caption"), self._drawn("image_id")
+            embeddings = encoder.embed_captions(captions), encoder.embed_images(image_ids)
+            self.model.set_query_bank(*map(torch.from_numpy, embeddings))
         held = _holds_first_stage(self.model.config)
         num_queries = FOLDING_QUERIES if held else None
         report = measure_similarity_weight(encoder, scorer, self.weighing, max_length, num_queries)
@@ -223,6 +240,12 @@ class RetrievalSetup(TrainingSetup):
         if held:
             self.model.fold_similarity_weight(report.best.similarity_weight)
             self.search += " The score holds that sum now, so that a search orders by the score alone."
+
+    def _drawn(self, column: str) -> list[str]:
+        """Draws at most `query_bank` different values of a column of the training split, evenly."""
+        values = list(dict.fromkeys(self.train.pairs[:][column].to_pylist()))  # of Arrow's table
+        count = min(len(values), self.query_bank)
+        return [values[i * len(values) // count] for i in range(count)]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -269,12 +292,20 @@ class RetrievalSetup(TrainingSetup):
             if self.collator.random_epochs > 0:
                 negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
+        if along and not any(weight.requires_grad for weight in first_stage_weights(self.model)):
+            along = ", behind a first stage that stayed as it was"
         if self.model.config.matching_head == "similarity":
             along += ", by whose projections it scores pairs, too"
             if not self.model.config.similarity_in_training:
                 along += ", though not in training"
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
+
+
+def first_stage_weights(model: UnicoderVLForImageTextRetrieval) -> list[nn.Parameter]:
+    """Collects what the first stage of a model with text layers reads by: all but the joint layers and what follows."""
+    stages: list[nn.Module] = [model.bert.embeddings, *model.bert.encoder.layer[model.bert.text_layers]]
+    return [weight for module in (*stages, model.first_stage) if module is not None for weight in module.parameters()]
 
 
 def bert_weights(model: UnicoderVLForImageTextRetrieval) -> list[nn.Parameter]:
@@ -318,11 +349,18 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         joint = model.bert.encoder.layer[model.config.num_text_layers or len(model.bert.encoder.layer) :]
         for unused in (model.matching_head, model.bert.pooler, *joint):
             unused.requires_grad_(False)
+    if arguments.query_bank > 0 and not _holds_first_stage(model.config):
+        raise ValueError(
+            f"query_bank={arguments.query_bank} is subtracted from the first stage's logit, which scores hold with "
+            "matching_head=similarity and text layers: give --matching_head similarity and --num_text_layers."
+        )
     processor = load_processor(arguments, data)
     align_if_asked(arguments, model, processor, data)
+    frozen = first_stage_weights(model) if arguments.freeze_first_stage else []
     if arguments.bert_learning_rate == 0:
-        for weight in bert_weights(model):
-            weight.requires_grad_(False)
+        frozen += bert_weights(model)
+    for weight in frozen:
+        weight.requires_grad_(False)
     return RetrievalSetup(
         model=model,
         processor=processor,
@@ -342,6 +380,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         loss=loss,
         weighing=held_out if arguments.contrastive_weight > 0 else None,
         bert_learning_rate=arguments.bert_learning_rate,
+        query_bank=arguments.query_bank,
     )
 
 
@@ -360,7 +399,7 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
 
 def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
     """Makes the fields of a first stage that is trained, or of none: an old one would not fit the new encoder."""
-    for each in ("contrastive_weight", "num_hard_negatives", "random_negative_epochs"):
+    for each in ("contrastive_weight", "num_hard_negatives", "random_negative_epochs", "query_bank"):
         if getattr(arguments, each) < 0:
             raise ValueError(f"{each}={getattr(arguments, each)}; expected at least 0.")
     if arguments.contrastive_weight == 0 and (arguments.loss == "none" or arguments.num_hard_negatives > 0):
@@ -403,7 +442,19 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
         )
     name, old = arguments.base_model, None
     if name is not None and is_unicoder_vl(name):
-        old = AutoConfig.from_pretrained(name).projection_dim
+        config = AutoConfig.from_pretrained(name)
+        old = config.projection_dim
+    if arguments.freeze_first_stage:
+        if old is None or not config.first_stage_trained or not config.num_text_layers:
+            raise ValueError(
+                f"freeze_first_stage keeps a trained first stage behind text layers, and {name or 'a new model'} has "
+                "none: start from one, as --loss none --contrastive_weight 1 --num_text_layers K trains it."
+            )
+        if arguments.contrastive_weight == 0 or arguments.loss == "none" or arguments.bert_learning_rate is not None:
+            raise ValueError(
+                "freeze_first_stage trains scores alone, which a kept first stage helps to draw mismatches for: give "
+                "--contrastive_weight, such as 1, another --loss than none, and no --bert_learning_rate."
+            )
     if arguments.contrastive_weight > 0:
         head: dict[str, Any] = {"similarity_in_training": arguments.similarity_in_training}
         if arguments.matching_head is not None:

@@ -2,13 +2,15 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 
 from ...scoring.scorer import ImageTextScorer, duration
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
@@ -106,6 +108,7 @@ def two_stage_report(
     scores_dir: str | os.PathLike[str] | None = None,
     similarity_weights: Sequence[float] = (0.0,),
     max_length: int = 44,
+    similarity_in_sums: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda texts, images: texts @ images.T,
 ) -> TwoStageReport:
     """
     Measures recall of the first stage alone, and of the second among the best K of the first, for each K and each
@@ -122,6 +125,9 @@ def two_stage_report(
             there; the time is unknown if it went on.
         similarity_weights (sequence of `float`, *optional*, defaults to `(0.0,)`): Weights, see [`search`].
         max_length (`int`, *optional*, defaults to 44): Most tokens of a caption that is scored.
+        similarity_in_sums (callable, *optional*): What makes of the embeddings of captions and images the similarities
+            that are weighed, `(num_captions, num_images)`. Defaults to their product, by which the first stage
+            proposes.
 
     Raises:
         `ValueError`: there is no K, or one below 1, no weight, or no query.
@@ -158,6 +164,7 @@ def two_stage_report(
     )
     seconds = None if resumed else time.perf_counter() - started
 
+    weighed = similarity_in_sums(texts, images).flat[pairs]
     for count in sorted(candidates):
         chosen = {"image_retrieval": of_caption[:, :count], "text_retrieval": of_image[:, :count]}
         num_pairs = len(np.union1d(*chosen.values()))
@@ -168,7 +175,7 @@ def two_stage_report(
         ceiling = {direction: float(found.any(axis=1).mean()) for direction, found in hits.items()}
         share = None if seconds is None else seconds * num_pairs / len(pairs)
         for weight in similarity_weights:
-            sums = scores + weight * similarities.flat[pairs]
+            sums = scores + weight * weighed
             ranked: dict[str, QueryRanks] = {}
             for direction, numbers in chosen.items():
                 matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
@@ -209,9 +216,21 @@ def measure_similarity_weight(
         num_queries=num_queries or WEIGHING_QUERIES,
         similarity_weights=SIMILARITY_WEIGHTS,
         max_length=max_length,
+        similarity_in_sums=partial(_of_pairs, encoder),
     )
     scorer.model.config.similarity_weight = report.best.similarity_weight
     return report
+
+
+@torch.inference_mode()
+def _of_pairs(encoder: UnicoderVLDualEncoder, texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Computes the similarities that a score holds after text layers, from which a query bank is subtracted."""
+    prepare = encoder.first_stage.texts_of_pairs, encoder.first_stage.images_of_pairs
+    of_texts, of_images = (
+        torch.cat([each(part.to(encoder.model.device)) for part in torch.from_numpy(given).split(1024)])
+        for each, given in zip(prepare, (texts, images), strict=True)
+    )
+    return (of_texts @ of_images.T).cpu().numpy()
 
 
 def describe_weight(report: TwoStageReport) -> str:
