@@ -93,10 +93,15 @@ def test_the_weight_is_measured_by_the_similarity_that_is_folded():
     rows = datasets.Dataset.from_dict({"image_id": list(records), "caption": captions})
     encoder = UnicoderVLDualEncoder(model, processor, records, "model")
     scorer = ImageTextScorer(model, processor, records)
-    measured = {row.similarity_weight: row.metrics for row in measure_similarity_weight(encoder, scorer, rows).rows[1:]}
+    report = measure_similarity_weight(encoder, scorer, rows)
+    assert report.with_query_bank not in (None, report.rows[0].metrics)
+    assert str(report).splitlines()[3].startswith("| first stage and query bank alone | 0 | | | ")
+    measured = {row.similarity_weight: row.metrics for row in report.rows[1:]}
     model.fold_similarity_weight(30.0)
     by_score = measure_similarity_weight(encoder, scorer, rows).rows[1].metrics
     assert by_score == measured[30.0] != measured[0.0]
+    model.first_stage.query_bank = None
+    assert measure_similarity_weight(encoder, scorer, rows).with_query_bank is None
 
 
 def test_what_does_not_fit_is_refused():

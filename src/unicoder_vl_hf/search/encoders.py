@@ -103,6 +103,19 @@ class UnicoderVLDualEncoder:
         states = image_states(self.model, self.processor, images, self.store)
         return self._embed(self.first_stage.embed_image, states)
 
+    @torch.inference_mode()
+    def similarities_in_scores(self, texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """
+        Computes the similarities that scores hold after text layers, `(num_texts, num_images)`, float32, given what was
+        embedded: the embeddings' product, less what a query bank takes from it.
+        """
+        prepare = self.first_stage.texts_of_pairs, self.first_stage.images_of_pairs
+        of_texts, of_images = (
+            torch.cat([each(part.to(self.model.device)) for part in torch.from_numpy(given).split(1024)])
+            for each, given in zip(prepare, (texts, images), strict=True)
+        )
+        return (of_texts @ of_images.T).cpu().numpy()
+
     def identity(self) -> dict[str, str]:
         """The name of the checkpoint, and the digest of the weights that embed."""
         weights = {**self.model.bert.state_dict(), **self.first_stage.state_dict()}

@@ -4,13 +4,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 
 from ...scoring.scorer import ImageTextScorer, duration
 from ...search.encoders import DualEncoder, UnicoderVLDualEncoder
@@ -62,12 +60,15 @@ class TwoStageReport:
         num_captions, num_images (`int`): The captions and images among which is searched.
         num_queries (`dict[str, int]`): The number of queries of each direction.
         rows (`tuple[StageResult, ...]`): The first stage alone, then each K by each weight.
+        with_query_bank (`dict[str, float]`, *optional*): The metrics of the first stage's similarities alone, less what
+            the model's query bank takes from them; None without a bank.
     """
 
     num_captions: int
     num_images: int
     num_queries: dict[str, int]
     rows: tuple[StageResult, ...]
+    with_query_bank: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Gives the figures as values of JSON."""
@@ -91,6 +92,9 @@ class TwoStageReport:
             ceiling = ", ".join(f"{100 * row.ceiling[direction]:.1f}" for direction in DIRECTIONS if row.ceiling)
             figures = " | ".join(f"{100 * row.metrics[recall]:.1f}" for recall in RECALLS)
             lines.append(f"| {name} | {row.pairs:,} | {_duration(row.seconds)} | {ceiling} | {figures} |")
+        if (banked := self.with_query_bank) is not None:
+            figures = " | ".join(f"{100 * banked[recall]:.1f}" for recall in RECALLS)
+            lines.insert(3, f"| first stage and query bank alone | 0 | | | {figures} |")  # behind the first stage alone
         last = self.rows[-1]
         pairs = self.num_captions * self.num_images
         seconds = None if last.seconds is None else last.seconds / last.pairs * pairs
@@ -150,6 +154,9 @@ def two_stage_report(
     similarities = texts @ images.T
     alone = metrics_of(rank_queries(similarities, right_image))
     rows = [StageResult(0, 0.0, 0, time.perf_counter() - started, {}, alone)]
+    banked = None
+    if isinstance(encoder, UnicoderVLDualEncoder) and encoder.first_stage.query_bank is not None:
+        banked = metrics_of(rank_queries(encoder.similarities_in_scores(texts, images), right_image))
 
     largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
     images_of, _ = nearest(texts[by_caption], images, largest)
@@ -183,7 +190,7 @@ def two_stage_report(
                 ranked |= rank_queries(matrix, right_image, [direction])
             rows.append(StageResult(count, weight, num_pairs, share, ceiling, metrics_of(ranked)))
     return TwoStageReport(
-        num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows)
+        num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows), banked
     )
 
 
@@ -216,21 +223,10 @@ def measure_similarity_weight(
         num_queries=num_queries or WEIGHING_QUERIES,
         similarity_weights=SIMILARITY_WEIGHTS,
         max_length=max_length,
-        similarity_in_sums=partial(_of_pairs, encoder),
+        similarity_in_sums=encoder.similarities_in_scores,
     )
     scorer.model.config.similarity_weight = report.best.similarity_weight
     return report
-
-
-@torch.inference_mode()
-def _of_pairs(encoder: UnicoderVLDualEncoder, texts: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Computes the similarities that a score holds after text layers, from which a query bank is subtracted."""
-    prepare = encoder.first_stage.texts_of_pairs, encoder.first_stage.images_of_pairs
-    of_texts, of_images = (
-        torch.cat([each(part.to(encoder.model.device)) for part in torch.from_numpy(given).split(1024)])
-        for each, given in zip(prepare, (texts, images), strict=True)
-    )
-    return (of_texts @ of_images.T).cpu().numpy()
 
 
 def describe_weight(report: TwoStageReport) -> str:
