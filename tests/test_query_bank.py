@@ -75,7 +75,10 @@ def test_it_is_saved_with_the_model_and_left_by_another_training(tmp_path):
     )
     batch = paired(tiny.padded_batch())
     torch.testing.assert_close(loaded(**batch).scores, model(**batch).scores)
-    without = UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path, query_bank_size=None)
+    without, report = UnicoderVLForImageTextRetrieval.from_pretrained(
+        tmp_path, query_bank_size=None, output_loading_info=True
+    )
+    assert not report["unexpected_keys"]
     assert without.first_stage.query_bank is None and without.config.query_bank_size is None
     other = UnicoderVLForImageTextRetrieval.from_pretrained(
         tmp_path, query_bank_size=None, matching_head="unicoder_vl", projection_dim=None
@@ -100,7 +103,9 @@ def test_the_weight_is_measured_by_the_similarity_that_is_folded():
     model.fold_similarity_weight(30.0)
     by_score = measure_similarity_weight(encoder, scorer, rows).rows[1].metrics
     assert by_score == measured[30.0] != measured[0.0]
+    known = encoder.identity()
     model.first_stage.query_bank = None
+    assert encoder.identity() == known  # an index of what is embedded stays good
     assert measure_similarity_weight(encoder, scorer, rows).with_query_bank is None
 
 
