@@ -664,7 +664,10 @@ def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path):
     distinct = list(dict.fromkeys(captions))
     kept = encoder.embed_captions([distinct[i * len(distinct) // 9] for i in range(9)])
     np.testing.assert_allclose(model.first_stage.query_bank.texts.numpy(), kept, atol=1e-6)
-    assert len(model.first_stage.query_bank.images.unique(dim=0)) == 9
+    setup.query_bank = 1000
+    setup.measure_similarity_weight()
+    images = set(setup.train.pairs[:]["image_id"].to_pylist())
+    assert model.config.query_bank_size == [len(distinct), len(images)] and len(images) < len(captions)
     model.save_pretrained(tmp_path / "after")
     processor.save_pretrained(tmp_path / "after")
     again = prepare_retrieval(
