@@ -63,7 +63,8 @@ NARROW_INITIALIZER = 0.08
 RANDOM_NEGATIVES = 1 / 3
 HIDDEN = 0.15
 # What is tried on a CPU in half an hour, see docs/results.md: a BERT that reads words alone.
-WORDS = {"num_joint_layers": 2, "joint_dropout_prob": 0.3, "num_hard_negatives": 2, "epochs": 4, "batch_size": 128}
+WORDS = {"num_joint_layers": 2, "joint_dropout_prob": 0.2, "num_hard_negatives": 2, "epochs": 4, "batch_size": 128}
+WORDS_RANDOM_NEGATIVES = 1 / 4  # an epoch
 WORDS_RATES = {"bert": 3e-5, "new": 5e-4}
 WEIGHTS = (0, 5, 10, 20, 30, 50, 100, 300)  # of the similarity
 Batch = dict[str, torch.Tensor]
@@ -389,15 +390,7 @@ class Proof:
             model = UnicoderVLForImageTextRetrieval.from_pretrained(
                 self.folder / "pretrained", projection_dim=256, dtype=torch.float32
             )
-        loss = HardNegativeLoss(GroupSoftmaxLoss())
-
-        def loss_of(model, rows, generator, done):
-            batch = retrieval_batch(self.inputs, rows, generator, HIDDEN)
-            if done < RANDOM_NEGATIVES:
-                shape, device = batch["mismatches"].shape, rows.device
-                batch["hardness"] = torch.rand(shape, device=device, generator=generator)
-            return loss(model, batch), {}
-
+        loss_of = self._retrieval_loss(HardNegativeLoss(GroupSoftmaxLoss()), HIDDEN, RANDOM_NEGATIVES)
         rate = 5e-5 if self.size == "base" else 2e-4
         found = train(self.plan, self.folder, "fine-tuning", model.to(self.plan.device), self.inputs, loss_of, rate)
         model.config.first_stage_trained = True
@@ -410,6 +403,7 @@ class Proof:
             str(self.bert), dtype=torch.float32, num_hidden_layers=depth + WORDS["num_joint_layers"],
             num_text_layers=depth, matching_head="similarity", projection_dim=256,
             joint_dropout_prob=WORDS["joint_dropout_prob"], initializer_range=NARROW_INITIALIZER,
+            similarity_in_training=False,
             region_feature_dim=self.inputs.regions["region_features"].shape[-1],
         )  # fmt: skip
         embed = model.bert.embeddings
@@ -419,10 +413,7 @@ class Proof:
         others = {id(of) for of in known}
         new = [of for of in model.parameters() if id(of) not in others]
         loss = HardNegativeLoss(GroupSoftmaxLoss(), num_hard_negatives=WORDS["num_hard_negatives"])
-
-        def loss_of(model, rows, generator, done):
-            return loss(model, retrieval_batch(self.inputs, rows, generator, 0.0)), {}
-
+        loss_of = self._retrieval_loss(loss, hidden=0.0, random=WORDS_RANDOM_NEGATIVES)
         plan = replace(self.plan, batch_size=min(self.plan.batch_size, WORDS["batch_size"]))
         rates = {WORDS_RATES["bert"]: known, WORDS_RATES["new"]: new}
         model.to(plan.device)
@@ -431,17 +422,48 @@ class Proof:
         model.save_pretrained(self.folder / "trained")
         return found
 
+    def _retrieval_loss(self, loss: HardNegativeLoss, hidden: float, random: float) -> Callable[..., Any]:
+        """Makes the loss of fine-tuning, in whose first steps, of this share, hard negatives are drawn at random."""
+
+        def loss_of(model, rows, generator, done):
+            batch = retrieval_batch(self.inputs, rows, generator, hidden)
+            if done < random:
+                shape, device = batch["mismatches"].shape, rows.device
+                batch["hardness"] = torch.rand(shape, device=device, generator=generator)
+            return loss(model, batch), {}
+
+        return loss_of
+
     def folding(self) -> dict[str, Any]:
-        """Chooses, by the validation split, how much the pair's own state may add to the first stage's logit."""
-        captions, image_ids, right = self.inputs.test("val")
+        """
+        Keeps the training split as the bank of queries, and chooses, by the validation split, how much the pair's own
+        state may add to the first stage's logit.
+        """
         model = self.load("trained")
+        captions, image_ids, _ = self.inputs.test("train")
+        model.set_query_bank(*map(torch.from_numpy, self._embedded(model, captions, image_ids)))
+        model.save_pretrained(self.folder / "trained")
+        captions, image_ids, right = self.inputs.test("val")
         scores = self.scorer(name="trained").score(captions, image_ids)
-        similarities = self.embed_captions(model, captions) @ self.embed_images(model, image_ids).T
+        texts, images = self._embedded(model, captions, image_ids)
+        alone = texts @ images.T
+        with torch.inference_mode():
+            stage, device = model.first_stage, self.plan.device
+            of_pairs = (
+                torch.cat([prepare(part.to(device)) for part in torch.from_numpy(of).split(1024)])
+                for prepare, of in ((stage.texts_of_pairs, texts), (stage.images_of_pairs, images))
+            )
+            similarities = torch.matmul(next(of_pairs), next(of_pairs).T).cpu().numpy()
         sums = {w: recall_sum(measured(scores + w * similarities, right, intervals=False)) for w in WEIGHTS}
         weight = max(sums, key=sums.__getitem__)
         model.fold_similarity_weight(weight)
         model.save_pretrained(self.folder / "fine-tuned")
-        return {"weight": weight, "recall_sums": sums, "first stage": recall_sum(measured(similarities, right, False))}
+        without = {"first stage": alone, "first stage and query bank": similarities}
+        without = {name: recall_sum(measured(of, right, intervals=False)) for name, of in without.items()}
+        return {"weight": weight, "recall_sums": sums, **without}
+
+    def _embedded(self, model, captions: Sequence[str], image_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return self.embed_captions(model, captions), self.embed_images(model, image_ids)
 
     def load(self, name: str = "fine-tuned") -> UnicoderVLForImageTextRetrieval:
         model = UnicoderVLForImageTextRetrieval.from_pretrained(self.folder / name, dtype=torch.float32)

@@ -151,13 +151,17 @@ def test_a_bert_that_reads_words_alone(proof, packed, tmp_path, capsys):
     )
     depth = BertConfig.from_pretrained(packed / "bert").num_hidden_layers
     assert (folded.config.num_hidden_layers, folded.config.num_text_layers) == (depth + 2, depth)
-    assert folded.config.joint_dropout_prob == 0.3 and folded.config.similarity_weight == 0
+    assert folded.config.joint_dropout_prob == 0.2 and folded.config.similarity_weight == 0
+    inputs = proof.Inputs(tmp_path / "inputs", "cpu")
+    captions, image_ids, _ = inputs.test("train")
+    assert folded.config.query_bank_size == [len(captions), len(image_ids)] and not folded.config.similarity_in_training
+    assert found["folding"]["first stage"] != found["folding"]["first stage and query bank"]
     scale = trained.first_stage.logit_scale.exp()
     torch.testing.assert_close(
         folded.matching_head.weight, trained.matching_head.weight * scale / (scale + float(weight))
     )
     before = BertModel.from_pretrained(tmp_path / "inputs" / "bert").embeddings.word_embeddings.weight.float()
-    aligned = proof.Inputs(tmp_path / "inputs", "cpu").aligned["weight"]
+    aligned = inputs.aligned["weight"]
     moved = [
         (was - now).abs().max().item()
         for was, now in (
