@@ -25,6 +25,8 @@ CAPTIONS = ["a dog runs .", "a cat sleeps", "the dog on the grass", "a cat runs 
 LOSSES = [HardestNegativeLoss(0.5), SumOfNegativesLoss(), GroupSoftmaxLoss(), BinaryMatchingLoss(), ContrastiveLoss()]
 LOSSES += [TwoStageLoss(SumOfNegativesLoss(), 0.5), HardNegativeLoss(GroupSoftmaxLoss())]
 
+TEXT_LAYERS = {"num_text_layers": 1, "matching_head": "similarity"}
+
 
 def main(arguments: list[str]):
     (path,) = arguments
@@ -39,13 +41,13 @@ def main(arguments: list[str]):
         wrapping = DistributedDataParallelKwargs(find_unused_parameters=looks_for_unused)
         accelerator = Accelerator(cpu=True, kwargs_handlers=[wrapping])
         mine = halves[accelerator.process_index :: accelerator.num_processes]
-        for loss in LOSSES:
+        for loss, config in [*((each, {}) for each in LOSSES), *((each, TEXT_LAYERS) for each in LOSSES[-3:])]:
             projection_dim = 4 if isinstance(loss, ContrastiveLoss | TwoStageLoss) else None
             torch.manual_seed(1)
-            plain = UnicoderVLForImageTextRetrieval(tiny.config(projection_dim=projection_dim)).eval()
+            plain = UnicoderVLForImageTextRetrieval(tiny.config(projection_dim=projection_dim, **config)).eval()
             model = accelerator.prepare(plain)
             for batch in mine:
                 accelerator.backward(loss(model, batch) / len(mine))
             gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
-            found[f"{loss}, {looks_for_unused=}"] = gradients
+            found[f"{loss}, {config}, {looks_for_unused=}"] = gradients
     torch.save(found, f"{path}-{accelerator.process_index}")

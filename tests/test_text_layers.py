@@ -13,6 +13,7 @@ from unicoder_vl_hf.data.negatives import PairsWithNegatives
 from unicoder_vl_hf.runs.arguments import parse_arguments
 from unicoder_vl_hf.scoring.checkpoints import scoring_settings
 from unicoder_vl_hf.scoring.explanation import explain
+from unicoder_vl_hf.tasks.retrieval.losses import GroupSoftmaxLoss, HardNegativeLoss, contrastive_loss
 from unicoder_vl_hf.tasks.retrieval.run import RetrievalTrainer
 from unicoder_vl_hf.tasks.retrieval.training import RetrievalArguments, RetrievalSetup
 
@@ -127,6 +128,39 @@ def test_a_caption_passes_the_text_layers_once(padding_free):
     model(**paired(tiny.padded_batch()), first_stage_captions=every, first_stage_images=every)
     words, regions = sum(tiny.TEXT_LENGTHS), sum(tiny.NUM_REGIONS[:3])
     assert seen == ([words, words, 3 * words + 4 * regions] if padding_free else [4 * 7, 4 * 7, 12 * 11])
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_loss_of_both_stages_passes_them_once(padding_free):
+    """And its gradients are those of one call that is told the pairs."""
+    seen: list[int] = []
+    batch = tiny.padded_batch()
+    batch |= {"caption_index": torch.arange(3), "image_index": torch.arange(3), "group_ids": torch.arange(3)}
+    batch |= {"labels": torch.ones(3, dtype=torch.long), "mismatches": ~torch.eye(3, dtype=torch.bool)}
+    model = similarity_model(num_hidden_layers=3, num_text_layers=2, padding_free=padding_free)
+    model.bert.encoder.layer[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    HardNegativeLoss(GroupSoftmaxLoss(), num_hard_negatives=2)(model, batch).backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    assert seen == [1]
+    model.zero_grad()
+    index = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    # Of three matches, two mismatches each way: each group has a match's own row and column.
+    pairs = torch.cat([index[(index[:, 0] == number) | (index[:, 1] == number)] for number in range(3)])
+    groups = torch.arange(3).repeat_interleave(5)
+    inputs = {name: batch[name] for name in tiny.padded_batch()}
+    every = torch.arange(3)
+    outputs = model(
+        **inputs,
+        caption_index=pairs[:, 0],
+        image_index=pairs[:, 1],
+        first_stage_captions=every,
+        first_stage_images=every,
+    )
+    labels = (pairs[:, 0] == pairs[:, 1]).long()
+    loss = GroupSoftmaxLoss().of_scores(outputs.scores, labels, groups, pairs[:, 0], pairs[:, 1])
+    (loss + contrastive_loss(outputs.first_stage_logits, batch["mismatches"])).backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_pretraining_reads_hidden_regions_by_them_too():

@@ -151,6 +151,8 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
         first_stage_logits (`torch.Tensor` of shape `(len(first_stage_captions), len(first_stage_images))`, *optional*):
             Similarity of each of these captions with each of these images by the first stage of a search, over its
             learned temperature, float32.
+        word_states (`torch.Tensor` of shape `(num_captions, sequence_length, hidden_size)`, *optional*):
+            What the text layers, if there are any, made of the captions, returned with `first_stage_logits`.
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
             The states and weights of the layers, as in [`UnicoderVLForPreTrainingOutput`].
     """
@@ -159,6 +161,7 @@ class UnicoderVLForImageTextRetrievalOutput(ModelOutput):
     matching_logits: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     first_stage_logits: torch.Tensor | None = None
+    word_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -2203,7 +2206,9 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         return self.first_stage
 
     @can_return_tuple
-    @auto_docstring(custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + RETRIEVAL_LABELS_DOCSTRING)
+    @auto_docstring(
+        custom_args=INPUTS_DOCSTRING + PAIRING_DOCSTRING + RETRIEVAL_LABELS_DOCSTRING + WORD_STATES_DOCSTRING
+    )
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -2221,6 +2226,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         labels: torch.LongTensor | None = None,
         first_stage_captions: torch.LongTensor | None = None,
         first_stage_images: torch.LongTensor | None = None,
+        word_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UnicoderVLForImageTextRetrievalOutput:
         if region_features is None:
@@ -2245,9 +2251,10 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         text: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         regions: Any = (region_features, region_locations, region_attention_mask)
         by_similarity = self.config.matching_head == "similarity"
-        first_stage_logits = similarity = word_states = None
+        first_stage_logits = similarity = None
         if self.config.num_text_layers:  # what they give serves the first stage and the pairs
-            word_states = self.bert.encode_words(*text, **kwargs)
+            if word_states is None:
+                word_states = self.bert.encode_words(*text, **kwargs)
             if first_stage_captions is not None or by_similarity:
                 first_stage = self._first_stage()
                 texts = first_stage.embed_text(_masked_mean(word_states.float(), attention_mask))
@@ -2301,6 +2308,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
             matching_logits=matching_logits,
             scores=scores,
             first_stage_logits=first_stage_logits,
+            word_states=None if first_stage_captions is None or not self.config.num_text_layers else word_states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -186,9 +186,9 @@ class ContrastiveLoss:
         _check_positive("weight", self.weight)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        logits, no_scores = _first_stage_alone(model, batch, *_matches(batch)[1:])
+        outputs = _first_stage_alone(model, batch, *_matches(batch)[1:])
         # 0, of no pair: its graph gives the matching head, too, the gradient that DistributedDataParallel waits for.
-        return self.weight * contrastive_loss(logits, batch["mismatches"]) + no_scores.sum()
+        return self.weight * contrastive_loss(outputs.first_stage_logits, batch["mismatches"]) + outputs.scores.sum()
 
 
 @dataclass(frozen=True)
@@ -244,11 +244,8 @@ class HardNegativeLoss(TwoStageLoss):
         _columns(batch, _OF_GROUPS)
         matches, captions, images = _matches(batch)
         group_of_match = batch["group_ids"][matches]
-        # A model with text layers passes its captions once for both stages, in the call that scores.
-        unwrapped: Any = getattr(model, "module", model)
-        twice = unwrapped.config.num_text_layers == 0
-        with torch.set_grad_enabled(twice and torch.is_grad_enabled()):
-            logits, _ = _first_stage_alone(model, batch, captions, images)
+        first_stage = _first_stage_alone(model, batch, captions, images)
+        logits = first_stage.first_stage_logits
         hardness = batch.get("hardness", logits)
         found: Sequence[torch.Tensor] = hard_negatives(hardness, batch["mismatches"], self.num_hard_negatives)
         if self.scored_ratio < 1:
@@ -263,12 +260,12 @@ class HardNegativeLoss(TwoStageLoss):
             "image_index": images[image],
         }
         pairs = {**batch, **{name: torch.cat((batch[name], tensor)) for name, tensor in more.items()}}
-        if twice:
-            # No row for the first stage: so this graph holds all parameters, too, and DistributedDataParallel takes
-            # none for unused that the call before has used.
-            captions = images = label.new_zeros(0)
-        outputs = model(**_inputs(pairs), first_stage_captions=captions, first_stage_images=images)
-        contrastive = contrastive_loss(logits if twice else outputs.first_stage_logits, batch["mismatches"])
+        # Text layers have read the captions. No row for the first stage: so this graph holds all parameters, too, and
+        # DistributedDataParallel takes none for unused that the call before has used.
+        none = label.new_zeros(0)
+        words = {} if first_stage.word_states is None else {"word_states": first_stage.word_states}
+        outputs = model(**_inputs(pairs), **words, first_stage_captions=none, first_stage_images=none)
+        contrastive = contrastive_loss(logits, batch["mismatches"])
         return (
             self.groups.of_scores(outputs.scores, *_columns(pairs, _OF_GROUPS)) + self.contrastive_weight * contrastive
         )
@@ -343,12 +340,11 @@ def _matches(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
 
 def _first_stage_alone(
     model: nn.Module, batch: Mapping[str, torch.Tensor], captions: torch.Tensor, images: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the logits of these captions with each of these images, and the scores of no pair, `(0,)`."""
+) -> Any:
+    """Calls the model for the logits of these captions with each of these images, and the scores of no pair, `(0,)`."""
     none = captions.new_zeros(0)
     no_pair = {**_inputs(batch), "caption_index": none, "image_index": none}
-    outputs = model(**no_pair, first_stage_captions=captions, first_stage_images=images)
-    return outputs.first_stage_logits, outputs.scores
+    return model(**no_pair, first_stage_captions=captions, first_stage_images=images)
 
 
 def _columns(batch: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
