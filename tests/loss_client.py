@@ -41,7 +41,7 @@ def main(arguments: list[str]):
         wrapping = DistributedDataParallelKwargs(find_unused_parameters=looks_for_unused)
         accelerator = Accelerator(cpu=True, kwargs_handlers=[wrapping])
         mine = halves[accelerator.process_index :: accelerator.num_processes]
-        for loss, config in [*((each, {}) for each in LOSSES), *((each, TEXT_LAYERS) for each in LOSSES[-3:])]:
+        for loss, config in [*((each, {}) for each in LOSSES), *((each, TEXT_LAYERS) for each in LOSSES[-2:])]:
             projection_dim = 4 if isinstance(loss, ContrastiveLoss | TwoStageLoss) else None
             torch.manual_seed(1)
             plain = UnicoderVLForImageTextRetrieval(tiny.config(projection_dim=projection_dim, **config)).eval()

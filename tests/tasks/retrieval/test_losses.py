@@ -266,7 +266,7 @@ def test_two_processes_equal_one(tmp_path):
     assert process.returncode == 0, output
     assert output.count("loss_client: world size 2") == 2, output
     expected = torch.load(f"{alone}-0")
-    assert len(expected) == 20
+    assert len(expected) == 18
     for rank in range(2):
         found = torch.load(f"{shared}-{rank}")
         for loss, gradients in expected.items():
