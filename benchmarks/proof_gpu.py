@@ -449,11 +449,9 @@ class Proof:
         alone = texts @ images.T
         with torch.inference_mode():
             stage, device = model.first_stage, self.plan.device
-            of_pairs = (
-                torch.cat([prepare(part.to(device)) for part in torch.from_numpy(of).split(1024)])
-                for prepare, of in ((stage.texts_of_pairs, texts), (stage.images_of_pairs, images))
-            )
-            similarities = torch.matmul(next(of_pairs), next(of_pairs).T).cpu().numpy()
+            of_texts = stage.texts_of_pairs(torch.from_numpy(texts).to(device))
+            of_images = stage.images_of_pairs(torch.from_numpy(images).to(device))
+            similarities = (of_texts @ of_images.T).cpu().numpy()
         sums = {w: recall_sum(measured(scores + w * similarities, right, intervals=False)) for w in WEIGHTS}
         weight = max(sums, key=sums.__getitem__)
         model.fold_similarity_weight(weight)

@@ -9,7 +9,9 @@ from test_matching_head import similarity_model
 from test_text_layers import paired
 
 from unicoder_vl_hf import ImageTextScorer, UnicoderVLForImageTextRetrieval
+from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLQueryBank
 from unicoder_vl_hf.scoring.checkpoints import scoring_digest
+from unicoder_vl_hf.scoring.explanation import parts_of_similarity
 from unicoder_vl_hf.scoring.packed import fingerprint
 from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder
 from unicoder_vl_hf.tasks.retrieval.two_stage_report import measure_similarity_weight
@@ -26,20 +28,27 @@ def banked(**changes):
 
 @pytest.mark.parametrize("padding_free", [False, True])
 @torch.no_grad()
-def test_a_score_is_less_by_how_near_caption_and_image_are_to_all(padding_free):
-    model, texts, images = banked(padding_free=padding_free)
-    plain = similarity_model(num_hidden_layers=3, num_text_layers=2, padding_free=padding_free)
+def test_a_score_is_less_by_how_near_caption_and_image_are_to_all(padding_free, monkeypatch):
+    changes = {"padding_free": padding_free, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, texts, images = banked(**changes)
+    plain = similarity_model(num_hidden_layers=3, num_text_layers=2, **changes)
     batch, names = tiny.padded_batch(), ("region_features", "region_locations", "region_attention_mask")
     pairs = paired(batch)
     captions = model.encode_text(batch["input_ids"], batch["attention_mask"])
     shown = model.encode_image(*(batch[name] for name in names))
     near_images = torch.tensor([(20 * images @ caption).exp().sum().log() / 20 for caption in captions])
     near_texts = torch.tensor([(20 * texts @ image).exp().sum().log() / 20 for image in shown])
-    less = near_images[pairs["caption_index"]] + near_texts[pairs["image_index"]]
+    usual = torch.cat([(20 * text @ images.T).exp().sum().log()[None] / 20 for text in texts]).mean()
+    usual += torch.cat([(20 * image @ texts.T).exp().sum().log()[None] / 20 for image in images]).mean()
+    less = near_images[pairs["caption_index"]] + near_texts[pairs["image_index"]] - usual
     scale = model.first_stage.logit_scale.exp()
     found, without = model(**pairs).scores, plain(**pairs).scores
     torch.testing.assert_close(found, without - scale * less, rtol=0, atol=1e-4)
     assert near_images.std() > 1e-3 and near_texts.std() > 1e-3
+    monkeypatch.setattr(UnicoderVLQueryBank, "similarities_at_once", 6)  # two rows at a time, or one
+    torch.testing.assert_close(model(**pairs).scores, found)
+    torch.testing.assert_close(model.train()(**pairs).scores, plain.train()(**pairs).scores)  # in training it rests
+    model.eval()
     # The first stage proposes as it did.
     torch.testing.assert_close(captions, plain.encode_text(batch["input_ids"], batch["attention_mask"]))
 
@@ -107,6 +116,39 @@ def test_the_weight_is_measured_by_the_similarity_that_is_folded():
     model.first_stage.query_bank = None
     assert encoder.identity() == known  # an index of what is embedded stays good
     assert measure_similarity_weight(encoder, scorer, rows).with_query_bank is None
+
+
+def test_an_explanation_shares_out_the_score_that_it_explains():
+    """What the positions add, by gradient x state, is that of the logit less what the bank takes."""
+    model, *_ = banked()
+    plain = similarity_model(num_hidden_layers=3, num_text_layers=2)
+    states = torch.randn(7, model.config.hidden_size)
+    found, without = (parts_of_similarity(each.first_stage, states, 4) for each in (model, plain))
+    words, regions = states[:4].requires_grad_(), states[4:].requires_grad_()
+    stage = model.first_stage
+    weights = stage.weights_of_regions(regions[None], None)[0].detach()
+    text, image = stage.embed_text(words.mean(0)[None]), stage.embed_image((weights @ regions)[None])
+    scale, bank = stage.logit_scale.exp(), stage.query_bank
+    logit = scale * (text * image).sum() - scale * (bank.nearness_to_images(text) + bank.nearness_to_texts(image)).sum()
+    wanted = torch.cat(
+        [of * grad for of, grad in zip((words, regions), torch.autograd.grad(logit, (words, regions)), strict=True)]
+    )
+    torch.testing.assert_close(found, wanted.sum(-1), rtol=1e-3, atol=1e-5)
+    assert (found - without).abs().max() > 0.01
+
+
+def test_scores_keep_their_zero():
+    """Or sigmoid(score), by which calibration and mining read them, would say nothing."""
+    model, texts, images = banked()
+    bank = model.first_stage.query_bank
+    for near in (bank.nearness_to_images(texts), bank.nearness_to_texts(images)):
+        assert near.mean().abs() < 1e-6 < near.std()
+    model.config.calibration, model.config.similarity_weight = {"temperature": 1.0}, 3.0
+    model.set_query_bank(texts, images)
+    assert model.config.calibration is None and model.config.similarity_weight is None
+    model.config.calibration = {"temperature": 1.0}
+    model.fold_similarity_weight(1.0)
+    assert model.config.calibration is None
 
 
 def test_what_does_not_fit_is_refused():

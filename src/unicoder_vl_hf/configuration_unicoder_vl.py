@@ -210,7 +210,7 @@ class UnicoderVLConfig(PreTrainedConfig):
                 raise ValueError(
                     f"query_bank_size={sizes} needs matching_head='similarity' and num_text_layers of at least 1, got "
                     f"{self.matching_head!r} and {self.num_text_layers}: of these the scores hold the first stage's "
-                    "logit, from which it is subtracted."
+                    "logit, from which it is subtracted. For another head load the model with query_bank_size=None."
                 )
         kinds = {
             "region_embedding": ("unicoder_vl", "uniter", "visual_bert"),

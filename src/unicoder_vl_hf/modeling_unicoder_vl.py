@@ -1062,30 +1062,46 @@ class UnicoderVLQueryBank(nn.Module):
     """
     Holds embeddings of training captions and images, of the numbers `config.query_bank_size`, and says how near an
     embedding is to all of the other side: the log-sum-exp of 20 times its similarities, divided by 20 (the inverted
-    softmax of QB-Norm, Bogolin et al., CVPR 2022).
+    softmax of QB-Norm, Bogolin et al., CVPR 2022), less what that is for those of the bank on average, so that scores
+    keep their zero.
     """
 
     inverse_temperature = 20.0
+    similarities_at_once = 2**25
     texts: torch.Tensor
     images: torch.Tensor
+    text_mean: torch.Tensor
+    image_mean: torch.Tensor
 
     def __init__(self, sizes: Sequence[int], projection_dim: int):
         super().__init__()
         self.register_buffer("texts", torch.zeros(sizes[0], projection_dim))
         self.register_buffer("images", torch.zeros(sizes[1], projection_dim))
+        self.register_buffer("text_mean", torch.zeros(1))
+        self.register_buffer("image_mean", torch.zeros(1))
+
+    @torch.no_grad()
+    def fill(self, texts: torch.Tensor, images: torch.Tensor) -> None:
+        """Takes the embeddings of the bank, and measures how near its own are to the other side on average."""
+        self.texts.copy_(texts)
+        self.images.copy_(images)
+        self.text_mean.copy_(self._nearness(self.texts, self.images).mean())
+        self.image_mean.copy_(self._nearness(self.images, self.texts).mean())
 
     def nearness_to_images(self, texts: torch.Tensor) -> torch.Tensor:
         """Says how near texts, `(num_texts, projection_dim)`, are to the images of the bank: `(num_texts, 1)`."""
-        return self._nearness(texts, self.images)
+        return self._nearness(texts, self.images) - self.text_mean.float()
 
     def nearness_to_texts(self, images: torch.Tensor) -> torch.Tensor:
         """Says how near images, `(num_images, projection_dim)`, are to the texts of the bank: `(num_images, 1)`."""
-        return self._nearness(images, self.texts)
+        return self._nearness(images, self.texts) - self.image_mean.float()
 
     def _nearness(self, embeddings: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
         with maybe_autocast(device_type=embeddings.device.type, enabled=False):
-            logits = self.inverse_temperature * embeddings.float() @ bank.float().T
-            return logits.logsumexp(-1, keepdim=True) / self.inverse_temperature
+            scaled, bank = self.inverse_temperature * embeddings.float(), bank.float()
+            rows = max(1, self.similarities_at_once // len(bank))
+            parts = (scaled,) if is_tracing() else scaled.split(rows)
+            return torch.cat([(part @ bank.T).logsumexp(-1, keepdim=True) for part in parts]) / self.inverse_temperature
 
 
 class UnicoderVLFirstStage(nn.Module):
@@ -1174,7 +1190,8 @@ class UnicoderVLFirstStage(nn.Module):
 
     def logits_of_means(self, means: torch.Tensor) -> torch.Tensor:
         """Computes `pair_logits` given the mean states of each text and its image, `(num_pairs, 2, hidden_size)`."""
-        return self.pair_logits(self.embed_text(means[:, 0]), self.embed_image(means[:, 1]))
+        texts, images = self.embed_text(means[:, 0]), self.embed_image(means[:, 1])
+        return self.pair_logits(self.texts_of_pairs(texts), self.images_of_pairs(images))
 
     def _scale(self) -> torch.Tensor:
         return self.logit_scale.float().clamp(max=math.log(100)).exp()
@@ -1259,6 +1276,9 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
             init.normal_(module.hidden_feature, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, UnicoderVLLocationProjection) and self.config.location_initializer_range is not None:
             init.normal_(module.weight, mean=0.0, std=self.config.location_initializer_range)
+        elif isinstance(module, UnicoderVLQueryBank):
+            for each in module.buffers():
+                init.zeros_(each)
         elif isinstance(module, UnicoderVLFirstStage):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
 
@@ -2151,7 +2171,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         """
         Keeps embeddings of training captions and images, by which scores tell what is near to everything: from the
         first stage's logit of a pair, which the score holds, is taken how near its caption is to these images, and its
-        image to these captions. Without it a few images are among the best of many captions, whatever these say.
+        image to these captions. Without it a few images are among the best of many captions, whatever these say. In
+        training mode it counts for nothing. A similarity weight and a calibration, of other scores, are dropped.
 
         Args:
             texts (`torch.Tensor` of shape `(num_texts, projection_dim)`): What `encode_text` gave for captions.
@@ -2173,8 +2194,9 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, expected (at least 1, {width}).")
         self.config.query_bank_size = [len(texts), len(images)]
         bank = UnicoderVLQueryBank(self.config.query_bank_size, width)
-        bank.load_state_dict({"texts": texts, "images": images})
-        first_stage.query_bank = bank.to(device=self.device, dtype=self.dtype)
+        bank.to(device=self.device, dtype=self.dtype).fill(texts, images)
+        first_stage.query_bank = bank
+        self.config.calibration = self.config.similarity_weight = None  # of other scores
 
     def fold_similarity_weight(self, weight: float) -> None:
         """
@@ -2195,7 +2217,7 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         with torch.no_grad():
             for parameter in self.matching_head.parameters():
                 parameter.mul_(scale / (scale + weight))
-        self.config.similarity_weight = 0.0
+        self.config.similarity_weight, self.config.calibration = 0.0, None  # which is of the scores before
 
     def _first_stage(self) -> UnicoderVLFirstStage:
         if self.first_stage is None:
@@ -2262,10 +2284,10 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
                 if first_stage_captions is not None:
                     first_stage_logits = first_stage.logits(texts[first_stage_captions], images[first_stage_images])
                 if by_similarity and (self.config.similarity_in_training or not self.training):
-                    similarity = first_stage.pair_logits(
-                        _pick_rows(first_stage.texts_of_pairs(texts), caption_index),
-                        _pick_rows(first_stage.images_of_pairs(images), image_index),
-                    )
+                    if not self.training:  # by a bank of embeddings that the training changes
+                        texts, images = first_stage.texts_of_pairs(texts), first_stage.images_of_pairs(images)
+                    of_pairs = _pick_rows(texts, caption_index), _pick_rows(images, image_index)
+                    similarity = first_stage.pair_logits(*of_pairs)
         elif first_stage_captions is not None:
             if position_ids is not None:  # of which one row may stand for all
                 source: Any = input_ids if inputs_embeds is None else inputs_embeds

@@ -7,7 +7,7 @@ and matching head run in float32. All of it is exact but for rounding.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import cast
@@ -146,7 +146,7 @@ class PairEncoder:
         rows = Rows.of(torch.cat(states), np.concatenate(lengths))
         if self.similarity is not None and self.config.num_text_layers:
             embeddings = self.similarity.embed_image(self.similarity.mean_of_regions(*self._padded(rows)))
-            rows.embeddings = _in_parts(self.similarity.images_of_pairs, embeddings)
+            rows.embeddings = self.similarity.images_of_pairs(embeddings)
         return rows
 
     def _encode_words(self, rows: Rows) -> Rows:
@@ -164,7 +164,7 @@ class PairEncoder:
             means[torch.from_numpy(batch)] = torch.segment_reduce(encoded.float(), "mean", lengths=of_batch)
         embeddings = None
         if self.similarity is not None:
-            embeddings = _in_parts(self.similarity.texts_of_pairs, self.similarity.embed_text(means))
+            embeddings = self.similarity.texts_of_pairs(self.similarity.embed_text(means))
         return Rows(states, rows.starts, rows.lengths, embeddings)
 
     def _padded(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,11 +201,6 @@ class PairEncoder:
             logits = self.matching_head(self.pooler(first.float()[:, None]), similarity)
             scores[batch] = (logits[:, 1] - logits[:, 0]).cpu().numpy()
         return scores
-
-
-def _in_parts(prepare: Callable[[torch.Tensor], torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
-    """Prepares some embeddings at a time: a query bank compares each with tens of thousands."""
-    return torch.cat([prepare(part) for part in embeddings.split(1024)])
 
 
 def groups_of(lengths: np.ndarray) -> list[tuple[int, int]]:

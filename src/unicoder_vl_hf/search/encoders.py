@@ -109,11 +109,9 @@ class UnicoderVLDualEncoder:
         Computes the similarities that scores hold after text layers, `(num_texts, num_images)`, float32, given what was
         embedded: the embeddings' product, less what a query bank takes from it.
         """
-        prepare = self.first_stage.texts_of_pairs, self.first_stage.images_of_pairs
-        of_texts, of_images = (
-            torch.cat([each(part.to(self.model.device)) for part in torch.from_numpy(given).split(1024)])
-            for each, given in zip(prepare, (texts, images), strict=True)
-        )
+        device = self.model.device
+        of_texts = self.first_stage.texts_of_pairs(torch.from_numpy(texts).to(device))
+        of_images = self.first_stage.images_of_pairs(torch.from_numpy(images).to(device))
         return (of_texts @ of_images.T).cpu().numpy()
 
     def identity(self) -> dict[str, str]:

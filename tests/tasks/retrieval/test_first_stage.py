@@ -623,7 +623,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
             prepare_retrieval(RetrievalArguments(**options, **wrong), world.parent / "run", seed=0)
 
 
-def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path):
+def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path, monkeypatch):
     """And the embeddings of training captions and images become the bank of queries at the end."""
     options = {"captions": str(world / "captions.jsonl"), "regions": str(world / "regions"), "contrastive_weight": 1.0}
     bert = str(world.parent / "bert")
@@ -634,6 +634,10 @@ def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path):
         tmp_path,
         seed=0,
     )
+    head = first.model.matching_head.weight.clone()
+    first.measure_similarity_weight()
+    assert first.model.config.similarity_weight is not None and "holds that sum" not in first.search
+    torch.testing.assert_close(first.model.matching_head.weight, head)  # all of which is yet to learn
     before = tmp_path / "first"
     first.model.save_pretrained(before)
     first.processor.save_pretrained(before)
@@ -668,6 +672,21 @@ def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path):
     setup.measure_similarity_weight()
     images = set(setup.train.pairs[:]["image_id"].to_pylist())
     assert model.config.query_bank_size == [len(distinct), len(images)] and len(images) < len(captions)
+    assert "less what is near to a bank of 80 training captions and 40 images" in setup.card["trained_by"]
+    assert "(similarity less the query bank's)" in setup.search and ", with the query bank " in setup.search
+    assert setup.facts == {"freeze_first_stage": True}
+    summed = []
+    monkeypatch.setattr(
+        UnicoderVLDualEncoder, "similarities_in_scores", lambda self, *of: summed.append(of) or np.zeros((20, 10))
+    )
+    evaluate_retrieval(model, processor, setup.collator.store, setup.weighing)
+    assert len(summed) == 1  # and not the embeddings' product, which the scores do not hold
+    monkeypatch.undo()
+    model.config.similarity_weight = None
+    setup.weighing = None
+    model.first_stage.query_bank = None
+    setup.measure_similarity_weight()  # no validation split: a bank all the same
+    assert model.first_stage.query_bank is not None and model.config.similarity_weight is None
     model.save_pretrained(tmp_path / "after")
     processor.save_pretrained(tmp_path / "after")
     again = prepare_retrieval(
@@ -685,3 +704,6 @@ def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path):
     paper = options | {"loss": None, "num_hard_negatives": 0, "contrastive_weight": 0.0}
     with pytest.raises(ValueError, match=r"query_bank=9 .*matching_head=similarity"):
         prepare_retrieval(RetrievalArguments(**paper), tmp_path, seed=0)
+    alone = options | {"loss": "none", "num_hard_negatives": 0}
+    with pytest.raises(ValueError, match=r"query_bank=9 .*another --loss than none"):
+        prepare_retrieval(RetrievalArguments(**alone), tmp_path, seed=0)

@@ -223,21 +223,25 @@ class RetrievalSetup(TrainingSetup):
     query_bank: int = 0
 
     def measure_similarity_weight(self) -> None:
-        """Measures the weight of the similarity for the model as it is, and notes it in its configuration and card."""
-        if self.weighing is None:
+        """
+        Measures the weight of the similarity for the model as it is, and notes it in its configuration and card. A
+        query bank, if one is asked for, is filled before, with or without a validation split.
+        """
+        if self.weighing is None and self.query_bank == 0:
             return
         max_length, store = self.collator.max_length, self.collator.store
         encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
-        scorer = ImageTextScorer(self.model, self.processor, store)
         if self.query_bank > 0:
-            captions, image_ids = self._drawn("caption"), self._drawn("image_id")
-            embeddings = encoder.embed_captions(captions), encoder.embed_images(image_ids)
+            embeddings = encoder.embed_captions(self._drawn("caption")), encoder.embed_images(self._drawn("image_id"))
             self.model.set_query_bank(*map(torch.from_numpy, embeddings))
+        if self.weighing is None:
+            return
+        scorer = ImageTextScorer(self.model, self.processor, store)
         held = _holds_first_stage(self.model.config)
         num_queries = FOLDING_QUERIES if held else None
         report = measure_similarity_weight(encoder, scorer, self.weighing, max_length, num_queries)
         self.search = describe_weight(report)
-        if held:
+        if held and not self.first_stage_alone:  # whose matching head is yet to learn, from all of its weight
             self.model.fold_similarity_weight(report.best.similarity_weight)
             self.search += " The score holds that sum now, so that a search orders by the score alone."
 
@@ -249,9 +253,15 @@ class RetrievalSetup(TrainingSetup):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The digest of the foils, if there are any."""
-        foils = self.train.foils
-        return {"foils": hashlib.sha256(repr(sorted(foils.items())).encode()).hexdigest()[:16]} if foils else {}
+        """The digest of the foils, if there are any, and whether the first stage stays, if so."""
+        foils, found = self.train.foils, {}
+        if foils:
+            found["foils"] = hashlib.sha256(repr(sorted(foils.items())).encode()).hexdigest()[:16]
+        return found | ({"freeze_first_stage": True} if self._first_stage_stays else {})
+
+    @property
+    def _first_stage_stays(self) -> bool:
+        return not any(weight.requires_grad for weight in first_stage_weights(self.model))
 
     @property
     def first_stage_alone(self) -> bool:
@@ -292,12 +302,16 @@ class RetrievalSetup(TrainingSetup):
             if self.collator.random_epochs > 0:
                 negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
-        if along and not any(weight.requires_grad for weight in first_stage_weights(self.model)):
+        if along and self._first_stage_stays:
             along = ", behind a first stage that stayed as it was"
         if self.model.config.matching_head == "similarity":
             along += ", by whose projections it scores pairs, too"
             if not self.model.config.similarity_in_training:
                 along += ", though not in training"
+        if self.model.config.query_bank_size is not None:
+            along += " less what is near to a bank of {:,} training captions and {:,} images".format(
+                *self.model.config.query_bank_size
+            )
         groups = " and ".join(["a match", *negatives])
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
 
@@ -349,10 +363,11 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         joint = model.bert.encoder.layer[model.config.num_text_layers or len(model.bert.encoder.layer) :]
         for unused in (model.matching_head, model.bert.pooler, *joint):
             unused.requires_grad_(False)
-    if arguments.query_bank > 0 and not _holds_first_stage(model.config):
+    if arguments.query_bank > 0 and (arguments.loss == "none" or not _holds_first_stage(model.config)):
         raise ValueError(
             f"query_bank={arguments.query_bank} is subtracted from the first stage's logit, which scores hold with "
-            "matching_head=similarity and text layers: give --matching_head similarity and --num_text_layers."
+            "matching_head=similarity and text layers: give --matching_head similarity, --num_text_layers, and another "
+            "--loss than none."
         )
     processor = load_processor(arguments, data)
     align_if_asked(arguments, model, processor, data)
@@ -505,11 +520,12 @@ def evaluate_retrieval(
         if not _holds_first_stage(model.config):
             return with_recall_sum(retrieval_metrics(scores, fold.image_of_caption))
     encoder = UnicoderVLDualEncoder(model, processor, store, "the model in training", max_length)
-    similarities = encoder.embed_captions(fold.captions) @ encoder.embed_images(fold.image_ids).T
+    texts, images = encoder.embed_captions(fold.captions), encoder.embed_images(fold.image_ids)
     if not by_first_stage:
+        similarities = encoder.similarities_in_scores(texts, images)
         sums = (scores + weight * similarities for weight in SIMILARITY_WEIGHTS)
         measured = [with_recall_sum(retrieval_metrics(each, fold.image_of_caption)) for each in sums]
         return max(measured, key=lambda metrics: metrics["recall_sum"])
-    metrics = with_recall_sum(retrieval_metrics(similarities, fold.image_of_caption))
+    metrics = with_recall_sum(retrieval_metrics(texts @ images.T, fold.image_of_caption))
     recall_sum = metrics.pop("recall_sum")
     return {f"first_stage_{name}": value for name, value in metrics.items()} | {"recall_sum": recall_sum}

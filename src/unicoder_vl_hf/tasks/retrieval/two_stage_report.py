@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def two_stage_report(
     scores_dir: str | os.PathLike[str] | None = None,
     similarity_weights: Sequence[float] = (0.0,),
     max_length: int = 44,
-    similarity_in_sums: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda texts, images: texts @ images.T,
+    weighs_query_bank: bool = False,
 ) -> TwoStageReport:
     """
     Measures recall of the first stage alone, and of the second among the best K of the first, for each K and each
@@ -129,9 +129,8 @@ def two_stage_report(
             there; the time is unknown if it went on.
         similarity_weights (sequence of `float`, *optional*, defaults to `(0.0,)`): Weights, see [`search`].
         max_length (`int`, *optional*, defaults to 44): Most tokens of a caption that is scored.
-        similarity_in_sums (callable, *optional*): What makes of the embeddings of captions and images the similarities
-            that are weighed, `(num_captions, num_images)`. Defaults to their product, by which the first stage
-            proposes.
+        weighs_query_bank (`bool`, *optional*, defaults to `False`): Whether the similarities that are weighed are less
+            what the model's query bank takes from them, as in its scores.
 
     Raises:
         `ValueError`: there is no K, or one below 1, no weight, or no query.
@@ -154,9 +153,11 @@ def two_stage_report(
     similarities = texts @ images.T
     alone = metrics_of(rank_queries(similarities, right_image))
     rows = [StageResult(0, 0.0, 0, time.perf_counter() - started, {}, alone)]
-    banked = None
+    weighed, with_bank = similarities, None
     if isinstance(encoder, UnicoderVLDualEncoder) and encoder.first_stage.query_bank is not None:
-        banked = metrics_of(rank_queries(encoder.similarities_in_scores(texts, images), right_image))
+        in_scores = encoder.similarities_in_scores(texts, images)
+        with_bank = metrics_of(rank_queries(in_scores, right_image))
+        weighed = in_scores if weighs_query_bank else similarities
 
     largest, by_caption, by_image = max(candidates), asked["image_retrieval"], asked["text_retrieval"]
     images_of, _ = nearest(texts[by_caption], images, largest)
@@ -171,7 +172,6 @@ def two_stage_report(
     )
     seconds = None if resumed else time.perf_counter() - started
 
-    weighed = similarity_in_sums(texts, images).flat[pairs]
     for count in sorted(candidates):
         chosen = {"image_retrieval": of_caption[:, :count], "text_retrieval": of_image[:, :count]}
         num_pairs = len(np.union1d(*chosen.values()))
@@ -182,7 +182,7 @@ def two_stage_report(
         ceiling = {direction: float(found.any(axis=1).mean()) for direction, found in hits.items()}
         share = None if seconds is None else seconds * num_pairs / len(pairs)
         for weight in similarity_weights:
-            sums = scores + weight * weighed
+            sums = scores + weight * weighed.flat[pairs]
             ranked: dict[str, QueryRanks] = {}
             for direction, numbers in chosen.items():
                 matrix = np.full(shape, -np.inf, dtype=np.float32)  # what is no candidate comes last
@@ -190,7 +190,7 @@ def two_stage_report(
                 ranked |= rank_queries(matrix, right_image, [direction])
             rows.append(StageResult(count, weight, num_pairs, share, ceiling, metrics_of(ranked)))
     return TwoStageReport(
-        num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows), banked
+        num_captions, num_images, {name: len(queries) for name, queries in asked.items()}, tuple(rows), with_bank
     )
 
 
@@ -223,7 +223,7 @@ def measure_similarity_weight(
         num_queries=num_queries or WEIGHING_QUERIES,
         similarity_weights=SIMILARITY_WEIGHTS,
         max_length=max_length,
-        similarity_in_sums=encoder.similarities_in_scores,
+        weighs_query_bank=True,
     )
     scorer.model.config.similarity_weight = report.best.similarity_weight
     return report
@@ -234,10 +234,14 @@ def describe_weight(report: TwoStageReport) -> str:
     alone, by_score, *_ = report.rows
     best, asked = report.best, report.num_queries
     tried = ", ".join(f"{row.similarity_weight:g}" for row in report.rows[1:])
+    similarity, bank = "similarity", ""
+    if (banked := report.with_query_bank) is not None:
+        similarity = "(similarity less the query bank's)"
+        bank = f", with the query bank {with_recall_sum(banked)['recall_sum']:.3f}"
     return (
-        f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} similarity. Of the weights "
+        f"Candidates of the first stage are ordered by score + {best.similarity_weight:g} {similarity}. Of the weights "
         f"{tried} this one has the highest sum of recalls on the validation split, {best.recall_sum:.3f} (by the score "
-        f"alone {by_score.recall_sum:.3f}, by the similarity alone {alone.recall_sum:.3f}): of "
+        f"alone {by_score.recall_sum:.3f}, by the similarity alone {alone.recall_sum:.3f}{bank}): of "
         f"{asked['image_retrieval']:,} captions and {asked['text_retrieval']:,} images, each with up to "
         f"{best.candidates} candidates among {report.num_images:,} images and {report.num_captions:,} captions."
     )
