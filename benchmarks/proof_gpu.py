@@ -448,10 +448,8 @@ class Proof:
         texts, images = self._embedded(model, captions, image_ids)
         alone = texts @ images.T
         with torch.inference_mode():
-            stage, device = model.first_stage, self.plan.device
-            of_texts = stage.texts_of_pairs(torch.from_numpy(texts).to(device))
-            of_images = stage.images_of_pairs(torch.from_numpy(images).to(device))
-            similarities = (of_texts @ of_images.T).cpu().numpy()
+            given = (torch.from_numpy(of).to(self.plan.device) for of in (texts, images))
+            similarities = model.first_stage.similarities_in_scores(*given).cpu().numpy()
         sums = {w: recall_sum(measured(scores + w * similarities, right, intervals=False)) for w in WEIGHTS}
         weight = max(sums, key=sums.__getitem__)
         model.fold_similarity_weight(weight)

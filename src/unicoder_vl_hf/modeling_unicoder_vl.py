@@ -1180,6 +1180,13 @@ class UnicoderVLFirstStage(nn.Module):
         near = self.query_bank.nearness_to_texts(embeddings)
         return torch.cat((embeddings, torch.ones_like(near), -near), dim=-1)
 
+    def similarities_in_scores(self, texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """
+        Computes the similarities that scores hold after text layers, `(num_texts, num_images)`, given embeddings: their
+        product, less what a query bank takes from it.
+        """
+        return self.texts_of_pairs(texts) @ self.images_of_pairs(images).T
+
     def pair_logits(self, texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """
         Divides the similarity of each text with its own image by the temperature: `(num_pairs,)`, given what

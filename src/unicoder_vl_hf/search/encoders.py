@@ -109,10 +109,8 @@ class UnicoderVLDualEncoder:
         Computes the similarities that scores hold after text layers, `(num_texts, num_images)`, float32, given what was
         embedded: the embeddings' product, less what a query bank takes from it.
         """
-        device = self.model.device
-        of_texts = self.first_stage.texts_of_pairs(torch.from_numpy(texts).to(device))
-        of_images = self.first_stage.images_of_pairs(torch.from_numpy(images).to(device))
-        return (of_texts @ of_images.T).cpu().numpy()
+        given = (torch.from_numpy(of).to(self.model.device) for of in (texts, images))
+        return self.first_stage.similarities_in_scores(*given).cpu().numpy()
 
     def identity(self) -> dict[str, str]:
         """The name of the checkpoint, and the digest of the weights that embed."""

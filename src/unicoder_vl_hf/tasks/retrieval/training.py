@@ -50,7 +50,7 @@ from .losses import (
 )
 from .metrics import retrieval_metrics, with_recall_sum
 from .protocols import captions_of_images, retrieval_test
-from .two_stage_report import SIMILARITY_WEIGHTS, describe_weight, measure_similarity_weight
+from .two_stage_report import SIMILARITY_WEIGHTS, describe_weight, evenly, measure_similarity_weight
 
 logger = logging.get_logger(__name__)
 
@@ -248,8 +248,7 @@ class RetrievalSetup(TrainingSetup):
     def _drawn(self, column: str) -> list[str]:
         """Draws at most `query_bank` different values of a column of the training split, evenly."""
         values = list(dict.fromkeys(self.train.pairs[:][column].to_pylist()))  # of Arrow's table
-        count = min(len(values), self.query_bank)
-        return [values[i * len(values) // count] for i in range(count)]
+        return [values[place] for place in evenly(len(values), self.query_bank)]
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def two_stage_report(
     right_image = np.asarray(fold.image_of_caption)
     started = time.perf_counter()
     texts, images = encoder.embed_captions(fold.captions), encoder.embed_images(fold.image_ids)
-    asked = {"image_retrieval": _evenly(num_captions, num_queries), "text_retrieval": _evenly(num_images, num_queries)}
+    asked = {"image_retrieval": evenly(num_captions, num_queries), "text_retrieval": evenly(num_images, num_queries)}
 
     def metrics_of(ranked: Mapping[str, QueryRanks]) -> dict[str, float]:
         return summarize([{name: ranked[name].select(queries) for name, queries in asked.items()}], KS)
@@ -247,7 +247,7 @@ def describe_weight(report: TwoStageReport) -> str:
     )
 
 
-def _evenly(total: int, count: int | None) -> np.ndarray:
+def evenly(total: int, count: int | None) -> np.ndarray:
     """Gives `count` of the numbers below `total`, at even steps, or all if there are no more."""
     count = min(total, count or total)
     return np.arange(count) * total // count
