@@ -60,7 +60,7 @@ def _make(args: Namespace) -> object:
 
 
 def _accuracy_arguments(add: Add) -> None:
-    add("model", help="checkpoint with its processor")
+    add("model", nargs="+", help="checkpoint with its processor; or several, say of three seeds: their mean counts")
     add("foils", help="file that `unicoder-vl foil` made")
     add("regions", help="folder of the store")
     add("--split", help="split whose foils are taken (default: all)")
@@ -71,6 +71,7 @@ def _accuracy_arguments(add: Add) -> None:
 def _accuracy(args: Namespace) -> object:
     from ..tasks.foil.evaluation import evaluate_foils, foil_table
 
-    results = evaluate_foils(args.model, args.foils, args.regions, split=args.split, output=args.output)
+    model = args.model if len(args.model) > 1 else args.model[0]
+    results = evaluate_foils(model, args.foils, args.regions, split=args.split, output=args.output)
     title = "Pairs whose caption scores above its foil (percent, 95 % interval; chance 50)"
     return Result(f"{title}\n{foil_table(results)}", results)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,12 +45,33 @@ def test_accuracies_are_those_of_all_pairs_scored_one_by_one(world):
             right[name] += true > false
     for name, count in right.items():
         assert results[name]["all"].accuracy == pytest.approx(count / len(foils))
+    gain = results[evaluation.GAIN]["all"]
+    assert gain.gain == pytest.approx((right[evaluation.CROSS_ENCODER] - right[evaluation.FIRST_STAGE]) / len(foils))
     assert results[evaluation.TEXT_ONLY]["all"].accuracy == 0.5
-    assert list(results) == ["cross-encoder", "first stage", "shuffled regions", "text only"]
+    assert list(results) == ["cross-encoder", "first stage", "above first stage", "shuffled regions", "text only"]
     kinds = {"all", "colour", "shape", "size", "relation", "count"}
     assert all(set(of_scorer) == kinds for of_scorer in results.values())
     written = json.loads((folder / "accuracies.json").read_text())
     assert written["results"]["cross-encoder"]["all"] == dataclasses.asdict(results["cross-encoder"]["all"])
+
+
+def test_several_models_count_with_their_mean(world, tmp_path, capsys):
+    folder, model, regions, _ = world
+    other, *_ = small_world.save_retrieval(tmp_path / "other", Path(regions).parent, spread=0.3, projection_dim=8)
+    runs = [evaluate_foils(each, folder / "foils.jsonl", regions) for each in (model, other)]
+    both = evaluate_foils([model, other], folder / "foils.jsonl", regions, output=tmp_path / "accuracies.json")
+    for name in ("cross-encoder", "shuffled regions"):
+        for kind, accuracy in both[name].items():
+            assert accuracy.accuracy == pytest.approx(np.mean([run[name][kind].accuracy for run in runs]))
+            assert accuracy.num_foils == runs[0][name][kind].num_foils
+    assert runs[0]["cross-encoder"] != runs[1]["cross-encoder"]
+    assert "first stage" not in both and "above first stage" not in both  # which one of them lacks
+    written = json.loads((tmp_path / "accuracies.json").read_text())
+    assert [each["name"] for each in written["checkpoint"]] == [model, other]
+    assert main(["foil-accuracy", model, model, str(folder / "foils.jsonl"), regions]) == 0
+    assert "above first stage" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="model is an empty list"):
+        evaluate_foils([], folder / "foils.jsonl", regions)
 
 
 def test_shuffled_regions_are_those_of_other_images(world, monkeypatch):

@@ -13,6 +13,8 @@ from unicoder_vl_hf.data.foils import Foil, put_word, read_foils, write_foils
 from unicoder_vl_hf.tasks.foil import (
     accuracies_by_kind,
     foil_accuracy,
+    foil_gain,
+    gains_by_kind,
     hard_foils,
     noun_foils,
     nouns,
@@ -230,6 +232,31 @@ def test_accuracy_by_hand():
     assert str(foil_accuracy([1.0, 1.0], ["a", "b"])) == "100.0 (100.0 to 100.0)"
     runs = foil_accuracy([[1, -1, 1], [1, 1, 1]], ["a", "b"])
     assert runs.accuracy == pytest.approx(5 / 6) and runs.num_foils == 2
+
+
+def test_gain_by_hand():
+    measured = foil_gain([0.5, -0.1, 2.0, 1.0], [[0.5, -1], [-0.1, -1], [-1.0, 1], [-0.5, 0]], ["a", "a", "b", "c"])
+    gains = np.array([0.5, 0, 0.5, 0.75])  # each less the mean of the two runs of the other
+    assert measured.gain == pytest.approx(gains.mean())
+    errors = np.array([gains[:2].sum() - 2 * gains.mean(), *(gains[2:] - gains.mean())])
+    half = 1.96 * (np.square(errors).sum() * 3 / 2) ** 0.5 / 4
+    assert (measured.low, measured.high) == pytest.approx((measured.gain - half, measured.gain + half))
+    assert str(foil_gain([1.0, 1.0], [1.0, -1.0], ["a", "a"])) == "+50.0 (+50.0 to +50.0)"
+    assert str(foil_gain([-1.0], [1.0], ["a"])) == "-100.0 (-100.0 to -100.0)"
+    with pytest.raises(ValueError, match=r"margins\[0\] is NaN"):
+        foil_gain([1.0], [np.nan], ["a"])
+
+
+def test_the_interval_of_a_gain_is_of_the_same_foils():
+    """Two scorers that agree on most foils: each interval is wide, that of their difference is narrow."""
+    rng = np.random.default_rng(0)
+    margins = rng.choice([-1, 1], 400)
+    better = np.where(rng.random(400) < 0.05, 1, margins)
+    images = np.arange(400).astype(str).tolist()
+    gain, wide = foil_gain(better, margins, images), foil_accuracy(margins, images)
+    assert gain.gain > 0 and gain.high - gain.low < (wide.high - wide.low) / 2
+    kinds = gains_by_kind(better, margins, ["a"] * 300 + ["b"] * 100, images)
+    assert kinds["all"] == gain and kinds["a"] == foil_gain(better[:300], margins[:300], images[:300])
 
 
 def test_the_interval_holds_for_images_not_pairs():

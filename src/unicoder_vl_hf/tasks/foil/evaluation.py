@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on foils: its matching head, its first stage, and its head on the regions of other images."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,61 +17,78 @@ from ...scoring.checkpoints import checkpoint_provenance, load_for_store
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import UnicoderVLDualEncoder
 from .margins import by_matching_head, by_similarity, foil_margins
-from .metrics import FoilAccuracy, accuracies_by_kind
+from .metrics import FoilAccuracy, FoilGain, accuracies_by_kind, gains_by_kind
 
 CROSS_ENCODER, FIRST_STAGE, SHUFFLED, TEXT_ONLY = "cross-encoder", "first stage", "shuffled regions", "text only"
+GAIN = "above first stage"
 NUM_SHUFFLES = 3
 
 
 def evaluate_foils(
-    model: str,
+    model: str | Sequence[str],
     foils: str | PathLike[str],
     regions: str,
     *,
     split: str | None = None,
     output: str | PathLike[str] | None = None,
-) -> dict[str, dict[str, FoilAccuracy]]:
+) -> dict[str, dict[str, FoilAccuracy] | dict[str, FoilGain]]:
     """
     Measures how often a checkpoint prefers captions to their foils.
 
     Args:
-        model (`str`): A checkpoint of pre-training or retrieval, with its processor.
+        model (`str` or sequence of `str`): A checkpoint of pre-training or retrieval, with its processor; or several,
+            such as those of three seeds: each pair counts with its mean over them.
         foils (`str` or `os.PathLike`): A file of `unicoder-vl foil`.
         regions (`str`): The [`RegionStore`] of the images.
         split (`str`, *optional*): The split whose foils are taken, by default all.
         output (`str` or `os.PathLike`, *optional*): A JSON file for the figures.
 
     Returns:
-        `dict[str, dict[str, FoilAccuracy]]`: for `"cross-encoder"`, `"first stage"` (if the model has a trained one),
-        `"shuffled regions"` (the matching head, each image with the regions of another) and `"text only"` (the scorers
-        without images that the file tells of): the accuracy of `"all"` foils and of each kind.
+        `dict`: for `"cross-encoder"`, `"first stage"` (if all models have a trained one), `"shuffled regions"` (the
+        matching head, each image with the regions of another) and `"text only"` (the scorers without images that the
+        file tells of): the [`FoilAccuracy`] of `"all"` foils and of each kind, a `dict[str, FoilAccuracy]`; for
+        `"above first stage"` the [`FoilGain`] of the cross-encoder over the first stage likewise.
 
     Raises:
-        `ValueError`: the file has no such split, the checkpoint scores no pairs or does not fit the regions.
+        `ValueError`: the file has no such split, there is no model, or one scores no pairs or does not fit the regions.
         `KeyError`: the store lacks an image.
     """
     chosen = [foil for foil in read_foils(foils) if split in (None, foil.split)]
     if not chosen:
         raise ValueError(f"{foils} has no foils of the split {split!r}.")
+    names = [model] if isinstance(model, str) else list(model)
+    if not names:
+        raise ValueError("model is an empty list, expected at least one checkpoint.")
     store = RegionStore(regions)
-    scoring, processor = load_for_store(model, store)
-
-    def head(records: Mapping[str, RegionRecord]) -> np.ndarray:
-        return foil_margins(chosen, by_matching_head(ImageTextScorer(scoring, processor, records)))
-
-    margins = {CROSS_ENCODER: head(store)}
-    if scoring.config.first_stage_trained:
-        encoder = UnicoderVLDualEncoder(scoring, processor, store, model)
-        margins[FIRST_STAGE] = foil_margins(chosen, by_similarity(encoder.embed_captions, encoder.embed_images))
     ids = [foil.image_id for foil in chosen]
-    margins[SHUFFLED] = np.stack([head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)], axis=1)
+    kinds = [foil.kind for foil in chosen]
+    runs: dict[str, list[np.ndarray]] = {CROSS_ENCODER: [], FIRST_STAGE: [], SHUFFLED: []}
+    provenance = []
+    for name in names:
+        scoring, processor = load_for_store(name, store)
+
+        def head(records: Mapping[str, RegionRecord], scoring=scoring, processor=processor) -> np.ndarray:
+            return foil_margins(chosen, by_matching_head(ImageTextScorer(scoring, processor, records)))
+
+        runs[CROSS_ENCODER].append(head(store))
+        if scoring.config.first_stage_trained:
+            encoder = UnicoderVLDualEncoder(scoring, processor, store, name)
+            runs[FIRST_STAGE].append(foil_margins(chosen, by_similarity(encoder.embed_captions, encoder.embed_images)))
+        runs[SHUFFLED] += [head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)]
+        provenance.append(checkpoint_provenance(name, scoring))
+    if len(runs[FIRST_STAGE]) < len(names):
+        del runs[FIRST_STAGE]
+    margins = {scorer: np.stack(each, axis=1) for scorer, each in runs.items()}
     if all(foil.text_only for foil in chosen):
         margins[TEXT_ONLY] = np.array([foil.text_only for foil in chosen])
-    kinds = [foil.kind for foil in chosen]
-    results = {name: accuracies_by_kind(of_scorer, kinds, ids) for name, of_scorer in margins.items()}
+    results: dict[str, Any] = {}
+    for scorer, of_scorer in margins.items():
+        results[scorer] = accuracies_by_kind(of_scorer, kinds, ids)
+        if scorer == FIRST_STAGE:
+            results[GAIN] = gains_by_kind(margins[CROSS_ENCODER], of_scorer, kinds, ids)
     if output is not None:
         values: dict[str, Any] = {"foils": str(foils), "split": split, "regions": regions}
-        values["checkpoint"] = checkpoint_provenance(model, scoring)
+        values["checkpoint"] = provenance[0] if isinstance(model, str) else provenance
         values["results"] = {
             name: {kind: dataclasses.asdict(accuracy) for kind, accuracy in of_scorer.items()}
             for name, of_scorer in results.items()
@@ -80,7 +97,7 @@ def evaluate_foils(
     return results
 
 
-def foil_table(results: Mapping[str, Mapping[str, FoilAccuracy]]) -> str:
+def foil_table(results: Mapping[str, Mapping[str, FoilAccuracy] | Mapping[str, FoilGain]]) -> str:
     """Makes a table of accuracies in percent with their intervals: a line for each kind, a column for each scorer."""
     first = next(iter(results.values()))
     lines = [f"{'':12}{'pairs':>7}" + "".join(f"{name:>24}" for name in results)]

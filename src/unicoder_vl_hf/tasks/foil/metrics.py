@@ -1,7 +1,8 @@
 """The metric of foils: how often a caption scores above its foil. Pure NumPy, no model and no files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +26,25 @@ class FoilAccuracy:
 
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+@dataclass(frozen=True)
+class FoilGain:
+    """
+    How much more often a scorer prefers captions than another on the same foils, with a 95 % interval.
+
+    Args:
+        gain, low, high (`float`): The difference of the two accuracies and its interval, in `[-1, 1]`.
+        num_foils (`int`): The pairs.
+    """
+
+    gain: float
+    low: float
+    high: float
+    num_foils: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.gain:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
 def foil_accuracy(margins: ArrayLike, image_ids: Sequence[str]) -> FoilAccuracy:
@@ -52,6 +72,44 @@ def foil_accuracy(margins: ArrayLike, image_ids: Sequence[str]) -> FoilAccuracy:
     FoilAccuracy(accuracy=0.625, low=0.0849..., high=1.0, num_foils=4, num_ties=1)
     ```
     """
+    right = _right(margins, image_ids)
+    accuracy, half = _mean(right, image_ids)
+    margins = np.asarray(margins).reshape(len(right), -1)
+    ties = int((margins == 0).all(axis=1).sum())
+    return FoilAccuracy(accuracy, max(0.0, accuracy - half), min(1.0, accuracy + half), len(right), ties)
+
+
+def foil_gain(margins: ArrayLike, other_margins: ArrayLike, image_ids: Sequence[str]) -> FoilGain:
+    """
+    Measures how much more often a scorer prefers captions to their foils than another scorer does.
+
+    Both told the same foils of the same images, so that the interval of their difference is far narrower than the
+    distance of two intervals of [`foil_accuracy`]; it is made like these.
+
+    Args:
+        margins, other_margins (arrays of shape `(num_foils,)` or `(num_foils, num_runs)`): The margins of the two.
+        image_ids (sequence of `str`): The image of each foil.
+
+    Returns:
+        [`FoilGain`]: the difference, above 0 where the first is better.
+
+    Raises:
+        `ValueError`: there is no foil, a margin is NaN, or the shapes do not fit.
+
+    Example:
+
+    ```python
+    >>> foil_gain([0.5, -0.1, 2.0, 1.0], [0.5, -0.1, -1.0, -0.5], ["a", "a", "b", "c"])
+    FoilGain(gain=0.5, low=-0.0658..., high=1.0, num_foils=4)
+    ```
+    """
+    gains = _right(margins, image_ids) - _right(other_margins, image_ids)
+    gain, half = _mean(gains, image_ids)
+    return FoilGain(gain, max(-1.0, gain - half), min(1.0, gain + half), len(gains))
+
+
+def _right(margins: ArrayLike, image_ids: Sequence[str]) -> np.ndarray:
+    """Says how often each foil was told, over the runs: `(num_foils,)`, 0 to 1."""
     margins = np.asarray(margins)
     if margins.ndim not in (1, 2) or len(margins) != len(image_ids) or margins.size == 0:
         raise ValueError(
@@ -60,20 +118,38 @@ def foil_accuracy(margins: ArrayLike, image_ids: Sequence[str]) -> FoilAccuracy:
         )
     if np.isnan(margins).any():
         raise ValueError(f"margins[{np.argwhere(np.isnan(margins))[0][0]}] is NaN; expected a number for every foil.")
-    right = ((np.sign(margins) + 1) / 2).reshape(len(margins), -1).mean(axis=1)
-    accuracy = float(right.mean())
+    return ((np.sign(margins) + 1) / 2).reshape(len(margins), -1).mean(axis=1)
+
+
+def _mean(values: np.ndarray, image_ids: Sequence[str]) -> tuple[float, float]:
+    """Averages values of foils, and gives half the 95 % interval of this mean over images."""
+    mean = float(values.mean())
     _, image_of_foil = np.unique(np.asarray(image_ids), return_inverse=True)
-    errors = np.bincount(image_of_foil, weights=right - accuracy)
-    half = 1.96 * float(np.sqrt((errors**2).sum() * len(errors) / max(1, len(errors) - 1))) / len(right)
-    ties = int((margins == 0).reshape(len(margins), -1).all(axis=1).sum())
-    return FoilAccuracy(accuracy, max(0.0, accuracy - half), min(1.0, accuracy + half), len(right), ties)
+    errors = np.bincount(image_of_foil, weights=values - mean)
+    return mean, 1.96 * float(np.sqrt((errors**2).sum() * len(errors) / max(1, len(errors) - 1))) / len(values)
 
 
 def accuracies_by_kind(margins: ArrayLike, kinds: Sequence[str], image_ids: Sequence[str]) -> dict[str, FoilAccuracy]:
     """Measures [`foil_accuracy`] of all foils, as `"all"`, and of each kind, the most frequent first."""
-    margins, of_foil, images = np.asarray(margins), np.asarray(kinds), np.asarray(image_ids)
+    return _by_kind(foil_accuracy, (margins,), kinds, image_ids)
+
+
+def gains_by_kind(
+    margins: ArrayLike, other_margins: ArrayLike, kinds: Sequence[str], image_ids: Sequence[str]
+) -> dict[str, FoilGain]:
+    """Measures [`foil_gain`] of all foils, as `"all"`, and of each kind, the most frequent first."""
+    return _by_kind(foil_gain, (margins, other_margins), kinds, image_ids)
+
+
+Found = TypeVar("Found", FoilAccuracy, FoilGain)
+
+
+def _by_kind(
+    measure: Callable[..., Found], margins: Sequence[ArrayLike], kinds: Sequence[str], image_ids: Sequence[str]
+) -> dict[str, Found]:
+    given, of_foil, images = [np.asarray(each) for each in margins], np.asarray(kinds), np.asarray(image_ids)
     names, counts = np.unique(of_foil, return_counts=True)
-    found = {"all": foil_accuracy(margins, image_ids)}
+    found = {"all": measure(*given, image_ids)}
     for name in names[np.argsort(-counts, kind="stable")].tolist():
-        found[name] = foil_accuracy(margins[of_foil == name], images[of_foil == name].tolist())
+        found[name] = measure(*(each[of_foil == name] for each in given), images[of_foil == name].tolist())
     return found
