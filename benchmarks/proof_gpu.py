@@ -46,8 +46,8 @@ from unicoder_vl_hf.files import write_json
 from unicoder_vl_hf.logging import without_warnings_of_transformers
 from unicoder_vl_hf.pictures import training_curves
 from unicoder_vl_hf.regions.shuffled import ShuffledStore
+from unicoder_vl_hf.tasks.foil.evaluation import foil_results
 from unicoder_vl_hf.tasks.foil.margins import by_matching_head, by_similarity, foil_margins
-from unicoder_vl_hf.tasks.foil.metrics import accuracies_by_kind
 from unicoder_vl_hf.tasks.retrieval.losses import GroupSoftmaxLoss, HardNegativeLoss
 from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
 
@@ -504,19 +504,21 @@ class Proof:
         foils, records = self.inputs.foils, self.inputs.records
         ids, kinds = [foil.image_id for foil in foils], [foil.kind for foil in foils]
         model = self.load()
-        shuffled = [self.scorer(ShuffledStore(records, ids, seed)) for seed in range(3)]
+        scorer, *shuffled = map(self.scorer, (records, *(ShuffledStore(records, ids, seed) for seed in range(3))))
+        for each in (scorer, *shuffled):
+            each.model.remove_query_bank()
         first = by_similarity(
             lambda captions: self.embed_captions(model, captions), lambda images: self.embed_images(model, images)
         )
         margins = {
-            "cross-encoder": foil_margins(foils, by_matching_head(self.scorer())),
+            "cross-encoder": foil_margins(foils, by_matching_head(scorer)),
             "first stage": foil_margins(foils, first),
             "shuffled regions": np.stack([foil_margins(foils, by_matching_head(each)) for each in shuffled], axis=1),
             "text only": np.array([foil.text_only for foil in foils]),
         }
         return {
-            name: {kind: vars(accuracy) for kind, accuracy in accuracies_by_kind(of, kinds, ids).items()}
-            for name, of in margins.items()
+            name: {kind: vars(measured) for kind, measured in of_scorer.items()}
+            for name, of_scorer in foil_results(margins, kinds, ids).items()
         }
 
 
@@ -563,7 +565,7 @@ def report(result: Mapping[str, Any]) -> str:
         for scorer, kinds in stages.get("foils", {}).items():
             told = kinds["all"]
             low, high = 100 * told["low"], 100 * told["high"]
-            accuracy = f"{100 * told['accuracy']:.1f} | {low:.1f} to {high:.1f}"
+            accuracy = f"{100 * told.get('accuracy', told.get('gain')):.1f} | {low:.1f} to {high:.1f}"
             lines.append(f"| {size} | {scorer} | {told['num_foils']:,} | {accuracy} |")
     lines += ["", f"{json.dumps(result['machine'])}; seconds: {json.dumps(result['took'])}"]
     return "\n".join(lines) + "\n"

@@ -137,6 +137,31 @@ def test_an_explanation_shares_out_the_score_that_it_explains():
     assert (found - without).abs().max() > 0.01
 
 
+@torch.no_grad()
+def test_without_the_bank_a_model_is_what_it_was_before(tmp_path):
+    """For captions of one image, as foils are: also where pairs were scored with the bank before."""
+    model, *_ = banked()
+    plain = similarity_model(num_hidden_layers=3, num_text_layers=2)
+    processor, images = tiny.processor(), {"photo": tiny.record("photo", 3)}
+    captions = ["a dog runs .", "a cat runs .", "two dogs on the grass ."]
+    scorer = ImageTextScorer(model, processor, images)
+    with_bank, wanted = (
+        scorer.score(captions, ["photo"]),
+        ImageTextScorer(plain, processor, images).score(captions, ["photo"]),
+    )
+    assert abs(with_bank - wanted).max() > 1e-3
+    model.config.calibration, model.config.similarity_weight = {"temperature": 1.0}, 3.0
+    model.remove_query_bank()
+    assert model.config.calibration is None and model.config.similarity_weight is None
+    torch.testing.assert_close(scorer.score(captions, ["photo"]), wanted)
+    model.config.similarity_weight = 3.0
+    model.remove_query_bank()  # of which there is none
+    assert model.config.similarity_weight == 3.0
+    model.save_pretrained(tmp_path)
+    loaded, report = UnicoderVLForImageTextRetrieval.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"] and loaded.first_stage.query_bank is None
+
+
 def test_scores_keep_their_zero():
     """Or sigmoid(score), by which calibration and mining read them, would say nothing."""
     model, texts, images = banked()

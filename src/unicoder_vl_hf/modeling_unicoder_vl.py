@@ -2205,6 +2205,15 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
         first_stage.query_bank = bank
         self.config.calibration = self.config.similarity_weight = None  # of other scores
 
+    def remove_query_bank(self) -> None:
+        """
+        Forgets the query bank, if there is one: for scores of captions of one image, of which what is near to all
+        images says nothing. A similarity weight and a calibration, of other scores, are dropped with it.
+        """
+        if self.config.query_bank_size is not None:
+            self._first_stage().query_bank = self.config.query_bank_size = None
+            self.config.calibration = self.config.similarity_weight = None
+
     def fold_similarity_weight(self, weight: float) -> None:
         """
         Shrinks what `[CLS]` adds to a score, so that the score alone orders as score + `weight` x similarity did, whose

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_world
+import torch
 
-from unicoder_vl_hf import ImageTextScorer, RegionStore
+from unicoder_vl_hf import ImageTextScorer, RegionStore, UnicoderVLForImageTextRetrieval
 from unicoder_vl_hf.cli import main
 from unicoder_vl_hf.data.foils import read_foils, write_foils
 from unicoder_vl_hf.scenes.foils import scene_foils
@@ -72,6 +74,23 @@ def test_several_models_count_with_their_mean(world, tmp_path, capsys):
     assert "above first stage" in capsys.readouterr().out
     with pytest.raises(ValueError, match="model is an empty list"):
         evaluate_foils([], folder / "foils.jsonl", regions)
+
+
+def test_a_query_bank_rests(world, tmp_path):
+    """It is of a search among many images: of captions of one it tells what is false of captions alone."""
+    folder, _, regions, foils = world
+    fields = {"matching_head": "similarity", "num_text_layers": 1, "projection_dim": 8, "first_stage_trained": True}
+    plain, *_ = small_world.save_retrieval(tmp_path / "plain", Path(regions).parent, spread=0.2, **fields)
+    banked = shutil.copytree(plain, tmp_path / "banked")
+    model = UnicoderVLForImageTextRetrieval.from_pretrained(plain)
+    model.set_query_bank(*torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1))
+    model.save_pretrained(banked)
+    texts, images = [foils[0].caption, foils[0].foil], [foils[0].image_id]
+    scores = [ImageTextScorer.from_pretrained(each, regions).score(texts, images) for each in (plain, str(banked))]
+    assert abs(scores[0] - scores[1]).max() > 1e-3
+    assert evaluate_foils(str(banked), folder / "foils.jsonl", regions) == evaluate_foils(
+        plain, folder / "foils.jsonl", regions
+    )
 
 
 def test_shuffled_regions_are_those_of_other_images(world, monkeypatch):

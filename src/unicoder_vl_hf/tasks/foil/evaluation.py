@@ -33,7 +33,8 @@ def evaluate_foils(
     output: str | PathLike[str] | None = None,
 ) -> dict[str, dict[str, FoilAccuracy] | dict[str, FoilGain]]:
     """
-    Measures how often a checkpoint prefers captions to their foils.
+    Measures how often a checkpoint prefers captions to their foils. A query bank, which is for a search among many
+    images, rests.
 
     Args:
         model (`str` or sequence of `str`): A checkpoint of pre-training or retrieval, with its processor; or several,
@@ -61,11 +62,12 @@ def evaluate_foils(
         raise ValueError("model is an empty list, expected at least one checkpoint.")
     store = RegionStore(regions)
     ids = [foil.image_id for foil in chosen]
-    kinds = [foil.kind for foil in chosen]
     runs: dict[str, list[np.ndarray]] = {CROSS_ENCODER: [], FIRST_STAGE: [], SHUFFLED: []}
     provenance = []
     for name in names:
         scoring, processor = load_for_store(name, store)
+        provenance.append(checkpoint_provenance(name, scoring))
+        scoring.remove_query_bank()
 
         def head(records: Mapping[str, RegionRecord], scoring=scoring, processor=processor) -> np.ndarray:
             return foil_margins(chosen, by_matching_head(ImageTextScorer(scoring, processor, records)))
@@ -75,17 +77,12 @@ def evaluate_foils(
             encoder = UnicoderVLDualEncoder(scoring, processor, store, name)
             runs[FIRST_STAGE].append(foil_margins(chosen, by_similarity(encoder.embed_captions, encoder.embed_images)))
         runs[SHUFFLED] += [head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)]
-        provenance.append(checkpoint_provenance(name, scoring))
     if len(runs[FIRST_STAGE]) < len(names):
         del runs[FIRST_STAGE]
     margins = {scorer: np.stack(each, axis=1) for scorer, each in runs.items()}
     if all(foil.text_only for foil in chosen):
         margins[TEXT_ONLY] = np.array([foil.text_only for foil in chosen])
-    results: dict[str, Any] = {}
-    for scorer, of_scorer in margins.items():
-        results[scorer] = accuracies_by_kind(of_scorer, kinds, ids)
-        if scorer == FIRST_STAGE:
-            results[GAIN] = gains_by_kind(margins[CROSS_ENCODER], of_scorer, kinds, ids)
+    results = foil_results(margins, [foil.kind for foil in chosen], ids)
     if output is not None:
         values: dict[str, Any] = {"foils": str(foils), "split": split, "regions": regions}
         values["checkpoint"] = provenance[0] if isinstance(model, str) else provenance
@@ -94,6 +91,21 @@ def evaluate_foils(
             for name, of_scorer in results.items()
         }
         write_json(Path(output), values)
+    return results
+
+
+def foil_results(
+    margins: Mapping[str, np.ndarray], kinds: Sequence[str], image_ids: Sequence[str]
+) -> dict[str, dict[str, FoilAccuracy] | dict[str, FoilGain]]:
+    """
+    Measures the margins of several scorers: the accuracies of each, of all foils and of each kind, and behind those of
+    the `"first stage"` how far the `"cross-encoder"` is above them.
+    """
+    results: dict[str, Any] = {}
+    for scorer, of_scorer in margins.items():
+        results[scorer] = accuracies_by_kind(of_scorer, kinds, image_ids)
+        if scorer == FIRST_STAGE:
+            results[GAIN] = gains_by_kind(margins[CROSS_ENCODER], of_scorer, kinds, image_ids)
     return results
 
 
