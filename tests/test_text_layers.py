@@ -208,7 +208,7 @@ def test_what_a_bert_knows_may_have_a_learning_rate_of_its_own(tmp_path):
     """Each weight has one rate, and a second call makes no second optimizer."""
     options = ["--output_dir", str(tmp_path), "--bert_learning_rate", "3e-5", "--learning_rate", "1e-3"]
     data, training = parse_arguments(
-        (RetrievalArguments, TrainingArguments), options, paper={}, scenes={"use_cpu": True}, strong={}
+        (RetrievalArguments, TrainingArguments), options, paper={}, scenes={"use_cpu": True}, recipes={}
     )
     model = similarity_model(num_hidden_layers=3, num_text_layers=2)
     rows = datasets.Dataset.from_dict({"image_id": ["1", "2"], "caption": ["a dog", "a cat"]})

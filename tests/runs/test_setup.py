@@ -8,7 +8,7 @@ import pytest
 import small_world
 import tiny
 import torch
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 from two_processes import run
 
 from unicoder_vl_hf import (
@@ -33,7 +33,7 @@ from unicoder_vl_hf.tasks.nlvr2.run_evaluation import NLVR2EvaluationArguments
 from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
 from unicoder_vl_hf.tasks.retrieval import training as finetuning
-from unicoder_vl_hf.tasks.retrieval.losses import HardNegativeLoss
+from unicoder_vl_hf.tasks.retrieval.losses import ContrastiveLoss, HardNegativeLoss
 from unicoder_vl_hf.tasks.retrieval.run_evaluation import RetrievalEvaluationArguments
 from unicoder_vl_hf.tasks.retrieval.run_gallery import GalleryArguments
 from unicoder_vl_hf.tasks.retrieval.run_two_stage import TwoStageArguments
@@ -187,7 +187,7 @@ def retrieval(*given):
         "scenes": training_defaults(finetuning.SCENES),
     }
     words = ["--output_dir", "o", "--use_cpu", *given]
-    args, _ = parse_arguments((RetrievalArguments, TrainingArguments), words, strong=finetuning.STRONG, **recipes)
+    args, _ = parse_arguments((RetrievalArguments, TrainingArguments), words, recipes=finetuning.RECIPES, **recipes)
     return args
 
 
@@ -203,6 +203,47 @@ def test_the_strong_recipe_is_a_set_of_defaults(given, capsys):
     with pytest.raises(SystemExit):
         retrieval("--recipe", "weak")
     assert "argument --recipe: invalid choice: 'weak'" in capsys.readouterr().err
+
+
+def test_the_recipes_of_two_runs_are_those_of_the_results_page():
+    """The second keeps the first stage that the first trains; both are the options that were measured."""
+    first, second = retrieval("--recipe", "first-stage"), retrieval("--recipe", "second-stage")
+    assert isinstance(first.training_loss, ContrastiveLoss) and first.num_text_layers == -1
+    assert isinstance(second.training_loss, HardNegativeLoss) and second.training_loss.num_hard_negatives == 2
+    assert second.freeze_first_stage and second.query_bank == 30_000 and not second.similarity_in_training
+    for name, epochs in (("first-stage", 4), ("second-stage", 3)):
+        words = ["--output_dir", "o", "--use_cpu", "--captions", "c", "--regions", "r", "--recipe", name]
+        _, training = parse_arguments(
+            (RetrievalArguments, TrainingArguments),
+            words,
+            paper=training_defaults(finetuning.PAPER),
+            scenes=training_defaults(finetuning.SCENES),
+            recipes=finetuning.RECIPES,
+        )
+        assert (training.num_train_epochs, training.learning_rate) == (epochs, 5e-4)
+        assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (128, 1)
+
+
+def test_all_of_a_bert_for_words(world, bert, tmp_path):
+    """With two layers behind it, or as many as are asked for; a checkpoint that has text layers keeps them."""
+    store = RegionStore(world / "regions")
+
+    def load(name, **options):
+        arguments = RetrievalArguments(model_name_or_path=name, num_text_layers=-1, **options)
+        return setup.load_model(arguments, store, UnicoderVLForImageTextRetrieval)
+
+    own = AutoConfig.from_pretrained(bert).num_hidden_layers
+    model = load(str(bert))
+    assert (model.config.num_hidden_layers, model.config.num_text_layers) == (own + 2, own)
+    assert load(str(bert), num_hidden_layers=own + 3).config.num_hidden_layers == own + 3
+    model.save_pretrained(tmp_path / "model")
+    assert load(str(tmp_path / "model")).config.num_text_layers == own
+    plain = UnicoderVLForImageTextRetrieval.from_bert(bert, region_feature_dim=store.feature_dim)
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"--num_text_layers is -1, but the Unicoder-VL .* was made with 0"):
+        load(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match="num_text_layers=-1 takes those of a BERT"):
+        load(None)
 
 
 def test_new_weights_of_another_deviation(world, bert):

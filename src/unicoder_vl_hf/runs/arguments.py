@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -57,7 +57,7 @@ def parse_arguments(
     *,
     paper: dict[str, Any],
     scenes: dict[str, Any],
-    strong: dict[str, Any] | None = None,
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
     data: str = "--captions",
 ) -> tuple[Any, ...]:
     """
@@ -68,7 +68,7 @@ def parse_arguments(
         argv (sequence of `str`, *optional*): The words of the command line; by default those of this process.
         paper (`dict`): Defaults of a command line that names `data`, and of the help.
         scenes (`dict`): Defaults of a command line that does not.
-        strong (`dict`, *optional*): Further defaults of a command line with `--recipe strong`.
+        recipes (`dict` of `dict`, *optional*): Further defaults of a command line with `--recipe NAME`, by the name.
         data (`str`, *optional*, defaults to `"--captions"`): The option that names data of one's own.
 
     Returns:
@@ -83,19 +83,18 @@ def parse_arguments(
     )
     names = {word.split("=")[0] for word in argv}
     parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
-    if strong is not None:
+    if recipes is not None:
+        listed = (f"{name}: {', '.join(f'{key} {value}' for key, value in of.items())}" for name, of in recipes.items())
         first = _Parser((), allow_abbrev=False, add_help=False)
         for each in (first, parser):  # which knows it for the help alone
             each.add_argument(
                 "--recipe",
-                choices=("paper", "strong"),
+                choices=("paper", *recipes),
                 default=argparse.SUPPRESS,
-                help="Set of defaults: the paper's, or strong, by which the matching head learns more in less time: "
-                f"{', '.join(f'{name} {value}' for name, value in strong.items())}. (default: paper)",
+                help=f"Set of defaults: the paper's, or another. {'; '.join(listed)}. (default: paper)",
             )
         given, argv = first.parse_known_args(argv)
-        if getattr(given, "recipe", "paper") == "strong":
-            parser.set_defaults(**strong)
+        parser.set_defaults(**recipes.get(getattr(given, "recipe", "paper"), {}))
     try:
         argv = in_our_spelling(argv, parser)
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -237,8 +236,8 @@ class ModelArguments:
     )
     num_text_layers: int | None = option(
         None,
-        "First layers that read words alone, once a caption and not once a pair; regions join after them. Default: "
-        "those of a Unicoder-VL, else 0.",
+        "First layers that read words alone, once a caption and not once a pair; regions join after them. -1 takes all "
+        "of the BERT's, and puts two behind them. Default: those of a Unicoder-VL, else 0.",
     )
     initializer_range: float | None = option(
         None,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import datasets
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from .. import logging
 from ..configuration_unicoder_vl import UnicoderVLConfig
@@ -280,6 +280,8 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
     if arguments.location_initializer_range is not None:
         fields |= {"location_initializer_range": arguments.location_initializer_range}
     name = arguments.base_model
+    if name is None and arguments.num_text_layers == -1:
+        raise ValueError("num_text_layers=-1 takes those of a BERT: give --model_name_or_path, or a number.")
     if name is None:
         from ..scenes.world import scene_tokenizer
 
@@ -297,6 +299,9 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
                 "extract` or `convert`), or train anew from a BERT: --model_name_or_path google-bert/bert-base-uncased."
             )
     else:
+        if arguments.num_text_layers == -1:
+            own = AutoConfig.from_pretrained(name).num_hidden_layers
+            regions = {"num_hidden_layers": own + 2} | regions | {"num_text_layers": own}
         model = model_class.from_bert(name, **regions, **fields)
     if arguments.max_length > model.config.max_position_embeddings:
         raise ValueError(
@@ -347,7 +352,8 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
     if isinstance(model, UnicoderVLForPreTraining):  # which alone predicts them
         options.append(("num_region_classes", arguments.num_region_classes, config.num_region_classes))
     for name, wanted, has in options:
-        if wanted is not None and wanted != has:
+        any_text_layers = name == "num_text_layers" and wanted == -1 and has > 0
+        if wanted is not None and wanted != has and not any_text_layers:
             raise ValueError(
                 f"--{name} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has}, which stays. "
                 "Leave the option out, or begin with a BERT."

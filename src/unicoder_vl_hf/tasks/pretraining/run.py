@@ -24,7 +24,7 @@ from .setup import PretrainingArguments, prepare_pretraining
 def main(argv: list[str] | None = None) -> bool:
     """Pre-trains with the options of `argv`, by default those of the command line; False if Ctrl-C stopped it."""
     data_args, args = parse_arguments(
-        (PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES, strong=STRONG
+        (PretrainingArguments, LoopArguments), argv, paper=PAPER, scenes=SCENES, recipes={"strong": STRONG}
     )
     if data_args.streaming and args.max_steps < 1:
         raise ValueError("--streaming knows no end of an epoch: give --max_steps in place of --num_train_epochs.")

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER),
         scenes=training_defaults(SCENES),
-        strong=STRONG,
+        recipes={"strong": STRONG},
     )
     if data_args.streaming:
         raise ValueError("Trainer cannot go on exactly in a stream: leave out --streaming, or use run_pretraining.py.")

@@ -21,8 +21,8 @@ from ...runs.arguments import parse_arguments
 from ...runs.trainer import KEEP_BEST, TaskTrainer, train, training_defaults
 from .training import (
     PAPER,
+    RECIPES,
     SCENES,
-    STRONG,
     RetrievalArguments,
     RetrievalSetup,
     bert_weights,
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> bool:
         argv,
         paper=training_defaults(PAPER) | shared,
         scenes=training_defaults(SCENES) | shared,
-        strong=STRONG,
+        recipes=RECIPES,
     )
     patience = data_args.early_stopping_patience
     callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]

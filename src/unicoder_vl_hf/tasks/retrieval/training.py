@@ -191,6 +191,32 @@ STRONG = {
     "num_negative_images": 0,
     "num_hard_negatives": 1,
 }
+# The best model of docs/results.md in two runs: a first stage of search behind a BERT that reads words alone, and what
+# reads words and regions behind that first stage, which stays.
+FIRST_STAGE = STRONG | {
+    "loss": "none",
+    "num_hard_negatives": 0,
+    "num_text_layers": -1,
+    "scale_features": True,
+    "bert_learning_rate": 3e-5,
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 128,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 4,
+}
+SECOND_STAGE = STRONG | {
+    "freeze_first_stage": True,
+    "similarity_in_training": False,
+    "num_hard_negatives": 2,
+    "random_negative_epochs": 1,
+    "joint_dropout": 0.2,
+    "query_bank": 30_000,
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 128,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3,
+}
+RECIPES = {"strong": STRONG, "first-stage": FIRST_STAGE, "second-stage": SECOND_STAGE}
 
 
 # A weight that is folded into the score stays there, and pairs behind text layers cost little. On Flickr8k 250 captions
