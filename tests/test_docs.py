@@ -163,7 +163,7 @@ def options_of(name: str) -> set[str]:
         if isinstance(value, type) and dataclasses.is_dataclass(value)
         for field in dataclasses.fields(value)
     }
-    return fields | {"recipe"} if "STRONG" in module else fields
+    return fields | {"recipe"} if module.keys() & {"STRONG", "RECIPES"} else fields
 
 
 def test_nothing_points_at_an_index_that_lacks_the_package():

@@ -31,10 +31,10 @@ class FoilAccuracy:
 @dataclass(frozen=True)
 class FoilGain:
     """
-    How much more often a scorer prefers captions than another on the same foils, with a 95 % interval.
+    The difference of two scorers' accuracies on the same foils, with a 95 % interval.
 
     Args:
-        gain, low, high (`float`): The difference of the two accuracies and its interval, in `[-1, 1]`.
+        gain, low, high (`float`): The difference and its interval, in `[-1, 1]`; above 0 where the first is better.
         num_foils (`int`): The pairs.
     """
 
