@@ -2,11 +2,13 @@
 
 import functools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import places
 import pytest
+import safetensors.torch
 import small_world
 import torch
 from test_run_pretraining import (
@@ -311,6 +313,24 @@ def test_on_mined_captions(command, plain, world, tmp_path):
     run(SCRIPT, command(tmp_path / "run", **options))
     assert_trained(tmp_path / "run", plain)
     assert "on groups of a match and mined hard negatives" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_two_recipes_in_a_row(world, berts, tmp_path):
+    """As the results page has it: a first stage, then what stands behind it, for which the first stage stays."""
+    first, both, few = tmp_path / "first", tmp_path / "both", {"max_validation_images": 4}
+    few |= {"per_device_train_batch_size": 8, "bf16": False, "disable_tqdm": "true"}
+    run(SCRIPT, small_world.arguments(world, berts[0.0], first, recipe="first-stage", projection_dim=8, **few))
+    run(SCRIPT, small_world.arguments(world, first, both, recipe="second-stage", **few))
+    config = AutoConfig.from_pretrained(both)
+    words = AutoConfig.from_pretrained(berts[0.0]).num_hidden_layers
+    assert (config.num_hidden_layers, config.num_text_layers) == (words + 2, words)
+    assert config.query_bank_size == [80, 40] and config.similarity_weight == 0
+    before, after = (safetensors.torch.load_file(each / "model.safetensors") for each in (first, both))
+    kept = [name for name in before if name.startswith(("first_stage.", "bert.embeddings."))]
+    kept += [name for name in before if re.match(rf"bert\.encoder\.layer\.[0-{words - 1}]\.", name)]
+    assert len(kept) > 40 and all(torch.equal(before[name], after[name]) for name in kept)
+    joint = f"bert.encoder.layer.{words}.attention.self.query.weight"
+    assert not torch.equal(before[joint], after[joint])
 
 
 def test_without_data_it_draws_scenes(tmp_path, monkeypatch):
