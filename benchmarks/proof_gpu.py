@@ -48,6 +48,7 @@ from unicoder_vl_hf.pictures import training_curves
 from unicoder_vl_hf.regions.shuffled import ShuffledStore
 from unicoder_vl_hf.tasks.foil.evaluation import foil_results
 from unicoder_vl_hf.tasks.foil.margins import by_matching_head, by_similarity, foil_margins
+from unicoder_vl_hf.tasks.foil.metrics import FoilAccuracy, FoilGain
 from unicoder_vl_hf.tasks.retrieval.losses import GroupSoftmaxLoss, HardNegativeLoss
 from unicoder_vl_hf.tasks.retrieval.metrics import confidence_intervals, rank_queries, retrieval_metrics
 
@@ -564,8 +565,8 @@ def report(result: Mapping[str, Any]) -> str:
     for size, stages in result["models"].items():
         for scorer, kinds in stages.get("foils", {}).items():
             told = kinds["all"]
-            low, high = 100 * told["low"], 100 * told["high"]
-            accuracy = f"{100 * told.get('accuracy', told.get('gain')):.1f} | {low:.1f} to {high:.1f}"
+            measured = FoilGain(**told) if "gain" in told else FoilAccuracy(**told)
+            accuracy = str(measured).replace("(", "| ").removesuffix(")")
             lines.append(f"| {size} | {scorer} | {told['num_foils']:,} | {accuracy} |")
     lines += ["", f"{json.dumps(result['machine'])}; seconds: {json.dumps(result['took'])}"]
     return "\n".join(lines) + "\n"

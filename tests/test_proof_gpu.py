@@ -134,6 +134,8 @@ def test_the_whole_way_in_two_calls_is_that_in_one(proof, packed, tmp_path, monk
     assert results[0]["foils"]["text only"]["all"]["accuracy"] == 1
     table = (pieces / "proof.md").read_text()
     assert "| bert | exhaustive |" in table and "| bert | shuffled regions |" in table
+    gain = results[1]["foils"]["above first stage"]["all"]
+    assert f"| bert | above first stage | {gain['num_foils']:,} | {100 * gain['gain']:+.1f} | " in table
     assert run(proof, pieces, "--batch-size", "5") == 1
     assert "another machine, version or plan" in capsys.readouterr().err
 

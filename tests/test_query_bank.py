@@ -10,6 +10,7 @@ from test_text_layers import paired
 
 from unicoder_vl_hf import ImageTextScorer, UnicoderVLForImageTextRetrieval
 from unicoder_vl_hf.modeling_unicoder_vl import UnicoderVLQueryBank
+from unicoder_vl_hf.scoring.calibration import Calibration
 from unicoder_vl_hf.scoring.checkpoints import scoring_digest
 from unicoder_vl_hf.scoring.explanation import parts_of_similarity
 from unicoder_vl_hf.scoring.packed import fingerprint
@@ -150,8 +151,11 @@ def test_without_the_bank_a_model_is_what_it_was_before(tmp_path):
         ImageTextScorer(plain, processor, images).score(captions, ["photo"]),
     )
     assert abs(with_bank - wanted).max() > 1e-3
-    model.config.calibration, model.config.similarity_weight = {"temperature": 1.0}, 3.0
+    model.config.calibration, model.config.similarity_weight = vars(Calibration(1.0, 0.0, 1.0, 1.0, 2)), 3.0
+    assert scorer.match(captions, ["photo"]).matches.shape == (3, 1)
     model.remove_query_bank()
+    with pytest.raises(ValueError, match="is not calibrated"):
+        scorer.match(captions, ["photo"])
     assert model.config.calibration is None and model.config.similarity_weight is None
     torch.testing.assert_close(scorer.score(captions, ["photo"]), wanted)
     model.config.similarity_weight = 3.0

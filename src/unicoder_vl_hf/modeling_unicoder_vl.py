@@ -1316,7 +1316,8 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
                 The options of [`~PreTrainedModel.from_pretrained`]; `dtype` defaults to float32.
             config_overrides:
                 Fields of [`UnicoderVLConfig`]. `num_hidden_layers` may be another than BERT's: the first layers are
-                taken, and further ones begin as copies of its last.
+                taken, and further ones begin as copies of its last. `num_text_layers=-1` takes all of BERT's for words
+                alone, and puts two behind them unless `num_hidden_layers` says how many there are in all.
 
         Raises:
             `ValueError`: for a checkpoint that is not a BERT, a field that its weights fix, an unknown field, or a key
@@ -1393,6 +1394,9 @@ class UnicoderVLPreTrainedModel(PreTrainedModel):
         for field in fixed.split():
             if overrides.get(field, bert_fields[field]) != bert_fields[field]:
                 raise ValueError(f"{field}={overrides[field]}, but the weights of {name} have {bert_fields[field]}.")
+        if overrides.get("num_text_layers") == -1:
+            depth = bert_config.num_hidden_layers
+            overrides = {"num_hidden_layers": depth + 2} | overrides | {"num_text_layers": depth}
         inherited = {field: bert_fields[field] for field in UnicoderVLConfig.__annotations__ if field in bert_fields}
         return UnicoderVLConfig(**inherited | overrides)
 
@@ -2208,7 +2212,8 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
     def remove_query_bank(self) -> None:
         """
         Forgets the query bank, if there is one: for scores of captions of one image, of which what is near to all
-        images says nothing. A similarity weight and a calibration, of other scores, are dropped with it.
+        images says nothing. A similarity weight and a calibration, of other scores, are dropped with it; what
+        `fold_similarity_weight` shrank stays so.
         """
         if self.config.query_bank_size is not None:
             self._first_stage().query_bank = self.config.query_bank_size = None

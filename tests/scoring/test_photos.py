@@ -170,7 +170,7 @@ def test_a_calibrated_checkpoint_says_yes_or_no(in_photos, stored, tmp_path, cap
     told = json.loads(capsys.readouterr().out)
     assert Calibration(**told["calibration"]) == known and told["captions"][0]["match"] == bool(found.matches[0, 0])
     scorer.model.bert.pooler.dense.bias.data += 1
-    del scorer.calibration
+    scorer.model.config.calibration = dict(scorer.model.config.calibration)  # read anew
     with pytest.raises(ValueError, match="was calibrated with other weights"):
         scorer.match(CAPTIONS, IDS)
     with pytest.raises(ValueError, match="nobody/model is no folder of a checkpoint"):

@@ -60,7 +60,7 @@ def _make(args: Namespace) -> object:
 
 
 def _accuracy_arguments(add: Add) -> None:
-    add("model", nargs="+", help="checkpoint with its processor; or several, say of three seeds: their mean counts")
+    add("model", nargs="+", help="checkpoint with its processor; or several, say of three seeds: the mean counts")
     add("foils", help="file that `unicoder-vl foil` made")
     add("regions", help="folder of the store")
     add("--split", help="split whose foils are taken (default: all)")
@@ -73,5 +73,5 @@ def _accuracy(args: Namespace) -> object:
 
     model = args.model if len(args.model) > 1 else args.model[0]
     results = evaluate_foils(model, args.foils, args.regions, split=args.split, output=args.output)
-    title = "Pairs whose caption scores above its foil (percent, 95 % interval; chance 50)"
+    title = "Pairs whose caption scores above its foil (percent, 95 % interval; chance 50, of the difference 0)"
     return Result(f"{title}\n{foil_table(results)}", results)

@@ -84,7 +84,7 @@ def parse_arguments(
     names = {word.split("=")[0] for word in argv}
     parser.set_defaults(**(paper if names & {data, "--help", "-h"} else scenes))
     if recipes is not None:
-        listed = (f"{name}: {', '.join(f'{key} {value}' for key, value in of.items())}" for name, of in recipes.items())
+        listed = [f"{name}: {', '.join(f'{key} {value}' for key, value in of.items())}" for name, of in recipes.items()]
         first = _Parser((), allow_abbrev=False, add_help=False)
         for each in (first, parser):  # which knows it for the help alone
             each.add_argument(

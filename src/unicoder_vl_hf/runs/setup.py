@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from .. import logging
 from ..configuration_unicoder_vl import UnicoderVLConfig
@@ -299,9 +299,6 @@ def load_model(arguments: ModelArguments, store: RegionStore, model_class: type[
                 "extract` or `convert`), or train anew from a BERT: --model_name_or_path google-bert/bert-base-uncased."
             )
     else:
-        if arguments.num_text_layers == -1:
-            own = AutoConfig.from_pretrained(name).num_hidden_layers
-            regions = {"num_hidden_layers": own + 2} | regions | {"num_text_layers": own}
         model = model_class.from_bert(name, **regions, **fields)
     if arguments.max_length > model.config.max_position_embeddings:
         raise ValueError(
@@ -356,7 +353,7 @@ def _check_unchanged(arguments: ModelArguments, model: UnicoderVLPreTrainedModel
         if wanted is not None and wanted != has and not any_text_layers:
             raise ValueError(
                 f"--{name} is {wanted}, but the Unicoder-VL {arguments.base_model} was made with {has}, which stays. "
-                "Leave the option out, or begin with a BERT."
+                f"Leave the option out, or give {has}; or begin with a BERT."
             )
 
 

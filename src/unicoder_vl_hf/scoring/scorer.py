@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Self, cast
 
 import numpy as np
@@ -155,6 +154,7 @@ class ImageTextScorer:
         self.verbose = verbose
         self.share = share
         self._made: tuple[Any, PairEncoder] | None = None  # the last encoder, and what it follows from
+        self._calibrated: tuple[dict[str, Any], Calibration] | None = None  # the last, and what it was read from
         self._is_frozen = False
 
     @classmethod
@@ -277,9 +277,9 @@ class ImageTextScorer:
     def __getstate__(self) -> dict[str, Any]:
         # What was read meanwhile is no part of it, so that `dataset.map` knows it again.
         # And an encoder's weights are in oneDNN's layout, which cannot be copied.
-        return {name: value for name, value in vars(self).items() if name != "calibration"} | {"_made": None}
+        return vars(self) | {"_made": None, "_calibrated": None}
 
-    @cached_property
+    @property
     def calibration(self) -> Calibration:
         """
         The meaning of the scores, as `unicoder-vl calibrate` saved it with the checkpoint.
@@ -290,10 +290,12 @@ class ImageTextScorer:
         known, name = self.model.config.calibration, self.model.name_or_path or "the model"
         if known is None:
             raise ValueError(f"{name} is not calibrated: `unicoder-vl calibrate {name} CAPTIONS REGIONS`.")
-        calibration = Calibration(**known)
-        if calibration.weights_sha256 not in (None, scoring_digest(self.model)):
-            raise ValueError(f"{name} was calibrated with other weights: `unicoder-vl calibrate` it again.")
-        return calibration
+        if self._calibrated is None or self._calibrated[0] is not known:  # a digest of all weights takes a while
+            calibration = Calibration(**known)
+            if calibration.weights_sha256 not in (None, scoring_digest(self.model)):
+                raise ValueError(f"{name} was calibrated with other weights: `unicoder-vl calibrate` it again.")
+            self._calibrated = known, calibration
+        return self._calibrated[1]
 
     def match(self, captions: Sequence[str], images: Sequence[Image], max_length: int = 44) -> Matching:
         """

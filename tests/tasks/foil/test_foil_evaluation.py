@@ -57,10 +57,11 @@ def test_accuracies_are_those_of_all_pairs_scored_one_by_one(world):
     assert written["results"]["cross-encoder"]["all"] == dataclasses.asdict(results["cross-encoder"]["all"])
 
 
-def test_several_models_count_with_their_mean(world, tmp_path, capsys):
+def test_several_models_count_with_their_mean(world, tmp_path, capsys, monkeypatch):
     folder, model, regions, _ = world
     other, *_ = small_world.save_retrieval(tmp_path / "other", Path(regions).parent, spread=0.3, projection_dim=8)
     runs = [evaluate_foils(each, folder / "foils.jsonl", regions) for each in (model, other)]
+    assert evaluate_foils(Path(model), folder / "foils.jsonl", regions) == runs[0]
     both = evaluate_foils([model, other], folder / "foils.jsonl", regions, output=tmp_path / "accuracies.json")
     for name in ("cross-encoder", "shuffled regions"):
         for kind, accuracy in both[name].items():
@@ -74,6 +75,9 @@ def test_several_models_count_with_their_mean(world, tmp_path, capsys):
     assert "above first stage" in capsys.readouterr().out
     with pytest.raises(ValueError, match="model is an empty list"):
         evaluate_foils([], folder / "foils.jsonl", regions)
+    monkeypatch.setattr(evaluation, "load_for_store", None)
+    with pytest.raises(ValueError, match=r"There is no .*nowhere"):  # before any is measured
+        evaluate_foils([model, str(tmp_path / "nowhere")], folder / "foils.jsonl", regions)
 
 
 def test_a_query_bank_rests(world, tmp_path):

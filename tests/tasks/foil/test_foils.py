@@ -230,6 +230,7 @@ def test_accuracy_by_hand():
     half = 1.96 * 0.328125**0.5 / 4
     assert (measured.low, measured.high) == pytest.approx((0.625 - half, 0.625 + half))
     assert str(foil_accuracy([1.0, 1.0], ["a", "b"])) == "100.0 (100.0 to 100.0)"
+    assert str(foil_accuracy([1.0, 1.0], ["a", "a"])) == "100.0 (0.0 to 100.0)"  # one image tells nothing
     runs = foil_accuracy([[1, -1, 1], [1, 1, 1]], ["a", "b"])
     assert runs.accuracy == pytest.approx(5 / 6) and runs.num_foils == 2
 
@@ -241,10 +242,14 @@ def test_gain_by_hand():
     errors = np.array([gains[:2].sum() - 2 * gains.mean(), *(gains[2:] - gains.mean())])
     half = 1.96 * (np.square(errors).sum() * 3 / 2) ** 0.5 / 4
     assert (measured.low, measured.high) == pytest.approx((measured.gain - half, measured.gain + half))
-    assert str(foil_gain([1.0, 1.0], [1.0, -1.0], ["a", "a"])) == "+50.0 (+50.0 to +50.0)"
-    assert str(foil_gain([-1.0], [1.0], ["a"])) == "-100.0 (-100.0 to -100.0)"
-    with pytest.raises(ValueError, match=r"margins\[0\] is NaN"):
+    assert str(foil_gain([1.0, 1.0], [1.0, -1.0], ["a", "a"])) == "+50.0 (-100.0 to +100.0)"  # one image tells nothing
+    assert str(foil_gain([-1.0, -1.0], [1.0, 1.0], ["a", "b"])) == "-100.0 (-100.0 to -100.0)"
+    runs = np.array([[1, 1, -1], [-1, -1, 1.0]])
+    assert str(foil_gain(runs, -runs[::-1], ["a", "b"])) == "+0.0 (+0.0 to +0.0)"
+    with pytest.raises(ValueError, match=r"^other_margins\[0\] is NaN"):
         foil_gain([1.0], [np.nan], ["a"])
+    with pytest.raises(ValueError, match=r"^other_margins has shape"):
+        foil_gain([1.0], [1.0, 2.0], ["a"])
 
 
 def test_the_interval_of_a_gain_is_of_the_same_foils():

@@ -13,7 +13,7 @@ from ...files import write_json
 from ...records_unicoder_vl import RegionRecord
 from ...regions.shuffled import ShuffledStore
 from ...regions.store import RegionStore
-from ...scoring.checkpoints import checkpoint_provenance, load_for_store
+from ...scoring.checkpoints import checkpoint_provenance, load_config, load_for_store
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import UnicoderVLDualEncoder
 from .margins import by_matching_head, by_similarity, foil_margins
@@ -25,7 +25,7 @@ NUM_SHUFFLES = 3
 
 
 def evaluate_foils(
-    model: str | Sequence[str],
+    model: str | PathLike[str] | Sequence[str | PathLike[str]],
     foils: str | PathLike[str],
     regions: str,
     *,
@@ -37,8 +37,8 @@ def evaluate_foils(
     images, rests.
 
     Args:
-        model (`str` or sequence of `str`): A checkpoint of pre-training or retrieval, with its processor; or several,
-            such as those of three seeds: each pair counts with its mean over them.
+        model (`str` or `os.PathLike`, or a sequence of these): A checkpoint of pre-training or retrieval, with its
+            processor; or several, such as those of three seeds: each pair counts with its mean over them.
         foils (`str` or `os.PathLike`): A file of `unicoder-vl foil`.
         regions (`str`): The [`RegionStore`] of the images.
         split (`str`, *optional*): The split whose foils are taken, by default all.
@@ -57,9 +57,11 @@ def evaluate_foils(
     chosen = [foil for foil in read_foils(foils) if split in (None, foil.split)]
     if not chosen:
         raise ValueError(f"{foils} has no foils of the split {split!r}.")
-    names = [model] if isinstance(model, str) else list(model)
+    names = [str(name) for name in ([model] if isinstance(model, (str, PathLike)) else model)]
     if not names:
         raise ValueError("model is an empty list, expected at least one checkpoint.")
+    for name in names:  # before the first is measured
+        load_config(name)
     store = RegionStore(regions)
     ids = [foil.image_id for foil in chosen]
     runs: dict[str, list[np.ndarray]] = {CROSS_ENCODER: [], FIRST_STAGE: [], SHUFFLED: []}
@@ -85,7 +87,7 @@ def evaluate_foils(
     results = foil_results(margins, [foil.kind for foil in chosen], ids)
     if output is not None:
         values: dict[str, Any] = {"foils": str(foils), "split": split, "regions": regions}
-        values["checkpoint"] = provenance[0] if isinstance(model, str) else provenance
+        values["checkpoint"] = provenance[0] if isinstance(model, (str, PathLike)) else provenance
         values["results"] = {
             name: {kind: dataclasses.asdict(accuracy) for kind, accuracy in of_scorer.items()}
             for name, of_scorer in results.items()
@@ -99,7 +101,8 @@ def foil_results(
 ) -> dict[str, dict[str, FoilAccuracy] | dict[str, FoilGain]]:
     """
     Measures the margins of several scorers: the accuracies of each, of all foils and of each kind, and behind those of
-    the `"first stage"` how far the `"cross-encoder"` is above them.
+    the `"first stage"` how far the `"cross-encoder"`, which has to be there, is above them. The errors are those of
+    [`foil_accuracy`].
     """
     results: dict[str, Any] = {}
     for scorer, of_scorer in margins.items():
@@ -112,8 +115,8 @@ def foil_results(
 def foil_table(results: Mapping[str, Mapping[str, FoilAccuracy] | Mapping[str, FoilGain]]) -> str:
     """Makes a table of accuracies in percent with their intervals: a line for each kind, a column for each scorer."""
     first = next(iter(results.values()))
-    lines = [f"{'':12}{'pairs':>7}" + "".join(f"{name:>24}" for name in results)]
+    lines = [f"{'':12}{'pairs':>7}" + "".join(f"{name:>25}" for name in results)]
     for kind, accuracy in first.items():
-        cells = "".join(f"{of_scorer[kind]!s:>24}" for of_scorer in results.values())
+        cells = "".join(f"{of_scorer[kind]!s:>25}" for of_scorer in results.values())
         lines.append(f"{kind:12}{accuracy.num_foils:>7,}{cells}")
     return "\n".join(lines)

@@ -44,7 +44,8 @@ class FoilGain:
     num_foils: int
 
     def __str__(self) -> str:
-        return f"{100 * self.gain:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        gain, low, high = (round(100 * value, 1) + 0.0 for value in (self.gain, self.low, self.high))  # and no -0
+        return f"{gain:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def foil_accuracy(margins: ArrayLike, image_ids: Sequence[str]) -> FoilAccuracy:
@@ -52,7 +53,7 @@ def foil_accuracy(margins: ArrayLike, image_ids: Sequence[str]) -> FoilAccuracy:
     Measures how often captions score above their foils, with any scorer.
 
     The interval is that of a mean over images (1.96 standard errors, within 0 and 1), since the pairs of an image are
-    not independent of each other.
+    not independent of each other. It says nothing of other runs, and of one image it is all from 0 to 1.
 
     Args:
         margins (array of shape `(num_foils,)` or `(num_foils, num_runs)`): The score of each caption less that of its
@@ -84,7 +85,8 @@ def foil_gain(margins: ArrayLike, other_margins: ArrayLike, image_ids: Sequence[
     Measures how much more often a scorer prefers captions to their foils than another scorer does.
 
     Both told the same foils of the same images, so that the interval of their difference is far narrower than the
-    distance of two intervals of [`foil_accuracy`]; it is made like these.
+    distance of two intervals of [`foil_accuracy`]; it is made like these. Where the two differ in a handful of foils it
+    is too narrow.
 
     Args:
         margins, other_margins (arrays of shape `(num_foils,)` or `(num_foils, num_runs)`): The margins of the two.
@@ -103,30 +105,32 @@ def foil_gain(margins: ArrayLike, other_margins: ArrayLike, image_ids: Sequence[
     FoilGain(gain=0.5, low=-0.0658..., high=1.0, num_foils=4)
     ```
     """
-    gains = _right(margins, image_ids) - _right(other_margins, image_ids)
+    gains = _right(margins, image_ids) - _right(other_margins, image_ids, "other_margins")
     gain, half = _mean(gains, image_ids)
     return FoilGain(gain, max(-1.0, gain - half), min(1.0, gain + half), len(gains))
 
 
-def _right(margins: ArrayLike, image_ids: Sequence[str]) -> np.ndarray:
+def _right(margins: ArrayLike, image_ids: Sequence[str], name: str = "margins") -> np.ndarray:
     """Says how often each foil was told, over the runs: `(num_foils,)`, 0 to 1."""
     margins = np.asarray(margins)
     if margins.ndim not in (1, 2) or len(margins) != len(image_ids) or margins.size == 0:
         raise ValueError(
-            f"margins has shape {margins.shape}, and there are {len(image_ids)} image_ids; expected a margin, or one "
+            f"{name} has shape {margins.shape}, and there are {len(image_ids)} image_ids; expected a margin, or one "
             "of each run, for every image id, and at least one."
         )
     if np.isnan(margins).any():
-        raise ValueError(f"margins[{np.argwhere(np.isnan(margins))[0][0]}] is NaN; expected a number for every foil.")
+        raise ValueError(f"{name}[{np.argwhere(np.isnan(margins))[0][0]}] is NaN; expected a number for every foil.")
     return ((np.sign(margins) + 1) / 2).reshape(len(margins), -1).mean(axis=1)
 
 
 def _mean(values: np.ndarray, image_ids: Sequence[str]) -> tuple[float, float]:
-    """Averages values of foils, and gives half the 95 % interval of this mean over images."""
+    """Averages values of foils, and gives half the 95 % interval of this mean over images; of one image it is all."""
     mean = float(values.mean())
     _, image_of_foil = np.unique(np.asarray(image_ids), return_inverse=True)
     errors = np.bincount(image_of_foil, weights=values - mean)
-    return mean, 1.96 * float(np.sqrt((errors**2).sum() * len(errors) / max(1, len(errors) - 1))) / len(values)
+    if len(errors) == 1:
+        return mean, 2.0
+    return mean, 1.96 * float(np.sqrt((errors**2).sum() * len(errors) / (len(errors) - 1))) / len(values)
 
 
 def accuracies_by_kind(margins: ArrayLike, kinds: Sequence[str], image_ids: Sequence[str]) -> dict[str, FoilAccuracy]:
@@ -137,7 +141,9 @@ def accuracies_by_kind(margins: ArrayLike, kinds: Sequence[str], image_ids: Sequ
 def gains_by_kind(
     margins: ArrayLike, other_margins: ArrayLike, kinds: Sequence[str], image_ids: Sequence[str]
 ) -> dict[str, FoilGain]:
-    """Measures [`foil_gain`] of all foils, as `"all"`, and of each kind, the most frequent first."""
+    """
+    Measures [`foil_gain`] of all foils, as `"all"`, and of each kind, the most frequent first; the errors are its.
+    """
     return _by_kind(foil_gain, (margins, other_margins), kinds, image_ids)
 
 
