@@ -244,8 +244,9 @@ def test_gain_by_hand():
     assert (measured.low, measured.high) == pytest.approx((measured.gain - half, measured.gain + half))
     assert str(foil_gain([1.0, 1.0], [1.0, -1.0], ["a", "a"])) == "+50.0 (-100.0 to +100.0)"  # one image tells nothing
     assert str(foil_gain([-1.0, -1.0], [1.0, 1.0], ["a", "b"])) == "-100.0 (-100.0 to -100.0)"
-    runs = np.array([[1, 1, -1], [-1, -1, 1.0]])
-    assert str(foil_gain(runs, -runs[::-1], ["a", "b"])) == "+0.0 (+0.0 to +0.0)"
+    runs = np.array([[1, -1, -1], [1, 1, -1], [1, 1, 1]])
+    none = foil_gain(runs, runs[[2, 0, 1]], ["a", "b", "c"])
+    assert -1e-9 < none.gain < 0 and str(none) == "+0.0 (-65.3 to +65.3)"  # and not -0.0
     with pytest.raises(ValueError, match=r"^other_margins\[0\] is NaN"):
         foil_gain([1.0], [np.nan], ["a"])
     with pytest.raises(ValueError, match=r"^other_margins has shape"):
