@@ -115,7 +115,11 @@ class UnicoderVLDualEncoder:
     def identity(self) -> dict[str, str]:
         """The name of the checkpoint, and the digest of the weights that embed."""
         weights = {**self.model.bert.state_dict(), **self.first_stage.state_dict()}
-        weights = {name: weight for name, weight in weights.items() if not name.startswith("query_bank.")}
+        others: tuple[str, ...] = ("query_bank.",)
+        if first := self.model.config.num_text_layers:  # behind which nothing embeds
+            joint = range(first, self.model.config.num_hidden_layers)
+            others += ("pooler.", *(f"encoder.layer.{number}." for number in joint))
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(others)}
         return {"family": "unicoder-vl", "name": self.name, "weights_sha256": weights_digest(weights)}
 
     @torch.inference_mode()

@@ -1,5 +1,6 @@
 """The first stage: embeddings of one modality alone, the contrastive loss, and training it along or alone."""
 
+import copy
 import dataclasses
 import math
 
@@ -544,6 +545,8 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     alone = RetrievalArguments(**options, contrastive_weight=1.0, loss="none")
     setup = prepare_retrieval(alone, world.parent / "run", seed=0)
     assert setup.first_stage_alone and "leaves the matching head behind" in caplog.text
+    setup.measure_similarity_weight()  # of no pair: a head that has not learned is not asked
+    assert setup.model.config.similarity_weight == 1000 and setup.search.endswith("no pair was trained.")
     assert setup.card["trained_by"].startswith("fine-tuned as a first stage of image-text retrieval, by a contrastive")
     batch = setup.collator([setup.train[row] for row in (0, 7)])
     assert batch["labels"].tolist() == [1, 1]  # nothing is read that would not be scored
@@ -659,9 +662,16 @@ def test_what_comes_behind_it_learns_while_it_stays(world, tmp_path, monkeypatch
     scores = model.eval()(**{name: batch[name] for name in batch if name not in ("mismatches",)}).scores
     setup.loss(model.train(), batch).backward()
     assert learn == {name for name, weight in model.named_parameters() if weight.grad is not None}
+    known = encoder.identity()
     optimizer.step()
     model.eval()
     assert (model(**{name: batch[name] for name in batch if name != "mismatches"}).scores - scores).abs().max() > 0.01
+    assert encoder.identity() == known  # so that an index of the first stage serves what stands behind it
+    whole = copy.deepcopy(model.state_dict())
+    for embeds in ("bert.encoder.layer.0.output.dense.bias", "first_stage.text_projection.bias"):
+        model.load_state_dict({**whole, embeds: whole[embeds] + 1})
+        assert encoder.identity() != known
+    model.load_state_dict(whole)
     np.testing.assert_array_equal(encoder.embed_captions(captions), embeddings)
     setup.measure_similarity_weight()
     assert model.config.query_bank_size == [9, 9] and model.config.similarity_weight == 0

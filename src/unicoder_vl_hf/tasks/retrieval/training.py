@@ -251,14 +251,24 @@ class RetrievalSetup(TrainingSetup):
     def measure_similarity_weight(self) -> None:
         """
         Measures the weight of the similarity for the model as it is, and notes it in its configuration and card. A
-        query bank, if one is asked for, is filled before, with or without a validation split.
+        query bank, if one is asked for, is filled before, with or without a validation split. A first stage that was
+        trained alone is all that orders: pairs, which no head has learned to score, are not.
         """
+        if self.first_stage_alone:
+            self.model.config.similarity_weight = float(max(SIMILARITY_WEIGHTS))
+            self.search = (
+                "Candidates of the first stage keep its order, by score + "
+                f"{self.model.config.similarity_weight:g} similarity: no pair was trained."
+            )
+            return
         if self.weighing is None and self.query_bank == 0:
             return
         max_length, store = self.collator.max_length, self.collator.store
         encoder = UnicoderVLDualEncoder(self.model, self.processor, store, "the trained model", max_length)
         if self.query_bank > 0:
-            embeddings = encoder.embed_captions(self._drawn("caption")), encoder.embed_images(self._drawn("image_id"))
+            captions, images = self._drawn("caption"), self._drawn("image_id")
+            logger.warning(f"The query bank takes {len(captions):,} training captions and {len(images):,} images.")
+            embeddings = encoder.embed_captions(captions), encoder.embed_images(images)
             self.model.set_query_bank(*map(torch.from_numpy, embeddings))
         if self.weighing is None:
             return
@@ -267,7 +277,7 @@ class RetrievalSetup(TrainingSetup):
         num_queries = FOLDING_QUERIES if held else None
         report = measure_similarity_weight(encoder, scorer, self.weighing, max_length, num_queries)
         self.search = describe_weight(report)
-        if held and not self.first_stage_alone:  # whose matching head is yet to learn, from all of its weight
+        if held:
             self.model.fold_similarity_weight(report.best.similarity_weight)
             self.search += " The score holds that sum now, so that a search orders by the score alone."
 
@@ -383,7 +393,8 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
     loss = arguments.training_loss
     if isinstance(loss, ContrastiveLoss):
         logger.warning(
-            "loss=none: the encoder leaves the matching head behind; train it again before pairs are scored."
+            "loss=none trains the first stage alone and leaves the matching head behind: train that afterwards, before "
+            "pairs are scored."
         )
         joint = model.bert.encoder.layer[model.config.num_text_layers or len(model.bert.encoder.layer) :]
         for unused in (model.matching_head, model.bert.pooler, *joint):
