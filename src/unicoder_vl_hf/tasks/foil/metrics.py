@@ -70,7 +70,7 @@ def foil_accuracy(margins: ArrayLike, image_ids: Sequence[str]) -> FoilAccuracy:
 
     ```python
     >>> foil_accuracy([0.5, -0.1, 2.0, 0.0], ["a", "a", "b", "c"])
-    FoilAccuracy(accuracy=0.625, low=0.0849..., high=1.0, num_foils=4, num_ties=1)
+    FoilAccuracy(accuracy=0.625, low=0.344..., high=0.905..., num_foils=4, num_ties=1)
     ```
     """
     right = _right(margins, image_ids)
@@ -102,7 +102,7 @@ def foil_gain(margins: ArrayLike, other_margins: ArrayLike, image_ids: Sequence[
 
     ```python
     >>> foil_gain([0.5, -0.1, 2.0, 1.0], [0.5, -0.1, -1.0, -0.5], ["a", "a", "b", "c"])
-    FoilGain(gain=0.5, low=-0.0658..., high=1.0, num_foils=4)
+    FoilGain(gain=0.5, low=-0.235, high=1.0, num_foils=4)
     ```
     """
     gains = _right(margins, image_ids) - _right(other_margins, image_ids, "other_margins")
