@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import dataclasses
+import doctest
 import functools
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -164,6 +166,19 @@ def options_of(name: str) -> set[str]:
         for field in dataclasses.fields(value)
     }
     return fields | {"recipe"} if module.keys() & {"STRONG", "RECIPES"} else fields
+
+
+@pytest.mark.parametrize("name", ["foil", "retrieval", "vqa"])
+def test_examples_of_metrics_print_what_they_say(name):
+    """Those of docstrings that need no data."""
+    module, found = importlib.import_module(f"unicoder_vl_hf.tasks.{name}.metrics"), 0
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for value in vars(module).values():
+        if callable(value) and value.__module__ == module.__name__ and ">>>" in (value.__doc__ or ""):
+            text = re.sub("^ *```.*$", "", inspect.getdoc(value), flags=re.MULTILINE)
+            runner.run(doctest.DocTestParser().get_doctest(text, dict(vars(module)), value.__name__, None, 0))
+            found += 1
+    assert found and runner.summarize(verbose=False).failed == 0
 
 
 def test_nothing_points_at_an_index_that_lacks_the_package():

@@ -40,8 +40,8 @@ def retrieval_metrics(
 
     ```python
     >>> retrieval_metrics([[0.9, 0.1], [0.8, 0.2]], [0, 1], ks=[1])
-    {'image_retrieval_recall@1': 0.5, 'image_retrieval_median_rank': 1.5, 'image_retrieval_mean_rank': 1.5,
-     'image_retrieval_map': 0.75, 'image_retrieval_tied_ranks': 0, 'text_retrieval_recall@1': 1.0, …}
+    {'image_retrieval_recall@1': 0.5, 'image_retrieval_mean_rank': 1.5, 'image_retrieval_map': 0.75,
+     'image_retrieval_median_rank': 1.5, 'image_retrieval_tied_ranks': 0, 'text_retrieval_recall@1': 1.0, ...}
     ```
     """
     _check_ks(ks)
