@@ -499,7 +499,7 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
         if old is None or not config.first_stage_trained or not config.num_text_layers:
             raise ValueError(
                 f"freeze_first_stage keeps a trained first stage behind text layers, and {name or 'a new model'} has "
-                "none: start from one, as --loss none --contrastive_weight 1 --num_text_layers K trains it."
+                "none: start from one, as --recipe first-stage trains it."
             )
         if arguments.contrastive_weight == 0 or arguments.loss == "none" or arguments.bert_learning_rate is not None:
             raise ValueError(
