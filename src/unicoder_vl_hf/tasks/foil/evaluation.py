@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.foils import read_foils
+from ...data.foils import Foil, read_foils
 from ...files import write_json
 from ...records_unicoder_vl import RegionRecord
 from ...regions.shuffled import ShuffledStore
@@ -63,37 +63,39 @@ def evaluate_foils(
     for name in names:  # before the first is measured
         load_config(name)
     store = RegionStore(regions)
-    ids = [foil.image_id for foil in chosen]
-    runs: dict[str, list[np.ndarray]] = {CROSS_ENCODER: [], FIRST_STAGE: [], SHUFFLED: []}
-    provenance = []
-    for name in names:
-        scoring, processor = load_for_store(name, store)
-        provenance.append(checkpoint_provenance(name, scoring))
-        scoring.remove_query_bank()
-
-        def head(records: Mapping[str, RegionRecord], scoring=scoring, processor=processor) -> np.ndarray:
-            return foil_margins(chosen, by_matching_head(ImageTextScorer(scoring, processor, records)))
-
-        runs[CROSS_ENCODER].append(head(store))
-        if scoring.config.first_stage_trained:
-            encoder = UnicoderVLDualEncoder(scoring, processor, store, name)
-            runs[FIRST_STAGE].append(foil_margins(chosen, by_similarity(encoder.embed_captions, encoder.embed_images)))
-        runs[SHUFFLED] += [head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)]
-    if len(runs[FIRST_STAGE]) < len(names):
-        del runs[FIRST_STAGE]
-    margins = {scorer: np.stack(each, axis=1) for scorer, each in runs.items()}
+    runs, provenance = zip(*(_margins_of(name, chosen, store) for name in names), strict=True)
+    known = [scorer for scorer in runs[0] if all(scorer in run for run in runs)]
+    margins = {scorer: np.column_stack([run[scorer] for run in runs]) for scorer in known}
     if all(foil.text_only for foil in chosen):
         margins[TEXT_ONLY] = np.array([foil.text_only for foil in chosen])
-    results = foil_results(margins, [foil.kind for foil in chosen], ids)
+    results = foil_results(margins, [foil.kind for foil in chosen], [foil.image_id for foil in chosen])
     if output is not None:
         values: dict[str, Any] = {"foils": str(foils), "split": split, "regions": regions}
-        values["checkpoint"] = provenance[0] if isinstance(model, (str, PathLike)) else provenance
+        values["checkpoint"] = provenance[0] if isinstance(model, (str, PathLike)) else list(provenance)
         values["results"] = {
             name: {kind: dataclasses.asdict(accuracy) for kind, accuracy in of_scorer.items()}
             for name, of_scorer in results.items()
         }
         write_json(Path(output), values)
     return results
+
+
+def _margins_of(name: str, foils: Sequence[Foil], store: RegionStore) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Computes the margins of a checkpoint's scorers, of each shuffle apart, and collects its provenance."""
+    model, processor = load_for_store(name, store)
+    provenance = checkpoint_provenance(name, model)
+    model.remove_query_bank()
+
+    def head(records: Mapping[str, RegionRecord]) -> np.ndarray:
+        return foil_margins(foils, by_matching_head(ImageTextScorer(model, processor, records)))
+
+    margins = {CROSS_ENCODER: head(store)}
+    if model.config.first_stage_trained:
+        encoder = UnicoderVLDualEncoder(model, processor, store, name)
+        margins[FIRST_STAGE] = foil_margins(foils, by_similarity(encoder.embed_captions, encoder.embed_images))
+    ids = [foil.image_id for foil in foils]
+    margins[SHUFFLED] = np.stack([head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)], axis=1)
+    return margins, provenance
 
 
 def foil_results(
