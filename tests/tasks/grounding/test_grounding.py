@@ -242,6 +242,7 @@ def test_each_expression_names_one_object():
     for index in range(400):
         scene, named = scenes_grounding.sample_referred_scene(index)
         assert len({thing.box for thing in scene.objects}) == 5
+        assert scenes_grounding.HELD_OUT.isdisjoint((thing.colour, thing.shape) for thing in scene.objects)
         for form, (text, target) in named.items():
             alike = [thing for thing in scene.objects if thing.shape == target.shape]
             words = text.split()

@@ -368,6 +368,14 @@ def test_a_row_that_lacks_something_is_named_with_what_makes_it(lacks, options):
         collator(rows)
 
 
+def test_shares_of_rows_that_have_negatives():
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"scored_ratio={share}, expected a share of the rows"):
+            DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, scored_ratio=share)
+    with pytest.raises(ValueError, match=r"scored_ratio=0\.5 needs negatives of each row's own: .*in_batch_negatives"):
+        DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, scored_ratio=0.5, in_batch_negatives=True)
+
+
 def test_hiding_out_of_range():
     for share in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"mask_probability={share}, expected a share"):

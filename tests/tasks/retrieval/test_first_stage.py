@@ -322,13 +322,20 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives, config
     ]
     torch.testing.assert_close(*gradients)
 
-    # Of 0.6 of four matches, the first three are scored, with their hard negatives, and no other pair.
+    if in_batch_negatives:  # all pairs are of one group
+        return
+    # Of 0.6 of four matches, the first three are scored, with their negatives, and no other pair.
     scored = []
     encoder.matching_head.register_forward_hook(lambda module, arguments, output: scored.append(len(output)))
-    found = HardNegativeLoss(GroupSoftmaxLoss(), 0.5, num_hard_negatives=2, scored_ratio=0.6)(encoder, inputs)
-    assert scored == [0, 3 + 3 * 4]
-    given = {name: torch.cat((inputs[name][matches[:3]], more[match < 3])) for name, more in index.items()}
+    some = HardNegativeLoss(GroupSoftmaxLoss(), 0.5, num_hard_negatives=2, scored_ratio=0.6)
+    found, of_three = some(encoder, inputs), inputs["group_ids"] < 3
+    assert scored == [0, of_three.sum() + 3 * 4] and of_three.sum() > 3
+    given = {name: torch.cat((inputs[name][of_three], more[match < 3])) for name, more in index.items()}
     torch.testing.assert_close(found, GroupSoftmaxLoss()(encoder, inputs | given) + contrastive)
+    # The collator can leave the others out.
+    fewer = batch((3, 0, 2, 4), scored_ratio=0.6)
+    assert torch.equal(fewer["group_ids"], torch.cat((inputs["group_ids"][of_three], torch.tensor([3]))))
+    torch.testing.assert_close(some(encoder, fewer), found)
 
 
 def test_negatives_are_drawn_at_random_in_the_first_epochs():
@@ -578,7 +585,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     none = {"num_negative_captions": 0, "num_negative_images": 0}
     quarter = RetrievalArguments(**options, **none, contrastive_weight=1.0, num_hard_negatives=1, scored_ratio=0.25)
     setup = prepare_retrieval(quarter, world.parent / "run", seed=0)
-    assert isinstance(setup.loss, HardNegativeLoss) and setup.loss.scored_ratio == 0.25
+    assert isinstance(setup.loss, HardNegativeLoss) and setup.loss.scored_ratio == setup.collator.scored_ratio == 0.25
     assert "likes best (for 25 % of the matches), along with" in setup.card["trained_by"]
     assert setup.model.config.joint_dropout_prob == 0
     match = setup.train[7]
@@ -599,22 +606,15 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
         ({"random_negative_epochs": -1}, r"random_negative_epochs=-1; expected at least 0"),
         ({"random_negative_epochs": 1}, r"random_negative_epochs=1 says how --num_hard_negatives are drawn"),
         ({"scored_ratio": 0.0}, r"scored_ratio=0\.0, expected a share of the matches: above 0, at most 1"),
+        ({"scored_ratio": 0.5}, r"scored_ratio=0\.5 is of matches with .* their own: give --num_hard_negatives"),
         (
-            {"scored_ratio": 0.5, "contrastive_weight": 1.0, "num_hard_negatives": 1},
-            r"scored_ratio=0\.5 is of matches with hard negatives alone: .*--num_negative_captions 0",
-        ),
-        (
-            {"scored_ratio": 0.5, "num_negative_captions": 0, "num_negative_images": 0},
-            r"scored_ratio=0\.5 is of matches with hard negatives alone: give --num_hard_negatives",
+            {"scored_ratio": 0.5, "contrastive_weight": 1.0, "num_hard_negatives": 1, "in_batch_negatives": True},
+            r"scored_ratio=0\.5 is of matches with negatives of their own: .*no --in_batch_negatives",
         ),
         ({"similarity_in_training": False}, r"similarity_in_training=False needs scores and a first stage that learn"),
         ({"joint_dropout": 1.0}, r"joint_dropout=1\.0, expected a share of at least 0, below 1"),
         ({"foils": "foils.jsonl", "loss": "none", "contrastive_weight": 1.0}, r"loss=none scores no pairs: .*foils"),
         ({"joint_dropout": 0.5, "loss": "none", "contrastive_weight": 1.0}, r"loss=none scores .*or joint_dropout"),
-        (
-            {**none, "foils": "x", "scored_ratio": 0.5, "contrastive_weight": 1.0, "num_hard_negatives": 1},
-            r"scored_ratio=0\.5 is of matches with hard negatives alone: .*nor foils",
-        ),
         ({"num_hard_negatives": 1}, r"num_hard_negatives=1 need a first stage.*--contrastive_weight"),
         ({"loss": "none"}, r"loss=none.*need a first stage.*--contrastive_weight"),
         (

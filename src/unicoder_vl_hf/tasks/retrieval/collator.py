@@ -7,6 +7,7 @@ function of seed, epoch, and caption or image id). Left out: drawing negatives, 
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,9 @@ class DataCollatorForUnicoderVLRetrieval:
             Number of first epochs in whose batches of `contrastive` a `hardness` is drawn at random, a function of
             `seed`, epoch and rows, by which [`HardNegativeLoss`] takes its negatives: new weights learn nothing from
             those that are hard.
+        scored_ratio (`float`, *optional*, defaults to 1.0):
+            Share of the rows, above 0, at most 1, the first ones of a batch, whose negatives are in it: those that
+            [`HardNegativeLoss`] scores. Of the others the match alone is.
         seed (`int`, *optional*, defaults to 0):
             Seed of the hiding and of the hardness, at least 0.
 
@@ -80,11 +84,18 @@ class DataCollatorForUnicoderVLRetrieval:
     contrastive: bool = False
     mask_probability: float = 0.0
     random_epochs: int = 0
+    scored_ratio: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
         if not 0 <= self.mask_probability < 1:
             raise ValueError(f"mask_probability={self.mask_probability}, expected a share in 0..1, below 1.")
+        if not 0 < self.scored_ratio <= 1:
+            raise ValueError(f"scored_ratio={self.scored_ratio}, expected a share of the rows: above 0, at most 1.")
+        if self.scored_ratio < 1 and self.in_batch_negatives:
+            raise ValueError(
+                f"scored_ratio={self.scored_ratio} needs negatives of each row's own: leave out in_batch_negatives."
+            )
         if self.mask_probability > 0 and self.processor.tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which mask_probability needs: use BERT's.")
 
@@ -98,8 +109,11 @@ class DataCollatorForUnicoderVLRetrieval:
             caption_index = captions.setdefault(caption, len(captions))
             pairs.append((caption_index, images.setdefault(image_id, len(images)), group, label))
 
+        scored = math.ceil(self.scored_ratio * len(rows))
         for group, row in enumerate(rows):
             add(group, row["caption"], row["image_id"], 1)
+            if group >= scored:
+                continue
             for caption in row["negative_captions"]:
                 add(group, caption, row["image_id"], 0)
             for image_id in row["negative_image_ids"]:

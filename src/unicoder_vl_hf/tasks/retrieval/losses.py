@@ -227,8 +227,8 @@ class HardNegativeLoss(TwoStageLoss):
         groups, contrastive_weight: The arguments of [`TwoStageLoss`].
         num_hard_negatives (`int`, *optional*, defaults to 1): Captions, and as many images, for each match, at least 1.
         scored_ratio (`float`, *optional*, defaults to 1.0): Share of the matches, above 0, at most 1. Below 1, the
-            first ones of the batch are scored, so many, with their hard negatives, and no other pair: scores cost most
-            of a step, and more steps teach more than more pairs a step.
+            first ones of the batch are scored, so many, with their negatives, and no other pair: scores cost most of a
+            step, and more steps teach more than more pairs a step.
     """
 
     num_hard_negatives: int = 1
@@ -251,7 +251,8 @@ class HardNegativeLoss(TwoStageLoss):
         if self.scored_ratio < 1:
             scored = math.ceil(self.scored_ratio * len(matches))
             found = [each.view(2, len(matches), -1)[:, :scored].flatten() for each in found]
-            batch = {**batch, **{name: batch[name][matches[:scored]] for name in _OF_GROUPS}}
+            of_scored = torch.isin(batch["group_ids"], group_of_match[:scored])
+            batch = {**batch, **{name: batch[name][of_scored] for name in _OF_GROUPS}}
         match, caption, image, label = found
         more = {
             "labels": label,

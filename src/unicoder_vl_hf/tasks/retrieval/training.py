@@ -112,8 +112,8 @@ class RetrievalArguments(DataArguments):
     )
     scored_ratio: float = option(
         1.0,
-        "Share of the matches of a micro-batch that are scored, with their hard negatives; the first stage learns from "
-        "all of them.",
+        "Share of the matches of a micro-batch that are scored, with their negatives; the first stage learns from all "
+        "of them.",
     )
     query_bank: int = option(
         0,
@@ -423,6 +423,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
             contrastive=arguments.contrastive_weight > 0,
             mask_probability=arguments.mask_probability,
             random_epochs=arguments.random_negative_epochs,
+            scored_ratio=arguments.scored_ratio,
             seed=seed,
         ),
         train=train,
@@ -478,13 +479,10 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
         raise ValueError(f"joint_dropout={arguments.joint_dropout}, expected a share of at least 0, below 1.")
     if not 0 < arguments.scored_ratio <= 1:
         raise ValueError(f"scored_ratio={arguments.scored_ratio}, expected a share of the matches: above 0, at most 1.")
-    others = arguments.num_negative_captions + arguments.num_negative_images > 0 or arguments.in_batch_negatives
-    others = others or arguments.foils is not None
-    if arguments.scored_ratio < 1 and (others or arguments.num_hard_negatives == 0):
+    if arguments.scored_ratio < 1 and (arguments.in_batch_negatives or arguments.num_hard_negatives == 0):
         raise ValueError(
-            f"scored_ratio={arguments.scored_ratio} is of matches with hard negatives alone: give "
-            "--num_hard_negatives, such as 1, --num_negative_captions 0 --num_negative_images 0, neither "
-            "in_batch_negatives nor foils."
+            f"scored_ratio={arguments.scored_ratio} is of matches with negatives of their own: give "
+            "--num_hard_negatives, such as 1, and no --in_batch_negatives."
         )
     pairs = arguments.num_hard_negatives > 0 or arguments.in_batch_negatives or arguments.foils is not None
     if arguments.loss == "none" and (pairs or arguments.joint_dropout > 0):
