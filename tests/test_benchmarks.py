@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,3 +125,41 @@ def test_the_time_from_a_photo_to_its_scores(benchmark, capsys, monkeypatch):
     title, regions, found, rate, scored = [cell.strip() for cell in row.strip("|").split("|")]
     assert title == "`grid`, ResNet-50, 448 pixels" and regions == "50"
     assert all(float(cell) > 0 for cell in (found, rate, scored))
+
+
+def test_the_proof_of_relations_leaves_out_what_it_says(benchmark, monkeypatch, tmp_path, capsys):
+    """And trains nothing twice. What the scripts themselves do with these options their own tests say."""
+    relations, commands = benchmark("relations"), []
+
+    def run(words):
+        words = [str(word) for word in words]
+        commands.append(" ".join(words).replace(f"{tmp_path}/", ""))
+        if "--output_dir" in words:
+            Path(words[words.index("--output_dir") + 1], "all_results.json").touch()
+        elif words[2] == "foil":
+            Path(words[3]).touch()
+        else:
+            recall = dict.fromkeys(relations.RECALLS, 0.5)
+            told = {kind: {"accuracy": 0.25} for kind in relations.KINDS}
+            report = {"report": {"rows": [{"metrics": recall}] * 2}}
+            Path(words[-1]).write_text(json.dumps(report | {"results": {"first stage": told, "cross-encoder": told}}))
+
+    monkeypatch.setattr(relations, "run", run)
+    command = ["--output", str(tmp_path / "proof"), "--seeds", "3", "4", "--max_steps", "2"]
+    relations.main(command)
+    trained = [words for words in commands if "--output_dir" in words and "--seed 3" in words]
+    assert [words.split("seed-3/")[1].split()[0] for words in trained] == [
+        "expressions", "foils-all", "retrieval-all", "foils-without-expressions", "retrieval-without-expressions",
+        "retrieval-without-foils", "two-vectors-alone",
+    ]  # fmt: skip
+    begins = [words.partition("--model_name_or_path proof/seed-3/")[2].split(" ")[0] for words in trained]
+    assert begins == ["", "expressions", "foils-all", "", "foils-without-expressions", "expressions", ""]
+    with_foils = ["--foils proof/train_foils.jsonl" in words for words in trained]
+    assert with_foils == [False, True, True, True, True, False, False]
+    assert all("--max_steps 2" in words for words in trained)
+    assert len(commands) == 2 * (len(trained) + 4 * 2) + 2
+    table = (tmp_path / "proof" / "relations.md").read_text()
+    assert table in capsys.readouterr().out and table.count("| 50.0, 50.0 | 50.0, 50.0 | 25.0, 25.0 |") == 7
+    assert (tmp_path / "proof" / "relations.png").exists()
+    relations.main([*command, "--only", relations.ALL])
+    assert len(commands) == 2 * (len(trained) + 4 * 2) + 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ... import logging
 from ...data.foils import Foil, read_foils
 from ...files import write_json
 from ...records_unicoder_vl import RegionRecord
@@ -18,6 +19,8 @@ from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import UnicoderVLDualEncoder
 from .margins import by_matching_head, by_similarity, foil_margins
 from .metrics import FoilAccuracy, FoilGain, accuracies_by_kind, gains_by_kind
+
+logger = logging.get_logger(__name__)
 
 CROSS_ENCODER, FIRST_STAGE, SHUFFLED, TEXT_ONLY = "cross-encoder", "first stage", "shuffled regions", "text only"
 GAIN = "above first stage"
@@ -84,7 +87,9 @@ def _margins_of(name: str, foils: Sequence[Foil], store: RegionStore) -> tuple[d
     """Computes the margins of a checkpoint's scorers, of each shuffle apart, and collects its provenance."""
     model, processor = load_for_store(name, store)
     provenance = checkpoint_provenance(name, model)
-    model.remove_query_bank()
+    if model.config.query_bank_size is not None:
+        logger.warning(f"{name}: the query bank, which is for a search among many images, rests.")
+        model.remove_query_bank()
 
     def head(records: Mapping[str, RegionRecord]) -> np.ndarray:
         return foil_margins(foils, by_matching_head(ImageTextScorer(model, processor, records)))

@@ -440,7 +440,7 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
     """Gives the validation split. It may be missing if only the weight would be measured on it, which is then not."""
     if arguments.max_validation_images > 0:
         return data.validation(arguments.validation_split, without="--max_validation_images 0")
-    if arguments.contrastive_weight == 0:
+    if arguments.contrastive_weight == 0 or arguments.loss == "none":
         return None
     try:
         return data.validation(arguments.validation_split)
