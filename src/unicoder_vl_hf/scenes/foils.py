@@ -13,6 +13,7 @@ import numpy as np
 from ..data.foils import Foil, put_word
 from .world import (
     COLOUR_WORDS,
+    HELD_OUT,
     NUM_SCENES,
     RELATION_WORDS,
     SHAPE_WORDS,
@@ -57,19 +58,25 @@ def world_foils(split: str) -> list[Foil]:
 
 def caption_foils(split: str) -> list[Foil]:
     """
-    Makes the foils of the captions that `build_scenes` writes, which do not count, of all scenes of a split. Raises
-    ValueError on an unknown split.
+    Makes the foils of the captions that `build_scenes` writes, which do not count, of all scenes of a split. Those of
+    the training split name no pair of `HELD_OUT`, of which they would teach that it is never true. Raises ValueError on
+    an unknown split.
     """
-    foils = (foil for n in range(NUM_SCENES.get(split, 1)) for foil in scene_foils(sample_scene(n, split)))
+    without = HELD_OUT if split == "train" else frozenset()
+    scenes = (sample_scene(n, split) for n in range(NUM_SCENES.get(split, 1)))
+    foils = (foil for scene in scenes for foil in scene_foils(scene, without))
     return [foil for foil in foils if foil.kind != "count"]
 
 
-def scene_foils(scene: Scene) -> list[Foil]:
-    """Makes foils of the captions of a scene, and of one that counts: for each caption one of each kind."""
+def scene_foils(scene: Scene, without: frozenset[tuple[str, str]] = frozenset()) -> list[Foil]:
+    """
+    Makes foils of the captions of a scene, and of one that counts: for each caption one of each kind. None names a pair
+    of colour and shape of `without`.
+    """
     rng = generator_of(scene.seed, scene.image_id, "foils")
     found = []
     for caption in scene_captions(scene):
-        options = [option for match in _NAME.finditer(caption) for option in _of_name(rng, match, scene)]
+        options = [option for match in _NAME.finditer(caption) for option in _of_name(rng, match, scene, without)]
         for match in _RELATION.finditer(caption):
             relation = _RELATIONS[match["relation"]]
             number = RELATION_WORDS[relation].index(match["relation"])
@@ -86,9 +93,11 @@ def scene_foils(scene: Scene) -> list[Foil]:
     return [Foil(scene.image_id, scene.image_id.split("-")[0], *values) for values in found]
 
 
-def _of_name(rng: np.random.Generator, match: re.Match[str], scene: Scene) -> Iterator[tuple[str, re.Match[str], str]]:
-    """Gives what else the name of an object could say, all of it false: kind, match and word."""
-    pairs = {(thing.colour, thing.shape) for thing in scene.objects}
+def _of_name(
+    rng: np.random.Generator, match: re.Match[str], scene: Scene, without: frozenset[tuple[str, str]]
+) -> Iterator[tuple[str, re.Match[str], str]]:
+    """Gives what else the name of an object could say, but for pairs of `without`, all of it false: kind, match, word."""
+    pairs = {(thing.colour, thing.shape) for thing in scene.objects} | without
     colour, shape = _COLOURS[match["colour"]], _SHAPES[match["shape"]]
     for other in COLOUR_WORDS:
         if (other, shape) not in pairs:
