@@ -6,7 +6,8 @@ For each seed the matching head learns in three steps: which object an expressio
 then retrieval with a first stage along. Two controls leave out the expressions, or the foils; a third trains two
 vectors alone, for about as long. It writes `relations.json`, `relations.md` and `relations.png`: recall of 150 test
 scenes by the first stage and by the score of its best 20, and foils told by either. 5 minutes a seed of one core, 13
-of the controls; the same command goes on.
+of the controls. The same command goes on, and other seeds and controls join what is there; further options go to every
+training, and want a folder of their own.
 """
 
 import argparse
@@ -77,6 +78,8 @@ class Proof:
                 (self.output / "_data").mkdir(exist_ok=True)
                 (output / "_data").symlink_to((self.output / "_data").absolute(), target_is_directory=True)
             words = ["--output_dir", output, "--seed", self.seed, *LAST_STEP, *options, *self.options]
+            if any(output.glob("checkpoint-*")):  # of Ctrl-C
+                words += ["--resume_from_checkpoint", "latest"]
             run([EXAMPLES / f"run_{task}.py", *words])
         return output
 
@@ -117,18 +120,23 @@ def draw(found: dict[str, dict[str, dict]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the proof of `argv`, by default that of the command line; further options go to every training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    controls = (ALL, NO_EXPRESSIONS, NO_FOILS, ALONE)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
-    parser.add_argument("--only", nargs="+", default=[ALL, NO_EXPRESSIONS, NO_FOILS, ALONE], help="which")
+    parser.add_argument("--only", nargs="+", choices=controls, default=controls, help="what is trained (default: each)")
     args, options = parser.parse_known_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     proofs = {str(seed): Proof(args.output, seed, options) for seed in args.seeds}
     for file, more in ((args.output / "train_foils.jsonl", ["--for-training"]), (args.output / "foils.jsonl", [])):
         if not file.exists():
             run(["-m", "unicoder_vl_hf.cli", "foil", file, *more])
-    found = {name: {seed: proof.measure(name) for seed, proof in proofs.items()} for name in args.only}
-    (args.output / "relations.json").write_text(json.dumps(found, indent=1))
+    path = args.output / "relations.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    for name in args.only:
+        before[name] = before.get(name, {}) | {seed: proof.measure(name) for seed, proof in proofs.items()}
+    found = {name: before[name] for name in controls if name in before}
+    path.write_text(json.dumps(found, indent=1))
     (args.output / "relations.md").write_text(table(found) + "\n")
     draw(found, args.output / "relations.png")
     print(table(found))

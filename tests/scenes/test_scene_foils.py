@@ -85,5 +85,12 @@ def test_foils_to_learn_from_are_of_what_captions_of_all_scenes_say(monkeypatch)
     assert {foil.image_id for foil in found} == {f"train-{number:05}" for number in range(20)}
     for foil in found:
         assert foil.caption in scene_captions(sample_scene(int(foil.image_id[-5:]), "train")) and foil.kind != "count"
+    # They would teach that no picture shows the pairs that the test scenes ask for.
+    named = [
+        {(words._COLOURS[match["colour"]], words._SHAPES[match["shape"]]) for match in words._NAME.finditer(foil.foil)}
+        for foil in (*found, *(foil for number in range(20) for foil in scene_foils(sample_scene(number))))
+    ]
+    told = [not words.HELD_OUT.isdisjoint(pairs) for pairs in named]
+    assert not any(told[: len(found)]) and any(told[len(found) :])
     with pytest.raises(ValueError, match="expected one of"):
         caption_foils("none")

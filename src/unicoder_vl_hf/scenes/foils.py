@@ -96,7 +96,7 @@ def scene_foils(scene: Scene, without: frozenset[tuple[str, str]] = frozenset())
 def _of_name(
     rng: np.random.Generator, match: re.Match[str], scene: Scene, without: frozenset[tuple[str, str]]
 ) -> Iterator[tuple[str, re.Match[str], str]]:
-    """Gives what else the name of an object could say, but for pairs of `without`, all of it false: kind, match, word."""
+    """Gives what else the name of an object could say, no pair of `without`, all of it false: kind, match and word."""
     pairs = {(thing.colour, thing.shape) for thing in scene.objects} | without
     colour, shape = _COLOURS[match["colour"]], _SHAPES[match["shape"]]
     for other in COLOUR_WORDS:

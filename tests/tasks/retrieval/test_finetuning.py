@@ -372,8 +372,11 @@ def test_shares_of_rows_that_have_negatives():
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match=f"scored_ratio={share}, expected a share of the rows"):
             DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, scored_ratio=share)
-    with pytest.raises(ValueError, match=r"scored_ratio=0\.5 needs negatives of each row's own: .*in_batch_negatives"):
-        DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, scored_ratio=0.5, in_batch_negatives=True)
+    for options in ({"in_batch_negatives": True, "contrastive": True}, {}):
+        with pytest.raises(
+            ValueError, match=r"scored_ratio=0\.5 is for HardNegativeLoss .*: give contrastive=True, and"
+        ):
+            DataCollatorForUnicoderVLRetrieval(tiny.processor(), STORE, scored_ratio=0.5, **options)
 
 
 def test_hiding_out_of_range():

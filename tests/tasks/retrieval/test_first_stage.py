@@ -322,12 +322,14 @@ def test_hard_negatives_join_the_group_of_their_match(in_batch_negatives, config
     ]
     torch.testing.assert_close(*gradients)
 
-    if in_batch_negatives:  # all pairs are of one group
-        return
     # Of 0.6 of four matches, the first three are scored, with their negatives, and no other pair.
     scored = []
     encoder.matching_head.register_forward_hook(lambda module, arguments, output: scored.append(len(output)))
     some = HardNegativeLoss(GroupSoftmaxLoss(), 0.5, num_hard_negatives=2, scored_ratio=0.6)
+    if in_batch_negatives:  # all pairs are of one group
+        with pytest.raises(ValueError, match=r"scored_ratio=0\.6 takes batches .*leave out in_batch_negatives"):
+            some(encoder, inputs)
+        return
     found, of_three = some(encoder, inputs), inputs["group_ids"] < 3
     assert scored == [0, of_three.sum() + 3 * 4] and of_three.sum() > 3
     given = {name: torch.cat((inputs[name][of_three], more[match < 3])) for name, more in index.items()}
@@ -552,6 +554,10 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     alone = RetrievalArguments(**options, contrastive_weight=1.0, loss="none")
     setup = prepare_retrieval(alone, world.parent / "run", seed=0)
     assert setup.first_stage_alone and "leaves the matching head behind" in caplog.text
+    caplog.clear()  # nothing is weighed: it does without the split
+    without = dataclasses.replace(alone, max_validation_images=0, validation_split="lost")
+    assert prepare_retrieval(without, world.parent / "run", seed=0).weighing is setup.weighing is None
+    assert "will not be measured" not in caplog.text
     setup.measure_similarity_weight()  # of no pair: a head that has not learned is not asked
     assert setup.model.config.similarity_weight == 1000 and setup.search.endswith("no pair was trained.")
     assert setup.card["trained_by"].startswith("fine-tuned as a first stage of image-text retrieval, by a contrastive")
@@ -586,7 +592,7 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     quarter = RetrievalArguments(**options, **none, contrastive_weight=1.0, num_hard_negatives=1, scored_ratio=0.25)
     setup = prepare_retrieval(quarter, world.parent / "run", seed=0)
     assert isinstance(setup.loss, HardNegativeLoss) and setup.loss.scored_ratio == setup.collator.scored_ratio == 0.25
-    assert "likes best (for 25 % of the matches), along with" in setup.card["trained_by"]
+    assert "likes best, for 25 % of the matches of a batch, along with" in setup.card["trained_by"]
     assert setup.model.config.joint_dropout_prob == 0
     match = setup.train[7]
     foil = Foil(match["image_id"], "train", match["caption"], "none of it", "it", "none", "kind")

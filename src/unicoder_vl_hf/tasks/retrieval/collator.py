@@ -50,8 +50,8 @@ class DataCollatorForUnicoderVLRetrieval:
             `seed`, epoch and rows, by which [`HardNegativeLoss`] takes its negatives: new weights learn nothing from
             those that are hard.
         scored_ratio (`float`, *optional*, defaults to 1.0):
-            Share of the rows, above 0, at most 1, the first ones of a batch, whose negatives are in it: those that
-            [`HardNegativeLoss`] scores. Of the others the match alone is.
+            Share of the rows, above 0, at most 1, the first ones of a batch, whose negatives are in it: those that a
+            [`HardNegativeLoss`] of the same share scores. Of the others the match alone is, for its contrastive loss.
         seed (`int`, *optional*, defaults to 0):
             Seed of the hiding and of the hardness, at least 0.
 
@@ -92,9 +92,10 @@ class DataCollatorForUnicoderVLRetrieval:
             raise ValueError(f"mask_probability={self.mask_probability}, expected a share in 0..1, below 1.")
         if not 0 < self.scored_ratio <= 1:
             raise ValueError(f"scored_ratio={self.scored_ratio}, expected a share of the rows: above 0, at most 1.")
-        if self.scored_ratio < 1 and self.in_batch_negatives:
+        if self.scored_ratio < 1 and (self.in_batch_negatives or not self.contrastive):
             raise ValueError(
-                f"scored_ratio={self.scored_ratio} needs negatives of each row's own: leave out in_batch_negatives."
+                f"scored_ratio={self.scored_ratio} is for HardNegativeLoss on negatives of each row's own: give "
+                "contrastive=True, and leave out in_batch_negatives."
             )
         if self.mask_probability > 0 and self.processor.tokenizer.mask_token_id is None:
             raise ValueError("The tokenizer has no mask token, which mask_probability needs: use BERT's.")

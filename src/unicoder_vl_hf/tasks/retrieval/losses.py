@@ -228,7 +228,10 @@ class HardNegativeLoss(TwoStageLoss):
         num_hard_negatives (`int`, *optional*, defaults to 1): Captions, and as many images, for each match, at least 1.
         scored_ratio (`float`, *optional*, defaults to 1.0): Share of the matches, above 0, at most 1. Below 1, the
             first ones of the batch are scored, so many, with their negatives, and no other pair: scores cost most of a
-            step, and more steps teach more than more pairs a step.
+            step, and more steps teach more than more pairs a step. Give the collator the same share.
+
+    Raises:
+        `ValueError`: below a share of 1, the matches of a batch are of one group, as `in_batch_negatives` makes them.
     """
 
     num_hard_negatives: int = 1
@@ -251,8 +254,13 @@ class HardNegativeLoss(TwoStageLoss):
         if self.scored_ratio < 1:
             scored = math.ceil(self.scored_ratio * len(matches))
             found = [each.view(2, len(matches), -1)[:, :scored].flatten() for each in found]
-            of_scored = torch.isin(batch["group_ids"], group_of_match[:scored])
-            batch = {**batch, **{name: batch[name][of_scored] for name in _OF_GROUPS}}
+            kept = torch.isin(batch["group_ids"], group_of_match[:scored]).nonzero()[:, 0]
+            if scored < len(matches) and len(kept) == len(batch["group_ids"]):
+                raise ValueError(
+                    f"scored_ratio={self.scored_ratio} takes batches in which each match has a group of its own: leave "
+                    "out in_batch_negatives."
+                )
+            batch = {**batch, **{name: batch[name][kept] for name in _OF_GROUPS}}
         match, caption, image, label = found
         more = {
             "labels": label,

@@ -232,7 +232,7 @@ class RetrievalSetup(TrainingSetup):
     Args:
         loss ([`RetrievalLoss`]): The loss of the training.
         weighing (`datasets.Dataset`, *optional*): Captions of the validation split on which the weight of the
-            similarity is measured; None if no first stage is trained, or there is no such split.
+            similarity is measured; None if no first stage is trained, or it alone is, or there is no such split.
         search (`str`, *optional*): The sum by which a search orders its candidates, in words, once it is measured.
         bert_learning_rate (`float`, *optional*): Learning rate of [`bert_weights`], where it is one of their own.
         query_bank (`int`, *optional*, defaults to 0): Most training captions, and images, whose embeddings are kept.
@@ -332,8 +332,6 @@ class RetrievalSetup(TrainingSetup):
             negatives.append("all mismatches of the batch")
         if isinstance(loss, HardNegativeLoss):
             negatives.append("the mismatches of the batch that its first stage likes best")
-            if loss.scored_ratio < 1:
-                negatives[-1] += f" (for {100 * loss.scored_ratio:g} % of the matches)"
             if self.collator.random_epochs > 0:
                 negatives[-1] += f" (at random until the end of epoch {self.collator.random_epochs})"
         along = ", along with a first stage, by a contrastive loss" if isinstance(loss, TwoStageLoss) else ""
@@ -348,6 +346,8 @@ class RetrievalSetup(TrainingSetup):
                 *self.model.config.query_bank_size
             )
         groups = " and ".join(["a match", *negatives])
+        if isinstance(loss, HardNegativeLoss) and loss.scored_ratio < 1:
+            groups += f", for {100 * loss.scored_ratio:g} % of the matches of a batch"
         return f"fine-tuned for image-text retrieval on groups of {groups}{along}"
 
 
@@ -430,7 +430,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         validation=validation,
         data_name=data.name,
         loss=loss,
-        weighing=held_out if arguments.contrastive_weight > 0 else None,
+        weighing=held_out if arguments.contrastive_weight > 0 and arguments.loss != "none" else None,
         bert_learning_rate=arguments.bert_learning_rate,
         query_bank=arguments.query_bank,
     )
