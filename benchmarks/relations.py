@@ -108,12 +108,13 @@ def table(found: dict[str, dict[str, dict]]) -> str:
 
 def draw(found: dict[str, dict[str, dict]], path: Path) -> None:
     """Draws a dot for each seed: image recall, and relations told."""
+    labels = {(ALL, "first stage"): "its first stage", (ALONE, "first stage"): ALONE}
+    labels |= {(name, "score"): f"score, {name}" for name in (NO_EXPRESSIONS, NO_FOILS, ALL)}
     rows = {
-        f"{words}: {name}, {whose}": [100 * of_seed[whose][metric] for of_seed in of_seeds.values()]
+        f"{words}: {label}": [100 * of_seed[whose][metric] for of_seed in found[name].values()]
         for metric, words in ((RECALLS[0], "image R@1"), ("relation", "relations told"))
-        for whose in WHOSE
-        for name, of_seeds in found.items()
-        if whose in next(iter(of_seeds.values())) and (whose == "score" or name in (ALL, ALONE))
+        for (name, whose), label in labels.items()
+        if name in found
     }
     dot_chart(rows, path, label="percent")
 
