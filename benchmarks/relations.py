@@ -22,7 +22,7 @@ from unicoder_vl_hf.pictures import dot_chart
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ALL, NO_EXPRESSIONS, NO_FOILS, ALONE = "all", "without expressions", "without foils", "two vectors alone"
 WHOSE = ("first stage", "score")
-KINDS = ("colour", "shape", "size", "relation")
+KINDS = ("relation", "size", "colour", "shape")
 RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 LAST_STEP = ["--load_best_model_at_end", "False", "--save_strategy", "no", "--eval_strategy", "no"]
 NEW = ["--initializer_range", "0.08", "--location_initializer_range", "1"]
