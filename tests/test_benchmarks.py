@@ -161,6 +161,7 @@ def test_the_proof_of_relations_leaves_out_what_it_says(benchmark, monkeypatch, 
     table = (tmp_path / "proof" / "relations.md").read_text()
     assert table in capsys.readouterr().out and table.count("| 50.0, 50.0 | 50.0, 50.0 | 25.0, 25.0 |") == 7
     assert (tmp_path / "proof" / "relations.png").exists()
-    relations.main([*command, "--only", relations.ALL])  # what was measured before stays
+    one = [word for word in command if word != "4"]
+    relations.main([*one, "--only", relations.ALL])  # what was measured before stays
     assert (tmp_path / "proof" / "relations.md").read_text() == table
     assert len(commands) == 2 * (len(trained) + 4 * 2) + 2

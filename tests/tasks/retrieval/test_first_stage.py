@@ -556,7 +556,9 @@ def test_fine_tuning_trains_it_along_or_drops_it(world, trained, caplog):
     assert setup.first_stage_alone and "leaves the matching head behind" in caplog.text
     caplog.clear()  # nothing is weighed: it does without the split
     without = dataclasses.replace(alone, max_validation_images=0, validation_split="lost")
-    assert prepare_retrieval(without, world.parent / "run", seed=0).weighing is setup.weighing is None
+    validated = dataclasses.replace(alone, max_validation_images=5)
+    for each in (without, validated):
+        assert prepare_retrieval(each, world.parent / "run", seed=0).weighing is setup.weighing is None
     assert "will not be measured" not in caplog.text
     setup.measure_similarity_weight()  # of no pair: a head that has not learned is not asked
     assert setup.model.config.similarity_weight == 1000 and setup.search.endswith("no pair was trained.")
