@@ -155,6 +155,11 @@ class RetrievalArguments(DataArguments):
             )
 
     @property
+    def both_stages(self) -> bool:
+        """Whether pairs are scored and a first stage of search is trained along."""
+        return self.contrastive_weight > 0 and self.loss != "none"
+
+    @property
     def training_loss(self) -> RetrievalLoss:
         """The loss that the options describe."""
         if self.loss == "none":
@@ -430,7 +435,7 @@ def prepare_retrieval(arguments: RetrievalArguments, output_dir: str | Path, see
         validation=validation,
         data_name=data.name,
         loss=loss,
-        weighing=held_out if arguments.contrastive_weight > 0 and arguments.loss != "none" else None,
+        weighing=held_out if arguments.both_stages else None,
         bert_learning_rate=arguments.bert_learning_rate,
         query_bank=arguments.query_bank,
     )
@@ -440,7 +445,7 @@ def _held_out(arguments: RetrievalArguments, data: CaptionedRegions) -> datasets
     """Gives the validation split. It may be missing if only the weight would be measured on it, which is then not."""
     if arguments.max_validation_images > 0:
         return data.validation(arguments.validation_split, without="--max_validation_images 0")
-    if arguments.contrastive_weight == 0 or arguments.loss == "none":
+    if not arguments.both_stages:
         return None
     try:
         return data.validation(arguments.validation_split)
@@ -463,7 +468,7 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
         raise ValueError(
             "matching_head=similarity reads a first stage that learns along: give --contrastive_weight, such as 1."
         )
-    if not arguments.similarity_in_training and (arguments.loss == "none" or arguments.contrastive_weight == 0):
+    if not arguments.similarity_in_training and not arguments.both_stages:
         raise ValueError(
             "similarity_in_training=False needs scores and a first stage that learn: give --contrastive_weight, such "
             "as 1, and another --loss than none."
@@ -499,7 +504,7 @@ def _first_stage_fields(arguments: RetrievalArguments) -> dict[str, Any]:
                 f"freeze_first_stage keeps a trained first stage behind text layers, and {name or 'a new model'} has "
                 "none: start from one, as --recipe first-stage trains it."
             )
-        if arguments.contrastive_weight == 0 or arguments.loss == "none" or arguments.bert_learning_rate is not None:
+        if not arguments.both_stages or arguments.bert_learning_rate is not None:
             raise ValueError(
                 "freeze_first_stage trains scores alone, which a kept first stage helps to draw mismatches for: give "
                 "--contrastive_weight, such as 1, another --loss than none, and no --bert_learning_rate."
