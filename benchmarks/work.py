@@ -122,9 +122,13 @@ class VisualBert:
 
     def score(self, pairs: list[tuple[int, int]]) -> np.ndarray:
         """The scores of the pairs, in batches of consecutive ones, each padded to its longest."""
+        return self.score_padded(map(self.inputs, self.batches(pairs)))
+
+    def score_padded(self, batches: Iterable[Batch]) -> np.ndarray:
+        """The scores of batches that `inputs` made."""
         scores = []
-        for batch in self.batches(pairs):
-            logits = self.head(self.pooled(self.inputs(batch)))
+        for batch in batches:
+            logits = self.head(self.pooled(batch))
             scores.append((logits[:, 1] - logits[:, 0]).float().cpu().numpy())
         return np.concatenate(scores)
 
@@ -268,6 +272,14 @@ def training_flops(size: str, words: np.ndarray, regions: np.ndarray, targets: i
     head = 2 * targets * (hidden**2 + hidden * BERT_VOCABULARY)
     features = 2 * float(regions.sum()) * FEATURE_DIM * hidden  # which need no gradient themselves
     return 3 * (encoder + head) + 2 * features
+
+
+def without_plans_for_shapes() -> None:
+    """
+    Leaves SDPA to the kernels of PyTorch. On Hopper it may prefer cuDNN's, which make a plan for every new shape, tens
+    to hundreds of milliseconds each: without padding nearly every batch is a new shape.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def synchronize(device: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,6 +111,22 @@ def test_gpu_check_in_miniature(benchmark, monkeypatch, tmp_path, capsys):
     assert json.loads(output.read_text())["took"] == took
     if not torch.cuda.is_available():
         assert check.main([]) == 1 and "There is no GPU here" in capsys.readouterr().err
+
+
+WITHOUT_DATASETS = """
+import sys
+import pytest
+sys.modules.update(dict.fromkeys(("datasets", "evaluate")))
+sys.path.insert(0, "benchmarks")
+import gpu_check, proof_gpu
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu", "--co", "tests/test_gpu.py"]))
+"""
+
+
+def test_the_commands_for_a_gpu_need_no_datasets():
+    """Which a lent machine may lack: both scripts are imported, and the tests that one of them runs."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_DATASETS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_gpu.py::" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_time_from_a_photo_to_its_scores(benchmark, capsys, monkeypatch):

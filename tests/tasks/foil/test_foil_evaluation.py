@@ -16,7 +16,7 @@ from unicoder_vl_hf.data.foils import read_foils, write_foils
 from unicoder_vl_hf.scenes.foils import scene_foils
 from unicoder_vl_hf.scenes.world import sample_scene
 from unicoder_vl_hf.search import UnicoderVLDualEncoder
-from unicoder_vl_hf.tasks.foil import evaluate_foils, evaluation, text_only
+from unicoder_vl_hf.tasks.foil import evaluate_foils, evaluation, metrics, text_only
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +37,18 @@ def test_accuracies_are_those_of_all_pairs_scored_one_by_one(world):
     results = evaluate_foils(model, folder / "foils.jsonl", regions, output=folder / "accuracies.json")
     scorer = ImageTextScorer.from_pretrained(model, regions, verbose=False)
     encoder = UnicoderVLDualEncoder(scorer.model, scorer.processor, RegionStore(regions), model)
-    right = {evaluation.CROSS_ENCODER: 0, evaluation.FIRST_STAGE: 0}
+    right = {metrics.CROSS_ENCODER: 0, metrics.FIRST_STAGE: 0}
     for foil in foils:
         texts = [foil.caption, foil.foil]
         for name, (true, false) in {
-            evaluation.CROSS_ENCODER: scorer.score(texts, [foil.image_id])[:, 0],
-            evaluation.FIRST_STAGE: encoder.embed_captions(texts) @ encoder.embed_images([foil.image_id])[0],
+            metrics.CROSS_ENCODER: scorer.score(texts, [foil.image_id])[:, 0],
+            metrics.FIRST_STAGE: encoder.embed_captions(texts) @ encoder.embed_images([foil.image_id])[0],
         }.items():
             right[name] += true > false
     for name, count in right.items():
         assert results[name]["all"].accuracy == pytest.approx(count / len(foils))
-    gain = results[evaluation.GAIN]["all"]
-    assert gain.gain == pytest.approx((right[evaluation.CROSS_ENCODER] - right[evaluation.FIRST_STAGE]) / len(foils))
+    gain = results[metrics.GAIN]["all"]
+    assert gain.gain == pytest.approx((right[metrics.CROSS_ENCODER] - right[metrics.FIRST_STAGE]) / len(foils))
     assert results[evaluation.TEXT_ONLY]["all"].accuracy == 0.5
     assert list(results) == ["cross-encoder", "first stage", "above first stage", "shuffled regions", "text only"]
     kinds = {"all", "colour", "shape", "size", "relation", "count"}

@@ -18,12 +18,11 @@ from ...scoring.checkpoints import checkpoint_provenance, load_config, load_for_
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import UnicoderVLDualEncoder
 from .margins import by_matching_head, by_similarity, foil_margins
-from .metrics import FoilAccuracy, FoilGain, accuracies_by_kind, gains_by_kind
+from .metrics import CROSS_ENCODER, FIRST_STAGE, FoilAccuracy, FoilGain, foil_results
 
 logger = logging.get_logger(__name__)
 
-CROSS_ENCODER, FIRST_STAGE, SHUFFLED, TEXT_ONLY = "cross-encoder", "first stage", "shuffled regions", "text only"
-GAIN = "above first stage"
+SHUFFLED, TEXT_ONLY = "shuffled regions", "text only"
 NUM_SHUFFLES = 3
 
 
@@ -101,22 +100,6 @@ def _margins_of(name: str, foils: Sequence[Foil], store: RegionStore) -> tuple[d
     ids = [foil.image_id for foil in foils]
     margins[SHUFFLED] = np.stack([head(ShuffledStore(store, ids, seed)) for seed in range(NUM_SHUFFLES)], axis=1)
     return margins, provenance
-
-
-def foil_results(
-    margins: Mapping[str, np.ndarray], kinds: Sequence[str], image_ids: Sequence[str]
-) -> dict[str, dict[str, FoilAccuracy] | dict[str, FoilGain]]:
-    """
-    Measures the margins of several scorers: the accuracies of each, of all foils and of each kind, and behind those of
-    the `"first stage"` how far the `"cross-encoder"`, which has to be there, is above them. The errors are those of
-    [`foil_accuracy`].
-    """
-    results: dict[str, Any] = {}
-    for scorer, of_scorer in margins.items():
-        results[scorer] = accuracies_by_kind(of_scorer, kinds, image_ids)
-        if scorer == FIRST_STAGE:
-            results[GAIN] = gains_by_kind(margins[CROSS_ENCODER], of_scorer, kinds, image_ids)
-    return results
 
 
 def foil_table(results: Mapping[str, Mapping[str, FoilAccuracy] | Mapping[str, FoilGain]]) -> str:

@@ -1,11 +1,13 @@
 """The metric of foils: how often a caption scores above its foil. Pure NumPy, no model and no files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+CROSS_ENCODER, FIRST_STAGE, GAIN = "cross-encoder", "first stage", "above first stage"
 
 
 @dataclass(frozen=True)
@@ -159,3 +161,19 @@ def _by_kind(
     for name in names[np.argsort(-counts, kind="stable")].tolist():
         found[name] = measure(*(each[of_foil == name] for each in given), images[of_foil == name].tolist())
     return found
+
+
+def foil_results(
+    margins: Mapping[str, np.ndarray], kinds: Sequence[str], image_ids: Sequence[str]
+) -> dict[str, dict[str, FoilAccuracy] | dict[str, FoilGain]]:
+    """
+    Measures the margins of several scorers: the accuracies of each, of all foils and of each kind, and behind those of
+    the `"first stage"` how far the `"cross-encoder"`, which has to be there, is above them. The errors are those of
+    [`foil_accuracy`].
+    """
+    results: dict[str, Any] = {}
+    for scorer, of_scorer in margins.items():
+        results[scorer] = accuracies_by_kind(of_scorer, kinds, image_ids)
+        if scorer == FIRST_STAGE:
+            results[GAIN] = gains_by_kind(margins[CROSS_ENCODER], of_scorer, kinds, image_ids)
+    return results
