@@ -1,5 +1,6 @@
 """The benchmarks run in miniature: their figures say nothing here, but that both sides do the same work is checked."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -121,6 +122,12 @@ sys.path.insert(0, "benchmarks")
 import gpu_check, proof_gpu
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu", "--co", "tests/test_gpu.py"]))
 """
+
+
+def test_tests_that_hang_end_no_check(benchmark):
+    check = benchmark("gpu_check")
+    found = check.tests(dataclasses.replace(check.TINY, patience_with_tests=0.1), {})
+    assert list(found["failed"]) == ["pytest"] and found["passed"] == 0
 
 
 def test_the_commands_for_a_gpu_need_no_datasets():
