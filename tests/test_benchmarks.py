@@ -115,6 +115,12 @@ def test_gpu_check_in_miniature(benchmark, monkeypatch, tmp_path, capsys):
         assert check.main([]) == 1 and "There is no GPU here" in capsys.readouterr().err
 
 
+def test_tests_that_hang_end_no_check(benchmark):
+    check = benchmark("gpu_check")
+    found = check.tests(dataclasses.replace(check.TINY, patience_with_tests=0.1), {})
+    assert list(found["failed"]) == ["pytest"] and found["passed"] == 0
+
+
 WITHOUT_DATASETS = """
 import sys
 import pytest
@@ -123,12 +129,6 @@ sys.path.insert(0, "benchmarks")
 import gpu_check, proof_gpu
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu", "--co", "tests/test_gpu.py"]))
 """
-
-
-def test_tests_that_hang_end_no_check(benchmark):
-    check = benchmark("gpu_check")
-    found = check.tests(dataclasses.replace(check.TINY, patience_with_tests=0.1), {})
-    assert list(found["failed"]) == ["pytest"] and found["passed"] == 0
 
 
 def test_the_commands_for_a_gpu_need_no_datasets():
