@@ -22,7 +22,7 @@ import tempfile
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,7 @@ def flex_attention(states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor
 
 
 @cache
-def block_mask(lengths: Sequence[int], device: str) -> Any:
+def block_mask(lengths: tuple[int, ...], device: str) -> Any:
     """The mask of flex attention, which a model makes once for all of its layers."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -443,11 +443,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("There is no GPU here. A miniature of the check: --device cpu --tiny", file=sys.stderr)
         return 1
-    check = TINY if args.tiny else Check(args.device)
-    if args.device == "cuda":
-        without_plans_for_shapes()
-    if args.tiny and args.device == "cuda":
-        check = Check(**{**vars(TINY), "device": "cuda"})
+    check = replace(TINY if args.tiny else Check(), device=args.device)
+    without_plans_for_shapes(check.device)
     torch.manual_seed(0)
     told = machine(check.device) | {"size": check.size}
     result = json.loads(args.output.read_text()) if args.output.exists() and not args.restart else {"machine": told}

@@ -264,6 +264,11 @@ class Plan:
     def left(self) -> float:
         return self.deadline - time.perf_counter()
 
+    def has_time_for(self, stage: str, minutes: float) -> bool:
+        """Whether a stage may begin in a call of so many minutes; half of them will always do, or it never would."""
+        wanted = UNDIVIDED.get(stage, 0) if self.device == "cuda" else 0
+        return self.left() >= min(wanted, 60 * minutes / 2)
+
 
 class OutOfTime(Exception):
     """The minutes of this call are over."""
@@ -616,8 +621,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result["machine"] != told:
         print(f"{path} is of another machine, version or plan: give another --output.", file=sys.stderr)
         return 1
-    if args.device == "cuda":
-        without_plans_for_shapes()
+    without_plans_for_shapes(args.device)
     inputs = Inputs(kept, args.device)
     plan = Plan(args.device, args.plan, deadline, args.batch_size, args.steps)
     for size in args.sizes:
@@ -631,8 +635,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{size}, {name}: {(stage.__doc__ or '').strip()}", flush=True)
             began = time.perf_counter()
             try:
-                needed = UNDIVIDED.get(name, 0) if args.device == "cuda" else 0
-                if plan.left() < min(needed, 30 * args.minutes):  # half of the call at most, or it would never begin
+                if not plan.has_time_for(name, args.minutes):
                     raise OutOfTime
                 found[name] = stage(proof)
             except OutOfTime:

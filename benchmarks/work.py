@@ -274,12 +274,13 @@ def training_flops(size: str, words: np.ndarray, regions: np.ndarray, targets: i
     return 3 * (encoder + head) + 2 * features
 
 
-def without_plans_for_shapes() -> None:
+def without_plans_for_shapes(device: str) -> None:
     """
-    Leaves SDPA to the kernels of PyTorch. On Hopper it may prefer cuDNN's, which make a plan for every new shape, tens
-    to hundreds of milliseconds each: without padding nearly every batch is a new shape.
+    Leaves SDPA on a GPU to the kernels of PyTorch. On Hopper it may prefer cuDNN's, which make a plan for every new
+    shape, tens to hundreds of milliseconds each: without padding nearly every batch is a new shape.
     """
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def synchronize(device: str) -> None:

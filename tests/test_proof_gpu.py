@@ -158,6 +158,15 @@ def test_a_bert_that_reads_words_alone(proof, packed, tmp_path, capsys):
     captions, image_ids, _ = inputs.test("train")
     assert folded.config.query_bank_size == [len(captions), len(image_ids)] and not folded.config.similarity_in_training
     assert found["folding"]["first stage"] != found["folding"]["first stage and query bank"]
+    # Begun again, it keeps the bank and the scores of the call before.
+    plan, splits, test = proof.Plan("cpu", 1, 1e9, 6, 3), [], inputs.test
+    inputs.test = lambda split="test": splits.append(split) or test(split)
+    again = proof.Proof("words", tmp_path / "words", inputs, plan, tmp_path / "inputs" / "bert")
+    kept = (tmp_path / "words" / "val-scores" / "scores.npy").stat().st_mtime_ns
+    assert again.folding() == found["folding"] | {
+        "recall_sums": {int(name): value for name, value in found["folding"]["recall_sums"].items()}
+    }
+    assert splits == ["val"] and (tmp_path / "words" / "val-scores" / "scores.npy").stat().st_mtime_ns == kept
     scale = trained.first_stage.logit_scale.exp()
     torch.testing.assert_close(
         folded.matching_head.weight, trained.matching_head.weight * scale / (scale + float(weight))
@@ -192,6 +201,36 @@ def test_as_many_steps_are_taken_as_fit(proof, monkeypatch, tmp_path):
     assert found["step"] == found["steps"] == len(shares) and 117 <= found["step"] <= 120
     assert shares[2:] == sorted(shares[2:]) and shares[-1] == (found["step"] - 1) / found["step"]
     assert found["pairs"] == 4 * found["step"] and len(draws) == found["step"]  # no step has the masks of another
+
+
+def test_the_pace_does_not_count_an_earlier_call(proof, monkeypatch, tmp_path):
+    """By the same clock: the first call ends before there is a pace."""
+    readings = itertools.count()
+    monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: next(readings) / 10))
+    monkeypatch.setattr(proof, "LOG_EVERY", 10)
+    model, inputs = torch.nn.Linear(1, 1), SimpleNamespace(rows={"train": torch.arange(9)})
+
+    def train(deadline):
+        plan = proof.Plan("cpu", minutes=1, deadline=deadline, batch_size=4, steps=None)
+        loss = lambda model, *_: (model.weight.square().sum(), {})  # noqa: E731
+        return proof.train(plan, tmp_path, "pre-training", model, inputs, loss, 1e-2)
+
+    with pytest.raises(proof.OutOfTime):
+        train(0.0)
+    assert 2390 <= train(1e9)["step"] <= 2400  # 0.1 s are ten steps, and 0.4 of a minute 24 s
+
+
+def test_a_stage_that_looks_at_no_clock_begins_with_time_enough(proof, monkeypatch):
+    def begins(stage, left, minutes=6.5, device="cuda"):
+        plan = proof.Plan(device, 5, deadline=left, batch_size=4, steps=None)
+        return plan.has_time_for(stage, minutes)
+
+    monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    assert [begins("exhaustive", left) for left in (121, 119)] == [True, False]
+    assert [begins("folding", left) for left in (61, 59)] == [True, False]
+    assert begins("exhaustive", 31, minutes=1) and not begins("exhaustive", 29, minutes=1)
+    assert [begins("fine-tuning", left) for left in (1, -1)] == [True, False]
+    assert [begins("exhaustive", left, device="cpu") for left in (1, -1)] == [True, False]
 
 
 def test_a_part_that_is_too_large_is_refused(proof, packed, monkeypatch, tmp_path):
