@@ -63,10 +63,20 @@ def read_json(path: str | PathLike[str]) -> Any:
     Reads a json file; a byte-order mark is left out.
 
     Raises:
-        ValueError: The file is not UTF-8, or not JSON; the message names the line and the column.
+        ValueError: The file is not UTF-8, or not JSON, where the message names the line and the column; or an object
+            has a key twice, of which one value would be lost.
     """
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in found if keys.count(key) > 1)
+            raise ValueError(f"{path}: an object has the key {twice!r} twice; expected each key once.")
+        return found
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=as_object)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
     except json.JSONDecodeError as error:

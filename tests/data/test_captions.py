@@ -241,6 +241,8 @@ def karpathy(**changes):
             r"annotations\[0\]: image_id 8 is not among the file's 2",
         ),
         ("a.json", {"285": ["A bear.", 3]}, r"'285'\[1\]: caption of image '285' is 3; expected a text"),
+        ("a.json", '{"1": ["a"], "2": ["b"], "1": ["c"]}', r"a\.json: an object has the key '1' twice"),
+        ("a.jsonl", f'{{"image_id": "1", "caption": "a", "n": {10**30}}}', r"a\.jsonl: a number has more than 64 bits"),
         ("a.json", ["a"], r"entry 0: 'a' is not an object"),
         ("a.token", "x.jpg#0\ta\nx.jpg\tb\n", r"a\.token, line 2: 'x\.jpg\\tb' is malformed; expected 'name\.jpg#k'"),
         (
@@ -347,6 +349,24 @@ def test_skip_empty(tmp_path, caplog):
     assert "left out 1 captions that are empty" in caplog.text
     pq.write_table(pa.table({"image_id": [1, 2], "caption": [" ", "b"]}), tmp_path / "x.parquet")
     assert list(read_captions(tmp_path / "x.parquet", skip_empty=True)) == [{"image_id": "2", "caption": "b"}]
+    caplog.clear()
+    pq.write_table(pa.table({"image_id": [1, 2, 3], "caption": [[], ["a", "b"], None]}), tmp_path / "x.parquet")
+    assert pairs(read_captions(tmp_path / "x.parquet", skip_empty=True)) == [("2", "a"), ("2", "b")]
+    assert "left out 2 captions that are empty" in caplog.text
+
+
+def test_a_split_that_is_no_name(tmp_path):
+    with pytest.raises(ValueError, match=r"images\[1\].sentences\[0\]: split is \['val'\]; expected a name"):
+        read_captions(write(tmp_path / "a.json", karpathy(split=["val"])), split="val")
+
+
+def test_nulls_where_lists_are_expected(tmp_path):
+    assert len(read_captions(write(tmp_path / "a.json", {"images": [*KARPATHY["images"], without_sentences()]}))) == 3
+    assert len(read_captions(write(tmp_path / "a.json", COCO | {"images": None}))) == 3
+
+
+def without_sentences() -> dict:
+    return KARPATHY["images"][1] | {"sentences": None}
 
 
 class Store(Mapping):
@@ -554,6 +574,13 @@ def test_a_row_with_a_list_of_captions(tmp_path, suffix):
     assert pairs(read_captions(path, split="test")) == [("b", "A cat.")]
 
 
+def test_lists_with_offsets_of_64_bits(tmp_path):
+    kind = pa.large_list(pa.large_string())
+    table = pa.table({"image_id": ["a", "b"], "captions": pa.array([["x", "y"], ["z"]], kind)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert pairs(read_captions(tmp_path / "a.parquet")) == [("a", "x"), ("a", "y"), ("b", "z")]
+
+
 def test_a_dataset_of_pictures_with_lists_of_captions(tmp_path):
     """As Flickr30k is on the Hub: `image` is the picture, `filename` names it."""
     image = pytest.importorskip("PIL.Image").new("RGB", (2, 2))
@@ -571,6 +598,9 @@ def test_ids_of_captions_by_a_rule(tmp_path):
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     rows = read_captions(path, ids="coco")
     assert rows["image_id"][:] == ["42", "7", "9"] and rows["negative_image_ids"][:] == [["42"]] * 3
+    some = [{"image_id": 1, "caption": "a", "negative_image_ids": [2]}, {"image_id": 2, "caption": "b"}]
+    few = write(tmp_path / "few.jsonl", "\n".join(map(json.dumps, some)))
+    assert read_captions(few, ids="coco")["negative_image_ids"][:] == [["2"], None]
     stems = ["COCO_val2014_000000000042", "000000000007", "COCO_train2014_000000000009"]
     assert read_captions(path, ids="stem")["image_id"][:] == stems
     write(tmp_path / "ids.csv", "source_id,image_id\n" + "".join(f"{name},{k % 2}\n" for k, name in enumerate(names)))

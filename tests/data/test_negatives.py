@@ -183,6 +183,13 @@ def test_a_long_chain_of_duplicates_is_one_group():
     assert set(index.images[:-1]) == {0} and index.images[-1] == 1
 
 
+def test_duplicates_of_other_images_are_said(caplog):
+    MismatchIndex.from_pairs(pairs(), [["image1", "image2"], ["99", "98"]])
+    assert not caplog.text
+    MismatchIndex.from_pairs(pairs(), [["1.jpg", "2.jpg"]])
+    assert "None of the 2 images that duplicates names, such as '1.jpg', is among those of the pairs" in caplog.text
+
+
 def test_rejection_gives_way_to_enumeration():
     texts = np.zeros(5_000, np.int32)
     texts[1234] = 1  # one text among 5,000 is another

@@ -239,6 +239,19 @@ def test_run_again_it_says_that_it_is_done(tmp_path, world, caplog, capsys):
     assert len(read_captions(out, split="train")) == 160
 
 
+def test_run_again_the_list_of_what_is_left_out_is_that_of_today(tmp_path, world):
+    photos, rows = world
+    captions, out = write_captions(tmp_path / "a.jsonl", rows), tmp_path / "out.jsonl"
+    prepare(photos, captions, out)
+    make_photos(photos, "new.jpg")
+    for _ in range(2):
+        prepare(photos, captions, out)
+        assert list(skipped(out)) == ["new"]
+    (photos / "new.jpg").unlink()
+    prepare(photos, captions, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.jsonl", "photos"]
+
+
 def test_restart_removes_no_other_file(tmp_path, world):
     photos, rows = world
     captions = write_captions(tmp_path / "a.jsonl", rows)

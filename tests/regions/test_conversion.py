@@ -304,6 +304,25 @@ def test_images_without_an_id_are_left_out_and_listed(workers, tmp_path):
     assert sorted(row["place"] for row in rows) == ["line 2", "line 5"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_an_earlier_source_left_out_stays_listed(workers, tmp_path):
+    first = write_lines(tmp_path / "first.tsv", range(1, 4), damaged=2)
+    second = write_lines(tmp_path / "second.tsv", range(4, 7), damaged=5)
+    for source, options in ((first, {}), (second, {"resume": True}), (second, {"resume": True})):
+        convert(source, tmp_path / "store", skip_broken=True, workers=workers, **options)
+    rows = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["image_id"], row["file"]) for row in rows] == [("2", str(first)), ("5", str(second))]
+
+
+def test_a_conversion_to_a_link_may_begin_anew(tmp_path):
+    source, link = write_lines(tmp_path / "features.tsv", range(1, 4)), tmp_path / "link"
+    (tmp_path / "elsewhere" / "real").mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere" / "real")
+    for options in ({}, {"restart": True}, {"restart": True, "workers": 2}):
+        assert_holds(convert(source, link, **options), [1, 2, 3])
+    assert link.is_symlink() and [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["real"]
+
+
 def test_ids_that_become_one_are_an_error(karpathy, tmp_path):
     source = write_lines(tmp_path / "features.tsv", [1, 2])
     (tmp_path / "ids.csv").write_text("source_id,image_id\n1,dog\n2,dog\n")

@@ -407,6 +407,8 @@ def test_nothing_to_extract(tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(ValueError, match="holds no photo"):
         run(tmp_path / "photos", tmp_path / "store")
+    with pytest.raises(ValueError, match=r"--remove\) leaves out every photo of .*all"):
+        run(save_photos(tmp_path / "all", 2), tmp_path / "store", remove=["photo_000", "photo_001"])
     (tmp_path / "photos" / "a.jpg").write_bytes(b"no photo")
     with pytest.raises(ValueError, match=r"None of 1 photos gave regions; .* of .*a\.jpg: its 8 bytes are no image"):
         run(tmp_path / "photos", tmp_path / "store")
@@ -445,6 +447,18 @@ def test_given_boxes(tmp_path, caplog):
     (tmp_path / "boxes.jsonl").write_text('{"image_id": "a"}')
     with pytest.raises(ValueError, match=r"boxes\.jsonl, line 1: expected image_id and boxes"):
         run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.jsonl")
+    numbers = [{"image_id": number, "boxes": [[0, 0, 60, 40]]} for number in (7, 7)]
+    quarters().save(tmp_path / "photos" / "7.png")
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(numbers[0]))
+    assert list(run(tmp_path / "photos", tmp_path / "numbers", boxes=tmp_path / "boxes.jsonl")) == ["7"]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, numbers)))
+    with pytest.raises(ValueError, match=r"boxes\.jsonl, line 2: the boxes of image 7 are in line 1 already"):
+        run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.jsonl")
+    with pytest.raises(ValueError, match=r"boxes has the key 7, a int; expected image ids, as text"):
+        run(tmp_path / "photos", tmp_path / "store", boxes={"a": boxes["a"], 7: boxes["b"]})
+    (tmp_path / "boxes.npz").write_bytes((tmp_path / "boxes.npz").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"boxes\.npz is damaged or no \.npz of numbers"):
+        run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.npz")
     with pytest.raises(ValueError, match=r"boxes\.txt holds no boxes"):
         run(tmp_path / "photos", tmp_path / "store", boxes=tmp_path / "boxes.txt")
 
@@ -495,6 +509,66 @@ def test_a_finished_store_may_leave_nothing_but_photos_that_a_detector_fails_at(
     odd = Choosy(*(f"photo_{number:03d}" for number in range(20) if number % 2))
     for _ in range(2):
         assert len(skipped(run(photos, tmp_path / "store", odd))) == 10
+
+
+def test_photos_that_failed_before_a_stop_are_no_fault_of_the_detector(tmp_path):
+    """Without the photos between them, which are done, the failures would follow one another."""
+
+    class Odd(StoppedAt):
+        def __call__(self, prepared, image_ids, boxes=None):
+            if int(image_ids[0][-1]) % 2 == 0:
+                raise RuntimeError("out of memory")
+            return super().__call__(prepared, image_ids, boxes)
+
+    photos = save_photos(tmp_path / "photos", 40)
+    whole = run(photos, tmp_path / "whole", Odd("none"))
+    for stop in ("photo_029", "photo_033"):  # the second stop must not forget what the first had listed
+        with pytest.raises(KeyboardInterrupt):
+            run(photos, tmp_path / "store", Odd(stop))
+    store = run(photos, tmp_path / "store", Odd("none"))
+    assert bits(store) == bits(whole) and len(skipped(store)) == 20
+    assert (store.path / "skipped.jsonl").read_text() == (whole.path / "skipped.jsonl").read_text()
+    # New photos of a finished store count, as those of a new one do.
+    save_photos(photos, 10, prefix="new")
+    broken = Choosy(*(f"{prefix}_{number:03d}" for prefix in ("new", "photo") for number in range(40)))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(photos, tmp_path / "store", broken, add=True)
+
+
+def test_a_share_tries_again_what_it_skipped(tmp_path):
+    photos, odd = save_photos(tmp_path / "photos", 40), Choosy(*(f"photo_{number:03d}" for number in range(0, 40, 2)))
+    for _ in range(2):
+        shared(photos, tmp_path / "store", Share(0, 2), Share(1, 2), detector=odd)
+    store = run(photos, tmp_path / "store", odd, share=Share(None, 2))
+    assert bits(store) == bits(run(photos, tmp_path / "whole", odd)) and len(skipped(store)) == 20
+
+
+def test_names_that_are_no_text_and_rows_without_a_photo_cost_no_other(tmp_path):
+    photos = save_photos(tmp_path / "photos", 2)
+    try:
+        quarters().save(os.fsencode(photos) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    store = run(photos, tmp_path / "store")
+    assert list(store) == ["photo_000", "photo_001"] and "caf\udce9" not in store
+    assert "is no text" in skipped(store)["caf\udce9"]
+    assert len(run(photos, tmp_path / "store")) == 2  # it is tried again
+    rows = {"image_id": ["a", "b"], "image": [{"bytes": encode(quarters(), "PNG"), "path": None}, None]}
+    features = datasets.Features(image_id=datasets.Value("string"), image=datasets.Image())
+    store = run(datasets.Dataset.from_dict(rows, features=features), tmp_path / "rows")
+    assert list(store) == ["a"] and list(skipped(store)) == ["b"]
+
+
+def test_a_store_behind_a_link(tmp_path):
+    photos, (link, real) = save_photos(tmp_path / "photos", 4), (tmp_path / "link", tmp_path / "elsewhere" / "real")
+    real.mkdir(parents=True)
+    link.symlink_to(real)
+    run(photos, link)
+    assert len(run(photos, link, dtype="float32", restart=True)) == 4
+    assert sorted(run(photos, link, dtype="float32", remove=["photo_001"])) == ["photo_000", "photo_002", "photo_003"]
+    assert sorted(remove_images(link, ["photo_000"])) == ["photo_002", "photo_003"]
+    assert link.is_symlink() and sorted(RegionStore(real)) == ["photo_002", "photo_003"]
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
 
 
 def test_features_too_large_for_float16(tmp_path):
@@ -680,7 +754,10 @@ def test_a_detector_of_no_family_is_said_before_photos_are_listed(tmp_path):
         extract(tmp_path / "photos", tmp_path / "store", "yolo:v8")
 
 
-def test_restart_begins_anew(tmp_path, caplog):
+def test_restart_begins_anew(tmp_path, caplog, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
     photos = save_photos(tmp_path / "photos", 4)
     with pytest.raises(KeyboardInterrupt):
         run(photos, tmp_path / "store", StoppedAt("photo_001"), device="cpu")
@@ -698,6 +775,12 @@ def test_restart_begins_anew(tmp_path, caplog):
     assert RegionStore(tmp_path / "store").provenance["dtype"] == "float16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["computed-0", "photos", "store"]
     run(photos, tmp_path / "store")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # all is extracted, and then it is stopped
+        patched.setattr(editing, "_common_provenance", stopped)
+        run(photos, tmp_path / "store", dtype="float32", restart=True)
+    assert run(photos, tmp_path / "store", dtype="float32").provenance["dtype"] == "float32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["computed-0", "photos", "store"]
+    run(photos, tmp_path / "store", dtype="float32")
     assert f"{tmp_path / 'store'} is finished, and stays as it is" in caplog.text
 
 

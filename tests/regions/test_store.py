@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from multiprocessing.context import SpawnContext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import torch
 from region_stores import assert_same, files_of, make, write_store
 from torch.utils.data import DataLoader, Dataset
 
-from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter
+from unicoder_vl_hf import RegionRecord, RegionStore, RegionStoreWriter, files
 from unicoder_vl_hf.regions import shards as shards_module, store as store_module
 from unicoder_vl_hf.regions.editing import subset_store
 from unicoder_vl_hf.regions.tensor_files import TensorFileWriter
@@ -259,6 +261,8 @@ def test_refused_records_leave_the_store_as_it_was(tmp_path):
             writer.write(RegionRecord("other", features=np.ones((1, 8)), class_probabilities=np.ones((1, 3))))
         with pytest.raises(ValueError, match="'high': object_ids hold 9, expected ids below"):
             writer.write(RegionRecord("high", features=np.ones((1, 8)), object_ids=[9]))
+        with pytest.raises(ValueError, match=r"'caf.udce9': the id is no text"):
+            writer.write(RegionRecord("caf\udce9", features=np.ones((1, 8))))
         with pytest.raises(ValueError, match="got a dict"):
             writer.write({"image_id": "x"})
         writer.write(make(3))
@@ -266,6 +270,33 @@ def test_refused_records_leave_the_store_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="closed"):
         writer.write(make(4))
     assert_same(RegionStore(tmp_path / "store")[make(3).image_id], make(3))
+
+
+def test_a_full_disk_is_named_and_holds_nothing_of_what_failed(tmp_path, monkeypatch):
+    """Its files, buffers included, fail from the fourth record on."""
+    written = []
+
+    class Full(store_module.ShardWriter):
+        def add(self, record, features):
+            super().add(record, features)
+            written.append(record)
+            if len(written) == 4:
+                for (
+                    tensor
+                ) in self._tensors.values():  # what waits in a buffer meets a full disk when the file is closed
+                    tensor.file.flush()
+                    os.dup2(full, tensor.file.fileno())
+                    tensor.file.write(b"more")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(store_module, "ShardWriter", Full)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="No space left") as error, RegionStoreWriter(tmp_path / "store") as writer:
+        for number in range(9):
+            writer.write(make(number))
+    assert error.value.filename == str(tmp_path / "store") and not (tmp_path / "store").exists()
+    os.close(full)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +339,10 @@ def test_opening_what_is_no_finished_store(tmp_path):
             RegionStore(tmp_path / "store")
     manifest = tmp_path / "store" / "manifest.json"
     facts = json.loads(manifest.read_text())
+    for damaged in ([], {name: value for name, value in facts.items() if name != "shards"}):
+        manifest.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+            RegionStore(tmp_path / "store")
     manifest.write_text(json.dumps({**facts, "format_version": 99}))
     with pytest.raises(ValueError, match="version 99"):
         RegionStore(tmp_path / "store")

@@ -41,7 +41,7 @@ from unicoder_vl_hf.search.encoders import (
     UntrainedFirstStage,
     open_transformers_encoder,
 )
-from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest
+from unicoder_vl_hf.search.index import SearchIndex, build_index, nearest, remove_items
 from unicoder_vl_hf.search.two_stage import Hit, SimilarityWeight, search, search_similar
 from unicoder_vl_hf.tasks.retrieval import metrics as metrics_module, two_stage_report as report_module
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
@@ -1056,6 +1056,17 @@ def grow(store, names):
     with RegionStoreWriter(store, resume=True) as writer:
         for name in names:
             writer.write(STORE[name])
+
+
+def test_an_index_behind_a_link(folder, tmp_path):
+    encoder, _, store = parts(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (link := tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "real")
+    names = list(store)
+    build_index(encoder, store, link)
+    remove_items(link, names[:1])
+    assert build_index(encoder, store, link, restart=True).names == names
+    assert link.is_symlink() and [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["real"]
 
 
 def test_captions_are_added_to_their_index(folder, tmp_path):

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 JSON_LAYOUTS = ("karpathy", "coco", "mapping", "rows")
 FORMATS = ("json", *JSON_LAYOUTS, "token", "jsonl", "csv", "parquet", "datasets")
 
+LISTS = datasets.List | datasets.LargeList
 # Columns of a table that may name the image, by its id or by the name of its file, and that may hold the caption. The
 # first one that a table has is taken.
 IMAGE_COLUMNS = ("image_id", "image", "file_name", "image_name", "filename")
@@ -171,7 +172,7 @@ def _karpathy(images: list[dict[str, Any]], path: Path) -> Iterator[Entry]:
         split = _field(image, "split", path, where)
         beside = {"split": "train" if split == "restval" else split, "file_name": file_name}
         beside |= {name: image.get(name) for name in kept}
-        for k, sentence in enumerate(_field(image, "sentences", path, where)):
+        for k, sentence in enumerate(_field(image, "sentences", path, where) or ()):
             where = f"images[{i}].sentences[{k}]"
             row = {"image_id": stem_of(file_name), "caption": _field(sentence, "raw", path, where)}
             yield where, row | {"caption_id": sentence.get("sentid")} | beside
@@ -180,7 +181,7 @@ def _karpathy(images: list[dict[str, Any]], path: Path) -> Iterator[Entry]:
 def _coco(content: dict[str, Any], path: Path) -> Iterator[Entry]:
     names = {
         _field(image, "id", path, f"images[{i}]"): image.get("file_name")
-        for i, image in enumerate(content.get("images", ()))
+        for i, image in enumerate(content.get("images") or ())
     }
     for i, annotation in enumerate(content["annotations"]):
         where = f"annotations[{i}]"
@@ -447,7 +448,9 @@ def _check_entries(
         if split is not None and isinstance(row, dict):
             if "split" not in row:
                 raise ValueError(_no_split_column(f"{path}, {where}", row))
-            splits[row["split"]] = None
+            if not isinstance(row["split"], str | None):
+                raise ValueError(f"{path}, {where}: split is {row['split']!r:.80}; expected a name, such as 'train'.")
+            splits[str(row["split"])] = None
             if row["split"] != split:
                 continue
         if check_row(row, path, where, skip_empty):
@@ -462,7 +465,7 @@ def _check_entries(
 def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty: bool) -> datasets.Dataset:
     if len(table) == 0:
         return table
-    table = _one_caption_a_row(table, path)
+    table = _one_caption_a_row(table, path, skip_empty)
     for name in ("image_id", "caption"):
         if name not in table.column_names:
             raise ValueError(no_column(path, name, table.column_names))
@@ -489,24 +492,26 @@ def _check_table(table: datasets.Dataset, path: str | PathLike[str], skip_empty:
     return table
 
 
-def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str]) -> datasets.Dataset:
+def _one_caption_a_row(table: datasets.Dataset, path: str | PathLike[str], skip_empty: bool) -> datasets.Dataset:
     """
     Gives a table one row a caption: other names of the columns become `image_id` and `caption`, and lists of captions
-    are unfolded.
+    are unfolded. An empty list is a fault, or with `skip_empty` none.
     """
     # A column of pictures may be called image, too.
-    usable = (name for name, kind in table.features.items() if isinstance(kind, datasets.Value | datasets.List))
+    usable = (name for name, kind in table.features.items() if isinstance(kind, datasets.Value | LISTS))
     image, caption = find_columns(path, usable)
     if image != "image_id" and image in table.column_names:
         stems, codes = encode_column(table, image, stem)
         table = _add_column(table, "image_id", stems.take(pa.array(codes)))
     if caption != "caption" and caption in table.column_names:
         table = table.rename_column(caption, "caption")
-    if "caption" not in table.column_names or not isinstance(table.features["caption"], datasets.List):
+    if "caption" not in table.column_names or not isinstance(table.features["caption"], LISTS):
         return table
     lists = table.select_columns(["caption"]).with_format("arrow")[:]["caption"].combine_chunks()
-    if empty := pc.index(pc.fill_null(pc.list_value_length(lists), 0), 0).as_py() + 1:
-        raise ValueError(f"{path}: row {empty - 1} has no caption in its list; expected at least one.")
+    empty = np.flatnonzero(pc.fill_null(pc.list_value_length(lists), 0).to_numpy() == 0)
+    if len(empty) and not skip_empty:
+        raise ValueError(f"{path}: row {empty[0]} has no caption in its list; expected at least one.")
+    _warn_skipped(path, len(empty))
     pictures = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
     rest = table.remove_columns(["caption", *pictures]).select(pc.list_parent_indices(lists).to_numpy())
     return _add_column(rest, "caption", pc.list_flatten(lists))
@@ -557,6 +562,8 @@ def _to_arrow(rows: Iterator[dict[str, Any]], path: str | PathLike[str]) -> pa.T
             f"{path}: {error.object!r:.80} holds half a character, {error.object[error.start]!r}; expected text that "
             "UTF-8 can encode."
         ) from error
+    except OverflowError as error:
+        raise ValueError(f"{path}: a number has more than 64 bits ({error}); expected it as text.") from error
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: a column mixes types ({error}); expected one type a column.") from error
 

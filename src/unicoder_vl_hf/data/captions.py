@@ -208,7 +208,7 @@ def rename_images(rows: datasets.Dataset, path: str | PathLike[str], rule: str |
     try:
         names = {image_id: rename(image_id) for image_id in distinct.to_pylist()}
         if _NEGATIVES in rows.column_names:
-            negatives = [[rename(image_id) for image_id in some] for some in rows[_NEGATIVES]]
+            negatives = [some and [rename(str(image_id)) for image_id in some] for some in rows[_NEGATIVES]]
             rows = _add_column(rows.remove_columns(_NEGATIVES), _NEGATIVES, negatives)
     except UnmappedId as error:
         raise ValueError(f"{path}, with the ids of {rule}: {error}") from error

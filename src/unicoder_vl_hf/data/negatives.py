@@ -87,10 +87,17 @@ class MismatchIndex:
     def from_pairs(cls, pairs: datasets.Dataset, duplicates: Iterable[Sequence[str]] = ()) -> "MismatchIndex":
         """
         Makes the index of rows with `image_id` and `caption`; `duplicates` are groups of image ids whose photos show
-        the same.
+        the same. Warns where none of them is among the pairs.
         """
-        image_ids, images = encode_column(pairs, "image_id")
-        groups = _merged(image_ids.to_pylist(), duplicates)
+        encoded, images = encode_column(pairs, "image_id")
+        image_ids, duplicates = encoded.to_pylist(), [list(group) for group in duplicates]
+        named = {image_id for group in duplicates for image_id in group}
+        if named and named.isdisjoint(image_ids):
+            logger.warning(
+                f"None of the {len(named):,} images that duplicates names, such as {min(named)!r}, is among those of "
+                f"the pairs, such as {image_ids[0]!r}: no duplicate is known. Expected the ids that the store has."
+            )
+        groups = _merged(image_ids, duplicates)
         return cls(groups[images], encode_column(pairs, "caption", fold_caption)[1])
 
     def __init__(self, images: np.ndarray, texts: np.ndarray):

@@ -336,21 +336,22 @@ def _write(path: Path, content: str, list_path: Path, listed: str, restart: bool
     """
     Writes both files, whole or not at all, the captions last. Raises ValueError where an existing file would be lost.
     """
+    files = {list_path: listed, path: content}
     if path.exists():
         if path.is_dir() or (captions.exists() and path.samefile(captions)):
             raise ValueError(f"{path} is a folder, or the captions themselves: name another file.")
         if path.read_text(encoding="utf-8") == content:
             say_finished(path)
-            return
-        if not _is_prepared(path):
+            del files[path]  # photos without captions may have come or gone
+        elif not _is_prepared(path):
             raise ValueError(f"{path} exists and holds no prepared captions: name another file.")
-        if not restart:
+        elif not restart:
             raise ValueError(
                 f"{path} holds other captions than these arguments give: write it anew with restart=True (--restart), "
                 "or name another file."
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file_path, text in ((list_path, listed), (path, content)):
+    for file_path, text in files.items():
         if text:
             with partial_path(file_path).open("w", encoding="utf-8", newline="\n") as file:
                 file.write(text)

@@ -18,7 +18,7 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from .. import logging
-from .caption_files import check_row, find_columns, no_column, no_split, stem_of
+from .caption_files import LISTS, check_row, find_columns, no_column, no_split, stem_of
 from .negatives import PairsWithMismatches
 from .rows import Row
 from .samplers import SALT, epoch_order
@@ -65,8 +65,7 @@ class CaptionStream:
         if stream.features is None:
             raise ValueError(f"{path}: its columns cannot be told from a part of it; expected parquet or JSON lines.")
         # A column of pictures may be called image, too, and is not read.
-        kinds = datasets.Value | datasets.List | datasets.LargeList
-        usable = [column for column, kind in stream.features.items() if isinstance(kind, kinds)]
+        usable = [column for column, kind in stream.features.items() if isinstance(kind, datasets.Value | LISTS)]
         self._image, self._caption = find_columns(path, usable)
         for column in (self._image, self._caption):
             if column not in usable:

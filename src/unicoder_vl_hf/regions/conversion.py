@@ -20,7 +20,7 @@ import numpy as np
 from .. import logging
 from ..files import begun_anew, locked, make_folder, remove_folder, say_finished, write_json
 from ..records_unicoder_vl import RegionRecord
-from .editing import merge_stores
+from .editing import merge_into
 from .formats import FORMATS, Item, OtherType, known_provenance, read_items
 from .shards import PLAN, SKIPPED, STORE, UNFINISHED, shard_path
 from .store import NoRecordWritten, RegionStore, RegionStoreWriter
@@ -126,8 +126,8 @@ def convert(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1.")
-    source, folder = Path(source), Path(destination).absolute()
-    if source.exists() and source.resolve() == folder.resolve():
+    source, folder = Path(source), Path(destination).resolve()
+    if source.exists() and source.resolve() == folder:
         raise ValueError(f"{source} is both the source and the store: take another folder for the store.")
     parts = folder.with_name(f".{folder.name}.parts")
     format_options = format_options or {}
@@ -177,14 +177,16 @@ def _convert(
                 found = task.share(parts, workers)
                 stores = [part for part in sorted(parts.iterdir()) if STORE.is_complete(part)]
                 if stores:
-                    merge_stores(stores, folder)
+                    merge_into(folder, stores)
         if not STORE.is_complete(folder):
             raise ValueError(_nothing(task.source, found))
     except BaseException:
         _forget_empty(folder, parts, made)
         raise
     remove_folder(parts)
-    write_skipped(folder, found.skipped)
+    # What an earlier source left out is still lacking.
+    others = [row for row in read_rows(folder / SKIPPED) if not _is_of(task.source, row["file"])]
+    write_skipped(folder, others + found.skipped)
     if found.repeated:
         logger.warning(f"{found.repeated:,} image(s) came again, the same as before, and were taken once.")
     return RegionStore(folder)
@@ -202,6 +204,11 @@ def write_skipped(folder: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # a name of a file may be no text
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     logger.warning(f"{len(rows):,} left out: {path} says which and why.")
+
+
+def _is_of(source: Path, file: str) -> bool:
+    """Tells whether a file is a source, or in its folder."""
+    return Path(file).absolute().is_relative_to(source.absolute())
 
 
 def _nothing(source: Path, found: "_Found") -> str:

@@ -69,30 +69,35 @@ def merge_stores(
         ValueError: Provenances differ, an image is in two stores, an object id is not below `num_classes`, or the
             destination holds something else.
     """
-    folder, paths = Path(destination).absolute(), [Path(source).absolute() for source in sources]
+    folder, paths = Path(destination).resolve(), [Path(source).absolute() for source in sources]
     if not paths:
         raise ValueError("sources is empty, expected at least one store.")
-    if folder.resolve() in [path.resolve() for path in paths]:
+    if folder in [path.resolve() for path in paths]:
         raise ValueError(f"{folder} is one of the stores to be merged: take another folder.")
     with begun_anew(folder, restart, STORE_OF_STORES):
-        if (folder / UNFINISHED).exists():
-            if merged_stores(folder) != [str(path) for path in paths]:
-                raise ValueError(
-                    f"{folder} is unfinished, and no merge of {', '.join(map(str, paths))}: begin anew with "
-                    "restart=True (--restart), or take another folder."
-                )
-        elif (folder / MANIFEST).exists():
-            _check_merged(RegionStore(folder), [RegionStore(path) for path in paths], num_classes)
-            say_finished(folder)
-        elif shard_path(folder, 0).exists():
-            raise ValueError(f"{folder} holds shards of a store without its {MANIFEST}: take another folder.")
-        if not (folder / MANIFEST).exists():
-            _merge([RegionStore(path) for path in paths], folder, num_classes)
-        if move:
-            for path in paths:
-                _remove(path)
-        (folder / UNFINISHED).unlink(missing_ok=True)
+        merge_into(folder, paths, num_classes, move)
     return RegionStore(folder)
+
+
+def merge_into(folder: Path, paths: Sequence[Path], num_classes: int | None = None, move: bool = False) -> None:
+    """Merges stores as `merge_stores` does, but for a restart, which is the business of whoever calls it."""
+    if (folder / UNFINISHED).exists():
+        if merged_stores(folder) != [str(path) for path in paths]:
+            raise ValueError(
+                f"{folder} is unfinished, and no merge of {', '.join(map(str, paths))}: begin anew with "
+                "restart=True (--restart), or take another folder."
+            )
+    elif (folder / MANIFEST).exists():
+        _check_merged(RegionStore(folder), [RegionStore(path) for path in paths], num_classes)
+        say_finished(folder)
+    elif shard_path(folder, 0).exists():
+        raise ValueError(f"{folder} holds shards of a store without its {MANIFEST}: take another folder.")
+    if not (folder / MANIFEST).exists():
+        _merge([RegionStore(path) for path in paths], folder, num_classes)
+    if move:
+        for path in paths:
+            _remove(path)
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _check_merged(found: RegionStore, stores: list[RegionStore], num_classes: int | None) -> None:
@@ -142,7 +147,7 @@ def remove_images(path: str | PathLike, image_ids: Iterable[str]) -> RegionStore
         KeyError: An id is not in the store; nothing is changed then.
         ValueError: No image would be left.
     """
-    folder = Path(path).absolute()
+    folder = Path(path).resolve()
     put_back(folder)
     store = RegionStore(folder)
     kept = np.setdiff1d(np.arange(len(store)), _numbers(store, image_ids))

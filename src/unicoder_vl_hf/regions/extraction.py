@@ -7,7 +7,8 @@ a photo do not depend on the photos beside it, so the store does not depend on t
 or photos a batch.
 """
 
-import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -24,12 +25,12 @@ from accelerate.utils import parse_flag_from_env
 from .. import logging
 from ..extras import optional_import
 from ..files import begun_anew, locked, make_folder, remove_folder, say_finished
-from ..name_lists import numbered_lines
+from ..name_lists import read_jsonl
 from ..records_unicoder_vl import check_several
 from ..shares import FinishedShare, MissingShares, Share, check_restart
 from .conversion import Rename, read_rows, write_skipped, write_store
 from .detectors import Detector, load_detector, split_name
-from .editing import merge_stores, merged_stores, remove_images
+from .editing import merge_into, merged_stores, remove_images
 from .finding import default_batch_size
 from .parts import Boxes, Work, share_name
 from .photos import PhotoSource, in_words, list_photos
@@ -157,7 +158,7 @@ def extract(
     given = None if boxes is None else read_boxes(boxes)
     if state.is_main_process:
         _say_what_is_there(photos, source, given)
-    folder = Path(output).absolute()
+    folder = Path(output).resolve()
     parts = folder.with_name(f"{folder.name}.parts")
     # On Ray other processes compute: this one asks the detector for its provenance alone.
     here = "cpu" if engine == "ray" else device or state.device
@@ -182,17 +183,17 @@ def extract(
             stack.callback(_remove_if_empty, parts)
             stack.enter_context(locked(parts))
             _finish_parts(work)
-            if share is None:
-                for skipped in parts.glob("skipped-*.jsonl"):  # these photos are tried again
-                    skipped.unlink()
         state.wait_for_everyone()
         before = _parts(parts)
+        work.failed = _failed(*_skip_lists(work))
         done = {image_id for store in (*before, *_finished(folder)) for image_id in RegionStore(store)}
         if ids == "stem" and rename is None and done and not add and done.isdisjoint(source.ids):
             work.source = source = _by_key(photos, folder, done) or source
         if unknown := unwanted - done.union(source.ids):
             raise ValueError(f"remove (--remove) names {min(unknown)!r}, which neither {folder} nor the photos have.")
         left = [index for index, image_id in enumerate(source.ids) if image_id not in done | unwanted]
+        if not left and not done:
+            raise ValueError(f"remove (--remove) leaves out every photo of {photos}: there is nothing to extract.")
         state.wait_for_everyone()  # before new parts appear
         if done and state.is_main_process:
             if not add:
@@ -204,9 +205,6 @@ def extract(
                     logger.warning(f"{len(done)} photos are in {folder} already; to go: {len(left)}.")
             elif done.isdisjoint(unwanted):
                 say_finished(folder)
-        # A finished store has every photo that the detector can take: it may well fail at all that are left.
-        if done and not before:
-            work.patience = float("inf")
         if share is not None:
             _check_gathered(share, work, left)
         elif engine == "ray":
@@ -240,23 +238,39 @@ def read_boxes(boxes: str | PathLike | Mapping[str, Any]) -> Boxes:
     Reads given boxes by image_id; see `extract`.
 
     Raises:
-        ValueError: The file is neither .npz nor .jsonl, or a line of it is malformed.
+        ValueError: The file is neither .npz nor .jsonl, is damaged, or a line of it is malformed or of an image that
+            came before; or a key of a mapping is no text.
     """
     if isinstance(boxes, Mapping):
+        if (other := next((key for key in boxes if not isinstance(key, str)), None)) is not None:
+            raise ValueError(f"boxes has the key {other!r}, a {type(other).__name__}; expected image ids, as text.")
         return boxes
     path = Path(boxes)
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"{path} is damaged or no .npz of numbers ({error}); expected an array (n, 4) for each image_id."
+            ) from error
     if path.suffix != ".jsonl":
         raise ValueError(f"{path} holds no boxes: expected a .npz, or a .jsonl of image_id and boxes.")
     found: dict[str, np.ndarray] = {}
-    for number, line in numbered_lines(path):
+    lines: dict[str, int] = {}
+    for number, row in read_jsonl(path):
         try:
-            row = json.loads(line)
-            found[row["image_id"]] = np.asarray(row["boxes"], dtype=np.float32)
+            image_id, own = row["image_id"], np.asarray(row["boxes"], dtype=np.float32)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected image_id and boxes ({error!r}).") from error
+        if not isinstance(image_id, (str, int)):
+            raise ValueError(f"{path}, line {number}: image_id is {image_id!r}; expected a text, or an integer.")
+        if (before := lines.setdefault(str(image_id), number)) != number:
+            raise ValueError(
+                f"{path}, line {number}: the boxes of image {image_id!r} are in line {before} already; expected all "
+                "boxes of an image in one line."
+            )
+        found[str(image_id)] = own
     return found
 
 
@@ -284,17 +298,15 @@ def _extract_share(
         _check_left(folder, [ids[index] for index in left])
     if left:
         make_folder(work.parts)
-        if before:
-            work.patience = float("inf")
+        work.failed = _failed(work.skip_list(name), folder / SKIPPED)
         work.extract(name, left, detector, num_workers)
     raise FinishedShare(share, folder)
 
 
 def _check_gathered(share: Share, work: Work, left: Iterable[int]) -> None:
     """Raises MissingShares where photos are left that no share has tried."""
-    ids, files = work.source.ids, (*work.parts.glob("skipped-*.jsonl"), work.store / SKIPPED)
-    tried = {row["image_id"] for file in files for row in read_rows(file)}
-    left = {index for index in left if ids[index] not in tried}
+    ids, failed = work.source.ids, _failed(*_skip_lists(work))
+    left = {index for index in left if ids[index] not in failed}
     missing = [i for i in range(share.count) if not left.isdisjoint(Share(i, share.count).rows(len(ids)))]
     if missing:
         raise MissingShares(missing, share.count, work.parts)
@@ -307,6 +319,15 @@ def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*"))
 
 
+def _skip_lists(work: Work) -> list[Path]:
+    return [*sorted(work.parts.glob("skipped-*.jsonl")), work.store / SKIPPED]
+
+
+def _failed(*skip_lists: Path) -> frozenset[str]:
+    """Gives the ids of the photos that are listed as skipped."""
+    return frozenset(row["image_id"] for file in skip_lists for row in read_rows(file))
+
+
 def _finished(folder: Path) -> list[Path]:
     return [folder] if STORE.is_complete(folder) else []
 
@@ -315,7 +336,7 @@ def _finish_parts(work: Work) -> None:
     """Makes finished stores of the parts of an interrupted run."""
     folder = work.store
     if sources := merged_stores(folder):  # it was stopped while its parts were merged
-        merge_stores(sources, folder)
+        merge_into(folder, [Path(source) for source in sources])
     elif folder.is_file() or ((folder / UNFINISHED).exists() and not _finished(folder)):
         raise ValueError(f"{folder} is a file, or the beginning of another store: take another folder.")
     for store in _parts(work.parts) or _finished(folder):  # a finished store must be of these settings, too
@@ -356,7 +377,7 @@ def _check_left(folder: Path, left: Sequence[str]) -> None:
     Raises ValueError where photos are left that a finished store did not skip: it takes those that it skipped, and no
     other.
     """
-    skipped = {row["image_id"] for row in read_rows(folder / SKIPPED)}
+    skipped = _failed(folder / SKIPPED)
     new = [image_id for image_id in left if image_id not in skipped]
     if new:
         raise ValueError(
@@ -369,18 +390,20 @@ def _join_parts(work: Work) -> None:
     """Makes one store of the parts, or adds them to the finished one, whose list of skipped photos they renew."""
     parts, folder, source = work.parts, work.store, work.source
     stores, renewed = _parts(parts), {None, *source.ids}  # None: files that the listing left out
-    skips = [row for file in sorted(parts.glob("skipped-*.jsonl")) for row in read_rows(file)]
+    failed = {row["image_id"]: row for file in sorted(parts.glob("skipped-*.jsonl")) for row in read_rows(file)}
     if stores and _finished(folder):
         records = chain.from_iterable(RegionStore(part).values() for part in stores)
         write_store(records, folder, resume=True, **work.settings)
     elif stores:
-        merge_stores(stores, folder)
+        merge_into(folder, stores)
     elif not _finished(folder):
-        first = min(skips, key=lambda row: row["file"])
+        first = min(failed.values(), key=lambda row: row["file"])
         raise ValueError(
-            f"None of {len(skips)} photos gave regions; the first reason, of {first['file']}: {first['reason']}. All "
+            f"None of {len(failed)} photos gave regions; the first reason, of {first['file']}: {first['reason']}. All "
             f"are in {parts}."
         )
+    extracted = RegionStore(folder)
+    skips = [row for image_id, row in failed.items() if image_id not in extracted]  # others failed but once
     skips += [row for row in read_rows(folder / SKIPPED) if row["image_id"] not in renewed]
     skips += [{"image_id": None, "file": file, "reason": reason} for file, reason in source.left_out]
     write_skipped(folder, sorted(skips, key=lambda row: row["file"]))

@@ -89,7 +89,8 @@ def label(
         ValueError: The store does not name its detector, names another, or has object classes already; or the
             destination was begun with other settings, or holds images that the store does not.
     """
-    if Path(destination).resolve() == store.path.resolve():
+    folder = Path(destination).resolve()
+    if folder == store.path.resolve():
         raise ValueError(f"{store.path} is the store to be labelled: take another folder for the labelled one.")
     _check_unlabelled(store)
     provenance, expected = store.provenance, classifier.provenance
@@ -102,9 +103,9 @@ def label(
     kept = {key: value for key, value in provenance.items() if key not in ("feature_dim", "package_version", "dtype")}
     kept |= {key: expected.get(key) for key in ("class_names", "num_classes")} | {"dtype": provenance["dtype"]}
 
-    with begun_anew(destination, restart, STORE_OF_STORES):
-        was_complete = STORE_OF_STORES.is_complete(Path(destination))
-        with RegionStoreWriter(destination, resume=resume, **kept | options) as writer:
+    with begun_anew(folder, restart, STORE_OF_STORES):
+        was_complete = STORE_OF_STORES.is_complete(folder)
+        with RegionStoreWriter(folder, resume=resume, **kept | options) as writer:
             left = [image_id for image_id in store if image_id not in writer.resumed]
             if len(writer.resumed) > len(store) - len(left):
                 raise ValueError(

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from .. import logging
-from ..files import complete, partial_path
+from ..files import complete, make_folder, partial_path
 from ..records_unicoder_vl import RegionRecord
 from .shards import OPTIONAL_FIELDS, Shard
 from .store import RegionStore
@@ -42,10 +42,10 @@ def export_parquet(store: RegionStore, folder: str | PathLike) -> list[Path]:
         The files.
 
     Raises:
-        ValueError: The folder holds a file of another store.
+        ValueError: The folder holds a file of another store, or is a file.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     schema = _schema(store)
     paths = []
     for number, facts in enumerate(logging.tqdm(store.shards.facts, desc=f"Writing {folder.name}", unit="shard")):

@@ -6,7 +6,7 @@ may be killed and go on.
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -56,7 +56,9 @@ class Work:
         parts (`Path`): The folder of the parts, each a store and a list of skipped photos.
         settings (`dict`): Arguments of `RegionStoreWriter`.
         batch_size (`int`, *optional*): Number of photos in a call of the detector; None takes that of its device.
-        patience (`float`): Number of photos in a row at which the detector fails when its error is raised.
+        patience (`int`): Number of photos in a row at which the detector fails when its error is raised.
+        failed (`frozenset` of `str`, *optional*): Ids of photos that gave no regions in an earlier run: that these fail
+            again says nothing of the detector.
     """
 
     source: PhotoSource
@@ -65,7 +67,8 @@ class Work:
     parts: Path
     settings: dict[str, Any]
     batch_size: int | None
-    patience: float
+    patience: int
+    failed: frozenset[str] = frozenset()
 
     @property
     def store(self) -> Path:
@@ -76,7 +79,7 @@ class Work:
         """Gives the same with some of the photos alone."""
         source = self.source.only(indices)
         given = self.given and {image_id: self.given[image_id] for image_id in source.ids if image_id in self.given}
-        return replace(self, source=source, given=given)
+        return replace(self, source=source, given=given, failed=self.failed.intersection(source.ids))
 
     def read(self, index: int) -> ReadPhoto:
         """Reads a photo in the form that the detector takes. An error in it is returned with it, and not raised."""
@@ -91,6 +94,10 @@ class Work:
     def part(self, name: str) -> Path:
         """Gives the folder of a part."""
         return self.parts / f"part-{name}"
+
+    def skip_list(self, name: str) -> Path:
+        """Gives the file that lists the photos which a part lacks, a line for each time that one failed."""
+        return self.parts / f"skipped-{name}.jsonl"
 
     def left_of(self, name: str, indices: Iterable[int]) -> list[int]:
         """Gives those of some photos that a part lacks. What a killed process left of it becomes whole."""
@@ -116,12 +123,13 @@ class Work:
         self, name: str, results: "Iterable[tuple[ReadPhoto, RegionRecord | str]]", told_to_stop: Callable[[], bool]
     ) -> None:
         """
-        Writes a part, or goes on with it, until it is told to stop. Raises the errors of `results`; regions that were
-        extracted before are kept.
+        Writes a part and its list of skipped photos, or goes on with both, until it is told to stop. Raises the errors
+        of `results`; regions that were extracted before are kept.
         """
         failures: list[Exception] = []
         with (
-            (self.parts / f"skipped-{name}.jsonl").open("w", encoding="utf-8") as skips,
+            # The name of a file may be no text.
+            self.skip_list(name).open("a", encoding="utf-8", errors="backslashreplace", buffering=1) as skips,
             suppress(NoRecordWritten),
             RegionStoreWriter(self.part(name), resume=True, **self.settings) as writer,
         ):
@@ -156,7 +164,7 @@ class Work:
             worker_init_fn=_leave_signals,
         )
         results = logging.tqdm(
-            detected(detector, photos, self.batch_size or 1, self.patience),
+            detected(detector, photos, self.batch_size or 1, self.patience, self.failed),
             desc=f"Extracting {self.store.name}",
             unit="photo",
             total=len(indices),
@@ -177,11 +185,11 @@ def _until_failure(items: Iterable[Any], failures: list[Exception]) -> Iterator[
 
 
 def detected(
-    detector: Detector, photos: Iterable[ReadPhoto], batch_size: int, patience: float
+    detector: Detector, photos: Iterable[ReadPhoto], batch_size: int, patience: int, failed_before: Set[str]
 ) -> "Iterator[tuple[ReadPhoto, RegionRecord | str]]":
     """
     Yields each photo with its record, or with the reason why it has none. Raises the error of the detector at the last
-    of `patience` photos in a row.
+    of `patience` photos in a row, of which none failed before.
     """
     photos = iter(photos)
     sorted_at_once = 1 if batch_size == 1 else BATCHES_SORTED * batch_size
@@ -193,10 +201,14 @@ def detected(
         for start in range(0, len(readable), batch_size):
             batch = readable[start : start + batch_size]
             for photo, result in zip(batch, detect(detector, batch), strict=True):
-                failed = failed + 1 if isinstance(result, Exception) else 0
-                if failed == patience and isinstance(result, Exception):
+                if not isinstance(result, Exception):
+                    failed = 0
+                    yield photo, result
+                    continue
+                failed += photo.image_id not in failed_before
+                if failed == patience:
                     raise result
-                yield photo, describe(result) if isinstance(result, Exception) else result
+                yield photo, describe(result)
 
 
 def _leave_signals(worker: int) -> None:

@@ -121,7 +121,7 @@ class _Column(_Listing):
 
     def name(self, index: int) -> str:
         row = self.places[index]
-        return self.images[row][self.column]["path"] or f"row {row}"
+        return (self.images[row][self.column] or {}).get("path") or f"row {row}"
 
     def read(self, index: int) -> bytes:
         return _bytes_of(self.images[self.places[index]][self.column])

@@ -119,7 +119,8 @@ class _Extractor:
             # A process that was killed at this share may have left some of it.
             photos = _decoded(work, work.left_of(name, range(len(work.source.ids))))
             batch_size = work.batch_size or self.batch_size
-            work.write(name, detected(self.detector, photos, batch_size, work.patience), lambda: False)
+            results = detected(self.detector, photos, batch_size, work.patience, work.failed)
+            work.write(name, results, lambda: False)
         except Exception as error:
             failure = pickle.dumps(error)
         return {"photos": len(work.source.ids), "error": failure}

@@ -310,7 +310,10 @@ class ImageIds(Container[str]):
 
     def find(self, image_id: str) -> int | None:
         """Gives the number of an image, None if it is not here."""
-        wanted = np.uint64(hash_id(image_id))
+        try:
+            wanted = np.uint64(hash_id(image_id))
+        except UnicodeEncodeError:  # a file's name that is no text, which no store holds
+            return None
         for hashes, numbers in self._runs:
             place = int(hashes.searchsorted(wanted))
             while place < len(hashes) and hashes[place] == wanted:
@@ -388,9 +391,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is a file, expected the folder of a region store.") from None
     except ValueError as error:
         raise ValueError(f"{folder / MANIFEST} is damaged ({error}): copy it again.") from error
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version is not None and version != FORMAT_VERSION:
         raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}: update unicoder-vl-hf.")
+    if version is None or not {"images", "regions", "provenance", "shards"} <= manifest.keys():
+        raise ValueError(f"{folder / MANIFEST} is damaged (it lacks what a manifest says): copy it again.")
     return manifest
 
 

@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 
 from .._version import __version__
-from ..files import json_digest, locked, make_folder, write_json
+from ..files import full_disk_named, json_digest, locked, make_folder, write_json
 from ..records_unicoder_vl import RegionRecord, check_several, is_region_record
 from .shards import (
     FORMAT_VERSION,
@@ -384,7 +384,8 @@ class RegionStoreWriter:
         with self._lock:
             try:
                 if kind is None:
-                    self._finish()
+                    with full_disk_named(self.path):
+                        self._finish()
                 elif self._pending is not None:
                     self._pending.discard()
             finally:
@@ -421,13 +422,14 @@ class RegionStoreWriter:
                 f"Image {record.image_id!r} is in {self.path} already: ids must differ; skip what is in writer.resumed."
             )
         features = self._check(record)
-        if self._pending is None:
-            self._pending = ShardWriter(shard_path(self.path, len(self._shards)))
-        self._pending.add(record, features)
-        self._new[record.image_id] = len(self._new)
-        self._note_widths(record.features, record.class_probabilities)
-        if self._pending.num_bytes >= self.shard_size or len(self._pending) >= MAX_SHARD_IMAGES:
-            self._commit_shard()
+        with full_disk_named(self.path):
+            if self._pending is None:
+                self._pending = ShardWriter(shard_path(self.path, len(self._shards)))
+            self._pending.add(record, features)
+            self._new[record.image_id] = len(self._new)
+            self._note_widths(record.features, record.class_probabilities)
+            if self._pending.num_bytes >= self.shard_size or len(self._pending) >= MAX_SHARD_IMAGES:
+                self._commit_shard()
 
     def holds(self, record: RegionRecord) -> bool:
         """
@@ -503,6 +505,10 @@ class RegionStoreWriter:
     def _check(self, record: RegionRecord) -> np.ndarray:
         """Checks a record and gives its features as they will be stored."""
         name = record.image_id
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"Image {name!r}: the id is no text, expected one that UTF-8 can encode.") from None
         for field in WIDE_FIELDS:
             array = getattr(record, field)
             width = None if array is None else array.shape[1]

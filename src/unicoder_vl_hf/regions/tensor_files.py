@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -152,10 +153,10 @@ class TensorFileWriter:
 
     def discard(self) -> None:
         """Removes everything that was written."""
-        for tensor in self._tensors.values():
-            tensor.file.close()
-        self._file.close()
         partial_path(self.path).unlink(missing_ok=True)
+        for file in (self._file, *(tensor.file for tensor in self._tensors.values())):
+            with suppress(OSError):  # a full disk does not take what was left to write
+                file.close()
 
     def _spool(self) -> IO[bytes]:
         return tempfile.TemporaryFile(dir=self.path.parent)

@@ -199,7 +199,7 @@ def build_index(
     check_restart(restart, share)
     check_several("image_ids", image_ids)
     check_several("captions", captions)
-    output = Path(output)
+    output = Path(output).resolve()
     items: Items = "images" if captions is None else "captions"
     chosen = store if image_ids is None else image_ids
     names = list(dict.fromkeys(chosen if captions is None else captions))
@@ -301,7 +301,7 @@ def remove_items(path: str | os.PathLike[str], names: Sequence[str]) -> SearchIn
         `ValueError`: a name is not in the index, nothing would be left, or the folder is no index.
     """
     check_several("names", names)
-    path = Path(path)
+    path = Path(path).resolve()
     put_back(path)
     index = SearchIndex(path)
     if unknown := set(names) - set(index.names):
