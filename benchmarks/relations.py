@@ -72,7 +72,7 @@ class Proof:
     def train(self, task: str, name: str, options: list[str]) -> Path:
         """Trains into a folder, unless it was done before, and gives the folder."""
         output = self.folder / name.replace(" ", "-")
-        if not (output / "all_results.json").exists():
+        if not (output / "trainer_state.json").exists():  # written at the end
             output.mkdir(parents=True, exist_ok=True)
             if not (output / "_data").exists():  # the scenes are drawn once
                 (self.output / "_data").mkdir(exist_ok=True)

@@ -162,7 +162,7 @@ def test_the_proof_of_relations_leaves_out_what_it_says(benchmark, monkeypatch, 
         words = [str(word) for word in words]
         commands.append(" ".join(words).replace(f"{tmp_path}/", ""))
         if "--output_dir" in words:
-            Path(words[words.index("--output_dir") + 1], "all_results.json").touch()
+            Path(words[words.index("--output_dir") + 1], "trainer_state.json").touch()
         elif words[2] == "foil":
             Path(words[3]).touch()
         else:

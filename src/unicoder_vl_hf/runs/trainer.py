@@ -310,7 +310,8 @@ class TaskTrainer(Trainer):
         if self.args.eval_strategy != "no" and not self.last_metrics:  # all that the run we resumed had left to do
             self.evaluate()
         self.save_state()
-        self.save_metrics("eval", self.last_metrics)
+        if self.last_metrics:
+            self.save_metrics("eval", self.last_metrics)
         self.create_model_card()
         if self.args.push_to_hub:
             self.push_to_hub()

@@ -255,6 +255,7 @@ def plain(command, berts, tmp_path_factory):
     with plain_descent():
         run(SCRIPT, command(folder, plain=True))
     assert_trained(folder, berts[0.0])
+    assert not (folder / "eval_results.json").exists()  # nothing was measured
     return folder
 
 
