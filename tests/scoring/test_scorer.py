@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import weakref
 from contextlib import contextmanager
 from itertools import pairwise
@@ -40,6 +41,7 @@ from unicoder_vl_hf.scoring import packed, scorer as scoring
 from unicoder_vl_hf.scoring.blocks import BlockFolder, read_blocks
 from unicoder_vl_hf.scoring.checkpoints import former_scoring_digest, scoring_settings
 from unicoder_vl_hf.scoring.packed import PairEncoder, Rows, pair_flops, rows_of_pairs, split_by_tokens
+from unicoder_vl_hf.scoring.scorer import distinct
 
 
 @pytest.fixture(scope="module")
@@ -419,6 +421,8 @@ def test_memory_holds_the_regions_of_a_block_only(model):
     [
         ({"captions": []}, "at least one caption"),
         ({"captions": ["a", " "]}, r"text\[1\] is ' '"),
+        ({"captions": ["a", "\u200b"]}, r"makes no token of the caption '.u200b'"),
+        ({"max_length": 2}, "max_length=2; expected at least 3"),
         ({"images": []}, "at least one image"),
         ({"max_length": 100, "captions": ["a " * 90]}, "92 tokens, the model 64 positions"),
     ],
@@ -451,7 +455,46 @@ def test_one_caption_or_image_is_no_list(model):
         several.rank_captions("c", "cat")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_said_and_not_kept(value, tmp_path):
+    """Of a training that diverged, say: they would be ranked, mined by, and calibrated."""
+    diverged = tiny.model(UnicoderVLForImageTextRetrieval)
+    word = tiny.processor().tokenizer(CAPTIONS[2])["input_ids"][1]
+    with torch.no_grad():
+        diverged.bert.embeddings.word_embeddings.weight[word] = value
+    with pytest.raises(ValueError, match=r"The score of image 'image \d' with .* is (nan|inf): the weights"):
+        scorer(diverged).score(CAPTIONS, IMAGES, output_dir=tmp_path)
+    assert not (tmp_path / "scores.npy").exists()
+
+
+def test_the_store_of_the_processor_is_that_of_the_scorer(model, expected):
+    processor = tiny.processor()
+    without = ImageTextScorer(model, processor, verbose=False)
+    assert without.store is None
+    processor.set_store(STORE)
+    assert without.store is STORE
+    assert_close(without.score(CAPTIONS, IMAGES), expected)
+    without.store = {}
+    with pytest.raises(KeyError):
+        without.score(CAPTIONS, IMAGES)
+
+
+def test_a_long_caption_among_many_takes_no_memory():
+    names = [str(number) for number in range(5000)] * 2
+    tracemalloc.start()
+    found, places = distinct([*names, "word " * 20_000])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [*names[:5000], "word " * 20_000] and peak < 2**23
+    assert places.tolist() == [*range(5000), *range(5000), 5000]
+
+
 def test_what_else_is_refused(model):
+    for top_k in (0, -1):
+        with pytest.raises(ValueError, match=f"top_k={top_k}; expected at least 1"):
+            scorer(model).rank("a dog", IMAGES, top_k=top_k)
+        with pytest.raises(ValueError, match=f"top_k={top_k}; expected at least 1"):
+            scorer(model).rank_captions(IMAGES[0], CAPTIONS, top_k=top_k)
     with pytest.raises(KeyError):
         scorer(model).score(CAPTIONS, ["image 99"])
     for wrong in ([9], [-1], [0.5], [[0]]):

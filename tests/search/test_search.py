@@ -33,7 +33,7 @@ from unicoder_vl_hf import ImageTextScorer, RegionStore, RegionStoreWriter, Unic
 from unicoder_vl_hf.regions import remove_images
 from unicoder_vl_hf.scoring import scorer as scorer_module
 from unicoder_vl_hf.search import index as index_module
-from unicoder_vl_hf.search.command import SearchResult, run_search
+from unicoder_vl_hf.search.command import SearchResult, make_index, run_search
 from unicoder_vl_hf.search.encoders import (
     Photos,
     TransformersDualEncoder,
@@ -1058,6 +1058,69 @@ def grow(store, names):
             writer.write(STORE[name])
 
 
+def test_blocks_of_a_restart_are_none_of_an_addition(folder, tmp_path, monkeypatch):
+    """Both are of the same names; those that an addition embeds begin behind what is there."""
+    encoder, _, store = parts(folder)
+    monkeypatch.setattr(index_module, "BLOCK_ITEMS", 2)
+    output, whole = tmp_path / "index", build_index(encoder, store, tmp_path / "whole").embeddings
+    for first, second in (({"restart": True}, {"add": True}), ({"add": True}, {})):
+        build_index(encoder, store, output, image_ids=IMAGES[:3], restart=True)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            kill_after(patch, 1)
+            build_index(encoder, store, output, **first)
+        if not second:
+            shutil.rmtree(output)
+        with pytest.raises(ValueError, match=r"another job: embedded_sha256 was .*--restart begins anew"):
+            build_index(encoder, store, output, **second)
+        np.testing.assert_array_equal(build_index(encoder, store, output, restart=True).embeddings, whole)
+
+
+def test_a_structure_that_faiss_does_not_take_costs_no_embedding(folder, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    encoder, _, store = parts(folder)
+    embed = encoder.embed_images
+    monkeypatch.setattr(encoder, "embed_images", lambda names: pytest.fail("embedded"))
+    with pytest.raises(ValueError, match=r"--faiss\) is 'NOPE', which FAISS does not understand for 6 numbers"):
+        build_index(encoder, store, tmp_path / "index", faiss="NOPE")
+    monkeypatch.setattr(encoder, "embed_images", embed)
+    with pytest.raises(ValueError, match=r"'IVF100,Flat' does not take these 7 embeddings .*give another structure"):
+        build_index(encoder, store, tmp_path / "index", faiss="IVF100,Flat")
+    monkeypatch.setattr(encoder, "embed_images", lambda names: pytest.fail("embedded again"))
+    assert build_index(encoder, store, tmp_path / "index", faiss="Flat").names == IMAGES
+
+
+def test_what_an_index_lacks_is_named(folder, indices, tmp_path):
+    index = shutil.copytree(indices["images"].path, tmp_path / "index")
+    (index / "names.json").write_text((index / "names.json").read_text()[:-9])
+    with pytest.raises(ValueError, match=r"names\.json, line \d+, column \d+: malformed json"):
+        SearchIndex(index)
+    for content in ("{}", "[]"):
+        (index / "index.json").write_text(content)
+        with pytest.raises(ValueError, match=r"index has format_version None, expected \d: make it again"):
+            SearchIndex(index)
+
+
+def test_taking_out_goes_with_nothing_else():
+    for options, message in (
+        ({"remove": []}, "names nothing to take out"),
+        ({"remove": ["a"], "add": True}, "leave --add out"),
+        ({"remove": ["a"], "captions": "c"}, "leave --captions out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_index("store", "index", **options)
+
+
+def test_a_gallery_in_a_new_folder_of_a_store_that_has_shrunk(folder, tmp_path, capsys, caplog):
+    write_store(tmp_path / "store", STORE.values())
+    words = ["index", tmp_path / "store", "--model", folder / "model", "--output", tmp_path / "index"]
+    assert run(capsys, *words)[0] == 0
+    remove_images(tmp_path / "store", [IMAGES[1]])
+    gallery = tmp_path / "new" / "g.html"
+    code, says = run(capsys, "search", "--image-id", IMAGES[0], "--index", tmp_path / "index", "--gallery", gallery)
+    assert code == 0 and IMAGES[1] in says and gallery.exists()
+    assert f"store has no image {IMAGES[1]!r} any more" in caplog.text
+
+
 def test_an_index_behind_a_link(folder, tmp_path):
     encoder, _, store = parts(folder)
     (tmp_path / "elsewhere").mkdir()
@@ -1159,6 +1222,7 @@ def test_a_dual_encoder_from_the_command_line(folder, clip, tmp_path, capsys):
         ({"text": "a"}, "either --index"),
         ({"text": "a", "index": "i", "exhaustive": True}, "either --index"),
         ({"text": "a", "exhaustive": True}, "--exhaustive needs --model and --regions"),
+        ({"text": "a", "exhaustive": True, "dual_encoder": "clip"}, "no first stage: leave --dual-encoder out"),
         ({"image": "a", "exhaustive": True, "gallery": "g", "photos": "p"}, "--gallery shows images that are found"),
         ({"text": " ", "index": "i"}, "The sentence is empty"),
         ({"text": "a", "index": "i", "top_k": 0}, "--top-k is 0, expected at least 1"),

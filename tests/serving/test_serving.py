@@ -19,16 +19,17 @@ import numpy as np
 import photo_world
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from photo_world import CAPTIONS, IDS
 from photos import photo
 from PIL import Image
 from places import ROOT
 
-from unicoder_vl_hf import ImageTextScorer
+from unicoder_vl_hf import ImageTextScorer, RegionStore
 from unicoder_vl_hf.cli import main
 from unicoder_vl_hf.regions import RegionFinder
 from unicoder_vl_hf.scoring import Calibration
-from unicoder_vl_hf.serving import Batcher, Limits, Photo, open_app
+from unicoder_vl_hf.serving import Batcher, Limits, Photo, create_app, open_app
 
 BOUNDS = Limits(max_waiting=8, max_bytes=200_000, max_pixels=120 * 80, max_documents=6)
 
@@ -181,6 +182,8 @@ def test_the_relevance_of_a_calibrated_checkpoint_is_its_probability(world, expe
         ({"documents": [uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")]}, 422, "is no photo: expected"),
         ({"documents": [uri(encoded(photo(121, 80)))]}, 413, "documents[0] has 121 x 80 pixels; at most 9,600"),
         ({"documents": [uri(encoded(photo(90, 90))[:-60])]}, 422, "documents[0] is no photo that can be read"),
+        ({"documents": ["http://[bad/a.png"]}, 422, "documents[0] is 'http://[bad/a.png', which is no URL"),
+        ({"query": "\u200b"}, 422, "makes no token of the caption"),
         ({"documents": ["http://127.0.0.1/a.png"]}, 422, "this server fetches no photos of 127.0.0.1: send a data URI"),
         ({"model": "other"}, 404, "There is no model 'other': this server has 'model'"),
         ({"top_n": 0}, 422, "top_n: Input should be greater than or equal to 1"),
@@ -218,6 +221,27 @@ def test_what_is_no_request(port):
     status, answer = ask(port, "/v1/score", {"queries": CAPTIONS[:2], "documents": IDS[:3]})
     assert status == 422 and "2 queries, 3 documents" in answer["error"]["message"]
     assert ask(port, "/v1/score", {"queries": CAPTIONS[0], "documents": []})[0] == 422
+
+
+def test_behind_a_prefix_limits_hold_too(world):
+    app = open_app(str(world / "model"), str(world / "store"), limits=BOUNDS)
+    outer = FastAPI(lifespan=app.router.lifespan_context)
+    outer.mount("/api", app)
+    body = {"query": CAPTIONS[0], "documents": IDS}
+    with running(outer) as port:
+        assert ask(port, "/api/v1/rerank", body)[0] == 200
+        assert ask(port, "/api/v1/rerank", b" " * 300_000)[0] == 413
+        counted = ask(port, "/api/metrics")[1]
+    assert 'path="/v1/rerank",status="200"} 1.0' in counted and 'path="/v1/rerank",status="413"} 1.0' in counted
+
+
+def test_a_scorer_whose_processor_has_the_store(world, expected):
+    scorer = ImageTextScorer.from_pretrained(world / "model", verbose=False)
+    scorer.processor.set_store(RegionStore(world / "store"))
+    with running(create_app(scorer, "model")) as port:
+        assert_ranked(ask(port, "/v1/rerank", {"query": CAPTIONS[0], "documents": IDS})[1], expected[0])
+    with pytest.raises(ValueError, match=r"max_length=2; expected 3 to \d+, the positions of model"):
+        create_app(scorer, "model", max_length=2)
 
 
 def test_photos_of_a_host_that_is_named(world, expected):

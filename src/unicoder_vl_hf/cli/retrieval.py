@@ -71,9 +71,10 @@ def _mine(args: Namespace) -> object:
         share=share_of(args),
     )
     negatives = {name: sum(map(len, mined[f"negative_{name}"])) for name in ("captions", "image_ids")}
-    lines = [args.output, f"  pairs              {len(mined):,}"]
+    num_mined = mined["split"][:].count(args.split) if "split" in mined.column_names else len(mined)
+    lines = [args.output, f"  pairs              {len(mined):,}, of which {num_mined:,} are mined"]
     for name, count in zip(("captions", "images"), negatives.values(), strict=True):
-        lines.append(f"  negative {name:9} {count:,}, {count / len(mined):.1f} a pair")
+        lines.append(f"  negative {name:9} {count:,}, {count / num_mined:.1f} a pair")
     return Result("\n".join(lines), {"path": args.output, "pairs": len(mined), "negatives": negatives})
 
 

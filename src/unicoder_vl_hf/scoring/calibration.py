@@ -43,11 +43,16 @@ class Calibration:
             weights_sha256 (`str`, *optional*): See the class.
 
         Raises:
-            `ValueError`: there are only matches, or only mismatches, or matches do not score higher.
+            `ValueError`: there are only matches, or only mismatches, matches do not score higher, or a score is not
+                finite.
         """
         scores, matches = np.asarray(scores, dtype=np.float64), np.asarray(matches, dtype=bool)
         if matches.all() or not matches.any():
             raise ValueError(f"Of {len(matches)} pairs {matches.sum()} are matches; expected some of each.")
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite: nothing is fitted."
+            )
         signed = np.where(matches, scores, -scores)
         if signed.mean() <= 0:
             raise ValueError(

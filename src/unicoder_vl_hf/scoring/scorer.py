@@ -147,14 +147,14 @@ class ImageTextScorer:
         processor.check_model(model)
         self.model = model
         self.processor = processor
-        self.store = store
+        self._store = store
         self.dtype = dtype
         self.max_tokens = max_tokens or MAX_TOKENS.get(model.device.type, MAX_TOKENS_ELSEWHERE)
         self.block_pairs = block_pairs
         self.verbose = verbose
         self.share = share
         self._made: tuple[Any, PairEncoder] | None = None  # the last encoder, and what it follows from
-        self._calibrated: tuple[dict[str, Any], Calibration] | None = None  # the last, and what it was read from
+        self._calibrated: tuple[dict[str, Any], Any, Calibration] | None = None  # the last, of what and which weights
         self._is_frozen = False
 
     @classmethod
@@ -203,6 +203,16 @@ class ImageTextScorer:
             model, processor, store, dtype=dtype, max_tokens=max_tokens, block_pairs=block_pairs, verbose=verbose
         )
 
+    @property
+    def store(self) -> Mapping[str, RegionRecord] | None:
+        """The store in which image ids are looked up; that of the processor, where the scorer was given none."""
+        return self.processor.default_store if self._store is None else self._store
+
+    @store.setter
+    def store(self, store: Mapping[str, RegionRecord] | None) -> None:
+        """Takes another store, or with None that of the processor."""
+        self._store = store
+
     def score(
         self,
         captions: Sequence[str],
@@ -227,9 +237,10 @@ class ImageTextScorer:
             `np.ndarray` of shape `(C, M)`, float32; higher = better match. With `output_dir` a memory map.
 
         Raises:
-            `ValueError`: an empty caption or list, one caption or image that is in no list, a caption longer than the
-            model's positions, a name that is both an image id and a file, a photo whose regions cannot be found, or an
-            `output_dir` of another job, naming what differs, or of none where the scorer has a share.
+            `ValueError`: an empty list or a caption without a token, one caption or image that is in no list, a
+            `max_length` below 3, a caption longer than the model's positions, a score that is not finite, a name that
+            is both an image id and a file, a photo whose regions cannot be found, or an `output_dir` of another job,
+            naming what differs, or of none where the scorer has a share.
             `FinishedShare`, `MissingShares`: the scorer's share is computed; or some that it gathers are not.
             `KeyError`: a name that is neither an image id of the store nor a file.
         """
@@ -265,6 +276,7 @@ class ImageTextScorer:
 
     def rank(self, caption: str, images: Sequence[Image], top_k: int = 10) -> list[tuple[str, float]]:
         """Finds the images that match a caption best: ids with scores, the best first (of equal ones the earlier)."""
+        _check_top_k(top_k)
         images = self.processor.find_regions(images, self.store)
         scores = self.score([caption], images)[0]
         ids = [image if isinstance(image, str) else image.image_id for image in images]
@@ -272,6 +284,7 @@ class ImageTextScorer:
 
     def rank_captions(self, image: Image, captions: Sequence[str], top_k: int = 10) -> list[tuple[str, float]]:
         """Finds the captions that match an image best, with scores, the best first (of equal ones the earlier)."""
+        _check_top_k(top_k)
         return _best(captions, self.score(captions, [image])[:, 0], top_k)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -290,12 +303,14 @@ class ImageTextScorer:
         known, name = self.model.config.calibration, self.model.name_or_path or "the model"
         if known is None:
             raise ValueError(f"{name} is not calibrated: `unicoder-vl calibrate {name} CAPTIONS REGIONS`.")
-        if self._calibrated is None or self._calibrated[0] is not known:  # a digest of all weights takes a while
+        state = None if self._is_frozen else fingerprint(self.model)
+        # A digest of all weights takes a while.
+        if self._calibrated is None or self._calibrated[0] is not known or self._calibrated[1] != state:
             calibration = Calibration(**known)
             if calibration.weights_sha256 not in (None, scoring_digest(self.model)):
                 raise ValueError(f"{name} was calibrated with other weights: `unicoder-vl calibrate` it again.")
-            self._calibrated = known, calibration
-        return self._calibrated[1]
+            self._calibrated = known, state, calibration
+        return self._calibrated[2]
 
     def match(self, captions: Sequence[str], images: Sequence[Image], max_length: int = 44) -> Matching:
         """
@@ -360,8 +375,21 @@ class ImageTextScorer:
         # Counted in operations: pairs come in the order of their length, and the last would take longer than the first.
         with logging.tqdm(total=sum(flops), unit="FLOP", unit_scale=True, desc="Scoring", disable=not show) as progress:
             for block, cost in zip(share, flops, strict=True):
-                target.write(block, embedded.score(*blocks.pairs(block)))
+                scores = embedded.score(*blocks.pairs(block))
+                if not np.isfinite(scores).all():
+                    raise self._not_finite(blocks, block, scores)
+                target.write(block, scores)
                 progress.update(cost)
+
+    def _not_finite(self, blocks: "_Blocks", block: int, scores: np.ndarray) -> ValueError:
+        place = int(np.flatnonzero(~np.isfinite(scores))[0])
+        caption, image = (int(index[place]) for index in blocks.pairs(block))
+        text = self.processor.tokenizer.decode(blocks.items.token_ids[caption], skip_special_tokens=True)
+        return ValueError(
+            f"The score of image {blocks.items.record(image).image_id!r} with the caption {text!r:.80} is "
+            f"{scores[place]}: the weights of {self.model.name_or_path or 'the model'} are not finite, or overflow in "
+            f"{self.dtype or self.model.dtype}."
+        )
 
     def _plan(self, blocks: "_Blocks", encoder: PairEncoder, done: set[int], num_processes: int) -> ScoringPlan:
         left = [block for block in range(len(blocks)) if block not in done]
@@ -422,11 +450,15 @@ class _Items:
         if len(images) == 0:
             raise ValueError("images is empty: give at least one image.")
         self.processor = processor
-        self.store = processor.default_store if store is None else store
+        self.store = store
         self.images = processor.find_regions(images, self.store)
+        if max_length < 3:
+            raise ValueError(f"max_length={max_length}; expected at least 3: [CLS], a token and [SEP].")
         tokenized = processor(text=list(captions), padding=False, max_length=max_length)
         self.token_ids: list[list[int]] = tokenized["input_ids"]
         self.num_tokens = np.array([len(ids) for ids in self.token_ids])
+        if (bare := np.flatnonzero(self.num_tokens < 3)).size:
+            raise ValueError(f"The tokenizer makes no token of the caption {captions[bare[0]]!r:.80}: take it out.")
         extractor = processor.feature_extractor
         # The store, where it holds all images: it tells of their regions without reading them.
         self.region_store: RegionStore | None = None
@@ -614,6 +646,11 @@ def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def _check_top_k(top_k: int) -> None:
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}; expected at least 1.")
+
+
 def _best(items: Sequence[str], scores: np.ndarray, top_k: int) -> list[tuple[str, float]]:
     return [(items[place], float(scores[place])) for place in np.argsort(-scores, kind="stable")[:top_k]]
 
@@ -628,6 +665,7 @@ def _checked_index(name: str, index: Sequence[int] | np.ndarray, size: int) -> n
 
 
 def distinct(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Gives the names that differ, and for each name its place among these."""
-    different, places = np.unique(np.asarray(names), return_inverse=True)
-    return different.tolist(), places
+    """Gives the names that differ, in the order in which they first come, and for each name its place among these."""
+    places: dict[str, int] = {}
+    index = [places.setdefault(name, len(places)) for name in names]
+    return list(places), np.array(index, dtype=np.int64)

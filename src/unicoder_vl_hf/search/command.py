@@ -12,6 +12,7 @@ import numpy as np
 from .. import logging
 from ..data.caption_files import is_blank
 from ..data.captions import check_tokens, join, read_captions
+from ..files import make_folder
 from ..modeling_unicoder_vl import UnicoderVLForImageTextRetrieval
 from ..name_lists import did_you_mean
 from ..records_unicoder_vl import RegionRecord
@@ -104,7 +105,12 @@ def make_index(
         `ValueError`: not exactly one of `model` and `dual_encoder` is given, a dual encoder lacks `photos` of images,
         the first stage of `model` was not trained, options do not go together, or [`build_index`] raises it.
     """
-    if remove:
+    if remove is not None:
+        others = {"--captions": captions, "--images-of": images_of, "--faiss": faiss}
+        if given := [name for name, value in (others | {"--add": add, "--restart": restart}).items() if value]:
+            raise ValueError(f"--remove takes items out of an index, and nothing else: leave {given[0]} out.")
+        if not remove:
+            raise ValueError("--remove names nothing to take out.")
         return f"{output} is complete: {len(remove_items(output, remove)):,} items, without {len(remove):,}."
     if (model is None) == (dual_encoder is None):
         raise ValueError("Give either --model, a checkpoint of ours, or --dual-encoder, one of transformers.")
@@ -194,6 +200,8 @@ def run_search(
         raise ValueError(
             "--exhaustive has no first stage whose similarity could be added: leave --similarity-weight out."
         )
+    if exhaustive and dual_encoder is not None:
+        raise ValueError("--exhaustive scores every pair, and has no first stage: leave --dual-encoder out.")
     if (captions or split) and (by_text or not exhaustive):
         raise ValueError("--captions and --split say what --exhaustive searches by an image: leave them out.")
     opened = None if index is None else SearchIndex(index)
@@ -204,6 +212,8 @@ def run_search(
         raise ValueError("--gallery shows images that are found, and an image finds captions here: leave it out.")
     if by_similarity and similarity_weight is not None:
         raise ValueError("An image finds images by their similarity alone: leave --similarity-weight out.")
+    if gallery is not None:
+        make_folder(Path(gallery).absolute().parent)
     # Where there are none, it is said before the search.
     opened_photos = None if photos is None or (gallery is None and image is None) else Photos(photos, photo_ids)
     finder: dict[str, Any] = {"detector": detector, "detector_options": detector_options, "cache": cache}
@@ -387,7 +397,11 @@ def _write_gallery(
     problems: list[str] = []
 
     def pictures(image_id: str) -> list[Image.Image]:
-        record, photo = store[image_id], None
+        photo = None
+        if image_id not in store:
+            problems.append(f"{store.path} has no image {image_id!r} any more.")
+            return []
+        record = store[image_id]
         if photos is not None:
             try:
                 photo = photos.of(record)
@@ -406,7 +420,7 @@ def _write_gallery(
         (True, False): f"shown whole; {unscored}",
         (False, True): f"shown as {surest} on a blank page, without --photos",
         (False, False): f"a blank page, without --photos; {unscored}",
-    }[photos is not None, any(_have_scores(store[hit.name]) for hit in hits)]
+    }[photos is not None, any(hit.name in store and _have_scores(store[hit.name]) for hit in hits)]
     item = GalleryItem(
         query,
         best=tuple((hit.name, hit.score) for hit in hits),

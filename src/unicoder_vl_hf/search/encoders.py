@@ -266,8 +266,8 @@ class Photos:
     def _place(self, image_id: str) -> int:
         if image_id not in self:
             raise KeyError(
-                f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}. Give all photos of the "
-                "store, and say what it was made with: with ids='path' (--photo-ids path) a photo's id is its path."
+                f"{self.path} has no photo {image_id!r}; its ids are like {self.source.ids[:3]}. Give all photos of "
+                "the store, and say what it was made with: with ids='path' (--photo-ids path) a photo's id is its path."
             )
         return self._number[image_id]
 

@@ -10,7 +10,6 @@ its place and renamed when it is whole; items that were embedded before a kill a
 encoders, see `encoders`, and the order of the candidates, see `two_stage`.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 from .. import logging
 from ..extras import optional_import
 from ..files import full_disk_named, json_digest, put_back, remove_folder, replace_folder, write_json
+from ..name_lists import read_json
 from ..processes import start_processes
 from ..records_unicoder_vl import check_several
 from ..regions.store import RegionStore, manifest_checksum
@@ -61,14 +61,12 @@ class SearchIndex:
         self.path = Path(path)
         if not (self.path / INDEX).exists():
             raise ValueError(f"{self.path} is no index: it has no {INDEX}. Make one with `unicoder-vl index`.")
-        self.facts: dict[str, Any] = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
-        if self.facts["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{self.path} has format_version {self.facts['format_version']}, expected {FORMAT_VERSION}: make it "
-                "again."
-            )
+        self.facts: dict[str, Any] = read_json(self.path / INDEX)
+        if not isinstance(self.facts, dict) or self.facts.get("format_version") != FORMAT_VERSION:
+            version = self.facts.get("format_version") if isinstance(self.facts, dict) else None
+            raise ValueError(f"{self.path} has format_version {version}, expected {FORMAT_VERSION}: make it again.")
         self.items: Items = self.facts["items"]
-        self.names: list[str] = json.loads((self.path / NAMES).read_text(encoding="utf-8"))
+        self.names: list[str] = read_json(self.path / NAMES)
         self.embeddings = TensorFile(self.path / EMBEDDINGS).tensors["embeddings"]
         if not len(self.names) == len(self.embeddings) == self.facts["count"]:
             raise ValueError(
@@ -236,7 +234,7 @@ def build_index(
     if not names:
         raise ValueError(f"There are no {items} to index.")
     if faiss is not None:
-        optional_import("faiss", "faiss")  # before all are embedded
+        _faiss_structure(faiss, encoder.dim)  # before all are embedded
     facts: dict[str, Any] = {"items": items, "count": len(names), "dim": encoder.dim, "faiss": faiss}
     identity = encoder.identity()
     if Path(identity["name"]).exists():  # a folder, not a name of the Hub
@@ -255,7 +253,9 @@ def build_index(
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
     blocks = [new[start : start + BLOCK_ITEMS] for start in range(0, len(new), BLOCK_ITEMS)]
-    job = {**facts, "names_sha256": json_digest(names), "block_items": BLOCK_ITEMS}
+    job = {**facts, "faiss": None, "names_sha256": json_digest(names), "block_items": BLOCK_ITEMS}
+    if before is not None:  # the blocks are not of all names
+        job["embedded_sha256"] = json_digest(new)
     try:
         folder = BlockFolder(work / "blocks", job, state.process_index, share)
     except ValueError as error:
@@ -304,9 +304,10 @@ def remove_items(path: str | os.PathLike[str], names: Sequence[str]) -> SearchIn
     path = Path(path).resolve()
     put_back(path)
     index = SearchIndex(path)
-    if unknown := set(names) - set(index.names):
+    gone = set(names)
+    if unknown := gone - set(index.names):
         raise ValueError(f"{path} has no {min(unknown)!r} among its {len(index):,} {index.items}.")
-    kept = [place for place, name in enumerate(index.names) if name not in set(names)]
+    kept = [place for place, name in enumerate(index.names) if name not in gone]
     if not kept:
         raise ValueError(f"{path} would be left without {index.items}: remove the folder instead.")
     new = path.with_name(f".{path.name}.without")
@@ -316,17 +317,34 @@ def remove_items(path: str | os.PathLike[str], names: Sequence[str]) -> SearchIn
     return SearchIndex(path)
 
 
+def _faiss_structure(description: str, dim: int) -> Any:
+    """Makes an empty structure of FAISS. Raises ValueError where its words for one are not understood."""
+    library = optional_import("faiss", "faiss")
+    try:
+        return library.index_factory(dim, description, library.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"faiss (--faiss) is {description!r}, which FAISS does not understand for {dim} numbers: expected its "
+            "words for a structure, such as 'HNSW32'."
+        ) from error
+
+
 def _write(folder: Path, rows: np.ndarray, names: list[str], facts: dict[str, Any]) -> None:
     """Writes an index into a new folder."""
     folder.mkdir()
     save_file({"embeddings": np.array(rows)}, folder / EMBEDDINGS)
     write_json(folder / NAMES, names)
     if facts["faiss"] is not None:
-        library = optional_import("faiss", "faiss")
-        structure = library.index_factory(rows.shape[1], facts["faiss"], library.METRIC_INNER_PRODUCT)
-        structure.train(np.array(rows))
-        structure.add(np.array(rows))
-        library.write_index(structure, str(folder / FAISS))
+        structure = _faiss_structure(facts["faiss"], rows.shape[1])
+        try:
+            structure.train(np.array(rows))
+            structure.add(np.array(rows))
+        except RuntimeError as error:
+            raise ValueError(
+                f"faiss (--faiss) {facts['faiss']!r} does not take these {len(rows):,} embeddings ({error}): "
+                "give another structure, and the embeddings are taken as they are."
+            ) from error
+        optional_import("faiss", "faiss").write_index(structure, str(folder / FAISS))
     write_json(folder / INDEX, {"format_version": FORMAT_VERSION, **facts})
 
 

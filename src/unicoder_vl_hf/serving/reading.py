@@ -196,7 +196,10 @@ class Reader:
         return photo
 
     def _fetch(self, url: str, name: str) -> bytes:
-        host = urlsplit(url).netloc
+        try:
+            host = urlsplit(url).netloc
+        except ValueError as error:
+            raise HTTPException(422, f"{name} is {reprlib.repr(url)}, which is no URL: {error}") from error
         if host not in self.limits.photo_hosts:
             raise HTTPException(422, f"{name} is a URL, and this server fetches no photos of {host}: send a data URI.")
         try:

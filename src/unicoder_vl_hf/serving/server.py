@@ -107,8 +107,12 @@ def create_app(
         max_length (`int`, *optional*, defaults to 44): Most tokens of a sentence; longer ones are cut.
 
     Raises:
-        `ValueError`: the calibration of the checkpoint is of other weights.
+        `ValueError`: the calibration of the checkpoint is of other weights, or `max_length` leaves no token, or more
+            than the model has positions for.
     """
+    positions = scorer.model.config.max_position_embeddings
+    if not 3 <= max_length <= positions:
+        raise ValueError(f"max_length={max_length}; expected 3 to {positions}, the positions of {name}.")
     temperature = 1.0 if scorer.model.config.calibration is None else scorer.calibration.temperature
     store: Mapping[str, Any] = {} if scorer.store is None else scorer.store
     reader = Reader(store, limits)
@@ -230,7 +234,8 @@ class _Gate:
         self.waiting = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in SCORED:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))  # that of a server behind a prefix
+        if scope["type"] != "http" or path not in SCORED:
             return await self.app(scope, receive, send)
         status, size, started = 500, 0, time.perf_counter()
 
@@ -260,8 +265,8 @@ class _Gate:
             finally:
                 self.waiting -= 1
                 self.metrics.waiting.set(self.waiting)
-                self.metrics.seconds.labels(scope["path"]).observe(time.perf_counter() - started)
-        self.metrics.requests.labels(scope["path"], status).inc()
+                self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
+        self.metrics.requests.labels(path, status).inc()
 
 
 async def _drain(receive: Receive) -> None:

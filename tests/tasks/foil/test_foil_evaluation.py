@@ -57,6 +57,18 @@ def test_accuracies_are_those_of_all_pairs_scored_one_by_one(world):
     assert written["results"]["cross-encoder"]["all"] == dataclasses.asdict(results["cross-encoder"]["all"])
 
 
+def test_what_would_fail_at_the_end_is_said_before(world, tmp_path, monkeypatch):
+    _, model, regions, foils = world
+    write_foils(tmp_path / "foils.jsonl", [*foils[:-1], dataclasses.replace(foils[-1], text_only=[1.0])])
+    monkeypatch.setattr(evaluation, "_margins_of", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="text_only has several lengths"):
+        evaluate_foils(model, tmp_path / "foils.jsonl", regions)
+    monkeypatch.undo()
+    write_foils(tmp_path / "few.jsonl", foils[::6])
+    evaluate_foils(model, tmp_path / "few.jsonl", regions, output=tmp_path / "new" / "deep" / "accuracies.json")
+    assert (tmp_path / "new" / "deep" / "accuracies.json").exists()
+
+
 def test_several_models_count_with_their_mean(world, tmp_path, capsys, monkeypatch):
     folder, model, regions, _ = world
     other, *_ = small_world.save_retrieval(tmp_path / "other", Path(regions).parent, spread=0.3, projection_dim=8)

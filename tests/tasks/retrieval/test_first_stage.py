@@ -496,6 +496,12 @@ def test_pairs_mask_false_negatives_too():
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"projection_dim": 0}, {"seed": -1}])
+def test_training_alone_refuses_numbers_before_it_reads(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*expected"):
+        train_first_stage("nowhere", "nothing", "none", "output", **wrong)
+
+
 def test_training_alone_refuses_to_overwrite(world, trained):
     with pytest.raises(ValueError, match=r"trained exists: name another folder"):
         train_first_stage(str(trained[0]), str(world / "captions.jsonl"), str(world / "regions"), str(trained[0]))

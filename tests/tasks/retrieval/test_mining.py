@@ -1,7 +1,9 @@
 """Hard negatives: the rule by hand, no false negative, the columns, and a job that is stopped or shared out."""
 
+import json
 import math
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -365,6 +367,11 @@ def test_what_is_finished_stays_as_it_is(job, mined, monkeypatch, caplog):
         assert f"{folder / 'finished'} is finished, and stays as it is" in caplog.text
         with pytest.raises(ValueError, match=r"finished was mined with seed=3, not 4: begin anew .*--restart"):
             mine(*inputs, str(folder / "finished"), **options | {"seed": 4})
+        rows = [json.loads(line) for line in Path(inputs[1]).read_text().splitlines()]
+        moved = rows[0] | {"split": "val" if rows[0]["split"] != "val" else "train"}
+        (folder / "redrawn.jsonl").write_text("\n".join(map(json.dumps, [moved, *rows[1:]])))
+        with pytest.raises(ValueError, match=r"finished was mined with splits='.*', not '.*': begin anew"):
+            mine(inputs[0], str(folder / "redrawn.jsonl"), inputs[2], str(folder / "finished"), **options)
         (folder / "finished" / "mining.json").unlink()  # as an older version left it
         with pytest.raises(ValueError, match=r"finished does not tell how its captions were mined: begin anew"):
             mine(*inputs, str(folder / "finished"), **options)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ... import logging
 from ...data.foils import Foil, read_foils
-from ...files import write_json
+from ...files import make_folder, write_json
 from ...records_unicoder_vl import RegionRecord
 from ...regions.shuffled import ShuffledStore
 from ...regions.store import RegionStore
@@ -64,12 +64,17 @@ def evaluate_foils(
         raise ValueError("model is an empty list, expected at least one checkpoint.")
     for name in names:  # before the first is measured
         load_config(name)
+    texts = [foil.text_only for foil in chosen if foil.text_only]
+    if len(texts) == len(chosen) and len({len(margins) for margins in texts}) > 1:
+        raise ValueError(f"{foils}: text_only has several lengths; expected the same scorers for each foil.")
+    if output is not None:
+        make_folder(Path(output).absolute().parent)
     store = RegionStore(regions)
     runs, provenance = zip(*(_margins_of(name, chosen, store) for name in names), strict=True)
     known = [scorer for scorer in runs[0] if all(scorer in run for run in runs)]
     margins = {scorer: np.column_stack([run[scorer] for run in runs]) for scorer in known}
-    if all(foil.text_only for foil in chosen):
-        margins[TEXT_ONLY] = np.array([foil.text_only for foil in chosen])
+    if len(texts) == len(chosen):
+        margins[TEXT_ONLY] = np.array(texts)
     results = foil_results(margins, [foil.kind for foil in chosen], [foil.image_id for foil in chosen])
     if output is not None:
         values: dict[str, Any] = {"foils": str(foils), "split": split, "regions": regions}

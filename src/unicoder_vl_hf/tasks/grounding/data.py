@@ -76,6 +76,11 @@ def read_references(
         where = f"{path}, reference {number}"
         needed = ("ann_id", "image_id", "split", "sentences")
         ann_id, image_id, of_split, sentences = (_field(ref, name, where) for name in needed)
+        if not isinstance(of_split, str) or not isinstance(sentences, list):
+            raise ValueError(
+                f"{where}: split is {of_split!r:.80} and sentences is a {type(sentences).__name__}; expected a name "
+                "and a list."
+            )
         splits.add(of_split)
         if split not in (None, of_split):
             continue
@@ -85,6 +90,8 @@ def read_references(
         box = _box(boxes[ann_id], f"{instances}, annotation {ann_id}")
         photo = f"{instances}, image {image_id}"
         width, height = (_field(sizes[image_id], side, photo) for side in ("width", "height"))
+        if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
+            raise ValueError(f"{photo}: it is {width!r} x {height!r}; expected pixels, at least 1 each way.")
         for sentence in sentences:
             name, text = str(_field(sentence, "sent_id", where)), text_field(sentence, "sent", where)
             rows.append((name, str(image_id), text, of_split, box, width, height))

@@ -19,6 +19,7 @@ from ... import logging
 from ...data.caption_files import encode_column, select_split
 from ...data.captions import check_tokens, join, read_captions
 from ...data.negatives import MismatchIndex, read_duplicate_groups
+from ...data.rows import natural
 from ...files import new_folder
 from ...modeling_unicoder_vl import UnicoderVLFirstStage, UnicoderVLForImageTextRetrieval
 from ...processes import start_processes
@@ -184,6 +185,10 @@ def train_first_stage(
         `ValueError`: `output` exists, there are several processes, the checkpoint has no matching head, or one that
         reads its first stage, or a caption has no regions (unless `skip_missing`).
     """
+    natural("seed", seed)
+    for name, value in (("projection_dim", projection_dim), ("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1.")
     target, path = Path(output), Path(captions)
     if target.exists():
         raise ValueError(f"{target} exists: name another folder for the checkpoint.")

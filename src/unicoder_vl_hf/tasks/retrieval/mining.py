@@ -365,6 +365,7 @@ def mine(
             "model": checkpoint_provenance(model, loaded),
             "first_stage": None if encoder is None else encoder.identity(),
             "captions": json_digest([table["image_id"][:], table["caption"][:]]),
+            "splits": json_digest(table["split"][:]) if "split" in table.column_names else None,
             "regions": store_identity(store),
             "split": split,
             **asdict(rule),
@@ -420,6 +421,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not (folder / SETTINGS).exists():
         raise ValueError(f"{folder} does not tell how its captions were mined: {remedy}")
     before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    before.setdefault("splits", settings["splits"])  # earlier versions did not note them
     for name, value in settings.items():
         if _without_name(before.get(name)) != _without_name(value):
             raise ValueError(f"{folder} was mined with {name}={before.get(name)!r}, not {value!r}: {remedy}")
