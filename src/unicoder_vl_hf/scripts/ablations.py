@@ -72,6 +72,7 @@ RUNS = {
     "data25": Run("pre-trained on 25 % of the images", share=0.25),
     "data50": Run("pre-trained on 50 % of the images", share=0.5),
     "layers6": Run("6 layers", layers=6),
+    "scratch6": Run("6 layers, not pre-trained", pretrained=False, layers=6),
     "no_moc": Run("without masked object classification", options={"moc": False}),
     "no_img": Run("without [IMG]", options={"image_token": False}),
     "paper": Run("the paper's recipe", recipe="paper"),
@@ -79,6 +80,7 @@ RUNS = {
 # The better run, and the worse, as the paper has them or we expect.
 ORDERINGS = [
     ("full", "scratch"),
+    ("layers6", "scratch6"),
     ("data50", "data25"),
     ("full", "data50"),
     ("layers6", "full"),
