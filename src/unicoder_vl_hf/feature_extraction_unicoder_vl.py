@@ -61,7 +61,7 @@ class UnicoderVLFeatureExtractor(FeatureExtractionMixin):
         **kwargs: Any,
     ):
         for name, value in (("max_regions", max_regions), ("min_regions", min_regions), ("feature_dim", feature_dim)):
-            if value is not None and value < 1:
+            if (value is None and name != "feature_dim") or (value is not None and value < 1):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if score_threshold is not None and not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must be in 0..1, or None to keep every score, got {score_threshold}.")

@@ -1112,10 +1112,10 @@ class UnicoderVLFirstStage(nn.Module):
 
     def __init__(self, config: UnicoderVLConfig, projection_dim: int):
         super().__init__()
-        self.text_projection = nn.Linear(config.hidden_size, projection_dim)
-        self.image_projection = nn.Linear(config.hidden_size, projection_dim)
+        self.text_projection = UnicoderVLFloat32Linear(config.hidden_size, projection_dim)
+        self.image_projection = UnicoderVLFloat32Linear(config.hidden_size, projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.region_attention = nn.Linear(config.hidden_size, 1) if config.num_text_layers else None
+        self.region_attention = UnicoderVLFloat32Linear(config.hidden_size, 1) if config.num_text_layers else None
         sizes = config.query_bank_size
         self.query_bank = None if sizes is None else UnicoderVLQueryBank(sizes, projection_dim)
 
@@ -1127,9 +1127,7 @@ class UnicoderVLFirstStage(nn.Module):
         """
         weights = states.new_zeros(states.shape[:2], dtype=torch.float32)
         if self.region_attention is not None:
-            with maybe_autocast(device_type=states.device.type, enabled=False):
-                weight, bias = self.region_attention.weight.float(), self.region_attention.bias.float()
-                weights = nn.functional.linear(states.float(), weight, bias)[..., 0]
+            weights = self.region_attention(states)[..., 0]
         if mask is None:
             return weights.softmax(-1)
         lowest = torch.finfo(weights.dtype).min
@@ -1154,9 +1152,7 @@ class UnicoderVLFirstStage(nn.Module):
         return self._embed(self.image_projection, states)
 
     def _embed(self, projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-        with maybe_autocast(device_type=states.device.type, enabled=False):
-            projected = nn.functional.linear(states.float(), projection.weight.float(), projection.bias.float())
-        return nn.functional.normalize(projected, dim=-1)
+        return nn.functional.normalize(projection(states), dim=-1)
 
     def logits(self, text_embeddings: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
         """Divides similarities, `(num_texts, num_images)`, by the learned temperature, at least 1/100 as in CLIP."""
@@ -1577,7 +1573,7 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
                 for of in (first, means)
             )
         elif not with_means:
-            return UnicoderVLPooledOutput(**self(**inputs, **kwargs))
+            return UnicoderVLPooledOutput(**self(**inputs, **kwargs, return_dict=True))
         else:
             return self._pooled_with_means(inputs, **kwargs)
         return UnicoderVLPooledOutput(pooler_output=self.pooler(first[:, None]), means=means)
@@ -1596,7 +1592,8 @@ class UnicoderVLModel(UnicoderVLPreTrainedModel):
     def _pooled_with_means(self, inputs: dict[str, Any], **kwargs: Any) -> UnicoderVLPooledOutput:
         """Encodes padded sequences, and averages the states of the attended words and of the attended regions."""
         asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        outputs = UnicoderVLPooledOutput(**self(**inputs, **kwargs | {"output_hidden_states": True}))
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        outputs = UnicoderVLPooledOutput(**self(**inputs, **kwargs))
         layers: Any = outputs.hidden_states
         states = torch.stack([layer.float() for layer in layers[:-1]]).mean(0)
         num_regions = 0 if inputs["region_features"] is None else inputs["region_features"].shape[1]
@@ -1972,6 +1969,7 @@ class UnicoderVLForPreTraining(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             masked_regions=masked_regions,
             **kwargs,
+            return_dict=True,
         )
         num_regions = 0 if region_features is None else region_features.shape[1]
         text, regions = outputs.last_hidden_state.tensor_split(
@@ -2074,12 +2072,16 @@ class UnicoderVLForImageTextRetrieval(UnicoderVLPreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """
         Loads a model as [`~PreTrainedModel.from_pretrained`] does. Where the first stage is not loaded whole,
-        `config.first_stage_trained` becomes `False` and `config.similarity_weight` None.
+        `config.first_stage_trained` becomes `False` and `config.similarity_weight` None. Where another matching head or
+        query bank is asked for, so does the weight, and `config.calibration`: they are of the scores that were.
         """
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if model.first_stage is None or any(key.startswith("first_stage.") for key in report["missing_keys"]):
+        new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+        if model.first_stage is None or any(key.startswith("first_stage.") for key in new):
             model.config.first_stage_trained = False
             model.config.similarity_weight = None  # which was measured with it
+        if {"matching_head", "query_bank_size"} & kwargs.keys():
+            model.config.similarity_weight = model.config.calibration = None
         return (model, report) if output_loading_info else model
 
     def encode_text(
@@ -2597,6 +2599,8 @@ class UnicoderVLPairAttention(nn.Module):
     """
 )
 class UnicoderVLForVisualReasoning(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModel"  # so that a checkpoint carries this file
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config)
         self.bert = UnicoderVLModel(config)
@@ -2639,7 +2643,7 @@ class UnicoderVLForVisualReasoning(UnicoderVLPreTrainedModel):
             outputs: Any = self.bert.pooled(**inputs, **kwargs)
             states = outputs.pooler_output
         else:
-            outputs = self.bert(**inputs, **kwargs)
+            outputs = self.bert(**inputs, **kwargs, return_dict=True)
             states = self.pair_attention(outputs.last_hidden_state, self._mask_of(outputs.last_hidden_state, inputs))
         logits = self.reasoning_head(states.reshape(len(source), -1))
         _check_shape("labels", labels, (len(source),))
@@ -2703,6 +2707,8 @@ GROUNDING_DOCSTRING = r"""
     """
 )
 class UnicoderVLForGrounding(UnicoderVLPreTrainedModel):
+    _auto_class = "AutoModel"  # so that a checkpoint carries this file
+
     def __init__(self, config: UnicoderVLConfig):
         super().__init__(config)
         self.bert = UnicoderVLModel(config)
@@ -2742,6 +2748,7 @@ class UnicoderVLForGrounding(UnicoderVLPreTrainedModel):
             token_region_ids=token_region_ids,
             image_index=image_index,
             **kwargs,
+            return_dict=True,
         )
         states = outputs.last_hidden_state
         logits = self.grounding_head(states[:, states.shape[1] - region_features.shape[1] :])[..., 0]

@@ -12,6 +12,9 @@ from typing import Any, ClassVar
 import torch
 from transformers.pipelines.base import Pipeline
 
+# Classes whose checkpoints have a trained matching head.
+TRAINED = {"UnicoderVLForPreTraining", "UnicoderVLForImageTextRetrieval"}
+
 
 class UnicoderVLPipeline(Pipeline):
     r"""
@@ -44,6 +47,11 @@ class UnicoderVLPipeline(Pipeline):
 
     def __init__(self, *args, detector: Any = None, store: Mapping[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if (heads := self.model.config.architectures) and not set(heads) & TRAINED:
+            raise ValueError(
+                f"{self.model.name_or_path} is a {heads[0]}, whose matching head was never trained: its scores "
+                f"would be random. Expected a checkpoint of {' or '.join(sorted(TRAINED))}."
+            )
         if store is not None:
             self.processor.set_store(store)
         if self.make_detector is not None:
@@ -64,8 +72,13 @@ class UnicoderVLPipeline(Pipeline):
             and, of a calibrated checkpoint, `probability` and `match`.
 
         Raises:
-            `ValueError`: there is no text, or the processor raises it.
+            `ValueError`: there is no text, `batch_size` is above 1, or the processor raises it.
         """
+        if (kwargs.get("batch_size") or self._batch_size or 1) > 1:
+            raise ValueError(
+                "This pipeline takes an image at a time, with all its sentences: leave batch_size out. For many images "
+                "see ImageTextScorer of unicoder-vl-hf."
+            )
         return super().__call__(images, **({} if text is None else {"text": text}), **kwargs)
 
     def _sanitize_parameters(self, text=None):

@@ -164,6 +164,10 @@ class UnicoderVLProcessor(ProcessorMixin):
             raise ValueError("The processor was given neither text nor regions: give text, regions, or both.")
         data = {}
         if text is not None:
+            if not isinstance(text, Iterable):
+                raise ValueError(
+                    f"text is {text!r:.80}, a {type(text).__name__}: give a caption, or a list of captions."
+                )
             text = text if isinstance(text, str) else list(text)  # such as a column of a dataset
             _check_texts(text)
             # Not by _merge_kwargs, which before transformers 5.24 fails on options given by name and in a dict alike.
@@ -299,7 +303,8 @@ class UnicoderVLProcessor(ProcessorMixin):
             try:
                 store[name]
             except KeyError as error:
-                raise KeyError(f"{error.args[0]} Nor is it the file of a photo.") from None
+                told = f"The store has no image {name!r}." if error.args == (name,) else error.args[0]  # of a dict
+                raise KeyError(f"{told} Nor is it the file of a photo.") from None
         return name
 
     def _check_provenance(self, store: Mapping[str, RegionRecord] | None) -> None:
@@ -331,6 +336,8 @@ def _check_texts(text: str | Sequence[str]) -> None:
     if len(text) == 0:
         raise ValueError(f"text is {text!r}: give at least one caption.")
     for position, caption in enumerate([text] if isinstance(text, str) else text):
+        if not isinstance(caption, str | list | tuple):
+            raise ValueError(f"text[{position}] is {caption!r:.80}, a {type(caption).__name__}: expected a caption.")
         if not caption or (isinstance(caption, str) and caption.isspace()):
             raise ValueError(f"text[{position}] is {caption!r}: a caption needs at least one word.")
 

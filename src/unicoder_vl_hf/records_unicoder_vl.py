@@ -225,8 +225,8 @@ class RegionRecord:
         """Gives `values` as an array of numbers of this shape, where None fits any length."""
         try:
             array = np.asarray(values)
-        except ValueError as error:
-            raise self._error(field, f"are no array ({error}): give rows of equal length") from error
+        except (ValueError, TypeError, RuntimeError) as error:  # of torch, where a gradient or bfloat16 is in the way
+            raise self._error(field, f"are no array ({error}): give rows of numbers, of equal length") from error
         if array.dtype.kind not in "iuf":
             raise self._error(field, f"have dtype {array.dtype}, expected numbers: decode them first")
         fits = array.ndim == len(shape) and all(

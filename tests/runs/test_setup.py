@@ -19,7 +19,7 @@ from unicoder_vl_hf import (
 )
 from unicoder_vl_hf.regions.store import RegionStore
 from unicoder_vl_hf.runs import arguments as arguments_module, setup
-from unicoder_vl_hf.runs.arguments import parse_arguments
+from unicoder_vl_hf.runs.arguments import parse_arguments, parse_evaluation
 from unicoder_vl_hf.runs.evaluation import evaluation_dtype, evaluation_precision
 from unicoder_vl_hf.runs.log import in_a_table
 from unicoder_vl_hf.runs.model_card import TrainingRun
@@ -30,6 +30,7 @@ from unicoder_vl_hf.scripts.evaluate_pretraining import PretrainingEvaluationArg
 from unicoder_vl_hf.tasks.entailment.run_evaluation import EntailmentEvaluationArguments
 from unicoder_vl_hf.tasks.grounding.run_evaluation import GroundingEvaluationArguments
 from unicoder_vl_hf.tasks.nlvr2.run_evaluation import NLVR2EvaluationArguments
+from unicoder_vl_hf.tasks.pretraining import run_trainer
 from unicoder_vl_hf.tasks.pretraining.loop import PAPER, SCENES, LoopArguments
 from unicoder_vl_hf.tasks.pretraining.setup import PretrainingArguments, prepare_pretraining
 from unicoder_vl_hf.tasks.retrieval import training as finetuning
@@ -476,3 +477,23 @@ def test_what_a_checkpoint_lacks_is_said_in_a_line(world, bert, tmp_path, caplog
         head = "new parameters ['matching_head.bias', 'matching_head.weight']."
         assert [text.partition(": ")[2] for text in said] == ([head] if name == "encoder" else [])
         assert "REPORT" not in caplog.text and "are cut" not in caplog.text
+
+
+# Evaluations
+
+
+def test_the_folders_of_what_an_evaluation_writes_are_there_before_it_begins(tmp_path):
+    words = ["--model", "m", "--captions", "c", "--regions", "r", "--output", str(tmp_path / "new" / "deep" / "x.json")]
+    args = parse_evaluation(RetrievalEvaluationArguments, words)
+    assert args.model == "m" and (tmp_path / "new" / "deep").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is, or is below, a file"):
+        parse_evaluation(RetrievalEvaluationArguments, [*words[:-1], str(tmp_path / "file" / "x.json")])
+
+
+def test_trainer_keeps_the_best_pretraining_by_what_it_measures(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_trainer, "train", lambda *arguments: seen.append(arguments[3]))
+    words = ["--captions", "c", "--regions", "r", "--output_dir", str(tmp_path), "--load_best_model_at_end", "True"]
+    run_trainer.main([*words, "--eval_strategy", "steps", "--save_strategy", "steps"])
+    assert (seen[0].metric_for_best_model, seen[0].greater_is_better) == ("matching_auc", True)

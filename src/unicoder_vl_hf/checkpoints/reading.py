@@ -1,8 +1,8 @@
 """Reads checkpoints of others, of a folder, a file or a repository of the Hub: tensors, settings and words, no code."""
 
-import json
 import pickle
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -44,6 +44,8 @@ def read_answers(path: str | PathLike[str]) -> list[str]:
     is_pickle = path.suffix in (".pkl", ".pickle", ".p")
     content = restricted_pickle.load(path.read_bytes(), str(path)) if is_pickle else read_json(path)
     if isinstance(content, dict):
+        if not all(isinstance(label, int) for label in content.values()):
+            raise ValueError(f"{path}: {next(iter(content.items()))!r:.80} …; expected answers with labels, numbers.")
         by_label = {label: answer for answer, label in content.items()}
         if len(by_label) < len(content) or by_label.keys() != set(range(len(content))):
             raise ValueError(f"{path}: labels {list(by_label)[:5]} …; expected 0 to {len(content) - 1}, each once.")
@@ -111,14 +113,20 @@ def find_source(name: str | PathLike[str], revision: str | None = None) -> Sourc
         raise ValueError(f"{name} holds no weights of PyTorch: expected a file such as {', '.join(WEIGHTS)}.")
     if len(files) > 1 and not list(folder.glob("*.index.json")):
         raise ValueError(f"{name} holds several checkpoints, {', '.join(file.name for file in files)}: give one file.")
-    config, card = folder / "config.json", folder / "README.md"
+    path_of_config, card = folder / "config.json", folder / "README.md"
+    config = read_json(path_of_config) if path_of_config.exists() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path_of_config} holds a {type(config).__name__}, expected an object.")
+    licence = None
+    with suppress(Exception):  # of a card without a header that YAML reads
+        licence = ModelCard.load(card).data.get("license") if card.exists() else None
     return Source(
         name=str(name),
         folder=folder,
         files=files,
-        config=json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
+        config=config,
         revision=commit,
-        licence=ModelCard.load(card).data.get("license") if card.exists() else None,
+        licence=licence,
     )
 
 

@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .. import logging
+from ..files import make_folder
 from ..name_lists import unknown_option
 
 logger = logging.get_logger(__name__)
@@ -49,6 +51,25 @@ def make_parser(*classes: type, **options: Any) -> HfArgumentParser:
         if isinstance(action, argparse._StoreFalseAction):  # which transformers gives the help of its opposite
             action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
     return parser
+
+
+def parse_evaluation(options: type, argv: Sequence[str] | None) -> Any:
+    """
+    Parses the options of an evaluation, and makes the folders of the files that it will write, so that it does not fail
+    at its end for want of one.
+
+    Args:
+        options (`type`): The dataclass of the options.
+        argv (sequence of `str`, *optional*): The words of the command line, by default those of this process.
+
+    Raises:
+        `ValueError`: a file is in the place of a folder.
+    """
+    (args,) = make_parser(options).parse_args_into_dataclasses(argv)
+    for name in ("output", "submission", "gallery"):
+        if (path := getattr(args, name, None)) is not None:
+            make_folder(Path(path).absolute().parent)
+    return args
 
 
 def parse_arguments(

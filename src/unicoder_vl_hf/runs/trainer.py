@@ -15,6 +15,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer_callback import ExportableState
 from transformers.utils import CONFIG_NAME
 
+from .. import logging
 from ..configuration_unicoder_vl import UnicoderVLConfig
 from ..data.samplers import TokenBatchSampler
 from ..files import full_disk_named
@@ -24,6 +25,8 @@ from .checkpoints import CheckpointFolder, follow_schedule
 from .log import LossMeter, beside_the_bar, in_a_line, in_a_table
 from .model_card import TrainingRun, write_model_card
 from .setup import TrainingSetup
+
+logger = logging.get_logger(__name__)
 
 _STATE_FILE = "trainer_state.json"
 
@@ -243,8 +246,21 @@ class TaskTrainer(Trainer):
             mixed_precision=self.accelerator.mixed_precision,
             earlier_precisions=self.computing.earlier,
             rows=rows,
-            kept_step=state.best_global_step if args.load_best_model_at_end else None,
+            kept_step=self._kept_step() if args.load_best_model_at_end else None,
         )
+
+    def _kept_step(self) -> int:
+        """Gives the step of the model that is kept, the best that was saved, which need not be the best there was."""
+        best = self.state.best_model_checkpoint
+        return self.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
+
+    def _load_callback_state(self):
+        """Restores the callbacks, but for ours, whose state follows from the command line, and is checked."""
+        ours = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EpochOfData)]
+        super()._load_callback_state()
+        for callback in ours:
+            self.remove_callback(type(callback))
+            self.add_callback(callback)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """
@@ -260,7 +276,7 @@ class TaskTrainer(Trainer):
                 "There is nothing to validate on: give --validation_split, and --max_validation_… above 0."
             )
         if self.is_in_train and self.state.global_step >= self.state.max_steps:
-            self.save_model()  # before the last evaluation, in which it would otherwise be lost
+            self.save_model(_internal_call=True)  # before the last evaluation, in which it would otherwise be lost
         metrics = self.evaluate_task(rows)
         self.last_metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(self.last_metrics))
@@ -299,14 +315,12 @@ class TaskTrainer(Trainer):
         if stopping.stopped:
             self.accelerator.print(f"Stopped after {self.state.global_step} of {self.state.max_steps} steps.")
             return False
-        best = [
-            entry for entry in self.state.log_history
-            if entry["step"] == self.state.best_global_step and f"eval_{self.args.metric_for_best_model}" in entry
-        ]  # fmt: skip
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        best = [entry for entry in self.state.log_history if entry["step"] == self._kept_step() and name in entry]
         if self.args.load_best_model_at_end and best:  # which may not be the last
             self.last_metrics = {name: value for name, value in best[-1].items() if name.startswith("eval_")}
         self.conclude()
-        self.save_model()
+        self.save_model(_internal_call=True)  # it is pushed at the end, with its card
         if self.args.eval_strategy != "no" and not self.last_metrics:  # all that the run we resumed had left to do
             self.evaluate()
         self.save_state()
@@ -344,6 +358,17 @@ def train(
         setup = prepare(arguments, args.output_dir)
     if setup.validation is None:
         args.eval_strategy, args.load_best_model_at_end = "no", False
+    if args.label_smoothing_factor:
+        raise ValueError(f"--label_smoothing_factor {args.label_smoothing_factor}: no loss here smooths, leave it out.")
+    if args.n_gpu > 1:  # which Trainer would split every batch over, and captions from their images
+        logger.warning(f"One process uses one of the {args.n_gpu} GPUs: `accelerate launch` uses them all.")
+        args._n_gpu = 1
+    states = ("optimizer*", "global_step*")  # those of DeepSpeed
+    if resume_from is not None and not any(path for name in states for path in Path(resume_from).glob(name)):
+        raise ValueError(
+            f"{resume_from} has no state of the optimizer (--save_only_model), so that no run goes on from it: begin "
+            "a new one from its weights, --model_name_or_path, in another --output_dir."
+        )
     with full_disk_named(Path(str(args.output_dir))):
         return trainer(setup, args, base_model=arguments.base_model, resume_from=resume_from, **options).run()
 

@@ -25,7 +25,7 @@ from ..processing_unicoder_vl import UnicoderVLProcessor
 from ..records_unicoder_vl import RegionRecord
 from ..regions.shuffled import ShuffledStore
 from ..regions.store import RegionStore
-from ..runs.arguments import make_parser, option
+from ..runs.arguments import option, parse_evaluation
 from ..runs.evaluation import EvaluationArguments, evaluation_dtype, evenly, write_metrics
 from ..runs.setup import in_words, is_unicoder_vl
 from ..search.encoders import Photos
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None):
     Raises:
         `ValueError`: `--model` is no Unicoder-VL, its tokenizer does not fit it, or a caption has no token.
     """
-    (args,) = make_parser(PretrainingEvaluationArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(PretrainingEvaluationArguments, argv)
     store, captions = args.open_data()
     kept = set(captions.unique("image_id")[: args.num_images])
     captions = captions.select([row for row, image_id in enumerate(captions["image_id"]) if image_id in kept])
@@ -93,9 +93,11 @@ def main(argv: list[str] | None = None):
     )
     pairs = PairsWithMismatches(captions, seed=args.seed, fixed_epoch=0)
     metrics = evaluate_pretraining(model, pairs, collator, accelerator)
-    print(f"The tasks of pre-training, {in_words(captions)}")
-    print(metrics_table(metrics, pretraining_chance(metrics)))
-    if args.gallery is not None:
+    is_main = accelerator.is_main_process
+    if is_main:
+        print(f"The tasks of pre-training, {in_words(captions)}")
+        print(metrics_table(metrics, pretraining_chance(metrics)))
+    if is_main and args.gallery is not None:
         draw_gallery(args, accelerator.unwrap_model(model), processor, store, captions)
         print(f"Hidden regions: {args.gallery}")
 
@@ -103,9 +105,10 @@ def main(argv: list[str] | None = None):
     retrieval = zero_shot_retrieval(
         accelerator.unwrap_model(model), processor, regions, captions, args.num_retrieval_images, dtype
     )
-    print(f"\nZero-shot retrieval, {len(retrieval.captions):,} captions of {len(retrieval.image_ids):,} images")
-    print(metrics_table(retrieval.metrics, retrieval.chance))
-    write_metrics(args, metrics | retrieval.metrics)
+    if is_main:
+        print(f"\nZero-shot retrieval, {len(retrieval.captions):,} captions of {len(retrieval.image_ids):,} images")
+        print(metrics_table(retrieval.metrics, retrieval.chance))
+        write_metrics(args, metrics | retrieval.metrics)
 
 
 def draw_gallery(

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 import re
 import shutil
+import signal
 from types import SimpleNamespace
 
 import places
@@ -19,7 +21,14 @@ from test_run_pretraining import (
     output_of,
     stopped,
 )
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoProcessor, TrainerControl
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    Trainer,
+    TrainerControl,
+    TrainingArguments,
+)
 from two_processes import examples_recorded, plain_descent, run
 
 from unicoder_vl_hf import ImageTextScorer, RegionStore
@@ -27,7 +36,7 @@ from unicoder_vl_hf.data.captions import read_captions
 from unicoder_vl_hf.data.foils import Foil, write_foils
 from unicoder_vl_hf.errors import FinishedRun
 from unicoder_vl_hf.processes import StopSignal
-from unicoder_vl_hf.runs.trainer import _StopWithCheckpoint
+from unicoder_vl_hf.runs.trainer import _StopWithCheckpoint, train
 from unicoder_vl_hf.scenes import world as scenes
 from unicoder_vl_hf.search.encoders import UnicoderVLDualEncoder
 from unicoder_vl_hf.tasks.retrieval.metrics import retrieval_metrics
@@ -176,6 +185,88 @@ def test_a_stop_within_an_epoch_evaluates_nothing(monkeypatch):
     control.should_evaluate = True  # as the epoch's end asks, with eval_strategy="epoch"
     callback.on_epoch_end(None, None, control)
     assert not control.should_evaluate and not control.should_save
+
+
+def test_a_run_with_facts_of_its_data_goes_on_again_and_again(command, straight, world, tmp_path, monkeypatch):
+    """Each checkpoint keeps them, whichever run wrote it."""
+    match = json.loads((world / "captions.jsonl").read_text().splitlines()[0])
+    write_foils(
+        tmp_path / "foils.jsonl", [Foil(match["image_id"], "train", match["caption"], "none", "it", "none", "a")]
+    )
+    words = command(tmp_path / "run", foils=tmp_path / "foils.jsonl", max_steps=8)
+    trainer = places.script(SCRIPT).RetrievalTrainer
+    step = trainer.training_step
+
+    def told(self, *arguments, **options):
+        if self.state.global_step in (2, 5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(trainer, "training_step", told)
+    run(SCRIPT, words)
+    for _ in range(2):
+        run(SCRIPT, [*words, "--resume_from_checkpoint", "latest"])
+    steps = [json.loads(path.read_text())["global_step"] for path in (tmp_path / "run").glob("*/trainer_state.json")]
+    assert sorted(steps) == [3, 6, 8] and (tmp_path / "run" / "README.md").exists()
+
+
+def test_it_is_pushed_once_at_the_end_with_its_card(command, tmp_path, monkeypatch):
+    """A card is the last that a run writes, and tells that it is finished."""
+    pushed = []
+    trainer = places.script(SCRIPT).RetrievalTrainer
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(trainer, "push_to_hub", lambda self, **_: pushed.append((tmp_path / "README.md").exists()))
+    evaluate, without_card = trainer.evaluate_task, []
+    monkeypatch.setattr(trainer, "evaluate_task", lambda *both: without_card.append(not pushed) or evaluate(*both))
+    run(SCRIPT, [*command(tmp_path, max_steps=8), "--push_to_hub", "True", "--hub_token", "x"])
+    assert pushed == [True] and without_card and all(without_card)
+
+
+@pytest.mark.parametrize(
+    ("options", "best", "kept"),
+    [
+        ({"metric_for_best_model": "eval_recall_sum"}, 3.0, 16),
+        ({"metric_for_best_model": "recall_sum", "save_steps": 24}, 1.0, 40),  # step 16 is the best, and is not saved
+    ],
+)
+def test_what_is_said_is_of_the_model_that_is_kept(options, best, kept, command, tmp_path, monkeypatch):
+    sums = iter([1.5, 3.0, 2.0, 2.5, 1.0])
+    trainer = places.script(SCRIPT).RetrievalTrainer
+    monkeypatch.setattr(trainer, "evaluate_task", lambda self, rows: {"recall_sum": next(sums)})
+    run(SCRIPT, command(tmp_path, **options))
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_recall_sum": best}
+    assert_same_weights(tmp_path, tmp_path / f"checkpoint-{kept}")
+    card = (tmp_path / "README.md").read_text()
+    assert f"| eval_recall_sum | {best:.4f} |" in card and ("the model is that of step 16" in card) == (kept == 16)
+
+
+def test_a_checkpoint_without_an_optimizer_is_gone_on_from_by_none(command, straight, tmp_path):
+    shutil.copytree(straight / "checkpoint-24", tmp_path / "run" / "checkpoint-24")
+    (tmp_path / "run" / "checkpoint-24" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-24 has no state of the optimizer \(--save_only_model\)"):
+        run(SCRIPT, [*command(tmp_path / "run", dropout=0.1), "--resume_from_checkpoint", "latest"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"early_stopping_patience": 2, "eval_strategy": "no", "save_strategy": "no"}, "--eval_strategy no leaves out"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1: no loss here smooths"),
+    ],
+)
+def test_options_that_nothing_heeds(options, message, command, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(SCRIPT, [*command(tmp_path, **options), "--load_best_model_at_end", "False"])
+
+
+def test_one_process_takes_one_gpu(tmp_path, caplog):
+    """Trainer would split a batch over all, and the captions of its pairs from their images."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    args._n_gpu = 4
+    setup, arguments = SimpleNamespace(validation=[0]), SimpleNamespace(output_dir=str(tmp_path), base_model=None)
+    seen = train(lambda *_, **__: SimpleNamespace(run=lambda: args.n_gpu), lambda *_: setup, arguments, args)
+    assert seen == 1 and "One process uses one of the 4 GPUs: `accelerate launch` uses them all" in caplog.text
 
 
 def test_a_run_is_never_overwritten(command, straight):

@@ -139,9 +139,14 @@ def rows_of(*answers):
 
 
 def test_frequent_answers_in_the_spelling_of_the_evaluation_those_of_more_questions_first():
-    rows = rows_of(*[["The cat"] * 10] * 2, *[["cat."] * 10] * 2, *[["two"] * 10] * 3, *[["2"] * 10], ["rare"] * 10)
+    cats, twos = (["The cat"] * 9 + ["dog"], ["cat."] * 9 + ["dog"]), (["two"] * 9 + ["3"], ["2"] * 10)
+    rows = rows_of(*cats * 2, *twos * 3, ["rare"] * 10)
     assert AnswerVocabulary.build(rows, 2).answers == ["2", "cat"]
     assert AnswerVocabulary.build(rows, 1).answers == ["2", "cat", "rare"]
+    unanimous = rows_of(["The cat"] * 10, ["mcdonald's"] * 10)  # which no other spelling would meet
+    vocabulary = AnswerVocabulary.build(unanimous, 1)
+    assert vocabulary.answers == ["The cat", "mcdonald's"]
+    assert [vocabulary.targets(given) for given in unanimous["answers"]] == [{0: 1.0}, {1: 1.0}]
     with pytest.raises(ValueError, match="There are 0 answers"):
         AnswerVocabulary.build(rows)  # nine of each are needed
 

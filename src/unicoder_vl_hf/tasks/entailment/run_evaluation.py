@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...errors import run_script
 from ...processes import start_processes
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import TaskEvaluationArguments, write_metrics
 from .collator import DataCollatorForUnicoderVLVisualEntailment
 from .data import read_entailment
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         `ValueError`: the checkpoint or the regions do not fit, or a file has a fault.
     """
-    (args,) = make_parser(EntailmentEvaluationArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(EntailmentEvaluationArguments, argv)
     state = start_processes()
     store = RegionStore(args.regions)
     rows = args.joined(read_entailment(args.annotations, ids=args.image_ids), store, "hypotheses")

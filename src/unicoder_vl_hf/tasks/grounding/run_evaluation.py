@@ -21,7 +21,7 @@ from ...pictures import draw_boxes
 from ...processes import start_processes
 from ...processing_unicoder_vl import UnicoderVLProcessor
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import PictureArguments, TaskEvaluationArguments, evenly, write_metrics
 from ...search.encoders import Photos
 from .collator import DataCollatorForUnicoderVLGrounding
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         `ValueError`: the checkpoint or the regions do not fit, or a file has a fault.
     """
-    (args,) = make_parser(GroundingEvaluationArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(GroundingEvaluationArguments, argv)
     state = start_processes()
     store = RegionStore(args.regions)
     model, processor = load_for_grounding(args.model, store)

@@ -10,7 +10,7 @@ from ...data.masking import IGNORED
 from ...errors import run_script
 from ...processes import start_processes
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import TaskEvaluationArguments, write_metrics
 from .collator import DataCollatorForUnicoderVLVisualReasoning
 from .data import read_nlvr2
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         `ValueError`: the checkpoint or the regions do not fit, or there are neither labels nor `--predictions`.
         `KeyError`: a photo has no regions.
     """
-    (args,) = make_parser(NLVR2EvaluationArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(NLVR2EvaluationArguments, argv)
     state = start_processes()
     store = RegionStore(args.regions)
     rows = read_nlvr2(args.annotations, ids=args.image_ids)

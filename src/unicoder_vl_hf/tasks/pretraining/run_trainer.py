@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> bool:
     )
     if data_args.streaming:
         raise ValueError("Trainer cannot go on exactly in a stream: leave out --streaming, or use run_pretraining.py.")
+    if training_args.metric_for_best_model in (None, "loss"):  # which is not measured
+        training_args.metric_for_best_model, training_args.greater_is_better = "matching_auc", True
     return train(PretrainingTrainer, partial(prepare_pretraining, seed=training_args.seed), data_args, training_args)
 
 

@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> bool:
         recipes=RECIPES,
     )
     patience = data_args.early_stopping_patience
+    if patience is not None and training_args.eval_strategy == "no":
+        raise ValueError("--early_stopping_patience needs a validation, which --eval_strategy no leaves out.")
     callbacks = [] if patience is None else [EarlyStoppingCallback(patience)]
     return train(
         RetrievalTrainer,

@@ -25,7 +25,7 @@ from ..._version import __version__
 from ...errors import run_script
 from ...files import write_json
 from ...processes import start_processes
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import EvaluationArguments, KeptScoresArguments, evaluation_dtype
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         `ValueError`: the checkpoint or the regions do not fit, or the captions are not those of the protocol.
     """
-    (args,) = make_parser(RetrievalEvaluationArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(RetrievalEvaluationArguments, argv)
     share = args.share_of_scores()
     state = start_processes()
     # No image is skipped for want of regions: with fewer candidates the test would be another, and easier.

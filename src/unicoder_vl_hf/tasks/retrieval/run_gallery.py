@@ -22,7 +22,7 @@ from ...errors import run_script
 from ...pictures import GalleryItem, draw_regions, write_gallery
 from ...records_unicoder_vl import RegionRecord
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import evaluation_dtype
 from ...scoring.scorer import ImageTextScorer
 from ...search.encoders import DualEncoder, Photos
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         `ValueError`: the checkpoint, the regions or the photos do not fit, or the first stage was not trained.
     """
-    (args,) = make_parser(GalleryArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(GalleryArguments, argv)
     store, captions = args.open_data()
     (fold,) = retrieval_test(captions).folds
     model, processor = args.load_scoring(store, captions)

@@ -21,7 +21,7 @@ from pathlib import Path
 from ...errors import run_script
 from ...files import write_json
 from ...processes import start_processes
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import KeptScoresArguments, evaluation_dtype
 from ...scoring.checkpoints import checkpoint_provenance
 from ...scoring.scorer import ImageTextScorer
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None):
         `ValueError`: the test has several folds, the checkpoint or the regions do not fit, or the first stage was not
             trained.
     """
-    (args,) = make_parser(TwoStageArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(TwoStageArguments, argv)
     share = args.share_of_scores()
     state = start_processes()
     store, captions = args.open_data()

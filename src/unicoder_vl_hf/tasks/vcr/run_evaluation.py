@@ -22,7 +22,7 @@ from ...errors import run_script
 from ...modeling_unicoder_vl import UnicoderVLForMultipleChoice
 from ...processes import start_processes
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import evaluation_precision, evenly, precision_option, write_metrics
 from .collator import DataCollatorForUnicoderVLMultipleChoice
 from .data import VCRExamples, read_vcr
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         `ValueError`: the checkpoint or the regions do not fit, or there are neither labels nor `--submission`.
     """
-    (args,) = make_parser(VCREvaluationArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(VCREvaluationArguments, argv)
     state = start_processes()
     store = RegionStore(args.regions)
     rows = read_vcr(args.annotations, metadata_dir=args.metadata, store=store, ids=args.ids)

@@ -10,7 +10,7 @@ import torch
 
 from ...modeling_unicoder_vl import UnicoderVLForQuestionAnswering
 from ...processing_unicoder_vl import RegionInput, UnicoderVLProcessor
-from ...records_unicoder_vl import RegionRecord
+from ...records_unicoder_vl import RegionRecord, check_several
 from ...regions.finding import RegionFinder
 from ...regions.store import RegionStore
 from .training import answers_of, load_for_vqa, make_collator
@@ -79,9 +79,14 @@ class QuestionAnswerer:
             For each question its answers with their probabilities, each by itself in `[0, 1]`.
 
         Raises:
-            `ValueError`: an empty question, or an image whose regions cannot be found.
+            `ValueError`: an empty question, one question that is in no list, several images, or one whose regions
+                cannot be found.
         """
-        (record,) = self.processor.load_records(image)
+        check_several("questions", questions)
+        records = self.processor.load_records(image)
+        if len(records) != 1:
+            raise ValueError(f"There are {len(records)} images; expected one, of which all questions are.")
+        (record,) = records
         store = {record.image_id: record}
         rows = [{"question": question, "image_id": record.image_id, "answers": []} for question in questions]
         batch = make_collator(self.model, self.processor, store)(rows)

@@ -59,6 +59,10 @@ class DataCollatorForUnicoderVLQuestionAnswering(TextsWithImages):
         questions = [row["question"] + mask for row in rows]
         image_ids = [row["image_id"] for row in rows]
         batch = self.inputs(questions, image_ids, self.max_length)
+        if self.with_mask_token:  # which a question that is cut would lose
+            attended = batch["attention_mask"]
+            last = attended.shape[1] - 1 - attended.flip(1).argmax(1)
+            batch["input_ids"][torch.arange(len(rows)), last - 1] = self.processor.tokenizer.mask_token_id
         batch["labels"] = torch.zeros(len(rows), len(self.vocabulary))
         for labels, row in zip(batch["labels"], rows, strict=True):
             for label, accuracy in self.vocabulary.targets(row["answers"]).items():

@@ -14,7 +14,7 @@ import datasets
 from ...data.captions import rename_images
 from ...data.labelled_files import name_field
 from ...name_lists import read_json
-from .metrics import agreement, compared_answers, normalise_answer
+from .metrics import agreement, compared_answers, normalise_answer, of_one_mind
 
 MIN_OCCURRENCES = 9  # by which VQA v2 has 3,129 answers in its training and validation splits
 _TEXT = datasets.Value("string")
@@ -149,9 +149,9 @@ class AnswerVocabulary:
             twice = [answer for answer, count in Counter(answers).items() if count > 1]
             raise ValueError(f"There are {len(answers)} answers, twice {twice[:3]}; expected at least two, each once.")
         self.answers = list(answers)
-        self._labels = {answer: label for label, answer in enumerate(answers)}
+        self._exact = {answer: [label] for label, answer in enumerate(answers)}
         self._spelled = defaultdict(list)  # for those that one spelling stands for
-        for answer, label in self._labels.items():
+        for label, answer in enumerate(answers):
             self._spelled[normalise_answer(answer)].append(label)
 
     def __len__(self) -> int:
@@ -160,23 +160,22 @@ class AnswerVocabulary:
     @classmethod
     def build(cls, rows: datasets.Dataset, min_occurrences: int = MIN_OCCURRENCES) -> "AnswerVocabulary":
         """
-        Takes the answers that are the most frequent one of at least `min_occurrences` questions, in the spelling of the
-        official evaluation, those of more questions first. GQA's stay as they are.
+        Takes the answers that are the most frequent one of at least `min_occurrences` questions, in the spelling in
+        which the evaluation compares them, those of more questions first. GQA's stay as they are.
         """
         counts: Counter[str] = Counter()
         for answer, given in zip(rows["answer"], rows["answers"], strict=True):
             if given:
-                counts[answer if len(given) == 1 else normalise_answer(answer)] += 1
+                counts[compared_answers([answer], given)[0]] += 1
         kept = [answer for answer, count in counts.items() if count >= min_occurrences and answer]
         return cls(sorted(kept, key=lambda answer: (-counts[answer], answer)))
 
     def targets(self, given: Sequence[str]) -> dict[int, float]:
         """Gives the answers that are right to some degree, by label: each with its accuracy, in `(0, 1]`."""
-        counts = Counter(compared_answers(given))
+        counts = Counter(compared_answers(given, given))
+        labels_of = self._exact if of_one_mind(given) else self._spelled
         targets: dict[int, float] = {}
         for answer, count in counts.items():
-            exact = len(given) == 1
-            labels = [self._labels[answer]] if exact and answer in self._labels else []
-            for label in labels if exact else self._spelled.get(answer, ()):
+            for label in labels_of.get(answer, ()):
                 targets[label] = agreement(count, len(given))
         return {label: accuracy for label, accuracy in targets.items() if accuracy > 0}

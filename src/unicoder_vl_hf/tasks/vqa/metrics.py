@@ -1,30 +1,34 @@
 """The accuracy of answers, as the official evaluations of VQA and GQA measure it. Pure Python, no model and no files.
 
 Annotators agree on few answers, so that VQA's is soft: the mean, over all of the ten annotators but one, of min(1,
-matches / 3). Before, texts are brought to one spelling, by `vqaEval.py` of GT-Vision-Lab/VQA. GQA has one answer, which
-has to be met exactly.
+matches / 3). Where they differ, texts are brought to one spelling before, by `vqaEval.py` of GT-Vision-Lab/VQA as it is
+since 2020 (earlier ones took other marks out). GQA has one answer, which has to be met exactly.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 
-# An apostrophe is among the marks that go, so that only words that lack theirs are left to get it back.
+# Words that lack one of their apostrophes get it back.
 _CONTRACTIONS = {
-    word.replace("'", ""): word
+    word[:place] + word[place + 1 :]: word
     for word in (
         "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
         "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've "
         "shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd "
         "there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've "
         "when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all "
-        "you'd you'll you're you've"
+        "you'd you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've 'ow's'at she'd've shouldn't've "
+        "somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'd've "
+        "y'all'll you'd've"
     ).split()
-}
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # as the official evaluation has it
 _NUMBERS = {"none": "0"} | {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
 _ARTICLES = {"a", "an", "the"}
-_MARKS = ";:/'[]\"()=+\\_><@`,?"  # "!", "-" and others stay
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'  # apostrophes, colons and others stay
 _GROUPED_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 
@@ -41,17 +45,27 @@ def normalise_answer(answer: str) -> str:
     '2 dogs'
     ```
     """
-    words = _without_marks(answer.replace("\n", " ").replace("\t", " ").strip()).lower().split()
+    words = _without_marks(_on_one_line(answer)).lower().split()
     words = [_NUMBERS.get(word, word) for word in words]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def compared_answers(given: Sequence[str]) -> list[str]:
+def compared_answers(answers: Sequence[str], given: Sequence[str]) -> list[str]:
     """
-    Brings the answers of annotators to the spelling in which an answer is compared with them: without marks where they
-    differ, else as they are.
+    Brings answers to the spelling in which they are compared with those of annotators: that of [`normalise_answer`]
+    where the annotators differ, else as they are.
     """
-    return [_without_marks(answer) for answer in given] if len(set(given)) > 1 else list(given)
+    spelled = _on_one_line if of_one_mind(given) else normalise_answer
+    return [spelled(answer) for answer in answers]
+
+
+def of_one_mind(given: Sequence[str]) -> bool:
+    """Tells whether annotators gave one and the same answer, down to its marks."""
+    return len(set(map(_on_one_line, given))) == 1
+
+
+def _on_one_line(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _without_marks(text: str) -> str:
@@ -86,8 +100,8 @@ def answer_accuracy(answer: str, given: Sequence[str]) -> float:
     0.9
     ```
     """
-    spelled = answer if len(given) == 1 else normalise_answer(answer)
-    return agreement(compared_answers(given).count(spelled), len(given))
+    spelled, *others = compared_answers([answer, *given], given)
+    return agreement(others.count(spelled), len(given))
 
 
 def vqa_metrics(

@@ -19,7 +19,7 @@ from ...errors import run_script
 from ...pictures import draw_answers
 from ...processes import start_processes
 from ...regions.store import RegionStore
-from ...runs.arguments import make_parser, option
+from ...runs.arguments import option, parse_evaluation
 from ...runs.evaluation import (
     PictureArguments,
     TaskEvaluationArguments,
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         `ValueError`: the checkpoint or the regions do not fit, or there are neither answers nor `--submission`.
     """
-    (args,) = make_parser(VQAEvaluationArguments).parse_args_into_dataclasses(argv)
+    args = parse_evaluation(VQAEvaluationArguments, argv)
     state = start_processes()
     store = RegionStore(args.regions)
     rows = args.joined(read_questions(args.questions, args.annotations, ids=args.image_ids), store, "questions")

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import datasets
 
@@ -33,8 +32,14 @@ def write_submission(path: str | PathLike[str], rows: datasets.Dataset, answers:
     entries = []
     for question_id, layout, answer in zip(rows["question_id"], rows["layout"], answers, strict=True):
         name, field = FIELDS[layout]
-        entries.append({name: int(question_id) if layout == "vqa" else question_id, field: answer})
+        entries.append({name: _as_submitted(question_id, layout), field: answer})
     write_json(Path(path), entries)
+
+
+def _as_submitted(question_id: str, layout: str) -> int | str:
+    """Gives VQA's ids as numbers, which they are in its files, unless they are none."""
+    is_number = layout == "vqa" and question_id.isdecimal() and str(int(question_id)) == question_id
+    return int(question_id) if is_number else question_id
 
 
 def check_submission(path: str | PathLike[str], questions: str | PathLike[str]) -> Iterator[str]:
@@ -47,7 +52,8 @@ def check_submission(path: str | PathLike[str], questions: str | PathLike[str]) 
     """
     rows = read_questions(questions)
     name, field = FIELDS[rows[0]["layout"]]
-    kind: Any = int if name == "question_id" else str
+    kinds = {type(_as_submitted(*pair)) for pair in zip(rows["question_id"], rows["layout"], strict=True)}
+    kind = " or ".join(sorted(each.__name__ for each in kinds))
     left = set(rows["question_id"])
     known = set(left)
     entries = read_json(path)
@@ -56,8 +62,8 @@ def check_submission(path: str | PathLike[str], questions: str | PathLike[str]) 
         return
     for number, entry in enumerate(entries):
         where = f"entry {number}"
-        if not isinstance(entry, dict) or type(entry.get(name)) is not kind or not isinstance(entry.get(field), str):
-            yield f"{where}: {entry!r:.80}, expected {name}, {kind.__name__}, and {field}, str."
+        if not isinstance(entry, dict) or type(entry.get(name)) not in kinds or not isinstance(entry.get(field), str):
+            yield f"{where}: {entry!r:.80}, expected {name}, {kind}, and {field}, str."
             continue
         question_id = str(entry[name])
         if question_id not in known:
