@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,20 @@ class CheckpointFolder:
                 f"{planned:,}; the model and its card are written anew at the end."
             )
         return planned > before
+
+    def set_aside(self, checkpoint: Path):
+        """
+        Renames the checkpoints of more steps than the one that a run goes on from: `latest` is to be of this run, and
+        the oldest are removed first.
+        """
+        if checkpoint.resolve().parent != self.output_dir.resolve():
+            return
+        for later in self.list():
+            if self.step_of(later) > self.step_of(checkpoint):
+                names = (self.output_dir / f"abandoned-{number}-{later.name}" for number in count(1))
+                aside = next(path for path in names if not path.exists())
+                os.replace(later, aside)
+                logger.warning(f"{later} is of steps that are now taken anew: it is kept as {aside}.")
 
     def reopen(self):
         """Makes a finished run an unfinished one, by removing its card, until it is written again."""

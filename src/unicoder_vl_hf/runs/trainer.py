@@ -2,6 +2,7 @@
 without loss, it writes our model card, and it shows the losses beside one quiet progress bar.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -191,6 +192,13 @@ class TaskTrainer(Trainer):
             # Of several processes it is cpu:0, which torch.load does not know, and transformers 5.17 gives to it.
             self.args._setup_devices = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
+        rates = getattr(self.lr_scheduler, "base_lrs", None)  # which a checkpoint brings along
+        if checkpoint is not None and rates and not any(math.isclose(self.args.learning_rate, rate) for rate in rates):
+            logger.warning(
+                f"{checkpoint} is of a run with --learning_rate {max(rates)}, which it goes on with, and not with "
+                f"{self.args.learning_rate}."
+            )
+            self.args.learning_rate = max(rates)
         if self._goes_further:
             follow_schedule(cast(LRScheduler, self.lr_scheduler))
 
@@ -308,6 +316,8 @@ class TaskTrainer(Trainer):
             self.accelerator.print(f"Going on from {checkpoint}, whose weights replace those loaded before.")
         if self.is_world_process_zero():
             trainer_checkpoints(self.args).remove_leftovers()
+            if self._resumed_from is not None:
+                trainer_checkpoints(self.args).set_aside(self._resumed_from)
         with StopSignal() as stop, self.computing.threads():
             stopping = _StopWithCheckpoint(stop, self)
             self.add_callback(stopping)

@@ -241,6 +241,20 @@ def test_what_is_said_is_of_the_model_that_is_kept(options, best, kept, command,
     assert f"| eval_recall_sum | {best:.4f} |" in card and ("the model is that of step 16" in card) == (kept == 16)
 
 
+def test_what_lies_behind_the_checkpoint_that_a_run_goes_on_from_is_set_aside(command, straight, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    words = command(folder, dropout=0.1, learning_rate=5e-4, num_train_epochs=3, max_steps=50)
+    run(SCRIPT, [*words, "--resume_from_checkpoint", str(folder / "checkpoint-24")])
+    assert sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*")) == [8, 16, 24, 32, 40, 48, 50]
+    for step in (32, 40):
+        assert_same_weights(folder / f"abandoned-1-checkpoint-{step}", straight / f"checkpoint-{step}")
+        with pytest.raises(AssertionError):  # of another schedule
+            assert_same_weights(folder / f"checkpoint-{step}", straight / f"checkpoint-{step}")
+    assert "is kept as" in caplog.text and "--learning_rate 0.001, which it goes on with, and not" in caplog.text
+    assert "Learning rate: 0.001 at its peak" in (folder / "README.md").read_text()
+
+
 def test_a_checkpoint_without_an_optimizer_is_gone_on_from_by_none(command, straight, tmp_path):
     shutil.copytree(straight / "checkpoint-24", tmp_path / "run" / "checkpoint-24")
     (tmp_path / "run" / "checkpoint-24" / "optimizer.pt").unlink()

@@ -224,6 +224,7 @@ class PretrainingLoop:
         self.meter.load(saved["losses"])
         if self.accelerator.is_main_process:
             self.checkpoints.remove_leftovers()
+            self.checkpoints.set_aside(checkpoint)
         self.accelerator.load_state(str(checkpoint))
         if isinstance(self.setup.train, StreamedPairs):
             self.setup.train.load_state_dict(saved["stream"][self.accelerator.process_index])
