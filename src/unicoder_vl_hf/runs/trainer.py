@@ -368,8 +368,8 @@ def train(
         setup = prepare(arguments, args.output_dir)
     if setup.validation is None:
         args.eval_strategy, args.load_best_model_at_end = "no", False
-    if args.label_smoothing_factor:
-        raise ValueError(f"--label_smoothing_factor {args.label_smoothing_factor}: no loss here smooths, leave it out.")
+    if args.label_smoothing_factor and setup.rows == TrainingSetup.rows:
+        raise ValueError(f"--label_smoothing_factor {args.label_smoothing_factor}: no loss of pairs has one, leave it.")
     if args.n_gpu > 1:  # which Trainer would split every batch over, and captions from their images
         logger.warning(f"One process uses one of the {args.n_gpu} GPUs: `accelerate launch` uses them all.")
         args._n_gpu = 1

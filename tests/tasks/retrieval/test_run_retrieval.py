@@ -266,7 +266,7 @@ def test_a_checkpoint_without_an_optimizer_is_gone_on_from_by_none(command, stra
     ("options", "message"),
     [
         ({"early_stopping_patience": 2, "eval_strategy": "no", "save_strategy": "no"}, "--eval_strategy no leaves out"),
-        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1: no loss here smooths"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1: no loss of pairs has one"),
     ],
 )
 def test_options_that_nothing_heeds(options, message, command, tmp_path):
