@@ -116,6 +116,21 @@ def test_what_is_unknown_is_said(tmp_path):
     assert "null" not in (tmp_path / "README.md").read_text()
 
 
+def test_a_card_is_whole_or_not_there(tmp_path, monkeypatch):
+    """It is by its card that a run counts as finished."""
+
+    def killed(self, path):
+        Path(path).write_text("---")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(huggingface_hub.ModelCard, "save", killed)
+        write(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 @pytest.mark.parametrize("form", ["absolute", "relative", "gone", "dotted", "windows"])
 def test_of_a_local_base_model_the_text_names_the_folder_alone(tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)

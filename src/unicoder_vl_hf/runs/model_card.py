@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 
+from ..files import complete, partial_path
 from ..processes import PRECISIONS
 from .checkpoints import CARD_FILE
 
@@ -171,7 +172,10 @@ def write_model_card(
         **_USES[task],
     )
     path = folder / CARD_FILE
-    huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(path)
+    # A card tells that a run is finished: half of one must not.
+    huggingface_hub.ModelCard(f"---\n{metadata}\n---\n\n{text}").save(partial_path(path))
+    with partial_path(path).open("r+b") as file:
+        complete(file, path)
     return path
 
 
