@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 from itertools import islice, takewhile
@@ -70,8 +71,7 @@ def read_json(path: str | PathLike[str]) -> Any:
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in found if keys.count(key) > 1)
+            twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
             raise ValueError(f"{path}: an object has the key {twice!r} twice; expected each key once.")
         return found
 

@@ -449,11 +449,11 @@ class _Items:
         check_several("images", images)
         if len(images) == 0:
             raise ValueError("images is empty: give at least one image.")
+        if max_length < 3:
+            raise ValueError(f"max_length={max_length}; expected at least 3: [CLS], a token and [SEP].")
         self.processor = processor
         self.store = store
         self.images = processor.find_regions(images, self.store)
-        if max_length < 3:
-            raise ValueError(f"max_length={max_length}; expected at least 3: [CLS], a token and [SEP].")
         tokenized = processor(text=list(captions), padding=False, max_length=max_length)
         self.token_ids: list[list[int]] = tokenized["input_ids"]
         self.num_tokens = np.array([len(ids) for ids in self.token_ids])

@@ -62,8 +62,8 @@ class SearchIndex:
         if not (self.path / INDEX).exists():
             raise ValueError(f"{self.path} is no index: it has no {INDEX}. Make one with `unicoder-vl index`.")
         self.facts: dict[str, Any] = read_json(self.path / INDEX)
-        if not isinstance(self.facts, dict) or self.facts.get("format_version") != FORMAT_VERSION:
-            version = self.facts.get("format_version") if isinstance(self.facts, dict) else None
+        version = self.facts.get("format_version") if isinstance(self.facts, dict) else None
+        if version != FORMAT_VERSION:
             raise ValueError(f"{self.path} has format_version {version}, expected {FORMAT_VERSION}: make it again.")
         self.items: Items = self.facts["items"]
         self.names: list[str] = read_json(self.path / NAMES)
